@@ -1,0 +1,76 @@
+"""What one optimizer step measures: packed device tensors and the meaning of their columns.
+
+Square sums rather than norms, because square sums add, over tensors, groups and shards; norms do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STEP_SUMS = (
+    "param_sq",  # Σ p², before the step
+    "update_sq",  # Σ (p_after − p_before)²
+    "grad_exp_avg",  # Σ g·m, with the first moment m as it was before the step
+    "exp_avg_sq_sum",  # Σ m², after the step
+    "grad_sq_over_exp_avg_sq",  # Σ g²/v̂, v̂ the bias-corrected second moment after the step
+    "below_eps",  # number of elements with √v̂ < eps
+    "zero_grad",  # number of elements with g == 0
+)
+"""The columns of [`StepStats.sums`][lightning_optim.stats.StepStats], in order."""
+
+
+@dataclass(frozen=True)
+class GradStats:
+    """One read of the gradients.
+
+    Tensors are in the order of the optimizer's groups, and within a group in the order of its parameters; parameters
+    without a gradient are left out.
+
+    Args:
+        norm_sq: Square sum of each gradient, shape [tensors], float32 (float64 for float64 gradients), on the
+            gradients' device. Not finite where a gradient has a NaN or an infinity.
+        group_sizes: How many tensors each parameter group has; sums to ``tensors``.
+    """
+
+    norm_sq: Tensor
+    group_sizes: tuple[int, ...]
+
+    def total_norm(self) -> Tensor:
+        """Norm over all gradients as one vector, shape []."""
+        return self.norm_sq.sum().sqrt()
+
+    def group_norms(self) -> Tensor:
+        """Norm of each parameter group's gradients, shape [groups]."""
+        return sum_groups(self.norm_sq, self.group_sizes).sqrt()
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one update did, collected on logging steps only.
+
+    Args:
+        sums: One row per tensor, one column per name in `STEP_SUMS`, shape [tensors, 7], float32. A column is NaN
+            where the rule has no such quantity (a first moment in plain SGD, say).
+        group_sizes: How many tensors each parameter group has.
+        numel: Number of elements of each tensor, in the order of the rows.
+    """
+
+    sums: Tensor
+    group_sizes: tuple[int, ...]
+    numel: tuple[int, ...]
+
+    def groups(self, name: str) -> Tensor:
+        """The sum called ``name`` over each parameter group, shape [groups]."""
+        return sum_groups(self.sums[:, STEP_SUMS.index(name)], self.group_sizes)
+
+
+def sum_groups(values: Tensor, group_sizes: Sequence[int]) -> Tensor:
+    """Sums of consecutive runs of ``values`` (shape [tensors]), one per group, shape [groups].
+
+    Plain sums over slices, in a fixed order: a scatter would use atomics on CUDA and give another result every run.
+    """
+    return torch.stack([part.sum() for part in values.split(list(group_sizes))])

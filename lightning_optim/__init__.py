@@ -1,0 +1,63 @@
+"""The optimizer layer for PyTorch Lightning.
+
+Names are imported on first use (PEP 562), so that ``import lightning_optim.optim`` loads torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_optim._version import __version__
+
+if TYPE_CHECKING:
+    from lightning_optim import optim as optim
+    from lightning_optim import schedules as schedules
+    from lightning_optim.callbacks import ConfigureOptimizers as ConfigureOptimizers
+    from lightning_optim.callbacks import DivergenceGuard as DivergenceGuard
+    from lightning_optim.callbacks import GradientClipping as GradientClipping
+    from lightning_optim.callbacks import OptimizerMonitor as OptimizerMonitor
+    from lightning_optim.callbacks import RunSummary as RunSummary
+    from lightning_optim.callbacks import attach as attach
+    from lightning_optim.cli import OptimCLI as OptimCLI
+    from lightning_optim.durations import Duration as Duration
+    from lightning_optim.durations import Horizon as Horizon
+    from lightning_optim.factory import OptimizerFactory as OptimizerFactory
+    from lightning_optim.param_groups import ParamGroupRule as ParamGroupRule
+    from lightning_optim.param_groups import build_param_groups as build_param_groups
+    from lightning_optim.step import StepPipeline as StepPipeline
+
+_MODULES = ("optim", "schedules")
+_NAMES = {
+    "ConfigureOptimizers": "callbacks",
+    "DivergenceGuard": "callbacks",
+    "Duration": "durations",
+    "GradientClipping": "callbacks",
+    "Horizon": "durations",
+    "OptimCLI": "cli",
+    "OptimizerFactory": "factory",
+    "OptimizerMonitor": "callbacks",
+    "ParamGroupRule": "param_groups",
+    "RunSummary": "callbacks",
+    "StepPipeline": "step",
+    "attach": "callbacks",
+    "build_param_groups": "param_groups",
+}
+
+__all__ = [
+    "__version__",
+    *_MODULES,
+    *_NAMES,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.factory import OptimizerFactory
+
+_METHOD = "configure_optimizers"
+
+
+class ConfigureOptimizers(HubCallback, OptimizerFactory):
+    r"""Supplies the optimizer, its parameter groups and its schedule; the module's own are not asked.
+
+    Takes the arguments of [`OptimizerFactory`][lightning_optim.OptimizerFactory]. The schedule moves once per optimizer
+    step, ends where training ends, and stands still on skipped steps.
+
+    Lightning insists that the class of the module defines ``configure_optimizers``. For one that does not, use
+    `lightning_optim.OptimCLI`, or [`attach`][lightning_optim.attach] this callback to the module before ``fit``.
+
+    Example:
+        >>> trainer = L.Trainer(
+        ...     callbacks=[ConfigureOptimizers("adamw", lr=3e-4, weight_decay=0.1, schedule="cosine", warmup="5%")],
+        ...     logger=False, enable_checkpointing=False,
+        ... )
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Takes the place of the module's method for the time of the fit."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        present = vars(pl_module).get(_METHOD)
+        if present is not None:
+            if _owner(present) is not self:
+                raise MisconfigurationException(
+                    f"Two owners of the optimizer of {type(pl_module).__name__}: {self!r}, and "
+                    f"{_owner(present) or 'LightningCLI'}, which has set configure_optimizers on the module (LightningCLI "
+                    "does so for its keys `optimizer` and `lr_scheduler`). Remove one."
+                )
+            return
+        rank_zero_info(f"{self!r} replaces {type(pl_module).__name__}.configure_optimizers.")
+        attach(pl_module, self)
+        self.hub.on_close(lambda: vars(pl_module).pop(_METHOD, None))
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Undoes everything, and adds the way out to Lightning's message about a missing method."""
+        super().on_exception(trainer, pl_module, exception)
+        # Lightning verifies the module before it calls any hook of a callback, so this is the first chance to help.
+        if isinstance(exception, MisconfigurationException) and not is_overridden(_METHOD, pl_module):
+            name = type(pl_module).__name__
+            exception.args = (
+                f"{name} defines no configure_optimizers, and Lightning checks that before a callback can supply it. "
+                f"Either call `lightning_optim.attach(model, callback)` with this ConfigureOptimizers before "
+                f"`trainer.fit(model)`, or run it with `lightning_optim.OptimCLI` (`lightning-optim fit`), which does so.",
+            )
+
+
+def attach(model: L.LightningModule, factory: OptimizerFactory) -> None:
+    """Gives a module that defines no ``configure_optimizers`` the one of ``factory``.
+
+    Args:
+        model: The module; it keeps the method until it is attached to no more (it is an instance attribute).
+        factory: An `OptimizerFactory`, or the `ConfigureOptimizers` callback that the Trainer will have.
+
+    Raises:
+        MisconfigurationException: Something else has been attached already.
+
+    Example:
+        >>> model = L.LightningModule()
+        >>> attach(model, OptimizerFactory("adamw", lr=1e-3))
+    """
+    present = vars(model).get(_METHOD)
+    if present is not None and _owner(present) is not factory:
+        raise MisconfigurationException(
+            f"{type(model).__name__} already has a configure_optimizers attached to it, by {_owner(present) or present!r}; "
+            f"cannot attach {factory!r} as well."
+        )
+
+    def configure_optimizers(self: L.LightningModule) -> dict[str, Any]:
+        return factory(self)
+
+    configure_optimizers.owner = factory  # type: ignore[attr-defined]
+    model.configure_optimizers = types.MethodType(configure_optimizers, model)  # type: ignore[method-assign]
+
+
+def _owner(method: Any) -> OptimizerFactory | None:
+    return getattr(method, "owner", None)

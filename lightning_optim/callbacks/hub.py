@@ -1,0 +1,226 @@
+"""Where all our callbacks of one Trainer meet: one step pipeline per optimizer, patched once, undone once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_optim.clipping import ClipRule
+from lightning_optim.divergence import Detector
+from lightning_optim.schedules import Scheduler
+from lightning_optim.step import StepCounts, StepPipeline, StepRecord
+from lightning_optim.training_length import horizon_of
+
+CHECKPOINT_KEY = "lightning_optim"
+
+# Their gradients are shards, or their engine steps by itself: a norm taken here would be wrong, so it is refused.
+_UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
+_hubs: weakref.WeakKeyDictionary[L.Trainer, Hub] = weakref.WeakKeyDictionary()
+
+
+class HubCallback(L.Callback):
+    """A callback that contributes parts to the step pipeline. Only the first of a Trainer's drives the hub."""
+
+    _hub: Hub | None = None
+
+    # What a subclass contributes.
+
+    def clip_rule(self) -> ClipRule | None:
+        """How gradients are clipped; asked once per optimizer."""
+        return None
+
+    def detectors(self) -> Sequence[Detector]:
+        """What makes a step be skipped; asked once per optimizer."""
+        return ()
+
+    def report_due(self, trainer: L.Trainer) -> bool:
+        """Whether the step that is about to happen shall be reported to `on_report`."""
+        return False
+
+    def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
+        """Receives a step, still on the device."""
+
+    # Lightning's hooks, passed on to the hub.
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Joins the Trainer's hub."""
+        if stage == "fit":
+            self._hub = _hubs.setdefault(trainer, Hub(trainer))
+            self._hub.join(self)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the pipelines: optimizers are restored and the length of the run is known by now."""
+        if (hub := self._led_hub) is not None:
+            hub.start()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Announces the step."""
+        if (hub := self._led_hub) is not None:
+            hub.expect_step(optimizer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Accounts for a step that a GradScaler left out."""
+        if (hub := self._led_hub) is not None:
+            hub.settle()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Saves the counts of all pipelines."""
+        if (hub := self._led_hub) is not None:
+            checkpoint[CHECKPOINT_KEY] = hub.state_dict()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remembers the saved counts for the pipelines to come."""
+        if (hub := self._led_hub) is not None:
+            hub.load_state_dict(checkpoint.get(CHECKPOINT_KEY, {}))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Undoes everything."""
+        self._leave()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Undoes everything: Lightning does not call `teardown` after an exception."""
+        self._leave()
+
+    @property
+    def hub(self) -> Hub:
+        """The Trainer's hub, from `setup` to the end of the fit."""
+        assert self._hub is not None, "only between setup and teardown of a fit"
+        return self._hub
+
+    @property
+    def _led_hub(self) -> Hub | None:
+        """The hub, if this callback is the one that drives it."""
+        return self._hub if self._hub is not None and self._hub.members[0] is self else None
+
+    def _leave(self) -> None:
+        if self._hub is not None:
+            self._hub.close()
+            self._hub = None
+
+
+class Hub:
+    """The pipelines of one Trainer's fit and the callbacks that contribute to them.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._trainer = weakref.ref(trainer)
+        self.members: list[HubCallback] = []
+        self.pipelines: list[StepPipeline] = []
+        self._undo: list[Callable[[], None]] = []
+        self._restored: list[StepCounts] = []
+
+    @property
+    def trainer(self) -> L.Trainer:
+        """The Trainer, which outlives its hub."""
+        trainer = self._trainer()
+        assert trainer is not None
+        return trainer
+
+    def join(self, callback: HubCallback) -> None:
+        """Adds a contributor; refuses a second one of a kind, because both would own the same thing."""
+        for other in self.members:
+            if type(other) is type(callback):
+                kind = type(callback).__name__
+                raise MisconfigurationException(
+                    f"Two {kind} callbacks on one Trainer: {other!r} and {callback!r}. Both would do the same thing to "
+                    "every step, so remove one."
+                )
+        self.members.append(callback)
+
+    def on_close(self, undo: Callable[[], None]) -> None:
+        """Registers something to be undone at the end of the fit, however it ends."""
+        self._undo.append(undo)
+
+    def start(self) -> None:
+        """Puts a pipeline on each optimizer and tells the schedulers how long the run is."""
+        trainer = self.trainer
+        strategy = type(trainer.strategy).__name__
+        if strategy in _UNSUPPORTED_STRATEGIES:
+            names = ", ".join(type(member).__name__ for member in self.members)
+            raise MisconfigurationException(
+                f"{names} cannot be used with {strategy} yet: gradients are sharded there. Use one device or DDP."
+            )
+        self._check_schedulers()
+        for index, optimizer in enumerate(trainer.optimizers):
+            rules = [rule for member in self.members if (rule := member.clip_rule()) is not None]
+            self.pipelines.append(
+                StepPipeline(
+                    optimizer,
+                    clip=rules[0] if rules else None,
+                    detectors=[detector for member in self.members for detector in member.detectors()],
+                    report_due=self._report_due,
+                    on_report=lambda record, index=index: self._report(index, record),  # type: ignore[misc]
+                    counts=self._restored[index] if index < len(self._restored) else None,
+                )
+            )
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(scheduler := config.scheduler, Scheduler):
+                if scheduler.horizon is None:
+                    scheduler.resolve(horizon_of(trainer))
+                if (pipeline := self._pipeline_of(scheduler.optimizer)) is not None:
+                    scheduler.hold_on(lambda pipeline=pipeline: pipeline.counts().skipped)  # type: ignore[misc]
+
+    def expect_step(self, optimizer: Optimizer) -> None:
+        """Says that this optimizer's gradients are ready."""
+        # Lightning hands over its own wrapper in manual optimization.
+        if (pipeline := self._pipeline_of(getattr(optimizer, "optimizer", optimizer))) is not None:
+            pipeline.expect_step()
+
+    def settle(self) -> None:
+        """Accounts for steps that did not come."""
+        for pipeline in self.pipelines:
+            pipeline.settle()
+
+    def counts(self) -> list[StepCounts]:
+        """The counts of each optimizer."""
+        return [pipeline.counts() for pipeline in self.pipelines]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, so that checkpoints load with ``weights_only=True``."""
+        return {"counts": [[c.steps, c.clipped, c.skipped] for c in self.counts()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps the counts for the pipelines, which do not exist yet."""
+        self._restored = [StepCounts(*counts) for counts in state.get("counts", [])]
+
+    def close(self) -> None:
+        """Undoes everything, newest first."""
+        _hubs.pop(self.trainer, None)
+        while self.pipelines:
+            self.pipelines.pop().close()
+        while self._undo:
+            self._undo.pop()()
+
+    def _report_due(self) -> bool:
+        return any(member.report_due(self.trainer) for member in self.members)
+
+    def _report(self, index: int, record: StepRecord) -> None:
+        for member in self.members:
+            member.on_report(self.trainer, index, record)
+
+    def _pipeline_of(self, optimizer: Optimizer) -> StepPipeline | None:
+        return next((pipeline for pipeline in self.pipelines if pipeline.optimizer is optimizer), None)
+
+    def _check_schedulers(self) -> None:
+        owners: dict[int, Any] = {}
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            other = owners.setdefault(id(scheduler.optimizer), scheduler)
+            if other is not scheduler and isinstance(scheduler, Scheduler) | isinstance(other, Scheduler):
+                raise MisconfigurationException(
+                    f"Two schedules for one optimizer: {_describe(other)} and {_describe(scheduler)}. Each would "
+                    "overwrite the other's learning rates, so remove one."
+                )
+
+
+def _describe(scheduler: Any) -> str:
+    return repr(scheduler.schedule) if isinstance(scheduler, Scheduler) else type(scheduler).__name__

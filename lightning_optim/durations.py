@@ -1,0 +1,107 @@
+"""One notation for lengths of training: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+_PATTERN = re.compile(r"\s*(?P<amount>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>steps?|epochs?|%|percent)\s*", re.IGNORECASE)
+_FORMS = "Write a number of optimizer steps (500 or '500 steps'), of epochs ('2 epochs') or a share of the run ('5%')."
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long a run is, in optimizer steps.
+
+    Args:
+        total_steps: Optimizer steps of the whole run, or None if nothing bounds them (``max_time`` alone, say).
+        steps_per_epoch: Optimizer steps of one epoch, or None if it is not known (an ``IterableDataset``).
+    """
+
+    total_steps: int | None = None
+    steps_per_epoch: float | None = None
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training that becomes a number of steps once the length of the run is known.
+
+    Args:
+        amount: How many, at least 0.
+        unit: ``"steps"``, ``"epochs"`` or ``"percent"`` (of the whole run).
+
+    Raises:
+        ValueError: The amount is negative or not finite, or steps are not whole.
+
+    Example:
+        >>> Duration.parse("5%").steps(Horizon(total_steps=1000))
+        50
+        >>> Duration.parse("2 epochs").steps(Horizon(total_steps=1000, steps_per_epoch=120))
+        240
+    """
+
+    amount: float
+    unit: str = "steps"
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("steps", "epochs", "percent"):
+            raise ValueError(f"Invalid duration unit {self.unit!r}. {_FORMS}")
+        if not math.isfinite(self.amount) or self.amount < 0:
+            raise ValueError(
+                f"Invalid duration {self.amount!r} {self.unit}: it must be finite and at least 0. {_FORMS}"
+            )
+        if self.unit == "steps" and self.amount != int(self.amount):
+            raise ValueError(f"Invalid duration of {self.amount} steps: steps are whole. {_FORMS}")
+        if self.unit == "percent" and self.amount > 100:
+            raise ValueError(f"Invalid duration {self}: at most 100% of the run. {_FORMS}")
+
+    @classmethod
+    def parse(cls, value: int | str | Duration) -> Duration:
+        """Reads any of the notations; raises a ValueError that lists them otherwise."""
+        if isinstance(value, Duration):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return cls(value)
+        if isinstance(value, str):
+            if value.strip().isdecimal():
+                return cls(int(value))
+            if match := _PATTERN.fullmatch(value):
+                unit = match["unit"].lower()
+                unit = "percent" if unit in ("%", "percent") else unit.rstrip("s") + "s"
+                return cls(float(match["amount"]), unit)
+        hint = f" For {value * 100:g}% of the run write '{value * 100:g}%'." if _is_fraction(value) else ""
+        raise ValueError(f"Cannot read the duration {value!r}.{hint} {_FORMS}")
+
+    def steps(self, horizon: Horizon) -> int:
+        """The duration in optimizer steps, rounded to the nearest; a duration above zero is at least one step.
+
+        Raises:
+            ValueError: The unit needs a length that ``horizon`` does not know.
+        """
+        if self.unit == "steps":
+            return int(self.amount)
+        if self.unit == "epochs":
+            if horizon.steps_per_epoch is None:
+                raise ValueError(f"The duration '{self}' needs the length of an epoch, which is not known. {_FORMS}")
+            exact = self.amount * horizon.steps_per_epoch
+        else:
+            if horizon.total_steps is None:
+                raise ValueError(f"The duration '{self}' needs the length of the run, which is not known. {_FORMS}")
+            exact = self.amount / 100 * horizon.total_steps
+        return max(round(exact), 1) if self.amount > 0 else 0
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether it depends on the length of the whole run."""
+        return self.unit == "percent"
+
+    def __bool__(self) -> bool:
+        return self.amount > 0
+
+    def __str__(self) -> str:
+        return f"{self.amount:g}%" if self.unit == "percent" else f"{self.amount:g} {self.unit}"
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, float) and 0 < value < 1

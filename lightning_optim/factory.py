@@ -1,0 +1,216 @@
+"""From a model and a configuration to parameter groups, an optimizer and a scheduler."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_optim import optim
+from lightning_optim.durations import Horizon
+from lightning_optim.messages import nearest
+from lightning_optim.param_groups import ParamGroupRule, build_param_groups, check_rules
+from lightning_optim.schedules import Schedule, Scheduler, get_schedule
+from lightning_optim.training_length import horizon_of
+
+__all__ = ["OptimizerFactory"]
+
+
+class OptimizerFactory:
+    r"""Makes the optimizer of a model: groups by rules, fused where it can be, and a schedule per optimizer step.
+
+    Args:
+        optimizer: Which optimizer: a name (`lightning_optim.optim.list_optimizers`), an import path, a class, a mapping
+            with ``class_path`` and ``init_args`` as in YAML, or any callable from parameter groups to an optimizer.
+        lr: Peak learning rate of the groups without a multiplier, above 0. None for the optimizer's default. Not with a
+            callable or ``init_args``, which bring their own.
+        weight_decay: Weight decay of the groups without their own, at least 0. None for the optimizer's default.
+        optimizer_kwargs: Further arguments of the optimizer, for instance ``{"betas": (0.9, 0.95)}``.
+        schedule: A name (`lightning_optim.schedules.list_schedules`) or a `Schedule`. None keeps the rate constant,
+            after the warmup if there is one.
+        warmup: Length of the warmup for a schedule given by name: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``.
+        param_groups: Rules and presets, the first match wins. None means the preset ``no_decay``: no weight decay on
+            biases, norms and embeddings, which is nearly always what is wanted. An empty list means one group.
+
+    Raises:
+        ValueError: Anything unknown, out of range or given twice; the message says what is near.
+
+    Example:
+        In a module, ``return OptimizerFactory("adamw", lr=3e-4, schedule="cosine", warmup="5%")(self)`` in
+        ``configure_optimizers``. In a plain loop:
+
+        >>> factory = OptimizerFactory("sgd", lr=0.1, schedule="cosine", warmup=10)
+        >>> optimizer, scheduler = factory.build(nn.Linear(2, 2), Horizon(total_steps=100))
+        >>> [(group["name"], round(group["lr"], 3)) for group in optimizer.param_groups]
+        [('no_decay', 0.01), ('default', 0.01)]
+    """
+
+    def __init__(
+        self,
+        optimizer: str | Callable[[Iterable[Any]], Optimizer] | Mapping[str, Any] = "adamw",
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        schedule: str | Schedule | None = None,
+        warmup: int | str | None = None,
+        param_groups: Sequence[ParamGroupRule | str] | None = None,
+    ) -> None:
+        given = {"lr": lr, "weight_decay": weight_decay}
+        self._kwargs = {key: value for key, value in given.items() if value is not None} | (optimizer_kwargs or {})
+        self._make, self._label = _resolve_optimizer(optimizer, self._kwargs)
+        self._schedule = _resolve_schedule(schedule, warmup)
+        self._rules: Sequence[ParamGroupRule | str] = ("no_decay",) if param_groups is None else tuple(param_groups)
+        check_rules(self._rules)
+
+    def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Scheduler]:
+        """Makes the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
+
+        Args:
+            model: The model to optimize.
+            horizon: Length of the run; None if `Scheduler.resolve` will be told before the first step.
+
+        Raises:
+            ValueError: The rules do not fit the model, or the schedule the length of the run.
+        """
+        groups = build_param_groups(model, self._rules)
+        optimizer = self._make(groups)
+        self._check_groups(optimizer, groups)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group["lr_multiplier"]
+        return optimizer, Scheduler(optimizer, self._schedule, horizon)
+
+    def __call__(self, module: Any) -> dict[str, Any]:
+        """What Lightning wants from ``configure_optimizers``; the length of the run is asked of the Trainer later.
+
+        Args:
+            module: The LightningModule.
+        """
+        optimizer, scheduler = self.build(module)
+
+        def resolve(*_: Any) -> None:
+            if scheduler.horizon is None:
+                scheduler.resolve(horizon_of(module.trainer))
+
+        # Without a callback of ours on the Trainer, the first step is the first to come by after the data are set up.
+        optimizer.register_step_pre_hook(resolve)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self._kwargs.items())
+        return f"{type(self).__name__}({self._label}({options}), {self._schedule!r})"
+
+    def _check_groups(self, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            if group.get("weight_decay") and "weight_decay" not in optimizer.defaults:
+                raise ValueError(
+                    f"Parameter group {group['name']!r} sets weight_decay={group['weight_decay']}, but {self._label} has "
+                    f"no such option. It has: {', '.join(sorted(optimizer.defaults))}."
+                )
+
+
+_Make = Callable[[Iterable[Any]], Optimizer]
+
+
+def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, str]:
+    """A function from parameter groups to an optimizer, and its name for messages; tried out on a parameter of one."""
+    if isinstance(given, Mapping):
+        if unknown := set(given) - {"class_path", "init_args"}:
+            raise ValueError(
+                f"Unknown key {sorted(unknown)[0]!r} in optimizer={dict(given)!r}. It takes 'class_path' and 'init_args'."
+            )
+        init_args = given.get("init_args") or {}
+        if twice := sorted(set(init_args) & set(kwargs)):
+            raise ValueError(f"{twice[0]!r} is given twice: in the optimizer's init_args and beside it.")
+        given, kwargs = given["class_path"], {**init_args, **kwargs}
+    if isinstance(given, str):
+        given = _import(given) if "." in given else optim.get_optimizer_class(given)
+    if isinstance(given, type) and issubclass(given, Optimizer):
+        _check_kwargs(given, kwargs)
+        make, label = _Partial(given, kwargs), given.__name__
+    elif callable(given):
+        if kwargs:
+            raise ValueError(
+                f"{', '.join(sorted(kwargs))} cannot be passed on to the optimizer callable {given!r}. Set it there, or "
+                "give the optimizer as a name or a class."
+            )
+        make, label = given, getattr(given, "__name__", repr(given))
+    else:
+        raise TypeError(
+            f"Invalid optimizer={given!r}: give a name such as 'adamw', a subclass of torch.optim.Optimizer, an import "
+            "path, or a callable from parameter groups to an optimizer."
+        )
+    trial = make([{"params": [nn.Parameter(torch.zeros(1, 1))]}])  # refuses bad values now, not in the middle of fit
+    if not isinstance(trial, Optimizer):
+        raise TypeError(f"The optimizer callable {label} returned {trial!r}, which is no torch.optim.Optimizer.")
+    lr = trial.defaults.get("lr")
+    if lr is not None and not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"Invalid lr={float(lr)!r} of {label}: it must be finite and above 0.")
+    return make, label
+
+
+class _Partial:
+    """Calls an optimizer class, in its fused form where torch has one for these parameters."""
+
+    def __init__(self, cls: type[Optimizer], kwargs: dict[str, Any]) -> None:
+        self._cls = cls
+        self._kwargs = kwargs
+        options = inspect.signature(cls).parameters
+        self._try_fused = "fused" in options and not kwargs.keys() & {
+            "fused",
+            "foreach",
+            "capturable",
+            "differentiable",
+        }
+
+    def __call__(self, groups: Iterable[Any]) -> Optimizer:
+        groups = list(groups)
+        if self._try_fused:
+            try:
+                return self._cls(groups, fused=True, **self._kwargs)  # type: ignore[call-arg]
+            except RuntimeError:  # a device or dtype that torch has no fused kernel for
+                groups = [{**group} for group in groups]
+        return self._cls(groups, **self._kwargs)
+
+
+def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(cls).parameters
+    options = [name for name in parameters if name not in ("self", "params")]
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return  # the class itself says what it takes
+    for key, value in kwargs.items():
+        if key not in options:
+            raise ValueError(f"{cls.__name__} has no option {key!r}. {nearest(key, options)}")
+        if key == "weight_decay" and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"Invalid weight_decay={value!r} of {cls.__name__}: it must be finite and at least 0.")
+
+
+def _import(path: str) -> Any:
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"Cannot import the optimizer {path!r}: {error}.") from error
+    if not hasattr(module, name):
+        options = [
+            key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Optimizer)
+        ]
+        raise ValueError(f"{module_name} has no {name!r}. {nearest(name, options)}")
+    return getattr(module, name)
+
+
+def _resolve_schedule(schedule: str | Schedule | None, warmup: int | str | None) -> Schedule:
+    if isinstance(schedule, Schedule):
+        if warmup is not None:
+            raise ValueError(
+                f"The warmup is given twice: warmup={warmup!r} and in schedule={schedule!r}. Give it in the schedule."
+            )
+        return schedule
+    if schedule is not None and not isinstance(schedule, str):
+        raise TypeError(f"Invalid schedule={schedule!r}: give a name such as 'cosine' or a Schedule.")
+    return get_schedule(schedule or "constant")(warmup=0 if warmup is None else warmup)

@@ -39,7 +39,7 @@ class OptimCLI(LightningCLI):
         """Makes module, data and Trainer, then attaches the optimizer where the module has none."""
         super().instantiate_classes()
         if not is_overridden("configure_optimizers", self.model):
-            for callback in self.trainer.callbacks:
+            for callback in getattr(self.trainer, "callbacks", ()):
                 if isinstance(callback, ConfigureOptimizers):
                     attach(self.model, callback)
                     break

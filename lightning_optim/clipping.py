@@ -26,7 +26,7 @@ class ClipRule(ABC):
 class GlobalNorm(ClipRule):
     """Scales all gradients together so that their norm as one vector is at most ``max_norm``.
 
-    The divisor is max(1, (‖g‖ + 1e-6) / max_norm), the reciprocal of what `torch.nn.utils.clip_grad_norm_` multiplies by.
+    The divisor is max(1, (‖g‖ + 1e-6) / max_norm): the reciprocal of what torch's ``clip_grad_norm_`` multiplies by.
 
     Args:
         max_norm: Largest norm of the gradients that the optimizer sees, above 0; 1.0 is usual for transformers.

@@ -109,8 +109,8 @@ class OptimizerFactory:
         for group in groups:
             if group.get("weight_decay") and "weight_decay" not in optimizer.defaults:
                 raise ValueError(
-                    f"Parameter group {group['name']!r} sets weight_decay={group['weight_decay']}, but {self._label} has "
-                    f"no such option. It has: {', '.join(sorted(optimizer.defaults))}."
+                    f"Parameter group {group['name']!r} sets weight_decay={group['weight_decay']}, but {self._label} "
+                    f"has no such option. It has: {', '.join(sorted(optimizer.defaults))}."
                 )
 
 
@@ -122,7 +122,7 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, str]:
     if isinstance(given, Mapping):
         if unknown := set(given) - {"class_path", "init_args"}:
             raise ValueError(
-                f"Unknown key {sorted(unknown)[0]!r} in optimizer={dict(given)!r}. It takes 'class_path' and 'init_args'."
+                f"Unknown key {sorted(unknown)[0]!r} in optimizer={dict(given)!r}: it takes class_path and init_args."
             )
         init_args = given.get("init_args") or {}
         if twice := sorted(set(init_args) & set(kwargs)):
@@ -136,8 +136,8 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, str]:
     elif callable(given):
         if kwargs:
             raise ValueError(
-                f"{', '.join(sorted(kwargs))} cannot be passed on to the optimizer callable {given!r}. Set it there, or "
-                "give the optimizer as a name or a class."
+                f"{', '.join(sorted(kwargs))} cannot be passed on to the optimizer callable {given!r}. Set it there, "
+                "or give the optimizer as a name or a class."
             )
         make, label = given, getattr(given, "__name__", repr(given))
     else:

@@ -1,9 +1,9 @@
 """How a divisor and a skip flag reach an optimizer's update, whichever optimizer it is.
 
-Two ways. An optimizer that declares ``_step_supports_amp_scaling`` takes both as device tensors in its kernel, through the
-attributes ``grad_scale`` (gradients are divided by it) and ``found_inf`` (non-zero: nothing changes, moments and step
-counters included): torch's protocol for GradScaler. Every other optimizer gets its gradients scaled in place, and its
-``step`` not called. This is the one place that relies on the protocol.
+Two ways. An optimizer that declares ``_step_supports_amp_scaling`` takes both as device tensors in its kernel, through
+the attributes ``grad_scale`` (gradients are divided by it) and ``found_inf`` (non-zero: nothing changes, moments and
+step counters included): torch's protocol for GradScaler. Every other optimizer gets its gradients scaled in place, and
+its ``step`` not called. This is the one place that relies on the protocol.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_optim.transfer import PendingValues
 
 
-class StepSkipped(Exception):
+class StepSkipped(Exception):  # noqa: N818 - control flow, not an error
     """Carries the closure's loss past an update that must not happen."""
 
     def __init__(self, loss: Any) -> None:
@@ -43,10 +43,10 @@ class Operands(ABC):
     def apply(self, grads: Sequence[Tensor], divisor: Tensor | None, skip: Tensor | None, loss: Any) -> None:
         """Called right before the update. May raise `StepSkipped`."""
 
-    def restore(self) -> None:
+    def restore(self) -> None:  # noqa: B027 - nothing to do unless a subclass says so
         """Called right after the update."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Undoes what was done to the optimizer."""
 
 

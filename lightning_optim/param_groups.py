@@ -103,7 +103,7 @@ class ParamGroupRule:
         ):
             raise ValueError(
                 f"ParamGroupRule {self.name!r} has no criterion, so it would take every parameter. Give it `pattern`, "
-                "`module_types`, `max_ndim`, `min_ndim` or `predicate`; for all parameters set the optimizer's own values."
+                "`module_types`, `max_ndim`, `min_ndim` or `predicate`; for all parameters set the optimizer's values."
             )
 
     def _invalid(self, key: str, needed: str) -> ValueError:

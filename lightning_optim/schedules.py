@@ -1,7 +1,7 @@
 """Schedules: pure functions from the optimizer step to a multiplier, and the scheduler that applies one.
 
-A schedule never sees an optimizer. It says by what the peak learning rate is multiplied at a step, so it can be plotted,
-tested and composed; `Scheduler` multiplies each group's own peak, which keeps the groups' ratios.
+A schedule never sees an optimizer. It says by what the peak learning rate is multiplied at a step, so it can be
+plotted, tested and composed; `Scheduler` multiplies each group's own peak, which keeps the groups' ratios.
 """
 
 from __future__ import annotations
@@ -183,15 +183,15 @@ def get_schedule(name: str) -> type[Schedule]:
 class Scheduler(LRScheduler):
     """Sets each group's learning rate to its own peak times a schedule, once per optimizer step.
 
-    The peak is the group's ``lr`` when the scheduler is made, kept as ``initial_lr`` in the group (torch's name); a group
-    added later follows from then on at its own peak. Rates are always computed from the closed form, never from the
+    The peak is the group's ``lr`` when the scheduler is made, kept as ``initial_lr`` in the group (torch's name); a
+    group added later follows from then on at its own peak. Rates are always computed from the closed form, never from the
     previous rate, so nothing drifts over a resume.
 
     Args:
         optimizer: The optimizer whose groups are driven.
         schedule: The multiplier as a function of the step.
         horizon: Length of the run. None if it is not known yet: the optimizer keeps its rates until
-            [`resolve`][lightning_optim.schedules.Scheduler.resolve] is called, which has to happen before the first step.
+            [`resolve`][lightning_optim.schedules.Scheduler.resolve] is called, which has to be before the first step.
 
     Example:
         >>> import torch

@@ -73,7 +73,7 @@ def sum_groups(values: Tensor, group_sizes: Sequence[int]) -> Tensor:
 
     Plain sums over slices, in a fixed order: a scatter would use atomics on CUDA and give another result every run.
     """
-    return torch.stack([part.sum() for part in values.split(list(group_sizes))])
+    return torch.stack([part.sum() for part in torch.split(values, list(group_sizes))])
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ class PendingValues:
         if packed.device.type == "cuda":
             host = torch.empty_like(packed, device="cpu", pin_memory=True)
             host.copy_(packed, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
         else:
             host = packed.cpu()  # no copy on the CPU; other accelerators have no events to poll, so this one waits
@@ -55,7 +55,7 @@ class PendingValues:
 
     def ready(self) -> bool:
         """Whether the values have arrived."""
-        return self._arrived is None or self._arrived.query()
+        return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
 
     def read(self) -> list[float]:
         """The values, waiting for them if they are still on their way."""

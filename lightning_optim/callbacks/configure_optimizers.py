@@ -4,8 +4,8 @@ import types
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim.callbacks.hub import HubCallback
@@ -40,8 +40,8 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
             if _owner(present) is not self:
                 raise MisconfigurationException(
                     f"Two owners of the optimizer of {type(pl_module).__name__}: {self!r}, and "
-                    f"{_owner(present) or 'LightningCLI'}, which has set configure_optimizers on the module (LightningCLI "
-                    "does so for its keys `optimizer` and `lr_scheduler`). Remove one."
+                    f"{_owner(present) or 'LightningCLI'}, which has set configure_optimizers on the module. "
+                    "(LightningCLI does so for its keys `optimizer` and `lr_scheduler`.) Remove one."
                 )
             return
         rank_zero_info(f"{self!r} replaces {type(pl_module).__name__}.configure_optimizers.")
@@ -55,9 +55,9 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
         if isinstance(exception, MisconfigurationException) and not is_overridden(_METHOD, pl_module):
             name = type(pl_module).__name__
             exception.args = (
-                f"{name} defines no configure_optimizers, and Lightning checks that before a callback can supply it. "
-                f"Either call `lightning_optim.attach(model, callback)` with this ConfigureOptimizers before "
-                f"`trainer.fit(model)`, or run it with `lightning_optim.OptimCLI` (`lightning-optim fit`), which does so.",
+                f"{name} defines no configure_optimizers, and Lightning checks that before a callback can supply "
+                "it. Either call `lightning_optim.attach(model, callback)` with this ConfigureOptimizers before "
+                "`trainer.fit(model)`, or use `lightning_optim.OptimCLI` (`lightning-optim fit`), which does so.",
             )
 
 
@@ -78,8 +78,8 @@ def attach(model: L.LightningModule, factory: OptimizerFactory) -> None:
     present = vars(model).get(_METHOD)
     if present is not None and _owner(present) is not factory:
         raise MisconfigurationException(
-            f"{type(model).__name__} already has a configure_optimizers attached to it, by {_owner(present) or present!r}; "
-            f"cannot attach {factory!r} as well."
+            f"{type(model).__name__} already has a configure_optimizers attached to it, by "
+            f"{_owner(present) or present!r}; cannot attach {factory!r} as well."
         )
 
     def configure_optimizers(self: L.LightningModule) -> dict[str, Any]:

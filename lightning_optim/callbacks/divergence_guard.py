@@ -12,12 +12,12 @@ from lightning_optim.divergence import Detector, NonFiniteGradient
 
 
 class DivergenceGuard(HubCallback):
-    """Skips an optimizer step whose gradients are not finite, exactly: parameters, moments, step counters and schedule
-    stay bit for bit what they were, and training goes on with the next batch.
+    """Skips an optimizer step whose gradients are not finite, and goes on with the next batch.
 
-    The decision is taken on the device from the reduced gradients, so all ranks decide alike. It is exact for every
-    optimizer; with optimizers that take the flag in their kernel (all fused ones) the host never waits. Each skip is
-    warned about and logged as ``optim_health/skipped_steps``.
+    Parameters, moments, step counters and the schedule stay bit for bit what they were. The decision is taken on the
+    device from the reduced gradients, so all ranks decide alike. It is exact for every optimizer; with optimizers that
+    take the flag in their kernel (all fused ones) the host never waits. Each skip is warned about and logged as
+    ``optim_health/skipped_steps``.
 
     Under 16-bit precision with a GradScaler, its overflows are skipped steps as well.
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_optim.callbacks.hub import HubCallback
 from lightning_optim.clipping import GlobalNorm
@@ -10,9 +10,10 @@ from lightning_optim.clipping import GlobalNorm
 class GradientClipping(HubCallback):
     """Clips the gradients of every optimizer step by their global norm, right in every precision.
 
-    Unlike ``Trainer(gradient_clip_val=...)`` it works with fused optimizers in 16-bit precision, in manual optimization,
-    and reports what it does. Gradients are measured without the loss scale. With an optimizer whose kernel takes a
-    divisor (all fused ones) clipping costs one read of the gradients, else one more write; nothing waits for the device.
+    Unlike ``Trainer(gradient_clip_val=...)`` it works with fused optimizers in 16-bit precision and in manual
+    optimization, and reports what it does. Gradients are measured without the loss scale. With an optimizer whose
+    kernel takes a divisor (all fused ones) clipping costs one read of the gradients, else one more write; nothing waits
+    for the device.
 
     Args:
         max_norm: Largest norm of all gradients of one optimizer together, above 0.

@@ -15,12 +15,12 @@ from lightning_optim.step import StepRecord
 class OptimizerMonitor(HubCallback):
     """Shows in every logger what the optimizer does to each parameter group.
 
-    Every ``log_every_n_steps`` steps of the Trainer: learning rate and weight decay as the step used them, gradient norm
-    before and after clipping, parameter norm, update over parameter norm, share of clipped steps since the last report,
-    and skipped steps. Tags read ``optim_<quantity>/<group>``, one section of TensorBoard per quantity.
+    Every ``log_every_n_steps`` steps of the Trainer: learning rate and weight decay as the step used them, gradient
+    norm before and after clipping, parameter norm, update over parameter norm, share of clipped steps since the last
+    report, and skipped steps. Tags read ``optim_<quantity>/<group>``, one section of TensorBoard per quantity.
 
-    All values of a report cross to the host in one packed transfer, written when it has arrived; between reports nothing
-    is measured for the monitor and nothing waits for the device.
+    All values of a report cross to the host in one packed transfer, written when it has arrived; between reports
+    nothing is measured for the monitor and nothing waits for the device.
 
     Args:
         diagnostics: Quantities to show beside learning rate, weight decay, clip rate and skips; None for all that

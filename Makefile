@@ -1,0 +1,52 @@
+# Two commands set everything up, on a machine with Python and nothing else: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help demo test test-all lint docs bench clean
+.DEFAULT_GOAL := help
+
+help: ## List what can be made
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.demo ## Train a small language model on the standard library's sources and show what came out
+	$(BIN)/lightning-optim fit --config examples/char_lm.yaml
+
+test: $(VENV)/.dev lint ## Everything that CI runs
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev lint ## The same, with the tests that take minutes
+	$(BIN)/python -m pytest -m ""
+
+lint: $(VENV)/.dev ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev ## Build the documentation into site/, strictly
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.dev ## Measure; minutes, on a quiet machine
+	$(BIN)/python -m tests.benchmarks
+
+clean: ## Remove the environment and everything generated
+	rm -rf $(VENV) site dist runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch first and alone: the other packages would pull in a build with CUDA.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch and the rest into $(VENV); this takes a minute or two."
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[cpu,examples]'
+	@touch $@
+
+# timm wants torchvision, which has no build for the CPU; its optimizers do without.
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps timm
+	@touch $@

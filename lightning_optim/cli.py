@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 try:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -45,11 +44,15 @@ class OptimCLI(LightningCLI):
                     break
 
 
-def main(args: list[str] | None = None) -> Any:
-    """The ``lightning-optim`` command."""
+def main(args: list[str] | None = None) -> None:
+    """The ``lightning-optim`` command.
+
+    Args:
+        args: The command line after the program's name; None for the process's own.
+    """
     # As `python -m` does it: class paths such as `examples.char_lm.CharLM` start in the current directory.
     sys.path.insert(0, str(Path.cwd()))
-    return OptimCLI(args=args)
+    OptimCLI(args=args)
 
 
 if __name__ == "__main__":

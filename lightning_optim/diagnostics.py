@@ -84,11 +84,13 @@ class Report:
     Args:
         record: The step.
         diagnostics: What to compute.
-        previous: The report before this one; rates are over the steps since.
+        previous: The report before this one; rates are over the steps since, or over the whole run without.
         at: Where on the loggers' axis the step belongs.
     """
 
-    def __init__(self, record: StepRecord, diagnostics: Sequence[Diagnostic], previous: Report | None, at: int) -> None:
+    def __init__(
+        self, record: StepRecord, diagnostics: Sequence[Diagnostic], previous: Report | None = None, at: int = 0
+    ) -> None:
         self.at = at
         self._steps = record.steps
         self._previous = previous

@@ -184,8 +184,8 @@ class Scheduler(LRScheduler):
     """Sets each group's learning rate to its own peak times a schedule, once per optimizer step.
 
     The peak is the group's ``lr`` when the scheduler is made, kept as ``initial_lr`` in the group (torch's name); a
-    group added later follows from then on at its own peak. Rates are always computed from the closed form, never from the
-    previous rate, so nothing drifts over a resume.
+    group added later follows from then on at its own peak. Rates are always computed from the closed form, never from
+    the previous rate, so nothing drifts over a resume.
 
     Args:
         optimizer: The optimizer whose groups are driven.

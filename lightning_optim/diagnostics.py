@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_optim.step import StepRecord
+from lightning_optim.stats import StepRecord
 from lightning_optim.transfer import PendingValues
 
 __all__ = ["DEFAULT_DIAGNOSTICS", "ClippedGradNorm", "Diagnostic", "GradNorm", "ParamNorm", "Report", "UpdateRatio"]

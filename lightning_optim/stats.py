@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,31 @@ class StepStats:
     def groups(self, name: str) -> Tensor:
         """The sum called ``name`` over each parameter group, shape [groups]."""
         return sum_groups(self.sums[:, STEP_SUMS.index(name)], self.group_sizes)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Everything known about one step; the tensors are on the device.
+
+    Args:
+        group_names: Name of each parameter group that has gradients.
+        hyperparameters: Those groups' ``lr``, ``weight_decay`` and so on, as this step used them.
+        grad: The gradients before clipping, without any loss scale.
+        divisor: What the gradients were divided by to clip them, shape [].
+        skip: 1.0 if the step did not happen, else 0.0, shape [].
+        update: What the update did to the parameters.
+        steps: Optimizer steps so far, this one included.
+        counts: Of those, the clipped and the skipped ones, int64, shape [2].
+    """
+
+    group_names: tuple[str, ...]
+    hyperparameters: tuple[dict[str, Any], ...]
+    grad: GradStats
+    divisor: Tensor
+    skip: Tensor
+    update: StepStats
+    steps: int
+    counts: Tensor
 
 
 def sum_groups(values: Tensor, group_sizes: Sequence[int]) -> Tensor:

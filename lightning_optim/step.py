@@ -18,10 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_optim.clipping import ClipRule
 from lightning_optim.divergence import Detector
 from lightning_optim.operands import StepSkipped, operands_for
-from lightning_optim.stats import GradStats, StepStats, measure_norm_sq, measure_update
+from lightning_optim.stats import GradStats, StepRecord, StepStats, measure_norm_sq, measure_update
 from lightning_optim.transfer import HostMirror
 
-__all__ = ["StepCounts", "StepPipeline", "StepRecord"]
+__all__ = ["StepCounts", "StepPipeline"]
 
 
 @dataclass(frozen=True)
@@ -37,31 +37,6 @@ class StepCounts:
     steps: int = 0
     clipped: int = 0
     skipped: int = 0
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """Everything known about one step; the tensors are on the device.
-
-    Args:
-        group_names: Name of each parameter group that has gradients.
-        hyperparameters: Those groups' ``lr``, ``weight_decay`` and so on, as this step used them.
-        grad: The gradients before clipping, without any loss scale.
-        divisor: What the gradients were divided by to clip them, shape [].
-        skip: 1.0 if the step did not happen, else 0.0, shape [].
-        update: What the update did to the parameters.
-        steps: Optimizer steps so far, this one included.
-        counts: Of those, the clipped and the skipped ones, int64, shape [2].
-    """
-
-    group_names: tuple[str, ...]
-    hyperparameters: tuple[dict[str, Any], ...]
-    grad: GradStats
-    divisor: Tensor
-    skip: Tensor
-    update: StepStats
-    steps: int
-    counts: Tensor
 
 
 class StepPipeline:

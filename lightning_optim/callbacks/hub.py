@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from lightning_optim.clipping import ClipRule
 from lightning_optim.divergence import Detector
 from lightning_optim.schedules import Scheduler
-from lightning_optim.step import StepCounts, StepPipeline, StepRecord
+from lightning_optim.stats import StepRecord
+from lightning_optim.step import StepCounts, StepPipeline
 from lightning_optim.training_length import horizon_of
 
 CHECKPOINT_KEY = "lightning_optim"

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 from lightning_optim.callbacks.hub import HubCallback
 from lightning_optim.callbacks.lightning_private import logging_due, logging_step
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Report
-from lightning_optim.step import StepRecord
+from lightning_optim.stats import StepRecord
 
 
 class OptimizerMonitor(HubCallback):

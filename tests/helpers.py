@@ -1,0 +1,198 @@
+"""What many tests share: a tiny model, its data, quiet Trainers, recorders, and a reader of event files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+FEATURES = 4
+
+
+class Net(L.LightningModule):
+    """A body, a norm and a head, in the module anyone has, with an optimizer that nobody wants.
+
+    Args:
+        nan_batches: Batches whose loss is NaN.
+        seed: Seed of the weights.
+    """
+
+    def __init__(self, nan_batches: Iterable[int] = (), seed: int = 0) -> None:
+        super().__init__()
+        self.nan_batches = set(nan_batches)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.body = nn.Linear(FEATURES, 8)
+            self.norm = nn.LayerNorm(8)
+            self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.body(x))))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = nn.functional.mse_loss(self(x), y)
+        return loss * float("nan") if batch_idx in self.nan_batches else loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", nn.functional.mse_loss(self(x), y))
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=123.0)
+
+
+class BareNet(Net):
+    """The same without ``configure_optimizers``, which Lightning finds out from the class."""
+
+    configure_optimizers = L.LightningModule.configure_optimizers
+
+
+class Ramp(L.LightningModule):
+    """One weight whose gradient is 1 whatever the batch, so that plain SGD moves it by the rate it uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.weight * 1.0
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=123.0)
+
+
+def samples(count: int, scale: float = 1.0) -> TensorDataset:
+    """The same ``count`` inputs and targets every time."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, FEATURES, generator=generator)
+    return TensorDataset(x * scale, torch.randn(count, 2, generator=generator) * scale)
+
+
+def batches(count: int, batch_size: int = 2, scale: float = 1.0) -> DataLoader[Any]:
+    """A loader of ``count`` batches, in a fixed order."""
+    return DataLoader(samples(count * batch_size, scale), batch_size=batch_size)
+
+
+class Stream(IterableDataset[Any]):
+    """Samples without a length."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(samples(self.count))
+
+
+def make_trainer(callbacks: Iterable[L.Callback] = (), **options: Any) -> L.Trainer:
+    """A Trainer on the CPU without noise, logger and checkpoints, for one epoch unless told otherwise."""
+    length = {} if options.keys() & {"max_epochs", "max_steps", "max_time", "fast_dev_run"} else {"max_epochs": 1}
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }
+    return L.Trainer(callbacks=list(callbacks), **{**quiet, **length, **options})
+
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def precision(name: str, init_scale: float = 1024.0) -> dict[str, Any]:
+    """Trainer options for a precision; 16-mixed with a GradScaler, which Lightning itself makes for CUDA only."""
+    if name == "16-mixed":
+        return {"plugins": [MixedPrecision(name, "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))]}
+    return {"precision": name}
+
+
+class Recorder(L.Callback):
+    """Notes, from torch's own hooks and behind ours, what each update used, and what it left.
+
+    Attributes:
+        rates: Learning rate of every group, one row per update that happened.
+        weights: A copy of all parameters after each batch.
+    """
+
+    def __init__(self) -> None:
+        self.rates: list[list[float]] = []
+        self.weights: list[list[Tensor]] = []
+        self._handles: list[Any] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_post_hook(self._note))
+
+    def _note(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.rates.append([float(group["lr"]) for group in optimizer.param_groups])
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.weights.append([p.detach().clone() for p in pl_module.parameters()])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class Snapshots(L.Callback):
+    """Copies, around every batch, everything that a skipped step must leave alone."""
+
+    def __init__(self) -> None:
+        self.before: list[dict[str, Any]] = []
+        self.after: list[dict[str, Any]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.before.append(_snapshot(trainer, pl_module))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.after.append(_snapshot(trainer, pl_module))
+
+
+def _snapshot(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+    return copy.deepcopy(
+        {
+            "parameters": dict(pl_module.state_dict()),
+            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        }
+    )
+
+
+def bit_equal(a: Any, b: Any) -> bool:
+    """Whether two nests of containers, numbers and tensors are the same, dtypes and NaNs included."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and bool(((a == b) | (a.isnan() & b.isnan())).all())
+        )
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(bit_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(bit_equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def read_events(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar in the event files under ``folder``, as (step, value) points under its tag."""
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]
+    }

@@ -61,7 +61,7 @@ class ParamGroupRule:
         ValueError: A criterion or value cannot be used, or there is no criterion at all.
 
     Example:
-        >>> head = ParamGroupRule(name="head", pattern=r"^head\\.", lr_multiplier=10)
+        >>> head = ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10)
         >>> vectors = ParamGroupRule(name="no_decay", max_ndim=1, weight_decay=0)
         >>> model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
         >>> [group["name"] for group in build_param_groups(model, [head, vectors])]
@@ -207,6 +207,9 @@ def _preset(name: str, model: nn.Module) -> ParamGroupRule:
     return _PRESETS[name](model)
 
 
+_BIAS = re.compile(r"(^|[._])bias(_[^.]*)?$")  # bias, in_proj_bias, bias_ih_l0
+
+
 def _no_decay(model: nn.Module) -> ParamGroupRule:
     """Biases, norms, embeddings, and what the model or a part of it names in timm's ``no_weight_decay()``."""
     named = {
@@ -218,7 +221,7 @@ def _no_decay(model: nn.Module) -> ParamGroupRule:
 
     def undecayed(parameter: NamedParameter) -> bool:
         return (
-            any(name.rpartition(".")[2].endswith("bias") for name in parameter.names)
+            any(_BIAS.search(name) for name in parameter.names)
             or any(_is_norm_or_embedding(module) for module in parameter.modules)
             or any(name in named for name in parameter.names)
         )

@@ -204,6 +204,7 @@ class Scheduler(LRScheduler):
     def __init__(self, optimizer: Optimizer, schedule: Schedule, horizon: Horizon | None = None) -> None:
         self.schedule = schedule
         self.horizon = horizon
+        self.asks_for_horizon = horizon is None
         self._skipped_steps: Callable[[], int] = lambda: 0
         self._skips_seen = 0
         if horizon is not None:

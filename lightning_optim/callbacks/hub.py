@@ -165,7 +165,7 @@ class Hub:
             )
         for config in trainer.lr_scheduler_configs:
             if isinstance(scheduler := config.scheduler, Scheduler):
-                if scheduler.horizon is None:
+                if scheduler.asks_for_horizon:  # again, if a tuner has run a shorter fit before this one
                     scheduler.resolve(horizon_of(trainer))
                 if (pipeline := self._pipeline_of(scheduler.optimizer)) is not None:
                     scheduler.hold_on(lambda pipeline=pipeline: pipeline.counts().skipped)  # type: ignore[misc]

@@ -37,14 +37,14 @@ class Operands(ABC):
 
     def incoming(self) -> tuple[Tensor | None, Tensor | None]:
         """The loss scale still in the gradients and the overflow flag that a GradScaler has set, or None."""
-        return None, None
+        return getattr(self.optimizer, "grad_scale", None), getattr(self.optimizer, "found_inf", None)
 
     @abstractmethod
     def apply(self, grads: Sequence[Tensor], divisor: Tensor | None, skip: Tensor | None, loss: Any) -> None:
         """Called right before the update. May raise `StepSkipped`."""
 
     def restore(self) -> None:  # noqa: B027 - nothing to do unless a subclass says so
-        """Called right after the update."""
+        """Called right after the update, or after it broke off; more than once does no harm."""
 
     def close(self) -> None:  # noqa: B027
         """Undoes what was done to the optimizer."""
@@ -67,11 +67,7 @@ class InKernel(Operands):
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
-        self._found: dict[str, Any] = {}
-
-    def incoming(self) -> tuple[Tensor | None, Tensor | None]:
-        """What a GradScaler has set."""
-        return getattr(self.optimizer, "grad_scale", None), getattr(self.optimizer, "found_inf", None)
+        self._found: dict[str, Any] | None = None
 
     def apply(self, grads: Sequence[Tensor], divisor: Tensor | None, skip: Tensor | None, loss: Any) -> None:
         """Sets the two attributes; a loss scale that is already there stays in."""
@@ -79,18 +75,21 @@ class InKernel(Operands):
         self._found = {key: attributes[key] for key in ("grad_scale", "found_inf") if key in attributes}
         if divisor is not None:
             scale = self._found.get("grad_scale")
-            attributes["grad_scale"] = divisor if scale is None else scale * divisor
+            # torch's kernels read float32, whatever the parameters are.
+            attributes["grad_scale"] = (divisor if scale is None else scale * divisor).to(torch.float32)
         if skip is not None:
             _allocate_momentum(self.optimizer)
             attributes["found_inf"] = skip
 
     def restore(self) -> None:
         """Puts back what was found: a GradScaler deletes its attributes itself after the step."""
+        if self._found is None:
+            return
         attributes = vars(self.optimizer)
         for key in ("grad_scale", "found_inf"):
             attributes.pop(key, None)
         attributes.update(self._found)
-        self._found = {}
+        self._found = None
 
 
 class AroundStep(Operands):
@@ -102,7 +101,8 @@ class AroundStep(Operands):
 
     def __init__(self, optimizer: Optimizer, may_skip: bool) -> None:
         super().__init__(optimizer)
-        self._may_skip = may_skip
+        # One that takes operands, and is here for another reason, is called by a GradScaler even on an overflow.
+        self._may_skip = may_skip = may_skip or getattr(optimizer, "_step_supports_amp_scaling", False)
         self._closed = False
         if may_skip:
             self._had = vars(optimizer).get("step")

@@ -105,6 +105,7 @@ class StepPipeline:
         """Leaves the optimizer as it was."""
         while self._handles:
             self._handles.pop().remove()
+        self._operands.restore()
         self._operands.close()
 
     def counts(self) -> StepCounts:
@@ -134,6 +135,7 @@ class StepPipeline:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
+        self._operands.restore()  # the last update may have been interrupted
         args, kwargs, loss = _run_closure(args, kwargs)
         self._expected = False
         step = self._step = self._open()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -7,6 +8,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import math
+import warnings
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import nn
+
+import lightning_optim as lo
+from tests.helpers import Net, Recorder, Snapshots, batches, bit_equal, make_trainer, precision, read_events
+
+
+@pytest.fixture(autouse=True)
+def _expected():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Step .* skipped")
+        yield
+
+
+def _configure(fused=True, optimizer="adamw", **options):
+    return lo.ConfigureOptimizers(
+        optimizer, lr=0.01, schedule="cosine", warmup=3, optimizer_kwargs={"fused": fused, **options}
+    )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("clipped", [True, False])
+@pytest.mark.parametrize("bad", [0, 5])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_bad_batch_changes_nothing_and_training_goes_on(logger, optimizer, fused, name, clipped, bad):
+    model, guard, snapshots, recorder = Net(nan_batches=[bad]), lo.DivergenceGuard(), Snapshots(), Recorder()
+    options = {"momentum": 0.9} if optimizer == "sgd" else {}
+    parts = [_configure(fused, optimizer, **options), guard, lo.OptimizerMonitor(), snapshots, recorder]
+    parts += [lo.GradientClipping(0.5)] if clipped else []
+    make_trainer(parts, logger=logger, **precision(name)).fit(model, batches(12))
+    assert guard.skipped_steps == 1
+    for step in range(12):
+        before, after = snapshots.before[step], snapshots.after[step]
+        assert bit_equal(before["parameters"], after["parameters"]) is (step == bad), step
+        assert bit_equal(before["schedulers"], after["schedulers"]) is (step == bad), step
+        if step != bad or bad > 0:  # the first step makes the moments, of zeros
+            assert bit_equal(before["optimizers"], after["optimizers"]) is (step == bad), step
+    states = snapshots.after[-1]["optimizers"][0]["state"].values()
+    assert all(float(state["step"]) == 11 for state in states if "step" in state)
+    assert snapshots.after[-1]["schedulers"] == [{"last_epoch": 11}]
+    events = read_events(logger.log_dir)
+    assert [value for step, value in events["optim_health/skipped_steps"] if step < bad] == [0.0] * bad
+    assert {value for step, value in events["optim_health/skipped_steps"] if step >= bad} == {1.0}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("bad", [0, 4])
+def test_the_run_is_the_one_that_never_saw_the_bad_batch(fused, name, bad):
+    class SkipsBatches(Net):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx in self.nan_batches else super().training_step(batch, batch_idx)
+
+    def fit(model):
+        recorder = Recorder()
+        # One rate throughout: Lightning moves the schedule of a step that the module itself leaves out.
+        configure = lo.ConfigureOptimizers("adamw", lr=0.01, optimizer_kwargs={"fused": fused})
+        make_trainer([configure, lo.DivergenceGuard(), recorder], **precision(name)).fit(model, batches(8))
+        return recorder.weights
+
+    guarded, reference = fit(Net(nan_batches=[bad])), fit(SkipsBatches(nan_batches=[bad]))
+    if name == "32-true":
+        assert bit_equal(guarded, reference)
+    else:  # the scaler lowers its scale
+        torch.testing.assert_close(guarded, reference, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_schedule_stands_still_on_skipped_steps(fused):
+    recorder = Recorder()
+    make_trainer([_configure(fused), lo.DivergenceGuard(), recorder]).fit(Net(nan_batches=[1, 2, 6]), batches(10))
+    peak = [0.01 * (k + 1) / 3 if k < 3 else 0.01 * (1 + math.cos(math.pi * (k - 3) / 7)) / 2 for k in range(10)]
+    # An update that is left out in the kernel still passes torch's hooks; one whose call is left out does not.
+    happened = [0, 1, 1, 1, 2, 3, 4, 4, 5, 6] if fused else range(7)
+    assert [rates[0] for rates in recorder.rates] == pytest.approx([peak[k] for k in happened])
+
+
+def test_an_accumulated_nan_skips_the_whole_step():
+    model, guard, snapshots = Net(nan_batches=[2]), lo.DivergenceGuard(), Snapshots()
+    make_trainer([_configure(), guard, snapshots], accumulate_grad_batches=2).fit(model, batches(8))
+    assert guard.skipped_steps == 1  # batches 2 and 3
+    assert bit_equal(snapshots.before[2]["parameters"], snapshots.after[3]["parameters"])
+    assert not bit_equal(snapshots.before[4]["parameters"], snapshots.after[5]["parameters"])
+
+
+def test_an_infinite_gradient_of_one_parameter_suffices():
+    class Spiked(Net):
+        def on_after_backward(self):
+            if self.trainer.global_step == 3:
+                self.head.bias.grad[0] = math.inf
+
+    guard, snapshots = lo.DivergenceGuard(), Snapshots()
+    make_trainer([_configure(), guard, snapshots]).fit(Spiked(), batches(6))
+    assert guard.skipped_steps == 1
+    assert [
+        bit_equal(a["parameters"], b["parameters"]) for a, b in zip(snapshots.before, snapshots.after, strict=True)
+    ] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_each_skip_is_warned_about_with_its_step():
+    with pytest.warns(UserWarning, match=r"Step 2 skipped.*1 skipped so far") as caught:
+        make_trainer([_configure(), lo.DivergenceGuard()]).fit(Net(nan_batches=[2, 4]), batches(6))
+    told = [str(w.message) for w in caught if "skipped" in str(w.message)]
+    assert len(told) == 2
+    assert "Step 4 skipped" in told[1]
+
+
+def test_it_needs_no_logger_and_no_other_callback():
+    class Own(Net):
+        def configure_optimizers(self):
+            return torch.optim.RMSprop(self.parameters(), lr=0.01, momentum=0.9)
+
+    model, guard = Own(nan_batches=[0, 3]), lo.DivergenceGuard()
+    make_trainer([guard]).fit(model, batches(6))
+    assert guard.skipped_steps == 2
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_without_it_the_same_batch_ruins_the_model():
+    model = Net(nan_batches=[3])
+    make_trainer([_configure(), lo.OptimizerMonitor(), lo.GradientClipping()]).fit(model, batches(6))
+    assert all(p.isnan().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_overflows_of_the_scaler_count_and_hold_the_schedule_without_a_guard(fused):
+    snapshots, recorder = Snapshots(), Recorder()
+    model = Net(nan_batches=[0, 4])
+    make_trainer([_configure(fused), snapshots, recorder], **precision("16-mixed")).fit(model, batches(8))
+    assert snapshots.after[-1]["schedulers"] == [{"last_epoch": 6}]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_only_the_optimizer_with_bad_gradients_is_skipped():
+    class TwoOptimizers(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            for index, optimizer in enumerate(self.optimizers()):
+                optimizer.zero_grad()
+                loss = nn.functional.mse_loss(self(x), y)
+                self.manual_backward(loss * float("nan") if (index, batch_idx) == (1, 2) else loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [
+                torch.optim.AdamW(self.body.parameters(), lr=0.01, fused=True),
+                torch.optim.AdamW(self.head.parameters(), lr=0.01),
+            ]
+
+    model, guard, snapshots = TwoOptimizers(), lo.DivergenceGuard(), Snapshots()
+    make_trainer([guard, snapshots]).fit(model, batches(4))
+    assert guard.skipped_steps == 1
+    before, after = snapshots.before[2]["parameters"], snapshots.after[2]["parameters"]
+    assert torch.equal(before["head.weight"], after["head.weight"])
+    assert not torch.equal(before["body.weight"], after["body.weight"])
+
+
+def test_a_skip_at_the_last_step_of_an_epoch_does_not_end_training():
+    class Count(L.Callback):
+        epochs = 0
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.epochs += 1
+
+    count, guard = Count(), lo.DivergenceGuard()
+    trainer = make_trainer([_configure(), guard, count], max_epochs=3)
+    trainer.fit(Net(nan_batches=[3]), batches(4))
+    assert (count.epochs, guard.skipped_steps, trainer.global_step) == (3, 3, 12)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_optim.stats import StepRecord
+from lightning_optim.stats import StepCounts, StepRecord
 from lightning_optim.transfer import PendingValues
 
 __all__ = ["DEFAULT_DIAGNOSTICS", "ClippedGradNorm", "Diagnostic", "GradNorm", "ParamNorm", "Report", "UpdateRatio"]
@@ -76,6 +76,7 @@ class UpdateRatio(Diagnostic):
 
 DEFAULT_DIAGNOSTICS: tuple[Diagnostic, ...] = (GradNorm(), ClippedGradNorm(), ParamNorm(), UpdateRatio())
 _HYPERPARAMETERS = ("lr", "weight_decay")
+_START = StepCounts()
 
 
 class Report:
@@ -84,17 +85,21 @@ class Report:
     Args:
         record: The step.
         diagnostics: What to compute.
-        previous: The report before this one; rates are over the steps since, or over the whole run without.
+        since: The report before this one, or the counts at the start; rates are over the steps from there.
         at: Where on the loggers' axis the step belongs.
     """
 
     def __init__(
-        self, record: StepRecord, diagnostics: Sequence[Diagnostic], previous: Report | None = None, at: int = 0
+        self,
+        record: StepRecord,
+        diagnostics: Sequence[Diagnostic],
+        since: Report | StepCounts = _START,
+        at: int = 0,
     ) -> None:
         self.at = at
-        self._steps = record.steps
-        self._previous = previous
-        self._clipped = 0
+        self.steps = record.steps
+        self.clipped = 0
+        self._since: Report | StepCounts = since
         self._known: dict[str, float] = {}
         self._tags = ["clipped", "skipped"]
         columns = [record.counts.to(torch.float64)]
@@ -118,13 +123,8 @@ class Report:
     def read(self) -> dict[str, float]:
         """Every value under its tag. Reports are read in order, because rates are differences."""
         values = dict(zip(self._tags, self._pending.read(), strict=True))
-        self._clipped, skipped = int(values.pop("clipped")), values.pop("skipped")
-        steps = self._steps - (self._previous._steps if self._previous else 0)
-        clipped = self._clipped - (self._previous._clipped if self._previous else 0)
-        self._previous = None  # read once; do not keep the whole run alive
-        return {
-            **self._known,
-            **values,
-            "optim_health/clip_rate": clipped / steps,
-            "optim_health/skipped_steps": skipped,
-        }
+        self.clipped, skipped = int(values.pop("clipped")), values.pop("skipped")
+        clip_rate = (self.clipped - self._since.clipped) / (self.steps - self._since.steps)
+        self._since = _START  # read once: a chain of reports would keep the whole run alive
+        health = {"optim_health/clip_rate": clip_rate, "optim_health/skipped_steps": skipped}
+        return {**self._known, **values, **health}

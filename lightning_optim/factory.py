@@ -95,7 +95,7 @@ class OptimizerFactory:
 
         def resolve(*_: Any) -> None:
             if scheduler.horizon is None:
-                scheduler.resolve(horizon_of(module.trainer))
+                scheduler.resolve(horizon_of(module.trainer, fresh=scheduler.is_fresh))
 
         # Without a callback of ours on the Trainer, the first step is the first to come by after the data are set up.
         optimizer.register_step_pre_hook(resolve)

@@ -205,6 +205,7 @@ class Scheduler(LRScheduler):
         self.schedule = schedule
         self.horizon = horizon
         self.asks_for_horizon = horizon is None
+        self._restored = False
         self._skipped_steps: Callable[[], int] = lambda: 0
         self._skips_seen = 0
         if horizon is not None:
@@ -234,6 +235,11 @@ class Scheduler(LRScheduler):
         self.last_epoch += 1 - (skipped - self._skips_seen)
         self._skips_seen = skipped
         self._apply()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it stands at its start and has not been brought there by a checkpoint."""
+        return self.last_epoch == 0 and not self._restored
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at the current step."""
@@ -265,6 +271,7 @@ class Scheduler(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the saved position; the rates follow from it at once."""
         self.last_epoch = int(state_dict["last_epoch"])
+        self._restored = True
         self._apply()
 
 

@@ -70,6 +70,21 @@ class StepStats:
 
 
 @dataclass(frozen=True)
+class StepCounts:
+    """Steps so far, as far as the host knows.
+
+    Args:
+        steps: Optimizer steps, skipped ones included.
+        clipped: Steps whose gradients were scaled down.
+        skipped: Steps that did not happen.
+    """
+
+    steps: int = 0
+    clipped: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """Everything known about one step; the tensors are on the device.
 

@@ -7,7 +7,6 @@ skips and measures by itself, in a plain loop, with a closure, under a GradScale
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,25 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_optim.clipping import ClipRule
 from lightning_optim.divergence import Detector
 from lightning_optim.operands import StepSkipped, operands_for
-from lightning_optim.stats import GradStats, StepRecord, StepStats, measure_norm_sq, measure_update
+from lightning_optim.stats import GradStats, StepCounts, StepRecord, StepStats, measure_norm_sq, measure_update
 from lightning_optim.transfer import HostMirror
 
-__all__ = ["StepCounts", "StepPipeline"]
-
-
-@dataclass(frozen=True)
-class StepCounts:
-    """Steps so far, as far as the host knows.
-
-    Args:
-        steps: Optimizer steps, skipped ones included.
-        clipped: Steps whose gradients were scaled down.
-        skipped: Steps that did not happen.
-    """
-
-    steps: int = 0
-    clipped: int = 0
-    skipped: int = 0
+__all__ = ["StepPipeline"]
 
 
 class StepPipeline:

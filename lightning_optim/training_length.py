@@ -8,8 +8,13 @@ from typing import Any
 from lightning_optim.durations import Horizon
 
 
-def horizon_of(trainer: Any) -> Horizon:
+def horizon_of(trainer: Any, fresh: bool = False) -> Horizon:
     """The length of a Trainer's run; right from ``on_train_start`` on, when its dataloaders are set up.
+
+    Args:
+        trainer: The Trainer.
+        fresh: Whether to leave out what has been trained already: for a scheduler that starts at 0 in a second ``fit``
+            of the same Trainer, where Lightning makes new optimizers and goes on counting steps.
 
     Lightning's own ``estimated_stepping_batches`` is -1 for an ``IterableDataset`` with ``max_epochs``, infinite for
     ``max_time``, wrong with a ``GradientAccumulationScheduler``, and makes a resumed stateful dataloader replay batches
@@ -26,7 +31,8 @@ def horizon_of(trainer: Any) -> Horizon:
         if known_epochs:
             bounds.append(sum(epochs))
         steps_per_epoch = sum(epochs) / len(epochs) if epochs else None
-    return Horizon(min(bounds) if bounds else None, steps_per_epoch)
+    done = trainer.global_step // max(len(trainer.optimizers), 1) if fresh else 0
+    return Horizon(min(bounds) - done if bounds else None, steps_per_epoch)
 
 
 def _accumulation(trainer: Any, epoch: int) -> int:

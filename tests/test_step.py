@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_optim.clipping import GlobalNorm
 from lightning_optim.divergence import NonFiniteGradient
-from lightning_optim.step import StepCounts, StepPipeline
+from lightning_optim.stats import StepCounts
+from lightning_optim.step import StepPipeline
 from tests.helpers import bit_equal
 from tests.optimizer_cases import ALL, AROUND, FUSED, SPARSE, Case, set_gradients
 

@@ -52,7 +52,8 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
         """Undoes everything, and adds the way out to Lightning's message about a missing method."""
         super().on_exception(trainer, pl_module, exception)
         # Lightning verifies the module before it calls any hook of a callback, so this is the first chance to help.
-        if isinstance(exception, MisconfigurationException) and not is_overridden(_METHOD, pl_module):
+        missing = isinstance(exception, MisconfigurationException) and f"No `{_METHOD}()`" in str(exception)
+        if missing and not is_overridden(_METHOD, pl_module):
             name = type(pl_module).__name__
             exception.args = (
                 f"{name} defines no configure_optimizers, and Lightning checks that before a callback can supply "

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from lightning_optim.clipping import ClipRule
 from lightning_optim.divergence import Detector
 from lightning_optim.schedules import Scheduler
-from lightning_optim.stats import StepRecord
-from lightning_optim.step import StepCounts, StepPipeline
+from lightning_optim.stats import StepCounts, StepRecord
+from lightning_optim.step import StepPipeline
 from lightning_optim.training_length import horizon_of
 
 CHECKPOINT_KEY = "lightning_optim"
@@ -29,6 +29,8 @@ class HubCallback(L.Callback):
     """A callback that contributes parts to the step pipeline. Only the first of a Trainer's drives the hub."""
 
     _hub: Hub | None = None
+    _kept_state: dict[str, Any] | None = None
+    """The hub's last state: Lightning saves checkpoints on request after the fit, too."""
 
     # What a subclass contributes.
 
@@ -52,6 +54,7 @@ class HubCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Joins the Trainer's hub."""
         if stage == "fit":
+            self._kept_state = None
             self._hub = _hubs.setdefault(trainer, Hub(trainer))
             self._hub.join(self)
 
@@ -73,7 +76,9 @@ class HubCallback(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Saves the counts of all pipelines."""
         if (hub := self._led_hub) is not None:
-            checkpoint[CHECKPOINT_KEY] = hub.state_dict()
+            self._kept_state = hub.state_dict()
+        if self._kept_state is not None:
+            checkpoint[CHECKPOINT_KEY] = self._kept_state
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remembers the saved counts for the pipelines to come."""
@@ -100,6 +105,8 @@ class HubCallback(L.Callback):
         return self._hub if self._hub is not None and self._hub.members[0] is self else None
 
     def _leave(self) -> None:
+        if (hub := self._led_hub) is not None:
+            self._kept_state = hub.state_dict()
         if self._hub is not None:
             self._hub.close()
             self._hub = None
@@ -166,7 +173,7 @@ class Hub:
         for config in trainer.lr_scheduler_configs:
             if isinstance(scheduler := config.scheduler, Scheduler):
                 if scheduler.asks_for_horizon:  # again, if a tuner has run a shorter fit before this one
-                    scheduler.resolve(horizon_of(trainer))
+                    scheduler.resolve(horizon_of(trainer, fresh=scheduler.is_fresh))
                 if (pipeline := self._pipeline_of(scheduler.optimizer)) is not None:
                     scheduler.hold_on(lambda pipeline=pipeline: pipeline.counts().skipped)  # type: ignore[misc]
 

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 from lightning_optim.callbacks.hub import HubCallback
 from lightning_optim.callbacks.lightning_private import logging_due, logging_step
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Report
-from lightning_optim.stats import StepRecord
+from lightning_optim.stats import StepCounts, StepRecord
 
 
 class OptimizerMonitor(HubCallback):
@@ -41,15 +41,20 @@ class OptimizerMonitor(HubCallback):
                 f"Two diagnostics are called {duplicates[0]!r}; each name makes a tag, so it must be unique."
             )
         self._pending: deque[tuple[int, Report]] = deque()
-        self._last: dict[int, Report] = {}
+        self._last: dict[int, Report | StepCounts] = {}
 
     def report_due(self, trainer: L.Trainer) -> bool:
         """When Lightning logs, provided anything takes it."""
         return bool(trainer.loggers) and logging_due(trainer)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Rates start here, also on a resume."""
+        super().on_train_start(trainer, pl_module)
+        self._last = dict(enumerate(self.hub.counts()))
+
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
         """Computes the diagnostics on the device and sends them off."""
-        report = Report(record, self.diagnostics, self._last.get(optimizer_index), at=logging_step(trainer))
+        report = Report(record, self.diagnostics, self._last[optimizer_index], at=logging_step(trainer))
         self._last[optimizer_index] = report
         self._pending.append((optimizer_index, report))
 
@@ -71,7 +76,6 @@ class OptimizerMonitor(HubCallback):
     def _flush(self, trainer: L.Trainer) -> None:
         while self._pending:
             self._write(trainer)
-        self._last.clear()
 
     def _write(self, trainer: L.Trainer) -> None:
         index, report = self._pending.popleft()

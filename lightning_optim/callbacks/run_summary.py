@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.stats import StepCounts
 
 
 class RunSummary(HubCallback):
@@ -36,8 +37,12 @@ class RunSummary(HubCallback):
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("RunSummary needs rich: pip install 'lightning-optim[cli]'") from error
         self.metrics = metrics
-        self._first_step = 0
-        self._start = 0.0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets the last fit: one that has nothing left to train never starts or ends training."""
+        super().setup(trainer, pl_module, stage)
+        self._first_step, self._start, self._seconds = trainer.global_step, 0.0, 0.0
+        self._counts: list[StepCounts] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""

@@ -61,16 +61,16 @@ class CpuBackend(Backend):
         addresses, write_back, keep = _addresses(batch)
         columns = scalar_columns(batch, divisor)
 
-        def run(purpose: str, cautious: bool = False) -> Tensor:
+        def run(purpose: str, cautious: bool = False) -> dict[str, Tensor]:
             kernel = build(type(rule), dtypes, purpose, cautious)  # type: ignore[arg-type] # mypy: type not Hashable
             table = torch.stack([columns[name] for name in kernel.scalars], dim=1).to(batch.dtype)
-            return _run(kernel, numel, addresses, table.numpy())
+            sums = sum_over_shards(_run(kernel, numel, addresses, table.numpy()), batch.wholes)
+            return dict(zip(kernel.sums, sums.unbind(1), strict=True))
 
         if rule.sums:
-            sums = sum_over_shards(run("sums"), batch.wholes)
-            columns |= rule.rescale(columns, dict(zip(rule.sums, sums.unbind(1), strict=True)), whole_numel(batch))
+            columns |= rule.rescale(columns, run("sums"), whole_numel(batch))
         if batch.cautious:
-            counts = sum_over_shards(run("agreement")[:, 0], batch.wholes)
+            counts = run("agreement")["agreement"]
             whole = whole_numel(batch)
             columns["mask_scale"] = whole / counts.maximum(whole * 1e-3)
         sums = run("step+sums" if collect else "step", batch.cautious)
@@ -78,7 +78,10 @@ class CpuBackend(Backend):
             tensor.copy_(copy)
         del keep
         commit(batch, columns, skip)
-        return sum_over_shards(sums, batch.wholes).float() if collect else None
+        if not collect:
+            return None
+        missing = torch.full((len(numel),), math.nan, dtype=torch.float64)
+        return torch.stack([sums.get(name, missing) for name in STEP_SUMS], dim=1).float()
 
 
 def _tensors(batch: Batch, i: int) -> list[Tensor]:
@@ -138,9 +141,9 @@ def _blocks(numel: tuple[int, ...]) -> npt.NDArray[np.int64]:
 def _run(kernel: Kernel, numel: tuple[int, ...], addresses: npt.NDArray[Any], scalars: npt.NDArray[Any]) -> Tensor:
     """Run ``kernel`` over all blocks, and add each tensor's block sums in their order: [tensors, sums], float64."""
     blocks = _blocks(numel)
-    sums = np.zeros((len(blocks), kernel.sums))
+    sums = np.zeros((len(blocks), len(kernel.sums)))
     run_blocks(lambda first, last: kernel.run(first, last, blocks, addresses, scalars, sums), len(blocks))
-    totals = np.zeros((len(numel), kernel.sums))
+    totals = np.zeros((len(numel), len(kernel.sums)))
     if kernel.sums:
         np.add.at(totals, blocks[:, 0], sums)
     return torch.from_numpy(totals)

@@ -6,7 +6,6 @@ arithmetic in it is the rule's own function, rebound. Print `source(...)` to rea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +17,6 @@ import numpy as np
 from lightning_optim.backends import cpu_cache
 from lightning_optim.backends.cpu_memory import FAST_SUMS, compiled, load, named_functions, store
 from lightning_optim.rules import UpdateRule, rebind
-from lightning_optim.stats import STEP_SUMS
 from lightning_optim.weight_decay import total_change
 
 CHUNK = 4096
@@ -33,12 +31,12 @@ class Kernel:
         run: `run(first, last, blocks, addresses, scalars, sums)`: blocks [blocks, 3] of (tensor, first element, end),
             addresses [tensors, slots] of parameter, gradient, states, scalars [tensors, columns], sums [blocks, sums].
         scalars: Names of the columns of ``scalars``.
-        sums: Number of columns of ``sums``.
+        sums: Names of the columns of ``sums``.
     """
 
     run: Callable[..., None]
     scalars: tuple[str, ...]
-    sums: int
+    sums: tuple[str, ...]
 
 
 @cache
@@ -64,7 +62,6 @@ def build(rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautiou
         "sqrt": named["sqrt"],
         "maximum": named["maximum"],
         "float": getattr(numba, wide),
-        "nan": math.nan,
     }
     for slot, dtype in enumerate(dtypes):
         names[f"load_{slot}"] = load(dtype, slot, len(dtypes))
@@ -98,8 +95,8 @@ def _columns(rule: type[UpdateRule], purpose: str, cautious: bool) -> tuple[str,
 
 def source(
     rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, columns: tuple[str, ...], cautious: bool
-) -> tuple[str, int]:
-    """The kernel's text, and its number of sums."""
+) -> tuple[str, tuple[str, ...]]:
+    """The kernel's text, and the names of its sums."""
     states = range(len(rule.state))
     old = [f"old_{i}" for i in states]
     new = [f"new_{i}" for i in states]
@@ -111,19 +108,19 @@ def source(
     body += [f"grad = raw + {scalar['l2']} * param"]
     body += [f"{old[i]} = load_{i + 2}(address_{i + 2}, i)" for i in states]
     if purpose == "sums":
-        terms = [f"term_{i}" for i in range(len(rule.sums))]
-        body.append(f"{', '.join(terms)}, = rule_function({arguments})")
+        terms = {name: f"term_{i}" for i, name in enumerate(rule.sums)}
+        body.append(f"{', '.join(terms.values())}, = rule_function({arguments})")
     else:
         body.append(f"{', '.join(['delta', *new])}{'' if new else ','} = rule_function({arguments})")
         agrees = "float(1) if delta * grad > zero else zero"
         if purpose == "agreement":
-            terms = [agrees]
+            terms = {"agreement": agrees}
         else:
             if cautious:
                 body.append(f"delta = delta * {scalar['mask_scale']} if delta * grad > zero else zero")
             body += [f"{new[i]} = store_{i + 2}(address_{i + 2}, i, {new[i]})" for i in states]
             body.append(f"after = store_0(address_0, i, param - total_change(param, delta, {scalar['decay']}))")
-            terms = _step_terms(rule, scalar) if purpose == "step+sums" else []
+            terms = _step_terms(rule, scalar) if purpose == "step+sums" else {}
 
     totals = [f"total_{i}" for i in range(len(terms))]
     lines = ["def kernel(first, last, blocks, addresses, scalars, sums):", "    zero = float(0)"]
@@ -136,18 +133,19 @@ def source(
     lines += [f"            sum_{i} = zero" for i in range(len(terms))]
     lines += [f"            for i in range(chunk, min(chunk + {CHUNK}, end)):"]
     lines += [f"                {line}" for line in body]
-    lines += [f"                sum_{i} += {term}" for i, term in enumerate(terms)]
+    lines += [f"                sum_{i} += {term}" for i, term in enumerate(terms.values())]
     lines += [f"            {total} += sum_{i}" for i, total in enumerate(totals)]
     lines += [f"        sums[block, {i}] = {total}" for i, total in enumerate(totals)]
-    return "\n".join(lines) + "\n", len(terms)
+    return "\n".join(lines) + "\n", tuple(terms)
 
 
-def _step_terms(rule: type[UpdateRule], scalar: dict[str, str]) -> list[str]:
-    """What one element adds to each of the step sums, in their order."""
-    terms = dict.fromkeys(STEP_SUMS, "float(nan)")
-    terms["param_sq"] = "param * param"
-    terms["update_sq"] = "(after - param) * (after - param)"
-    terms["zero_grad"] = "(float(1) if raw == zero else zero)"
+def _step_terms(rule: type[UpdateRule], scalar: dict[str, str]) -> dict[str, str]:
+    """What one element adds to each of the step sums that the rule has."""
+    terms = {
+        "param_sq": "param * param",
+        "update_sq": "(after - param) * (after - param)",
+        "zero_grad": "(float(1) if raw == zero else zero)",
+    }
     if rule.first_moment is not None:
         slot = rule.state.index(rule.first_moment)
         terms["grad_exp_avg"] = f"raw * old_{slot}"
@@ -158,7 +156,7 @@ def _step_terms(rule: type[UpdateRule], scalar: dict[str, str]) -> list[str]:
         ratio = f"(raw / maximum({root}, float(1e-18)))"
         terms["grad_sq_over_exp_avg_sq"] = f"{ratio} * {ratio}"
         terms["below_eps"] = f"(float(1) if {root} < {scalar['eps']} else zero)"
-    return list(terms.values())
+    return terms
 
 
 @cache
@@ -184,4 +182,4 @@ def build_measure(dtype: str) -> Kernel:
     cpu_cache.keep_on_disk(dispatcher, f"measure-{cpu_cache.fingerprint(text + dtype, ())}")
     with cpu_cache.SaysIfSlow(lambda: f"Compiling the CPU kernel of gradient norms for {dtype}; this happens once."):
         dispatcher.compile(f"void(int64, int64, int64[:, ::1], int64[:, ::1], {wide}[:, ::1], float64[:, ::1])")
-    return Kernel(dispatcher, (), 1)
+    return Kernel(dispatcher, (), ("norm_sq",))

@@ -45,6 +45,9 @@ def sign(x: Scalar) -> Scalar:
 def where(condition: Scalar, x: Scalar, y: Scalar) -> Scalar:
     """``x`` where ``condition`` holds, else ``y``. Both are evaluated."""
     if isinstance(condition, Tensor):
+        # Two numbers would make a float32 tensor, whatever the precision around them.
+        wide = torch.float32 if condition.device.type == "mps" else torch.float64
+        x, y = (v if isinstance(v, Tensor) else condition.new_full((), v, dtype=wide) for v in (x, y))
         return torch.where(condition, x, y)
     return x if condition else y
 

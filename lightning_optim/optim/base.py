@@ -13,10 +13,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_optim import backends
 from lightning_optim.backends import Batch
 from lightning_optim.backends.base import arithmetic_dtype
-from lightning_optim.backends.scalars import read
 from lightning_optim.backends.shards import local
 from lightning_optim.optim.checkpoint import load_state_dict
-from lightning_optim.optim.hyperparameters import check_values, refuse_typos
+from lightning_optim.optim.hyperparameters import check_values, number, refuse_typos
 from lightning_optim.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.stats import STEP_SUMS, StepStats
 from lightning_optim.weight_decay import WeightDecayKind
@@ -85,9 +84,7 @@ class FusedOptimizer(Optimizer):
         filled = self.defaults | group
         filled["weight_decay_kind"] = WeightDecayKind.parse(filled["weight_decay_kind"]).value
         group["weight_decay_kind"] = filled["weight_decay_kind"]
-        given = filled["lr"]
-        lr = float(given) if not isinstance(given, Tensor) or given.device.type != "cpu" else read(given)
-        group.setdefault("peak_lr", group.get("initial_lr", lr))
+        group.setdefault("peak_lr", group.get("initial_lr", number(owner.__name__, filled, "lr")))
         filled["peak_lr"] = group["peak_lr"]
         refuse_typos(type(self).__name__, group, filled.keys() - (group.keys() - self.defaults.keys()))
         check_values(owner.__name__, filled)

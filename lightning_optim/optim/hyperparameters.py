@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,21 +18,27 @@ BEYOND = ("name", "params", "param_names", "rule", "peak_lr", "initial_lr", "lr_
 """Group keys that are not hyperparameters but are known, and so never taken for misspelt ones."""
 
 
+def number(owner: str, group: Mapping[str, Any], name: str) -> float:
+    """The hyperparameter ``name``, a number or a one-element tensor, as a float."""
+    value = group[name]
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            shape = tuple(value.shape)
+            raise ValueError(
+                f"{_where(owner, group)}{name} has shape {shape}; needed is a number or a one-element tensor."
+            )
+        return float(value.detach())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{_where(owner, group)}{name}={value!r} is a {type(value).__name__}; needed is a number.")
+    return float(value)
+
+
 def check_values(owner: str, group: Mapping[str, Any]) -> None:
     """Raise ValueError, naming what was given and what is needed, if a hyperparameter is out of its range."""
-    where = f"{owner}: " if "name" not in group else f"{owner}, group {group['name']!r}: "
+    where = _where(owner, group)
     for name in NON_NEGATIVE:
-        value = group.get(name, 0.0)
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"{where}{name} has shape {tuple(value.shape)}; needed is a number or a one-element tensor."
-                )
-            if value.device.type != "cpu":
-                continue  # not read on the host
-        elif not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"{where}{name}={value!r} is a {type(value).__name__}; needed is a number.")
-        if not 0.0 <= float(value) < float("inf"):
+        value = number(owner, group, name) if name in group else 0.0
+        if not 0.0 <= value < math.inf:
             raise ValueError(f"{where}{name}={value} is out of range; needed is a finite number of at least 0.")
     for name in FRACTIONS:
         for index, value in enumerate(group.get(name, ())):
@@ -56,3 +63,7 @@ def refuse_typos(owner: str, given: Iterable[str], known: Iterable[str]) -> None
     for key in given:
         if key not in known and key not in BEYOND and difflib.get_close_matches(key, known, n=1, cutoff=0.85):
             raise ValueError(f"{owner}: parameter group has an unknown key {key!r}. {nearest(key, known)}")
+
+
+def _where(owner: str, group: Mapping[str, Any]) -> str:
+    return f"{owner}, group {group['name']!r}: " if "name" in group else f"{owner}: "

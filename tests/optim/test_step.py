@@ -199,7 +199,7 @@ def test_operands_set_by_the_closure_are_honoured() -> None:
 
 
 def test_works_under_grad_scaler() -> None:
-    """The scaler's own loop: scaled gradients are unscaled inside the step, an overflow is skipped, attributes go away."""
+    """Scaled gradients are unscaled inside the step, an overflow is skipped, and the scaler removes its attributes."""
     param = torch.ones(3, requires_grad=True)
     optimizer = optim.AdamW([param], lr=0.1, weight_decay=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -115,7 +115,7 @@ def _addresses(batch: Batch) -> tuple[npt.NDArray[Any], list[tuple[Tensor, Tenso
     keep: list[Tensor] = []
     for i in range(len(batch.params)):
         tensors = _tensors(batch, i)
-        if not all(tensor.is_contiguous() for tensor in tensors):
+        if not all(map(Tensor.is_contiguous, tensors)):
             strides = tensors[0].stride()
             if not (_dense(tensors[0]) and all(tensor.stride() == strides for tensor in tensors)):
                 copies = [tensor.contiguous() for tensor in tensors]

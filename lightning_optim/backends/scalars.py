@@ -40,20 +40,13 @@ def scalar_columns(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
 
 def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> None:
     """Write the 0-d state of a step that was taken: `step` + 1, the others from ``columns``."""
-    names = batch.scalar_states[0]
-    if batch.device.type == "cpu":  # the caller has returned already if this step is skipped
-        for name in names:
-            new = None if name == "step" else columns[name].tolist()
-            for i, state in enumerate(batch.scalar_states):
-                memory = state[name].numpy()
-                memory[...] = memory + 1 if new is None else new[i]
-        return
-    for name in names:
-        old = torch.stack([state[name] for state in batch.scalar_states])
-        new_values = old + 1 if name == "step" else columns[name].to(old.dtype)
+    for name in batch.scalar_states[0]:
+        tensors = [state[name] for state in batch.scalar_states]
+        old = torch.stack(tensors)
+        new = old + 1 if name == "step" else columns[name].to(old.dtype)
         if skip is not None:
-            new_values = torch.where(skip != 0, old, new_values)
-        torch._foreach_copy_([state[name] for state in batch.scalar_states], list(new_values.unbind()))
+            new = torch.where(skip != 0, old, new)
+        torch._foreach_copy_(tensors, list(new.unbind()))
 
 
 def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,18 +60,21 @@ def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> 
 
 
 def _host_columns(batch: Batch) -> dict[str, Tensor]:
+    states = list(batch.scalar_states[0])
+    # `tolist` reads memory, too. A column for each 0-d state; tensors that share all of them and the group share a row.
+    old = [torch.stack([state[name] for state in batch.scalar_states]).tolist() for name in states]
+    keys = list(zip(map(id, batch.groups), *old, strict=True))
     names: list[str] = []
     rows: list[list[float]] = []
-    known: dict[tuple[Any, ...], list[float]] = {}
-    for group, state in zip(batch.groups, batch.scalar_states, strict=True):
-        values = [read(tensor) for tensor in state.values()]
-        key = (id(group), *values)
-        if key not in known:  # nearly always: one step count per group
-            numbers = _numbers(batch, _readable(group), dict(zip(state, values, strict=True)))
+    known: dict[tuple[Any, ...], int] = {}
+    for group, key in zip(batch.groups, keys, strict=True):
+        if key not in known:  # nearly always once per group
+            numbers = _numbers(batch, _readable(group), dict(zip(states, key[1:], strict=True)))
             names = names or list(numbers)
-            known[key] = [float(numbers[name]) for name in names]
-        rows.append(known[key])
-    return dict(zip(names, torch.tensor(rows, dtype=torch.float64).t().contiguous(), strict=True))
+            known[key] = len(rows)
+            rows.append([float(numbers[name]) for name in names])
+    table = torch.tensor(rows, dtype=torch.float64).t()
+    return dict(zip(names, table[:, [known[key] for key in keys]], strict=True))
 
 
 def _readable(group: Mapping[str, Any]) -> Mapping[str, Any]:

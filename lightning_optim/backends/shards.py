@@ -11,6 +11,8 @@ from torch import Tensor
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, sharing its memory; any other tensor as it is."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):  # nearly always; and asking for a missing attribute takes longer
+        return tensor
     to_local = getattr(tensor, "to_local", None)  # asks for no import of torch.distributed
     return tensor if to_local is None else to_local()
 

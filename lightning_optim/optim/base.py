@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -90,7 +91,9 @@ class FusedOptimizer(Optimizer):
         check_values(owner.__name__, filled)
         owner.check(filled)
         count = len(self.param_groups)
-        super().add_param_group(group)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
+            super().add_param_group(group)
         try:
             self._check_params(self.param_groups[-1])
         except Exception:
@@ -115,6 +118,11 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batches, rows, sizes = self._batches()
+        if self.divisor is not None and self.divisor.shape not in ((), (sum(sizes),)):
+            raise ValueError(
+                f"{type(self).__name__}: divisor has shape {tuple(self.divisor.shape)}; needed is [] or one value for each "
+                f"parameter with a gradient, [{sum(sizes)}]."
+            )
         collected: list[Tensor] = []
         for key, batch in batches.items():
             backend = backends.choose(self.backend, batch.device)
@@ -139,6 +147,7 @@ class FusedOptimizer(Optimizer):
         row = 0
         for group in self.param_groups:
             rule = self.rule_of(group)
+            scalar_names = ("step", *rule.scalar_state) if rule.counts_steps else tuple(rule.scalar_state)
             first = row
             for index, param in enumerate(group["params"]):
                 grad = param.grad
@@ -153,16 +162,14 @@ class FusedOptimizer(Optimizer):
                 state = self._state(param, group, rule)
                 names = rule.state if isinstance(rule, UpdateRule) else _tensor_names(rule, state)
                 tensors = {name: local(state[name]) for name in names}
-                scalar_names = ("step", *rule.scalar_state) if rule.counts_steps else tuple(rule.scalar_state)
-                param_local, grad_local = local(param), local(grad)
-                key: tuple[Any, ...] = (type(rule), param.device, param.dtype, grad.dtype, group["cautious"])
-                key += tuple(tensor.dtype for tensor in tensors.values())
-                if key not in batches:
-                    batches[key] = Batch(rule, [], [], [], [], [], [], group["cautious"])
+                dtypes = [tensor.dtype for tensor in tensors.values()]
+                key = (type(rule), group["cautious"], param.device, param.dtype, grad.dtype, *dtypes)
+                batch: Any = batches.get(key)
+                if batch is None:
+                    batch = batches[key] = Batch(rule, [], [], [], [], [], [], group["cautious"])
                     rows[key] = []
-                batch: Any = batches[key]
-                batch.params.append(param_local)
-                batch.grads.append(grad_local)
+                batch.params.append(local(param))
+                batch.grads.append(local(grad))
                 batch.states.append(tensors)
                 batch.scalar_states.append({name: state[name] for name in scalar_names})
                 batch.groups.append(group)
@@ -182,6 +189,9 @@ class FusedOptimizer(Optimizer):
         state: dict[str, Any] = self.state[param]
         expected = len(rule.state) + len(rule.scalar_state) + rule.counts_steps
         if len(state) == expected and (not rule.state or rule.state[-1] in state):
+            if rule.counts_steps and state["step"].device != param.device:
+                # Lightning, like torch, leaves `step` behind when it moves state to another device.
+                state |= {n: state[n].to(param.device) for n in ("step", *rule.scalar_state)}
             return state
         begun = bool(rule.state) and rule.state[0] in state
         if isinstance(rule, TensorRule):
@@ -206,7 +216,7 @@ class FusedOptimizer(Optimizer):
         """What the gradients in ``rows`` are divided by: [] or [rows], on ``device``."""
         scale = _on(getattr(self, "grad_scale", None), device)
         divisor = _on(self.divisor, device)
-        if divisor is not None and divisor.dim() == 1 and rows != list(range(divisor.numel())):
+        if divisor is not None and divisor.dim() == 1 and len(rows) != divisor.numel():
             divisor = divisor[torch.tensor(rows, device=device)]
         if scale is None or divisor is None:
             return divisor if scale is None else scale.reshape(())
@@ -240,6 +250,7 @@ class FusedOptimizer(Optimizer):
         return super().__getstate__() | {"backend": self.backend}
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
+        seen: set[int] = set()
         for index, param in enumerate(group["params"]):
             label = f"{type(self).__name__}: {self._label(group, index)}"
             if not param.is_floating_point():
@@ -247,6 +258,9 @@ class FusedOptimizer(Optimizer):
                     f"{label} has dtype {param.dtype}; needed is a real floating-point one. Frozen "
                     "integers belong in buffers; view complex parameters as real."
                 )
+            if id(param) in seen:  # torch warns; here two threads would update the same memory
+                raise ValueError(f"{label} is in the group twice; needed is each parameter once.")
+            seen.add(id(param))
             backends.choose(self.backend, param.device)
 
     def _label(self, group: Mapping[str, Any], index: int) -> str:
@@ -276,4 +290,4 @@ def _scalar(value: float, param: Tensor) -> Tensor:
 
 
 def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
+    return tensor if tensor is None or tensor.device == device else tensor.to(device, non_blocking=True)

@@ -183,6 +183,16 @@ def test_sums_are_the_same_every_time() -> None:
     assert torch.equal(results[1], results[2])
 
 
+def test_a_divisor_of_the_wrong_shape_is_refused() -> None:
+    params = [torch.ones(1, requires_grad=True) for _ in range(3)]
+    optimizer = optim.AdamW(params)
+    for param in params[:2]:
+        param.grad = torch.ones(1)
+    optimizer.divisor = torch.ones(3)
+    with pytest.raises(ValueError, match=r"divisor has shape \(3,\); needed is \[\] or .*, \[2\]"):
+        optimizer.step()
+
+
 def test_operands_set_by_the_closure_are_honoured() -> None:
     param = torch.ones(3, requires_grad=True)
     optimizer = optim.SGD([param], lr=1.0)

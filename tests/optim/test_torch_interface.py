@@ -118,6 +118,7 @@ def refusals() -> list[Any]:
         (optim.AdamW, [{"params": [weight], "rule": "lyon"}], {}, r"'lyon' is unknown. Did you mean 'lion'"),
         (optim.AdamW, [torch.ones(2, dtype=torch.complex64, requires_grad=True)], {}, r"complex64; needed is a real"),
         (optim.AdamW, [("a.weight", torch.ones(1, dtype=torch.cfloat))], {}, r"parameter 'a.weight' has dtype"),
+        (optim.AdamW, [weight, weight], {}, r"parameter 1 \(shape \(2,\)\) is in the group twice"),
         (optim.SGD, [weight], {"nesterov": True}, r"nesterov=True needs momentum above 0 and dampening=0; given mom"),
     ]
     return [pytest.param(*row, id=f"{row[0].__name__}-{i}") for i, row in enumerate(rows)]

@@ -1,20 +1,50 @@
-"""Optimizers by name."""
+"""Fused optimizers under torch's names: one pass over memory per step, on every backend."""
 
 from __future__ import annotations
 
-import torch
-from torch.optim import Optimizer
+from fnmatch import fnmatchcase
 
 from lightning_optim.messages import nearest
+from lightning_optim.optim.adam import Adam
+from lightning_optim.optim.adamw import AdamW
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.lion import Lion
+from lightning_optim.optim.sgd import SGD
 
-AdamW = torch.optim.AdamW
-SGD = torch.optim.SGD
-
-_OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD}
+__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "Lion", "get_optimizer_class", "list_optimizers"]
 
 
-def get_optimizer_class(name: str) -> type[Optimizer]:
-    """The optimizer class called ``name``."""
-    if name.lower() not in _OPTIMIZERS:
-        raise ValueError(f"Unknown optimizer {name!r}. {nearest(name, _OPTIMIZERS)}")
-    return _OPTIMIZERS[name.lower()]
+def _classes() -> dict[str, type[FusedOptimizer]]:
+    exported = {name.lower(): globals()[name] for name in __all__}
+    return {
+        name: value
+        for name, value in sorted(exported.items())
+        if isinstance(value, type) and issubclass(value, FusedOptimizer) and value is not FusedOptimizer
+    }
+
+
+def list_optimizers(pattern: str = "*") -> dict[str, str]:
+    """Optimizers whose lower-case name matches ``pattern``, each with a line: when to use it, memory, paper.
+
+    Args:
+        pattern: A shell-style wildcard.
+
+    Example:
+        >>> print(*list_optimizers("*adam*"))
+        adam adamw
+    """
+    lines = {name: f"{c.when_to_use} State: {c.memory} per parameter. {c.paper}" for name, c in _classes().items()}
+    return {name: line for name, line in lines.items() if fnmatchcase(name, pattern.lower())}
+
+
+def get_optimizer_class(name: str) -> type[FusedOptimizer]:
+    """The class called ``name``, in any case.
+
+    Example:
+        >>> get_optimizer_class("adamw").__name__
+        'AdamW'
+    """
+    classes = _classes()
+    if name.lower() not in classes:
+        raise ValueError(f"optimizer {name!r} is unknown. {nearest(name, classes)}")
+    return classes[name.lower()]

@@ -1,0 +1,112 @@
+"""How a rule runs over many tensors. Each backend's module is imported only when it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lightning_optim.backends.base import Backend, Batch
+from lightning_optim.backends.shards import local, sum_over_shards
+from lightning_optim.messages import nearest
+
+__all__ = ["Backend", "Batch", "choose", "get_backend", "measure"]
+
+NAMES = ("reference", "cpu")
+AUTOMATIC = {"cpu": "cpu"}  # device type -> backend; reference where there is none, or where it cannot run
+
+
+@cache
+def get_backend(name: str) -> Backend:
+    """The backend called ``name``; an unknown name is refused with the nearest.
+
+    Raises:
+        ImportError: It needs a package that is not installed.
+    """
+    if name == "reference":
+        from lightning_optim.backends.reference import ReferenceBackend
+
+        return ReferenceBackend()
+    if name == "cpu":
+        from lightning_optim.backends.cpu import CpuBackend
+
+        return CpuBackend()
+    raise ValueError(f"backend={name!r} is unknown. {nearest(name, ('auto', *NAMES))}")
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why backend ``name`` cannot run on ``device`` here, as a sentence; None if it can."""
+    try:
+        return get_backend(name).why_not(device)
+    except ImportError as error:
+        return f"it needs a package that cannot be imported: {error}. Try `pip install lightning-optim[{name}]`."
+
+
+def choose(name: str, device: torch.device) -> Backend:
+    """The backend for tensors on ``device``.
+
+    Args:
+        name: `auto`: the fastest that can run there; a backend's name: that one, or an error.
+        device: Where the parameters are.
+
+    Raises:
+        ValueError: The backend asked for does not exist, or cannot run on ``device``; the message says why.
+    """
+    if name == "auto":
+        return _automatic(device.type)
+    if name not in NAMES:
+        get_backend(name)
+    reason = why_not(name, device)
+    if reason is not None:
+        raise ValueError(f"backend={name!r} cannot run on {device}: {reason}")
+    return get_backend(name)
+
+
+@cache
+def _automatic(device_type: str) -> Backend:
+    name = AUTOMATIC.get(device_type, "reference")
+    return get_backend("reference" if why_not(name, torch.device(device_type)) else name)
+
+
+def measure(grads: Sequence[Tensor]) -> Tensor:
+    """Square sum of each gradient, in one read, without waiting for the device.
+
+    For any optimizer's gradients: strided or sparse, complex, DTensor (summed over shards), of several dtypes.
+
+    Args:
+        grads: Gradients on one device.
+
+    Returns:
+        Shape [tensors], float32 (float64 if any gradient is), on the gradients' device. Not finite where a gradient is
+        not.
+
+    Example:
+        >>> measure([torch.tensor([3.0, 4.0]), torch.zeros(2)])
+        tensor([25.,  0.])
+    """
+    if not grads:
+        return torch.zeros(0)
+    tensors = [_plain(grad) for grad in grads]
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        by_dtype.setdefault(tensor.dtype, []).append(i)
+    backend = _automatic(tensors[0].device.type)
+    if len(by_dtype) == 1:
+        sums = backend.measure(tensors)
+    else:
+        wide = torch.float64 if torch.float64 in by_dtype else torch.float32
+        sums = torch.empty(len(tensors), dtype=wide, device=tensors[0].device)
+        for indices in by_dtype.values():
+            sums[indices] = backend.measure([tensors[i] for i in indices]).to(wide)
+    return sum_over_shards(sums, grads)
+
+
+def _plain(grad: Tensor) -> Tensor:
+    """The numbers of a gradient as one dense, real, local tensor."""
+    grad = local(grad.detach())
+    if grad.layout != torch.strided:
+        # Duplicate indices of an uncoalesced gradient add before they are squared.
+        grad = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad.values()
+    return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad

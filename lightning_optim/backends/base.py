@@ -1,0 +1,102 @@
+"""What a backend is: it runs a rule over many tensors of one device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.rules import Rule
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors that one rule updates in one call: same device, dtypes and flags; of any groups.
+
+    All lists have one entry per tensor. Tensors are local: of a DTensor, its shard on this rank.
+
+    Args:
+        rule: What to do.
+        params: Parameters, written in place.
+        grads: Their gradients, never written. Shape as the parameter's; strides may differ.
+        states: State tensors by name, written in place. `state` of the rule, in whatever dtype they are kept.
+        scalar_states: 0-d state by name (`step`, and the rule's `scalar_state`), on the parameters' device.
+        groups: The parameter group of each tensor. `lr` may be a 0-d tensor.
+        wholes: The parameters as the optimizer holds them, DTensors where sharded: sums over shards need to know.
+        cautious: Whether components of the update that point against the gradient are left out.
+    """
+
+    rule: Rule
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[dict[str, Tensor]]
+    scalar_states: Sequence[dict[str, Tensor]]
+    groups: Sequence[Mapping[str, Any]]
+    wholes: Sequence[Tensor]
+    cautious: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors are."""
+        return self.params[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the arithmetic runs in: float64 for float64 parameters, else float32."""
+        return arithmetic_dtype(self.params[0].dtype)
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 for float64, else float32: bf16 and fp16 are ways to store, not to compute."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Backend(ABC):
+    """Runs rules over tensors.
+
+    The contract of `apply`, for one batch and per tensor i:
+
+    1. ``skip`` non-zero: nothing changes, bit for bit, 0-d state included; the sums are NaN. The device decides; the
+       host does not wait. (On the CPU reading memory is free, and `apply` returns at once.)
+    2. g = grad · `inverse_divisor` + `l2` · p, where `inverse_divisor` is ±1 / divisor, negative for `maximize`.
+    3. A rule with `sums`: one read-only pass of `sums_update`, sums over whole tensors, `rescale`.
+    4. delta, *state = update(p, g, *state, *scalars), in float32 (float64 for float64 parameters).
+    5. `cautious`: delta is 0 where delta·g ≤ 0, and multiplied by numel / max(count of the others, numel/1000).
+    6. p ← p − total_change(p, delta, decay), cast to the stored dtype at the very end; state likewise.
+    7. `step` += 1; other 0-d state takes the value `scalars` returned.
+    8. On request, the step sums of `stats.STEP_SUMS`, g without its L2 term, in float32, by fixed-order sums over
+       blocks and then over a tensor's blocks, never by atomics.
+
+    `scalars.scalar_columns` computes every per-tensor number above as float64 columns [tensors] on the batch's device,
+    and `scalars.commit` does (7); a compiled backend packs the columns it needs into one table and reads row i for
+    tensor i.
+    """
+
+    name: str
+
+    @abstractmethod
+    def why_not(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on ``device`` here, as a sentence; None if it can."""
+
+    @abstractmethod
+    def supports(self, batch: Batch) -> bool:
+        """Whether `apply` can run ``batch``. What it cannot, the reference backend does."""
+
+    @abstractmethod
+    def measure(self, grads: Sequence[Tensor]) -> Tensor:
+        """Square sum of each of ``grads`` (dense, real, local, one device and dtype), [tensors], float32 or float64."""
+
+    @abstractmethod
+    def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
+        """Update the batch, as the class's contract says.
+
+        Args:
+            batch: What to update.
+            divisor: Gradients are divided by it; shape [] or [tensors of the batch], on the device.
+            skip: Non-zero leaves everything as it is; shape [], on the device.
+            collect: Whether to return the step sums, [tensors of the batch, 7], float32.
+        """

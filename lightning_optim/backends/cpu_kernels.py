@@ -1,0 +1,185 @@
+"""Builds one compiled loop per rule and set of dtypes: read, update, write and sum, over blocks of many tensors.
+
+The loop is text, because its arguments (states, scalars, dtypes) differ by rule and numba wants them spelled out; the
+arithmetic in it is the rule's own function, rebound. Print `source(...)` to read one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+
+from lightning_optim.backends import cpu_cache
+from lightning_optim.backends.cpu_memory import FAST_SUMS, compiled, load, named_functions, store
+from lightning_optim.rules import UpdateRule, rebind
+from lightning_optim.weight_decay import total_change
+
+CHUNK = 4096
+"""Elements summed in the arithmetic dtype before their sum joins a float64 total: bounds rounding, keeps the speed."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled loop and what it expects.
+
+    Args:
+        run: `run(first, last, blocks, addresses, scalars, sums)`: blocks [blocks, 3] of (tensor, first element, end),
+            addresses [tensors, slots] of parameter, gradient, states, scalars [tensors, columns], sums [blocks, sums].
+        scalars: Names of the columns of ``scalars``.
+        sums: Names of the columns of ``sums``.
+    """
+
+    run: Callable[..., None]
+    scalars: tuple[str, ...]
+    sums: tuple[str, ...]
+
+
+@cache
+def build(rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautious: bool = False) -> Kernel:
+    """The loop for ``rule`` over tensors of ``dtypes`` (parameter, gradient, states in order).
+
+    Args:
+        rule: Whose arithmetic to run.
+        dtypes: Names of torch dtypes.
+        purpose: `step` updates; `step+sums` also collects the step sums; `sums` takes the rule's own sums and
+            `agreement` counts the elements whose update agrees with the gradient, both writing nothing.
+        cautious: For the `step`s: apply the mask and the column `mask_scale`.
+    """
+    columns = _columns(rule, purpose, cautious)
+    text, sums = source(rule, dtypes, purpose, columns, cautious)
+    function = rule.sums_update if purpose == "sums" else rule.update
+    wide = "float64" if dtypes[0] == "float64" else "float32"
+    named = named_functions(wide)
+    names: dict[str, Any] = {
+        "__name__": __name__,  # numba looks for a cached function's module
+        "rule_function": rebind(function, named, compiled),
+        "total_change": rebind(total_change, named, compiled),
+        "sqrt": named["sqrt"],
+        "maximum": named["maximum"],
+        "float": getattr(numba, wide),
+    }
+    for slot, dtype in enumerate(dtypes):
+        names[f"load_{slot}"] = load(dtype, slot, len(dtypes))
+        names[f"store_{slot}"] = store(dtype, slot, len(dtypes))
+    exec(compile(text, f"<{rule.__name__}>", "exec"), names)
+    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy", fastmath=FAST_SUMS)
+    fingerprint = cpu_cache.fingerprint(text + repr(dtypes), (function, total_change))
+    cpu_cache.keep_on_disk(dispatcher, f"{rule.__name__}-{fingerprint}")
+    signature = f"void(int64, int64, int64[:, ::1], int64[:, ::1], {wide}[:, ::1], float64[:, ::1])"
+    with cpu_cache.SaysIfSlow(
+        lambda: (
+            f"Compiling the CPU kernel of {rule.__name__} for {', '.join(dict.fromkeys(dtypes))}; "
+            f"this happens once, the result is kept in {cpu_cache.directory()}."
+        )
+    ):
+        dispatcher.compile(signature)
+    return Kernel(dispatcher, columns, sums)
+
+
+def _columns(rule: type[UpdateRule], purpose: str, cautious: bool) -> tuple[str, ...]:
+    own = rule.sums_scalars() if purpose == "sums" else rule.update_scalars()
+    columns = ["inverse_divisor", "l2", *own]
+    if purpose.startswith("step"):
+        columns.append("decay")
+    if purpose == "step+sums":
+        columns += ["eps", "bias_correction2_sqrt"]
+    if cautious:
+        columns.append("mask_scale")
+    return tuple(dict.fromkeys(columns))
+
+
+def source(
+    rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, columns: tuple[str, ...], cautious: bool
+) -> tuple[str, tuple[str, ...]]:
+    """The kernel's text, and the names of its sums."""
+    states = range(len(rule.state))
+    old = [f"old_{i}" for i in states]
+    new = [f"new_{i}" for i in states]
+    scalar = {name: f"scalar_{i}" for i, name in enumerate(columns)}
+    own = rule.sums_scalars() if purpose == "sums" else rule.update_scalars()
+    arguments = ", ".join(["param", "grad", *old, *(scalar[name] for name in own)])
+
+    body = ["param = load_0(address_0, i)", f"raw = load_1(address_1, i) * {scalar['inverse_divisor']}"]
+    body += [f"grad = raw + {scalar['l2']} * param"]
+    body += [f"{old[i]} = load_{i + 2}(address_{i + 2}, i)" for i in states]
+    if purpose == "sums":
+        terms = {name: f"term_{i}" for i, name in enumerate(rule.sums)}
+        body.append(f"{', '.join(terms.values())}, = rule_function({arguments})")
+    else:
+        body.append(f"{', '.join(['delta', *new])}{'' if new else ','} = rule_function({arguments})")
+        agrees = "float(1) if delta * grad > zero else zero"
+        if purpose == "agreement":
+            terms = {"agreement": agrees}
+        else:
+            if cautious:
+                body.append(f"delta = delta * {scalar['mask_scale']} if delta * grad > zero else zero")
+            body += [f"{new[i]} = store_{i + 2}(address_{i + 2}, i, {new[i]})" for i in states]
+            body.append(f"after = store_0(address_0, i, param - total_change(param, delta, {scalar['decay']}))")
+            terms = _step_terms(rule, scalar) if purpose == "step+sums" else {}
+
+    totals = [f"total_{i}" for i in range(len(terms))]
+    lines = ["def kernel(first, last, blocks, addresses, scalars, sums):", "    zero = float(0)"]
+    lines += ["    for block in range(first, last):"]
+    lines += ["        tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]"]
+    lines += [f"        address_{i} = addresses[tensor, {i}]" for i in range(len(dtypes))]
+    lines += [f"        scalar_{i} = scalars[tensor, {i}]" for i in range(len(columns))]
+    lines += [f"        {total} = 0.0" for total in totals]
+    lines += [f"        for chunk in range(start, end, {CHUNK}):"]
+    lines += [f"            sum_{i} = zero" for i in range(len(terms))]
+    lines += [f"            for i in range(chunk, min(chunk + {CHUNK}, end)):"]
+    lines += [f"                {line}" for line in body]
+    lines += [f"                sum_{i} += {term}" for i, term in enumerate(terms.values())]
+    lines += [f"            {total} += sum_{i}" for i, total in enumerate(totals)]
+    lines += [f"        sums[block, {i}] = {total}" for i, total in enumerate(totals)]
+    return "\n".join(lines) + "\n", tuple(terms)
+
+
+def _step_terms(rule: type[UpdateRule], scalar: dict[str, str]) -> dict[str, str]:
+    """What one element adds to each of the step sums that the rule has."""
+    terms = {
+        "param_sq": "param * param",
+        "update_sq": "(after - param) * (after - param)",
+        "zero_grad": "(float(1) if raw == zero else zero)",
+    }
+    if rule.first_moment is not None:
+        slot = rule.state.index(rule.first_moment)
+        terms["grad_exp_avg"] = f"raw * old_{slot}"
+        terms["exp_avg_sq_sum"] = f"new_{slot} * new_{slot}"
+    if rule.second_moment is not None:
+        root = f"(sqrt(new_{rule.state.index(rule.second_moment)}) / {scalar['bias_correction2_sqrt']})"
+        # Where v̂ is 0 the gradient has always been 0, and the term is 0 rather than 0/0.
+        ratio = f"(raw / maximum({root}, float(1e-18)))"
+        terms["grad_sq_over_exp_avg_sq"] = f"{ratio} * {ratio}"
+        terms["below_eps"] = f"(float(1) if {root} < {scalar['eps']} else zero)"
+    return terms
+
+
+@cache
+def build_measure(dtype: str) -> Kernel:
+    """The loop that sums squares of tensors of ``dtype``."""
+    text = f"""def kernel(first, last, blocks, addresses, scalars, sums):
+    for block in range(first, last):
+        tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+        address = addresses[tensor, 0]
+        total = 0.0
+        for chunk in range(start, end, {CHUNK}):
+            sum = zero
+            for i in range(chunk, min(chunk + {CHUNK}, end)):
+                x = load_0(address, i)
+                sum += x * x
+            total += sum
+        sums[block, 0] = total
+"""
+    wide = "float64" if dtype == "float64" else "float32"
+    names: dict[str, Any] = {"__name__": __name__, "load_0": load(dtype, 0, 1), "zero": np.dtype(wide).type(0)}
+    exec(compile(text, "<measure>", "exec"), names)
+    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy", fastmath=FAST_SUMS)
+    cpu_cache.keep_on_disk(dispatcher, f"measure-{cpu_cache.fingerprint(text + dtype, ())}")
+    with cpu_cache.SaysIfSlow(lambda: f"Compiling the CPU kernel of gradient norms for {dtype}; this happens once."):
+        dispatcher.compile(f"void(int64, int64, int64[:, ::1], int64[:, ::1], {wide}[:, ::1], float64[:, ::1])")
+    return Kernel(dispatcher, (), ("norm_sq",))

@@ -1,0 +1,142 @@
+"""Numba building blocks: typed loads and stores at raw addresses, and the named functions of rules.
+
+Loads and stores carry LLVM's alias scopes: parameter, gradient and states never overlap, and without being told so LLVM
+gives up vectorising a loop over more than four arrays (it would need too many overlap checks at run time).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+# Everything but nnan and ninf: sums may be reordered so that they vectorise, NaN and infinity keep their meaning.
+FAST_SUMS = {"reassoc", "contract", "arcp", "nsz"}
+# Of the update itself only products and sums fuse: reordering would undo a compensated summation.
+FAST_UPDATE = {"contract", "nsz"}
+
+STORAGE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+"""Element types that can be loaded and stored, with their size in bytes."""
+
+
+def load(dtype: str, slot: int, slots: int) -> Any:
+    """A function (address, index) -> float32 or float64 that reads array number ``slot`` of ``slots``."""
+    result = types.float64 if dtype == "float64" else types.float32
+
+    @intrinsic
+    def load_element(typingctx: Any, address: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            loaded = builder.load(_element(builder, dtype, args), align=STORAGE[dtype])
+            _tell_aliasing(builder, loaded, slot, slots)
+            return _widen(builder, dtype, loaded)
+
+        return result(types.int64, types.int64), codegen
+
+    return load_element
+
+
+def store(dtype: str, slot: int, slots: int) -> Any:
+    """A function (address, index, value) -> value as rounded to ``dtype``, that writes array number ``slot``."""
+    wide = types.float64 if dtype == "float64" else types.float32
+
+    @intrinsic
+    def store_element(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            narrow = _narrow(builder, dtype, args[2])
+            _tell_aliasing(
+                builder, builder.store(narrow, _element(builder, dtype, args), align=STORAGE[dtype]), slot, slots
+            )
+            return _widen(builder, dtype, narrow)
+
+        return wide(types.int64, types.int64, wide), codegen
+
+    return store_element
+
+
+def _element(builder: Any, dtype: str, args: Any) -> Any:
+    kinds = {
+        "float32": ir.FloatType(),
+        "float64": ir.DoubleType(),
+        "bfloat16": ir.IntType(16),
+        "float16": ir.HalfType(),
+    }
+    base = builder.inttoptr(args[0], ir.PointerType(kinds[dtype]))
+    return builder.gep(base, [args[1]], inbounds=True)
+
+
+def _tell_aliasing(builder: Any, instruction: Any, slot: int, slots: int) -> None:
+    module = builder.module
+    domain = module.add_metadata(["lightning_optim"])
+    scopes = [module.add_metadata([f"lightning_optim.{i}", domain]) for i in range(slots)]
+    instruction.set_metadata("alias.scope", module.add_metadata([scopes[slot]]))
+    others = [scope for i, scope in enumerate(scopes) if i != slot]
+    if others:
+        instruction.set_metadata("noalias", module.add_metadata(others))
+
+
+def _widen(builder: Any, dtype: str, value: Any) -> Any:
+    if dtype == "bfloat16":  # the upper half of a float32
+        bits = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(bits, ir.FloatType())
+    return builder.fpext(value, ir.FloatType()) if dtype == "float16" else value
+
+
+def _narrow(builder: Any, dtype: str, value: Any) -> Any:
+    if dtype == "float16":
+        return builder.fptrunc(value, ir.HalfType())
+    if dtype != "bfloat16":
+        return value
+    # Round to nearest, ties to even: add 0x7fff, and one more if the last kept bit is set; a NaN stays a (quiet) NaN.
+    word = ir.IntType(32)
+    bits = builder.bitcast(value, word)
+    last = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+    rounded = builder.add(bits, builder.add(last, ir.Constant(word, 0x7FFF)))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    bits = builder.select(is_nan, builder.or_(bits, ir.Constant(word, 0x400000)), rounded)
+    return builder.trunc(builder.lshr(bits, ir.Constant(word, 16)), ir.IntType(16))
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """A helper compiled into the kernel that calls it."""
+    return numba.njit(function, error_model="numpy", fastmath=FAST_UPDATE, inline="never")
+
+
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    return x if condition else y
+
+
+def _maximum(x: Any, y: Any) -> Any:
+    return x if x > y or x != x else y
+
+
+def _minimum(x: Any, y: Any) -> Any:
+    return x if x < y or x != x else y
+
+
+def _sign_of(dtype: Any) -> Any:
+    one, zero = dtype(1), dtype(0)  # a literal would be a float64
+
+    def sign(x: Any) -> Any:
+        return (one if x > zero else zero) - (one if x < zero else zero)
+
+    return sign
+
+
+@cache
+def named_functions(dtype: str) -> dict[str, Any]:
+    """The named functions of rules, for numba, over ``dtype``."""
+    return {
+        "sqrt": math.sqrt,
+        "absolute": abs,
+        "sign": compiled(_sign_of(np.dtype(dtype).type)),
+        "where": compiled(_where),
+        "maximum": compiled(_maximum),
+        "minimum": compiled(_minimum),
+    }

@@ -1,0 +1,170 @@
+"""The readable backend: one tensor after the other, in torch operations. The oracle for the others, on any device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.backends.base import Backend, Batch
+from lightning_optim.backends.scalars import commit, is_set, scalar_columns, widest_dtype
+from lightning_optim.backends.shards import sum_over_shards
+from lightning_optim.rules import TensorRule, UpdateRule, rebind
+from lightning_optim.stats import STEP_SUMS
+from lightning_optim.weight_decay import total_change
+
+NAMED: dict[str, Callable[..., Any]] = {
+    "sqrt": torch.sqrt,
+    "absolute": torch.abs,
+    "sign": torch.sign,
+    "where": torch.where,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+}
+
+Step = tuple[Tensor, Tensor, dict[str, Tensor]]  # gradient, delta, new state
+
+
+class ReferenceBackend(Backend):
+    """Runs everything, elementwise and tensor rules alike, in plain torch."""
+
+    name = "reference"
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Never a reason."""
+        return None
+
+    def supports(self, batch: Batch) -> bool:
+        """Always."""
+        return True
+
+    def measure(self, grads: Sequence[Tensor]) -> Tensor:
+        """Square sums through torch's multi-tensor norm."""
+        dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+        return torch.stack(torch._foreach_norm(list(grads), 2, dtype=dtype)).square()
+
+    def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
+        """See `Backend`."""
+        on_host = batch.device.type == "cpu"
+        if on_host and is_set(skip):
+            return torch.full((len(batch.params), len(STEP_SUMS)), math.nan) if collect else None
+        columns = scalar_columns(batch, divisor)
+        if isinstance(batch.rule, UpdateRule) and batch.rule.sums:
+            columns = self._rescaled(batch, batch.rule, columns)
+        scalars = [_row(columns, i, batch.dtype) for i in range(len(batch.params))]
+
+        steps: Any = _tensor_steps(batch, scalars) if isinstance(batch.rule, TensorRule) else _steps(batch, scalars)
+        if batch.cautious:
+            steps = _cautious(batch, list(steps))
+        sums = []
+        for i, (_, delta, new_state) in enumerate(steps):
+            param, state = batch.params[i], batch.states[i]
+            new_param = (_wide(param) - total_change(_wide(param), delta, scalars[i]["decay"])).to(param.dtype)
+            if collect:
+                raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
+                sums.append(_sums(batch, i, raw, new_param, new_state, scalars[i]))
+            for old, new in [(param, new_param), *((state[name], new_state[name]) for name in new_state)]:
+                new = new.to(old.dtype)
+                old.copy_(new if on_host or skip is None else torch.where(skip != 0, old, new))
+        commit(batch, columns, skip)
+        if not collect:
+            return None
+        result = sum_over_shards(torch.stack(sums), batch.wholes).float()
+        return result if on_host or skip is None else result.masked_fill(skip != 0, math.nan)
+
+    def _rescaled(self, batch: Batch, rule: UpdateRule, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        function = rebound(type(rule).sums_update)
+        names = rule.sums_scalars()
+        rows = []
+        for i, param in enumerate(batch.params):
+            row = _row(columns, i, batch.dtype)
+            state = [_wide(batch.states[i][name]) for name in rule.state]
+            terms = function(_wide(param), _grad(batch, i, row), *state, *(row[name] for name in names))
+            rows.append(torch.stack([term.sum(dtype=widest_dtype(batch.device)) for term in terms]))
+        sums = sum_over_shards(torch.stack(rows), batch.wholes)
+        return columns | rule.rescale(columns, dict(zip(rule.sums, sums.unbind(1), strict=True)), whole_numel(batch))
+
+
+@cache
+def rebound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` over torch tensors."""
+    return rebind(function, NAMED)  # type: ignore[no-any-return]
+
+
+def whole_numel(batch: Batch) -> Tensor:
+    """Number of elements of each tensor, over all its shards, [tensors], float64."""
+    return torch.tensor([t.numel() for t in batch.wholes], dtype=widest_dtype(batch.device), device=batch.device)
+
+
+def _row(columns: dict[str, Tensor], i: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: column[i].to(dtype) for name, column in columns.items()}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In the dtype of the arithmetic; integers (indices, counters of a tensor rule) as they are."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _grad(batch: Batch, i: int, scalars: dict[str, Tensor]) -> Tensor:
+    """The gradient as the rule sees it: divided, negated for `maximize`, with the L2 term."""
+    return _wide(batch.grads[i]) * scalars["inverse_divisor"] + scalars["l2"] * _wide(batch.params[i])
+
+
+def _steps(batch: Batch, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
+    rule = batch.rule
+    assert isinstance(rule, UpdateRule)
+    function, names = rebound(type(rule).update), rule.update_scalars()
+    for i, param in enumerate(batch.params):
+        grad = _grad(batch, i, scalars[i])
+        state = [_wide(batch.states[i][name]) for name in rule.state]
+        delta, *new = function(_wide(param), grad, *state, *(scalars[i][name] for name in names))
+        yield grad, delta, dict(zip(rule.state, new, strict=True))
+
+
+def _tensor_steps(batch: Batch, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
+    rule = batch.rule
+    assert isinstance(rule, TensorRule)
+    grads = [_grad(batch, i, scalars[i]) for i in range(len(batch.params))]
+    states = [{name: _wide(tensor) for name, tensor in state.items()} for state in batch.states]
+    deltas, new_states = rule.update([_wide(p) for p in batch.params], grads, states, scalars, batch.groups)
+    return zip(grads, deltas, new_states, strict=True)
+
+
+def _cautious(batch: Batch, steps: list[Step]) -> Iterator[Step]:
+    """Updates without the components that point against the gradient (Liang et al., https://arxiv.org/abs/2411.16085).
+
+    Rescaled to keep the mean step length, at most a thousandfold, as the authors' code does.
+    """
+    masks = [(delta * grad > 0).to(delta.dtype) for grad, delta, _ in steps]
+    counts = sum_over_shards(torch.stack([mask.sum() for mask in masks]), batch.wholes)
+    numel = whole_numel(batch).to(counts.dtype)
+    scale = numel / counts.maximum(numel * 1e-3)
+    for i, (grad, delta, state) in enumerate(steps):
+        yield grad, delta * masks[i] * scale[i], state
+
+
+def _sums(
+    batch: Batch, i: int, grad: Tensor, new_param: Tensor, new_state: dict[str, Tensor], scalars: dict[str, Tensor]
+) -> Tensor:
+    """One row of step sums, in float64 where the device has it."""
+    rule, param, state = batch.rule, batch.params[i], batch.states[i]
+    dtype = widest_dtype(batch.device)
+    nan = torch.full((), math.nan, dtype=dtype, device=batch.device)
+    sums = dict.fromkeys(STEP_SUMS, nan)
+    grad, before = grad.to(dtype), param.to(dtype)
+    sums["param_sq"] = before.square().sum()
+    sums["update_sq"] = (new_param.to(dtype) - before).square().sum()
+    sums["zero_grad"] = (grad == 0).sum().to(dtype)
+    if rule.first_moment in new_state:
+        sums["grad_exp_avg"] = (grad * state[rule.first_moment].to(dtype)).sum()
+        sums["exp_avg_sq_sum"] = new_state[rule.first_moment].to(dtype).square().sum()
+    if rule.second_moment in new_state:
+        root = new_state[rule.second_moment].to(dtype).sqrt() / scalars["bias_correction2_sqrt"]
+        # Where v̂ is 0 the gradient has always been 0, and the term is 0 rather than 0/0.
+        sums["grad_sq_over_exp_avg_sq"] = (grad / root.clamp(min=1e-18)).square().sum()
+        sums["below_eps"] = (root < scalars["eps"]).sum().to(dtype)
+    return torch.stack([sums[name] for name in STEP_SUMS])

@@ -1,0 +1,114 @@
+"""The numbers of one step, per tensor, from groups and 0-d state; on the host if it may read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.backends.base import Batch
+
+
+def read(tensor: Tensor) -> float:
+    """The value of a one-element CPU tensor, from its memory: no operator is dispatched, so nothing is synchronised."""
+    return float(tensor.detach().numpy().reshape(()))
+
+
+def is_set(skip: Tensor | None) -> bool:
+    """Whether ``skip`` (on the CPU) asks for nothing to change."""
+    return skip is not None and read(skip) != 0
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def scalar_columns(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
+    """Every number the update of a tensor needs, by name, each [tensors], float64, on the batch's device.
+
+    What `rule.scalars` returns, and `inverse_divisor` (negative for `maximize`), `decay`, `l2`, `eps` and
+    `bias_correction2_sqrt`, which the backends and the step sums use.
+    """
+    columns = _host_columns(batch) if batch.device.type == "cpu" else _device_columns(batch)
+    if divisor is not None:
+        columns["inverse_divisor"] = columns["inverse_divisor"] / divisor.to(columns["inverse_divisor"].dtype)
+    return columns
+
+
+def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> None:
+    """Write the 0-d state of a step that was taken: `step` + 1, the others from ``columns``."""
+    for name in batch.scalar_states[0]:
+        tensors = [state[name] for state in batch.scalar_states]
+        old = torch.stack(tensors)
+        new = old + 1 if name == "step" else columns[name].to(old.dtype)
+        if skip is not None:
+            new = torch.where(skip != 0, old, new)
+        torch._foreach_copy_(tensors, list(new.unbind()))
+
+
+def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """All numbers of tensors that share ``group`` and 0-d state; floats, or float64 tensors."""
+    step = old["step"] + 1 if "step" in old else 1.0
+    others = {name: value for name, value in old.items() if name != "step"}
+    decay, l2 = batch.rule.decay(group)
+    shared = {"inverse_divisor": -1.0 if group["maximize"] else 1.0, "decay": decay, "l2": l2}
+    shared |= {"eps": group.get("eps", 0.0), "bias_correction2_sqrt": 1.0}
+    return shared | batch.rule.scalars(group, step, **others)
+
+
+def _host_columns(batch: Batch) -> dict[str, Tensor]:
+    states = list(batch.scalar_states[0])
+    # `tolist` reads memory, too. A column for each 0-d state; tensors that share all of them and the group share a row.
+    old = [torch.stack([state[name] for state in batch.scalar_states]).tolist() for name in states]
+    keys = list(zip(map(id, batch.groups), *old, strict=True))
+    names: list[str] = []
+    rows: list[list[float]] = []
+    known: dict[tuple[Any, ...], int] = {}
+    for group, key in zip(batch.groups, keys, strict=True):
+        if key not in known:  # nearly always once per group
+            numbers = _numbers(batch, _readable(group), dict(zip(states, key[1:], strict=True)))
+            names = names or list(numbers)
+            known[key] = len(rows)
+            rows.append([float(numbers[name]) for name in names])
+    table = torch.tensor(rows, dtype=torch.float64).t()
+    return dict(zip(names, table[:, [known[key] for key in keys]], strict=True))
+
+
+def _readable(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The group with one-element tensors (a learning rate, say) as floats."""
+    return {k: read(v) if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+
+
+def _device_columns(batch: Batch) -> dict[str, Tensor]:
+    device, dtype = batch.device, widest_dtype(batch.device)
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(batch.groups):
+        members.setdefault(id(group), []).append(i)
+    parts: dict[str, list[Tensor]] = {}
+    for indices in members.values():
+        group = {
+            k: (v.to(device, dtype, non_blocking=True) if v.device.type != "cpu" else read(v))
+            if isinstance(v, Tensor)
+            else v
+            for k, v in batch.groups[indices[0]].items()
+            if k != "params"
+        }
+        old = {
+            name: torch.stack([batch.scalar_states[i][name] for i in indices]).to(dtype)
+            for name in batch.scalar_states[indices[0]]
+        }
+        for name, value in _numbers(batch, group, old).items():
+            if isinstance(value, Tensor):
+                column = value.to(dtype).expand(len(indices))
+            else:
+                column = torch.full((len(indices),), value, dtype=dtype, device=device)
+            parts.setdefault(name, []).append(column)
+    order = [i for indices in members.values() for i in indices]
+    columns = {name: torch.cat(values) for name, values in parts.items()}
+    if order != sorted(order):
+        inverse = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
+        columns = {name: column[inverse] for name, column in columns.items()}
+    return columns

@@ -1,0 +1,42 @@
+"""Sums over whole tensors where each rank holds a shard (DTensor: FSDP2, tensor parallelism)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, sharing its memory; any other tensor as it is."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):  # nearly always; and asking for a missing attribute takes longer
+        return tensor
+    to_local = getattr(tensor, "to_local", None)  # asks for no import of torch.distributed
+    return tensor if to_local is None else to_local()
+
+
+def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Add per-tensor ``sums`` ([tensors] or [tensors, columns]) over the ranks among which each tensor is sharded.
+
+    One all-reduce per mesh dimension and kind of placement; nothing is done, and nothing copied, for plain tensors.
+    Square sums add across shards; norms do not.
+    """
+    kinds: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        mesh = getattr(tensor, "device_mesh", None)
+        if mesh is not None:
+            sharded = tuple(dim for dim, placement in enumerate(tensor.placements) if placement.is_shard())  # type: ignore[attr-defined]
+            if sharded:
+                kinds.setdefault((mesh, sharded), []).append(i)
+    if not kinds:
+        return sums
+    sums = sums.clone()
+    for (mesh, dims), indices in kinds.items():
+        rows = torch.tensor(indices, device=sums.device)
+        part = sums[rows]
+        for dim in dims:
+            torch.distributed.all_reduce(part, group=mesh.get_group(dim))
+        sums[rows] = part
+    return sums

@@ -1,0 +1,90 @@
+"""AdamW: Adam whose weights decay apart from the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.adam import AdamRule, AMSGradRule
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import UpdateRule
+from lightning_optim.weight_decay import WeightDecayKind
+
+
+class AdamW(FusedOptimizer):
+    """AdamW: Adam with weight decay apart from the gradient.
+
+    With gradient g at step t:
+
+        w ← (1 − lr·λ)·w
+        m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²
+        w ← w − lr · m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + ε)
+
+    As Algorithm 2 of the paper with the schedule multiplier inside lr, which is `torch.optim.AdamW`, whose state dicts
+    load here and back; the paper's own lr-independent decay is ``weight_decay_kind="independent"``.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, about the size of each step; a float or a one-element tensor.
+        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1); large language models use (0.9, 0.95).
+        eps: ε, added to the denominator, in units of the gradient.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``. torch's 0.01 is mild; 0.1 is common.
+        amsgrad: Divide by the largest v so far (Reddi et al., https://arxiv.org/abs/1904.09237); one more state.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        backend: `auto`, or `reference`, `cpu`.
+
+    References:
+        Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, https://arxiv.org/abs/1711.05101
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = AdamW([weight], lr=0.1, weight_decay=0.5)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.8500, 0.8500, 0.8500])
+    """
+
+    when_to_use = "The default for transformers, and a safe first choice elsewhere."
+    memory = "2 values (3 with amsgrad)"
+    paper = "https://arxiv.org/abs/1711.05101"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        weight_decay_kind: str | WeightDecayKind = "decoupled",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+                "maximize": maximize,
+                "cautious": cautious,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
+        """See `FusedOptimizer.rule`."""
+        return AMSGradRule() if group["amsgrad"] else AdamRule()

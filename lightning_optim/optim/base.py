@@ -1,0 +1,293 @@
+"""FusedOptimizer: a torch optimizer whose step is one pass of a backend over all tensors."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from lightning_optim import backends
+from lightning_optim.backends import Batch
+from lightning_optim.backends.base import arithmetic_dtype
+from lightning_optim.backends.shards import local
+from lightning_optim.optim.checkpoint import load_state_dict
+from lightning_optim.optim.hyperparameters import check_values, number, refuse_typos
+from lightning_optim.rules import Rule, TensorRule, UpdateRule
+from lightning_optim.stats import STEP_SUMS, StepStats
+from lightning_optim.weight_decay import WeightDecayKind
+
+SHARED = ("lr", "weight_decay", "weight_decay_kind", "maximize", "cautious")
+"""What a group with a `rule` of its own takes from the optimizer, where it says nothing itself."""
+
+
+class FusedOptimizer(Optimizer):
+    """Base of all optimizers here: state, checkpoints and the step pipeline's contract around a rule.
+
+    A subclass has a typed `__init__` that hands its hyperparameters to this one, and `rule`. The attributes below steer
+    a step. All are read after the closure has run, none is saved, and none is ever read on the host:
+
+    - `grad_scale` (tensor []): gradients are divided by it. Set and removed by `torch.amp.GradScaler`.
+    - `found_inf` (tensor []): non-zero makes the step a no-op, bit for bit, step counts included.
+    - `divisor` (tensor [] or [tensors]): gradients are divided by it, too. Tensors are the parameters that have a
+      gradient, in the order of `param_groups`.
+    - `collect_step_stats`: also fill `step_stats`, in the same pass. NaN where a step was skipped.
+
+    `p.grad` is never written. Parameter groups may override every hyperparameter, and hold any further keys; a group's
+    `rule` names another optimizer whose update to use for it (`{"params": ..., "rule": "lion"}`).
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        defaults: Hyperparameters by name.
+        backend: `auto`, or the name of one: then it is an error if that one cannot run on the parameters' device.
+    """
+
+    when_to_use: ClassVar[str]
+    """One line for `list_optimizers`."""
+    memory: ClassVar[str]
+    """State per parameter, in words."""
+    paper: ClassVar[str]
+    """Where it comes from."""
+
+    grad_scale: Tensor  # no values here: GradScaler multiplies into what it finds, and deletes it afterwards
+    found_inf: Tensor
+    divisor: Tensor | None = None
+    collect_step_stats: bool = False
+    step_stats: StepStats | None = None
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str = "auto") -> None:
+        self.backend = backend
+        super().__init__(params, defaults)
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> Rule:
+        """The rule for a parameter group with these hyperparameters."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        """Raise ValueError if hyperparameters, each valid by itself (`hyperparameters.check_values`), do not agree."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as torch's optimizers do; wrong values are refused before anything changes."""
+        group = dict(param_group)
+        owner = type(self)
+        if group.get("rule") is not None:
+            owner = _class_of_rule(group["rule"])
+            own = {name: value for name, value in owner.hyperparameters().items() if name not in SHARED}
+            group = own | group
+        filled = self.defaults | group
+        filled["weight_decay_kind"] = WeightDecayKind.parse(filled["weight_decay_kind"]).value
+        group["weight_decay_kind"] = filled["weight_decay_kind"]
+        group.setdefault("peak_lr", group.get("initial_lr", number(owner.__name__, filled, "lr")))
+        filled["peak_lr"] = group["peak_lr"]
+        refuse_typos(type(self).__name__, group, filled.keys() - (group.keys() - self.defaults.keys()))
+        check_values(owner.__name__, filled)
+        owner.check(filled)
+        count = len(self.param_groups)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
+            super().add_param_group(group)
+        try:
+            self._check_params(self.param_groups[-1])
+        except Exception:
+            del self.param_groups[count:]
+            raise
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, Any]:
+        """Names and defaults of what the constructor takes, `params` and `backend` aside."""
+        parameters = inspect.signature(cls).parameters
+        return {n: p.default for n, p in parameters.items() if n not in ("params", "backend")}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient, once.
+
+        Args:
+            closure: Recomputes gradients and returns the loss, which is passed through.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batches, rows, sizes = self._batches()
+        if self.divisor is not None and self.divisor.shape not in ((), (sum(sizes),)):
+            raise ValueError(
+                f"{type(self).__name__}: divisor has shape {tuple(self.divisor.shape)}; needed is [] or one value for each "
+                f"parameter with a gradient, [{sum(sizes)}]."
+            )
+        collected: list[Tensor] = []
+        for key, batch in batches.items():
+            backend = backends.choose(self.backend, batch.device)
+            if not backend.supports(batch):
+                backend = backends.get_backend("reference")
+            sums = backend.apply(
+                batch,
+                divisor=self._divisor(rows[key], batch.device),
+                skip=_on(getattr(self, "found_inf", None), batch.device),
+                collect=self.collect_step_stats,
+            )
+            if sums is not None:
+                collected.append(sums)
+        self.step_stats = self._stats(batches, rows, collected, sizes) if self.collect_step_stats else None
+        return loss
+
+    def _batches(self) -> tuple[dict[Any, Batch], dict[Any, list[int]], tuple[int, ...]]:
+        """Parameters with a gradient by what can run in one call; their places in the order of groups; group sizes."""
+        batches: dict[Any, Batch] = {}
+        rows: dict[Any, list[int]] = {}
+        sizes = []
+        row = 0
+        for group in self.param_groups:
+            rule = self.rule_of(group)
+            scalar_names = ("step", *rule.scalar_state) if rule.counts_steps else tuple(rule.scalar_state)
+            first = row
+            for index, param in enumerate(group["params"]):
+                grad = param.grad
+                if grad is None:
+                    continue
+                if grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: the gradient of {self._label(group, index)} is sparse "
+                        f"({grad.layout}). It needs dense gradients: create the layer with sparse=False, or use "
+                        "torch.optim.SparseAdam."
+                    )
+                state = self._state(param, group, rule)
+                names = rule.state if isinstance(rule, UpdateRule) else _tensor_names(rule, state)
+                tensors = {name: local(state[name]) for name in names}
+                dtypes = [tensor.dtype for tensor in tensors.values()]
+                key = (type(rule), group["cautious"], param.device, param.dtype, grad.dtype, *dtypes)
+                batch: Any = batches.get(key)
+                if batch is None:
+                    batch = batches[key] = Batch(rule, [], [], [], [], [], [], group["cautious"])
+                    rows[key] = []
+                batch.params.append(local(param))
+                batch.grads.append(local(grad))
+                batch.states.append(tensors)
+                batch.scalar_states.append({name: state[name] for name in scalar_names})
+                batch.groups.append(group)
+                batch.wholes.append(param)
+                rows[key].append(row)
+                row += 1
+            sizes.append(row - first)
+        return batches, rows, tuple(sizes)
+
+    def rule_of(self, group: Mapping[str, Any]) -> Rule:
+        """The rule that updates ``group``: its own choice, or this optimizer's."""
+        name = group.get("rule")
+        return self.rule(group) if name is None else _class_of_rule(name).rule(group)
+
+    def _state(self, param: Tensor, group: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+        """State of ``param``, completed where it is missing: on the first step, or after a flag was switched on."""
+        state: dict[str, Any] = self.state[param]
+        expected = len(rule.state) + len(rule.scalar_state) + rule.counts_steps
+        if len(state) == expected and (not rule.state or rule.state[-1] in state):
+            if rule.counts_steps and state["step"].device != param.device:
+                # Lightning, like torch, leaves `step` behind when it moves state to another device.
+                state |= {n: state[n].to(param.device) for n in ("step", *rule.scalar_state)}
+            return state
+        begun = bool(rule.state) and rule.state[0] in state
+        if isinstance(rule, TensorRule):
+            if not begun:
+                state |= {n: t for n, t in rule.init_state(param, group).items() if n not in state}
+        else:
+            for name in rule.state:
+                if name not in state:
+                    # float32 beside bf16 parameters: a bf16 second moment cannot move by a thousandth of itself.
+                    state[name] = torch.zeros_like(
+                        param, dtype=arithmetic_dtype(param.dtype), memory_format=torch.preserve_format
+                    )
+        if rule.counts_steps and "step" not in state:
+            # torch's SGD counts no steps, but a momentum that exists has begun.
+            state["step"] = _scalar(1.0 if begun else 0.0, param)
+        for name, first in rule.scalar_state.items():
+            if name not in state:
+                state[name] = _scalar(first, param)
+        return state
+
+    def _divisor(self, rows: list[int], device: torch.device) -> Tensor | None:
+        """What the gradients in ``rows`` are divided by: [] or [rows], on ``device``."""
+        scale = _on(getattr(self, "grad_scale", None), device)
+        divisor = _on(self.divisor, device)
+        if divisor is not None and divisor.dim() == 1 and len(rows) != divisor.numel():
+            divisor = divisor[torch.tensor(rows, device=device)]
+        if scale is None or divisor is None:
+            return divisor if scale is None else scale.reshape(())
+        return divisor * scale.reshape(())
+
+    def _stats(
+        self, batches: dict[Any, Batch], rows: dict[Any, list[int]], collected: list[Tensor], sizes: tuple[int, ...]
+    ) -> StepStats:
+        if len(collected) == 1:
+            (sums,) = collected
+        else:
+            device = collected[0].device if collected else torch.device("cpu")
+            sums = torch.empty(sum(sizes), len(STEP_SUMS), device=device)
+            for key, part in zip(batches, collected, strict=True):
+                sums[torch.tensor(rows[key], device=device)] = part.to(device, non_blocking=True)
+        numel = {
+            row: whole.numel() for key, b in batches.items() for row, whole in zip(rows[key], b.wholes, strict=True)
+        }
+        return StepStats(sums, sizes, tuple(numel[row] for row in sorted(numel)))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, or of torch's optimizer of the same name.
+
+        Unlike torch's: state keeps the dtype it was saved in, so float32 moments of bf16 parameters stay float32;
+        tensors are copied, so the dict is not changed by later steps; and where both sides name their parameters,
+        these are matched by name, whatever their order and grouping.
+        """
+        load_state_dict(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"backend": self.backend}
+
+    def _check_params(self, group: Mapping[str, Any]) -> None:
+        seen: set[int] = set()
+        for index, param in enumerate(group["params"]):
+            label = f"{type(self).__name__}: {self._label(group, index)}"
+            if not param.is_floating_point():
+                raise ValueError(
+                    f"{label} has dtype {param.dtype}; needed is a real floating-point one. Frozen "
+                    "integers belong in buffers; view complex parameters as real."
+                )
+            if id(param) in seen:  # torch warns; here two threads would update the same memory
+                raise ValueError(f"{label} is in the group twice; needed is each parameter once.")
+            seen.add(id(param))
+            backends.choose(self.backend, param.device)
+
+    def _label(self, group: Mapping[str, Any], index: int) -> str:
+        names = group.get("param_names")
+        return (
+            f"parameter {names[index]!r}"
+            if names
+            else f"parameter {index} (shape {tuple(group['params'][index].shape)})"
+        )
+
+
+def _class_of_rule(name: str) -> type[FusedOptimizer]:
+    from lightning_optim.optim import get_optimizer_class  # the subclasses import this module
+
+    return get_optimizer_class(name)
+
+
+def _tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
+    others = {"step", *rule.scalar_state}
+    return tuple(name for name, value in state.items() if isinstance(value, Tensor) and name not in others)
+
+
+def _scalar(value: float, param: Tensor) -> Tensor:
+    """0-d state: float32, or float64 if that is torch's default dtype, as torch keeps its step counts."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.full((), value, dtype=dtype, device=param.device)
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return tensor if tensor is None or tensor.device == device else tensor.to(device, non_blocking=True)

@@ -1,0 +1,90 @@
+"""Loading optimizer state: from our own checkpoints and from torch's, by position or by parameter name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from lightning_optim.messages import nearest
+
+
+def load_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Load ``state_dict`` into ``optimizer``; see `FusedOptimizer.load_state_dict`."""
+    state_dict = dict(state_dict)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = pre_hook(optimizer, state_dict) or state_dict
+    saved_groups = deepcopy(state_dict["param_groups"])
+    by_name = _same_order(optimizer.param_groups, saved_groups)
+    ids = _ids_by_position(optimizer.param_groups, saved_groups) if by_name else _ids_by_name(optimizer, saved_groups)
+
+    known = {saved for ids_of_group in ids for saved in ids_of_group}
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    for saved, entry in state_dict["state"].items():
+        if saved not in known:
+            state[saved] = deepcopy(entry)  # not of a parameter
+    for group, ids_of_group in zip(optimizer.param_groups, ids, strict=True):
+        for param, saved in zip(group["params"], ids_of_group, strict=True):
+            if saved in state_dict["state"]:
+                entry = state_dict["state"][saved].items()
+                # torch writes None for a momentum that is not there yet.
+                state[param] = {key: _copied(param, key, value) for key, value in entry if value is not None}
+
+    owners = {saved: group for group in saved_groups for saved in group["params"]}
+    for i, (group, ids_of_group) in enumerate(zip(optimizer.param_groups, ids, strict=True)):
+        source = owners[ids_of_group[0]] if ids_of_group else saved_groups[i] if i < len(saved_groups) else {}
+        # Names stay: they say which parameters this group has now. What torch does not save keeps its value.
+        group.update({k: v for k, v in source.items() if k != "params" and (k != "param_names" or by_name)})
+    optimizer.__setstate__({"state": state})
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _same_order(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether saved parameters are to be matched by position: names are missing, or are the same in the same order."""
+    if not all("param_names" in group for group in (*groups, *saved)):
+        return True
+    return [group["param_names"] for group in groups] == [group["param_names"] for group in saved]
+
+
+def _ids_by_position(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"The state dict has parameter groups of sizes {saved_sizes}, this optimizer of {sizes}. Create it with "
+            "the same groups, or with named parameters on both sides, which are matched by name."
+        )
+    return [list(group["params"]) for group in saved]
+
+
+def _ids_by_name(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    ids = {name: i for group in saved for name, i in zip(group["param_names"], group["params"], strict=True)}
+    wanted = [name for group in optimizer.param_groups for name in group["param_names"]]
+    missing = [name for name in wanted if name not in ids]
+    if missing:
+        raise ValueError(
+            f"The state dict has no parameter {missing[0]!r} ({len(missing)} missing). {nearest(missing[0], ids)}"
+        )
+    surplus = sorted(set(ids) - set(wanted))
+    if surplus:
+        raise ValueError(
+            f"The state dict has {surplus[0]!r}, which this optimizer does not have ({len(surplus)} such). "
+            f"{nearest(surplus[0], wanted)}"
+        )
+    return [[ids[name] for name in group["param_names"]] for group in optimizer.param_groups]
+
+
+def _copied(param: Tensor, key: str, value: Any) -> Any:
+    """``value`` on the parameter's device, in the dtype it was saved in."""
+    if key == "step":  # a number in checkpoints of old; torch keeps it on the CPU unless fused
+        value = torch.as_tensor(value)
+        dtype = value.dtype if value.is_floating_point() else torch.float32
+        return value.to(device=param.device, dtype=dtype, copy=True)
+    if isinstance(value, Tensor):
+        return value.detach().to(param.device, copy=True)
+    return deepcopy(value)

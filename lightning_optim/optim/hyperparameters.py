@@ -1,0 +1,69 @@
+"""Which values hyperparameters may take, by their names, which mean the same in every optimizer."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_optim.messages import nearest
+
+NON_NEGATIVE = ("lr", "eps", "weight_decay", "momentum", "peak_lr")
+FRACTIONS = ("betas",)  # each in [0, 1): an average that never takes anything in, or never forgets, is a mistake
+FLAGS = ("maximize", "cautious", "amsgrad", "nesterov")
+BEYOND = ("name", "params", "param_names", "rule", "peak_lr", "initial_lr", "lr_multiplier", "weight_decay_multiplier")
+"""Group keys that are not hyperparameters but are known, and so never taken for misspelt ones."""
+
+
+def number(owner: str, group: Mapping[str, Any], name: str) -> float:
+    """The hyperparameter ``name``, a number or a one-element tensor, as a float."""
+    value = group[name]
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            shape = tuple(value.shape)
+            raise ValueError(
+                f"{_where(owner, group)}{name} has shape {shape}; needed is a number or a one-element tensor."
+            )
+        return float(value.detach())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{_where(owner, group)}{name}={value!r} is a {type(value).__name__}; needed is a number.")
+    return float(value)
+
+
+def check_values(owner: str, group: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming what was given and what is needed, if a hyperparameter is out of its range."""
+    where = _where(owner, group)
+    for name in NON_NEGATIVE:
+        value = number(owner, group, name) if name in group else 0.0
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{where}{name}={value} is out of range; needed is a finite number of at least 0.")
+    for name in FRACTIONS:
+        for index, value in enumerate(group.get(name, ())):
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{where}{name}[{index}]={value} is out of range; needed is 0 <= {name}[{index}] < 1.")
+    for name in FLAGS:
+        if not isinstance(group.get(name, False), bool):
+            raise ValueError(f"{where}{name}={group[name]!r}; needed is True or False.")
+    if group["weight_decay_kind"] in ("independent", "corrected") and group["weight_decay"] and not group["peak_lr"]:
+        raise ValueError(
+            f"{where}weight_decay_kind={group['weight_decay_kind']!r} divides by the peak learning rate, which is "
+            "lr at construction, here 0. Give the group its 'peak_lr'."
+        )
+
+
+def refuse_typos(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError if a key of a parameter group is nearly, but not quite, the name of a hyperparameter.
+
+    Groups may hold keys of the user's own, so what is unlike every hyperparameter stays.
+    """
+    known = [name for name in known if name not in ("params", "param_names")]
+    for key in given:
+        if key not in known and key not in BEYOND and difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+            raise ValueError(f"{owner}: parameter group has an unknown key {key!r}. {nearest(key, known)}")
+
+
+def _where(owner: str, group: Mapping[str, Any]) -> str:
+    return f"{owner}, group {group['name']!r}: " if "name" in group else f"{owner}: "

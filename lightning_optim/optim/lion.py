@@ -1,0 +1,117 @@
+"""Lion: the sign of an interpolated momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import Scalar, UpdateRule, sign
+from lightning_optim.weight_decay import WeightDecayKind
+
+
+class LionRule(UpdateRule):
+    """The sign of an average that weighs the newest gradient more than the stored momentum does."""
+
+    state = ("exp_avg",)
+    counts_steps = False
+    first_moment = "exp_avg"
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """Learning rate and betas."""
+        beta1, beta2 = group["betas"]
+        return {
+            "lr": group["lr"],
+            "beta1": beta1,
+            "one_minus_beta1": 1 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1 - beta2,
+        }
+
+    @staticmethod
+    def update(
+        param: Any,
+        grad: Any,
+        exp_avg: Any,
+        lr: Any,
+        beta1: Any,
+        one_minus_beta1: Any,
+        beta2: Any,
+        one_minus_beta2: Any,
+    ) -> Any:
+        """One element's step."""
+        delta = lr * sign(beta1 * exp_avg + one_minus_beta1 * grad)
+        return delta, beta2 * exp_avg + one_minus_beta2 * grad
+
+
+class Lion(FusedOptimizer):
+    """Lion: every weight moves by exactly lr, in the direction of an averaged gradient's sign.
+
+    With gradient g:
+
+        w ← (1 − lr·λ)·w
+        w ← w − lr·sign(β₁·m + (1 − β₁)·g)
+        m ← β₂·m + (1 − β₂)·g
+
+    As Program 1 of the paper and as `lion_pytorch.Lion`. Use a learning rate 3 to 10 times smaller than AdamW's and a
+    weight decay as many times larger, which keeps lr·λ.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, the size of each step; a float or a one-element tensor.
+        betas: (β₁, β₂), each in [0, 1): β₁ weighs the momentum in the direction, β₂ in what is remembered.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        backend: `auto`, or `reference`, `cpu`.
+
+    References:
+        Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, https://arxiv.org/abs/2302.06675
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = Lion([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([ 0.9000, -1.9000])
+    """
+
+    when_to_use = "Half of AdamW's state; large batches of vision and language, with a smaller lr."
+    memory = "1 value"
+    paper = "https://arxiv.org/abs/2302.06675"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        weight_decay_kind: str | WeightDecayKind = "decoupled",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+                "cautious": cautious,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
+        """See `FusedOptimizer.rule`."""
+        return LionRule()

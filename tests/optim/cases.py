@@ -1,0 +1,195 @@
+"""One row per optimizer: its settings, and what each is compared with. All tests in this folder run over all rows.
+
+Adding an optimizer adds a row to `CASES`, and no test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import lion_pytorch
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim import optim
+from lightning_optim.optim import FusedOptimizer
+from tests.optim import published
+
+BACKENDS = ("reference", "cpu")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Constructor arguments, and the published optimizer that does the same.
+
+    Args:
+        name: Shown in test names.
+        arguments: For ours; for the published one too unless ``theirs`` is given.
+        theirs: Arguments of the published one.
+        reference: Makes the published one from groups and arguments; None for the row's.
+    """
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] | None = None
+    reference: Callable[..., Optimizer] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer.
+
+    Args:
+        optimizer: Ours.
+        reference: The published one.
+        settings: Each is compared with the published one, step by step, and goes through every other test.
+        torch_twin: torch's optimizer whose state dicts load into ours and back.
+        tolerance: Largest difference after 30 float64 steps.
+        shapes: Shapes of parameters in the comparison; Muon and SOAP take matrices only, say.
+        elementwise: Whether the rule is an `UpdateRule`.
+    """
+
+    optimizer: type[FusedOptimizer]
+    reference: Callable[..., Optimizer]
+    settings: tuple[Setting, ...]
+    torch_twin: type[Optimizer] | None = None
+    tolerance: float = 1e-12
+    shapes: tuple[tuple[int, ...], ...] = ((7, 5), (3,), (2, 3, 4), (11,))
+    elementwise: bool = True
+
+
+_CAUTIOUS = {"cautious": True}
+
+CASES = (
+    Case(
+        optim.AdamW,
+        torch.optim.AdamW,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("no_decay", {"lr": 1e-2, "weight_decay": 0.0, "betas": (0.8, 0.95), "eps": 1e-4}),
+            Setting("amsgrad", {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}),
+            Setting("maximize", {"lr": 1e-2, "weight_decay": 0.1, "maximize": True}),
+            Setting(
+                "cautious",
+                {"lr": 1e-2, "weight_decay": 0.1, **_CAUTIOUS},
+                {"lr": 1e-2, "weight_decay": 0.1, "caution": True},
+                lambda *args, **kwargs: published.timm("adamw").AdamWLegacy(*args, **kwargs),
+            ),
+        ),
+        torch_twin=torch.optim.AdamW,
+    ),
+    Case(
+        optim.Adam,
+        torch.optim.Adam,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-4}),
+            Setting("amsgrad", {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True, "maximize": True}),
+        ),
+        torch_twin=torch.optim.Adam,
+    ),
+    Case(
+        optim.SGD,
+        torch.optim.SGD,
+        (
+            Setting("plain", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1}),
+            Setting("momentum", {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}),
+            Setting("dampening", {"lr": 1e-2, "momentum": 0.9, "dampening": 0.3}),
+            Setting("nesterov", {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "maximize": True}),
+        ),
+        torch_twin=torch.optim.SGD,
+    ),
+    Case(
+        optim.Lion,
+        lambda *args, **kwargs: lion_pytorch.Lion(*args, **kwargs),
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.95, 0.98)}),
+            Setting(
+                "cautious",
+                {"lr": 1e-2, "weight_decay": 0.1, **_CAUTIOUS},
+                {"lr": 1e-2, "weight_decay": 0.1, "caution": True, "foreach": False},
+                lambda *args, **kwargs: published.timm("lion").Lion(*args, **kwargs),
+            ),
+        ),
+    ),
+)
+
+
+def each_setting(cases: tuple[Case, ...] = CASES) -> list[Any]:
+    """Parameters `case, setting` of a test over all settings of all optimizers."""
+    return [pytest.param(c, s, id=f"{c.optimizer.__name__}-{s.name}") for c in cases for s in c.settings]
+
+
+def each_case(cases: tuple[Case, ...] = CASES) -> list[Any]:
+    """Parameter `case` of a test over all optimizers."""
+    return [pytest.param(c, id=c.optimizer.__name__) for c in cases]
+
+
+def parameters(
+    case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, shapes: tuple[tuple[int, ...], ...] | None = None
+) -> list[Tensor]:
+    """Fresh parameters of the case's shapes; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in shapes or case.shapes
+    ]
+
+
+def copies(params: list[Tensor]) -> list[Tensor]:
+    """Independent parameters of equal values."""
+    return [param.detach().clone().requires_grad_() for param in params]
+
+
+def groups_of(params: list[Tensor], lr: float) -> list[dict[str, Any]]:
+    """Two parameter groups, the second with a learning rate of its own."""
+    half = len(params) // 2
+    return [{"params": params[:half]}, {"params": params[half:], "lr": lr / 2}]
+
+
+def gradients(params: list[Tensor], steps: int, seed: int = 1) -> Iterator[list[Tensor]]:
+    """Gradients for ``steps`` steps, some exactly zero; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        yield [
+            (torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
+            * (torch.rand(p.shape, generator=generator) > 0.05)
+            for p in params
+        ]
+
+
+def give(params: list[Tensor], grads: list[Tensor]) -> None:
+    """Set gradients."""
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad.clone()
+
+
+def run(optimizer: Optimizer, params: list[Tensor], steps: int, seed: int = 1) -> None:
+    """Take ``steps`` steps."""
+    for grads in gradients(params, steps, seed):
+        give(params, grads)
+        optimizer.step()
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Bit-equal values, dtypes and structure."""
+    if isinstance(first, Tensor):
+        assert isinstance(second, Tensor)
+        assert first.dtype == second.dtype
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    else:
+        assert first == second

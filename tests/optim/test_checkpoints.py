@@ -1,0 +1,223 @@
+"""State dicts: to and from torch, bit-exact resumption, dtypes kept, parameters matched by name."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_optim import optim
+from tests.optim.cases import (
+    CASES,
+    Case,
+    Setting,
+    assert_same,
+    copies,
+    each_setting,
+    give,
+    gradients,
+    groups_of,
+    parameters,
+    run,
+)
+
+each = pytest.mark.parametrize(("case", "setting"), each_setting())
+with_twin = pytest.mark.parametrize(
+    ("case", "setting"),
+    [p for p in each_setting(tuple(c for c in CASES if c.torch_twin)) if p.values[1].theirs is None],
+)
+
+
+def through_a_file(state_dict: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_ten_steps_after_a_resume_are_bit_equal(case: Case, setting: Setting, dtype: torch.dtype) -> None:
+    params = parameters(case, dtype)
+    optimizer = case.optimizer(groups_of(params, 0.1), **setting.arguments)
+    run(optimizer, params, 5)
+    saved = through_a_file({"optimizer": optimizer.state_dict(), "params": [p.detach() for p in params]})
+    resumed = [p.clone().requires_grad_() for p in saved["params"]]
+    fresh = case.optimizer(groups_of(resumed, 0.1), **setting.arguments)
+    fresh.load_state_dict(saved["optimizer"])
+    assert_same(saved["optimizer"], fresh.state_dict())
+    run(optimizer, params, 10, seed=2)
+    run(fresh, resumed, 10, seed=2)
+    assert_same(params, resumed)
+    assert_same(optimizer.state_dict(), fresh.state_dict())
+
+
+@with_twin
+def test_state_goes_to_torch_and_comes_back(case: Case, setting: Setting) -> None:
+    assert case.torch_twin is not None
+    params = parameters(case, torch.float64)
+    lr = setting.arguments["lr"]
+    ours = case.optimizer(groups_of(params, lr), **setting.arguments)
+    run(ours, params, 3)
+
+    theirs = copies(params)
+    twin = case.torch_twin(groups_of(theirs, lr), **setting.arguments)
+    twin.load_state_dict(through_a_file(ours.state_dict()))
+    run(ours, params, 3, seed=2)
+    run(twin, theirs, 3, seed=2)
+    for a, b in zip(params, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+    back = copies(theirs)
+    again = case.optimizer(groups_of(back, 0.123))
+    again.load_state_dict(through_a_file(twin.state_dict()))
+    run(twin, theirs, 3, seed=3)
+    run(again, back, 3, seed=3)
+    for a, b in zip(theirs, back, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@with_twin
+def test_state_keys_are_those_of_torch(case: Case, setting: Setting) -> None:
+    assert case.torch_twin is not None
+    params = parameters(case)
+    ours = case.optimizer(params, **setting.arguments)
+    twin = case.torch_twin(params, **setting.arguments)
+    run(ours, params, 1)
+    run(twin, params, 1)
+    mine, other = ours.state_dict()["state"], twin.state_dict()["state"]
+    for i in other:
+        extra = {"step"} if "dampening" in setting.arguments else set()  # torch dampens all but the first, uncounted
+        assert set(mine[i]) == set(other[i]) | extra
+        for key, value in other[i].items():
+            assert (mine[i][key].dtype, mine[i][key].shape) == (value.dtype, value.shape)
+
+
+@each
+def test_float32_state_beside_bf16_parameters_survives_loading(case: Case, setting: Setting) -> None:
+    params = parameters(case, torch.bfloat16)
+    optimizer = case.optimizer(params, **setting.arguments)
+    run(optimizer, params, 2)
+    fresh = case.optimizer(copies(params), **setting.arguments)
+    fresh.load_state_dict(optimizer.state_dict())
+    dtypes = {v.dtype for state in fresh.state.values() for v in state.values() if v.dim() > 0}
+    assert dtypes <= {torch.float32}
+
+
+@each
+def test_a_loaded_dict_is_not_changed_by_later_steps(case: Case, setting: Setting) -> None:
+    params = parameters(case)
+    optimizer = case.optimizer(params, **setting.arguments)
+    run(optimizer, params, 2)
+    saved = deepcopy(optimizer.state_dict())
+    kept = deepcopy(saved)
+    fresh = case.optimizer(copies(params), **setting.arguments)
+    fresh.load_state_dict(saved)
+    run(fresh, [p for g in fresh.param_groups for p in g["params"]], 2)
+    assert_same(saved, kept)
+
+
+@each
+def test_parameters_are_matched_by_name_when_order_and_grouping_changed(case: Case, setting: Setting) -> None:
+    params = parameters(case)
+    named = list(zip("abcd", params, strict=True))
+    first = case.optimizer([{"params": named[:2]}, {"params": named[2:], "lr": 0.5}], **setting.arguments)
+    run(first, params, 3)
+    others = copies(params)
+    renamed = dict(zip("abcd", others, strict=True))
+    second = case.optimizer(
+        [{"params": [(n, renamed[n]) for n in order]} for order in ("dc", "ba")], **setting.arguments
+    )
+    second.load_state_dict(first.state_dict())
+    assert [g["lr"] for g in second.param_groups] == [0.5, setting.arguments["lr"]]
+    assert [g["param_names"] for g in second.param_groups] == [["d", "c"], ["b", "a"]]
+    for grads in gradients(params, 3, seed=2):
+        give(params, grads)
+        give(others, grads)
+        first.step()
+        second.step()
+    assert_same(params, others)
+
+
+@each
+def test_deepcopy_and_pickle(case: Case, setting: Setting) -> None:
+    params = parameters(case)
+    optimizer = case.optimizer(params, **setting.arguments, backend="reference")
+    optimizer.grad_scale, optimizer.divisor = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.collect_step_stats = True
+    run(optimizer, params, 2)
+    for copy in (deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert copy.backend == "reference"
+        assert not hasattr(copy, "grad_scale")
+        assert (copy.divisor, copy.step_stats, copy.collect_step_stats) == (None, None, False)
+        assert_same(optimizer.state_dict(), copy.state_dict())
+        own = [p for g in copy.param_groups for p in g["params"]]
+        assert not any(a is b for a, b in zip(own, params, strict=True))
+        run(copy, own, 2)
+
+
+def test_transient_attributes_are_not_saved() -> None:
+    optimizer = optim.AdamW([torch.ones(1, requires_grad=True)])
+    optimizer.divisor = optimizer.grad_scale = optimizer.found_inf = torch.tensor(1.0)
+    assert set(optimizer.state_dict()) == {"state", "param_groups"}
+
+
+def test_a_momentum_loaded_from_torch_counts_as_begun() -> None:
+    params = [torch.ones(2, dtype=torch.float64, requires_grad=True)]
+    twin = torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.5)
+    run(twin, params, 1)
+    own = copies(params)
+    optimizer = optim.SGD(own, lr=0.1)
+    optimizer.load_state_dict(twin.state_dict())
+    run(twin, params, 2)
+    run(optimizer, own, 2)
+    torch.testing.assert_close(own[0], params[0], rtol=0, atol=1e-15)
+
+
+def test_switching_amsgrad_on_after_loading_starts_its_state() -> None:
+    params = [torch.ones(2, requires_grad=True)]
+    first = optim.AdamW(params)
+    run(first, params, 2)
+    second = optim.AdamW(params, amsgrad=True)
+    second.load_state_dict(first.state_dict())
+    second.param_groups[0]["amsgrad"] = True
+    run(second, params, 1)
+    assert float(second.state[params[0]]["step"]) == 3.0
+    assert "max_exp_avg_sq" in second.state[params[0]]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([{"params": [torch.ones(1, requires_grad=True)]}], r"sizes \[2\], this optimizer of \[1\]"),
+        (
+            [{"params": [("weights", torch.ones(1, requires_grad=True)), ("bias", torch.ones(1, requires_grad=True))]}],
+            "no parameter 'weights'.*Did you mean 'weight'",
+        ),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_refused(groups: Any, message: str) -> None:
+    names = ("weight", "bias")
+    named = [(name, torch.ones(1, requires_grad=True)) for name in names]
+    saved = optim.AdamW(named if "param" in message else [p for _, p in named]).state_dict()
+    with pytest.raises(ValueError, match=message):
+        optim.AdamW(groups).load_state_dict(saved)
+
+
+def test_load_hooks_run() -> None:
+    optimizer = optim.AdamW([torch.ones(1, requires_grad=True)])
+    seen = []
+
+    def rename(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = [group | {"lr": 0.5} for group in state_dict["param_groups"]]
+        return state_dict | {"param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(rename)
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert seen == ["post"]

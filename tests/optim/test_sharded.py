@@ -1,0 +1,65 @@
+"""Sharded parameters (DTensor, as FSDP2 has them): local shards are updated, sums are of whole tensors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from lightning_optim import optim
+from lightning_optim.backends import measure
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(store, 2))
+mesh = init_device_mesh("cpu", (2,))
+shapes = [(6, 5), (7,), (1, 3)]  # uneven, and one shard empty
+torch.manual_seed(0)
+values = [torch.randn(shape) for shape in shapes]
+whole = [value.clone().requires_grad_() for value in values]
+sharded = [distribute_tensor(value, mesh, [Shard(0)]).requires_grad_() for value in values]
+for arguments in ({"backend": "reference"}, {"backend": "cpu"}, {"backend": "cpu", "cautious": True}):
+    one = optim.AdamW(whole, lr=0.1, **arguments)
+    other = optim.AdamW(sharded, lr=0.1, **arguments)
+    one.collect_step_stats = other.collect_step_stats = True
+    for _ in range(3):
+        for a, b in zip(whole, sharded):
+            a.grad = torch.randn(a.shape)
+            b.grad = distribute_tensor(a.grad, mesh, [Shard(0)])
+        torch.testing.assert_close(measure([a.grad for a in whole]), measure([b.grad for b in sharded]))
+        one.step()
+        other.step()
+    for a, b in zip(whole, sharded):
+        torch.testing.assert_close(a.detach(), b.full_tensor().detach())
+        assert isinstance(other.state[b]["exp_avg"], DTensor)
+    torch.testing.assert_close(one.step_stats.sums, other.step_stats.sums, rtol=1e-5, atol=1e-5)
+    assert one.step_stats.numel == other.step_stats.numel
+    other.load_state_dict(other.state_dict())
+    one.step()
+    other.step()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=200)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)

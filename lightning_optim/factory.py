@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,10 +63,10 @@ class OptimizerFactory:
         param_groups: Sequence[ParamGroupRule | str] | None = None,
     ) -> None:
         given = {"lr": lr, "weight_decay": weight_decay}
-        self._kwargs = {key: value for key, value in given.items() if value is not None} | (optimizer_kwargs or {})
+        self._kwargs = _merge(optimizer_kwargs or {}, {key: value for key, value in given.items() if value is not None})
         self._make, self._label = _resolve_optimizer(optimizer, self._kwargs)
         self._schedule = _resolve_schedule(schedule, warmup)
-        self._rules: Sequence[ParamGroupRule | str] = ("no_decay",) if param_groups is None else tuple(param_groups)
+        self._rules: Sequence[ParamGroupRule | str] = ("no_decay",) if param_groups is None else param_groups
         check_rules(self._rules)
 
     def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Scheduler]:
@@ -82,7 +83,8 @@ class OptimizerFactory:
         optimizer = self._make(groups)
         self._check_groups(optimizer, groups)
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * group["lr_multiplier"]
+            for key in {"lr", "peak_lr"} & group.keys():
+                group[key] = group[key] * group["lr_multiplier"]
         return optimizer, Scheduler(optimizer, self._schedule, horizon)
 
     def __call__(self, module: Any) -> dict[str, Any]:
@@ -120,26 +122,30 @@ _Make = Callable[[Iterable[Any]], Optimizer]
 def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, str]:
     """A function from parameter groups to an optimizer, and its name for messages; tried out on a parameter of one."""
     if isinstance(given, Mapping):
-        if unknown := set(given) - {"class_path", "init_args"}:
+        if unknown := sorted(set(given) - {"class_path", "init_args"}):
             raise ValueError(
-                f"Unknown key {sorted(unknown)[0]!r} in optimizer={dict(given)!r}: it takes class_path and init_args."
+                f"Unknown key {unknown[0]!r} in optimizer={dict(given)!r}: it takes class_path and init_args."
             )
-        init_args = given.get("init_args") or {}
-        if twice := sorted(set(init_args) & set(kwargs)):
-            raise ValueError(f"{twice[0]!r} is given twice: in the optimizer's init_args and beside it.")
-        given, kwargs = given["class_path"], {**init_args, **kwargs}
+        if "class_path" not in given:
+            raise ValueError(f"optimizer={dict(given)!r} has no class_path, for instance torch.optim.AdamW.")
+        kwargs = _merge(given.get("init_args") or {}, kwargs)
+        given = given["class_path"]
     if isinstance(given, str):
         given = _import(given) if "." in given else optim.get_optimizer_class(given)
-    if isinstance(given, type) and issubclass(given, Optimizer):
+    if isinstance(given, type):
+        if not issubclass(given, Optimizer):
+            raise TypeError(f"Invalid optimizer={given!r}: the class is no torch.optim.Optimizer.")
         _check_kwargs(given, kwargs)
-        make, label = _Partial(given, kwargs), given.__name__
+        make, label = _FusedIfPossible(partial(given, **kwargs)), given.__name__
     elif callable(given):
         if kwargs:
             raise ValueError(
                 f"{', '.join(sorted(kwargs))} cannot be passed on to the optimizer callable {given!r}. Set it there, "
                 "or give the optimizer as a name or a class."
             )
-        make, label = given, getattr(given, "__name__", repr(given))
+        # LightningCLI makes a partial of `class_path` and `init_args`.
+        make = _FusedIfPossible(given) if isinstance(given, partial) else given
+        label = getattr(given, "__name__", repr(given))
     else:
         raise TypeError(
             f"Invalid optimizer={given!r}: give a name such as 'adamw', a subclass of torch.optim.Optimizer, an import "
@@ -148,46 +154,63 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, str]:
     trial = make([{"params": [nn.Parameter(torch.zeros(1, 1))]}])  # refuses bad values now, not in the middle of fit
     if not isinstance(trial, Optimizer):
         raise TypeError(f"The optimizer callable {label} returned {trial!r}, which is no torch.optim.Optimizer.")
-    lr = trial.defaults.get("lr")
-    if lr is not None and not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"Invalid lr={float(lr)!r} of {label}: it must be finite and above 0.")
+    label = type(trial).__name__
+    if "lr" in trial.defaults:
+        _check_number(label, "lr", trial.defaults["lr"], above_zero=True)
     return make, label
 
 
-class _Partial:
-    """Calls an optimizer class, in its fused form where torch has one for these parameters."""
+_FUSED_DEVICES = ("cpu", "cuda")
+"""Where torch has fused kernels worth having; torch checks this only in the first step."""
 
-    def __init__(self, cls: type[Optimizer], kwargs: dict[str, Any]) -> None:
-        self._cls = cls
-        self._kwargs = kwargs
-        options = inspect.signature(cls).parameters
-        self._try_fused = "fused" in options and not kwargs.keys() & {
-            "fused",
-            "foreach",
-            "capturable",
-            "differentiable",
-        }
+
+class _FusedIfPossible:
+    """Makes the optimizer in its fused form where torch has one for these parameters, unless told otherwise."""
+
+    def __init__(self, make: partial[Optimizer]) -> None:
+        self._make = make
+        options = inspect.signature(make.func).parameters.keys() | make.keywords.keys()
+        forms = ("fused", "foreach", "capturable", "differentiable")
+        undecided = make.keywords.get("fused") is None and not any(make.keywords.get(form) for form in forms)
+        self._try_fused = "fused" in options and undecided
 
     def __call__(self, groups: Iterable[Any]) -> Optimizer:
         groups = list(groups)
-        if self._try_fused:
+        params = [param[-1] if isinstance(param, tuple) else param for group in groups for param in group["params"]]
+        if self._try_fused and all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for p in params):
             try:
-                return self._cls(groups, fused=True, **self._kwargs)  # type: ignore[call-arg]
-            except RuntimeError:  # a device or dtype that torch has no fused kernel for
-                groups = [{**group} for group in groups]
-        return self._cls(groups, **self._kwargs)
+                return self._make([{**group} for group in groups], fused=True)
+            except RuntimeError:  # not for this optimizer
+                pass
+        return self._make(groups)
+
+
+def _merge(given: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
+    if twice := sorted(given.keys() & beside.keys()):
+        raise ValueError(f"{twice[0]!r} is given twice: in the optimizer's own arguments and beside them.")
+    return {**given, **beside}
 
 
 def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
     parameters = inspect.signature(cls).parameters
+    # A class that takes anything says itself what it cannot use.
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     options = [name for name in parameters if name not in ("self", "params")]
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return  # the class itself says what it takes
     for key, value in kwargs.items():
-        if key not in options:
+        if key not in options and not takes_all:
             raise ValueError(f"{cls.__name__} has no option {key!r}. {nearest(key, options)}")
-        if key == "weight_decay" and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"Invalid weight_decay={value!r} of {cls.__name__}: it must be finite and at least 0.")
+        if key in ("lr", "weight_decay"):
+            _check_number(cls.__name__, key, value, above_zero=key == "lr")
+
+
+def _check_number(label: str, key: str, value: Any, above_zero: bool) -> None:
+    needed = f"finite and {'above' if above_zero else 'at least'} 0"
+    try:
+        good = math.isfinite(value) and (value > 0 or (value == 0 and not above_zero))
+    except TypeError:
+        raise TypeError(f"Invalid {key}={value!r} of {label}: it must be a number, {needed}.") from None
+    if not good:
+        raise ValueError(f"Invalid {key}={float(value)!r} of {label}: it must be {needed}.")
 
 
 def _import(path: str) -> Any:

@@ -2,7 +2,8 @@
 
 Two ways. An optimizer that declares ``_step_supports_amp_scaling`` takes both as device tensors in its kernel, through
 the attributes ``grad_scale`` (gradients are divided by it) and ``found_inf`` (non-zero: nothing changes, moments and
-step counters included): torch's protocol for GradScaler. Every other optimizer gets its gradients scaled in place, and
+step counters included): torch's protocol for GradScaler. Our own optimizers take the divisor apart from the loss scale,
+as ``divisor``. Every other optimizer gets its gradients scaled in place, and
 its ``step`` not called. This is the one place that relies on the protocol.
 """
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.transfer import PendingValues
+
+_ATTRIBUTES = ("grad_scale", "found_inf", "divisor")
 
 
 class StepSkipped(Exception):  # noqa: N818 - control flow, not an error
@@ -70,10 +73,12 @@ class InKernel(Operands):
         self._found: dict[str, Any] | None = None
 
     def apply(self, grads: Sequence[Tensor], divisor: Tensor | None, skip: Tensor | None, loss: Any) -> None:
-        """Sets the two attributes; a loss scale that is already there stays in."""
+        """Sets the attributes; a loss scale that is already there stays in."""
         attributes = vars(self.optimizer)
-        self._found = {key: attributes[key] for key in ("grad_scale", "found_inf") if key in attributes}
-        if divisor is not None:
+        self._found = {key: attributes[key] for key in _ATTRIBUTES if key in attributes}
+        if divisor is not None and hasattr(self.optimizer, "divisor"):  # ours: in any precision
+            attributes["divisor"] = divisor
+        elif divisor is not None:
             scale = self._found.get("grad_scale")
             # torch's kernels read float32, whatever the parameters are.
             attributes["grad_scale"] = (divisor if scale is None else scale * divisor).to(torch.float32)
@@ -86,7 +91,7 @@ class InKernel(Operands):
         if self._found is None:
             return
         attributes = vars(self.optimizer)
-        for key in ("grad_scale", "found_inf"):
+        for key in _ATTRIBUTES:
             attributes.pop(key, None)
         attributes.update(self._found)
         self._found = None

@@ -145,10 +145,9 @@ def build_param_groups(model: nn.Module, rules: Sequence[ParamGroupRule | str] =
         ValueError: Nothing is trainable, two rules have the same name, a preset is unknown, or a rule matches nothing
             (presets may match nothing: they describe what is usual, not what is there).
     """
-    resolved = [_preset(rule, model) if isinstance(rule, str) else rule for rule in rules]
+    check_rules(rules)
+    resolved = [_PRESETS[rule](model) if isinstance(rule, str) else rule for rule in rules]
     names = [rule.name for rule in resolved]
-    if duplicates := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Duplicate parameter group name {duplicates[0]!r}: each of {names} must be unique.")
     parameters = list(named_parameters(model))
     trainable = [parameter for parameter in parameters if parameter.parameter.requires_grad]
     if not trainable:
@@ -190,7 +189,9 @@ def list_presets() -> list[str]:
 
 
 def check_rules(rules: Sequence[ParamGroupRule | str]) -> None:
-    """Refuses what can be refused without a model: an unknown preset, something that is no rule."""
+    """Refuses what can be refused without a model: an unknown preset, something that is no rule, a name used twice."""
+    if isinstance(rules, str):
+        raise TypeError(f"Parameter group rules come as a list, got {rules!r}. Write [{rules!r}].")
     for rule in rules:
         if isinstance(rule, str):
             if rule not in _PRESETS:
@@ -200,11 +201,9 @@ def check_rules(rules: Sequence[ParamGroupRule | str]) -> None:
                 f"A parameter group rule is a ParamGroupRule or the name of a preset ({', '.join(_PRESETS)}), "
                 f"got {rule!r}."
             )
-
-
-def _preset(name: str, model: nn.Module) -> ParamGroupRule:
-    check_rules([name])
-    return _PRESETS[name](model)
+    names = [rule if isinstance(rule, str) else rule.name for rule in rules]
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Duplicate parameter group name {duplicates[0]!r}: each of {names} must be unique.")
 
 
 _BIAS = re.compile(r"(^|[._])bias(_[^.]*)?$")  # bias, in_proj_bias, bias_ih_l0

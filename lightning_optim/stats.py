@@ -115,35 +115,3 @@ def sum_groups(values: Tensor, group_sizes: Sequence[int]) -> Tensor:
     Plain sums over slices, in a fixed order: a scatter would use atomics on CUDA and give another result every run.
     """
     return torch.stack([part.sum() for part in torch.split(values, list(group_sizes))])
-
-
-@torch.no_grad()
-def measure_norm_sq(tensors: Sequence[Tensor]) -> Tensor:
-    """Square sum of each tensor, in one read, shape [tensors]; float32, or float64 if any tensor is.
-
-    Args:
-        tensors: At least one, of any shapes, floating dtypes and devices. A sparse one is coalesced to read it.
-    """
-    values = [t.coalesce().values() if t.is_sparse else t.detach() for t in tensors]
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in values) else torch.float32
-    norms = torch._foreach_norm(values, 2.0, dtype)
-    device = norms[0].device
-    return torch.stack([norm.to(device, non_blocking=True) for norm in norms]).square()
-
-
-@torch.no_grad()
-def measure_update(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """The sums of an update of which only its effect is known, shape [tensors, 7]; overwrites ``before``.
-
-    For optimizers that do not collect them in their own pass: |p|² and |Δp|² are exact, the other columns NaN.
-
-    Args:
-        before: Copies of the parameters from before the update.
-        after: The parameters after it.
-    """
-    param_sq = measure_norm_sq(before)
-    torch._foreach_sub_(list(before), list(after))
-    sums = torch.full((len(before), len(STEP_SUMS)), torch.nan, dtype=param_sq.dtype, device=param_sq.device)
-    sums[:, STEP_SUMS.index("param_sq")] = param_sq
-    sums[:, STEP_SUMS.index("update_sq")] = measure_norm_sq(before)
-    return sums

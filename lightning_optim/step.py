@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_optim.clipping import ClipRule
 from lightning_optim.divergence import Detector
+from lightning_optim.measure import measure_norm_sq, measure_update
 from lightning_optim.operands import StepSkipped, operands_for
-from lightning_optim.stats import GradStats, StepCounts, StepRecord, StepStats, measure_norm_sq, measure_update
+from lightning_optim.stats import GradStats, StepCounts, StepRecord, StepStats
 from lightning_optim.transfer import HostMirror
 
 __all__ = ["StepPipeline"]
@@ -205,7 +206,10 @@ class _Step:
     def record(self, optimizer: Optimizer, steps: int, counts: Tensor) -> StepRecord:
         if self._before is not None:
             numel = tuple(param.numel() for param in self.params)
-            update = StepStats(measure_update(self._before, self.params), self.group_sizes, numel)
+            sums = measure_update(self._before, self.params)
+            if self.skip is not None:  # as our own optimizers say it: there was no update
+                sums = sums.masked_fill(self.skip > 0, torch.nan)
+            update = StepStats(sums, self.group_sizes, numel)
         else:
             update = optimizer.step_stats  # type: ignore[attr-defined]
             optimizer.collect_step_stats = False  # type: ignore[attr-defined]

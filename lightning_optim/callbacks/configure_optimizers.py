@@ -70,12 +70,18 @@ def attach(model: L.LightningModule, factory: OptimizerFactory) -> None:
         factory: An `OptimizerFactory`, or the `ConfigureOptimizers` callback that the Trainer will have.
 
     Raises:
+        TypeError: ``factory`` is neither.
         MisconfigurationException: Something else has been attached already.
 
     Example:
         >>> model = L.LightningModule()
         >>> attach(model, OptimizerFactory("adamw", lr=1e-3))
     """
+    if not isinstance(factory, OptimizerFactory):
+        raise TypeError(
+            f"attach needs an OptimizerFactory or a ConfigureOptimizers callback, got {factory!r}. For instance "
+            "attach(model, OptimizerFactory('adamw', lr=1e-3))."
+        )
     present = vars(model).get(_METHOD)
     if present is not None and _owner(present) is not factory:
         raise MisconfigurationException(

@@ -66,6 +66,15 @@ class FusedOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     @classmethod
+    def __subclasses__(cls) -> list[type]:
+        """None, to jsonargparse: short names in LightningCLI (`--optimizer SGD`) go on meaning torch's classes.
+
+        It looks for all subclasses of torch's Optimizer, and refuses a name that two of them have. Full paths
+        (`lightning_optim.optim.SGD`) are resolved without this list.
+        """
+        return []
+
+    @classmethod
     def rule(cls, group: Mapping[str, Any]) -> Rule:
         """The rule for a parameter group with these hyperparameters."""
         raise NotImplementedError

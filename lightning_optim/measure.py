@@ -1,0 +1,50 @@
+"""Reading tensors once: square sums of gradients, and what an update did to parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_optim import backends
+from lightning_optim.stats import STEP_SUMS
+
+
+@torch.no_grad()
+def measure_norm_sq(tensors: Sequence[Tensor]) -> Tensor:
+    """Square sum of each tensor, in one read, shape [tensors]; float32, or float64 if any tensor is.
+
+    Args:
+        tensors: At least one, of any shapes, dtypes and devices; sparse or sharded ones too, the sums of a sharded one
+            being over all of its shards. The result is on the first one's device.
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(index)
+    if len(by_device) == 1:
+        return backends.measure(tensors)
+    parts = [backends.measure([tensors[i] for i in indices]) for indices in by_device.values()]
+    order = [i for indices in by_device.values() for i in indices]
+    device = tensors[0].device
+    dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    measured = torch.cat([part.to(device, dtype, non_blocking=True) for part in parts])
+    return measured[torch.tensor(order, device=device).argsort()]
+
+
+@torch.no_grad()
+def measure_update(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """The sums of an update of which only its effect is known, shape [tensors, 7]; overwrites ``before``.
+
+    For optimizers that do not collect them in their own pass: |p|² and |Δp|² are exact, the other columns NaN.
+
+    Args:
+        before: Copies of the parameters from before the update.
+        after: The parameters after it.
+    """
+    param_sq = measure_norm_sq(before)
+    torch._foreach_sub_(list(before), list(after))
+    sums = torch.full((len(before), len(STEP_SUMS)), torch.nan, dtype=param_sq.dtype, device=param_sq.device)
+    sums[:, STEP_SUMS.index("param_sq")] = param_sq
+    sums[:, STEP_SUMS.index("update_sq")] = measure_norm_sq(before)
+    return sums

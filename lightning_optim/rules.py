@@ -16,8 +16,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients
-
 Scalar = Any
 """A float on the host, or a float64 tensor, [] or [tensors], on a device whose memory the host must not read."""
 
@@ -124,10 +122,16 @@ class Rule:
         """
         raise NotImplementedError
 
-    def decay(self, group: Mapping[str, Any]) -> tuple[Scalar, Scalar]:
-        """The pair (c, l2) of `weight_decay.decay_coefficients`. Override in a rule that decays in its own place."""
-        kind = WeightDecayKind(group["weight_decay_kind"])
-        return decay_coefficients(kind, group["lr"], group["weight_decay"], group["peak_lr"])
+    def decay(self, group: Mapping[str, Any], usual: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
+        """The pair (c, l2): weights shrink by c·w beside `update`, and l2·w is part of the gradient.
+
+        Override in a rule that decays in its own place, which then returns (0, 0) here and λ among its `scalars`.
+
+        Args:
+            group: The parameter group.
+            usual: `weight_decay.decay_coefficients` of the group.
+        """
+        return usual
 
 
 class UpdateRule(Rule):

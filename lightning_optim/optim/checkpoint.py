@@ -20,8 +20,10 @@ def load_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = pre_hook(optimizer, state_dict) or state_dict
     saved_groups = deepcopy(state_dict["param_groups"])
-    by_name = _same_order(optimizer.param_groups, saved_groups)
-    ids = _ids_by_position(optimizer.param_groups, saved_groups) if by_name else _ids_by_name(optimizer, saved_groups)
+    by_position = _same_order(optimizer.param_groups, saved_groups)
+    ids = (
+        _ids_by_position(optimizer.param_groups, saved_groups) if by_position else _ids_by_name(optimizer, saved_groups)
+    )
 
     known = {saved for ids_of_group in ids for saved in ids_of_group}
     state: defaultdict[Any, Any] = defaultdict(dict)
@@ -39,7 +41,7 @@ def load_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None
     for i, (group, ids_of_group) in enumerate(zip(optimizer.param_groups, ids, strict=True)):
         source = owners[ids_of_group[0]] if ids_of_group else saved_groups[i] if i < len(saved_groups) else {}
         # Names stay: they say which parameters this group has now. What torch does not save keeps its value.
-        group.update({k: v for k, v in source.items() if k != "params" and (k != "param_names" or by_name)})
+        group.update({k: v for k, v in source.items() if k != "params" and (k != "param_names" or by_position)})
     optimizer.__setstate__({"state": state})
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)

@@ -21,12 +21,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_square_sums(backend: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     shapes = [(), (0,), (1,), (13,), (257, 263), (200_001,), (3, 0, 2)]
     grads = [torch.randn(shape).to(dtype) for shape in shapes]
     got = measure(grads)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = torch.stack([g.double().square().sum() for g in grads])
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+    # torch adds a whole tensor up in float32; the compiled backends do so in short runs only.
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4 if backend == "reference" else 1e-6, atol=0)
 
 
 def test_layouts_that_are_not_contiguous(backend: str) -> None:

@@ -17,6 +17,18 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 FEATURES = 4
 
+# One optimizer in the three ways that take divisor and skip differently, as arguments of ConfigureOptimizers.
+ADAMWS: dict[str, dict[str, Any]] = {
+    "ours": {"optimizer": "adamw"},
+    "torch-fused": {"optimizer": torch.optim.AdamW, "optimizer_kwargs": {"fused": True}},
+    "torch": {"optimizer": torch.optim.AdamW, "optimizer_kwargs": {"fused": False}},
+}
+SGDS: dict[str, dict[str, Any]] = {
+    "ours": {"optimizer": "sgd", "optimizer_kwargs": {"momentum": 0.9}},
+    "torch-fused": {"optimizer": torch.optim.SGD, "optimizer_kwargs": {"momentum": 0.9, "fused": True}},
+    "torch": {"optimizer": torch.optim.SGD, "optimizer_kwargs": {"momentum": 0.9, "fused": False}},
+}
+
 
 class Net(L.LightningModule):
     """A body, a norm and a head, in the module anyone has, with an optimizer that nobody wants.
@@ -81,6 +93,26 @@ def samples(count: int, scale: float = 1.0) -> TensorDataset:
 def batches(count: int, batch_size: int = 2, scale: float = 1.0) -> DataLoader[Any]:
     """A loader of ``count`` batches, in a fixed order."""
     return DataLoader(samples(count * batch_size, scale), batch_size=batch_size)
+
+
+class Data(L.LightningDataModule):
+    """The same as a data module, for the command line.
+
+    Args:
+        count: How many batches.
+    """
+
+    def __init__(self, count: int = 20) -> None:
+        super().__init__()
+        self.count = count
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return batches(self.count)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return batches(2)
+
+    test_dataloader = predict_dataloader = val_dataloader
 
 
 class Stream(IterableDataset[Any]):

@@ -46,23 +46,32 @@ class Case:
 _MATRICES = ((3, 4), (4, 2))
 _ROWS = ((6, 2),)
 
+OURS = Case("lightning_optim.optim.AdamW", {"weight_decay": 0.1})
+TORCH_FUSED = Case(torch.optim.AdamW, {"fused": True, "weight_decay": 0.1})
+TORCH = Case(torch.optim.AdamW, {"weight_decay": 0.1})
+FUSED_MOMENTUM = Case(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": True})
+FUSED_DAMPENED = Case(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "fused": True})
+
 # These take divisor and skip in their kernel.
 FUSED = [
-    Case(torch.optim.AdamW, {"fused": True, "weight_decay": 0.1}),
+    OURS,
+    Case("lightning_optim.optim.SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
+    Case("lightning_optim.optim.Lion"),
+    TORCH_FUSED,
     Case(torch.optim.AdamW, {"fused": True, "amsgrad": True, "maximize": True}),
     Case(torch.optim.Adam, {"fused": True}),
     Case(torch.optim.SGD, {"lr": 0.1, "fused": True}),
-    Case(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}),
+    FUSED_MOMENTUM,
     Case(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "fused": True}),
     Case(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True, "fused": True}),
     Case(torch.optim.Adagrad, {"fused": True}),
 ]
 # These have their gradients scaled and their call left out.
 AROUND = [
-    Case(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "fused": True}),
+    FUSED_DAMPENED,
     Case(torch.optim.SGD, {"lr": 0.1}),
     Case(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "foreach": True}),
-    Case(torch.optim.AdamW, {"weight_decay": 0.1}),
+    TORCH,
     Case(torch.optim.AdamW, {"foreach": True}),
     Case(torch.optim.Adam),
     Case(torch.optim.Adam, {"capturable": False, "lr": 0.01, "amsgrad": True}),

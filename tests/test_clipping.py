@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_optim.clipping import GlobalNorm
 from lightning_optim.divergence import NonFiniteGradient
-from lightning_optim.stats import STEP_SUMS, GradStats, StepStats, measure_norm_sq, measure_update, sum_groups
+from lightning_optim.measure import measure_norm_sq, measure_update
+from lightning_optim.stats import STEP_SUMS, GradStats, StepStats, sum_groups
 
 
 def _stats(*norms, groups=None):

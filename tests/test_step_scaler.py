@@ -14,9 +14,9 @@ from lightning_optim.divergence import NonFiniteGradient
 from lightning_optim.stats import StepCounts
 from lightning_optim.step import StepPipeline
 from tests.helpers import bit_equal
-from tests.optimizer_cases import AROUND, FUSED
+from tests.optimizer_cases import FUSED_DAMPENED, FUSED_MOMENTUM, OURS, TORCH, TORCH_FUSED
 
-CASES = [FUSED[0], FUSED[5], AROUND[0], AROUND[2], AROUND[3]]
+CASES = [OURS, TORCH_FUSED, TORCH, FUSED_MOMENTUM, FUSED_DAMPENED]
 EVERY = pytest.mark.parametrize("case", CASES, ids=str)
 SCALE = 1024.0
 

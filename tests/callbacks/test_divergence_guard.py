@@ -9,7 +9,18 @@ import torch
 from torch import nn
 
 import lightning_optim as lo
-from tests.helpers import Net, Recorder, Snapshots, batches, bit_equal, make_trainer, precision, read_events
+from tests.helpers import (
+    ADAMWS,
+    SGDS,
+    Net,
+    Recorder,
+    Snapshots,
+    batches,
+    bit_equal,
+    make_trainer,
+    precision,
+    read_events,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -19,21 +30,21 @@ def _expected():
         yield
 
 
-def _configure(fused=True, optimizer="adamw", **options):
-    return lo.ConfigureOptimizers(
-        optimizer, lr=0.01, schedule="cosine", warmup=3, optimizer_kwargs={"fused": fused, **options}
-    )
+def _configure(optimizer=ADAMWS["ours"]):
+    return lo.ConfigureOptimizers(**optimizer, lr=0.01, schedule="cosine", warmup=3)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+KINDS = pytest.mark.parametrize("kind", ADAMWS)
+
+
+@KINDS
 @pytest.mark.parametrize("name", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("clipped", [True, False])
 @pytest.mark.parametrize("bad", [0, 5])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_bad_batch_changes_nothing_and_training_goes_on(logger, optimizer, fused, name, clipped, bad):
+@pytest.mark.parametrize("table", [ADAMWS, SGDS], ids=["adamw", "sgd"])
+def test_a_bad_batch_changes_nothing_and_training_goes_on(logger, table, kind, name, clipped, bad):
     model, guard, snapshots, recorder = Net(nan_batches=[bad]), lo.DivergenceGuard(), Snapshots(), Recorder()
-    options = {"momentum": 0.9} if optimizer == "sgd" else {}
-    parts = [_configure(fused, optimizer, **options), guard, lo.OptimizerMonitor(), snapshots, recorder]
+    parts = [_configure(table[kind]), guard, lo.OptimizerMonitor(), snapshots, recorder]
     parts += [lo.GradientClipping(0.5)] if clipped else []
     make_trainer(parts, logger=logger, **precision(name)).fit(model, batches(12))
     assert guard.skipped_steps == 1
@@ -51,10 +62,10 @@ def test_a_bad_batch_changes_nothing_and_training_goes_on(logger, optimizer, fus
     assert {value for step, value in events["optim_health/skipped_steps"] if step >= bad} == {1.0}
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@KINDS
 @pytest.mark.parametrize("name", ["32-true", "16-mixed"])
 @pytest.mark.parametrize("bad", [0, 4])
-def test_the_run_is_the_one_that_never_saw_the_bad_batch(fused, name, bad):
+def test_the_run_is_the_one_that_never_saw_the_bad_batch(kind, name, bad):
     class SkipsBatches(Net):
         def training_step(self, batch, batch_idx):
             return None if batch_idx in self.nan_batches else super().training_step(batch, batch_idx)
@@ -62,7 +73,7 @@ def test_the_run_is_the_one_that_never_saw_the_bad_batch(fused, name, bad):
     def fit(model):
         recorder = Recorder()
         # One rate throughout: Lightning moves the schedule of a step that the module itself leaves out.
-        configure = lo.ConfigureOptimizers("adamw", lr=0.01, optimizer_kwargs={"fused": fused})
+        configure = lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01)
         make_trainer([configure, lo.DivergenceGuard(), recorder], **precision(name)).fit(model, batches(8))
         return recorder.weights
 
@@ -73,13 +84,15 @@ def test_the_run_is_the_one_that_never_saw_the_bad_batch(fused, name, bad):
         torch.testing.assert_close(guarded, reference, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_schedule_stands_still_on_skipped_steps(fused):
+@KINDS
+def test_the_schedule_stands_still_on_skipped_steps(kind):
     recorder = Recorder()
-    make_trainer([_configure(fused), lo.DivergenceGuard(), recorder]).fit(Net(nan_batches=[1, 2, 6]), batches(10))
+    make_trainer([_configure(ADAMWS[kind]), lo.DivergenceGuard(), recorder]).fit(
+        Net(nan_batches=[1, 2, 6]), batches(10)
+    )
     peak = [0.01 * (k + 1) / 3 if k < 3 else 0.01 * (1 + math.cos(math.pi * (k - 3) / 7)) / 2 for k in range(10)]
     # An update that is left out in the kernel still passes torch's hooks; one whose call is left out does not.
-    happened = [0, 1, 1, 1, 2, 3, 4, 4, 5, 6] if fused else range(7)
+    happened = [0, 1, 1, 1, 2, 3, 4, 4, 5, 6] if kind != "torch" else range(7)
     assert [rates[0] for rates in recorder.rates] == pytest.approx([peak[k] for k in happened])
 
 
@@ -137,11 +150,11 @@ def test_without_it_the_same_batch_ruins_the_model():
     assert all(p.isnan().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_overflows_of_the_scaler_count_and_hold_the_schedule_without_a_guard(fused):
+@KINDS
+def test_overflows_of_the_scaler_count_and_hold_the_schedule_without_a_guard(kind):
     snapshots, recorder = Snapshots(), Recorder()
     model = Net(nan_batches=[0, 4])
-    make_trainer([_configure(fused), snapshots, recorder], **precision("16-mixed")).fit(model, batches(8))
+    make_trainer([_configure(ADAMWS[kind]), snapshots, recorder], **precision("16-mixed")).fit(model, batches(8))
     assert snapshots.after[-1]["schedulers"] == [{"last_epoch": 6}]
     assert all(p.isfinite().all() for p in model.parameters())
 

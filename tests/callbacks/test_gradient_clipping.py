@@ -8,15 +8,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import lightning_optim as lo
-from tests.helpers import PRECISIONS, Net, Ramp, Recorder, batches, make_trainer, precision, read_events
+from tests.helpers import ADAMWS, PRECISIONS, Net, Ramp, Recorder, batches, make_trainer, precision, read_events
 
 LOUD = 30.0  # makes gradients far above a norm of 1
 
 
-def _run(logger, name, fused, callbacks=(), **options):
+def _run(logger, name, kind, callbacks=(), **options):
     """Norms before and after clipping, as the event file has them, and the final weights."""
     model = Net()
-    configure = lo.ConfigureOptimizers("adamw", lr=1e-3, optimizer_kwargs={"fused": fused})
+    configure = lo.ConfigureOptimizers(**ADAMWS[kind], lr=1e-3)
     trainer = make_trainer(
         [configure, lo.GradientClipping(max_norm=1.0), lo.OptimizerMonitor(), *callbacks],
         logger=logger,
@@ -42,9 +42,10 @@ def loggers(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_fused_equals_non_fused_and_the_norm_ends_at_the_limit(loggers, name, accumulate):
-    fused, weights = _run(loggers[0], name, True, accumulate_grad_batches=accumulate)
-    plain, expected = _run(loggers[1], name, False, accumulate_grad_batches=accumulate)
+@pytest.mark.parametrize("kind", ["ours", "torch-fused"])
+def test_fused_equals_non_fused_and_the_norm_ends_at_the_limit(loggers, kind, name, accumulate):
+    fused, weights = _run(loggers[0], name, kind, accumulate_grad_batches=accumulate)
+    plain, expected = _run(loggers[1], name, "torch", accumulate_grad_batches=accumulate)
     rtol = 1e-5 if name == "32-true" else 1e-2
     before = _values(fused, "optim_grad_norm/total")
     assert len(before) == math.ceil(8 / accumulate)
@@ -59,10 +60,10 @@ def test_fused_equals_non_fused_and_the_norm_ends_at_the_limit(loggers, name, ac
         torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * 1e-2)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ADAMWS)
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_logged_norms_are_those_of_the_gradients(logger, name, fused):
-    events, _ = _run(logger, name, fused, limit_train_batches=1)
+def test_logged_norms_are_those_of_the_gradients(logger, name, kind):
+    events, _ = _run(logger, name, kind, limit_train_batches=1)
     model = Net()
     x, y = next(iter(batches(8, scale=LOUD)))
     nn.functional.mse_loss(model(x), y).backward()  # in full precision, without a scaler

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lightning_optim as lo
 from lightning_optim import transfer
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic
-from tests.helpers import Net, batches, make_trainer, read_events
+from tests.helpers import ADAMWS, Net, batches, make_trainer, read_events
 
 RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
 
@@ -59,11 +59,11 @@ def _norm(tensors) -> float:
     return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ADAMWS)
 @pytest.mark.parametrize("clipped", [True, False])
-def test_event_file_holds_what_was_measured_by_hand(logger, fused, clipped):
+def test_event_file_holds_what_was_measured_by_hand(logger, kind, clipped):
     witness = Witness()
-    parts = [witness, _configure(schedule="cosine", warmup=3, optimizer_kwargs={"fused": fused}), lo.OptimizerMonitor()]
+    parts = [witness, _configure(**ADAMWS[kind], schedule="cosine", warmup=3), lo.OptimizerMonitor()]
     parts += [lo.GradientClipping(0.5)] if clipped else []
     make_trainer(parts, logger=logger).fit(NowAndThen(), batches(8))
     events = read_events(logger.log_dir)

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_optim as lo
-from tests.helpers import Net, Recorder, batches, bit_equal, make_trainer, read_events, samples
+from tests.helpers import ADAMWS, Net, Recorder, batches, bit_equal, make_trainer, read_events, samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:Step .* skipped")
 
@@ -46,33 +46,26 @@ class SaveAt(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def _parts(optimizer="adamw", fused=True, **options):
+def _parts(kind="ours"):
     return [
-        lo.ConfigureOptimizers(
-            optimizer,
-            lr=0.05,
-            weight_decay=0.1,
-            schedule="cosine",
-            warmup="20%",
-            optimizer_kwargs={"fused": fused, **options},
-        ),
+        lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.05, weight_decay=0.1, schedule="cosine", warmup="20%"),
         lo.GradientClipping(0.5),
         lo.DivergenceGuard(),
         lo.OptimizerMonitor(),
     ]
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ADAMWS)
 @pytest.mark.parametrize(("accumulate", "at", "done"), [(1, 4, 4), (1, 13, 13), (3, 2, 6), (3, 6, 16)])
 @pytest.mark.parametrize("bad", [None, 2])
 def test_a_resumed_run_goes_on_with_the_next_batch_and_ends_bit_equal(
-    tmp_path, logger, fused, accumulate, at, done, bad
+    tmp_path, logger, kind, accumulate, at, done, bad
 ):
     path = tmp_path / "middle.ckpt"
     nan_batches = [] if bad is None else [bad]
 
     def fit(loader, extra=(), logger=False, ckpt_path=None):
-        model, parts, recorder = Net(nan_batches), _parts(fused=fused), Recorder()
+        model, parts, recorder = Net(nan_batches), _parts(kind), Recorder()
         trainer = make_trainer(
             [*parts, recorder, *extra], max_epochs=2, accumulate_grad_batches=accumulate, logger=logger
         )

@@ -129,8 +129,8 @@ class FusedOptimizer(Optimizer):
         batches, rows, sizes = self._batches()
         if self.divisor is not None and self.divisor.shape not in ((), (sum(sizes),)):
             raise ValueError(
-                f"{type(self).__name__}: divisor has shape {tuple(self.divisor.shape)}; needed is [] or one value for "
-                f"each parameter with a gradient, [{sum(sizes)}]."
+                f"{type(self).__name__}: divisor has shape {tuple(self.divisor.shape)}; needed is [] or one value for"
+                f" each parameter with a gradient, [{sum(sizes)}]."
             )
         collected: list[Tensor] = []
         for key, batch in batches.items():

@@ -19,8 +19,9 @@ from numba.extending import intrinsic
 
 # Everything but nnan and ninf: sums may be reordered so that they vectorise, NaN and infinity keep their meaning.
 FAST_SUMS = {"reassoc", "contract", "arcp", "nsz"}
-# Of the update itself only products and sums fuse: reordering would undo a compensated summation.
-FAST_UPDATE = {"contract", "nsz"}
+# Of the update itself only products and sums fuse, and x / y may be x · (1 / y), which moves a division by a scalar out
+# of the loop: reordering would undo a compensated summation.
+FAST_UPDATE = {"contract", "nsz", "arcp"}
 
 STORAGE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 """Element types that can be loaded and stored, with their size in bytes."""

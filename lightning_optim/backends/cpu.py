@@ -32,6 +32,7 @@ class CpuBackend(Backend):
     """One pass over memory for elementwise rules: divide, update, write and sum."""
 
     name = "cpu"
+    low_precision = True
 
     def why_not(self, device: torch.device) -> str | None:
         """It runs on the CPU only."""
@@ -62,7 +63,7 @@ class CpuBackend(Backend):
         columns = scalar_columns(batch, divisor)
 
         def run(purpose: str, cautious: bool = False) -> dict[str, Tensor]:
-            kernel = build(type(rule), dtypes, purpose, cautious)  # type: ignore[arg-type] # mypy: type not Hashable
+            kernel = build(type(rule), dtypes, purpose, cautious, batch.kahan, batch.stochastic)  # type: ignore[arg-type] # mypy: type not Hashable
             table = torch.stack([columns[name] for name in kernel.scalars], dim=1).to(batch.dtype)
             sums = sum_over_shards(_run(kernel, numel, addresses, table.numpy()), batch.wholes)
             return dict(zip(kernel.sums, sums.unbind(1), strict=True))
@@ -87,7 +88,8 @@ class CpuBackend(Backend):
 def _tensors(batch: Batch, i: int) -> list[Tensor]:
     """Parameter, gradient and states of tensor ``i``, in the order of the kernel's slots."""
     state = batch.states[i]
-    return [batch.params[i], batch.grads[i], *(state[name] for name in batch.rule.state)]
+    kahan = [state["kahan_comp"]] if batch.kahan else []
+    return [batch.params[i], batch.grads[i], *(state[name] for name in batch.rule.state), *kahan]
 
 
 def _dense(tensor: Tensor) -> bool:
@@ -108,7 +110,7 @@ def _addresses(batch: Batch) -> tuple[npt.NDArray[Any], list[tuple[Tensor, Tenso
     """Addresses [tensors, slots]; copies to be written back; and all copies, to be kept alive meanwhile.
 
     Elements of one index must lie at one offset. Where strides differ, or leave gaps, the odd one is copied to a
-    contiguous tensor first.
+    contiguous tensor first. Random numbers follow the row-major index, so they need contiguous tensors in any case.
     """
     rows = []
     write_back: list[tuple[Tensor, Tensor]] = []
@@ -117,7 +119,8 @@ def _addresses(batch: Batch) -> tuple[npt.NDArray[Any], list[tuple[Tensor, Tenso
         tensors = _tensors(batch, i)
         if not all(map(Tensor.is_contiguous, tensors)):
             strides = tensors[0].stride()
-            if not (_dense(tensors[0]) and all(tensor.stride() == strides for tensor in tensors)):
+            alike = _dense(tensors[0]) and all(tensor.stride() == strides for tensor in tensors)
+            if batch.stochastic or not alike:
                 copies = [tensor.contiguous() for tensor in tensors]
                 keep += copies
                 # `contiguous` returns the tensor itself where it is so already.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends.base import Backend, Batch
+from lightning_optim.backends.rounding import kahan_pending, kahan_rest, round_stochastically
 from lightning_optim.backends.scalars import commit, is_set, scalar_columns, widest_dtype
 from lightning_optim.backends.shards import sum_over_shards
 from lightning_optim.rules import TensorRule, UpdateRule, rebind
@@ -33,6 +34,7 @@ class ReferenceBackend(Backend):
     """Runs everything, elementwise and tensor rules alike, in plain torch."""
 
     name = "reference"
+    low_precision = True
 
     def why_not(self, device: torch.device) -> str | None:
         """Never a reason."""
@@ -63,7 +65,7 @@ class ReferenceBackend(Backend):
         sums = []
         for i, (_, delta, new_state) in enumerate(steps):
             param, state = batch.params[i], batch.states[i]
-            new_param = (_wide(param) - total_change(_wide(param), delta, scalars[i]["decay"])).to(param.dtype)
+            new_param, new_state = _stored(batch, i, total_change(_wide(param), delta, scalars[i]["decay"]), new_state)
             if collect:
                 raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
                 sums.append(_sums(batch, i, raw, new_param, new_state, scalars[i]))
@@ -125,11 +127,24 @@ def _steps(batch: Batch, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
         yield grad, delta, dict(zip(rule.state, new, strict=True))
 
 
+def _stored(batch: Batch, i: int, change: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Parameter and state after the step, the parameter in the dtype it is stored in."""
+    stored = batch.params[i]
+    param = _wide(stored)
+    if batch.kahan:
+        pending = kahan_pending(_wide(batch.states[i]["kahan_comp"]), change)
+        after = (param + pending).to(stored.dtype)
+        return after, state | {"kahan_comp": kahan_rest(pending, _wide(after), param)}
+    if "param" in batch.stochastic:
+        return round_stochastically(param - change, batch.rounding_keys[i], 0), state
+    return (param - change).to(stored.dtype), state
+
+
 def _tensor_steps(batch: Batch, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
     rule = batch.rule
     assert isinstance(rule, TensorRule)
     grads = [_grad(batch, i, scalars[i]) for i in range(len(batch.params))]
-    states = [{name: _wide(tensor) for name, tensor in state.items()} for state in batch.states]
+    states = [{n: _wide(tensor) for n, tensor in state.items() if n != "kahan_comp"} for state in batch.states]
     deltas, new_states = rule.update([_wide(p) for p in batch.params], grads, states, scalars, batch.groups)
     return zip(grads, deltas, new_states, strict=True)
 

@@ -13,8 +13,18 @@ from lightning_optim.messages import nearest
 
 NON_NEGATIVE = ("lr", "eps", "weight_decay", "momentum", "peak_lr")
 FRACTIONS = ("betas",)  # each in [0, 1): an average that never takes anything in, or never forgets, is a mistake
-FLAGS = ("maximize", "cautious", "amsgrad", "nesterov")
-BEYOND = ("name", "params", "param_names", "rule", "peak_lr", "initial_lr", "lr_multiplier", "weight_decay_multiplier")
+FLAGS = ("maximize", "cautious", "amsgrad", "nesterov", "kahan_sum", "stochastic_rounding")
+BEYOND = (
+    "name",
+    "params",
+    "param_names",
+    "rule",
+    "peak_lr",
+    "initial_lr",
+    "lr_multiplier",
+    "weight_decay_multiplier",
+    "rounding_seed",
+)
 """Group keys that are not hyperparameters but are known, and so never taken for misspelt ones."""
 
 

@@ -11,7 +11,15 @@ from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.lion import Lion
 from lightning_optim.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "Lion", "get_optimizer_class", "list_optimizers"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "FusedOptimizer",
+    "Lion",
+    "get_optimizer_class",
+    "list_optimizers",
+]
 
 
 def _classes() -> dict[str, type[FusedOptimizer]]:

@@ -64,6 +64,7 @@ class Case:
 
 _CAUTIOUS = {"cautious": True}
 
+
 CASES = (
     Case(
         optim.AdamW,

@@ -5,18 +5,26 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from lightning_optim.messages import nearest
+from lightning_optim.optim.adagrad import Adagrad
 from lightning_optim.optim.adam import Adam
 from lightning_optim.optim.adamw import AdamW
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.lion import Lion
+from lightning_optim.optim.nadam import NAdam
+from lightning_optim.optim.radam import RAdam
+from lightning_optim.optim.rmsprop import RMSprop
 from lightning_optim.optim.sgd import SGD
 
 __all__ = [
     "SGD",
+    "Adagrad",
     "Adam",
     "AdamW",
     "FusedOptimizer",
     "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
     "get_optimizer_class",
     "list_optimizers",
 ]
@@ -38,8 +46,8 @@ def list_optimizers(pattern: str = "*") -> dict[str, str]:
         pattern: A shell-style wildcard.
 
     Example:
-        >>> print(*list_optimizers("*adam*"))
-        adam adamw
+        >>> print(*list_optimizers("*adam"))
+        adam nadam radam
     """
     lines = {name: f"{c.when_to_use} State: {c.memory} per parameter. {c.paper}" for name, c in _classes().items()}
     return {name: line for name, line in lines.items() if fnmatchcase(name, pattern.lower())}

@@ -65,6 +65,14 @@ class Case:
 _CAUTIOUS = {"cautious": True}
 
 
+def _torch_nadam(*args: Any, **kwargs: Any) -> Optimizer:
+    """torch's NAdam with its product of momenta in float64, as ours keeps it."""
+    optimizer = torch.optim.NAdam(*args, **kwargs)
+    optimizer.register_step_pre_hook(lambda *_: torch.set_default_dtype(torch.float64))
+    optimizer.register_step_post_hook(lambda *_: torch.set_default_dtype(torch.float32))
+    return optimizer
+
+
 CASES = (
     Case(
         optim.AdamW,
@@ -118,6 +126,54 @@ CASES = (
                 lambda *args, **kwargs: published.timm("lion").Lion(*args, **kwargs),
             ),
         ),
+    ),
+    Case(
+        optim.Adagrad,
+        torch.optim.Adagrad,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting(
+                "all",
+                {"lr": 1e-2, "weight_decay": 0.1, "lr_decay": 0.03, "initial_accumulator_value": 0.1, "eps": 1e-4},
+            ),
+            Setting("maximize", {"lr": 1e-2, "weight_decay": 0.1, "maximize": True}),
+        ),
+        torch_twin=torch.optim.Adagrad,
+    ),
+    Case(
+        optim.RMSprop,
+        torch.optim.RMSprop,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "alpha": 0.9, "eps": 1e-4}),
+            Setting("momentum", {"lr": 1e-2, "momentum": 0.9}),
+            Setting("centered", {"lr": 1e-2, "centered": True, "eps": 1e-3, "maximize": True}),
+            Setting("both", {"lr": 1e-2, "centered": True, "eps": 1e-3, "momentum": 0.8, "weight_decay": 0.1}),
+        ),
+        torch_twin=torch.optim.RMSprop,
+    ),
+    Case(
+        optim.NAdam,
+        _torch_nadam,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting(
+                "decay", {"lr": 1e-2, "weight_decay": 0.1, "momentum_decay": 0.02, "betas": (0.8, 0.95), "eps": 1e-4}
+            ),
+            Setting("decoupled", {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
+        ),
+        torch_twin=torch.optim.NAdam,
+    ),
+    Case(
+        optim.RAdam,
+        torch.optim.RAdam,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-4}),
+            Setting("never_rectified", {"lr": 1e-2, "betas": (0.5, 0.6)}),
+            Setting("decoupled", {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
+        ),
+        torch_twin=torch.optim.RAdam,
     ),
 )
 

@@ -121,6 +121,7 @@ def refusals() -> list[Any]:
         (optim.AdamW, [("a.weight", torch.ones(1, dtype=torch.cfloat))], {}, r"parameter 'a.weight' has dtype"),
         (optim.AdamW, [weight, weight], {}, r"parameter 1 \(shape \(2,\)\) is in the group twice"),
         (optim.AdamW, [weight], {"betas": (torch.ones(()), 0.9)}, r"betas\[0\] is a Tensor; needed is a number"),
+        (optim.RMSprop, [weight], {"alpha": 1.0}, r"alpha=1.0 is out of range; needed is 0 <= alpha < 1"),
         (optim.SGD, [weight], {"nesterov": True}, r"nesterov=True needs momentum above 0 and dampening=0; given mom"),
     ]
     return [pytest.param(*row, id=f"{row[0].__name__}-{i}") for i, row in enumerate(rows)]

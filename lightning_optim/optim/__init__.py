@@ -8,21 +8,29 @@ from lightning_optim.messages import nearest
 from lightning_optim.optim.adagrad import Adagrad
 from lightning_optim.optim.adam import Adam
 from lightning_optim.optim.adamw import AdamW
+from lightning_optim.optim.adan import Adan
+from lightning_optim.optim.ademamix import AdEMAMix
+from lightning_optim.optim.adopt import ADOPT
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.lion import Lion
 from lightning_optim.optim.nadam import NAdam
+from lightning_optim.optim.nadamw import NAdamW
 from lightning_optim.optim.radam import RAdam
 from lightning_optim.optim.rmsprop import RMSprop
 from lightning_optim.optim.sgd import SGD
 
 __all__ = [
+    "ADOPT",
     "SGD",
+    "AdEMAMix",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adan",
     "FusedOptimizer",
     "Lion",
     "NAdam",
+    "NAdamW",
     "RAdam",
     "RMSprop",
     "get_optimizer_class",

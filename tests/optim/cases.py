@@ -11,6 +11,7 @@ from typing import Any
 
 import lion_pytorch
 import pytest
+import pytorch_optimizer
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -174,6 +175,64 @@ CASES = (
             Setting("decoupled", {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
         ),
         torch_twin=torch.optim.RAdam,
+    ),
+    Case(
+        optim.NAdamW,
+        lambda *args, **kwargs: published.timm("nadamw").NAdamW(*args, **kwargs),
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("maximize", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-4, "maximize": True}),
+            Setting(
+                "cautious",
+                {"lr": 1e-2, "weight_decay": 0.1, **_CAUTIOUS},
+                {"lr": 1e-2, "weight_decay": 0.1, "caution": True},
+            ),
+        ),
+    ),
+    Case(
+        optim.ADOPT,
+        lambda *args, decoupled=True, **kwargs: published.timm("adopt").Adopt(*args, decoupled=decoupled, **kwargs),
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "maximize": True}),
+            Setting("no_clipping", {"lr": 1e-3, "eps": 1e-2, "clip_exp": None}),
+            Setting(
+                "l2",
+                {"lr": 1e-2, "weight_decay": 0.1, "weight_decay_kind": "l2"},
+                {"lr": 1e-2, "weight_decay": 0.1, "decoupled": False},
+            ),
+            Setting(
+                "cautious",
+                {"lr": 1e-2, "weight_decay": 0.1, **_CAUTIOUS},
+                {"lr": 1e-2, "weight_decay": 0.1, "caution": True},
+            ),
+        ),
+    ),
+    Case(
+        optim.AdEMAMix,
+        lambda *args, **kwargs: pytorch_optimizer.AdEMAMix(*args, weight_decouple=True, **kwargs),
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95, 0.99), "eps": 1e-4, "alpha": 3.0}),
+            Setting(
+                "warmup",
+                {"lr": 1e-2, "weight_decay": 0.1, "alpha_warmup": 20, "beta3_warmup": 20},
+                {"lr": 1e-2, "weight_decay": 0.1, "t_alpha_beta3": 20},
+            ),
+        ),
+    ),
+    Case(
+        optim.Adan,
+        lambda *args, **kwargs: pytorch_optimizer.Adan(*args, **kwargs),
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("proximal", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.8, 0.95), "eps": 1e-4}),
+            Setting(
+                "no_prox",
+                {"lr": 1e-2, "weight_decay": 0.1, "no_prox": True},
+                {"lr": 1e-2, "weight_decay": 0.1, "weight_decouple": True},
+            ),
+        ),
     ),
 )
 

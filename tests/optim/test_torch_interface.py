@@ -122,6 +122,10 @@ def refusals() -> list[Any]:
         (optim.AdamW, [weight, weight], {}, r"parameter 1 \(shape \(2,\)\) is in the group twice"),
         (optim.AdamW, [weight], {"betas": (torch.ones(()), 0.9)}, r"betas\[0\] is a Tensor; needed is a number"),
         (optim.RMSprop, [weight], {"alpha": 1.0}, r"alpha=1.0 is out of range; needed is 0 <= alpha < 1"),
+        (optim.ADOPT, [weight], {"clip_exp": -1.0}, r"clip_exp=-1.0 is out of range; needed is .* or None"),
+        (optim.AdEMAMix, [weight], {"betas": (0.9, 0.99)}, r"has 2 numbers; needed are 3"),
+        (optim.AdEMAMix, [weight], {"betas": (0.0, 0.9, 0.9), "beta3_warmup": 9}, r"beta3_warmup needs 0 < betas\[0\]"),
+        (optim.Adan, [weight], {"betas": (0.9, 0.99)}, r"has 2 numbers; needed are 3"),
         (optim.SGD, [weight], {"nesterov": True}, r"nesterov=True needs momentum above 0 and dampening=0; given mom"),
     ]
     return [pytest.param(*row, id=f"{row[0].__name__}-{i}") for i, row in enumerate(rows)]

@@ -17,6 +17,7 @@ from lightning_optim.optim.nadam import NAdam
 from lightning_optim.optim.nadamw import NAdamW
 from lightning_optim.optim.radam import RAdam
 from lightning_optim.optim.rmsprop import RMSprop
+from lightning_optim.optim.schedule_free import ScheduleFreeAdamW
 from lightning_optim.optim.sgd import SGD
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "NAdamW",
     "RAdam",
     "RMSprop",
+    "ScheduleFreeAdamW",
     "get_optimizer_class",
     "list_optimizers",
 ]

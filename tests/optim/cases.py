@@ -12,6 +12,7 @@ from typing import Any
 import lion_pytorch
 import pytest
 import pytorch_optimizer
+import schedulefree
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -71,6 +72,12 @@ def _torch_nadam(*args: Any, **kwargs: Any) -> Optimizer:
     optimizer = torch.optim.NAdam(*args, **kwargs)
     optimizer.register_step_pre_hook(lambda *_: torch.set_default_dtype(torch.float64))
     optimizer.register_step_post_hook(lambda *_: torch.set_default_dtype(torch.float32))
+    return optimizer
+
+
+def _schedule_free(*args: Any, **kwargs: Any) -> Optimizer:
+    optimizer = schedulefree.AdamWScheduleFree(*args, **kwargs)
+    optimizer.train()
     return optimizer
 
 
@@ -232,6 +239,15 @@ CASES = (
                 {"lr": 1e-2, "weight_decay": 0.1, "no_prox": True},
                 {"lr": 1e-2, "weight_decay": 0.1, "weight_decouple": True},
             ),
+        ),
+    ),
+    Case(
+        optim.ScheduleFreeAdamW,
+        _schedule_free,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("warmup", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-4, "warmup_steps": 7}),
+            Setting("weighted", {"lr": 1e-2, "r": 1.5, "weight_lr_power": 1.0}),
         ),
     ),
 )

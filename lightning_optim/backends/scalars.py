@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends.base import Batch
-from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients
+from lightning_optim.weight_decay import group_decay
 
 
 def read(tensor: Tensor) -> float:
@@ -54,9 +54,7 @@ def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> 
     """All numbers of tensors that share ``group`` and 0-d state; floats, or float64 tensors."""
     step = old["step"] + 1 if "step" in old else 1.0
     others = {name: value for name, value in old.items() if name != "step"}
-    kind = WeightDecayKind(group["weight_decay_kind"])
-    usual = decay_coefficients(kind, group["lr"], group["weight_decay"], group["peak_lr"])
-    decay, l2 = batch.rule.decay(group, usual)
+    decay, l2 = batch.rule.decay(group, group_decay(group))
     shared = {"inverse_divisor": -1.0 if group["maximize"] else 1.0, "decay": decay, "l2": l2}
     shared |= {"eps": group.get("eps", 0.0), "bias_correction2_sqrt": 1.0}
     return shared | batch.rule.scalars(group, step, **others)

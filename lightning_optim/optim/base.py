@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_optim import backends
 from lightning_optim.backends import Batch
 from lightning_optim.backends.base import arithmetic_dtype
+from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.backends.shards import local
 from lightning_optim.optim.checkpoint import load_state_dict
 from lightning_optim.optim.hyperparameters import check_values, number, refuse_typos
@@ -207,18 +208,22 @@ class FusedOptimizer(Optimizer):
             if not begun:
                 state |= {n: t for n, t in rule.init_state(param, group).items() if n not in state}
         else:
+            assert isinstance(rule, UpdateRule)
+            first = rule.init_state(param, group)
+            dtype = arithmetic_dtype(param.dtype)  # a bf16 second moment could not move by a thousandth of itself
             for name in rule.state:
                 if name not in state:
-                    # float32 beside bf16 parameters: a bf16 second moment cannot move by a thousandth of itself.
-                    state[name] = torch.zeros_like(
-                        param, dtype=arithmetic_dtype(param.dtype), memory_format=torch.preserve_format
-                    )
+                    value = first.get(name, 0.0)
+                    if isinstance(value, Tensor):
+                        state[name] = value.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
+                    else:
+                        state[name] = torch.full_like(param, value, dtype=dtype)
         if rule.counts_steps and "step" not in state:
             # torch's SGD counts no steps, but a momentum that exists has begun.
-            state["step"] = _scalar(1.0 if begun else 0.0, param)
-        for name, first in rule.scalar_state.items():
+            state["step"] = _step_count(1.0 if begun else 0.0, param)
+        for name, at_first in rule.scalar_state.items():
             if name not in state:
-                state[name] = _scalar(first, param)
+                state[name] = torch.full((), at_first, dtype=widest_dtype(param.device), device=param.device)
         return state
 
     def _divisor(self, rows: list[int], device: torch.device) -> Tensor | None:
@@ -292,8 +297,8 @@ def _tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, value in state.items() if isinstance(value, Tensor) and name not in others)
 
 
-def _scalar(value: float, param: Tensor) -> Tensor:
-    """0-d state: float32, or float64 if that is torch's default dtype, as torch keeps its step counts."""
+def _step_count(value: float, param: Tensor) -> Tensor:
+    """Float32, or float64 if that is torch's default dtype, as torch keeps its step counts."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.full((), value, dtype=dtype, device=param.device)
 

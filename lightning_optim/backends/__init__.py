@@ -14,8 +14,11 @@ from lightning_optim.messages import nearest
 
 __all__ = ["Backend", "Batch", "choose", "get_backend", "measure"]
 
-NAMES = ("reference", "cpu")
-AUTOMATIC = {"cpu": "cpu"}  # device type -> backend; reference where there is none, or where it cannot run
+NAMES = ("reference", "cpu", "triton")
+AUTOMATIC = {
+    "cpu": "cpu",
+    "cuda": "triton",
+}  # device type -> backend; reference where there is none, or where it cannot run
 
 
 @cache
@@ -33,6 +36,10 @@ def get_backend(name: str) -> Backend:
         from lightning_optim.backends.cpu import CpuBackend
 
         return CpuBackend()
+    if name == "triton":
+        from lightning_optim.backends.triton import TritonBackend
+
+        return TritonBackend()
     raise ValueError(f"backend={name!r} is unknown. {nearest(name, ('auto', *NAMES))}")
 
 

@@ -17,6 +17,7 @@ from lightning_optim.backends.compiled import CompiledBackend, Operands, scalar_
 from lightning_optim.backends.triton_functions import add_blocks
 from lightning_optim.backends.triton_kernels import THREADS, Kernel, build, build_measure
 from lightning_optim.rules import UpdateRule
+from lightning_optim.transfer import upload
 
 
 class TritonBackend(CompiledBackend):
@@ -65,8 +66,8 @@ class TritonBackend(CompiledBackend):
         """See `CompiledBackend`."""
         with _current(operands.device):
             kernel = build_measure(operands.dtypes[0], _aligned(operands))
-            unused = _zero(operands.device)
-            return _run(kernel, operands, unused, unused)[:, 0]
+            zero = _flag(None, operands.device)
+            return _run(kernel, operands, zero, zero)[:, 0]
 
 
 def launch(function: Any, programs: int, device: torch.device, *arguments: Any) -> None:
@@ -100,7 +101,7 @@ def _address_table(addresses: bytes, device: torch.device, stream: int) -> Tenso
 
     Per stream, because memory freed on one stream may be handed out again on it while another still reads.
     """
-    return _upload(np.frombuffer(addresses, dtype=np.int64), device)
+    return upload(np.frombuffer(addresses, dtype=np.int64), device)
 
 
 @lru_cache(maxsize=64)
@@ -110,20 +111,7 @@ def _block_table(numel: tuple[int, ...], device: torch.device, stream: int) -> t
     # the end. Very large batches take longer ones, so that there are fewer sums to add.
     blocks = split(numel, 4096 if sum(numel) < 2**28 else 16384)
     offsets = np.searchsorted(blocks[:, 0], np.arange(len(numel) + 1))
-    return _upload(blocks, device), _upload(offsets.astype(np.int64), device)
-
-
-def _upload(values: Any, device: torch.device) -> Tensor:
-    host = torch.from_numpy(values.copy())
-    if device.type == "cpu":
-        return host
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "backend='triton' cannot upload its table of addresses while a CUDA graph is captured. Before that, take a "
-            "step with the same gradients on the stream of the capture; or use backend='reference'."
-        )
-    # torch keeps the pinned memory until the copy is done.
-    return host.pin_memory().to(device, non_blocking=True)
+    return upload(blocks, device), upload(offsets.astype(np.int64), device)
 
 
 def _aligned(operands: Operands) -> bool:
@@ -131,13 +119,14 @@ def _aligned(operands: Operands) -> bool:
 
 
 def _flag(skip: Tensor | None, device: torch.device) -> Tensor:
+    """A float32 to read in the kernel: non-zero means skip."""
     if skip is None:
-        return _zero(device)
+        return _zero(device, _stream(device))
     return skip if skip.dtype == torch.float32 else (skip != 0).float()
 
 
 @lru_cache(maxsize=16)
-def _zero(device: torch.device) -> Tensor:
+def _zero(device: torch.device, stream: int) -> Tensor:
     return torch.zeros((), device=device)
 
 

@@ -91,12 +91,15 @@ NAMED = {
 """The named functions of rules. NaN as `rules` says."""
 
 
+MOST_SUMS = 8
+"""Columns that `add_blocks` can add."""
+
+
 @jit
 def add_blocks(sums: Any, offsets: Any, totals: Any, columns: Any) -> Any:
     """Add each tensor's block sums in a fixed order: one program per tensor.
 
-    `sums` [blocks, columns], `offsets` [tensors + 1] of each tensor's first block, `totals` [tensors, columns] float64;
-    at most eight columns.
+    `sums` [blocks, columns], `offsets` [tensors + 1] of each tensor's first block, `totals` [tensors, columns] float64.
     """
     tensor = tl.program_id(0)
     block = tl.load(offsets + tensor)

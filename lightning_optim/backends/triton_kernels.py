@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from lightning_optim.backends.compiled import scalar_names
-from lightning_optim.backends.triton_functions import NAMED, jit, jit_text
+from lightning_optim.backends.triton_functions import MOST_SUMS, NAMED, jit, jit_text
 from lightning_optim.rules import UpdateRule, rebind
 from lightning_optim.weight_decay import total_change
 
@@ -52,6 +52,7 @@ def build(rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautiou
     """
     columns = scalar_names(rule, purpose, cautious)
     text, sums = source(rule, dtypes, purpose, columns, cautious, aligned)
+    assert len(sums) <= MOST_SUMS, f"{rule.__name__} has more than {MOST_SUMS} sums"
     function = rule.sums_update if purpose == "sums" else rule.update
     names = NAMED | {"rule_function": rebind(function, NAMED, jit), "total_change": rebind(total_change, NAMED, jit)}
     return Kernel(jit_text(text, "kernel", names, do_not_specialize=ARGUMENTS), columns, sums)

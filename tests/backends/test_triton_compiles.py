@@ -164,6 +164,30 @@ def test_amd() -> None:
     assert not re.search("(global|buffer|flat)_atomic", assembly)
 
 
+def test_kernels_of_rules_that_look_alike_are_kept_apart() -> None:
+    """Triton finds compiled kernels on disk by their source: the rule's own must count, not only the text around it."""
+
+    class Other(LionRule):
+        @staticmethod
+        def update(  # type: ignore[override]
+            param: Any,
+            grad: Any,
+            exp_avg: Any,
+            lr: Any,
+            beta1: Any,
+            one_minus_beta1: Any,
+            beta2: Any,
+            one_minus_beta2: Any,
+        ) -> Any:
+            return lr * (beta1 * exp_avg + one_minus_beta1 * grad), beta2 * exp_avg + one_minus_beta2 * grad
+
+    functions = [rule_kernel(rule) for rule in (LionRule, Other)]
+    assert functions[0].src == functions[1].src
+    assert functions[0].cache_key != functions[1].cache_key
+    build.cache_clear()
+    assert rule_kernel(LionRule).cache_key == functions[0].cache_key  # as in another process
+
+
 def test_no_argument_can_cause_a_recompilation() -> None:
     for function in (rule_kernel(AdamRule), rule_kernel(AdamRule, "step+sums"), build_measure(FLOAT, True).function):
         assert all(parameter.do_not_specialize for parameter in function.params)

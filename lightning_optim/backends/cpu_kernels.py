@@ -15,6 +15,7 @@ import numba
 import numpy as np
 
 from lightning_optim.backends import cpu_cache
+from lightning_optim.backends.compiled import scalar_names
 from lightning_optim.backends.cpu_memory import FAST_SUMS, compiled, load, named_functions, store
 from lightning_optim.rules import UpdateRule, rebind
 from lightning_optim.weight_decay import total_change
@@ -50,7 +51,7 @@ def build(rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautiou
             `agreement` counts the elements whose update agrees with the gradient, both writing nothing.
         cautious: For the `step`s: apply the mask and the column `mask_scale`.
     """
-    columns = _columns(rule, purpose, cautious)
+    columns = scalar_names(rule, purpose, cautious)
     text, sums = source(rule, dtypes, purpose, columns, cautious)
     function = rule.sums_update if purpose == "sums" else rule.update
     wide = "float64" if dtypes[0] == "float64" else "float32"
@@ -79,18 +80,6 @@ def build(rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautiou
     ):
         dispatcher.compile(signature)
     return Kernel(dispatcher, columns, sums)
-
-
-def _columns(rule: type[UpdateRule], purpose: str, cautious: bool) -> tuple[str, ...]:
-    own = rule.sums_scalars() if purpose == "sums" else rule.update_scalars()
-    columns = ["inverse_divisor", "l2", *own]
-    if purpose.startswith("step"):
-        columns.append("decay")
-    if purpose == "step+sums":
-        columns += ["eps", "bias_correction2_sqrt"]
-    if cautious:
-        columns.append("mask_scale")
-    return tuple(dict.fromkeys(columns))
 
 
 def source(

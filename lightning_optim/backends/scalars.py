@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends.base import Batch
+from lightning_optim.rules import Scalar
+from lightning_optim.transfer import upload
 from lightning_optim.weight_decay import group_decay
 
 
@@ -88,7 +90,7 @@ def _device_columns(batch: Batch) -> dict[str, Tensor]:
     members: dict[int, list[int]] = {}
     for i, group in enumerate(batch.groups):
         members.setdefault(id(group), []).append(i)
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[tuple[Scalar, int]]] = {}
     for indices in members.values():
         group = {
             k: (v.to(device, dtype, non_blocking=True) if v.device.type != "cpu" else read(v))
@@ -102,14 +104,19 @@ def _device_columns(batch: Batch) -> dict[str, Tensor]:
             for name in batch.scalar_states[indices[0]]
         }
         for name, value in _numbers(batch, group, old).items():
-            if isinstance(value, Tensor):
-                column = value.to(dtype).expand(len(indices))
-            else:
-                column = torch.full((len(indices),), value, dtype=dtype, device=device)
-            parts.setdefault(name, []).append(column)
+            parts.setdefault(name, []).append((value, len(indices)))
+    # Here a launch costs more than what it does: plain numbers go over in one copy, the others join them.
+    plain = [name for name, values in parts.items() if not any(isinstance(value, Tensor) for value, _ in values)]
+    table = upload([[v for v, count in parts[name] for _ in range(count)] for name in plain], device, dtype)
+    columns = dict(zip(plain, table.unbind(), strict=True))
+    for name in parts.keys() - columns.keys():
+        filled = [
+            v.to(dtype).expand(count) if isinstance(v, Tensor) else torch.full((count,), v, dtype=dtype, device=device)
+            for v, count in parts[name]
+        ]
+        columns[name] = torch.cat(filled) if len(filled) > 1 else filled[0]
     order = [i for indices in members.values() for i in indices]
-    columns = {name: torch.cat(values) for name, values in parts.items()}
     if order != sorted(order):
-        inverse = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
+        inverse = upload(sorted(range(len(order)), key=order.__getitem__), device)
         columns = {name: column[inverse] for name, column in columns.items()}
     return columns

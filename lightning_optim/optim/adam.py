@@ -103,7 +103,7 @@ class Adam(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
-        backend: `auto`, or `reference`, `cpu`.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
         Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015, https://arxiv.org/abs/1412.6980

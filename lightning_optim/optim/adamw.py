@@ -36,7 +36,7 @@ class AdamW(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
-        backend: `auto`, or `reference`, `cpu`.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
         Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, https://arxiv.org/abs/1711.05101

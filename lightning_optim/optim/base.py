@@ -20,6 +20,7 @@ from lightning_optim.optim.checkpoint import load_state_dict
 from lightning_optim.optim.hyperparameters import check_values, number, refuse_typos
 from lightning_optim.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.stats import STEP_SUMS, StepStats
+from lightning_optim.transfer import upload
 from lightning_optim.weight_decay import WeightDecayKind
 
 SHARED = ("lr", "weight_decay", "weight_decay_kind", "maximize", "cautious")
@@ -231,7 +232,7 @@ class FusedOptimizer(Optimizer):
         scale = _on(getattr(self, "grad_scale", None), device)
         divisor = _on(self.divisor, device)
         if divisor is not None and divisor.dim() == 1 and len(rows) != divisor.numel():
-            divisor = divisor[torch.tensor(rows, device=device)]
+            divisor = divisor[upload(rows, device)]
         if scale is None or divisor is None:
             return divisor if scale is None else scale.reshape(())
         return divisor * scale.reshape(())
@@ -245,7 +246,7 @@ class FusedOptimizer(Optimizer):
             device = collected[0].device if collected else torch.device("cpu")
             sums = torch.empty(sum(sizes), len(STEP_SUMS), device=device)
             for key, part in zip(batches, collected, strict=True):
-                sums[torch.tensor(rows[key], device=device)] = part.to(device, non_blocking=True)
+                sums[upload(rows[key], device)] = part.to(device, non_blocking=True)
         numel = {
             row: whole.numel() for key, b in batches.items() for row, whole in zip(rows[key], b.wholes, strict=True)
         }

@@ -67,7 +67,7 @@ class Lion(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
-        backend: `auto`, or `reference`, `cpu`.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
         Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, https://arxiv.org/abs/2302.06675

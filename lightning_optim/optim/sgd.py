@@ -87,7 +87,7 @@ class SGD(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
-        backend: `auto`, or `reference`, `cpu`.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013,

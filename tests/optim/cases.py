@@ -5,6 +5,7 @@ Adding an optimizer adds a row to `CASES`, and no test.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,8 @@ from lightning_optim import optim
 from lightning_optim.optim import FusedOptimizer
 from tests.optim import published
 
-BACKENDS = ("reference", "cpu")
+# Triton runs on the CPU under its interpreter only, which must be asked for before it is imported.
+BACKENDS = ("reference", "cpu", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []))
 
 
 @dataclass(frozen=True)

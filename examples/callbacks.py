@@ -29,7 +29,7 @@ def main(max_steps: int = -1) -> L.Trainer:
         callbacks=[
             lo.ConfigureOptimizers(
                 "adamw",
-                lr=2e-3,
+                lr=3e-3,
                 weight_decay=0.1,
                 optimizer_kwargs={"betas": (0.9, 0.95)},
                 schedule=lo.schedules.Cosine(warmup="5%", final=0.1),

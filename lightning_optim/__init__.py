@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_optim.callbacks import GradientClipping as GradientClipping
     from lightning_optim.callbacks import OptimizerMonitor as OptimizerMonitor
     from lightning_optim.callbacks import RunSummary as RunSummary
+    from lightning_optim.callbacks import ScheduleFree as ScheduleFree
     from lightning_optim.callbacks import attach as attach
     from lightning_optim.cli import OptimCLI as OptimCLI
     from lightning_optim.durations import Duration as Duration
@@ -39,6 +40,7 @@ _NAMES = {
     "OptimizerMonitor": "callbacks",
     "ParamGroupRule": "param_groups",
     "RunSummary": "callbacks",
+    "ScheduleFree": "callbacks",
     "StepPipeline": "step",
     "attach": "callbacks",
     "build_param_groups": "param_groups",

@@ -99,7 +99,8 @@ class Rule:
 
     scalar_state: ClassVar[Mapping[str, float]] = types.MappingProxyType({})
     """Further 0-d state per parameter, with its first value (NAdam's `mu_product`). `scalars` gets the old value as a
-    keyword and returns the new one under the same name."""
+    keyword and returns the new one under the same name. Kept in float64, so that products and sums over a million steps
+    keep moving."""
 
     first_moment: ClassVar[str | None] = None
     """The state that plays m in the step sums."""
@@ -119,6 +120,10 @@ class Rule:
             group: The parameter group; `lr` is a float, or a 0-d device tensor.
             step: Number of this update, from 1. (0-d state `step` plus one; 1 for a rule that does not count.)
             scalar_state: Old values of `scalar_state`.
+
+        Returns:
+            The scalars of `update`, by name; new values of `scalar_state`; `decay`, where it is not what `decay` says
+            at this step.
         """
         raise NotImplementedError
 
@@ -129,7 +134,7 @@ class Rule:
 
         Args:
             group: The parameter group.
-            usual: `weight_decay.decay_coefficients` of the group.
+            usual: `weight_decay.group_decay` of the group.
         """
         return usual
 
@@ -144,6 +149,10 @@ class UpdateRule(Rule):
     sums: ClassVar[tuple[str, ...]] = ()
     """Names of per-tensor sums that `update` depends on (trust ratios, RMS of the update); taken in a first,
     read-only pass over the tensors."""
+
+    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
+        """State that does not start at zero, by name: a number, or a tensor like the parameter, which is copied."""
+        return {}
 
     update: ClassVar[Callable[..., Any]]
     """One element's step: returns `(delta, *state)`, the amount to subtract from the parameter and the new state.

@@ -1,10 +1,36 @@
-"""Reading device values on the host without waiting for the device."""
+"""Moving values between host and device without waiting for the device."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host as a new tensor on ``device``, copied behind what the device is doing.
+
+    `torch.tensor(values, device=...)` copies from pageable memory instead, for which CUDA stops the host.
+
+    Args:
+        values: A number, nested lists of them, or a numpy array.
+        device: Where to.
+        dtype: As for `torch.tensor`.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured: it would copy again, at each replay, what is long gone.
+    """
+    host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "A CUDA graph is being captured, which cannot take in numbers of the host (learning rates, addresses). "
+                "Take the optimizer's step outside of the graph."
+            )
+        host = host.pin_memory()  # from torch's own pool, which keeps it until the copy is done
+    return host.to(device, non_blocking=True)
 
 
 class HostMirror:

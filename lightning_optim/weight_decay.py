@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -71,6 +72,19 @@ def decay_coefficients(kind: WeightDecayKind, lr: T, weight_decay: Any, peak_lr:
     if kind is WeightDecayKind.INDEPENDENT:
         return lr / peak_lr * weight_decay, 0.0  # type: ignore[operator]
     return lr * lr * weight_decay / peak_lr, 0.0  # type: ignore[operator]
+
+
+def group_decay(group: Mapping[str, Any]) -> tuple[Any, Any]:
+    """`decay_coefficients` of a parameter group.
+
+    Example:
+        >>> group_decay({"lr": 0.5, "weight_decay": 0.1, "peak_lr": 1.0, "weight_decay_kind": "decoupled"})
+        (0.05, 0.0)
+    """
+    kind = WeightDecayKind(group["weight_decay_kind"])
+    if kind is WeightDecayKind.L2 and group.get("decoupled_weight_decay"):  # torch's word in Adam, NAdam and RAdam
+        kind = WeightDecayKind.DECOUPLED
+    return decay_coefficients(kind, group["lr"], group["weight_decay"], group["peak_lr"])
 
 
 def total_change(param: T, delta: T, decay: T) -> T:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_optim.transfer import HostMirror, PendingValues
+from lightning_optim.transfer import HostMirror, PendingValues, upload
 
 
 def test_mirror_on_the_cpu_follows_in_place_changes_without_a_copy():
@@ -40,3 +41,11 @@ def test_pending_values_arrive_as_python_floats():
     assert pending.ready()
     assert pending.read() == [1.5, float("inf")]
     assert pending.read() == [1.5, float("inf")]
+
+
+def test_numbers_are_uploaded_as_a_tensor_of_their_own():
+    values = np.arange(3)
+    tensor = upload(values, torch.device("cpu"))
+    values[0] = 7
+    assert tensor.tolist() == [0, 1, 2]
+    assert upload([[1, 2]], torch.device("cpu"), torch.float64).dtype == torch.float64

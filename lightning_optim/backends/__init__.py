@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 
@@ -11,11 +12,17 @@ from torch import Tensor
 from lightning_optim.backends.base import Backend, Batch
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.messages import nearest
+from lightning_optim.transfer import upload
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Backend", "Batch", "choose", "get_backend", "measure"]
 
-NAMES = ("reference", "cpu")
-AUTOMATIC = {"cpu": "cpu"}  # device type -> backend; reference where there is none, or where it cannot run
+NAMES = ("reference", "cpu", "triton")
+AUTOMATIC = {
+    "cpu": "cpu",
+    "cuda": "triton",
+}  # device type -> backend; reference where there is none, or where it cannot run
 
 
 @cache
@@ -33,6 +40,10 @@ def get_backend(name: str) -> Backend:
         from lightning_optim.backends.cpu import CpuBackend
 
         return CpuBackend()
+    if name == "triton":
+        from lightning_optim.backends.triton import TritonBackend
+
+        return TritonBackend()
     raise ValueError(f"backend={name!r} is unknown. {nearest(name, ('auto', *NAMES))}")
 
 
@@ -67,7 +78,10 @@ def choose(name: str, device: torch.device) -> Backend:
 @cache
 def _automatic(device_type: str) -> Backend:
     name = AUTOMATIC.get(device_type, "reference")
-    return get_backend("reference" if why_not(name, torch.device(device_type)) else name)
+    reason = why_not(name, torch.device(device_type))
+    if reason is not None:
+        logger.info("On %s the backend is reference, the slower one. Not %s: %s", device_type, name, reason)
+    return get_backend("reference" if reason else name)
 
 
 def measure(grads: Sequence[Tensor]) -> Tensor:
@@ -99,7 +113,7 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
         wide = torch.float64 if torch.float64 in by_dtype else torch.float32
         sums = torch.empty(len(tensors), dtype=wide, device=tensors[0].device)
         for indices in by_dtype.values():
-            sums[indices] = backend.measure([tensors[i] for i in indices]).to(wide)
+            sums[upload(indices, sums.device)] = backend.measure([tensors[i] for i in indices]).to(wide)
     return sum_over_shards(sums, grads)
 
 

@@ -15,6 +15,7 @@ import numba
 import numpy as np
 
 from lightning_optim.backends import cpu_cache
+from lightning_optim.backends.compiled import scalar_names
 from lightning_optim.backends.cpu_memory import FAST_SUMS, compiled, load, named_functions, store
 from lightning_optim.backends.rounding import KEY_COLUMNS, kahan_pending, kahan_rest, noise, slot_key
 from lightning_optim.rules import UpdateRule, rebind
@@ -60,7 +61,8 @@ def build(
         kahan: Whether the last slot is the parameter's compensation.
         stochastic: Names of the slots that are rounded stochastically.
     """
-    columns = _columns(rule, purpose, cautious) + (KEY_COLUMNS if stochastic and purpose.startswith("step") else ())
+    columns = scalar_names(rule, purpose, cautious)
+    columns += KEY_COLUMNS if stochastic and purpose.startswith("step") else ()
     text, sums = source(rule, dtypes, purpose, columns, cautious, kahan, stochastic)
     function = rule.sums_update if purpose == "sums" else rule.update
     wide = "float64" if dtypes[0] == "float64" else "float32"
@@ -95,18 +97,6 @@ def build(
     ):
         dispatcher.compile(signature)
     return Kernel(dispatcher, columns, sums)
-
-
-def _columns(rule: type[UpdateRule], purpose: str, cautious: bool) -> tuple[str, ...]:
-    own = rule.sums_scalars() if purpose == "sums" else rule.update_scalars()
-    columns = ["inverse_divisor", "l2", *own]
-    if purpose.startswith("step"):
-        columns.append("decay")
-    if purpose == "step+sums":
-        columns += ["eps", "bias_correction2_sqrt"]
-    if cautious:
-        columns.append("mask_scale")
-    return tuple(dict.fromkeys(columns))
 
 
 def _slots(rule: type[UpdateRule], names: tuple[str, ...]) -> list[int]:

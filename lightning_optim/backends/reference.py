@@ -16,6 +16,7 @@ from lightning_optim.backends.scalars import commit, is_set, scalar_columns, wid
 from lightning_optim.backends.shards import sum_over_shards
 from lightning_optim.rules import TensorRule, UpdateRule, rebind
 from lightning_optim.stats import STEP_SUMS
+from lightning_optim.transfer import upload
 from lightning_optim.weight_decay import total_change
 
 NAMED: dict[str, Callable[..., Any]] = {
@@ -99,7 +100,7 @@ def rebound(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def whole_numel(batch: Batch) -> Tensor:
     """Number of elements of each tensor, over all its shards, [tensors], float64."""
-    return torch.tensor([t.numel() for t in batch.wholes], dtype=widest_dtype(batch.device), device=batch.device)
+    return upload([t.numel() for t in batch.wholes], batch.device, widest_dtype(batch.device))
 
 
 def _row(columns: dict[str, Tensor], i: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lightning_optim.backends.base import Batch
 from lightning_optim.backends.rounding import advance, key_columns
-from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients
+from lightning_optim.rules import Scalar
+from lightning_optim.transfer import upload
+from lightning_optim.weight_decay import group_decay
 
 
 def read(tensor: Tensor) -> float:
@@ -59,9 +61,7 @@ def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> 
     """All numbers of tensors that share ``group`` and 0-d state; floats, or float64 tensors."""
     step = old["step"] + 1 if "step" in old else 1.0
     others = {name: value for name, value in old.items() if name != "step"}
-    kind = WeightDecayKind(group["weight_decay_kind"])
-    usual = decay_coefficients(kind, group["lr"], group["weight_decay"], group["peak_lr"])
-    decay, l2 = batch.rule.decay(group, usual)
+    decay, l2 = batch.rule.decay(group, group_decay(group))
     shared = {"inverse_divisor": -1.0 if group["maximize"] else 1.0, "decay": decay, "l2": l2}
     shared |= {"eps": group.get("eps", 0.0), "bias_correction2_sqrt": 1.0}
     return shared | batch.rule.scalars(group, step, **others)
@@ -95,7 +95,7 @@ def _device_columns(batch: Batch) -> dict[str, Tensor]:
     members: dict[int, list[int]] = {}
     for i, group in enumerate(batch.groups):
         members.setdefault(id(group), []).append(i)
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[tuple[Scalar, int]]] = {}
     for indices in members.values():
         group = {
             k: (v.to(device, dtype, non_blocking=True) if v.device.type != "cpu" else read(v))
@@ -109,14 +109,19 @@ def _device_columns(batch: Batch) -> dict[str, Tensor]:
             for name in batch.scalar_states[indices[0]]
         }
         for name, value in _numbers(batch, group, old).items():
-            if isinstance(value, Tensor):
-                column = value.to(dtype).expand(len(indices))
-            else:
-                column = torch.full((len(indices),), value, dtype=dtype, device=device)
-            parts.setdefault(name, []).append(column)
+            parts.setdefault(name, []).append((value, len(indices)))
+    # Here a launch costs more than what it does: plain numbers go over in one copy, the others join them.
+    plain = [name for name, values in parts.items() if not any(isinstance(value, Tensor) for value, _ in values)]
+    table = upload([[v for v, count in parts[name] for _ in range(count)] for name in plain], device, dtype)
+    columns = dict(zip(plain, table.unbind(), strict=True))
+    for name in parts.keys() - columns.keys():
+        filled = [
+            v.to(dtype).expand(count) if isinstance(v, Tensor) else torch.full((count,), v, dtype=dtype, device=device)
+            for v, count in parts[name]
+        ]
+        columns[name] = torch.cat(filled) if len(filled) > 1 else filled[0]
     order = [i for indices in members.values() for i in indices]
-    columns = {name: torch.cat(values) for name, values in parts.items()}
     if order != sorted(order):
-        inverse = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
+        inverse = upload(sorted(range(len(order)), key=order.__getitem__), device)
         columns = {name: column[inverse] for name, column in columns.items()}
     return columns

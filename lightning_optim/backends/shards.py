@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.transfer import upload
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, sharing its memory; any other tensor as it is."""
@@ -34,7 +36,7 @@ def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         return sums
     sums = sums.clone()
     for (mesh, dims), indices in kinds.items():
-        rows = torch.tensor(indices, device=sums.device)
+        rows = upload(indices, sums.device)
         part = sums[rows]
         for dim in dims:
             torch.distributed.all_reduce(part, group=mesh.get_group(dim))

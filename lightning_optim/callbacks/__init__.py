@@ -5,6 +5,7 @@ from lightning_optim.callbacks.divergence_guard import DivergenceGuard
 from lightning_optim.callbacks.gradient_clipping import GradientClipping
 from lightning_optim.callbacks.optimizer_monitor import OptimizerMonitor
 from lightning_optim.callbacks.run_summary import RunSummary
+from lightning_optim.callbacks.schedule_free import ScheduleFree
 
 __all__ = [
     "ConfigureOptimizers",
@@ -12,5 +13,6 @@ __all__ = [
     "GradientClipping",
     "OptimizerMonitor",
     "RunSummary",
+    "ScheduleFree",
     "attach",
 ]

@@ -5,13 +5,39 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from lightning_optim.messages import nearest
+from lightning_optim.optim.adagrad import Adagrad
 from lightning_optim.optim.adam import Adam
 from lightning_optim.optim.adamw import AdamW
+from lightning_optim.optim.adan import Adan
+from lightning_optim.optim.ademamix import AdEMAMix
+from lightning_optim.optim.adopt import ADOPT
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.lion import Lion
+from lightning_optim.optim.nadam import NAdam
+from lightning_optim.optim.nadamw import NAdamW
+from lightning_optim.optim.radam import RAdam
+from lightning_optim.optim.rmsprop import RMSprop
+from lightning_optim.optim.schedule_free import ScheduleFreeAdamW
 from lightning_optim.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "Lion", "get_optimizer_class", "list_optimizers"]
+__all__ = [
+    "ADOPT",
+    "SGD",
+    "AdEMAMix",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adan",
+    "FusedOptimizer",
+    "Lion",
+    "NAdam",
+    "NAdamW",
+    "RAdam",
+    "RMSprop",
+    "ScheduleFreeAdamW",
+    "get_optimizer_class",
+    "list_optimizers",
+]
 
 
 def _classes() -> dict[str, type[FusedOptimizer]]:
@@ -30,8 +56,8 @@ def list_optimizers(pattern: str = "*") -> dict[str, str]:
         pattern: A shell-style wildcard.
 
     Example:
-        >>> print(*list_optimizers("*adam*"))
-        adam adamw
+        >>> print(*list_optimizers("*adam"))
+        adam nadam radam
     """
     lines = {name: f"{c.when_to_use} State: {c.memory} per parameter. {c.paper}" for name, c in _classes().items()}
     return {name: line for name, line in lines.items() if fnmatchcase(name, pattern.lower())}

@@ -14,12 +14,14 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_optim import backends
 from lightning_optim.backends import Batch
 from lightning_optim.backends.base import arithmetic_dtype
+from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.backends.shards import local
 from lightning_optim.optim import low_precision
 from lightning_optim.optim.checkpoint import load_state_dict
 from lightning_optim.optim.hyperparameters import check_values, number, refuse_typos
 from lightning_optim.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.stats import STEP_SUMS, StepStats
+from lightning_optim.transfer import upload
 from lightning_optim.weight_decay import WeightDecayKind
 
 SHARED = ("lr", "weight_decay", "weight_decay_kind", "maximize", "cautious", *low_precision.DEFAULTS)
@@ -219,18 +221,22 @@ class FusedOptimizer(Optimizer):
             if not begun:
                 state |= {n: t for n, t in rule.init_state(param, group).items() if n not in state}
         else:
+            assert isinstance(rule, UpdateRule)
+            first = rule.init_state(param, group)
+            dtype = arithmetic_dtype(param.dtype)  # a bf16 second moment could not move by a thousandth of itself
             for name in rule.state:
                 if name not in state:
-                    # float32 beside bf16 parameters: a bf16 second moment cannot move by a thousandth of itself.
-                    state[name] = torch.zeros_like(
-                        param, dtype=arithmetic_dtype(param.dtype), memory_format=torch.preserve_format
-                    )
+                    value = first.get(name, 0.0)
+                    if isinstance(value, Tensor):
+                        state[name] = value.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
+                    else:
+                        state[name] = torch.full_like(param, value, dtype=dtype)
         if rule.counts_steps and "step" not in state:
             # torch's SGD counts no steps, but a momentum that exists has begun.
-            state["step"] = _scalar(1.0 if begun else 0.0, param)
-        for name, first in rule.scalar_state.items():
+            state["step"] = _step_count(1.0 if begun else 0.0, param)
+        for name, at_first in rule.scalar_state.items():
             if name not in state:
-                state[name] = _scalar(first, param)
+                state[name] = torch.full((), at_first, dtype=widest_dtype(param.device), device=param.device)
         return state
 
     def _divisor(self, rows: list[int], device: torch.device) -> Tensor | None:
@@ -238,7 +244,7 @@ class FusedOptimizer(Optimizer):
         scale = _on(getattr(self, "grad_scale", None), device)
         divisor = _on(self.divisor, device)
         if divisor is not None and divisor.dim() == 1 and len(rows) != divisor.numel():
-            divisor = divisor[torch.tensor(rows, device=device)]
+            divisor = divisor[upload(rows, device)]
         if scale is None or divisor is None:
             return divisor if scale is None else scale.reshape(())
         return divisor * scale.reshape(())
@@ -252,7 +258,7 @@ class FusedOptimizer(Optimizer):
             device = collected[0].device if collected else torch.device("cpu")
             sums = torch.empty(sum(sizes), len(STEP_SUMS), device=device)
             for key, part in zip(batches, collected, strict=True):
-                sums[torch.tensor(rows[key], device=device)] = part.to(device, non_blocking=True)
+                sums[upload(rows[key], device)] = part.to(device, non_blocking=True)
         numel = {
             row: whole.numel() for key, b in batches.items() for row, whole in zip(rows[key], b.wholes, strict=True)
         }
@@ -305,8 +311,8 @@ def _tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, value in state.items() if isinstance(value, Tensor) and name not in others)
 
 
-def _scalar(value: float, param: Tensor) -> Tensor:
-    """0-d state: float32, or float64 if that is torch's default dtype, as torch keeps its step counts."""
+def _step_count(value: float, param: Tensor) -> Tensor:
+    """Float32, or float64 if that is torch's default dtype, as torch keeps its step counts."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.full((), value, dtype=dtype, device=param.device)
 

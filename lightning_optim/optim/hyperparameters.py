@@ -11,9 +11,35 @@ from torch import Tensor
 
 from lightning_optim.messages import nearest
 
-NON_NEGATIVE = ("lr", "eps", "weight_decay", "momentum", "peak_lr")
+NON_NEGATIVE = (
+    "lr",
+    "peak_lr",
+    "eps",
+    "weight_decay",
+    "momentum",
+    "momentum_decay",
+    "lr_decay",
+    "initial_accumulator_value",
+    "alpha",
+    "alpha_warmup",
+    "beta3_warmup",
+    "warmup_steps",
+    "r",
+    "weight_lr_power",
+)
 FRACTIONS = ("betas",)  # each in [0, 1): an average that never takes anything in, or never forgets, is a mistake
-FLAGS = ("maximize", "cautious", "amsgrad", "nesterov", "kahan_sum", "stochastic_rounding")
+FLAGS = (
+    "maximize",
+    "cautious",
+    "amsgrad",
+    "nesterov",
+    "centered",
+    "decoupled_weight_decay",
+    "no_prox",
+    "train_mode",
+    "kahan_sum",
+    "stochastic_rounding",
+)
 BEYOND = (
     "name",
     "params",
@@ -52,6 +78,8 @@ def check_values(owner: str, group: Mapping[str, Any]) -> None:
             raise ValueError(f"{where}{name}={value} is out of range; needed is a finite number of at least 0.")
     for name in FRACTIONS:
         for index, value in enumerate(group.get(name, ())):
+            if not isinstance(value, int | float):
+                raise ValueError(f"{where}{name}[{index}] is a {type(value).__name__}; needed is a number.")
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{where}{name}[{index}]={value} is out of range; needed is 0 <= {name}[{index}] < 1.")
     for name in FLAGS:

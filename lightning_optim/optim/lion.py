@@ -70,7 +70,7 @@ class Lion(FusedOptimizer):
         kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
         stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
         state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
         Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, https://arxiv.org/abs/2302.06675

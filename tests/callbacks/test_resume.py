@@ -8,33 +8,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_optim as lo
-from tests.helpers import ADAMWS, Net, Recorder, batches, bit_equal, make_trainer, read_events, samples
+from tests.helpers import ADAMWS, Net, Recorder, StatefulLoader, batches, bit_equal, make_trainer, read_events
 
 pytestmark = pytest.mark.filterwarnings("ignore:Step .* skipped")
-
-
-class StatefulLoader:
-    """Batches in a fixed order, which remembers where it was, as torchdata's loader does."""
-
-    def __init__(self, count: int, seen: list[int]) -> None:
-        self.count, self.seen, self.position = count, seen, 0
-        self._x, self._y = samples(2 * count).tensors
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self):
-        self.position %= self.count  # Lightning takes no batch beyond the last, so nothing ran after its `yield`
-        while self.position < self.count:
-            index, self.position = self.position, self.position + 1
-            self.seen.append(index)
-            yield self._x[2 * index : 2 * index + 2], self._y[2 * index : 2 * index + 2]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
 
 
 class SaveAt(L.Callback):

@@ -5,12 +5,15 @@ Adding an optimizer adds a row to `CASES`, and no test.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import lion_pytorch
 import pytest
+import pytorch_optimizer
+import schedulefree
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,7 +22,8 @@ from lightning_optim import optim
 from lightning_optim.optim import FusedOptimizer
 from tests.optim import published
 
-BACKENDS = ("reference", "cpu")
+# Triton runs on the CPU under its interpreter only, which must be asked for before it is imported.
+BACKENDS = ("reference", "cpu", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []))
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,21 @@ class Case:
 
 
 _CAUTIOUS = {"cautious": True}
+
+
+def _torch_nadam(*args: Any, **kwargs: Any) -> Optimizer:
+    """torch's NAdam with its product of momenta in float64, as ours keeps it."""
+    optimizer = torch.optim.NAdam(*args, **kwargs)
+    optimizer.register_step_pre_hook(lambda *_: torch.set_default_dtype(torch.float64))
+    optimizer.register_step_post_hook(lambda *_: torch.set_default_dtype(torch.float32))
+    return optimizer
+
+
+def _schedule_free(*args: Any, **kwargs: Any) -> Optimizer:
+    optimizer = schedulefree.AdamWScheduleFree(*args, **kwargs)
+    optimizer.train()
+    return optimizer
+
 
 CASES = (
     Case(
@@ -116,6 +135,121 @@ CASES = (
                 {"lr": 1e-2, "weight_decay": 0.1, "caution": True, "foreach": False},
                 lambda *args, **kwargs: published.timm("lion").Lion(*args, **kwargs),
             ),
+        ),
+    ),
+    Case(
+        optim.Adagrad,
+        torch.optim.Adagrad,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting(
+                "all",
+                {"lr": 1e-2, "weight_decay": 0.1, "lr_decay": 0.03, "initial_accumulator_value": 0.1, "eps": 1e-4},
+            ),
+            Setting("maximize", {"lr": 1e-2, "weight_decay": 0.1, "maximize": True}),
+        ),
+        torch_twin=torch.optim.Adagrad,
+    ),
+    Case(
+        optim.RMSprop,
+        torch.optim.RMSprop,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "alpha": 0.9, "eps": 1e-4}),
+            Setting("momentum", {"lr": 1e-2, "momentum": 0.9}),
+            Setting("centered", {"lr": 1e-2, "centered": True, "eps": 1e-3, "maximize": True}),
+            Setting("both", {"lr": 1e-2, "centered": True, "eps": 1e-3, "momentum": 0.8, "weight_decay": 0.1}),
+        ),
+        torch_twin=torch.optim.RMSprop,
+    ),
+    Case(
+        optim.NAdam,
+        _torch_nadam,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting(
+                "decay", {"lr": 1e-2, "weight_decay": 0.1, "momentum_decay": 0.02, "betas": (0.8, 0.95), "eps": 1e-4}
+            ),
+            Setting("decoupled", {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
+        ),
+        torch_twin=torch.optim.NAdam,
+    ),
+    Case(
+        optim.RAdam,
+        torch.optim.RAdam,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-4}),
+            Setting("never_rectified", {"lr": 1e-2, "betas": (0.5, 0.6)}),
+            Setting("decoupled", {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
+        ),
+        torch_twin=torch.optim.RAdam,
+    ),
+    Case(
+        optim.NAdamW,
+        lambda *args, **kwargs: published.timm("nadamw").NAdamW(*args, **kwargs),
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("maximize", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-4, "maximize": True}),
+            Setting(
+                "cautious",
+                {"lr": 1e-2, "weight_decay": 0.1, **_CAUTIOUS},
+                {"lr": 1e-2, "weight_decay": 0.1, "caution": True},
+            ),
+        ),
+    ),
+    Case(
+        optim.ADOPT,
+        lambda *args, decoupled=True, **kwargs: published.timm("adopt").Adopt(*args, decoupled=decoupled, **kwargs),
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "maximize": True}),
+            Setting("no_clipping", {"lr": 1e-3, "eps": 1e-2, "clip_exp": None}),
+            Setting(
+                "l2",
+                {"lr": 1e-2, "weight_decay": 0.1, "weight_decay_kind": "l2"},
+                {"lr": 1e-2, "weight_decay": 0.1, "decoupled": False},
+            ),
+            Setting(
+                "cautious",
+                {"lr": 1e-2, "weight_decay": 0.1, **_CAUTIOUS},
+                {"lr": 1e-2, "weight_decay": 0.1, "caution": True},
+            ),
+        ),
+    ),
+    Case(
+        optim.AdEMAMix,
+        lambda *args, **kwargs: pytorch_optimizer.AdEMAMix(*args, weight_decouple=True, **kwargs),
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95, 0.99), "eps": 1e-4, "alpha": 3.0}),
+            Setting(
+                "warmup",
+                {"lr": 1e-2, "weight_decay": 0.1, "alpha_warmup": 20, "beta3_warmup": 20},
+                {"lr": 1e-2, "weight_decay": 0.1, "t_alpha_beta3": 20},
+            ),
+        ),
+    ),
+    Case(
+        optim.Adan,
+        lambda *args, **kwargs: pytorch_optimizer.Adan(*args, **kwargs),
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("proximal", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.8, 0.95), "eps": 1e-4}),
+            Setting(
+                "no_prox",
+                {"lr": 1e-2, "weight_decay": 0.1, "no_prox": True},
+                {"lr": 1e-2, "weight_decay": 0.1, "weight_decouple": True},
+            ),
+        ),
+    ),
+    Case(
+        optim.ScheduleFreeAdamW,
+        _schedule_free,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("warmup", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-4, "warmup_steps": 7}),
+            Setting("weighted", {"lr": 1e-2, "r": 1.5, "weight_lr_power": 1.0}),
         ),
     ),
 )

@@ -1,0 +1,205 @@
+"""What compiled backends share: tensors as addresses, blocks over all of them, and the passes of one step."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_optim.backends.base import Backend, Batch, arithmetic_dtype
+from lightning_optim.backends.reference import whole_numel
+from lightning_optim.backends.scalars import commit, scalar_columns
+from lightning_optim.backends.shards import sum_over_shards
+from lightning_optim.rules import UpdateRule
+from lightning_optim.stats import STEP_SUMS
+
+DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16")}
+"""What can be loaded and stored, with the name kernels are built by."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Tensors as a kernel sees them: each row is a tensor, each slot one of its arrays, all of one number of elements.
+
+    Args:
+        device: Where they are.
+        dtypes: Name of each slot's dtype: parameter, gradient, states; only the gradient for a measurement.
+        numel: Elements of each tensor.
+        addresses: Of the first elements, [tensors, slots].
+        kahan: As in the batch; the compensation is the last slot.
+        stochastic: As in the batch; the scalars then have the `rounding.KEY_COLUMNS`.
+    """
+
+    device: torch.device
+    dtypes: tuple[str, ...]
+    numel: tuple[int, ...]
+    addresses: npt.NDArray[np.int64]
+    kahan: bool = False
+    stochastic: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the arithmetic runs in."""
+        return arithmetic_dtype(getattr(torch, self.dtypes[0]))
+
+
+class CompiledBackend(Backend):
+    """Runs elementwise rules by kernels over addresses; a subclass says how one kernel is built and launched."""
+
+    @abstractmethod
+    def run(
+        self,
+        operands: Operands,
+        rule: type[UpdateRule],
+        purpose: str,
+        cautious: bool,
+        columns: Mapping[str, Tensor],
+        skip: Tensor | None,
+    ) -> tuple[tuple[str, ...], Tensor]:
+        """One pass over the operands.
+
+        Args:
+            operands: What to read and write.
+            rule: Whose arithmetic to run.
+            purpose: `step` updates; `step+sums` also collects the step sums; `sums` takes the rule's own sums and
+                `agreement` counts the elements whose update agrees with the gradient, both writing nothing.
+            cautious: For the `step`s: apply the mask and the column `mask_scale`.
+            columns: Scalars by name, each [tensors], float64.
+            skip: Non-zero: write nothing; the sums are then undefined.
+
+        Returns:
+            Names of the sums, and the sums, [tensors, names], float64.
+        """
+
+    @abstractmethod
+    def run_measure(self, operands: Operands) -> Tensor:
+        """Square sums of the operands' only slot, [tensors], float64."""
+
+    def supports(self, batch: Batch) -> bool:
+        """Elementwise rules, and dtypes that kernels have loads and stores for."""
+        return isinstance(batch.rule, UpdateRule) and all(t.dtype in DTYPES for t in slots(batch, 0))
+
+    def measure(self, grads: Sequence[Tensor]) -> Tensor:
+        """See `Backend`."""
+        filled = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
+        dtype = grads[0].dtype
+        addresses = np.array([[grad.data_ptr()] for grad in filled], dtype=np.int64)
+        operands = Operands(grads[0].device, (DTYPES[dtype],), tuple(g.numel() for g in filled), addresses)
+        return self.run_measure(operands).to(arithmetic_dtype(dtype))
+
+    def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
+        """See `Backend`."""
+        rule = batch.rule
+        assert isinstance(rule, UpdateRule)
+        addresses, write_back, keep = find(batch)
+        operands = Operands(
+            batch.device,
+            tuple(DTYPES[tensor.dtype] for tensor in slots(batch, 0)),
+            tuple(param.numel() for param in batch.params),
+            addresses,
+            batch.kahan,
+            batch.stochastic,
+        )
+        columns = scalar_columns(batch, divisor)
+
+        def run(purpose: str, cautious: bool = False) -> dict[str, Tensor]:
+            names, sums = self.run(operands, type(rule), purpose, cautious, columns, skip)
+            return dict(zip(names, sum_over_shards(sums, batch.wholes).unbind(1), strict=True)) if names else {}
+
+        if rule.sums:
+            columns |= rule.rescale(columns, run("sums"), whole_numel(batch))
+        if batch.cautious:
+            counts = run("agreement")["agreement"]
+            whole = whole_numel(batch)
+            columns["mask_scale"] = whole / counts.maximum(whole * 1e-3)
+        sums = run("step+sums" if collect else "step", batch.cautious)
+        for tensor, copy in write_back:
+            tensor.copy_(copy)
+        del keep
+        commit(batch, columns, skip)
+        if not collect:
+            return None
+        missing = torch.full((len(batch.params),), math.nan, dtype=torch.float64, device=batch.device)
+        result = torch.stack([sums.get(name, missing) for name in STEP_SUMS], dim=1).float()
+        return result if skip is None else result.masked_fill(skip != 0, math.nan)
+
+
+def slots(batch: Batch, i: int) -> list[Tensor]:
+    """Parameter, gradient and states of tensor ``i``, in the order of a kernel's slots."""
+    state = batch.states[i]
+    kahan = [state["kahan_comp"]] if batch.kahan else []
+    return [batch.params[i], batch.grads[i], *(state[name] for name in batch.rule.state), *kahan]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of memory, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    sizes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    expected = 1
+    for stride, size in sizes:
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """Addresses [tensors, slots]; copies to be written back; and all copies, to be kept alive meanwhile.
+
+    Elements of one index must lie at one offset. Where strides differ, or leave gaps, the odd one is copied to a
+    contiguous tensor first. Random numbers follow the row-major index, so they need contiguous tensors in any case.
+    """
+    rows = []
+    write_back: list[tuple[Tensor, Tensor]] = []
+    keep: list[Tensor] = []
+    for i in range(len(batch.params)):
+        tensors = slots(batch, i)
+        if not all(map(Tensor.is_contiguous, tensors)):
+            strides = tensors[0].stride()
+            alike = is_dense(tensors[0]) and all(tensor.stride() == strides for tensor in tensors)
+            if batch.stochastic or not alike:
+                copies = [tensor.contiguous() for tensor in tensors]
+                keep += copies
+                # `contiguous` returns the tensor itself where it is so already.
+                pairs = zip(tensors, copies, strict=True)
+                write_back += [(t, copy) for slot, (t, copy) in enumerate(pairs) if slot != 1 and copy is not t]
+                tensors = copies
+        rows.append([tensor.data_ptr() for tensor in tensors])
+    return np.array(rows, dtype=np.int64), write_back, keep
+
+
+@lru_cache(maxsize=256)
+def split(numel: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:
+    """Blocks of up to ``size`` elements, [blocks, 3]: tensor, first element, end."""
+    sizes = np.array(numel, dtype=np.int64)
+    counts = -(-sizes // size)
+    tensor = np.repeat(np.arange(len(sizes)), counts)
+    first = (np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
+    return np.ascontiguousarray(np.stack([tensor, first, np.minimum(first + size, sizes[tensor])], axis=1))
+
+
+def scalar_names(rule: type[UpdateRule], purpose: str, cautious: bool) -> tuple[str, ...]:
+    """The columns that a kernel needs, each once."""
+    own = rule.sums_scalars() if purpose == "sums" else rule.update_scalars()
+    columns = ["inverse_divisor", "l2", *own]
+    if purpose.startswith("step"):
+        columns.append("decay")
+    if purpose == "step+sums":
+        columns += ["eps", "bias_correction2_sqrt"]
+    if cautious:
+        columns.append("mask_scale")
+    return tuple(dict.fromkeys(columns))
+
+
+def scalar_table(columns: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype) -> Tensor:
+    """Columns side by side, [tensors, names]."""
+    return torch.stack([columns[name] for name in names], dim=1).to(dtype)

@@ -1,0 +1,115 @@
+"""Triton building blocks: compiled functions from text or from a rule's code, and the named functions of rules."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import linecache
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+_serial = itertools.count()
+
+
+def jit_text(text: str, name: str, names: dict[str, Any], **options: Any) -> Any:
+    """The function ``name`` defined by ``text``, with ``names`` as its globals, compiled by Triton when first used.
+
+    Triton reads a function's source, and asks `inspect` for it; so the text is put where that looks.
+    """
+    names |= {"tl": tl, "__name__": __name__}
+    filename = f"<triton {name} {next(_serial)}>"
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    exec(compile(text, filename, "exec"), names)
+    return triton.jit(names[name], **options)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """``function`` compiled by Triton, under the globals it has.
+
+    Without its annotations, which Triton would evaluate (it knows no `Any`), and its docstring.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list, definition.returns = [], None
+    for argument in definition.args.args:
+        argument.annotation = None
+    if ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    return jit_text(ast.unparse(tree) + "\n", definition.name, function.__globals__.copy())
+
+
+@jit
+def sqrt(x: Any) -> Any:
+    """Square root."""
+    return tl.sqrt(x)
+
+
+@jit
+def absolute(x: Any) -> Any:
+    """|x|."""
+    return tl.abs(x)
+
+
+@jit
+def sign(x: Any) -> Any:
+    """-1, 0 or 1."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@jit
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """``x`` where ``condition`` holds, else ``y``."""
+    return tl.where(condition, x, y)
+
+
+@jit
+def maximum(x: Any, y: Any) -> Any:
+    """The larger; NaN if either is."""
+    return tl.where((x > y) | (x != x), x, y)
+
+
+@jit
+def minimum(x: Any, y: Any) -> Any:
+    """The smaller; NaN if either is."""
+    return tl.where((x < y) | (x != x), x, y)
+
+
+NAMED = {
+    "sqrt": sqrt,
+    "absolute": absolute,
+    "sign": sign,
+    "where": where,
+    "maximum": maximum,
+    "minimum": minimum,
+}
+"""The named functions of rules. NaN as `rules` says."""
+
+
+MOST_SUMS = 8
+"""Columns that `add_blocks` can add."""
+
+
+@jit
+def add_blocks(sums: Any, offsets: Any, totals: Any, columns: Any) -> Any:
+    """Add each tensor's block sums in a fixed order: one program per tensor.
+
+    `sums` [blocks, columns], `offsets` [tensors + 1] of each tensor's first block, `totals` [tensors, columns] float64.
+    """
+    tensor = tl.program_id(0)
+    block = tl.load(offsets + tensor)
+    end = tl.load(offsets + tensor + 1)
+    rows = tl.arange(0, 512)[:, None]
+    lanes = tl.arange(0, 8)[None, :]
+    total = tl.zeros([512, 8], tl.float64)
+    while block < end:
+        mask = (rows < end - block) & (lanes < columns)
+        total += tl.load(sums + (block + rows) * columns + lanes, mask=mask, other=0).to(tl.float64)
+        block += 512
+    lane = tl.arange(0, 8)
+    tl.store(totals + tensor * columns + lane, tl.sum(total, axis=0), mask=lane < columns)

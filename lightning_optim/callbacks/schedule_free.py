@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+class ScheduleFree(L.Callback):
+    """Lets validation, checkpoints and the finished module see the averaged weights of a schedule-free optimizer.
+
+    Such an optimizer trains at one point and is evaluated at another. This callback moves the parameters to the average
+    for each validation and each checkpoint, whoever saves it, and back to go on training; after the fit, or an
+    exception, they stay there, so that ``trainer.test`` and ``torch.save`` need no further thought. With
+    `ScheduleFreeAdamW` going back is exact: neither validation nor saving changes the run, and a run resumes from
+    its checkpoints bit for bit. With `schedulefree`'s own optimizers going back rounds.
+
+    Batch norm's running statistics remain those of the training point; recompute them before they matter.
+
+    Raises:
+        MisconfigurationException: At the start of the fit, if no optimizer has `train` and `eval`.
+
+    Example:
+        >>> callbacks = [ScheduleFree()]
+        >>> trainer = L.Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self) -> None:
+        self._training = False
+        self._undo: list[Callable[[], None]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Looks for the optimizer, and arranges for checkpoints."""
+        if not self._optimizers(trainer):
+            given = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
+            raise MisconfigurationException(
+                f"ScheduleFree needs an optimizer with train() and eval(), such as lightning_optim.optim."
+                f"ScheduleFreeAdamW; this run has {given}. Change the optimizer, or remove the callback."
+            )
+        self._wrap_save_checkpoint(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """To the training point; a checkpoint that was just restored has the average."""
+        self._train(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """To the average. Outside a fit the parameters are the average already."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._eval(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Back to the training point."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._train(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """To the average, for good."""
+        self._eval(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """As at the end: Lightning calls neither `on_train_end` nor `teardown` after an exception."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._eval(trainer)
+        self._close()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Undoes what was arranged."""
+        self._close()
+
+    @staticmethod
+    def _optimizers(trainer: L.Trainer) -> list[Any]:
+        modes = ("train", "eval")
+        return [o for o in trainer.optimizers if all(callable(getattr(o, mode, None)) for mode in modes)]
+
+    def _train(self, trainer: L.Trainer) -> None:
+        for optimizer in self._optimizers(trainer):
+            optimizer.train()
+        self._training = True
+
+    def _eval(self, trainer: L.Trainer) -> None:
+        for optimizer in self._optimizers(trainer):
+            optimizer.eval()
+        self._training = False
+
+    def _wrap_save_checkpoint(self, trainer: L.Trainer) -> None:
+        """Have every checkpoint saved from the average.
+
+        A hook would not do: `on_save_checkpoint` comes after the weights are collected, and not at all for checkpoints
+        of weights only.
+        """
+        save = trainer.save_checkpoint
+        wrapped_before = "save_checkpoint" in vars(trainer)
+
+        def save_average(*args: Any, **kwargs: Any) -> None:
+            training = self._training
+            if training:
+                self._eval(trainer)
+            try:
+                save(*args, **kwargs)
+            finally:
+                if training:
+                    self._train(trainer)
+
+        def undo() -> None:
+            if wrapped_before:
+                trainer.save_checkpoint = save  # type: ignore[method-assign]
+            else:
+                del trainer.save_checkpoint  # uncovers the method
+
+        trainer.save_checkpoint = save_average  # type: ignore[method-assign]
+        self._undo.append(undo)
+
+    def _close(self) -> None:
+        while self._undo:
+            self._undo.pop()()

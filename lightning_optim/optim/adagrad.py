@@ -1,0 +1,108 @@
+"""Adagrad: steps that shrink with all the gradients a weight has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import Scalar, UpdateRule, sqrt
+from lightning_optim.weight_decay import WeightDecayKind
+
+
+class AdagradRule(UpdateRule):
+    """Divides by the root of the sum of squared gradients. The sum is no average, so no second moment is reported."""
+
+    state = ("sum",)
+
+    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
+        """The sum starts at `initial_accumulator_value`."""
+        return {"sum": group["initial_accumulator_value"]}
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """The decayed learning rate."""
+        return {"step_size": group["lr"] / (1 + (step - 1) * group["lr_decay"]), "eps": group["eps"]}
+
+    @staticmethod
+    def update(param: Any, grad: Any, square_sum: Any, step_size: Any, eps: Any) -> Any:
+        """One element's step."""
+        square_sum = square_sum + grad * grad
+        return step_size * grad / (sqrt(square_sum) + eps), square_sum
+
+
+class Adagrad(FusedOptimizer):
+    """Adagrad: each weight's step shrinks with all the gradients it has seen, so rare features keep learning.
+
+    With gradient g at step t (decay λw is part of g by default):
+
+        s ← s + g²
+        w ← w − lr/(1 + (t − 1)·η) · g / (√s + ε)
+
+    As `torch.optim.Adagrad`, whose state dicts load here and back. Gradients must be dense.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, the size of the first step; a float or a one-element tensor.
+        lr_decay: η ≥ 0, per step; s alone already shrinks steps as 1/√t, so it is seldom needed.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
+        initial_accumulator_value: s at the start, ≥ 0; 0.1 tames the first steps.
+        eps: ε, added to the denominator, in units of the gradient.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        backend: `auto`, or `reference`, `cpu`.
+
+    References:
+        Duchi, Hazan & Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, 2011,
+        https://jmlr.org/papers/v12/duchi11a.html
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = Adagrad([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.9000, 0.9000, 0.9000])
+    """
+
+    when_to_use = "Sparse or rare features, and convex problems; in deep networks its steps fade."
+    memory = "1 value"
+    paper = "https://jmlr.org/papers/v12/duchi11a.html"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        weight_decay_kind: str | WeightDecayKind = "l2",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "lr_decay": lr_decay,
+                "weight_decay": weight_decay,
+                "initial_accumulator_value": initial_accumulator_value,
+                "eps": eps,
+                "maximize": maximize,
+                "cautious": cautious,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
+        """See `FusedOptimizer.rule`."""
+        return AdagradRule()

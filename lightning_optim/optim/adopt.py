@@ -1,0 +1,149 @@
+"""ADOPT: Adam that normalises by the past only, and therefore converges with any β₂."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import Scalar, UpdateRule, maximum, minimum, sqrt, where
+from lightning_optim.weight_decay import WeightDecayKind, group_decay
+
+
+class ADOPTRule(UpdateRule):
+    """The first gradient sets the second moment and moves nothing; later ones are divided by it, then taken in."""
+
+    state = ("exp_avg", "exp_avg_sq")
+    first_moment = "exp_avg"
+    second_moment = "exp_avg_sq"
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """Betas and the clipping threshold; at the first step a threshold of 0, which keeps m and w where they are."""
+        beta1, beta2 = group["betas"]
+        first = step == 1
+        decay, _ = group_decay(group)
+        return {
+            "lr": group["lr"],
+            "decay": where(first, 0.0, decay),
+            "threshold": where(first, 0.0, math.inf if group["clip_exp"] is None else (step - 1) ** group["clip_exp"]),
+            "floor": where(first, 1.0, group["eps"]),
+            "beta1": beta1,
+            "one_minus_beta1": 1 - beta1,
+            "beta2": beta2,
+            "grad_sq_weight": where(first, 1.0, 1 - beta2),
+        }
+
+    @staticmethod
+    def update(
+        param: Any,
+        grad: Any,
+        exp_avg: Any,
+        exp_avg_sq: Any,
+        lr: Any,
+        threshold: Any,
+        floor: Any,
+        beta1: Any,
+        one_minus_beta1: Any,
+        beta2: Any,
+        grad_sq_weight: Any,
+    ) -> Any:
+        """One element's step."""
+        normed = grad / maximum(sqrt(exp_avg_sq), floor)
+        normed = minimum(maximum(normed, -threshold), threshold)
+        exp_avg = beta1 * exp_avg + one_minus_beta1 * normed
+        exp_avg_sq = beta2 * exp_avg_sq + grad_sq_weight * grad * grad
+        return lr * exp_avg, exp_avg, exp_avg_sq
+
+
+class ADOPT(FusedOptimizer):
+    """ADOPT: Adam with each gradient divided by the second moment of those before it.
+
+    With gradient g at step t; the first sets v ← g² and changes nothing else:
+
+        w ← (1 − lr·λ)·w
+        n = clip(g/max(√v, ε), ±(t − 1)^κ)
+        m ← β₁·m + (1 − β₁)·n
+        w ← w − lr·m
+        v ← β₂·v + (1 − β₂)·g²
+
+    Published codes differ. This is `timm.optim.Adopt(decoupled=True)`: κ = 0.333, no decay at the first step. The paper
+    has κ = 0.25; the authors' newest code has no clipping and a warmup of ε instead.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, about the size of each step; a float or a one-element tensor.
+        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1); the paper's point is that any β₂ will do.
+        eps: ε, the least denominator, in units of the gradient.
+        clip_exp: κ ≥ 0, how the clipping threshold grows; None does not clip.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        backend: `auto`, or `reference`, `cpu`.
+
+    References:
+        Taniguchi et al., ADOPT: Modified Adam Can Converge with Any β₂ with the Optimal Rate, 2024,
+        https://arxiv.org/abs/2411.02853
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = ADOPT([weight], lr=0.1)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     weight.square().sum().backward()
+        ...     optimizer.step()
+        >>> weight.data
+        tensor([0.9900, 0.9900, 0.9900])
+    """
+
+    when_to_use = "Where Adam is unstable, or small batches make β₂ hard to choose."
+    memory = "2 values"
+    paper = "https://arxiv.org/abs/2411.02853"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.9999),
+        eps: float = 1e-6,
+        clip_exp: float | None = 0.333,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        weight_decay_kind: str | WeightDecayKind = "decoupled",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "clip_exp": clip_exp,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+                "cautious": cautious,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        """See `FusedOptimizer.check`."""
+        clip_exp = group["clip_exp"]
+        if clip_exp is not None and not (isinstance(clip_exp, int | float) and 0 <= clip_exp < math.inf):
+            raise ValueError(
+                f"ADOPT: clip_exp={clip_exp!r} is out of range; needed is a number of at least 0, or None."
+            )
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
+        """See `FusedOptimizer.rule`."""
+        return ADOPTRule()

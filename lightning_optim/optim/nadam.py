@@ -1,0 +1,141 @@
+"""NAdam: Adam with Nesterov's momentum, on a momentum schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import Scalar, UpdateRule, sqrt
+from lightning_optim.weight_decay import WeightDecayKind
+
+
+class NAdamRule(UpdateRule):
+    """Adam's denominator; in the numerator the momentum of the next step."""
+
+    state = ("exp_avg", "exp_avg_sq")
+    scalar_state: ClassVar[Mapping[str, float]] = MappingProxyType({"mu_product": 1.0})
+    first_moment = "exp_avg"
+    second_moment = "exp_avg_sq"
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """Betas, and the shares of gradient and momentum under the momentum schedule."""
+        beta1, beta2 = group["betas"]
+        mu = beta1 * (1 - 0.5 * 0.96 ** (step * group["momentum_decay"]))
+        mu_next = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * group["momentum_decay"]))
+        mu_product = scalar_state["mu_product"] * mu
+        return {
+            "grad_step": group["lr"] * (1 - mu) / (1 - mu_product),
+            "momentum_step": group["lr"] * mu_next / (1 - mu_product * mu_next),
+            "beta1": beta1,
+            "one_minus_beta1": 1 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1 - beta2,
+            "bias_correction2_sqrt": sqrt(1 - beta2**step),
+            "eps": group["eps"],
+            "mu_product": mu_product,
+        }
+
+    @staticmethod
+    def update(
+        param: Any,
+        grad: Any,
+        exp_avg: Any,
+        exp_avg_sq: Any,
+        grad_step: Any,
+        momentum_step: Any,
+        beta1: Any,
+        one_minus_beta1: Any,
+        beta2: Any,
+        one_minus_beta2: Any,
+        bias_correction2_sqrt: Any,
+        eps: Any,
+    ) -> Any:
+        """One element's step."""
+        exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        delta = (grad_step * grad + momentum_step * exp_avg) / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps)
+        return delta, exp_avg, exp_avg_sq
+
+
+class NAdam(FusedOptimizer):
+    """NAdam: Adam whose step looks one momentum step ahead, with a momentum that grows over training.
+
+    With gradient g at step t (decay λw is part of g by default):
+
+        μₜ = β₁·(1 − ½·0.96^(t·ψ)),   Π ← Π·μₜ
+        m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²
+        w ← w − lr · [(1 − μₜ)/(1 − Π)·g + μₜ₊₁/(1 − Π·μₜ₊₁)·m] / (√(v/(1 − β₂ᵗ)) + ε)
+
+    As `torch.optim.NAdam`, whose state dicts load here and back; Π (`mu_product`) is kept in float64 here. Without the
+    schedule of μ it is `NAdamW`.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, about the size of each step; a float or a one-element tensor.
+        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1).
+        eps: ε, added to the denominator, in units of the gradient.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
+        momentum_decay: ψ ≥ 0: μ is half of β₁ at first, and closes 4·ψ per cent of the gap to β₁ per step.
+        decoupled_weight_decay: torch's way to say ``weight_decay_kind="decoupled"``.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        backend: `auto`, or `reference`, `cpu`.
+
+    References:
+        Dozat, Incorporating Nesterov Momentum into Adam, 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = NAdam([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.8944, 0.8944, 0.8944])
+    """
+
+    when_to_use = "Where Adam works and published settings use it; prefer NAdamW for new ones."
+    memory = "2 values"
+    paper = "https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        weight_decay_kind: str | WeightDecayKind = "l2",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "momentum_decay": momentum_decay,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "maximize": maximize,
+                "cautious": cautious,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
+        """See `FusedOptimizer.rule`."""
+        return NAdamRule()

@@ -1,0 +1,146 @@
+"""RAdam: Adam that waits for its second moment to mean something."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import Scalar, UpdateRule, maximum, sqrt, where
+from lightning_optim.weight_decay import WeightDecayKind
+
+TRACTABLE = 5.0
+"""Length of the second moment's average, in samples, above which its variance is taken to be finite."""
+
+
+class RAdamRule(UpdateRule):
+    """Momentum at first, then Adam with a factor that rises to 1."""
+
+    state = ("exp_avg", "exp_avg_sq")
+    first_moment = "exp_avg"
+    second_moment = "exp_avg_sq"
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """Betas, bias corrections and rectification."""
+        beta1, beta2 = group["betas"]
+        bias_correction2 = 1 - beta2**step
+        bias_correction2_sqrt = sqrt(bias_correction2)
+        longest = 2 / (1 - beta2) - 1
+        length = longest - 2 * step * beta2**step / bias_correction2
+        # Both sides of `where` are evaluated: clamped, the root below exists where it is not used, too.
+        long, limit = maximum(length, TRACTABLE), maximum(longest, TRACTABLE)
+        rectification = sqrt((long - 4) * (long - 2) * limit / ((limit - 4) * (limit - 2) * long))
+        step_size = group["lr"] / (1 - beta1**step)
+        return {
+            "step_size": where(length > TRACTABLE, step_size * rectification * bias_correction2_sqrt, step_size),
+            "adaptive": where(length > TRACTABLE, 1.0, 0.0),
+            "plain": where(length > TRACTABLE, 0.0, 1.0),
+            "beta1": beta1,
+            "one_minus_beta1": 1 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1 - beta2,
+            "bias_correction2_sqrt": bias_correction2_sqrt,
+            "eps": group["eps"],
+        }
+
+    @staticmethod
+    def update(
+        param: Any,
+        grad: Any,
+        exp_avg: Any,
+        exp_avg_sq: Any,
+        step_size: Any,
+        adaptive: Any,
+        plain: Any,
+        beta1: Any,
+        one_minus_beta1: Any,
+        beta2: Any,
+        one_minus_beta2: Any,
+        eps: Any,
+    ) -> Any:
+        """One element's step."""
+        exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        delta = step_size * exp_avg / (adaptive * (sqrt(exp_avg_sq) + eps) + plain)
+        return delta, exp_avg, exp_avg_sq
+
+
+class RAdam(FusedOptimizer):
+    """RAdam: Adam with a warmup of its own, from how uncertain its second moment still is.
+
+    With gradient g at step t (decay λw is part of g by default):
+
+        m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²,   m̂ = m/(1 − β₁ᵗ)
+        ρ∞ = 2/(1 − β₂) − 1,   ρ = ρ∞ − 2t·β₂ᵗ/(1 − β₂ᵗ)
+        ρ > 5:  r = √((ρ − 4)(ρ − 2)·ρ∞ / ((ρ∞ − 4)(ρ∞ − 2)·ρ)),   w ← w − lr·r·m̂·√(1 − β₂ᵗ)/(√v + ε)
+        else:   w ← w − lr·m̂
+
+    With β₂ = 0.999 the first five steps are plain momentum, of the gradient's size, not of lr's. As
+    `torch.optim.RAdam`, whose state dicts load here and back (the paper has ρ > 4).
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, about the size of each step; a float or a one-element tensor.
+        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1).
+        eps: ε, added to the denominator, in units of the gradient.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
+        decoupled_weight_decay: torch's way to say ``weight_decay_kind="decoupled"``, which is what the authors' code
+            does.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        backend: `auto`, or `reference`, `cpu`.
+
+    References:
+        Liu et al., On the Variance of the Adaptive Learning Rate and Beyond, 2020, https://arxiv.org/abs/1908.03265
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = RAdam([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.8000, 0.8000, 0.8000])
+    """
+
+    when_to_use = "Adam without a warmup schedule."
+    memory = "2 values"
+    paper = "https://arxiv.org/abs/1908.03265"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        weight_decay_kind: str | WeightDecayKind = "l2",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "maximize": maximize,
+                "cautious": cautious,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
+        """See `FusedOptimizer.rule`."""
+        return RAdamRule()

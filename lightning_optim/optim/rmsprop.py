@@ -1,0 +1,207 @@
+"""RMSprop: gradients divided by their running root mean square."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import Scalar, UpdateRule, maximum, sqrt
+from lightning_optim.weight_decay import WeightDecayKind
+
+
+class RMSpropRule(UpdateRule):
+    """The gradient over the root of its mean square."""
+
+    state: ClassVar[tuple[str, ...]] = ("square_avg",)
+    second_moment = "square_avg"
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """Learning rate, decay rate, momentum."""
+        return {
+            "lr": group["lr"],
+            "alpha": group["alpha"],
+            "one_minus_alpha": 1 - group["alpha"],
+            "eps": group["eps"],
+            "momentum": group["momentum"],
+            "zero": 0.0,
+        }
+
+    @staticmethod
+    def update(param: Any, grad: Any, square_avg: Any, lr: Any, alpha: Any, one_minus_alpha: Any, eps: Any) -> Any:
+        """One element's step."""
+        square_avg = alpha * square_avg + one_minus_alpha * grad * grad
+        return lr * grad / (sqrt(square_avg) + eps), square_avg
+
+
+class MomentumRule(RMSpropRule):
+    """A running sum of such steps."""
+
+    state = ("square_avg", "momentum_buffer")
+    first_moment = "momentum_buffer"
+
+    @staticmethod
+    def update(  # type: ignore[override]
+        param: Any,
+        grad: Any,
+        square_avg: Any,
+        momentum_buffer: Any,
+        lr: Any,
+        alpha: Any,
+        one_minus_alpha: Any,
+        eps: Any,
+        momentum: Any,
+    ) -> Any:
+        """One element's step."""
+        square_avg = alpha * square_avg + one_minus_alpha * grad * grad
+        momentum_buffer = momentum * momentum_buffer + grad / (sqrt(square_avg) + eps)
+        return lr * momentum_buffer, square_avg, momentum_buffer
+
+
+class CenteredRule(RMSpropRule):
+    """Divides by the standard deviation."""
+
+    state = ("square_avg", "grad_avg")
+    first_moment = "grad_avg"
+
+    @staticmethod
+    def update(  # type: ignore[override]
+        param: Any,
+        grad: Any,
+        square_avg: Any,
+        grad_avg: Any,
+        lr: Any,
+        alpha: Any,
+        one_minus_alpha: Any,
+        eps: Any,
+        zero: Any,
+    ) -> Any:
+        """One element's step."""
+        square_avg = alpha * square_avg + one_minus_alpha * grad * grad
+        grad_avg = alpha * grad_avg + one_minus_alpha * grad
+        deviation = _deviation(square_avg, grad_avg, zero)
+        return lr * grad / (deviation + eps), square_avg, grad_avg
+
+
+class CenteredMomentumRule(RMSpropRule):
+    """Both."""
+
+    state = ("square_avg", "momentum_buffer", "grad_avg")
+    first_moment = "grad_avg"
+
+    @staticmethod
+    def update(  # type: ignore[override]
+        param: Any,
+        grad: Any,
+        square_avg: Any,
+        momentum_buffer: Any,
+        grad_avg: Any,
+        lr: Any,
+        alpha: Any,
+        one_minus_alpha: Any,
+        eps: Any,
+        momentum: Any,
+        zero: Any,
+    ) -> Any:
+        """One element's step."""
+        square_avg = alpha * square_avg + one_minus_alpha * grad * grad
+        grad_avg = alpha * grad_avg + one_minus_alpha * grad
+        deviation = _deviation(square_avg, grad_avg, zero)
+        momentum_buffer = momentum * momentum_buffer + grad / (deviation + eps)
+        return lr * momentum_buffer, square_avg, momentum_buffer, grad_avg
+
+
+def _deviation(square_avg: Any, grad_avg: Any, zero: Any) -> Any:
+    # Rounding can take the variance of a constant gradient below zero, where torch's own root is NaN.
+    return sqrt(maximum(square_avg - grad_avg * grad_avg, zero))
+
+
+class RMSprop(FusedOptimizer):
+    """RMSprop: gradients divided by their running root mean square.
+
+    With gradient g (decay λw is part of g by default):
+
+        v ← α·v + (1 − α)·g²
+        d = √v,   or if centered   a ← α·a + (1 − α)·g,   d = √(v − a²)
+        w ← w − lr·g/(d + ε),   or with momentum   b ← μ·b + g/(d + ε),   w ← w − lr·b
+
+    As `torch.optim.RMSprop`, whose state dicts load here and back; a variance that rounding makes negative counts as 0
+    here.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, about the size of each step; a float or a one-element tensor.
+        alpha: α, decay rate of the averages, in [0, 1); 0.99 averages over 100 steps.
+        eps: ε, added to the denominator, in units of the gradient.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
+        momentum: μ ≥ 0; 0 keeps no buffer.
+        centered: Divide by the standard deviation instead of the root mean square; one more state.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        backend: `auto`, or `reference`, `cpu`.
+
+    References:
+        Hinton, Neural Networks for Machine Learning, lecture 6e, 2012; Graves (centered), Generating Sequences With
+        Recurrent Neural Networks, 2013, https://arxiv.org/abs/1308.0850
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = RMSprop([weight], lr=0.01)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.9000, 0.9000, 0.9000])
+    """
+
+    when_to_use = "Recurrent networks and reinforcement learning, where published settings use it."
+    memory = "1 value (one more with momentum, one more if centered)"
+    paper = "https://arxiv.org/abs/1308.0850"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        weight_decay_kind: str | WeightDecayKind = "l2",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "alpha": alpha,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "momentum": momentum,
+                "centered": centered,
+                "maximize": maximize,
+                "cautious": cautious,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        """See `FusedOptimizer.check`."""
+        if group["alpha"] >= 1:
+            raise ValueError(f"RMSprop: alpha={group['alpha']} is out of range; needed is 0 <= alpha < 1.")
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
+        """See `FusedOptimizer.rule`."""
+        if group["centered"]:
+            return CenteredMomentumRule() if group["momentum"] else CenteredRule()
+        return MomentumRule() if group["momentum"] else RMSpropRule()

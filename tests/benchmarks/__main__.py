@@ -1,0 +1,23 @@
+"""Runs benchmarks and prints Markdown: ``python -m tests.benchmarks [SECTION ...]``."""
+
+from __future__ import annotations
+
+import sys
+
+from tests.benchmarks.cpu_optimizers import SECTIONS
+from tests.benchmarks.timing import machine
+
+
+def main(names: list[str]) -> None:
+    """Run the sections called ``names``, or all."""
+    known = {section.__name__: section for section in SECTIONS}
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"No section {unknown[0]!r}. There are: {', '.join(known)}.")
+    print(machine(), flush=True)
+    for name in names or known:
+        print(f"\n## {name.replace('_', ' ')}\n", flush=True)
+        print(known[name](), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import lightning.pytorch as L
+import pytest
+import schedulefree
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_optim as lo
+from tests.helpers import Net, Recorder, StatefulLoader, batches, bit_equal, make_trainer
+
+
+class Watched(Net):
+    """Keeps the weights that validation sees, and raises where told to."""
+
+    def __init__(self, raise_in: str = "") -> None:
+        super().__init__()
+        self.seen: list[list[torch.Tensor]] = []
+        self.raise_in = raise_in
+
+    def training_step(self, batch, batch_idx):
+        if self.raise_in == "training" and batch_idx == 2:
+            raise ArithmeticError
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(weights(self))
+        if self.raise_in == "validation":
+            raise ArithmeticError
+        super().validation_step(batch, batch_idx)
+
+    def test_step(self, batch, batch_idx):
+        self.seen.append(weights(self))
+
+    def configure_optimizers(self):
+        return lo.optim.ScheduleFreeAdamW(self.parameters(), lr=0.1, weight_decay=0.1, warmup_steps=3)
+
+
+def weights(module):
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def expected(steps):
+    """Training point and average after each of ``steps`` steps, from a plain loop."""
+    model = Watched()
+    optimizer = model.configure_optimizers()
+    points, averages = [], []
+    batch = [list(b) for b in batches(4)]
+    for step in range(steps):
+        optimizer.zero_grad()
+        Net.training_step(model, batch[step % 4], 0).backward()
+        optimizer.step()
+        points.append(weights(model))
+        optimizer.eval()
+        averages.append(weights(model))
+        optimizer.train()
+    return points, averages
+
+
+class SaveAt(L.Callback):
+    def __init__(self, folder, *steps: int, **options) -> None:
+        self.folder, self.steps, self.options = folder, steps, options
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt", **self.options)
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_validation_sees_the_average_and_training_goes_on_as_if_it_had_not_been(sanity):
+    points, averages = expected(8)
+    model, recorder = Watched(), Recorder()
+    trainer = make_trainer(
+        [recorder, lo.ScheduleFree()], max_epochs=2, val_check_interval=2, num_sanity_val_steps=sanity
+    )
+    trainer.fit(model, batches(4), batches(1))
+    assert bit_equal(recorder.weights, points)
+    assert bit_equal(model.seen[sanity:], averages[1::2])
+    assert bit_equal(weights(model), averages[-1])
+    trainer.test(model, batches(1), verbose=False)
+    trainer.validate(model, batches(1), verbose=False)
+    assert bit_equal(model.seen[-2:], [averages[-1]] * 2)
+    assert bit_equal(weights(model), averages[-1])
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_checkpoints_hold_the_average_and_saving_changes_nothing(tmp_path, weights_only):
+    points, averages = expected(8)
+    save = ModelCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1, save_weights_only=weights_only
+    )
+    model, recorder = Watched(), Recorder()
+    trainer = make_trainer([recorder, lo.ScheduleFree(), save], max_epochs=2, enable_checkpointing=True)
+    trainer.fit(model, batches(4), batches(1))
+    assert bit_equal(recorder.weights, points)
+    for step in (3, 6):
+        checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert bit_equal(list(checkpoint["state_dict"].values()), averages[step - 1])
+
+
+@pytest.mark.parametrize("at", [2, 4, 5])
+@pytest.mark.parametrize("via_configure", [False, True])
+def test_a_resumed_run_ends_bit_equal(tmp_path, at, via_configure):
+    parts = [lo.ConfigureOptimizers("schedulefreeadamw", lr=0.1)] if via_configure else []
+
+    def fit(*extra, ckpt_path=None):
+        model = Watched()
+        trainer = make_trainer([*parts, *extra, lo.ScheduleFree()], max_epochs=2, val_check_interval=2)
+        trainer.fit(model, StatefulLoader(4, []), batches(1), ckpt_path=ckpt_path)
+        return weights(model), trainer.optimizers[0].state_dict()
+
+    whole = fit(SaveAt(tmp_path, at))
+    assert bit_equal(fit(ckpt_path=tmp_path / f"{at}.ckpt"), whole)
+
+
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_after_an_exception_the_module_has_the_average_and_can_go_on(tmp_path, where):
+    points, averages = expected(2)
+    save = ModelCheckpoint(tmp_path, filename="last", save_on_exception=True, monitor=None)
+    model = Watched(raise_in=where)
+    trainer = make_trainer(
+        [lo.ScheduleFree(), save], max_epochs=2, enable_checkpointing=True, val_check_interval=2, limit_val_batches=1
+    )
+    with pytest.raises(ArithmeticError):
+        trainer.fit(model, batches(4), batches(1) if where == "validation" else None)
+    assert "save_checkpoint" not in vars(trainer)
+    assert bit_equal(weights(model), averages[1])
+    (file,) = tmp_path.glob("*.ckpt")
+    checkpoint = torch.load(file, weights_only=True)
+    assert bit_equal(list(checkpoint["state_dict"].values()), averages[1])
+    again = Watched()
+    optimizer = again.configure_optimizers()
+    again.load_state_dict(checkpoint["state_dict"])
+    optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+    optimizer.train()
+    assert bit_equal(weights(again), points[1])
+
+
+def test_a_save_that_fails_leaves_training_where_it_was(tmp_path):
+    class Attempt(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            with pytest.raises(TypeError):
+                trainer.save_checkpoint()
+
+    points, _ = expected(4)
+    recorder = Recorder()
+    make_trainer([Attempt(), recorder, lo.ScheduleFree()]).fit(Watched(), batches(4))
+    assert bit_equal(recorder.weights, points)
+
+
+def test_a_checkpoint_saved_after_the_fit_resumes(tmp_path):
+    _, averages = expected(8)
+    trainer = make_trainer([lo.ScheduleFree()])
+    trainer.fit(Watched(), batches(4))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    model = Watched()
+    make_trainer([lo.ScheduleFree()], max_epochs=2).fit(model, batches(4), ckpt_path=tmp_path / "end.ckpt")
+    assert bit_equal(weights(model), averages[-1])
+
+
+def test_it_works_with_the_authors_own_optimizer():
+    class Theirs(Watched):
+        def configure_optimizers(self):
+            return schedulefree.AdamWScheduleFree(self.parameters(), lr=0.1, weight_decay=0.1, warmup_steps=3)
+
+    _, averages = expected(8)
+    model = Theirs()
+    make_trainer([lo.ScheduleFree()], max_epochs=2).fit(model, batches(4), batches(1))
+    torch.testing.assert_close(model.seen[-1], averages[-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(model), averages[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_without_it_a_resumed_step_says_what_is_missing(tmp_path):
+    make_trainer([lo.ScheduleFree(), SaveAt(tmp_path, 4)]).fit(Watched(), batches(4))
+    with pytest.raises(RuntimeError, match="the callback ScheduleFree"):
+        make_trainer(max_epochs=2).fit(Watched(), batches(4), ckpt_path=tmp_path / "4.ckpt")
+
+
+def test_an_optimizer_without_modes_is_refused():
+    with pytest.raises(MisconfigurationException, match=r"needs an optimizer with train\(\) and eval\(\).* has SGD"):
+        make_trainer([lo.ScheduleFree()]).fit(Net(), batches(1))
+
+
+def test_it_goes_with_clipping_guard_and_monitor():
+    parts = [lo.GradientClipping(0.5), lo.DivergenceGuard(), lo.ScheduleFree()]
+    model = Watched()
+    model.nan_batches = {1}
+    before = Recorder()
+    with pytest.warns(UserWarning, match="skipped"):
+        make_trainer([*parts, before]).fit(model, batches(4), batches(1))
+    assert bit_equal(before.weights[0], before.weights[1])
+    assert all(weight.isfinite().all() for weight in weights(model))

@@ -1,0 +1,118 @@
+"""Schedule-Free AdamW: the switch between the weights trained and the weights used."""
+
+from __future__ import annotations
+
+import pytest
+import schedulefree
+import torch
+from torch import Tensor
+
+from lightning_optim import optim
+from tests.optim.cases import Case, assert_same, copies, give, gradients, parameters, run
+
+CASE = Case(optim.ScheduleFreeAdamW, schedulefree.AdamWScheduleFree, ())
+
+
+def values(params: list[Tensor]) -> list[Tensor]:
+    return [param.detach().clone() for param in params]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_average_is_the_published_one(backend: str) -> None:
+    ours, theirs = parameters(CASE, torch.float64), parameters(CASE, torch.float64)
+    optimizer = optim.ScheduleFreeAdamW(ours, lr=0.01, weight_decay=0.1, warmup_steps=4, backend=backend)
+    reference = schedulefree.AdamWScheduleFree(theirs, lr=0.01, weight_decay=0.1, warmup_steps=4)
+    reference.train()
+    for step, grads in enumerate(gradients(ours, 30)):
+        give(ours, grads)
+        give(theirs, grads)
+        optimizer.step()
+        reference.step()
+        if step % 7 == 0:
+            for one in (optimizer, reference):
+                one.eval()
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+            for one in (optimizer, reference):
+                one.train()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_average_is_that_of_z() -> None:
+    """With equal weights x is the plain mean of the points z has been at."""
+    params = parameters(CASE, torch.float64)
+    optimizer = optim.ScheduleFreeAdamW(params, lr=0.01)
+    visited = []
+    for grads in gradients(params, 6):
+        visited.append([optimizer.state[p].get("z", p).detach().clone() for p in params])
+        give(params, grads)
+        optimizer.step()
+    means = [torch.stack(points).mean(0) for points in zip(*visited[1:], strict=True)]
+    last = [optimizer.state[p]["z"] for p in params]
+    optimizer.eval()
+    for i, param in enumerate(params):
+        torch.testing.assert_close(param.detach(), (means[i] * 5 + last[i]) / 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_evaluation_leaves_training_as_if_it_had_not_been(dtype: torch.dtype) -> None:
+    first = parameters(CASE, dtype)
+    second = copies(first)
+    one, other = optim.ScheduleFreeAdamW(first, lr=0.1), optim.ScheduleFreeAdamW(second, lr=0.1)
+    for seed in range(3):
+        run(one, first, 2, seed)
+        run(other, second, 2, seed)
+        before = values(first)
+        one.eval()
+        one.eval()
+        assert not any(torch.equal(a, b) for a, b in zip(before, first, strict=True))
+        one.train()
+        one.train()
+        assert_same(values(first), values(second))
+        assert_same(one.state_dict(), other.state_dict())
+
+
+def test_a_checkpoint_of_evaluation_mode_goes_on_bit_exactly() -> None:
+    params = parameters(CASE)
+    optimizer = optim.ScheduleFreeAdamW(params, lr=0.1)
+    run(optimizer, params, 3)
+    optimizer.eval()
+    resumed = [p.requires_grad_() for p in values(params)]
+    fresh = optim.ScheduleFreeAdamW(resumed, lr=0.1)
+    fresh.load_state_dict(optimizer.state_dict())
+    for one, its in ((optimizer, params), (fresh, resumed)):
+        one.train()
+        run(one, its, 5, seed=2)
+    assert_same(params, resumed)
+    assert_same(optimizer.state_dict(), fresh.state_dict())
+
+
+def test_a_step_in_evaluation_mode_is_refused() -> None:
+    params = parameters(CASE)
+    optimizer = optim.ScheduleFreeAdamW(params)
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match=r"train\(\) first; in Lightning, the callback ScheduleFree"):
+        run(optimizer, params, 1)
+
+
+def test_other_rules_beside_it_are_left_alone() -> None:
+    params = parameters(CASE)
+    optimizer = optim.ScheduleFreeAdamW([{"params": params[:1]}, {"params": params[1:], "rule": "lion"}], lr=0.1)
+    run(optimizer, params, 3)
+    before = values(params)
+    optimizer.eval()
+    assert not torch.equal(before[0], params[0])
+    assert_same(before[1:], values(params[1:]))
+    optimizer.train()
+    assert_same(before, values(params))
+
+
+def test_a_rate_of_zero_changes_nothing() -> None:
+    params = parameters(CASE)
+    before = values(params)
+    optimizer = optim.ScheduleFreeAdamW(params, lr=0.0)
+    run(optimizer, params, 2)
+    assert_same(before, values(params))
+    optimizer.eval()
+    assert_same(before, values(params))

@@ -29,7 +29,7 @@ class Batch:
         wholes: The parameters as the optimizer holds them, DTensors where sharded: sums over shards need to know.
         cautious: Whether components of the update that point against the gradient are left out.
         kahan: Whether `kahan_comp` is among the states, in the parameter's dtype, and takes up what a step leaves out.
-        stochastic: Names of the arrays ("param", states) that are rounded stochastically to bfloat16.
+        stochastic: Names of the arrays ("param", states) that are rounded stochastically, to bfloat16 or to codes.
         rounding_keys: If there are such: their random numbers' key, 0-d int64.
     """
 
@@ -44,6 +44,11 @@ class Batch:
     kahan: bool = False
     stochastic: tuple[str, ...] = ()
     rounding_keys: Sequence[Tensor] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """States that are kept as codes, in the order of `rule.state`; the scales of `exp_avg` are `exp_avg_scale`."""
+        return tuple(name for name in self.rule.state if f"{name}_scale" in self.states[0]) if self.stochastic else ()
 
     @property
     def low_precision(self) -> bool:

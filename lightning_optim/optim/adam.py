@@ -17,6 +17,7 @@ class AdamRule(UpdateRule):
     """Exponential moving averages of the gradient and its square, both corrected for their start at zero."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     first_moment: ClassVar[str | None] = "exp_avg"
     second_moment: ClassVar[str | None] = "exp_avg_sq"
 

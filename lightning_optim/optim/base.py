@@ -102,7 +102,7 @@ class FusedOptimizer(Optimizer):
         refuse_typos(type(self).__name__, group, filled.keys() - (group.keys() - self.defaults.keys()))
         check_values(owner.__name__, filled)
         owner.check(filled)
-        low_precision.check(owner.__name__, filled, owner.rule(filled))
+        low_precision.check(owner.__name__, filled, self.rule_of(filled))
         count = len(self.param_groups)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
@@ -175,14 +175,16 @@ class FusedOptimizer(Optimizer):
                         f"({grad.layout}). It needs dense gradients: create the layer with sparse=False, or use "
                         "torch.optim.SparseAdam."
                     )
-                extras = low_precision.complete(self.state[param], param, group, position) if flagged else 0
+                extras = low_precision.complete(self.state[param], param, group, rule, position) if flagged else 0
                 state = self._state(param, group, rule, extras)
                 names = rule.state if isinstance(rule, UpdateRule) else _tensor_names(rule, state)
                 tensors = {name: local(state[name]) for name in names}
-                kahan, stochastic = low_precision.storage(group, param, state) if flagged else (False, ())
-                if kahan:
-                    tensors["kahan_comp"] = local(state["kahan_comp"])
                 dtypes = [tensor.dtype for tensor in tensors.values()]
+                kahan = False
+                stochastic: tuple[str, ...] = ()
+                if flagged or torch.uint8 in dtypes:
+                    kahan, stochastic = low_precision.storage(group, param, rule, state)
+                    tensors |= {name: local(state[name]) for name in low_precision.companions(state)}
                 key = (type(rule), group["cautious"], kahan, stochastic, param.device, param.dtype, grad.dtype, *dtypes)
                 batch: Any = batches.get(key)
                 if batch is None:
@@ -223,9 +225,12 @@ class FusedOptimizer(Optimizer):
         else:
             assert isinstance(rule, UpdateRule)
             first = rule.init_state(param, group)
+            low = low_precision.compressed(group, param, rule)
             dtype = arithmetic_dtype(param.dtype)  # a bf16 second moment could not move by a thousandth of itself
             for name in rule.state:
-                if name not in state:
+                if name not in state and name in low:
+                    state |= low_precision.zeros(name, param, group, low[name])
+                elif name not in state:
                     value = first.get(name, 0.0)
                     if isinstance(value, Tensor):
                         state[name] = value.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
@@ -307,7 +312,7 @@ def _class_of_rule(name: str) -> type[FusedOptimizer]:
 
 
 def _tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
-    others = {"step", *rule.scalar_state, *low_precision.EXTRAS}
+    others = {"step", "rounding_key", *low_precision.companions(state), *rule.scalar_state}
     return tuple(name for name, value in state.items() if isinstance(value, Tensor) and name not in others)
 
 

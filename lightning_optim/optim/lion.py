@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -17,6 +17,7 @@ class LionRule(UpdateRule):
     """The sign of an average that weighs the newest gradient more than the stored momentum does."""
 
     state = ("exp_avg",)
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True}
     counts_steps = False
     first_moment = "exp_avg"
 

@@ -32,6 +32,7 @@ class MomentumRule(UpdateRule):
     """Along a running sum of gradients."""
 
     state = ("momentum_buffer",)
+    compressible: ClassVar[Mapping[str, bool]] = {"momentum_buffer": True}
     counts_steps: ClassVar[bool] = False
     first_moment = "momentum_buffer"
 

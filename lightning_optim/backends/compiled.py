@@ -20,7 +20,7 @@ from lightning_optim.backends.shards import sum_over_shards
 from lightning_optim.rules import UpdateRule
 from lightning_optim.stats import STEP_SUMS
 
-DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16")}
+DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16", "uint8")}
 """What can be loaded and stored, with the name kernels are built by."""
 
 
@@ -33,8 +33,9 @@ class Operands:
         dtypes: Name of each slot's dtype: parameter, gradient, states; only the gradient for a measurement.
         numel: Elements of each tensor.
         addresses: Of the first elements, [tensors, slots].
-        kahan: As in the batch; the compensation is the last slot.
+        kahan: As in the batch; the compensation is the slot after the states.
         stochastic: As in the batch; the scalars then have the `rounding.KEY_COLUMNS`.
+        quantized: As in the batch; their scales are the last slots.
     """
 
     device: torch.device
@@ -43,6 +44,7 @@ class Operands:
     addresses: npt.NDArray[np.int64]
     kahan: bool = False
     stochastic: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,6 +108,7 @@ class CompiledBackend(Backend):
             addresses,
             batch.kahan,
             batch.stochastic,
+            batch.quantized,
         )
         columns = scalar_columns(batch, divisor)
 
@@ -134,8 +137,9 @@ class CompiledBackend(Backend):
 def slots(batch: Batch, i: int) -> list[Tensor]:
     """Parameter, gradient and states of tensor ``i``, in the order of a kernel's slots."""
     state = batch.states[i]
-    kahan = [state["kahan_comp"]] if batch.kahan else []
-    return [batch.params[i], batch.grads[i], *(state[name] for name in batch.rule.state), *kahan]
+    others = ["kahan_comp"] if batch.kahan else []
+    others += [f"{name}_scale" for name in batch.quantized]
+    return [batch.params[i], batch.grads[i], *(state[name] for name in (*batch.rule.state, *others))]
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -48,7 +48,7 @@ class CpuBackend(CompiledBackend):
         skip: Tensor | None,
     ) -> tuple[tuple[str, ...], Tensor]:
         """See `CompiledBackend`."""
-        storing = (operands.kahan, operands.stochastic)
+        storing = (operands.kahan, operands.stochastic, operands.quantized)
         kernel = build(rule, operands.dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # mypy: type not Hashable
         table = scalar_table(columns, kernel.scalars, operands.dtype)
         return kernel.sums, _run(kernel, operands, table.numpy())

@@ -14,9 +14,10 @@ from typing import Any
 import numba
 import numpy as np
 
-from lightning_optim.backends import cpu_cache
+from lightning_optim.backends import cpu_cache, cpu_quantized
 from lightning_optim.backends.compiled import scalar_names
 from lightning_optim.backends.cpu_memory import FAST_SUMS, compiled, load, named_functions, store
+from lightning_optim.backends.quantization import BLOCK
 from lightning_optim.backends.rounding import KEY_COLUMNS, kahan_pending, kahan_rest, noise, slot_key
 from lightning_optim.rules import UpdateRule, rebind
 from lightning_optim.weight_decay import total_change
@@ -49,6 +50,7 @@ def build(
     cautious: bool = False,
     kahan: bool = False,
     stochastic: tuple[str, ...] = (),
+    quantized: tuple[str, ...] = (),
 ) -> Kernel:
     """The loop for ``rule`` over tensors of ``dtypes`` (parameter, gradient, states in order).
 
@@ -58,16 +60,17 @@ def build(
         purpose: `step` updates; `step+sums` also collects the step sums; `sums` takes the rule's own sums and
             `agreement` counts the elements whose update agrees with the gradient, both writing nothing.
         cautious: For the `step`s: apply the mask and the column `mask_scale`.
-        kahan: Whether the last slot is the parameter's compensation.
+        kahan: Whether the slot after the states is the parameter's compensation.
         stochastic: Names of the slots that are rounded stochastically.
+        quantized: States that are codes; their scales are the last slots.
     """
     columns = scalar_names(rule, purpose, cautious)
     columns += KEY_COLUMNS if stochastic and purpose.startswith("step") else ()
-    text, sums = source(rule, dtypes, purpose, columns, cautious, kahan, stochastic)
+    text, sums = source(rule, dtypes, purpose, columns, cautious, kahan, stochastic, quantized)
     function = rule.sums_update if purpose == "sums" else rule.update
     wide = "float64" if dtypes[0] == "float64" else "float32"
     named = named_functions(wide)
-    names: dict[str, Any] = {
+    names: dict[str, Any] = (cpu_quantized.names() if quantized else {}) | {
         "__name__": __name__,  # numba looks for a cached function's module
         "rule_function": rebind(function, named, compiled),
         "total_change": rebind(total_change, named, compiled),
@@ -77,15 +80,27 @@ def build(
         "slot_key": rebind(slot_key, {}, compiled),
         "sqrt": named["sqrt"],
         "maximum": named["maximum"],
+        "absolute": abs,
         "float": getattr(numba, wide),
     }
     for slot, dtype in enumerate(dtypes):
         names[f"load_{slot}"] = load(dtype, slot, len(dtypes))
-        names[f"store_{slot}"] = store(dtype, slot, len(dtypes), slot in _slots(rule, stochastic))
+        names[f"store_{slot}"] = store(
+            dtype, slot, len(dtypes), slot in _slots(rule, stochastic) and dtype == "bfloat16"
+        )
     exec(compile(text, f"<{rule.__name__}>", "exec"), names)
     dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy", fastmath=FAST_SUMS)
     fingerprint = cpu_cache.fingerprint(
-        text + repr(dtypes), (function, total_change, kahan_pending, kahan_rest, noise, slot_key)
+        text + repr(dtypes),
+        (
+            function,
+            total_change,
+            kahan_pending,
+            kahan_rest,
+            noise,
+            slot_key,
+            *(cpu_quantized.SOURCES if quantized else ()),
+        ),
     )
     cpu_cache.keep_on_disk(dispatcher, f"{rule.__name__}-{fingerprint}")
     signature = f"void(int64, int64, int64[:, ::1], int64[:, ::1], {wide}[:, ::1], float64[:, ::1])"
@@ -111,6 +126,7 @@ def source(
     cautious: bool,
     kahan: bool = False,
     stochastic: tuple[str, ...] = (),
+    quantized: tuple[str, ...] = (),
 ) -> tuple[str, tuple[str, ...]]:
     """The kernel's text, and the names of its sums."""
     rounded = _slots(rule, stochastic) if purpose.startswith("step") else []
@@ -123,7 +139,11 @@ def source(
 
     body = ["param = load_0(address_0, i)", f"raw = load_1(address_1, i) * {scalar['inverse_divisor']}"]
     body += [f"grad = raw + {scalar['l2']} * param"]
-    body += [f"{old[i]} = load_{i + 2}(address_{i + 2}, i)" for i in states]
+    codes = {i: f"codes_{rule.compressible[name]}" for i, name in enumerate(rule.state) if name in quantized}
+    scales = dict(zip(codes, range(len(dtypes) - len(quantized), len(dtypes)), strict=True))
+    for i in states:
+        value = f"load_{i + 2}(address_{i + 2}, i)"
+        body.append(f"{old[i]} = {codes[i]}[{value}] * scale_{i}" if i in codes else f"{old[i]} = {value}")
     if purpose == "sums":
         terms = {name: f"term_{i}" for i, name in enumerate(rule.sums)}
         body.append(f"{', '.join(terms.values())}, = rule_function({arguments})")
@@ -136,10 +156,14 @@ def source(
             if cautious:
                 body.append(f"delta = delta * {scalar['mask_scale']} if delta * grad > zero else zero")
             random = {slot: f", noise(i, key_{slot})" for slot in rounded}
-            body += [f"{new[i]} = store_{i + 2}(address_{i + 2}, i, {new[i]}{random.get(i + 2, '')})" for i in states]
+            for i in states:
+                if i in codes:
+                    body += [f"buffer_{i}[i - tile] = {new[i]}", f"max_{i} = maximum(absolute({new[i]}), max_{i})"]
+                else:
+                    body.append(f"{new[i]} = store_{i + 2}(address_{i + 2}, i, {new[i]}{random.get(i + 2, '')})")
             change = f"total_change(param, delta, {scalar['decay']})"
             if kahan:
-                slot = len(dtypes) - 1
+                slot = 2 + len(rule.state)
                 body.append(f"pending = kahan_pending(load_{slot}(address_{slot}, i), {change})")
                 body.append("after = store_0(address_0, i, param + pending)")
                 body.append(f"store_{slot}(address_{slot}, i, kahan_rest(pending, after, param))")
@@ -159,9 +183,24 @@ def source(
     lines += [f"        {total} = 0.0" for total in totals]
     lines += [f"        for chunk in range(start, end, {CHUNK}):"]
     lines += [f"            sum_{i} = zero" for i in range(len(terms))]
-    lines += [f"            for i in range(chunk, min(chunk + {CHUNK}, end)):"]
-    lines += [f"                {line}" for line in body]
-    lines += [f"                sum_{i} += {term}" for i, term in enumerate(terms.values())]
+    body += [f"sum_{i} += {term}" for i, term in enumerate(terms.values())]
+    if codes:
+        lines[2:2] = [f"    buffer_{i} = np.empty({BLOCK}, np.float32)" for i in codes]
+        lines += [f"            for tile in range(chunk, min(chunk + {CHUNK}, end), {BLOCK}):"]
+        lines += [f"                scale_{i} = load_{scales[i]}(address_{scales[i]}, tile // {BLOCK})" for i in codes]
+        lines += [f"                max_{i} = zero" for i in codes]
+        lines += [f"                for i in range(tile, min(tile + {BLOCK}, end)):"]
+        lines += [f"                    {line}" for line in body]
+        for i in codes if purpose.startswith("step") else ():
+            sign = codes[i].removeprefix("codes_")
+            tables = f"codes_{sign}, guesses_{sign}"
+            code = f"encode_{sign}(buffer_{i}[i - tile], max_{i}, noise(i, key_{i + 2}), {tables})"
+            lines += [f"                store_{scales[i]}(address_{scales[i]}, tile // {BLOCK}, max_{i})"]
+            lines += [f"                for i in range(tile, min(tile + {BLOCK}, end)):"]
+            lines += [f"                    store_{i + 2}(address_{i + 2}, i, {code})"]
+    else:
+        lines += [f"            for i in range(chunk, min(chunk + {CHUNK}, end)):"]
+        lines += [f"                {line}" for line in body]
     lines += [f"            {total} += sum_{i}" for i, total in enumerate(totals)]
     lines += [f"        sums[block, {i}] = {total}" for i, total in enumerate(totals)]
     return "\n".join(lines) + "\n", tuple(terms)

@@ -23,13 +23,13 @@ FAST_SUMS = {"reassoc", "contract", "arcp", "nsz"}
 # of the loop: reordering would undo a compensated summation.
 FAST_UPDATE = {"contract", "nsz", "arcp"}
 
-STORAGE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+STORAGE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "uint8": 1}
 """Element types that can be loaded and stored, with their size in bytes."""
 
 
 def load(dtype: str, slot: int, slots: int) -> Any:
     """A function (address, index) -> float32 or float64 that reads array number ``slot`` of ``slots``."""
-    result = types.float64 if dtype == "float64" else types.float32
+    result = _type(dtype)
 
     @intrinsic
     def load_element(typingctx: Any, address: Any, index: Any) -> Any:
@@ -48,7 +48,7 @@ def store(dtype: str, slot: int, slots: int, stochastic: bool = False) -> Any:
 
     With ``stochastic`` it takes random bits as a fourth argument, and rounds as `rounding.round_stochastically`.
     """
-    wide = types.float64 if dtype == "float64" else types.float32
+    wide = _type(dtype)
 
     if stochastic:
         assert dtype == "bfloat16"
@@ -80,12 +80,18 @@ def store(dtype: str, slot: int, slots: int, stochastic: bool = False) -> Any:
     return store_element
 
 
+def _type(dtype: str) -> Any:
+    """What an element of ``dtype`` is in a kernel; of codes, an integer."""
+    return {"float64": types.float64, "uint8": types.int64}.get(dtype, types.float32)
+
+
 def _element(builder: Any, dtype: str, args: Any) -> Any:
     kinds = {
         "float32": ir.FloatType(),
         "float64": ir.DoubleType(),
         "bfloat16": ir.IntType(16),
         "float16": ir.HalfType(),
+        "uint8": ir.IntType(8),
     }
     base = builder.inttoptr(args[0], ir.PointerType(kinds[dtype]))
     return builder.gep(base, [args[1]], inbounds=True)
@@ -105,12 +111,16 @@ def _widen(builder: Any, dtype: str, value: Any) -> Any:
     if dtype == "bfloat16":  # the upper half of a float32
         bits = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         return builder.bitcast(bits, ir.FloatType())
+    if dtype == "uint8":
+        return builder.zext(value, ir.IntType(64))
     return builder.fpext(value, ir.FloatType()) if dtype == "float16" else value
 
 
 def _narrow(builder: Any, dtype: str, value: Any) -> Any:
     if dtype == "float16":
         return builder.fptrunc(value, ir.HalfType())
+    if dtype == "uint8":
+        return builder.trunc(value, ir.IntType(8))
     if dtype != "bfloat16":
         return value
     # Round to nearest, ties to even: add 0x7fff, and one more if the last kept bit is set; a NaN stays a (quiet) NaN.

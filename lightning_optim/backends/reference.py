@@ -148,9 +148,9 @@ def _stored(batch: Batch, i: int, change: Tensor, state: dict[str, Tensor]) -> t
             key, slot = batch.rounding_keys[i], 2 + batch.rule.state.index(name)
             if name in quantized:
                 codes, scales = quantize(state[name], batch.rule.compressible[name], key, slot)
-                state |= {name: codes, f"{name}_scale": scales}
+                state = state | {name: codes, f"{name}_scale": scales}
             else:
-                state |= {name: round_stochastically(state[name], key, slot)}
+                state = state | {name: round_stochastically(state[name], key, slot)}
     if batch.kahan:
         pending = kahan_pending(_wide(batch.states[i]["kahan_comp"]), change)
         after = (param + pending).to(stored.dtype)

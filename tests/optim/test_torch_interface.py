@@ -183,8 +183,8 @@ def test_every_optimizer_has_a_case_and_a_line() -> None:
     assert set(optim.list_optimizers("*ADAM*")) >= {"adam", "adamw"}
     assert "2 values" in optim.list_optimizers("adamw")["adamw"]
     assert optim.get_optimizer_class("AdamW") is optim.AdamW
-    with pytest.raises(ValueError, match=r"'lyon' is unknown. Did you mean 'lion'"):
-        optim.get_optimizer_class("lyon")
+    with pytest.raises(ValueError, match=r"'adamv' is unknown. Did you mean .*'adamw'"):
+        optim.get_optimizer_class("adamv")
 
 
 def test_importing_loads_neither_lightning_nor_numba_nor_triton() -> None:

@@ -109,6 +109,10 @@ class Rule:
     """The state that plays v in the step sums: v̂ = v / bias_correction2, if `scalars` returns `bias_correction2_sqrt`,
     and v otherwise; `eps` is the group's."""
 
+    compressible: ClassVar[Mapping[str, bool]] = types.MappingProxyType({})
+    """States that `state_bits` may keep in 16 or 8 bits, and whether each has a sign: moments, which start at 0 and
+    stand for averages. The others stay as they are. Without any, a rule refuses `state_bits`."""
+
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
         """The numbers of this step, in float64: learning rate, betas, 1 − beta, bias corrections.
 

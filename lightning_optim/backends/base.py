@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class Batch:
         groups: The parameter group of each tensor. `lr` may be a 0-d tensor.
         wholes: The parameters as the optimizer holds them, DTensors where sharded: sums over shards need to know.
         cautious: Whether components of the update that point against the gradient are left out.
+        kahan: Whether `kahan_comp` is among the states, in the parameter's dtype, and takes up what a step leaves out.
+        stochastic: Names of the arrays ("param", states) that are rounded stochastically, to bfloat16 or to codes.
+        rounding_keys: If there are such: their random numbers' key, 0-d int64.
     """
 
     rule: Rule
@@ -38,6 +41,19 @@ class Batch:
     groups: Sequence[Mapping[str, Any]]
     wholes: Sequence[Tensor]
     cautious: bool
+    kahan: bool = False
+    stochastic: tuple[str, ...] = ()
+    rounding_keys: Sequence[Tensor] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """States that are kept as codes, in the order of `rule.state`; the scales of `exp_avg` are `exp_avg_scale`."""
+        return tuple(name for name in self.rule.state if f"{name}_scale" in self.states[0]) if self.stochastic else ()
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether storing takes more than rounding to the nearest."""
+        return self.kahan or bool(self.stochastic)
 
     @property
     def device(self) -> torch.device:
@@ -66,8 +82,9 @@ class Backend(ABC):
     3. A rule with `sums`: one read-only pass of `sums_update`, sums over whole tensors, `rescale`.
     4. delta, *state = update(p, g, *state, *scalars), in float32 (float64 for float64 parameters).
     5. `cautious`: delta is 0 where delta·g ≤ 0, and multiplied by numel / max(count of the others, numel/1000).
-    6. p ← p − total_change(p, delta, decay), cast to the stored dtype at the very end; state likewise.
-    7. `step` += 1; other 0-d state takes the value `scalars` returned.
+    6. p ← p − total_change(p, delta, decay), cast to the stored dtype at the very end; state likewise. With `kahan`
+       and `stochastic` as `rounding` says.
+    7. `step` += 1; other 0-d state takes the value `scalars` returned; rounding keys advance.
     8. On request, the step sums of `stats.STEP_SUMS`, g without its L2 term, in float32, by fixed-order sums over
        blocks and then over a tensor's blocks, never by atomics.
 
@@ -77,6 +94,8 @@ class Backend(ABC):
     """
 
     name: str
+    low_precision: ClassVar[bool] = False
+    """Whether it knows about `kahan` and `stochastic` of a batch. What it does not, the reference backend does."""
 
     @abstractmethod
     def why_not(self, device: torch.device) -> str | None:

@@ -33,12 +33,16 @@ class Operands:
         dtypes: Name of each slot's dtype: parameter, gradient, states; only the gradient for a measurement.
         numel: Elements of each tensor.
         addresses: Of the first elements, [tensors, slots].
+        kahan: As in the batch; the compensation is the last slot.
+        stochastic: As in the batch; the scalars then have the `rounding.KEY_COLUMNS`.
     """
 
     device: torch.device
     dtypes: tuple[str, ...]
     numel: tuple[int, ...]
     addresses: npt.NDArray[np.int64]
+    kahan: bool = False
+    stochastic: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,6 +104,8 @@ class CompiledBackend(Backend):
             tuple(DTYPES[tensor.dtype] for tensor in slots(batch, 0)),
             tuple(param.numel() for param in batch.params),
             addresses,
+            batch.kahan,
+            batch.stochastic,
         )
         columns = scalar_columns(batch, divisor)
 
@@ -128,7 +134,8 @@ class CompiledBackend(Backend):
 def slots(batch: Batch, i: int) -> list[Tensor]:
     """Parameter, gradient and states of tensor ``i``, in the order of a kernel's slots."""
     state = batch.states[i]
-    return [batch.params[i], batch.grads[i], *(state[name] for name in batch.rule.state)]
+    kahan = [state["kahan_comp"]] if batch.kahan else []
+    return [batch.params[i], batch.grads[i], *(state[name] for name in batch.rule.state), *kahan]
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -149,7 +156,7 @@ def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor
     """Addresses [tensors, slots]; copies to be written back; and all copies, to be kept alive meanwhile.
 
     Elements of one index must lie at one offset. Where strides differ, or leave gaps, the odd one is copied to a
-    contiguous tensor first.
+    contiguous tensor first. Random numbers follow the row-major index, so they need contiguous tensors in any case.
     """
     rows = []
     write_back: list[tuple[Tensor, Tensor]] = []
@@ -158,7 +165,8 @@ def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor
         tensors = slots(batch, i)
         if not all(map(Tensor.is_contiguous, tensors)):
             strides = tensors[0].stride()
-            if not (is_dense(tensors[0]) and all(tensor.stride() == strides for tensor in tensors)):
+            alike = is_dense(tensors[0]) and all(tensor.stride() == strides for tensor in tensors)
+            if batch.stochastic or not alike:
                 copies = [tensor.contiguous() for tensor in tensors]
                 keep += copies
                 # `contiguous` returns the tensor itself where it is so already.

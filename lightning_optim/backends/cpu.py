@@ -26,6 +26,7 @@ class CpuBackend(CompiledBackend):
     """One pass over memory for elementwise rules: divide, update, write and sum."""
 
     name = "cpu"
+    low_precision = True
 
     def why_not(self, device: torch.device) -> str | None:
         """It runs on the CPU only."""
@@ -47,7 +48,8 @@ class CpuBackend(CompiledBackend):
         skip: Tensor | None,
     ) -> tuple[tuple[str, ...], Tensor]:
         """See `CompiledBackend`."""
-        kernel = build(rule, operands.dtypes, purpose, cautious)  # type: ignore[arg-type] # mypy: type not Hashable
+        storing = (operands.kahan, operands.stochastic)
+        kernel = build(rule, operands.dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # mypy: type not Hashable
         table = scalar_table(columns, kernel.scalars, operands.dtype)
         return kernel.sums, _run(kernel, operands, table.numpy())
 

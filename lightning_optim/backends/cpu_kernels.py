@@ -17,6 +17,7 @@ import numpy as np
 from lightning_optim.backends import cpu_cache
 from lightning_optim.backends.compiled import scalar_names
 from lightning_optim.backends.cpu_memory import FAST_SUMS, compiled, load, named_functions, store
+from lightning_optim.backends.rounding import KEY_COLUMNS, kahan_pending, kahan_rest, noise, slot_key
 from lightning_optim.rules import UpdateRule, rebind
 from lightning_optim.weight_decay import total_change
 
@@ -41,7 +42,14 @@ class Kernel:
 
 
 @cache
-def build(rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautious: bool = False) -> Kernel:
+def build(
+    rule: type[UpdateRule],
+    dtypes: tuple[str, ...],
+    purpose: str,
+    cautious: bool = False,
+    kahan: bool = False,
+    stochastic: tuple[str, ...] = (),
+) -> Kernel:
     """The loop for ``rule`` over tensors of ``dtypes`` (parameter, gradient, states in order).
 
     Args:
@@ -50,9 +58,12 @@ def build(rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautiou
         purpose: `step` updates; `step+sums` also collects the step sums; `sums` takes the rule's own sums and
             `agreement` counts the elements whose update agrees with the gradient, both writing nothing.
         cautious: For the `step`s: apply the mask and the column `mask_scale`.
+        kahan: Whether the last slot is the parameter's compensation.
+        stochastic: Names of the slots that are rounded stochastically.
     """
     columns = scalar_names(rule, purpose, cautious)
-    text, sums = source(rule, dtypes, purpose, columns, cautious)
+    columns += KEY_COLUMNS if stochastic and purpose.startswith("step") else ()
+    text, sums = source(rule, dtypes, purpose, columns, cautious, kahan, stochastic)
     function = rule.sums_update if purpose == "sums" else rule.update
     wide = "float64" if dtypes[0] == "float64" else "float32"
     named = named_functions(wide)
@@ -60,16 +71,22 @@ def build(rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautiou
         "__name__": __name__,  # numba looks for a cached function's module
         "rule_function": rebind(function, named, compiled),
         "total_change": rebind(total_change, named, compiled),
+        "kahan_pending": compiled(kahan_pending),
+        "kahan_rest": compiled(kahan_rest),
+        "noise": rebind(noise, {}, compiled),
+        "slot_key": rebind(slot_key, {}, compiled),
         "sqrt": named["sqrt"],
         "maximum": named["maximum"],
         "float": getattr(numba, wide),
     }
     for slot, dtype in enumerate(dtypes):
         names[f"load_{slot}"] = load(dtype, slot, len(dtypes))
-        names[f"store_{slot}"] = store(dtype, slot, len(dtypes))
+        names[f"store_{slot}"] = store(dtype, slot, len(dtypes), slot in _slots(rule, stochastic))
     exec(compile(text, f"<{rule.__name__}>", "exec"), names)
     dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy", fastmath=FAST_SUMS)
-    fingerprint = cpu_cache.fingerprint(text + repr(dtypes), (function, total_change))
+    fingerprint = cpu_cache.fingerprint(
+        text + repr(dtypes), (function, total_change, kahan_pending, kahan_rest, noise, slot_key)
+    )
     cpu_cache.keep_on_disk(dispatcher, f"{rule.__name__}-{fingerprint}")
     signature = f"void(int64, int64, int64[:, ::1], int64[:, ::1], {wide}[:, ::1], float64[:, ::1])"
     with cpu_cache.SaysIfSlow(
@@ -82,10 +99,21 @@ def build(rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautiou
     return Kernel(dispatcher, columns, sums)
 
 
+def _slots(rule: type[UpdateRule], names: tuple[str, ...]) -> list[int]:
+    return [0 if name == "param" else 2 + rule.state.index(name) for name in names]
+
+
 def source(
-    rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, columns: tuple[str, ...], cautious: bool
+    rule: type[UpdateRule],
+    dtypes: tuple[str, ...],
+    purpose: str,
+    columns: tuple[str, ...],
+    cautious: bool,
+    kahan: bool = False,
+    stochastic: tuple[str, ...] = (),
 ) -> tuple[str, tuple[str, ...]]:
     """The kernel's text, and the names of its sums."""
+    rounded = _slots(rule, stochastic) if purpose.startswith("step") else []
     states = range(len(rule.state))
     old = [f"old_{i}" for i in states]
     new = [f"new_{i}" for i in states]
@@ -107,8 +135,16 @@ def source(
         else:
             if cautious:
                 body.append(f"delta = delta * {scalar['mask_scale']} if delta * grad > zero else zero")
-            body += [f"{new[i]} = store_{i + 2}(address_{i + 2}, i, {new[i]})" for i in states]
-            body.append(f"after = store_0(address_0, i, param - total_change(param, delta, {scalar['decay']}))")
+            random = {slot: f", noise(i, key_{slot})" for slot in rounded}
+            body += [f"{new[i]} = store_{i + 2}(address_{i + 2}, i, {new[i]}{random.get(i + 2, '')})" for i in states]
+            change = f"total_change(param, delta, {scalar['decay']})"
+            if kahan:
+                slot = len(dtypes) - 1
+                body.append(f"pending = kahan_pending(load_{slot}(address_{slot}, i), {change})")
+                body.append("after = store_0(address_0, i, param + pending)")
+                body.append(f"store_{slot}(address_{slot}, i, kahan_rest(pending, after, param))")
+            else:
+                body.append(f"after = store_0(address_0, i, param - {change}{random.get(0, '')})")
             terms = _step_terms(rule, scalar) if purpose == "step+sums" else {}
 
     totals = [f"total_{i}" for i in range(len(terms))]
@@ -117,6 +153,9 @@ def source(
     lines += ["        tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]"]
     lines += [f"        address_{i} = addresses[tensor, {i}]" for i in range(len(dtypes))]
     lines += [f"        scalar_{i} = scalars[tensor, {i}]" for i in range(len(columns))]
+    if rounded:
+        high, low = (scalar[name] for name in KEY_COLUMNS)
+        lines += [f"        key_{slot} = slot_key(int({high}) * 65536 + int({low}), {slot})" for slot in rounded]
     lines += [f"        {total} = 0.0" for total in totals]
     lines += [f"        for chunk in range(start, end, {CHUNK}):"]
     lines += [f"            sum_{i} = zero" for i in range(len(terms))]

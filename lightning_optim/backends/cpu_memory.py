@@ -43,9 +43,28 @@ def load(dtype: str, slot: int, slots: int) -> Any:
     return load_element
 
 
-def store(dtype: str, slot: int, slots: int) -> Any:
-    """A function (address, index, value) -> value as rounded to ``dtype``, that writes array number ``slot``."""
+def store(dtype: str, slot: int, slots: int, stochastic: bool = False) -> Any:
+    """A function (address, index, value) -> value as rounded to ``dtype``, that writes array number ``slot``.
+
+    With ``stochastic`` it takes random bits as a fourth argument, and rounds as `rounding.round_stochastically`.
+    """
     wide = types.float64 if dtype == "float64" else types.float32
+
+    if stochastic:
+        assert dtype == "bfloat16"
+
+        @intrinsic
+        def store_rounded(typingctx: Any, address: Any, index: Any, value: Any, noise: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                narrow = _narrow_stochastically(builder, args[2], args[3])
+                _tell_aliasing(
+                    builder, builder.store(narrow, _element(builder, dtype, args), align=STORAGE[dtype]), slot, slots
+                )
+                return _widen(builder, dtype, narrow)
+
+            return wide(types.int64, types.int64, wide, types.int64), codegen
+
+        return store_rounded
 
     @intrinsic
     def store_element(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
@@ -98,7 +117,18 @@ def _narrow(builder: Any, dtype: str, value: Any) -> Any:
     word = ir.IntType(32)
     bits = builder.bitcast(value, word)
     last = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
-    rounded = builder.add(bits, builder.add(last, ir.Constant(word, 0x7FFF)))
+    return _upper_half(builder, value, builder.add(bits, builder.add(last, ir.Constant(word, 0x7FFF))))
+
+
+def _narrow_stochastically(builder: Any, value: Any, noise: Any) -> Any:
+    word = ir.IntType(32)
+    below = builder.and_(builder.trunc(noise, word), ir.Constant(word, 0xFFFF))
+    return _upper_half(builder, value, builder.add(builder.bitcast(value, word), below))
+
+
+def _upper_half(builder: Any, value: Any, rounded: Any) -> Any:
+    word = ir.IntType(32)
+    bits = builder.bitcast(value, word)
     is_nan = builder.fcmp_unordered("uno", value, value)
     bits = builder.select(is_nan, builder.or_(bits, ir.Constant(word, 0x400000)), rounded)
     return builder.trunc(builder.lshr(bits, ir.Constant(word, 16)), ir.IntType(16))

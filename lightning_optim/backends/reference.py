@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends.base import Backend, Batch
+from lightning_optim.backends.quantization import dequantize, quantize
+from lightning_optim.backends.rounding import kahan_pending, kahan_rest, round_stochastically
 from lightning_optim.backends.scalars import commit, is_set, scalar_columns, widest_dtype
 from lightning_optim.backends.shards import sum_over_shards
 from lightning_optim.rules import TensorRule, UpdateRule, rebind
@@ -34,6 +36,7 @@ class ReferenceBackend(Backend):
     """Runs everything, elementwise and tensor rules alike, in plain torch."""
 
     name = "reference"
+    low_precision = True
 
     def why_not(self, device: torch.device) -> str | None:
         """Never a reason."""
@@ -64,10 +67,11 @@ class ReferenceBackend(Backend):
         sums = []
         for i, (_, delta, new_state) in enumerate(steps):
             param, state = batch.params[i], batch.states[i]
-            new_param = (_wide(param) - total_change(_wide(param), delta, scalars[i]["decay"])).to(param.dtype)
+            moments = new_state
+            new_param, new_state = _stored(batch, i, total_change(_wide(param), delta, scalars[i]["decay"]), new_state)
             if collect:
                 raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
-                sums.append(_sums(batch, i, raw, new_param, new_state, scalars[i]))
+                sums.append(_sums(batch, i, raw, new_param, moments, scalars[i]))
             for old, new in [(param, new_param), *((state[name], new_state[name]) for name in new_state)]:
                 new = new.to(old.dtype)
                 old.copy_(new if on_host or skip is None else torch.where(skip != 0, old, new))
@@ -83,7 +87,7 @@ class ReferenceBackend(Backend):
         rows = []
         for i, param in enumerate(batch.params):
             row = _row(columns, i, batch.dtype)
-            state = [_wide(batch.states[i][name]) for name in rule.state]
+            state = [_moment(batch, i, name) for name in rule.state]
             terms = function(_wide(param), _grad(batch, i, row), *state, *(row[name] for name in names))
             rows.append(torch.stack([term.sum(dtype=widest_dtype(batch.device)) for term in terms]))
         sums = sum_over_shards(torch.stack(rows), batch.wholes)
@@ -110,6 +114,14 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
+def _moment(batch: Batch, i: int, name: str) -> Tensor:
+    """A state in the dtype of the arithmetic, codes as the values they stand for."""
+    state = batch.states[i]
+    if name in batch.quantized:
+        return dequantize(state[name], state[f"{name}_scale"], batch.rule.compressible[name])
+    return _wide(state[name])
+
+
 def _grad(batch: Batch, i: int, scalars: dict[str, Tensor]) -> Tensor:
     """The gradient as the rule sees it: divided, negated for `maximize`, with the L2 term."""
     return _wide(batch.grads[i]) * scalars["inverse_divisor"] + scalars["l2"] * _wide(batch.params[i])
@@ -121,16 +133,38 @@ def _steps(batch: Batch, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
     function, names = rebound(type(rule).update), rule.update_scalars()
     for i, param in enumerate(batch.params):
         grad = _grad(batch, i, scalars[i])
-        state = [_wide(batch.states[i][name]) for name in rule.state]
+        state = [_moment(batch, i, name) for name in rule.state]
         delta, *new = function(_wide(param), grad, *state, *(scalars[i][name] for name in names))
         yield grad, delta, dict(zip(rule.state, new, strict=True))
+
+
+def _stored(batch: Batch, i: int, change: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Parameter and state after the step, the parameter in the dtype it is stored in."""
+    stored = batch.params[i]
+    param = _wide(stored)
+    quantized = batch.quantized
+    for name in batch.stochastic:
+        if name in state:
+            key, slot = batch.rounding_keys[i], 2 + batch.rule.state.index(name)
+            if name in quantized:
+                codes, scales = quantize(state[name], batch.rule.compressible[name], key, slot)
+                state |= {name: codes, f"{name}_scale": scales}
+            else:
+                state |= {name: round_stochastically(state[name], key, slot)}
+    if batch.kahan:
+        pending = kahan_pending(_wide(batch.states[i]["kahan_comp"]), change)
+        after = (param + pending).to(stored.dtype)
+        return after, state | {"kahan_comp": kahan_rest(pending, _wide(after), param)}
+    if "param" in batch.stochastic:
+        return round_stochastically(param - change, batch.rounding_keys[i], 0), state
+    return (param - change).to(stored.dtype), state
 
 
 def _tensor_steps(batch: Batch, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
     rule = batch.rule
     assert isinstance(rule, TensorRule)
     grads = [_grad(batch, i, scalars[i]) for i in range(len(batch.params))]
-    states = [{name: _wide(tensor) for name, tensor in state.items()} for state in batch.states]
+    states = [{n: _wide(tensor) for n, tensor in state.items() if n != "kahan_comp"} for state in batch.states]
     deltas, new_states = rule.update([_wide(p) for p in batch.params], grads, states, scalars, batch.groups)
     return zip(grads, deltas, new_states, strict=True)
 
@@ -152,7 +186,7 @@ def _sums(
     batch: Batch, i: int, grad: Tensor, new_param: Tensor, new_state: dict[str, Tensor], scalars: dict[str, Tensor]
 ) -> Tensor:
     """One row of step sums, in float64 where the device has it."""
-    rule, param, state = batch.rule, batch.params[i], batch.states[i]
+    rule, param = batch.rule, batch.params[i]
     dtype = widest_dtype(batch.device)
     nan = torch.full((), math.nan, dtype=dtype, device=batch.device)
     sums = dict.fromkeys(STEP_SUMS, nan)
@@ -161,7 +195,7 @@ def _sums(
     sums["update_sq"] = (new_param.to(dtype) - before).square().sum()
     sums["zero_grad"] = (grad == 0).sum().to(dtype)
     if rule.first_moment in new_state:
-        sums["grad_exp_avg"] = (grad * state[rule.first_moment].to(dtype)).sum()
+        sums["grad_exp_avg"] = (grad * _moment(batch, i, rule.first_moment).to(dtype)).sum()
         sums["exp_avg_sq_sum"] = new_state[rule.first_moment].to(dtype).square().sum()
     if rule.second_moment in new_state:
         root = new_state[rule.second_moment].to(dtype).sqrt() / scalars["bias_correction2_sqrt"]

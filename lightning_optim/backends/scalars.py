@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends.base import Batch
+from lightning_optim.backends.rounding import advance, key_columns
 from lightning_optim.rules import Scalar
 from lightning_optim.transfer import upload
 from lightning_optim.weight_decay import group_decay
@@ -36,6 +37,8 @@ def scalar_columns(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
     `bias_correction2_sqrt`, which the backends and the step sums use.
     """
     columns = _host_columns(batch) if batch.device.type == "cpu" else _device_columns(batch)
+    if batch.rounding_keys:
+        columns |= key_columns(batch.rounding_keys)
     if divisor is not None:
         columns["inverse_divisor"] = columns["inverse_divisor"] / divisor.to(columns["inverse_divisor"].dtype)
     return columns
@@ -50,6 +53,8 @@ def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> 
         if skip is not None:
             new = torch.where(skip != 0, old, new)
         torch._foreach_copy_(tensors, list(new.unbind()))
+    if batch.rounding_keys:
+        advance(batch.rounding_keys, skip)
 
 
 def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:

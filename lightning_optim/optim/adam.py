@@ -17,6 +17,7 @@ class AdamRule(UpdateRule):
     """Exponential moving averages of the gradient and its square, both corrected for their start at zero."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     first_moment: ClassVar[str | None] = "exp_avg"
     second_moment: ClassVar[str | None] = "exp_avg_sq"
 
@@ -103,6 +104,9 @@ class Adam(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
         backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
@@ -133,6 +137,9 @@ class Adam(FusedOptimizer):
         *,
         maximize: bool = False,
         cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
         weight_decay_kind: str | WeightDecayKind = "l2",
         backend: str = "auto",
     ) -> None:
@@ -146,6 +153,9 @@ class Adam(FusedOptimizer):
                 "amsgrad": amsgrad,
                 "maximize": maximize,
                 "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
                 "weight_decay_kind": weight_decay_kind,
             },
             backend=backend,

@@ -16,6 +16,7 @@ from lightning_optim.backends import Batch
 from lightning_optim.backends.base import arithmetic_dtype
 from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.backends.shards import local
+from lightning_optim.optim import low_precision
 from lightning_optim.optim.checkpoint import load_state_dict
 from lightning_optim.optim.hyperparameters import check_values, number, refuse_typos
 from lightning_optim.rules import Rule, TensorRule, UpdateRule
@@ -23,7 +24,7 @@ from lightning_optim.stats import STEP_SUMS, StepStats
 from lightning_optim.transfer import upload
 from lightning_optim.weight_decay import WeightDecayKind
 
-SHARED = ("lr", "weight_decay", "weight_decay_kind", "maximize", "cautious")
+SHARED = ("lr", "weight_decay", "weight_decay_kind", "maximize", "cautious", *low_precision.DEFAULTS)
 """What a group with a `rule` of its own takes from the optimizer, where it says nothing itself."""
 
 
@@ -65,7 +66,7 @@ class FusedOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str = "auto") -> None:
         self.backend = backend
-        super().__init__(params, defaults)
+        super().__init__(params, low_precision.DEFAULTS | defaults)
 
     @classmethod
     def __subclasses__(cls) -> list[type]:
@@ -101,6 +102,7 @@ class FusedOptimizer(Optimizer):
         refuse_typos(type(self).__name__, group, filled.keys() - (group.keys() - self.defaults.keys()))
         check_values(owner.__name__, filled)
         owner.check(filled)
+        low_precision.check(owner.__name__, filled, self.rule_of(filled))
         count = len(self.param_groups)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
@@ -137,7 +139,7 @@ class FusedOptimizer(Optimizer):
         collected: list[Tensor] = []
         for key, batch in batches.items():
             backend = backends.choose(self.backend, batch.device)
-            if not backend.supports(batch):
+            if (batch.low_precision and not backend.low_precision) or not backend.supports(batch):
                 backend = backends.get_backend("reference")
             sums = backend.apply(
                 batch,
@@ -156,12 +158,15 @@ class FusedOptimizer(Optimizer):
         rows: dict[Any, list[int]] = {}
         sizes = []
         row = 0
+        position = -1
         for group in self.param_groups:
             rule = self.rule_of(group)
             scalar_names = ("step", *rule.scalar_state) if rule.counts_steps else tuple(rule.scalar_state)
+            flagged = low_precision.uses(group)
             first = row
             for index, param in enumerate(group["params"]):
                 grad = param.grad
+                position += 1
                 if grad is None:
                     continue
                 if grad.layout != torch.strided:
@@ -170,14 +175,21 @@ class FusedOptimizer(Optimizer):
                         f"({grad.layout}). It needs dense gradients: create the layer with sparse=False, or use "
                         "torch.optim.SparseAdam."
                     )
-                state = self._state(param, group, rule)
+                extras = low_precision.complete(self.state[param], param, group, rule, position) if flagged else 0
+                state = self._state(param, group, rule, extras)
                 names = rule.state if isinstance(rule, UpdateRule) else _tensor_names(rule, state)
                 tensors = {name: local(state[name]) for name in names}
                 dtypes = [tensor.dtype for tensor in tensors.values()]
-                key = (type(rule), group["cautious"], param.device, param.dtype, grad.dtype, *dtypes)
+                kahan = False
+                stochastic: tuple[str, ...] = ()
+                if flagged or torch.uint8 in dtypes:
+                    kahan, stochastic = low_precision.storage(group, param, rule, state)
+                    tensors |= {name: local(state[name]) for name in low_precision.companions(state)}
+                key = (type(rule), group["cautious"], kahan, stochastic, param.device, param.dtype, grad.dtype, *dtypes)
                 batch: Any = batches.get(key)
                 if batch is None:
-                    batch = batches[key] = Batch(rule, [], [], [], [], [], [], group["cautious"])
+                    batch = Batch(rule, [], [], [], [], [], [], group["cautious"], kahan, stochastic)
+                    batches[key] = batch
                     rows[key] = []
                 batch.params.append(local(param))
                 batch.grads.append(local(grad))
@@ -185,6 +197,8 @@ class FusedOptimizer(Optimizer):
                 batch.scalar_states.append({name: state[name] for name in scalar_names})
                 batch.groups.append(group)
                 batch.wholes.append(param)
+                if stochastic:
+                    batch.rounding_keys.append(state["rounding_key"])
                 rows[key].append(row)
                 row += 1
             sizes.append(row - first)
@@ -195,10 +209,10 @@ class FusedOptimizer(Optimizer):
         name = group.get("rule")
         return self.rule(group) if name is None else _class_of_rule(name).rule(group)
 
-    def _state(self, param: Tensor, group: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    def _state(self, param: Tensor, group: Mapping[str, Any], rule: Rule, extras: int) -> dict[str, Any]:
         """State of ``param``, completed where it is missing: on the first step, or after a flag was switched on."""
         state: dict[str, Any] = self.state[param]
-        expected = len(rule.state) + len(rule.scalar_state) + rule.counts_steps
+        expected = len(rule.state) + len(rule.scalar_state) + rule.counts_steps + extras
         if len(state) == expected and (not rule.state or rule.state[-1] in state):
             if rule.counts_steps and state["step"].device != param.device:
                 # Lightning, like torch, leaves `step` behind when it moves state to another device.
@@ -211,9 +225,12 @@ class FusedOptimizer(Optimizer):
         else:
             assert isinstance(rule, UpdateRule)
             first = rule.init_state(param, group)
+            low = low_precision.compressed(group, param, rule)
             dtype = arithmetic_dtype(param.dtype)  # a bf16 second moment could not move by a thousandth of itself
             for name in rule.state:
-                if name not in state:
+                if name not in state and name in low:
+                    state |= low_precision.zeros(name, param, group, low[name])
+                elif name not in state:
                     value = first.get(name, 0.0)
                     if isinstance(value, Tensor):
                         state[name] = value.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
@@ -276,6 +293,7 @@ class FusedOptimizer(Optimizer):
             if id(param) in seen:  # torch warns; here two threads would update the same memory
                 raise ValueError(f"{label} is in the group twice; needed is each parameter once.")
             seen.add(id(param))
+            low_precision.check_param(label, group, param)
             backends.choose(self.backend, param.device)
 
     def _label(self, group: Mapping[str, Any], index: int) -> str:
@@ -294,7 +312,7 @@ def _class_of_rule(name: str) -> type[FusedOptimizer]:
 
 
 def _tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
-    others = {"step", *rule.scalar_state}
+    others = {"step", "rounding_key", *low_precision.companions(state), *rule.scalar_state}
     return tuple(name for name, value in state.items() if isinstance(value, Tensor) and name not in others)
 
 

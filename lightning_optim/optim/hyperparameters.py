@@ -28,8 +28,29 @@ NON_NEGATIVE = (
     "weight_lr_power",
 )
 FRACTIONS = ("betas",)  # each in [0, 1): an average that never takes anything in, or never forgets, is a mistake
-FLAGS = ("maximize", "cautious", "amsgrad", "nesterov", "centered", "decoupled_weight_decay", "no_prox", "train_mode")
-BEYOND = ("name", "params", "param_names", "rule", "peak_lr", "initial_lr", "lr_multiplier", "weight_decay_multiplier")
+FLAGS = (
+    "maximize",
+    "cautious",
+    "amsgrad",
+    "nesterov",
+    "centered",
+    "decoupled_weight_decay",
+    "no_prox",
+    "train_mode",
+    "kahan_sum",
+    "stochastic_rounding",
+)
+BEYOND = (
+    "name",
+    "params",
+    "param_names",
+    "rule",
+    "peak_lr",
+    "initial_lr",
+    "lr_multiplier",
+    "weight_decay_multiplier",
+    "rounding_seed",
+)
 """Group keys that are not hyperparameters but are known, and so never taken for misspelt ones."""
 
 

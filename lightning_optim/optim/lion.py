@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -17,6 +17,7 @@ class LionRule(UpdateRule):
     """The sign of an average that weighs the newest gradient more than the stored momentum does."""
 
     state = ("exp_avg",)
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True}
     counts_steps = False
     first_moment = "exp_avg"
 
@@ -67,6 +68,9 @@ class Lion(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
         backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
@@ -95,6 +99,9 @@ class Lion(FusedOptimizer):
         *,
         maximize: bool = False,
         cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
         weight_decay_kind: str | WeightDecayKind = "decoupled",
         backend: str = "auto",
     ) -> None:
@@ -106,6 +113,9 @@ class Lion(FusedOptimizer):
                 "weight_decay": weight_decay,
                 "maximize": maximize,
                 "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
                 "weight_decay_kind": weight_decay_kind,
             },
             backend=backend,

@@ -32,6 +32,7 @@ class MomentumRule(UpdateRule):
     """Along a running sum of gradients."""
 
     state = ("momentum_buffer",)
+    compressible: ClassVar[Mapping[str, bool]] = {"momentum_buffer": True}
     counts_steps: ClassVar[bool] = False
     first_moment = "momentum_buffer"
 
@@ -87,6 +88,9 @@ class SGD(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
         backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
@@ -118,6 +122,9 @@ class SGD(FusedOptimizer):
         *,
         maximize: bool = False,
         cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
         weight_decay_kind: str | WeightDecayKind = "l2",
         backend: str = "auto",
     ) -> None:
@@ -131,6 +138,9 @@ class SGD(FusedOptimizer):
                 "nesterov": nesterov,
                 "maximize": maximize,
                 "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
                 "weight_decay_kind": weight_decay_kind,
             },
             backend=backend,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Batch:
         groups: The parameter group of each tensor. `lr` may be a 0-d tensor.
         wholes: The parameters as the optimizer holds them, DTensors where sharded: sums over shards need to know.
         cautious: Whether components of the update that point against the gradient are left out.
+        shared: New values of the rule's `shared`, [] each, on the device; filled in before `apply`.
     """
 
     rule: Rule
@@ -38,6 +39,7 @@ class Batch:
     groups: Sequence[Mapping[str, Any]]
     wholes: Sequence[Tensor]
     cautious: bool
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +65,8 @@ class Backend(ABC):
     1. ``skip`` non-zero: nothing changes, bit for bit, 0-d state included; the sums are NaN. The device decides; the
        host does not wait. (On the CPU reading memory is free, and `apply` returns at once.)
     2. g = grad · `inverse_divisor` + `l2` · p, where `inverse_divisor` is ±1 / divisor, negative for `maximize`.
-    3. A rule with `sums`: one read-only pass of `sums_update`, sums over whole tensors, `rescale`.
+    3. A rule with `sums`: one read-only pass of `sums_update`, sums over whole tensors, `rescale`. (A rule with
+       `shared` had that pass before, in `sums`, and `Batch.shared` holds what came of it.)
     4. delta, *state = update(p, g, *state, *scalars), in float32 (float64 for float64 parameters).
     5. `cautious`: delta is 0 where delta·g ≤ 0, and multiplied by numel / max(count of the others, numel/1000).
     6. p ← p − total_change(p, delta, decay), cast to the stored dtype at the very end; state likewise.
@@ -89,6 +92,10 @@ class Backend(ABC):
     @abstractmethod
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         """Square sum of each of ``grads`` (dense, real, local, one device and dtype), [tensors], float32 or float64."""
+
+    @abstractmethod
+    def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
+        """The rule's `sums` by name, each [tensors], float64 where the device has it: the pass of (3) alone."""
 
     @abstractmethod
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,14 +16,17 @@ from lightning_optim.backends.base import Backend, Batch
 from lightning_optim.backends.cpu_kernels import Kernel, build, build_measure
 from lightning_optim.backends.cpu_memory import STORAGE
 from lightning_optim.backends.cpu_threads import run_blocks
-from lightning_optim.backends.reference import whole_numel
+from lightning_optim.backends.reference import apply_tensor_rule, whole_numel
 from lightning_optim.backends.scalars import commit, is_set, scalar_columns
 from lightning_optim.backends.shards import sum_over_shards
-from lightning_optim.rules import UpdateRule
+from lightning_optim.rules import TensorRule, UpdateRule
 from lightning_optim.stats import STEP_SUMS
 
 BLOCK = 65536
 """Elements per block: 256 KB of float32, so that a block's few arrays stream while threads stay evenly loaded."""
+
+SUBTRACTED_AT_ONCE = 2**20
+"""Elements of a tensor rule's updates that are subtracted in one pass."""
 
 DTYPES = {getattr(torch, name): name for name in STORAGE}
 
@@ -38,8 +41,8 @@ class CpuBackend(Backend):
         return None if device.type == "cpu" else "it updates tensors in the CPU's memory only."
 
     def supports(self, batch: Batch) -> bool:
-        """Elementwise rules, and the dtypes it has loads and stores for."""
-        return isinstance(batch.rule, UpdateRule) and all(t.dtype in DTYPES for t in _tensors(batch, 0))
+        """Tensor rules; and elementwise ones in the dtypes it has loads and stores for."""
+        return isinstance(batch.rule, TensorRule) or all(t.dtype in DTYPES for t in _tensors(batch, 0))
 
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         """See `Backend`."""
@@ -50,38 +53,88 @@ class CpuBackend(Backend):
         numel = tuple(grad.numel() for grad in dense)
         return _run(kernel, numel, addresses, np.zeros((1, 1), _numpy(wide)))[:, 0].to(wide)
 
+    def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
+        """See `Backend`."""
+        return _Pass(batch, scalar_columns(batch, divisor)).run("sums")
+
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """See `Backend`."""
+        if isinstance(batch.rule, TensorRule):
+            subtract = _subtract if batch.params[0].dtype in DTYPES else None
+            update = batch.rule.update_on_cpu
+            return apply_tensor_rule(batch, update, subtract, divisor=divisor, skip=skip, collect=collect)
         if is_set(skip):
             return torch.full((len(batch.params), len(STEP_SUMS)), math.nan) if collect else None
         rule = batch.rule
         assert isinstance(rule, UpdateRule)
-        dtypes = tuple(DTYPES[tensor.dtype] for tensor in _tensors(batch, 0))
-        numel = tuple(param.numel() for param in batch.params)
-        addresses, write_back, keep = _addresses(batch)
         columns = scalar_columns(batch, divisor)
-
-        def run(purpose: str, cautious: bool = False) -> dict[str, Tensor]:
-            kernel = build(type(rule), dtypes, purpose, cautious)  # type: ignore[arg-type] # mypy: type not Hashable
-            table = torch.stack([columns[name] for name in kernel.scalars], dim=1).to(batch.dtype)
-            sums = sum_over_shards(_run(kernel, numel, addresses, table.numpy()), batch.wholes)
-            return dict(zip(kernel.sums, sums.unbind(1), strict=True))
-
-        if rule.sums:
-            columns |= rule.rescale(columns, run("sums"), whole_numel(batch))
+        passes = _Pass(batch, columns)
+        if rule.sums and not rule.shared:
+            columns |= rule.rescale(columns, passes.run("sums"), whole_numel(batch))
         if batch.cautious:
-            counts = run("agreement")["agreement"]
+            counts = passes.run("agreement")["agreement"]
             whole = whole_numel(batch)
             columns["mask_scale"] = whole / counts.maximum(whole * 1e-3)
-        sums = run("step+sums" if collect else "step", batch.cautious)
-        for tensor, copy in write_back:
-            tensor.copy_(copy)
-        del keep
+        sums = passes.run("step+sums" if collect else "step", batch.cautious)
+        passes.write_back()
         commit(batch, columns, skip)
         if not collect:
             return None
-        missing = torch.full((len(numel),), math.nan, dtype=torch.float64)
+        missing = torch.full((len(batch.params),), math.nan, dtype=torch.float64)
         return torch.stack([sums.get(name, missing) for name in STEP_SUMS], dim=1).float()
+
+
+class _Pass:
+    """Passes over the tensors of one batch; ``columns`` may change from one to the next."""
+
+    def __init__(self, batch: Batch, columns: dict[str, Tensor]) -> None:
+        self._batch = batch
+        self._columns = columns
+        self._dtypes = tuple(DTYPES[tensor.dtype] for tensor in _tensors(batch, 0))
+        self._numel = tuple(param.numel() for param in batch.params)
+        self._addresses, self._copied, self._keep = _addresses(batch)
+
+    def run(self, purpose: str, cautious: bool = False) -> dict[str, Tensor]:
+        """Run the kernel for ``purpose`` (see `cpu_kernels.build`); its sums by name, each [tensors], float64."""
+        kernel = build(type(self._batch.rule), self._dtypes, purpose, cautious)  # type: ignore[arg-type] # not Hashable
+        table = torch.stack([self._columns[name] for name in kernel.scalars], dim=1).to(self._batch.dtype)
+        sums = sum_over_shards(_run(kernel, self._numel, self._addresses, table.numpy()), self._batch.wholes)
+        return dict(zip(kernel.sums, sums.unbind(1), strict=True))
+
+    def write_back(self) -> None:
+        """Bring what was updated in a copy to where it belongs."""
+        for tensor, copy in self._copied:
+            tensor.copy_(copy)
+
+
+class _Subtraction(UpdateRule):
+    """What is given for the gradient is what is subtracted."""
+
+    @staticmethod
+    def update(param: Any, grad: Any) -> Any:
+        """One element's step."""
+        return (grad,)
+
+
+def _subtract(batch: Batch, deltas: Iterable[Tensor], decay: Tensor) -> None:
+    """Subtract ``deltas``, and the decay ([tensors]), from the parameters of ``batch`` in one pass.
+
+    Some tensors at a time: deltas that are made only when they are taken then stay in the cache.
+    """
+    some: list[Tensor] = []
+    first = 0
+    for i, delta in enumerate(deltas):
+        some.append(delta)
+        if sum(map(Tensor.numel, some)) < SUBTRACTED_AT_ONCE and i + 1 < len(batch.params):
+            continue
+        part = slice(first, i + 1)
+        nothing: list[dict[str, Tensor]] = [{} for _ in some]
+        only = Batch(_Subtraction(), batch.params[part], some, nothing, nothing, [], batch.wholes[part], False)
+        c = decay[part]
+        passes = _Pass(only, {"inverse_divisor": torch.ones_like(c), "l2": torch.zeros_like(c), "decay": c})
+        passes.run("step")
+        passes.write_back()
+        some, first = [], i + 1
 
 
 def _tensors(batch: Batch, i: int) -> list[Tensor]:

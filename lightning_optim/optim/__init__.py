@@ -5,13 +5,39 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from lightning_optim.messages import nearest
+from lightning_optim.optim.adafactor import Adafactor
 from lightning_optim.optim.adam import Adam
 from lightning_optim.optim.adamw import AdamW
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.hidden_matrices import muon_param_groups
+from lightning_optim.optim.lamb import LAMB
+from lightning_optim.optim.lars import LARS
 from lightning_optim.optim.lion import Lion
+from lightning_optim.optim.muon import Muon
+from lightning_optim.optim.normuon import NorMuon
+from lightning_optim.optim.prodigy import Prodigy
 from lightning_optim.optim.sgd import SGD
+from lightning_optim.optim.soap import SOAP
+from lightning_optim.optim.stableadamw import StableAdamW
 
-__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "Lion", "get_optimizer_class", "list_optimizers"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "SOAP",
+    "Adafactor",
+    "Adam",
+    "AdamW",
+    "FusedOptimizer",
+    "Lion",
+    "Muon",
+    "NorMuon",
+    "Prodigy",
+    "StableAdamW",
+    "get_optimizer_class",
+    "list_optimizers",
+    "muon_param_groups",
+]
 
 
 def _classes() -> dict[str, type[FusedOptimizer]]:

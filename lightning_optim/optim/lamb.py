@@ -128,7 +128,10 @@ class LAMB(FusedOptimizer):
         cautious: Leave out components of Adam's direction that point against the gradient
             (https://arxiv.org/abs/2411.16085); the ratio is that of the whole u.
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
-        backend: `auto`, or `reference`, `cpu`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
         You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020,
@@ -162,6 +165,9 @@ class LAMB(FusedOptimizer):
         *,
         maximize: bool = False,
         cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
         weight_decay_kind: str | WeightDecayKind = "decoupled",
         backend: str = "auto",
     ) -> None:
@@ -178,6 +184,9 @@ class LAMB(FusedOptimizer):
                 "decoupled_decay": decoupled_decay,
                 "maximize": maximize,
                 "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
                 "weight_decay_kind": weight_decay_kind,
             },
             backend=backend,

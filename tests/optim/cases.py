@@ -337,6 +337,7 @@ CASES = (
             Setting("growth_rate", {"lr": 1.0, "growth_rate": 1.1, "beta3": 0.9, "d0": 1e-2}),
         ),
         one_lr=True,
+        group_steps=True,
     ),
     Case(
         optim.Adafactor,

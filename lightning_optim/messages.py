@@ -12,17 +12,24 @@ def nearest(given: str, options: Iterable[str], limit: int = 3) -> str:
     Example:
         >>> nearest("adamv", ["adamw", "sgd"])
         "Did you mean 'adamw'?"
+        >>> nearest("adamv", ["radam", "adamw", "adam"])
+        "Did you mean 'adam' or 'adamw' or 'radam'?"
         >>> nearest("zzz", ["adamw", "sgd"])
         "Available: 'adamw', 'sgd'."
     """
     options = list(dict.fromkeys(options))
-    lowered = {option.lower(): option for option in options}
-    close = [lowered[match] for match in difflib.get_close_matches(given.lower(), lowered, n=limit, cutoff=0.6)]
+    likeness = {option: _likeness(given.lower(), option.lower()) for option in options}
+    close = sorted((o for o in options if likeness[o] >= (0.6, False)), key=likeness.__getitem__, reverse=True)[:limit]
     if close:
         return f"Did you mean {_quote(close, ' or ')}?"
     shown = sorted(options)
     more = f" and {len(shown) - 40} more" if len(shown) > 40 else ""
     return f"Available: {_quote(shown[:40], ', ')}{more}."
+
+
+def _likeness(given: str, option: str) -> tuple[float, bool]:
+    """Share of letters in common; then, because typing errors are seldom in the first, whether that is the same."""
+    return difflib.SequenceMatcher(None, option, given).ratio(), option[:1] == given[:1]
 
 
 def _quote(names: Iterable[str], separator: str) -> str:

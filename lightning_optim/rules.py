@@ -10,7 +10,7 @@ import builtins
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -131,6 +131,19 @@ class Rule:
         """
         raise NotImplementedError
 
+    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
+        """State of a parameter before its first step, by name.
+
+        An elementwise rule leaves out what begins at zero, and gives a number, or a tensor like the parameter, which is
+        copied. A tensor rule gives everything as new tensors, which may differ from parameter to parameter; `state`
+        then names what all have, if anything.
+        """
+        return {}
+
+    def why_not(self, param: Tensor) -> str | None:
+        """Why this rule cannot update ``param``, as a sentence; None if it can."""
+        return None
+
     def decay(self, group: Mapping[str, Any], usual: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
         """The pair (c, l2): weights shrink by c·w beside `update`, and l2·w is part of the gradient.
 
@@ -146,17 +159,23 @@ class Rule:
 class UpdateRule(Rule):
     """An elementwise optimizer: one plain function, run by every backend.
 
-    A subclass states `state`, `scalars` and `update`; it may also state `sums` with `sums_update` and `rescale`.
-    See `lightning_optim.optim.lion` for the smallest whole example.
+    A subclass states `state`, `scalars` and `update`; it may also state `sums` with `sums_update` and `rescale`, or
+    with `shared` and `share`. See `lightning_optim.optim.lion` for the smallest whole example, `lamb` for `rescale`
+    and `prodigy` for `share`.
     """
 
     sums: ClassVar[tuple[str, ...]] = ()
     """Names of per-tensor sums that `update` depends on (trust ratios, RMS of the update); taken in a first,
     read-only pass over the tensors."""
 
-    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
-        """State that does not start at zero, by name: a number, or a tensor like the parameter, which is copied."""
-        return {}
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Names of numbers of which there is one for all parameters of the optimizer (Prodigy's `d`).
+
+    They are kept in every parameter group as 0-d float64 tensors on the device, so they are in checkpoints, and a
+    skipped step leaves them as they are. `scalars` finds the old values in ``group``; `share` turns the `sums`, taken
+    over all tensors before any is updated, into new ones, which `update` may take as ``new_<name>``. There is no
+    `rescale` then.
+    """
 
     update: ClassVar[Callable[..., Any]]
     """One element's step: returns `(delta, *state)`, the amount to subtract from the parameter and the new state.
@@ -170,6 +189,19 @@ class UpdateRule(Rule):
     sums_update: ClassVar[Callable[..., Any]]
     """One element's terms of `sums`, as a tuple in that order. Same parameters and rules as for `update`; `state` is as
     before the step, so a rule that needs the new moments computes them here too (in a helper that both call)."""
+
+    def init_shared(self, group: Mapping[str, Any]) -> dict[str, float]:
+        """First values of `shared`, from the first parameter group that has this rule."""
+        raise NotImplementedError
+
+    def share(self, group: Mapping[str, Any], sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """New values of `shared`, on the device.
+
+        Args:
+            group: The first parameter group that has this rule, with the old values, float64 tensors [].
+            sums: The sums by name over all tensors of the optimizer that have this rule, [] each, float64.
+        """
+        raise NotImplementedError
 
     def rescale(self, scalars: dict[str, Tensor], sums: dict[str, Tensor], numel: Tensor) -> dict[str, Tensor]:
         """The scalars for `update`, after the first pass.
@@ -199,12 +231,9 @@ class TensorRule(Rule):
     """An optimizer made of tensor operations: matrix factors, orthogonalisation, projections.
 
     Runs on any device as written. Divisor, `maximize`, L2, decay, `cautious`, skipping, statistics, casting to and from
-    the stored dtype, and scalar state are the caller's, as for elementwise rules.
+    the stored dtype, and scalar state are the caller's, as for elementwise rules. Parameters that are sharded over
+    ranks are refused: a matrix's factors need the whole matrix.
     """
-
-    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """State of a parameter before its first step, by name; may differ from parameter to parameter."""
-        raise NotImplementedError
 
     def update(
         self,
@@ -213,7 +242,7 @@ class TensorRule(Rule):
         states: Sequence[dict[str, Tensor]],
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
-    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
         """One step of several tensors: what to subtract from each, and its new state.
 
         All at once so that matrices of one shape can be batched. Out of place: neither inputs nor state may be written,
@@ -225,5 +254,20 @@ class TensorRule(Rule):
             states: As `init_state` made them, cast to the arithmetic dtype where they are floating point.
             scalars: What `scalars` returned, as 0-d tensors in the arithmetic dtype.
             groups: The parameter group of each tensor, for settings that are not numbers.
+
+        Returns:
+            What to subtract, in order, perhaps made only when it is taken, which saves memory; and the new states,
+            among which those given may appear unchanged.
         """
         raise NotImplementedError
+
+    def update_on_cpu(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
+        """`update` as the cpu backend calls it: the place for kernels where torch's operations are slow."""
+        return self.update(params, grads, states, scalars, groups)

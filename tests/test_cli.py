@@ -185,7 +185,7 @@ def test_the_trainers_clipping_beside_ours_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (("optimizer: adamw", "optimizer: adamv"), "'adamw'"),
+        (("optimizer: adamw", "optimizer: admw"), "'adamw'"),
         (("schedule: cosine", "schedule: cosin"), "'cosine'"),
         (("warmup: 10%", "warmup: ten"), "'500 steps'"),
         (("lr: 0.3", "lr: -0.3"), "0.3"),

@@ -19,7 +19,7 @@ NAN, INF = math.nan, math.inf
 
 # What is given to the factory, the error, and every piece its message must have.
 FACTORY = [
-    ({"optimizer": "adamv"}, ValueError, ["'adamv'", "'adamw'"]),
+    ({"optimizer": "admw"}, ValueError, ["'admw'", "'adamw'"]),
     ({"optimizer": "zzz"}, ValueError, ["'zzz'", "'adamw'", "'sgd'"]),
     ({"optimizer": "torch.optim.AdamV"}, ValueError, ["'AdamV'", "'Adam'"]),
     ({"optimizer": "torch.optm.AdamW"}, ValueError, ["'torch.optm.AdamW'"]),

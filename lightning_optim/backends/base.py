@@ -31,6 +31,7 @@ class Batch:
         kahan: Whether `kahan_comp` is among the states, in the parameter's dtype, and takes up what a step leaves out.
         stochastic: Names of the arrays ("param", states) that are rounded stochastically, to bfloat16 or to codes.
         rounding_keys: If there are such: their random numbers' key, 0-d int64.
+        shared: New values of the rule's `shared`, [] each, on the device; filled in before `apply`.
     """
 
     rule: Rule
@@ -44,6 +45,7 @@ class Batch:
     kahan: bool = False
     stochastic: tuple[str, ...] = ()
     rounding_keys: Sequence[Tensor] = field(default_factory=list)
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def quantized(self) -> tuple[str, ...]:
@@ -79,7 +81,8 @@ class Backend(ABC):
     1. ``skip`` non-zero: nothing changes, bit for bit, 0-d state included; the sums are NaN. The device decides; the
        host does not wait. (On the CPU reading memory is free, and `apply` returns at once.)
     2. g = grad · `inverse_divisor` + `l2` · p, where `inverse_divisor` is ±1 / divisor, negative for `maximize`.
-    3. A rule with `sums`: one read-only pass of `sums_update`, sums over whole tensors, `rescale`.
+    3. A rule with `sums`: one read-only pass of `sums_update`, sums over whole tensors, `rescale`. (A rule with
+       `shared` had that pass before, in `sums`, and `Batch.shared` holds what came of it.)
     4. delta, *state = update(p, g, *state, *scalars), in float32 (float64 for float64 parameters).
     5. `cautious`: delta is 0 where delta·g ≤ 0, and multiplied by numel / max(count of the others, numel/1000).
     6. p ← p − total_change(p, delta, decay), cast to the stored dtype at the very end; state likewise. With `kahan`
@@ -108,6 +111,10 @@ class Backend(ABC):
     @abstractmethod
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         """Square sum of each of ``grads`` (dense, real, local, one device and dtype), [tensors], float32 or float64."""
+
+    @abstractmethod
+    def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
+        """The rule's `sums` by name, each [tensors], float64 where the device has it: the pass of (3) alone."""
 
     @abstractmethod
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -96,42 +97,62 @@ class CompiledBackend(Backend):
         operands = Operands(grads[0].device, (DTYPES[dtype],), tuple(g.numel() for g in filled), addresses)
         return self.run_measure(operands).to(arithmetic_dtype(dtype))
 
+    def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
+        """See `Backend`."""
+        rule = batch.rule
+        assert isinstance(rule, UpdateRule)
+        columns = scalar_columns(batch, divisor)
+        with operands_of(batch) as operands:
+            names, sums = self.run(operands, type(rule), "sums", False, columns, None)
+        return named_sums(batch, names, sums)
+
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """See `Backend`."""
         rule = batch.rule
         assert isinstance(rule, UpdateRule)
-        addresses, write_back, keep = find(batch)
-        operands = Operands(
-            batch.device,
-            tuple(DTYPES[tensor.dtype] for tensor in slots(batch, 0)),
-            tuple(param.numel() for param in batch.params),
-            addresses,
-            batch.kahan,
-            batch.stochastic,
-            batch.quantized,
-        )
         columns = scalar_columns(batch, divisor)
+        with operands_of(batch) as operands:
 
-        def run(purpose: str, cautious: bool = False) -> dict[str, Tensor]:
-            names, sums = self.run(operands, type(rule), purpose, cautious, columns, skip)
-            return dict(zip(names, sum_over_shards(sums, batch.wholes).unbind(1), strict=True)) if names else {}
+            def run(purpose: str, cautious: bool = False) -> dict[str, Tensor]:
+                names, sums = self.run(operands, type(rule), purpose, cautious, columns, skip)
+                return named_sums(batch, names, sums)
 
-        if rule.sums:
-            columns |= rule.rescale(columns, run("sums"), whole_numel(batch))
-        if batch.cautious:
-            counts = run("agreement")["agreement"]
-            whole = whole_numel(batch)
-            columns["mask_scale"] = whole / counts.maximum(whole * 1e-3)
-        sums = run("step+sums" if collect else "step", batch.cautious)
-        for tensor, copy in write_back:
-            tensor.copy_(copy)
-        del keep
+            if rule.sums and not rule.shared:
+                columns |= rule.rescale(columns, run("sums"), whole_numel(batch))
+            if batch.cautious:
+                counts = run("agreement")["agreement"]
+                whole = whole_numel(batch)
+                columns["mask_scale"] = whole / counts.maximum(whole * 1e-3)
+            sums = run("step+sums" if collect else "step", batch.cautious)
         commit(batch, columns, skip)
         if not collect:
             return None
         missing = torch.full((len(batch.params),), math.nan, dtype=torch.float64, device=batch.device)
         result = torch.stack([sums.get(name, missing) for name in STEP_SUMS], dim=1).float()
         return result if skip is None else result.masked_fill(skip != 0, math.nan)
+
+
+def named_sums(batch: Batch, names: Sequence[str], sums: Tensor) -> dict[str, Tensor]:
+    """A kernel's sums by name, over all shards, each [tensors]."""
+    return dict(zip(names, sum_over_shards(sums, batch.wholes).unbind(1), strict=True)) if names else {}
+
+
+@contextmanager
+def operands_of(batch: Batch) -> Iterator[Operands]:
+    """The batch as operands; what had to be copied for it is written back at the end."""
+    addresses, write_back, keep = find(batch)
+    yield Operands(
+        batch.device,
+        tuple(DTYPES[tensor.dtype] for tensor in slots(batch, 0)),
+        tuple(param.numel() for param in batch.params),
+        addresses,
+        batch.kahan,
+        batch.stochastic,
+        batch.quantized,
+    )
+    for tensor, copy in write_back:
+        tensor.copy_(copy)
+    del keep
 
 
 def slots(batch: Batch, i: int) -> list[Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,15 +12,19 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends.base import Batch
-from lightning_optim.backends.compiled import CompiledBackend, Operands, scalar_table, split
+from lightning_optim.backends.compiled import DTYPES, CompiledBackend, Operands, operands_of, scalar_table, split
 from lightning_optim.backends.cpu_kernels import Kernel, build, build_measure
 from lightning_optim.backends.cpu_threads import run_blocks
+from lightning_optim.backends.reference import apply_tensor_rule
 from lightning_optim.backends.scalars import is_set
-from lightning_optim.rules import UpdateRule
+from lightning_optim.rules import TensorRule, UpdateRule
 from lightning_optim.stats import STEP_SUMS
 
 BLOCK = 65536
 """Elements per block: 256 KB of float32, so that a block's few arrays stream while threads stay evenly loaded."""
+
+SUBTRACTED_AT_ONCE = 2**20
+"""Elements of a tensor rule's updates that are subtracted in one pass."""
 
 
 class CpuBackend(CompiledBackend):
@@ -32,8 +37,16 @@ class CpuBackend(CompiledBackend):
         """It runs on the CPU only."""
         return None if device.type == "cpu" else "it updates tensors in the CPU's memory only."
 
+    def supports(self, batch: Batch) -> bool:
+        """Tensor rules, and what all compiled backends do."""
+        return isinstance(batch.rule, TensorRule) or super().supports(batch)
+
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """See `Backend`. To read the flag is free here, so that kernels need not."""
+        if isinstance(batch.rule, TensorRule):
+            subtract = self._subtract if batch.params[0].dtype in DTYPES else None
+            update = batch.rule.update_on_cpu
+            return apply_tensor_rule(batch, update, subtract, divisor=divisor, skip=skip, collect=collect)
         if is_set(skip):
             return torch.full((len(batch.params), len(STEP_SUMS)), math.nan) if collect else None
         return super().apply(batch, divisor=divisor, skip=None, collect=collect)
@@ -58,6 +71,35 @@ class CpuBackend(CompiledBackend):
         kernel = build_measure(operands.dtypes[0])
         wide = np.float64 if operands.dtype == torch.float64 else np.float32
         return _run(kernel, operands, np.zeros((1, 1), wide))[:, 0]
+
+    def _subtract(self, batch: Batch, deltas: Iterable[Tensor], decay: Tensor) -> None:
+        """Subtract ``deltas``, and the decay ([tensors]), from the parameters of ``batch`` in one pass.
+
+        Some tensors at a time: deltas that are made only when they are taken then stay in the cache.
+        """
+        some: list[Tensor] = []
+        first = 0
+        for i, delta in enumerate(deltas):
+            some.append(delta)
+            if sum(map(Tensor.numel, some)) < SUBTRACTED_AT_ONCE and i + 1 < len(batch.params):
+                continue
+            part = slice(first, i + 1)
+            nothing: list[dict[str, Tensor]] = [{} for _ in some]
+            only = Batch(_Subtraction(), batch.params[part], some, nothing, nothing, [], batch.wholes[part], False)
+            c = decay[part]
+            columns = {"inverse_divisor": torch.ones_like(c), "l2": torch.zeros_like(c), "decay": c}
+            with operands_of(only) as operands:
+                self.run(operands, _Subtraction, "step", False, columns, None)
+            some, first = [], i + 1
+
+
+class _Subtraction(UpdateRule):
+    """What is given for the gradient is what is subtracted."""
+
+    @staticmethod
+    def update(param: Any, grad: Any) -> Any:
+        """One element's step."""
+        return (grad,)
 
 
 def _run(kernel: Kernel, operands: Operands, scalars: npt.NDArray[np.floating]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -51,47 +51,120 @@ class ReferenceBackend(Backend):
         dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
         return torch.stack(torch._foreach_norm(list(grads), 2, dtype=dtype)).square()
 
+    def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
+        """See `Backend`."""
+        assert isinstance(batch.rule, UpdateRule)
+        return _rule_sums(batch, batch.rule, scalar_columns(batch, divisor))
+
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """See `Backend`."""
-        on_host = batch.device.type == "cpu"
-        if on_host and is_set(skip):
+        rule = batch.rule
+        if isinstance(rule, TensorRule):
+            return apply_tensor_rule(batch, rule.update, divisor=divisor, skip=skip, collect=collect)
+        if _skipped_on_host(batch, skip):
             return torch.full((len(batch.params), len(STEP_SUMS)), math.nan) if collect else None
+        assert isinstance(rule, UpdateRule)
         columns = scalar_columns(batch, divisor)
-        if isinstance(batch.rule, UpdateRule) and batch.rule.sums:
-            columns = self._rescaled(batch, batch.rule, columns)
-        scalars = [_row(columns, i, batch.dtype) for i in range(len(batch.params))]
+        if rule.sums and not rule.shared:
+            columns |= rule.rescale(columns, _rule_sums(batch, rule, columns), whole_numel(batch))
+        scalars = _rows(columns, batch.dtype)
+        return _finish(batch, _steps(batch, rule, scalars), columns, scalars, skip, collect)
 
-        steps: Any = _tensor_steps(batch, scalars) if isinstance(batch.rule, TensorRule) else _steps(batch, scalars)
-        if batch.cautious:
-            steps = _cautious(batch, list(steps))
-        sums = []
-        for i, (_, delta, new_state) in enumerate(steps):
-            param, state = batch.params[i], batch.states[i]
-            moments = new_state
-            new_param, new_state = _stored(batch, i, total_change(_wide(param), delta, scalars[i]["decay"]), new_state)
-            if collect:
-                raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
-                sums.append(_sums(batch, i, raw, new_param, moments, scalars[i]))
-            for old, new in [(param, new_param), *((state[name], new_state[name]) for name in new_state)]:
+
+def apply_tensor_rule(
+    batch: Batch,
+    update: Callable[..., Any],
+    subtract: Callable[[Batch, Iterable[Tensor], Tensor], None] | None = None,
+    *,
+    divisor: Tensor | None,
+    skip: Tensor | None,
+    collect: bool,
+) -> Tensor | None:
+    """`Backend.apply` for a tensor rule.
+
+    Args:
+        batch: What to update.
+        update: The rule's `update`, or what a backend has in its place.
+        subtract: A backend's faster way to subtract `total_change` of deltas and decay ([tensors]) from parameters,
+            for steps that need no more than that.
+        divisor: As for `Backend.apply`.
+        skip: As for `Backend.apply`.
+        collect: As for `Backend.apply`.
+    """
+    if _skipped_on_host(batch, skip):
+        return torch.full((len(batch.params), len(STEP_SUMS)), math.nan) if collect else None
+    columns = scalar_columns(batch, divisor)
+    scalars = _rows(columns, batch.dtype)
+    as_given = _needs_no_scaling(columns) if batch.device.type == "cpu" else [False] * len(batch.params)
+    grads = [
+        _wide(grad) if as_it_is else _grad(batch, i, scalars[i])
+        for i, (grad, as_it_is) in enumerate(zip(batch.grads, as_given, strict=True))
+    ]
+    states = [{n: _wide(tensor) for n, tensor in state.items() if n != "kahan_comp"} for state in batch.states]
+    deltas, new_states = update([_wide(p) for p in batch.params], grads, states, scalars, batch.groups)
+    if subtract is not None and not (batch.cautious or collect or batch.low_precision):
+        subtract(batch, deltas, columns["decay"])
+        for state, new_state in zip(batch.states, new_states, strict=True):
+            for name, new in new_state.items():
+                if new is not state[name]:
+                    state[name].copy_(new)
+        commit(batch, columns, skip)
+        return None
+    return _finish(batch, zip(grads, deltas, new_states, strict=True), columns, scalars, skip, collect)
+
+
+def _finish(
+    batch: Batch,
+    steps: Iterable[Step],
+    columns: dict[str, Tensor],
+    scalars: list[dict[str, Tensor]],
+    skip: Tensor | None,
+    collect: bool,
+) -> Tensor | None:
+    """Mask, decay, write and sum; see (5) to (8) of `Backend`."""
+    on_host = batch.device.type == "cpu"
+    if batch.cautious:
+        steps = _cautious(batch, list(steps))
+    sums = []
+    for i, (_, delta, new_state) in enumerate(steps):
+        param, state = batch.params[i], batch.states[i]
+        moments = new_state
+        new_param, new_state = _stored(batch, i, total_change(_wide(param), delta, scalars[i]["decay"]), new_state)
+        if collect:
+            raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
+            sums.append(_sums(batch, i, raw, new_param, moments, scalars[i]))
+        for old, new in [(param, new_param), *((state[name], new_state[name]) for name in new_state)]:
+            if new is not old:
                 new = new.to(old.dtype)
                 old.copy_(new if on_host or skip is None else torch.where(skip != 0, old, new))
-        commit(batch, columns, skip)
-        if not collect:
-            return None
-        result = sum_over_shards(torch.stack(sums), batch.wholes).float()
-        return result if on_host or skip is None else result.masked_fill(skip != 0, math.nan)
+    commit(batch, columns, skip)
+    if not collect:
+        return None
+    result = sum_over_shards(torch.stack(sums), batch.wholes).float()
+    return result if on_host or skip is None else result.masked_fill(skip != 0, math.nan)
 
-    def _rescaled(self, batch: Batch, rule: UpdateRule, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        function = rebound(type(rule).sums_update)
-        names = rule.sums_scalars()
-        rows = []
-        for i, param in enumerate(batch.params):
-            row = _row(columns, i, batch.dtype)
-            state = [_moment(batch, i, name) for name in rule.state]
-            terms = function(_wide(param), _grad(batch, i, row), *state, *(row[name] for name in names))
-            rows.append(torch.stack([term.sum(dtype=widest_dtype(batch.device)) for term in terms]))
-        sums = sum_over_shards(torch.stack(rows), batch.wholes)
-        return columns | rule.rescale(columns, dict(zip(rule.sums, sums.unbind(1), strict=True)), whole_numel(batch))
+
+def _skipped_on_host(batch: Batch, skip: Tensor | None) -> bool:
+    return batch.device.type == "cpu" and is_set(skip)
+
+
+def _needs_no_scaling(columns: dict[str, Tensor]) -> list[bool]:
+    """Which gradients, on the CPU, are used as they are: saves a pass over memory."""
+    factors, l2 = columns["inverse_divisor"].tolist(), columns["l2"].tolist()
+    return [factor == 1 and weight == 0 for factor, weight in zip(factors, l2, strict=True)]
+
+
+def _rule_sums(batch: Batch, rule: UpdateRule, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    function = rebound(type(rule).sums_update)
+    names = rule.sums_scalars()
+    scalars = _rows(columns, batch.dtype)
+    rows = []
+    for i, param in enumerate(batch.params):
+        state = [_moment(batch, i, name) for name in rule.state]
+        terms = function(_wide(param), _grad(batch, i, scalars[i]), *state, *(scalars[i][name] for name in names))
+        rows.append(torch.stack([term.sum(dtype=widest_dtype(batch.device)) for term in terms]))
+    sums = sum_over_shards(torch.stack(rows), batch.wholes)
+    return dict(zip(rule.sums, sums.unbind(1), strict=True))
 
 
 @cache
@@ -105,8 +178,10 @@ def whole_numel(batch: Batch) -> Tensor:
     return upload([t.numel() for t in batch.wholes], batch.device, widest_dtype(batch.device))
 
 
-def _row(columns: dict[str, Tensor], i: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: column[i].to(dtype) for name, column in columns.items()}
+def _rows(columns: dict[str, Tensor], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """The scalars of each tensor, 0-d."""
+    values = zip(*(column.to(dtype).unbind() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in values]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -127,9 +202,7 @@ def _grad(batch: Batch, i: int, scalars: dict[str, Tensor]) -> Tensor:
     return _wide(batch.grads[i]) * scalars["inverse_divisor"] + scalars["l2"] * _wide(batch.params[i])
 
 
-def _steps(batch: Batch, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
-    rule = batch.rule
-    assert isinstance(rule, UpdateRule)
+def _steps(batch: Batch, rule: UpdateRule, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
     function, names = rebound(type(rule).update), rule.update_scalars()
     for i, param in enumerate(batch.params):
         grad = _grad(batch, i, scalars[i])
@@ -158,15 +231,6 @@ def _stored(batch: Batch, i: int, change: Tensor, state: dict[str, Tensor]) -> t
     if "param" in batch.stochastic:
         return round_stochastically(param - change, batch.rounding_keys[i], 0), state
     return (param - change).to(stored.dtype), state
-
-
-def _tensor_steps(batch: Batch, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
-    rule = batch.rule
-    assert isinstance(rule, TensorRule)
-    grads = [_grad(batch, i, scalars[i]) for i in range(len(batch.params))]
-    states = [{n: _wide(tensor) for n, tensor in state.items() if n != "kahan_comp"} for state in batch.states]
-    deltas, new_states = rule.update([_wide(p) for p in batch.params], grads, states, scalars, batch.groups)
-    return zip(grads, deltas, new_states, strict=True)
 
 
 def _cautious(batch: Batch, steps: list[Step]) -> Iterator[Step]:

@@ -33,12 +33,14 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 def scalar_columns(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
     """Every number the update of a tensor needs, by name, each [tensors], float64, on the batch's device.
 
-    What `rule.scalars` returns, and `inverse_divisor` (negative for `maximize`), `decay`, `l2`, `eps` and
-    `bias_correction2_sqrt`, which the backends and the step sums use.
+    What `rule.scalars` returns, `new_<name>` for what the rule shares, and `inverse_divisor` (negative for `maximize`),
+    `decay`, `l2`, `eps` and `bias_correction2_sqrt`, which the backends and the step sums use.
     """
     columns = _host_columns(batch) if batch.device.type == "cpu" else _device_columns(batch)
     if batch.rounding_keys:
         columns |= key_columns(batch.rounding_keys)
+    for name, value in batch.shared.items():
+        columns[f"new_{name}"] = value.expand(len(batch.params))
     if divisor is not None:
         columns["inverse_divisor"] = columns["inverse_divisor"] / divisor.to(columns["inverse_divisor"].dtype)
     return columns

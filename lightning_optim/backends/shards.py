@@ -19,6 +19,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ranks hold different parts of ``tensor``."""
+    return any(placement.is_shard() for placement in getattr(tensor, "placements", ()))
+
+
 def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Add per-tensor ``sums`` ([tensors] or [tensors, columns]) over the ranks among which each tensor is sharded.
 

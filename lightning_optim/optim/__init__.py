@@ -5,6 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from lightning_optim.messages import nearest
+from lightning_optim.optim.adafactor import Adafactor
 from lightning_optim.optim.adagrad import Adagrad
 from lightning_optim.optim.adam import Adam
 from lightning_optim.optim.adamw import AdamW
@@ -12,31 +13,48 @@ from lightning_optim.optim.adan import Adan
 from lightning_optim.optim.ademamix import AdEMAMix
 from lightning_optim.optim.adopt import ADOPT
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.hidden_matrices import muon_param_groups
+from lightning_optim.optim.lamb import LAMB
+from lightning_optim.optim.lars import LARS
 from lightning_optim.optim.lion import Lion
+from lightning_optim.optim.muon import Muon
 from lightning_optim.optim.nadam import NAdam
 from lightning_optim.optim.nadamw import NAdamW
+from lightning_optim.optim.normuon import NorMuon
+from lightning_optim.optim.prodigy import Prodigy
 from lightning_optim.optim.radam import RAdam
 from lightning_optim.optim.rmsprop import RMSprop
 from lightning_optim.optim.schedule_free import ScheduleFreeAdamW
 from lightning_optim.optim.sgd import SGD
+from lightning_optim.optim.soap import SOAP
+from lightning_optim.optim.stableadamw import StableAdamW
 
 __all__ = [
     "ADOPT",
+    "LAMB",
+    "LARS",
     "SGD",
+    "SOAP",
     "AdEMAMix",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
     "Adan",
     "FusedOptimizer",
     "Lion",
+    "Muon",
     "NAdam",
     "NAdamW",
+    "NorMuon",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "ScheduleFreeAdamW",
+    "StableAdamW",
     "get_optimizer_class",
     "list_optimizers",
+    "muon_param_groups",
 ]
 
 

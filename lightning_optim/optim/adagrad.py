@@ -53,7 +53,10 @@ class Adagrad(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
-        backend: `auto`, or `reference`, `cpu`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
         Duchi, Hazan & Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, 2011,
@@ -84,6 +87,9 @@ class Adagrad(FusedOptimizer):
         *,
         maximize: bool = False,
         cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
         weight_decay_kind: str | WeightDecayKind = "l2",
         backend: str = "auto",
     ) -> None:
@@ -97,6 +103,9 @@ class Adagrad(FusedOptimizer):
                 "eps": eps,
                 "maximize": maximize,
                 "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
                 "weight_decay_kind": weight_decay_kind,
             },
             backend=backend,

@@ -93,7 +93,10 @@ class Adan(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
-        backend: `auto`, or `reference`, `cpu`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
         Xie et al., Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep Models, 2022,
@@ -124,6 +127,9 @@ class Adan(FusedOptimizer):
         *,
         maximize: bool = False,
         cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
         weight_decay_kind: str | WeightDecayKind = "decoupled",
         backend: str = "auto",
     ) -> None:
@@ -137,6 +143,9 @@ class Adan(FusedOptimizer):
                 "no_prox": no_prox,
                 "maximize": maximize,
                 "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
                 "weight_decay_kind": weight_decay_kind,
             },
             backend=backend,

@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_optim import backends
-from lightning_optim.backends import Batch
+from lightning_optim.backends import Backend, Batch
 from lightning_optim.backends.base import arithmetic_dtype
-from lightning_optim.backends.scalars import widest_dtype
-from lightning_optim.backends.shards import local
+from lightning_optim.backends.scalars import is_set, widest_dtype
+from lightning_optim.backends.shards import is_sharded, local
 from lightning_optim.optim import low_precision
 from lightning_optim.optim.checkpoint import load_state_dict
 from lightning_optim.optim.hyperparameters import check_values, number, refuse_typos
@@ -136,12 +136,10 @@ class FusedOptimizer(Optimizer):
                 f"{type(self).__name__}: divisor has shape {tuple(self.divisor.shape)}; needed is [] or one value for"
                 f" each parameter with a gradient, [{sum(sizes)}]."
             )
+        new_shared = self._share(batches, rows)
         collected: list[Tensor] = []
         for key, batch in batches.items():
-            backend = backends.choose(self.backend, batch.device)
-            if (batch.low_precision and not backend.low_precision) or not backend.supports(batch):
-                backend = backends.get_backend("reference")
-            sums = backend.apply(
+            sums = self._backend_of(batch).apply(
                 batch,
                 divisor=self._divisor(rows[key], batch.device),
                 skip=_on(getattr(self, "found_inf", None), batch.device),
@@ -149,6 +147,8 @@ class FusedOptimizer(Optimizer):
             )
             if sums is not None:
                 collected.append(sums)
+        for old, new in new_shared:
+            old.copy_(new)
         self.step_stats = self._stats(batches, rows, collected, sizes) if self.collect_step_stats else None
         return loss
 
@@ -163,6 +163,8 @@ class FusedOptimizer(Optimizer):
             rule = self.rule_of(group)
             scalar_names = ("step", *rule.scalar_state) if rule.counts_steps else tuple(rule.scalar_state)
             flagged = low_precision.uses(group)
+            if _shares(rule) and group["params"]:
+                self._init_shared(group, rule)
             first = row
             for index, param in enumerate(group["params"]):
                 grad = param.grad
@@ -204,6 +206,55 @@ class FusedOptimizer(Optimizer):
             sizes.append(row - first)
         return batches, rows, tuple(sizes)
 
+    def _backend_of(self, batch: Batch) -> Backend:
+        backend = backends.choose(self.backend, batch.device)
+        if (batch.low_precision and not backend.low_precision) or not backend.supports(batch):
+            return backends.get_backend("reference")
+        return backend
+
+    def _share(self, batches: Mapping[Any, Batch], rows: Mapping[Any, list[int]]) -> list[tuple[Tensor, Tensor]]:
+        """Give batches the new values of `shared`; pairs (old, new) to be written when all batches are through."""
+        pairs = []
+        rules = {type(batch.rule): batch.rule for batch in batches.values() if _shares(batch.rule)}
+        for kind, rule in rules.items():
+            assert isinstance(rule, UpdateRule)
+            keys = [key for key, batch in batches.items() if type(batch.rule) is kind]
+            groups = [g for g in self.param_groups if rule.shared[0] in g and type(self.rule_of(g)) is kind]
+            device = batches[keys[0]].device
+            skip = _on(getattr(self, "found_inf", None), device)
+            if device.type == "cpu" and is_set(skip):
+                continue
+            totals: dict[str, Tensor] = {}
+            for key in keys:
+                batch = batches[key]
+                sums = self._backend_of(batch).sums(batch, self._divisor(rows[key], batch.device))
+                for name, column in sums.items():
+                    total = column.sum().to(device, non_blocking=True)
+                    totals[name] = totals[name] + total if name in totals else total
+            new = rule.share(groups[0], totals)
+            for key in keys:
+                for name, value in new.items():
+                    batches[key].shared[name] = value.to(batches[key].device, non_blocking=True)
+            for group in groups:
+                for name, value in new.items():
+                    old = group[name]
+                    value = value.to(old.device, non_blocking=True)
+                    if skip is not None:
+                        value = torch.where(skip.to(old.device) != 0, old, value)
+                    pairs.append((old, value))
+        return pairs
+
+    def _init_shared(self, group: dict[str, Any], rule: UpdateRule) -> None:
+        """Give ``group`` the values of `shared`, where it lacks them: those of another group, else the first ones."""
+        device = group["params"][0].device
+        if rule.shared[0] in group and group[rule.shared[0]].device == device:
+            return
+        given = [g for g in self.param_groups if rule.shared[0] in g and type(self.rule_of(g)) is type(rule)]
+        values = given[0] if given else rule.init_shared(group)
+        for name in rule.shared:
+            value = torch.as_tensor(values[name], dtype=widest_dtype(device))
+            group[name] = value.to(device, copy=True, non_blocking=True)
+
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
         """The rule that updates ``group``: its own choice, or this optimizer's."""
         name = group.get("rule")
@@ -218,15 +269,17 @@ class FusedOptimizer(Optimizer):
                 # Lightning, like torch, leaves `step` behind when it moves state to another device.
                 state |= {n: state[n].to(param.device) for n in ("step", *rule.scalar_state)}
             return state
-        begun = bool(rule.state) and rule.state[0] in state
+        begun = rule.state[0] in state if rule.state else isinstance(rule, TensorRule) and bool(state)
+        dtype = arithmetic_dtype(param.dtype)  # a bf16 second moment could not move by a thousandth of itself
         if isinstance(rule, TensorRule):
             if not begun:
-                state |= {n: t for n, t in rule.init_state(param, group).items() if n not in state}
+                for name, tensor in rule.init_state(param, group).items():
+                    assert isinstance(tensor, Tensor)
+                    state.setdefault(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         else:
             assert isinstance(rule, UpdateRule)
             first = rule.init_state(param, group)
             low = low_precision.compressed(group, param, rule)
-            dtype = arithmetic_dtype(param.dtype)  # a bf16 second moment could not move by a thousandth of itself
             for name in rule.state:
                 if name not in state and name in low:
                     state |= low_precision.zeros(name, param, group, low[name])
@@ -283,6 +336,7 @@ class FusedOptimizer(Optimizer):
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         seen: set[int] = set()
+        rule = self.rule_of(group)
         for index, param in enumerate(group["params"]):
             label = f"{type(self).__name__}: {self._label(group, index)}"
             if not param.is_floating_point():
@@ -294,6 +348,14 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(f"{label} is in the group twice; needed is each parameter once.")
             seen.add(id(param))
             low_precision.check_param(label, group, param)
+            if isinstance(rule, TensorRule) and is_sharded(param):
+                raise ValueError(
+                    f"{label} is a DTensor sharded over ranks, and {type(rule).__name__} needs whole tensors. Leave it "
+                    "out of FSDP2, or choose an elementwise optimizer for it (a group with rule='adamw')."
+                )
+            reason = rule.why_not(param)
+            if reason is not None:
+                raise ValueError(f"{label}: {reason}")
             backends.choose(self.backend, param.device)
 
     def _label(self, group: Mapping[str, Any], index: int) -> str:
@@ -309,6 +371,10 @@ def _class_of_rule(name: str) -> type[FusedOptimizer]:
     from lightning_optim.optim import get_optimizer_class  # the subclasses import this module
 
     return get_optimizer_class(name)
+
+
+def _shares(rule: Rule) -> TypeGuard[UpdateRule]:
+    return isinstance(rule, UpdateRule) and bool(rule.shared)
 
 
 def _tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:

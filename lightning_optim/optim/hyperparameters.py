@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -26,8 +26,11 @@ NON_NEGATIVE = (
     "warmup_steps",
     "r",
     "weight_lr_power",
+    "trust_coeff",
+    "d_coef",
 )
-FRACTIONS = ("betas",)  # each in [0, 1): an average that never takes anything in, or never forgets, is a mistake
+FRACTIONS = ("betas", "beta2", "beta3", "shampoo_beta")
+# Each in [0, 1): an average that never takes anything in, or never forgets, is a mistake.
 FLAGS = (
     "maximize",
     "cautious",
@@ -39,6 +42,13 @@ FLAGS = (
     "train_mode",
     "kahan_sum",
     "stochastic_rounding",
+    "bias_correction",
+    "trust_clip",
+    "always_adapt",
+    "decoupled_decay",
+    "use_bias_correction",
+    "safeguard_warmup",
+    "precondition_1d",
 )
 BEYOND = (
     "name",
@@ -72,16 +82,16 @@ def number(owner: str, group: Mapping[str, Any], name: str) -> float:
 def check_values(owner: str, group: Mapping[str, Any]) -> None:
     """Raise ValueError, naming what was given and what is needed, if a hyperparameter is out of its range."""
     where = _where(owner, group)
-    for name in NON_NEGATIVE:
-        value = number(owner, group, name) if name in group else 0.0
+    for name, given in _parts(group, NON_NEGATIVE):
+        value = number(owner, {**group, name: given}, name)
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{where}{name}={value} is out of range; needed is a finite number of at least 0.")
-    for name in FRACTIONS:
-        for index, value in enumerate(group.get(name, ())):
-            if not isinstance(value, int | float):
-                raise ValueError(f"{where}{name}[{index}] is a {type(value).__name__}; needed is a number.")
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"{where}{name}[{index}]={value} is out of range; needed is 0 <= {name}[{index}] < 1.")
+    for name, given in _parts(group, FRACTIONS):
+        if isinstance(given, Tensor):
+            raise ValueError(f"{where}{name} is a {type(given).__name__}; needed is a number.")
+        value = number(owner, {**group, name: given}, name)
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{where}{name}={value} is out of range; needed is 0 <= {name} < 1.")
     for name in FLAGS:
         if not isinstance(group.get(name, False), bool):
             raise ValueError(f"{where}{name}={group[name]!r}; needed is True or False.")
@@ -101,6 +111,16 @@ def refuse_typos(owner: str, given: Iterable[str], known: Iterable[str]) -> None
     for key in given:
         if key not in known and key not in BEYOND and difflib.get_close_matches(key, known, n=1, cutoff=0.85):
             raise ValueError(f"{owner}: parameter group has an unknown key {key!r}. {nearest(key, known)}")
+
+
+def _parts(group: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Hyperparameters of these names; of a tuple each part by itself (`betas[0]`), None left out."""
+    for name in names:
+        value = group.get(name)
+        if isinstance(value, tuple | list):
+            yield from ((f"{name}[{i}]", part) for i, part in enumerate(value) if part is not None)
+        elif value is not None:
+            yield name, value
 
 
 def _where(owner: str, group: Mapping[str, Any]) -> str:

@@ -85,7 +85,10 @@ class NAdam(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
-        backend: `auto`, or `reference`, `cpu`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
         Dozat, Incorporating Nesterov Momentum into Adam, 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
@@ -116,6 +119,9 @@ class NAdam(FusedOptimizer):
         *,
         maximize: bool = False,
         cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
         weight_decay_kind: str | WeightDecayKind = "l2",
         backend: str = "auto",
     ) -> None:
@@ -130,6 +136,9 @@ class NAdam(FusedOptimizer):
                 "decoupled_weight_decay": decoupled_weight_decay,
                 "maximize": maximize,
                 "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
                 "weight_decay_kind": weight_decay_kind,
             },
             backend=backend,

@@ -60,7 +60,10 @@ class NAdamW(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
-        backend: `auto`, or `reference`, `cpu`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
 
     References:
         Choi et al., On Empirical Comparisons of Optimizers for Deep Learning, 2019, Table 1,
@@ -91,6 +94,9 @@ class NAdamW(FusedOptimizer):
         *,
         maximize: bool = False,
         cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
         weight_decay_kind: str | WeightDecayKind = "decoupled",
         backend: str = "auto",
     ) -> None:
@@ -103,6 +109,9 @@ class NAdamW(FusedOptimizer):
                 "weight_decay": weight_decay,
                 "maximize": maximize,
                 "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
                 "weight_decay_kind": weight_decay_kind,
             },
             backend=backend,

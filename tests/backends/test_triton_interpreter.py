@@ -32,4 +32,5 @@ def test_triton_agrees_with_reference_under_its_interpreter() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_everything_asked_of_backends_holds_under_the_interpreter() -> None:
+    # The interpreter cuts bfloat16 off instead of rounding it; `interpreted` has that right, and tests it.
     run_interpreted("tests/optim", "-k", "triton and not low_precision", "--timeout", "900")

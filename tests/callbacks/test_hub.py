@@ -15,8 +15,9 @@ from torch import nn
 
 import lightning_optim as lo
 from lightning_optim.callbacks import hub as hub_module
+from lightning_optim.diagnostics import Diagnostic
 from lightning_optim.schedules import Cosine, Linear, Scheduler
-from tests.helpers import BareNet, Net, Recorder, batches, bit_equal, make_trainer, read_events
+from tests.helpers import ADAMWS, BareNet, Net, Recorder, batches, bit_equal, make_trainer, precision, read_events
 
 
 def _all(**options):
@@ -238,6 +239,25 @@ def test_the_same_trainer_can_fit_again_after_an_error(error):
     trainer.fit(model, batches(6))
     assert callbacks[0]._hub is None
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+# Not fused ones in 16-mixed: an exception there leaves behind what the GradScaler itself sets on the optimizer.
+@pytest.mark.parametrize(("kind", "name"), [*((kind, "32-true") for kind in ADAMWS), ("torch", "16-mixed")])
+def test_a_diagnostic_that_fails_leaves_no_trace(name, kind, logger):
+    class Failing(Diagnostic):
+        name = "failing"
+
+        def compute(self, record):
+            raise RuntimeError("mine")
+
+    model = Net(nan_batches=[0])
+    before = set(vars(model))
+    configure = lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.1)
+    parts = [configure, lo.GradientClipping(0.5), lo.OptimizerMonitor([Failing()])]
+    trainer = make_trainer(parts, logger=logger, **precision(name))
+    with pytest.raises(RuntimeError, match="mine"):
+        trainer.fit(model, batches(4))
+    _assert_clean(model, before, trainer.optimizers, parts)
 
 
 def test_many_fits_do_not_pile_up_hooks():

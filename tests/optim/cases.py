@@ -5,12 +5,16 @@ Adding an optimizer adds a row to `CASES`, and no test.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import lion_pytorch
+import optimi
+import prodigyopt
 import pytest
 import pytorch_optimizer
 import schedulefree
@@ -55,6 +59,8 @@ class Case:
         tolerance: Largest difference after 30 float64 steps.
         shapes: Shapes of parameters in the comparison; Muon and SOAP take matrices only, say.
         elementwise: Whether the rule is an `UpdateRule`.
+        one_lr: Whether the published one refuses groups that differ in learning rate.
+        group_steps: Whether the published one counts steps by group, where ours counts them for each parameter.
     """
 
     optimizer: type[FusedOptimizer]
@@ -64,9 +70,30 @@ class Case:
     tolerance: float = 1e-12
     shapes: tuple[tuple[int, ...], ...] = ((7, 5), (3,), (2, 3, 4), (11,))
     elementwise: bool = True
+    one_lr: bool = False
+    group_steps: bool = False
 
 
 _CAUTIOUS = {"cautious": True}
+_MATRICES = ((7, 5), (6, 9), (12, 4), (8, 8))  # no two of one shape, for the published ones do not batch
+_OPTIMI = {"foreach": False, "triton": False}
+
+
+def _lamb(*args: Any, **kwargs: Any) -> Optimizer:
+    optimizer: Optimizer = published.timm("lamb").Lamb(*args, max_grad_norm=None, **kwargs)
+    return optimizer
+
+
+def _prodigy(*args: Any, **kwargs: Any) -> Optimizer:
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer: Optimizer = prodigyopt.Prodigy(*args, **kwargs)
+    return optimizer
+
+
+def _normuon(params: Any, **kwargs: Any) -> Optimizer:
+    groups = params if isinstance(params[0], dict) else [{"params": params}]
+    groups = [{"lr": kwargs["lr"], **group, "use_muon": True} for group in groups]
+    return pytorch_optimizer.NorMuon(groups, foreach=False, **kwargs)
 
 
 def _torch_nadam(*args: Any, **kwargs: Any) -> Optimizer:
@@ -252,6 +279,120 @@ CASES = (
             Setting("weighted", {"lr": 1e-2, "r": 1.5, "weight_lr_power": 1.0}),
         ),
     ),
+    Case(
+        optim.StableAdamW,
+        lambda *args, **kwargs: optimi.StableAdamW(*args, **kwargs),
+        (
+            Setting("default", {"lr": 1e-2}, {"lr": 1e-2, **_OPTIMI}),
+            Setting(
+                "no_decay",
+                {"lr": 1e-2, "weight_decay": 0.0, "betas": (0.8, 0.95), "eps": 1e-3},
+                {"lr": 1e-2, "weight_decay": 0.0, "betas": (0.8, 0.95), "eps": 1e-3, **_OPTIMI},
+            ),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.3}, {"lr": 1e-2, "weight_decay": 0.3, **_OPTIMI}),
+        ),
+        group_steps=True,
+    ),
+    Case(
+        optim.LAMB,
+        _lamb,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("no_decay", {"lr": 1e-2, "weight_decay": 0.0, "bias_correction": False}),
+            Setting("always_adapt", {"lr": 1e-2, "weight_decay": 0.0, "always_adapt": True}),
+            Setting("trust_clip", {"lr": 1e-2, "weight_decay": 0.3, "trust_clip": True, "betas": (0.8, 0.95)}),
+            Setting("decoupled", {"lr": 1e-2, "weight_decay": 0.3, "decoupled_decay": True}),
+        ),
+        group_steps=True,
+    ),
+    Case(
+        optim.LARS,
+        lambda *args, **kwargs: published.timm("lars").Lars(*args, **kwargs),
+        (
+            Setting("default", {"lr": 0.1}),
+            Setting("decay", {"lr": 0.1, "weight_decay": 0.1, "trust_coeff": 0.1}),
+            Setting("momentum", {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1}),
+            Setting("dampening", {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "dampening": 0.3}),
+            Setting(
+                "nesterov", {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True, "trust_coeff": 0.02}
+            ),
+            Setting("trust_clip", {"lr": 0.1, "momentum": 0.9, "always_adapt": True, "trust_clip": True}),
+        ),
+    ),
+    Case(
+        optim.Prodigy,
+        _prodigy,
+        (
+            Setting("default", {"lr": 1.0, "d0": 1e-3}),
+            Setting("decay", {"lr": 1.0, "weight_decay": 0.1, "d0": 1e-2}),
+            Setting(
+                "bias_correction",
+                {"lr": 1.0, "weight_decay": 0.1, "use_bias_correction": True, "safeguard_warmup": True, "d0": 1e-2},
+            ),
+            Setting(
+                "l2",
+                {"lr": 0.5, "weight_decay": 0.1, "weight_decay_kind": "l2", "d_coef": 2.0, "d0": 1e-2},
+                {"lr": 0.5, "weight_decay": 0.1, "decouple": False, "d_coef": 2.0, "d0": 1e-2},
+            ),
+            Setting("growth_rate", {"lr": 1.0, "growth_rate": 1.1, "beta3": 0.9, "d0": 1e-2}),
+        ),
+        one_lr=True,
+        group_steps=True,
+    ),
+    Case(
+        optim.Adafactor,
+        torch.optim.Adafactor,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 0.1, "weight_decay": 0.1, "eps": (1e-3, 1e-2), "d": 1.5, "beta2_decay": -0.5}),
+            Setting("maximize", {"lr": 1e-2, "maximize": True}),
+        ),
+        torch_twin=torch.optim.Adafactor,
+        shapes=((7, 5), (3,), (2, 3, 4), (300, 257)),
+        elementwise=False,
+    ),
+    Case(
+        optim.Muon,
+        torch.optim.Muon,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("plain", {"lr": 1e-2, "nesterov": False, "momentum": 0.8, "weight_decay": 0.0}),
+            Setting("match_rms", {"lr": 1e-2, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 3}),
+        ),
+        torch_twin=torch.optim.Muon,
+        shapes=_MATRICES,
+        elementwise=False,
+    ),
+    Case(
+        optim.NorMuon,
+        _normuon,
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "nesterov": False, "beta2": 0.8, "maximize": True}),
+            Setting(
+                "match_rms",
+                {"lr": 1e-2, "adjust_lr_fn": "match_rms_adamw"},
+                {"lr": 1e-2, "update_scale": "match_rms"},
+            ),
+        ),
+        shapes=(*_MATRICES, (4, 3, 2, 5)),
+        elementwise=False,
+    ),
+    Case(
+        optim.SOAP,
+        lambda *args, **kwargs: pytorch_optimizer.SOAP(*args, **kwargs),
+        (
+            Setting("default", {"lr": 1e-2}),
+            Setting("decay", {"lr": 1e-2, "weight_decay": 0.3, "betas": (0.9, 0.8), "precondition_frequency": 3}),
+            Setting(
+                "shampoo_beta", {"lr": 1e-2, "weight_decay": 0.0, "shampoo_beta": 0.7, "precondition_frequency": 5}
+            ),
+            Setting("max_dim", {"lr": 1e-2, "max_precondition_dim": 5, "precondition_frequency": 2}),
+        ),
+        shapes=((5, 5), (8, 8), (4,), (6, 6)),  # of full rank: elsewhere the first bases are not unique
+        elementwise=False,
+        group_steps=True,
+    ),
 )
 
 
@@ -281,10 +422,10 @@ def copies(params: list[Tensor]) -> list[Tensor]:
     return [param.detach().clone().requires_grad_() for param in params]
 
 
-def groups_of(params: list[Tensor], lr: float) -> list[dict[str, Any]]:
-    """Two parameter groups, the second with a learning rate of its own."""
+def groups_of(params: list[Tensor], lr: float, one_lr: bool = False) -> list[dict[str, Any]]:
+    """Two parameter groups, the second with a learning rate of its own unless ``one_lr``."""
     half = len(params) // 2
-    return [{"params": params[:half]}, {"params": params[half:], "lr": lr / 2}]
+    return [{"params": params[:half]}, {"params": params[half:], "lr": lr if one_lr else lr / 2}]
 
 
 def gradients(params: list[Tensor], steps: int, seed: int = 1) -> Iterator[list[Tensor]]:

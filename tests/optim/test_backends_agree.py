@@ -125,7 +125,7 @@ def test_not_a_number_and_infinity_reach_the_parameters(case: Case, setting: Set
     optimizer.collect_step_stats = True
     optimizer.step()
     state = optimizer.state[params[0]]
-    moments = [v for v in state.values() if v.shape == params[0].shape]
+    moments = [v for name, v in state.items() if v.shape == params[0].shape and name != "p0"]  # where Prodigy began
     assert all(moment.isnan().any() for moment in moments)
     assert moments or params[0].isnan().any()
     assert optimizer.step_stats is not None

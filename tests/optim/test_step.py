@@ -162,7 +162,7 @@ def test_step_sums_are_what_independent_arithmetic_gives(
             expected["exp_avg_sq_sum"] = float((new[rule.first_moment].double() ** 2).sum())
         if rule.second_moment is not None:
             old = {name: float(states[i][name]) for name in rule.scalar_state}
-            numbers = rule.scalars(group, float(new["step"]), **old)
+            numbers = rule.scalars(group, float(new.get("step", 1.0)), **old)
             root = new[rule.second_moment].double().sqrt() / numbers.get("bias_correction2_sqrt", 1.0)
             expected["grad_sq_over_exp_avg_sq"] = float((grad / root).nan_to_num().square().sum())
             expected["below_eps"] = float((root < group["eps"]).sum())

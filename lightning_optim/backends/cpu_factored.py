@@ -1,0 +1,215 @@
+"""Compiled loops for second moments kept as row and column factors, as Adafactor does.
+
+torch needs some fifteen passes over memory for what these do in three: the mean squares of rows and columns in one read
+of the gradients, the size of the update in a second, and the update in a third. Each runs over all tensors at once.
+
+Tensors are read as ``matrices`` × ``rows`` × ``columns``, the last two dimensions being the factored ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_optim.backends import cpu_cache
+from lightning_optim.backends.cpu_memory import FAST_SUMS, load, named_functions, store
+from lightning_optim.backends.cpu_threads import run_blocks
+
+BLOCK = 65536
+"""Elements per block, about; at least 16 rows, so that column sums of blocks stay small beside the tensor."""
+
+MADE_AT_ONCE = 2**20
+"""Elements of updates that exist at one time, at least those of one tensor."""
+
+CHUNK = 4096
+"""Elements of a row summed in the arithmetic dtype before their sum joins a float64 total."""
+
+Shape = tuple[int, int, int]
+
+_MEAN_SQUARES = """
+def kernel(first, last, blocks, shapes, addresses, scalars, sums):
+    for block in range(first, last):
+        tensor, start, end, top, bottom, part = blocks[block]
+        rows, columns, parts = shapes[tensor, 1], shapes[tensor, 2], shapes[tensor, 3]
+        grad, row_sums, column_sums = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
+        for matrix in range(start, end):
+            column = (matrix * parts + part) * columns
+            for i in range(columns):
+                store_2(column_sums, column + i, zero)
+            for row in range(matrix * rows + top, matrix * rows + bottom):
+                total = 0.0
+                for chunk in range(0, columns, CHUNK):
+                    row_sum = zero
+                    for i in range(chunk, min(chunk + CHUNK, columns)):
+                        x = load_0(grad, row * columns + i)
+                        store_2(column_sums, column + i, load_2(column_sums, column + i) + x * x)
+                        row_sum += x * x
+                    total += row_sum
+                store_1(row_sums, row, float(total))
+"""
+
+_SCALED_SQUARES = """
+def kernel(first, last, blocks, shapes, addresses, scalars, sums):
+    for block in range(first, last):
+        tensor, start, end, top, bottom, part = blocks[block]
+        rows, columns = shapes[tensor, 1], shapes[tensor, 2]
+        grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
+        floor = scalars[tensor, 0]
+        total = 0.0
+        for matrix in range(start, end):
+            for row in range(matrix * rows + top, matrix * rows + bottom):
+                factor = load_1(row_factors, row)
+                for chunk in range(0, columns, CHUNK):
+                    row_sum = zero
+                    for i in range(chunk, min(chunk + CHUNK, columns)):
+                        x = load_0(grad, row * columns + i)
+                        row_sum += x * x / maximum(factor * load_2(column_factors, matrix * columns + i), floor)
+                    total += row_sum
+        sums[block] = total
+"""
+
+_SCALED = """
+def kernel(first, last, blocks, shapes, addresses, scalars, sums):
+    for block in range(first, last):
+        tensor, start, end, top, bottom, part = blocks[block]
+        rows, columns = shapes[tensor, 1], shapes[tensor, 2]
+        grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
+        result = addresses[tensor, 3]
+        floor, scale = scalars[tensor, 0], scalars[tensor, 1]
+        for matrix in range(start, end):
+            for row in range(matrix * rows + top, matrix * rows + bottom):
+                factor = load_1(row_factors, row)
+                for i in range(columns):
+                    v = maximum(factor * load_2(column_factors, matrix * columns + i), floor)
+                    store_3(result, row * columns + i, scale * load_0(grad, row * columns + i) / sqrt(v))
+"""
+
+
+def mean_squares(grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Mean of g² over the last dimension and over the last but one, shapes [..., rows, 1] and [..., 1, columns]."""
+    blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads))
+    row_sums = [grad.new_empty(*grad.shape[:-1], 1) for grad in grads]
+    parts = shapes[:, 3].tolist()
+    column_sums = [g.new_empty(*g.shape[:-2], part, g.shape[-1]) for g, part in zip(grads, parts, strict=True)]
+    _run("mean_squares", blocks, shapes, (grads, row_sums, column_sums), _no_scalars(grads))
+    rows = [total.div_(grad.shape[-1]) for total, grad in zip(row_sums, grads, strict=True)]
+    columns = [s.sum(-2, keepdim=True).div_(grad.shape[-2]) for s, grad in zip(column_sums, grads, strict=True)]
+    return rows, columns
+
+
+def scaled_squares(
+    grads: Sequence[Tensor], rows: Sequence[Tensor], columns: Sequence[Tensor], floors: Sequence[float]
+) -> Tensor:
+    """Σ g²/max(row·column, floor) of each tensor, [tensors], float64."""
+    blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads))
+    scalars = np.array([floors], dtype=_numpy(grads)).T.copy()
+    sums = _run("scaled_squares", blocks, shapes, (grads, rows, columns), scalars)
+    totals = np.zeros(len(grads))
+    np.add.at(totals, blocks[:, 0], sums)
+    return torch.from_numpy(totals)
+
+
+def scaled(
+    grads: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    floors: Sequence[float],
+    scales: Sequence[float],
+) -> Iterator[Tensor]:
+    """Scale·g/√max(row·column, floor) of each tensor; a few at a time, so that they are used from the cache."""
+    first = 0
+    while first < len(grads):
+        last, size = first, 0
+        while last < len(grads) and (last == first or size + grads[last].numel() <= MADE_AT_ONCE):
+            size += grads[last].numel()
+            last += 1
+        some = slice(first, last)
+        blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads[some]))
+        results = [torch.empty_like(grad) for grad in grads[some]]
+        scalars = np.array([floors[some], scales[some]], dtype=_numpy(grads)).T.copy()
+        _run("scaled", blocks, shapes, (grads[some], rows[some], columns[some], results), scalars)
+        yield from results
+        first = last
+
+
+def _shape(grad: Tensor) -> Shape:
+    rows, columns = grad.shape[-2:]
+    return grad.shape[:-2].numel(), rows, columns
+
+
+def _numpy(tensors: Sequence[Tensor]) -> Any:
+    return np.float64 if tensors[0].dtype == torch.float64 else np.float32
+
+
+def _no_scalars(tensors: Sequence[Tensor]) -> npt.NDArray[Any]:
+    return np.zeros((len(tensors), 1), dtype=_numpy(tensors))
+
+
+@lru_cache(maxsize=64)
+def _blocks(shapes: tuple[Shape, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Blocks [blocks, 6]: tensor, first and end matrix, first and end row, part; and shapes [tensors, 4], with parts.
+
+    A block is some rows of one matrix, or some whole matrices where these are small. ``part`` counts the blocks of a
+    matrix.
+    """
+    blocks: list[tuple[int, ...]] = []
+    parts = []
+    for tensor, (matrices, rows, columns) in enumerate(shapes):
+        height = max(16, BLOCK // max(columns, 1))
+        parts.append(max(1, -(-rows // height)))
+        if rows > height:
+            for matrix in range(matrices):
+                tops = range(0, rows, height)
+                blocks += [(tensor, matrix, matrix + 1, t, min(t + height, rows), t // height) for t in tops]
+        else:
+            count = max(1, BLOCK // max(rows * columns, 1))
+            starts = range(0, matrices, count)
+            blocks += [(tensor, start, min(start + count, matrices), 0, rows, 0) for start in starts]
+    with_parts = [(*shape, part) for shape, part in zip(shapes, parts, strict=True)]
+    return np.array(blocks, dtype=np.int64).reshape(-1, 6), np.array(with_parts, dtype=np.int64)
+
+
+def _run(
+    name: str,
+    blocks: npt.NDArray[np.int64],
+    shapes: npt.NDArray[np.int64],
+    slots: Sequence[Sequence[Tensor]],
+    scalars: npt.NDArray[Any],
+) -> npt.NDArray[np.float64]:
+    """Run kernel ``name`` over all blocks; one sum per block. ``slots`` are contiguous tensors."""
+    kernel = _build(name, "float64" if slots[0][0].dtype == torch.float64 else "float32", len(slots))
+    addresses = np.array([[tensor.data_ptr() for tensor in slot] for slot in slots], dtype=np.int64).T.copy()
+    sums = np.zeros(len(blocks))
+    run_blocks(lambda first, last: kernel(first, last, blocks, shapes, addresses, scalars, sums), len(blocks))
+    return sums
+
+
+@cache
+def _build(name: str, dtype: str, slots: int) -> Any:
+    text = {"mean_squares": _MEAN_SQUARES, "scaled_squares": _SCALED_SQUARES, "scaled": _SCALED}[name]
+    named = named_functions(dtype)
+    names: dict[str, Any] = {
+        "__name__": __name__,
+        "CHUNK": CHUNK,
+        "zero": np.dtype(dtype).type(0),
+        "float": getattr(numba, dtype),
+        "maximum": named["maximum"],
+        "sqrt": named["sqrt"],
+    }
+    for slot in range(slots):
+        names[f"load_{slot}"] = load(dtype, slot, slots)
+        names[f"store_{slot}"] = store(dtype, slot, slots)
+    exec(compile(text, f"<{name}>", "exec"), names)
+    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy", fastmath=FAST_SUMS)
+    cpu_cache.keep_on_disk(dispatcher, f"{name}-{cpu_cache.fingerprint(f'{text}{dtype}{slots}{CHUNK}', ())}")
+    with cpu_cache.SaysIfSlow(lambda: f"Compiling the CPU kernel {name} for {dtype}; this happens once."):
+        table = "int64[:, ::1]"
+        dispatcher.compile(f"void(int64, int64, {table}, {table}, {table}, {dtype}[:, ::1], float64[::1])")
+    return dispatcher

@@ -1,0 +1,219 @@
+"""Adafactor: Adam's second moment, kept as one row and one column per matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import Scalar, TensorRule, minimum, sqrt
+from lightning_optim.weight_decay import WeightDecayKind
+
+
+class AdafactorRule(TensorRule):
+    """The gradient over the root of a factored second moment, clipped to unit RMS, relative to the weights' RMS."""
+
+    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Zeros: a row and a column for each matrix, or the whole second moment of a vector."""
+        if param.dim() < 2:
+            return {"variance": torch.zeros_like(param, memory_format=torch.preserve_format)}
+        *batch, rows, columns = param.shape
+        return {"row_var": param.new_zeros(*batch, rows, 1), "col_var": param.new_zeros(*batch, 1, columns)}
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """The relative step size, and how much of the newest square the second moment takes in."""
+        return {
+            "relative_step": minimum(group["lr"], 1 / sqrt(step)),
+            "one_minus_beta2": step ** group["beta2_decay"],
+            "eps": 0.0,
+        }
+
+    def update(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """See `TensorRule.update`."""
+        deltas, new_states = [], []
+        for param, grad, state, numbers, group in zip(params, grads, states, scalars, groups, strict=True):
+            eps1 = _eps1(param, group)
+            weight = numbers["one_minus_beta2"]
+            if grad.dim() < 2:
+                variance = state["variance"].lerp(grad.square(), weight)
+                new_states.append({"variance": variance})
+            else:
+                squares = grad.square()
+                row_var = state["row_var"].lerp(squares.mean(-1, keepdim=True), weight)
+                col_var = state["col_var"].lerp(squares.mean(-2, keepdim=True), weight)
+                new_states.append({"row_var": row_var, "col_var": col_var})
+                variance = _row_factor(row_var, eps1) * col_var
+            delta = grad * variance.clamp(min=eps1**2).rsqrt()
+            squares_of = torch.stack([param.square().sum(), delta.square().sum()])
+            scale = _scales(squares_of[:1], squares_of[1:], [param], [numbers], [group])
+            deltas.append(delta.mul_(scale[0]))
+        return deltas, new_states
+
+    def update_on_cpu(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
+        """The same in three passes; vectors are matrices of one row, whose column factor is the second moment."""
+        from lightning_optim.backends import cpu_factored, measure  # needs numba, which the cpu backend has
+
+        shapes = [grad.shape for grad in grads]
+        grads = [(grad if grad.dim() >= 2 else grad.reshape(1, -1)).contiguous() for grad in grads]
+        weights = [numbers["one_minus_beta2"] for numbers in scalars]
+        row_means, col_means = cpu_factored.mean_squares(grads)
+        new_states, rows, columns = [], [], []
+        floors = []
+        for i, state in enumerate(states):
+            eps1 = _eps1(params[i], groups[i])
+            floors.append(eps1**2)
+            if "variance" in state:
+                columns.append(state["variance"].reshape(1, -1).lerp(col_means[i], weights[i]))
+                rows.append(torch.ones_like(row_means[i]))
+                new_states.append({"variance": columns[i].view(shapes[i])})
+            else:
+                row_var = state["row_var"].lerp(row_means[i], weights[i])
+                columns.append(state["col_var"].lerp(col_means[i], weights[i]).contiguous())
+                rows.append(_row_factor(row_var, eps1).contiguous())
+                new_states.append({"row_var": row_var, "col_var": columns[i]})
+        param_sq = measure(params).double()
+        delta_sq = cpu_factored.scaled_squares(grads, rows, columns, floors)
+        scales = _scales(param_sq, delta_sq, params, scalars, groups)
+        deltas = cpu_factored.scaled(grads, rows, columns, floors, scales.tolist())
+        return (delta.view(shape) for delta, shape in zip(deltas, shapes, strict=True)), new_states
+
+
+def _eps1(param: Tensor, group: Mapping[str, Any]) -> float:
+    given = group["eps"][0]
+    return torch.finfo(param.dtype).eps if given is None else given
+
+
+def _row_factor(row_var: Tensor, eps1: float) -> Tensor:
+    """Rows over their mean, so that row times column is the second moment."""
+    return row_var / row_var.mean(-2, keepdim=True).clamp(min=eps1)
+
+
+def _scales(
+    param_sq: Tensor,
+    delta_sq: Tensor,
+    params: Sequence[Tensor],
+    scalars: Sequence[dict[str, Tensor]],
+    groups: Sequence[Mapping[str, Any]],
+) -> Tensor:
+    """What g/√v of each tensor is multiplied by, [tensors]: the step size over what exceeds an RMS of d."""
+    numel = param_sq.new_tensor([max(param.numel(), 1) for param in params])
+    eps2, d = param_sq.new_tensor([[group["eps"][1], group["d"]] for group in groups]).unbind(1)
+    relative_step = torch.stack([numbers["relative_step"] for numbers in scalars])
+    return relative_step * (param_sq / numel).sqrt().maximum(eps2) / ((delta_sq / numel).sqrt() / d).clamp(min=1.0)
+
+
+class Adafactor(FusedOptimizer):
+    """Adafactor: adaptive steps at the memory of plain SGD.
+
+    With gradient g at step t, matrices being the last two dimensions, and vectors keeping the whole of v:
+
+        ρ = min(lr, 1/√t),   α = max(ε₂, RMS(w))·ρ,   β̂ = 1 − t^τ
+        w ← (1 − lr·λ)·w
+        R ← β̂·R + (1 − β̂)·row means of g²,   C ← β̂·C + (1 − β̂)·column means of g²
+        v = R·C / max(mean(R), ε₁)
+        u = g / max(√v, ε₁)
+        w ← w − α · u / max(1, RMS(u)/d)
+
+    As `torch.optim.Adafactor`, whose state dicts load here and back, and so with the paper's differences that are
+    documented there: lr bounds ρ, and ε₁ guards v rather than being added to g². Steps are relative to the RMS of the
+    weights. Beside bf16 parameters ε₁ and the state are those of float32.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: The largest relative step size ρ; the paper's is 0.01. A float or a one-element tensor.
+        beta2_decay: τ ≤ 0: the second moment averages over ever more steps.
+        eps: (ε₁, ε₂): the smallest √v, None for the precision of the dtype; and the smallest RMS of weights.
+        d: Largest RMS of u, at least 1.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
+
+    References:
+        Shazeer & Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, 2018,
+        https://arxiv.org/abs/1804.04235
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(2, 3))
+        >>> optimizer = Adafactor([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([[0.9000, 0.9000, 0.9000],
+                [0.9000, 0.9000, 0.9000]])
+    """
+
+    when_to_use = "Where memory for Adam's moments is missing: large language models, T5 and its kin."
+    memory = "rows + columns of each matrix"
+    paper = "https://arxiv.org/abs/1804.04235"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
+        weight_decay_kind: str | WeightDecayKind = "decoupled",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "beta2_decay": beta2_decay,
+                "eps": eps,
+                "d": d,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+                "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        """See `FusedOptimizer.check`."""
+        if not group["beta2_decay"] <= 0:
+            raise ValueError(f"Adafactor: beta2_decay={group['beta2_decay']} is out of range; needed is at most 0.")
+        if not group["d"] >= 1:
+            raise ValueError(f"Adafactor: d={group['d']} is out of range; needed is at least 1.")
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> TensorRule:
+        """See `FusedOptimizer.rule`."""
+        return AdafactorRule()

@@ -1,0 +1,148 @@
+"""Which parameters are hidden matrices, and an optimizer base that gives all others to AdamW."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.param_groups import ParamGroupRule, build_param_groups, named_parameters
+
+NOT_HIDDEN = (
+    r"(^|[._])(\w*embed(ding)?s?|embed_\w+|wte|wpe|unembed|((lm|cls|mlm|classification)_)?heads?|classifier|logits)([._]|$)"
+    r"|^((model|module|net|network|backbone)\.)*(fc|output|out)\."
+)
+"""Names of embeddings and of the layers that make the output: matrices, but not hidden ones."""
+
+_NOT_HIDDEN = re.compile(NOT_HIDDEN, re.IGNORECASE)
+
+
+def is_hidden_matrix(param: Tensor, names: Sequence[str] = (), modules: Sequence[nn.Module] = ()) -> bool:
+    """Whether ``param`` maps hidden activations to hidden activations, and so may be orthogonalised.
+
+    Convolution kernels do, flattened to output channels × the rest. Vectors do not (biases, norms, and whatever has
+    more than one dimension but only one row or column, such as class tokens), nor embeddings and output layers, which
+    are known by the module that holds them or, without a model to look at, by name (`NOT_HIDDEN`).
+
+    Args:
+        param: The parameter.
+        names: Its names in the model, if known.
+        modules: The modules that hold it, if known.
+
+    Example:
+        >>> is_hidden_matrix(nn.Linear(4, 4).weight, ["blocks.0.mlp.fc1.weight"])
+        True
+        >>> is_hidden_matrix(nn.Linear(4, 4).weight, ["head.weight"])
+        False
+    """
+    if param.dim() < 2 or min(param.shape[0], param.numel() // max(param.shape[0], 1)) < 2:
+        return False
+    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in modules):
+        return False
+    return not any(_NOT_HIDDEN.search(name) for name in names)
+
+
+def muon_param_groups(model: nn.Module, rules: Sequence[ParamGroupRule | str] = ()) -> list[dict[str, Any]]:
+    """Parameter groups of ``model`` for `Muon` or `NorMuon`: as `build_param_groups` makes them, each split in two.
+
+    What is no hidden matrix (`is_hidden_matrix`) goes to a second group, with ``rule="adamw"``. The optimizer's
+    constructor does the same, but knows embeddings by their names only; here the modules are seen, too.
+
+    Args:
+        model: The model.
+        rules: As for `build_param_groups`.
+
+    Example:
+        >>> model = nn.ModuleDict({"tokens": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 9)})
+        >>> for group in muon_param_groups(model):
+        ...     print(group["name"], group.get("rule"), [name for name, _ in group["params"]])
+        default None ['body.weight']
+        default_adamw adamw ['tokens.weight', 'body.bias', 'head.weight', 'head.bias']
+    """
+    known = {id(found.parameter): found for found in named_parameters(model)}
+    groups = build_param_groups(model, rules)
+    return [
+        part
+        for group in groups
+        for part in split_group(
+            group, [is_hidden_matrix(p, known[id(p)].names, known[id(p)].modules) for _, p in group["params"]]
+        )
+    ]
+
+
+def split_group(group: Mapping[str, Any], hidden: Sequence[bool]) -> list[dict[str, Any]]:
+    """``group`` without the parameters that are not ``hidden``, and a group of these for AdamW; empty ones left out."""
+    params = list(group["params"])
+    matrices = [param for param, is_hidden in zip(params, hidden, strict=True) if is_hidden]
+    others = [param for param, is_hidden in zip(params, hidden, strict=True) if not is_hidden]
+    parts = [{**group, "params": matrices}] if matrices else []
+    if others:
+        name = {"name": f"{group['name']}_adamw"} if matrices and "name" in group else {}
+        parts.append({**group, **name, "params": others, "rule": "adamw"})
+    return parts
+
+
+class HiddenMatrixOptimizer(FusedOptimizer):
+    """Base of optimizers for hidden matrices: what is none goes to AdamW, in groups of its own.
+
+    A group without `rule` is split where it must be, when it is added: the matrices stay, and the others follow in a
+    group with ``rule="adamw"`` and the settings of the original, its name with `_adamw` after it.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        defaults: Hyperparameters by name.
+        adamw: Settings for groups that go to AdamW and do not have them: lr, betas, eps, weight_decay; None for none.
+        backend: `auto`, or the name of one.
+    """
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], adamw: Mapping[str, Any], *, backend: str = "auto"
+    ) -> None:
+        self._adamw = {name: value for name, value in adamw.items() if value is not None}
+        super().__init__(params, defaults, backend=backend)
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, Any]:
+        """See `FusedOptimizer.hyperparameters`; those for AdamW are not this optimizer's own."""
+        return {name: value for name, value in super().hyperparameters().items() if not name.startswith("adamw_")}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; see the class for what becomes of those that are no hidden matrices."""
+        params = param_group["params"]
+        if param_group.get("rule") is not None or isinstance(params, set):  # which torch refuses
+            parts = [param_group]
+        else:
+            params = [params] if isinstance(params, Tensor) else list(params)
+            parts = split_group({**param_group, "params": params}, [_looks_hidden(entry) for entry in params])
+        count = len(self.param_groups)
+        try:
+            for part in parts or [param_group]:
+                super().add_param_group(self._adamw | part if part.get("rule") == "adamw" else part)
+        except Exception:
+            del self.param_groups[count:]
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_adamw": self._adamw}
+
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        """See `FusedOptimizer.check`."""
+        coefficients, steps, adjust = group["ns_coefficients"], group["ns_steps"], group["adjust_lr_fn"]
+        if len(coefficients) != 3:
+            raise ValueError(f"{cls.__name__}: ns_coefficients={coefficients!r}; needed are three numbers (a, b, c).")
+        if not isinstance(steps, int) or not 1 <= steps < 100:
+            raise ValueError(f"{cls.__name__}: ns_steps={steps!r}; needed is a whole number from 1 to 99.")
+        if adjust not in (None, "original", "match_rms_adamw"):
+            raise ValueError(
+                f"{cls.__name__}: adjust_lr_fn={adjust!r}; needed is None, 'original' or 'match_rms_adamw'."
+            )
+
+
+def _looks_hidden(entry: Any) -> bool:
+    name, param = entry if isinstance(entry, tuple) else ("", entry)
+    return isinstance(param, Tensor) and is_hidden_matrix(param, [name])

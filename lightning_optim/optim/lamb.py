@@ -1,0 +1,198 @@
+"""LAMB: Adam's direction, with a step in proportion to each tensor's norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import Scalar, UpdateRule, absolute, minimum, sqrt, where
+from lightning_optim.weight_decay import WeightDecayKind
+
+
+def _moments(
+    grad: Any, exp_avg: Any, exp_avg_sq: Any, beta1: Any, one_minus_beta1: Any, beta2: Any, one_minus_beta2: Any
+) -> Any:
+    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+    return exp_avg, exp_avg_sq
+
+
+class LAMBRule(UpdateRule):
+    """Adam's direction r plus decay, scaled per tensor to the norm of the weights."""
+
+    state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    first_moment: ClassVar[str | None] = "exp_avg"
+    second_moment: ClassVar[str | None] = "exp_avg_sq"
+    sums: ClassVar[tuple[str, ...]] = ("param_sq", "step_sq")
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """Betas, bias corrections, and what the trust ratio of this group looks like."""
+        beta1, beta2 = group["betas"]
+        corrected = group["bias_correction"]
+        return {
+            "lr": group["lr"],
+            "step_size": group["lr"] / (1 - beta1**step) if corrected else group["lr"],
+            "beta1": beta1,
+            "one_minus_beta1": 1 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1 - beta2,
+            "bias_correction2_sqrt": sqrt(1 - beta2**step) if corrected else 1.0,
+            "eps": group["eps"],
+            "decay_inside": float(not group["decoupled_decay"]),
+            "adapt": float(group["weight_decay"] != 0 or group["always_adapt"]),
+            "ratio_limit": 1.0 if group["trust_clip"] else float("inf"),
+        }
+
+    @staticmethod
+    def sums_update(
+        param: Any,
+        grad: Any,
+        exp_avg: Any,
+        exp_avg_sq: Any,
+        step_size: Any,
+        beta1: Any,
+        one_minus_beta1: Any,
+        beta2: Any,
+        one_minus_beta2: Any,
+        bias_correction2_sqrt: Any,
+        eps: Any,
+        decay: Any,
+        decay_inside: Any,
+    ) -> Any:
+        """w² and (lr·u)², with the new moments."""
+        exp_avg, exp_avg_sq = _moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
+        step = step_size * exp_avg / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps) + decay_inside * decay * param
+        return param * param, step * step
+
+    def rescale(self, scalars: dict[str, Tensor], sums: dict[str, Tensor], numel: Tensor) -> dict[str, Tensor]:
+        """Step and decay times ‖w‖/‖u‖."""
+        inside = scalars["decay_inside"] * scalars["decay"]
+        outside = scalars["decay"] - inside
+        norm = sqrt(sums["param_sq"]) * absolute(1 - outside)
+        step_norm = sqrt(sums["step_sq"])
+        adapts = (norm > 0) & (step_norm > 0) & (scalars["adapt"] != 0)
+        # The sum is of (lr·u)², which is 0 for lr = 0: nothing moves then, whatever the ratio.
+        ratio = where(adapts, minimum(norm * scalars["lr"] / step_norm, scalars["ratio_limit"]), 1.0)
+        return {"step_size": scalars["step_size"] * ratio, "decay": inside * ratio + outside}
+
+    @staticmethod
+    def update(
+        param: Any,
+        grad: Any,
+        exp_avg: Any,
+        exp_avg_sq: Any,
+        step_size: Any,
+        beta1: Any,
+        one_minus_beta1: Any,
+        beta2: Any,
+        one_minus_beta2: Any,
+        bias_correction2_sqrt: Any,
+        eps: Any,
+    ) -> Any:
+        """One element's step."""
+        exp_avg, exp_avg_sq = _moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
+        return step_size * exp_avg / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps), exp_avg, exp_avg_sq
+
+
+class LAMB(FusedOptimizer):
+    """LAMB: Adam's direction, with a step in proportion to each tensor's norm, for very large batches.
+
+    With gradient g at step t, and per tensor:
+
+        m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²
+        u = m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + ε) + λ·w
+        w ← w − lr · ‖w‖/‖u‖ · u
+
+    The ratio ‖w‖/‖u‖ is 1 where either norm is 0, and for groups without weight decay (biases, norms) unless
+    ``always_adapt``. As Algorithm 2 of the paper with φ the identity, and as `timm.optim.Lamb(max_grad_norm=None)`.
+    That optimizer, like NVIDIA's, also clips the global gradient norm to 1 by default: here that is the step
+    pipeline's `GradientClipping(max_norm=1.0)`.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, relative to the weights: about the fraction of a tensor's norm that each step moves; a float
+            or a one-element tensor.
+        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1).
+        eps: ε, added to the denominator, in units of the gradient.
+        weight_decay: λ ≥ 0; a part of u, so that the ratio scales it too. ``weight_decay_kind`` says how it follows
+            the learning rate.
+        bias_correction: Divide m and v by 1 − βᵗ.
+        trust_clip: Let the ratio only shrink steps, never stretch them (LAMBC, https://arxiv.org/abs/2011.13584).
+        always_adapt: Use the ratio in groups without weight decay, too.
+        decoupled_decay: Decay the weights apart from u and before it, as AdamW does.
+        maximize: Ascend instead of descend.
+        cautious: Leave out components of Adam's direction that point against the gradient
+            (https://arxiv.org/abs/2411.16085); the ratio is that of the whole u.
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
+
+    References:
+        You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020,
+        https://arxiv.org/abs/1904.00962
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.full((4,), 2.0))
+        >>> optimizer = LAMB([weight], lr=0.1, always_adapt=True, weight_decay=0.0)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()  # a tenth of the norm
+        >>> weight.data
+        tensor([1.8000, 1.8000, 1.8000, 1.8000])
+    """
+
+    when_to_use = "Very large batches (thousands to tens of thousands) with Adam's kind of model, BERT say."
+    memory = "2 values"
+    paper = "https://arxiv.org/abs/1904.00962"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 1e-2,
+        bias_correction: bool = True,
+        trust_clip: bool = False,
+        always_adapt: bool = False,
+        decoupled_decay: bool = False,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
+        weight_decay_kind: str | WeightDecayKind = "decoupled",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": bias_correction,
+                "trust_clip": trust_clip,
+                "always_adapt": always_adapt,
+                "decoupled_decay": decoupled_decay,
+                "maximize": maximize,
+                "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
+        """See `FusedOptimizer.rule`."""
+        return LAMBRule()

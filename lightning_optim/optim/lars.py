@@ -1,0 +1,200 @@
+"""LARS: SGD with a step in proportion to each tensor's norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import Scalar, UpdateRule, minimum, sqrt, where
+from lightning_optim.weight_decay import WeightDecayKind
+
+
+class LARSRule(UpdateRule):
+    """Along the gradient, scaled per tensor to the norm of the weights."""
+
+    counts_steps: ClassVar[bool] = False
+    sums: ClassVar[tuple[str, ...]] = ("param_sq", "grad_sq")
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """Learning rate, and what the trust ratio of this group looks like."""
+        is_l2 = WeightDecayKind(group["weight_decay_kind"]) is WeightDecayKind.L2
+        return {
+            "lr": group["lr"],
+            "trust_ratio": 1.0,
+            "trust_coeff": group["trust_coeff"],
+            "eps": group["eps"],
+            "l2_inside": group["weight_decay"] if is_l2 else 0.0,
+            "adapt": float(group["weight_decay"] != 0 or group["always_adapt"]),
+            "trust_clip": float(group["trust_clip"]),
+        }
+
+    def decay(self, group: Mapping[str, Any], usual: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
+        """The L2 term joins the gradient only after its norm has been taken, in `rescale`."""
+        return usual[0], 0.0
+
+    @staticmethod
+    def sums_update(param: Any, grad: Any) -> Any:
+        """w² and g²."""
+        return param * param, grad * grad
+
+    def rescale(self, scalars: dict[str, Tensor], sums: dict[str, Tensor], numel: Tensor) -> dict[str, Tensor]:
+        """The trust ratio, and the L2 term."""
+        norm, grad_norm = sqrt(sums["param_sq"]), sqrt(sums["grad_sq"])
+        ratio = scalars["trust_coeff"] * norm / (grad_norm + scalars["l2_inside"] * norm + scalars["eps"])
+        ratio = where((norm > 0) & (grad_norm > 0), ratio, 1.0)
+        clipped = minimum(ratio / scalars["lr"], ratio.new_ones(()))
+        ratio = where(scalars["trust_clip"] != 0, clipped, ratio)
+        return {"trust_ratio": where(scalars["adapt"] != 0, ratio, 1.0), "l2": scalars["l2_inside"]}
+
+    @staticmethod
+    def update(param: Any, grad: Any, lr: Any, trust_ratio: Any) -> Any:
+        """One element's step."""
+        return (lr * (trust_ratio * grad),)
+
+
+class LARSMomentumRule(LARSRule):
+    """Along a running sum of scaled gradients."""
+
+    state = ("momentum_buffer",)
+    counts_steps = True  # the first gradient is not dampened
+    first_moment = "momentum_buffer"
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """As without momentum, and the weights of gradient and buffer in the step."""
+        momentum = group["momentum"]
+        return super().scalars(group, step) | {
+            "momentum": momentum,
+            "grad_weight": where(step == 1, 1.0, 1 - group["dampening"]),
+            "grad_share": float(group["nesterov"]),
+            "buffer_share": momentum if group["nesterov"] else 1.0,
+        }
+
+    @staticmethod
+    def update(  # type: ignore[override]
+        param: Any,
+        grad: Any,
+        momentum_buffer: Any,
+        lr: Any,
+        trust_ratio: Any,
+        momentum: Any,
+        grad_weight: Any,
+        grad_share: Any,
+        buffer_share: Any,
+    ) -> Any:
+        """One element's step."""
+        grad = trust_ratio * grad
+        momentum_buffer = momentum * momentum_buffer + grad_weight * grad
+        return lr * (grad_share * grad + buffer_share * momentum_buffer), momentum_buffer
+
+    @staticmethod
+    def sums_update(param: Any, grad: Any, momentum_buffer: Any) -> Any:  # type: ignore[override]
+        """w² and g²."""
+        return param * param, grad * grad
+
+
+class LARS(FusedOptimizer):
+    """LARS: SGD with a step in proportion to each tensor's norm, for very large batches.
+
+    With gradient g, and per tensor:
+
+        ratio = c·‖w‖ / (‖g‖ + λ·‖w‖ + ε)
+        b ← μ·b + (1 − d)·ratio·(g + λ·w)   (the first time b ← ratio·(g + λ·w))
+        w ← w − lr·b,   or with Nesterov's momentum   w ← w − lr·(ratio·(g + λ·w) + μ·b)
+
+    The ratio is 1 where either norm is 0, and for groups without weight decay (biases, norms) unless ``always_adapt``.
+    As Algorithm 1 of the paper, and as `timm.optim.Lars`.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, on top of ``trust_coeff``; a float or a one-element tensor.
+        momentum: μ ≥ 0. 0 keeps no state; 0.9 is the paper's.
+        dampening: d, the share of each new gradient left out.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``. Only `l2`, the paper's, is a part of the ratio.
+        nesterov: Look one step ahead; needs momentum and no dampening.
+        trust_coeff: c, the fraction of a tensor's norm that a step of lr 1 moves.
+        eps: ε, added to the denominator of the ratio, in units of the gradient.
+        trust_clip: Let the ratio only lower the learning rate: ratio = min(ratio/lr, 1) (LARC).
+        always_adapt: Use the ratio in groups without weight decay, too.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
+
+    References:
+        You et al., Large Batch Training of Convolutional Networks, 2017, https://arxiv.org/abs/1708.03888
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.full((4,), 2.0))
+        >>> optimizer = LARS([weight], lr=1.0, trust_coeff=0.1, always_adapt=True)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()  # a tenth of the norm
+        >>> weight.data
+        tensor([1.8000, 1.8000, 1.8000, 1.8000])
+    """
+
+    when_to_use = "Very large batches with convolutional networks; contrastive pretraining."
+    memory = "1 value (0 without momentum)"
+    paper = "https://arxiv.org/abs/1708.03888"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        trust_coeff: float = 1e-3,
+        eps: float = 1e-8,
+        trust_clip: bool = False,
+        always_adapt: bool = False,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
+        weight_decay_kind: str | WeightDecayKind = "l2",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "trust_coeff": trust_coeff,
+                "eps": eps,
+                "trust_clip": trust_clip,
+                "always_adapt": always_adapt,
+                "maximize": maximize,
+                "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        """See `FusedOptimizer.check`."""
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            given = f"momentum={group['momentum']}, dampening={group['dampening']}"
+            raise ValueError(f"LARS: nesterov=True needs momentum above 0 and dampening=0; given {given}.")
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
+        """See `FusedOptimizer.rule`."""
+        return LARSMomentumRule() if group["momentum"] else LARSRule()

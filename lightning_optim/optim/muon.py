@@ -1,0 +1,193 @@
+"""Muon: momentum, orthogonalised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
+from lightning_optim.optim.newton_schulz import COEFFICIENTS, orthogonalize
+from lightning_optim.rules import Scalar, TensorRule
+from lightning_optim.weight_decay import WeightDecayKind
+
+
+class MuonRule(TensorRule):
+    """The orthogonal matrix nearest to the momentum."""
+
+    state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    counts_steps: ClassVar[bool] = False
+    first_moment: ClassVar[str | None] = "momentum_buffer"
+
+    def why_not(self, param: Tensor) -> str | None:
+        """See `Rule.why_not`."""
+        if param.dim() < 2:
+            return f"it has {param.dim()} dimensions, and only matrices can be orthogonalised. Give it rule='adamw'."
+        return None
+
+    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """No momentum."""
+        return {"momentum_buffer": torch.zeros_like(param, memory_format=torch.preserve_format)}
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """Learning rate and momentum."""
+        return {"lr": group["lr"], "momentum": group["momentum"], "one_minus_momentum": 1 - group["momentum"]}
+
+    def update(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """See `TensorRule.update`."""
+        buffers, directions = directions_of(grads, states, scalars, groups, [group["eps"] for group in groups])
+        deltas = []
+        for grad, direction, numbers, group in zip(grads, directions, scalars, groups, strict=True):
+            step_size = numbers["lr"] * step_ratio(direction, group["adjust_lr_fn"])
+            deltas.append((direction.to(grad.dtype) * step_size).reshape(grad.shape))
+        return deltas, [{"momentum_buffer": buffer} for buffer in buffers]
+
+
+def directions_of(
+    grads: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    scalars: Sequence[dict[str, Tensor]],
+    groups: Sequence[Mapping[str, Any]],
+    eps: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """New momentum; and the momentum orthogonalised, as matrices, in bfloat16 as published."""
+    buffers, matrices = [], []
+    by_setting: dict[Any, list[int]] = {}
+    for i, (grad, state, numbers, group) in enumerate(zip(grads, states, scalars, groups, strict=True)):
+        buffers.append(state["momentum_buffer"].lerp(grad, numbers["one_minus_momentum"]))
+        direction = grad.lerp(buffers[i], numbers["momentum"]) if group["nesterov"] else buffers[i]
+        matrices.append(direction.flatten(1))
+        by_setting.setdefault((tuple(group["ns_coefficients"]), group["ns_steps"], eps[i]), []).append(i)
+    directions: dict[int, Tensor] = {}
+    for setting, indices in by_setting.items():
+        directions.update(zip(indices, orthogonalize([matrices[i] for i in indices], *setting), strict=True))
+    return buffers, [directions[i] for i in range(len(grads))]
+
+
+def step_ratio(matrix: Tensor, adjust_lr_fn: str | None) -> float:
+    """What the learning rate is multiplied by, for a matrix of this shape."""
+    rows, columns = matrix.shape
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+class Muon(HiddenMatrixOptimizer):
+    """Muon: steps of equal size in all directions of each weight matrix; AdamW for everything else.
+
+    With gradient G of a matrix of A rows and B columns:
+
+        M ← μ·M + (1 − μ)·G,   N = (1 − μ)·G + μ·M   (N = M without Nesterov's momentum)
+        O = N with its singular values brought close to 1, by Newton-Schulz iteration in bfloat16
+        W ← (1 − lr·λ)·W
+        W ← W − lr·√max(1, A/B)·O,   or with `match_rms_adamw`   W ← W − lr·0.2·√max(A, B)·O
+
+    As the reference of the first paper below and `torch.optim.Muon`, whose state dicts load here and back.
+
+    Hidden matrices only are to be orthogonalised. Convolution kernels are, flattened to output channels × the rest;
+    vectors, embeddings and output layers go to AdamW, in groups of their own that this constructor makes, with
+    ``rule="adamw"``. Embeddings and output layers are known by their names: pass `model.named_parameters()` rather than
+    `model.parameters()`, or better `muon_param_groups(model)`, which also looks at the modules. A group's `rule`,
+    "muon" or the name of another optimizer, decides for all its parameters.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate; a float or a one-element tensor. With `original`, 0.02 is usual for hidden matrices.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
+        momentum: μ in [0, 1); 0.95 remembers about twenty steps.
+        nesterov: Look one step ahead.
+        ns_coefficients: (a, b, c) of the iteration's quintic.
+        eps: Smallest norm of N that is divided by.
+        ns_steps: Iterations, 1 to 99; five bring singular values to between about 0.7 and 1.2.
+        adjust_lr_fn: How the step depends on the shape: None or `original`, or `match_rms_adamw`, with which learning
+            rate and weight decay tuned for AdamW fit (the second paper), and so one lr fits all groups.
+        adamw_lr: Learning rate of the groups that go to AdamW; None for ``lr``.
+        adamw_betas: Their betas; 0.95 rather than 0.999, as with Muon in language models.
+        adamw_eps: Their ε.
+        adamw_weight_decay: Their weight decay; None for ``weight_decay``.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
+
+    References:
+        Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024,
+        https://kellerjordan.github.io/posts/muon; Liu et al., Muon is Scalable for LLM Training, 2025,
+        https://arxiv.org/abs/2502.16982 (`match_rms_adamw`)
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        >>> optimizer = Muon(model.named_parameters(), lr=0.02, adamw_lr=3e-4)
+        >>> [(group.get("rule", "muon"), group["param_names"]) for group in optimizer.param_groups]
+        [('muon', ['0.weight', '2.weight']), ('adamw', ['0.bias', '2.bias'])]
+    """
+
+    when_to_use = "Hidden matrices of transformers and convolutional networks; fewer steps than AdamW."
+    memory = "1 value (2 for what goes to AdamW)"
+    paper = "https://kellerjordan.github.io/posts/muon"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        adamw_lr: float | Tensor | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float | None = None,
+        maximize: bool = False,
+        cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
+        weight_decay_kind: str | WeightDecayKind = "decoupled",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "momentum": momentum,
+                "nesterov": nesterov,
+                "ns_coefficients": ns_coefficients,
+                "eps": eps,
+                "ns_steps": ns_steps,
+                "adjust_lr_fn": adjust_lr_fn,
+                "maximize": maximize,
+                "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay},
+            backend=backend,
+        )
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> TensorRule:
+        """See `FusedOptimizer.rule`."""
+        return MuonRule()

@@ -1,0 +1,81 @@
+"""Newton-Schulz iteration: the nearest (semi-)orthogonal matrix, from matrix products only, many matrices at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic a·x + b·x³ + c·x⁵; chosen by Jordan et al. to raise small singular values as fast as possible.
+Singular values do not converge to 1 but land between about 0.7 and 1.2 after five steps, which serves as well."""
+
+LARGEST_STACK = 2**25
+"""Elements in one stack, 64 MB in bfloat16: more gains no speed, and costs a few times that in temporaries."""
+
+
+def orthogonalize(
+    matrices: Sequence[Tensor],
+    coefficients: tuple[float, float, float] = COEFFICIENTS,
+    steps: int = 5,
+    eps: float = 1e-7,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Tensor]:
+    """U·Vᵀ of each matrix U·S·Vᵀ, nearly: all singular values brought close to 1.
+
+    Matrices of one shape, or of the transposed one, are stacked: on a GPU, and on the CPU's cores, one batched product
+    is faster than many small ones, and the wide form of a matrix has the smaller Gram matrix.
+
+    Args:
+        matrices: Shape [rows, columns] each, on one device, of any floating dtype.
+        coefficients: (a, b, c) of the quintic.
+        steps: Number of iterations.
+        eps: Smallest norm that is divided by.
+        dtype: What the iteration runs in.
+
+    Returns:
+        Matrices of the shapes given, in ``dtype``.
+
+    Example:
+        >>> (x,) = orthogonalize([torch.tensor([[3.0, 0.0], [0.0, 2.0]])], dtype=torch.float32)
+        >>> bool((x.diagonal() > 0.6).all())
+        True
+    """
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        rows, columns = matrix.shape
+        by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append(i)
+    results: dict[int, Tensor] = {}
+    for (rows, columns), indices in by_shape.items():
+        stack_size = max(1, LARGEST_STACK // max(rows * columns, 1))
+        for start in range(0, len(indices), stack_size):
+            part = indices[start : start + stack_size]
+            wide = [_wide(matrices[i].to(dtype)) for i in part]
+            if len(part) == 1:
+                done = [_iterate(wide[0], coefficients, steps, eps)]
+            else:
+                done = list(_iterate(torch.stack(wide), coefficients, steps, eps).unbind())
+            for i, result in zip(part, done, strict=True):
+                results[i] = result.mT if _is_tall(matrices[i]) else result
+    return [results[i] for i in range(len(matrices))]
+
+
+def _is_tall(matrix: Tensor) -> bool:
+    return matrix.shape[0] > matrix.shape[1]
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.mT if _is_tall(matrix) else matrix
+
+
+def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The iteration on one wide matrix or a stack of them."""
+    a, b, c = coefficients
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
+    # The Frobenius norm bounds the largest singular value, which must not be above 1.
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x

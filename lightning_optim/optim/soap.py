@@ -1,0 +1,247 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.backends.scalars import read
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import Scalar, TensorRule, sqrt, where
+from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients
+
+Bases = list[Tensor | None]  # one per dimension; None for one that is left as it is
+
+
+class SOAPRule(TensorRule):
+    """Adam's second moment along slowly rotating directions in which gradients are nearly uncorrelated."""
+
+    state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    first_moment: ClassVar[str | None] = "exp_avg"
+
+    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Moments and Gram matrices of zero; `GG_<dim>` and `Q_<dim>` for each dimension that is preconditioned."""
+        state = {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in self.state}
+        for dim in _preconditioned(param, group):
+            size = param.shape[dim]
+            state[f"GG_{dim}"] = param.new_zeros(size, size)
+            state[f"Q_{dim}"] = torch.eye(size, dtype=param.dtype, device=param.device)
+        return state
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """Adam's numbers, one step late; and zeros for the first step, which only finds the bases."""
+        beta1, beta2 = group["betas"]
+        first = step == 1
+        adam_step = where(first, 1.0, step - 1)
+        step_size = group["lr"] * sqrt(1 - beta2**adam_step) / (1 - beta1**adam_step)
+        shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
+        kind = WeightDecayKind(group["weight_decay_kind"])
+        decay, _ = decay_coefficients(kind, group["lr"], group["weight_decay"], group["peak_lr"])
+        return {
+            "step": step,
+            "step_size": where(first, 0.0, step_size),
+            "one_minus_beta1": where(first, 0.0, 1 - beta1),
+            "one_minus_beta2": where(first, 0.0, 1 - beta2),
+            "one_minus_shampoo_beta": 1 - shampoo_beta,
+            "decay": where(first, 0.0, decay),
+        }
+
+    def update(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """See `TensorRule.update`."""
+        deltas, new_states = [], []
+        for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
+            bases: Bases = [state.get(f"Q_{dim}") for dim in range(grad.dim())]
+            exp_avg = state["exp_avg"].lerp(grad, numbers["one_minus_beta1"])
+            exp_avg_sq = state["exp_avg_sq"].lerp(_rotated(grad, bases).square(), numbers["one_minus_beta2"])
+            direction = _rotated(exp_avg, bases) / (exp_avg_sq.sqrt() + group["eps"])
+            # Weights decay after the update here, so the update decays along.
+            deltas.append(_rotated(direction, bases, back=True) * (numbers["step_size"] * (1 - numbers["decay"])))
+            new_state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            count = _count(numbers, group)
+            for dim, basis in enumerate(bases):
+                if basis is None:
+                    continue
+                gram = state[f"GG_{dim}"].lerp(_gram(grad, dim), numbers["one_minus_shampoo_beta"])
+                new_state[f"GG_{dim}"] = gram
+                if count == 1:
+                    new_state[f"Q_{dim}"] = _eigenvectors(gram)
+                elif (count - 1) % group["precondition_frequency"] == 0:
+                    new_state[f"Q_{dim}"], order = _power_iteration(gram, basis)
+                    new_state["exp_avg_sq"] = new_state["exp_avg_sq"].index_select(dim, order)
+                else:
+                    new_state[f"Q_{dim}"] = basis
+            new_states.append(new_state)
+        return deltas, new_states
+
+
+def _preconditioned(param: Tensor, group: Mapping[str, Any]) -> list[int]:
+    """The dimensions that have a basis of their own."""
+    if param.dim() == 1 and not group["precondition_1d"]:
+        return []
+    return [dim for dim, size in enumerate(param.shape) if size <= group["max_precondition_dim"]]
+
+
+def _count(numbers: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:
+    """Which step this is, on the host: the very step where memory may be read, elsewhere the number of calls."""
+    return round(read(numbers["step"])) if numbers["step"].device.type == "cpu" else group["calls"]
+
+
+def _rotated(x: Tensor, bases: Bases, back: bool = False) -> Tensor:
+    """``x`` in the coordinates of ``bases``, or back from them."""
+    for basis in bases:  # each turn moves the first dimension to the end
+        x = x.movedim(0, -1) if basis is None else torch.tensordot(x, basis, dims=([0], [int(back)]))
+    return x
+
+
+def _gram(grad: Tensor, dim: int) -> Tensor:
+    """Products of the slices of ``grad`` along ``dim``, [size, size]."""
+    rows = grad.movedim(dim, 0).flatten(1) if grad.dim() > 1 else grad[:, None]
+    return rows @ rows.mT
+
+
+def _eigenvectors(gram: Tensor) -> Tensor:
+    """Eigenvectors as columns, that of the largest eigenvalue first."""
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    finite = gram.isfinite().all()
+    vectors: Tensor = torch.linalg.eigh(torch.where(finite, gram, identity) + 1e-30 * identity).eigenvectors
+    # LAPACK refuses NaN; from here it goes on to where it goes in any other optimizer.
+    return torch.where(finite, vectors.flip(1), torch.nan)
+
+
+def _power_iteration(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """A basis nearer to the eigenvectors, and the order into which the old one's vectors were brought for it."""
+    product = gram @ basis
+    order = (basis * product).sum(0).argsort(descending=True)
+    # In float32 as the authors have it: orthogonal enough, and the dtype that every device has.
+    return torch.linalg.qr(product[:, order].float()).Q.to(gram.dtype), order
+
+
+class SOAP(FusedOptimizer):
+    """SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
+
+    For a matrix with gradient G, at step t > 1, k = t − 1:
+
+        G' = Q_Lᵀ·G·Q_R
+        m ← β₁·m + (1 − β₁)·G,   v ← β₂·v + (1 − β₂)·G'²
+        W ← W − lr·√(1 − β₂ᵏ)/(1 − β₁ᵏ) · Q_L·[(Q_Lᵀ·m·Q_R) / (√v + ε)]·Q_Rᵀ
+        W ← (1 − lr·λ)·W
+        L ← β_s·L + (1 − β_s)·G·Gᵀ,   R ← β_s·R + (1 − β_s)·Gᵀ·G
+        every `precondition_frequency` steps: Q_L, Q_R ← QR(L·Q_L), QR(R·Q_R), one power iteration
+
+    The first step takes Q from the eigenvectors of L and R, and moves nothing. Tensors of more dimensions have a basis
+    for each; vectors have none and are Adam's. As Algorithm 3 of the paper, and as `pytorch_optimizer.SOAP`. Where the
+    first L or R does not have full rank, its eigenvectors are not unique, and results depend on the last bit.
+
+    When bases are refreshed is decided on the host, for the refresh is other code. On the CPU the host sees which step
+    it is, and a skipped step is as if it had not been. On other devices it must not read that, and counts calls
+    (``group["calls"]``, saved in checkpoints): a skipped call still leaves parameters and state bit-equal, but the
+    refresh that was due in it is made up only by the next one; if the first call is skipped, bases start as unit
+    vectors, and the refreshes turn them. The first call waits for the device, for `torch.linalg.eigh` does.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, about the size of each step; a float or a one-element tensor.
+        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1).
+        shampoo_beta: β_s, the decay rate of L and R; None for β₂.
+        eps: ε, added to the denominator before its correction, in units of the gradient.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
+        precondition_frequency: Steps from one refresh of the bases to the next; the paper's 10 costs little in quality.
+        max_precondition_dim: Dimensions larger than this keep their coordinates, vocabularies above all.
+        precondition_1d: Whether vectors have a basis, too.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
+
+    References:
+        Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, 2024, https://arxiv.org/abs/2409.11321
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
+        >>> optimizer = SOAP([weight], lr=0.1)
+        >>> for _ in range(20):
+        ...     optimizer.zero_grad()
+        ...     weight.square().sum().backward()
+        ...     optimizer.step()
+        >>> bool(weight.square().sum() < 5)
+        True
+    """
+
+    when_to_use = "Fewest steps at large batches, where time per step and memory allow; language models."
+    memory = "2 values, and 2 per element of two square matrices as large as each side"
+    paper = "https://arxiv.org/abs/2409.11321"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        precondition_frequency: int = 10,
+        max_precondition_dim: int = 10000,
+        precondition_1d: bool = False,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
+        weight_decay_kind: str | WeightDecayKind = "decoupled",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "shampoo_beta": shampoo_beta,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "precondition_frequency": precondition_frequency,
+                "max_precondition_dim": max_precondition_dim,
+                "precondition_1d": precondition_1d,
+                "maximize": maximize,
+                "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        """See `FusedOptimizer.check`."""
+        for name in ("precondition_frequency", "max_precondition_dim"):
+            if not isinstance(group[name], int) or group[name] < 1:
+                raise ValueError(f"SOAP: {name}={group[name]!r}; needed is a whole number of at least 1.")
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> TensorRule:
+        """See `FusedOptimizer.rule`."""
+        return SOAPRule()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient, once; see `FusedOptimizer.step`."""
+        for group in self.param_groups:
+            if any(param.device.type != "cpu" for param in group["params"]):
+                group["calls"] = group.get("calls", 0) + 1
+        return super().step(closure)

@@ -1,0 +1,162 @@
+"""StableAdamW: AdamW whose learning rate shrinks, tensor by tensor, when gradients outgrow their second moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.rules import Scalar, UpdateRule, maximum, sqrt
+from lightning_optim.weight_decay import WeightDecayKind
+
+
+def _new_square(grad: Any, exp_avg_sq: Any, beta2_hat: Any, one_minus_beta2_hat: Any) -> Any:
+    return beta2_hat * exp_avg_sq + one_minus_beta2_hat * grad * grad
+
+
+class StableAdamWRule(UpdateRule):
+    """Adam with debiased betas, and per tensor a step divided by the RMS of g/√v where that is above 1."""
+
+    state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    first_moment: ClassVar[str | None] = "exp_avg"
+    second_moment: ClassVar[str | None] = "exp_avg_sq"
+    sums: ClassVar[tuple[str, ...]] = ("ratio_sq",)
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """The debiased betas of this step, which make bias corrections unnecessary."""
+        beta1_hat, beta2_hat = ((beta**step - beta) / (beta**step - 1) for beta in group["betas"])
+        return {
+            "lr": group["lr"],
+            "beta1_hat": beta1_hat,
+            "one_minus_beta1_hat": 1 - beta1_hat,
+            "beta2_hat": beta2_hat,
+            "one_minus_beta2_hat": 1 - beta2_hat,
+            "eps": group["eps"],
+            "eps_sq": group["eps"] ** 2,
+        }
+
+    @staticmethod
+    def sums_update(
+        param: Any,
+        grad: Any,
+        exp_avg: Any,
+        exp_avg_sq: Any,
+        beta2_hat: Any,
+        one_minus_beta2_hat: Any,
+        eps_sq: Any,
+    ) -> Any:
+        """g²/v, with the new v."""
+        exp_avg_sq = _new_square(grad, exp_avg_sq, beta2_hat, one_minus_beta2_hat)
+        return (grad * grad / maximum(exp_avg_sq, eps_sq),)
+
+    def rescale(self, scalars: dict[str, Tensor], sums: dict[str, Tensor], numel: Tensor) -> dict[str, Tensor]:
+        """Learning rate and decay over max(1, RMS)."""
+        divisor = maximum(sqrt(sums["ratio_sq"] / numel), sums["ratio_sq"].new_ones(()))
+        return {"lr": scalars["lr"] / divisor, "decay": scalars["decay"] / divisor}
+
+    @staticmethod
+    def update(
+        param: Any,
+        grad: Any,
+        exp_avg: Any,
+        exp_avg_sq: Any,
+        lr: Any,
+        beta1_hat: Any,
+        one_minus_beta1_hat: Any,
+        beta2_hat: Any,
+        one_minus_beta2_hat: Any,
+        eps: Any,
+    ) -> Any:
+        """One element's step."""
+        exp_avg = beta1_hat * exp_avg + one_minus_beta1_hat * grad
+        exp_avg_sq = _new_square(grad, exp_avg_sq, beta2_hat, one_minus_beta2_hat)
+        return lr * exp_avg / (sqrt(exp_avg_sq) + eps), exp_avg, exp_avg_sq
+
+
+class StableAdamW(FusedOptimizer):
+    """StableAdamW: AdamW with Adafactor's update clipping in place of gradient clipping.
+
+    With gradient g at step t, and per tensor:
+
+        β̂ = (βᵗ − β) / (βᵗ − 1)   for β₁ and β₂
+        m ← β̂₁·m + (1 − β̂₁)·g,   v ← β̂₂·v + (1 − β̂₂)·g²
+        η = lr / max(1, √mean(g² / max(v, ε²)))
+        w ← (1 − η·λ)·w
+        w ← w − η · m / (√v + ε)
+
+    As Algorithm 2 of the paper with the decay multiplied by η too, and as `optimi.StableAdamW`. A gradient that is
+    suddenly large for its tensor (a stale v, the usual cause of loss spikes) makes that tensor's step small.
+
+    Args:
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, about the size of each step; a float or a one-element tensor.
+        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1); 0.99, as the paper's successors use, because
+            stale second moments are what this optimizer guards against.
+        eps: ε, added to the denominator, in units of the gradient.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``, with η for lr in every kind but `l2`.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu`, `triton`.
+
+    References:
+        Wortsman et al., Stable and low-precision training for large-scale vision-language models, 2023,
+        https://arxiv.org/abs/2304.13013
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = StableAdamW([weight], lr=0.1, weight_decay=0.0)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.9000, 0.9000, 0.9000])
+    """
+
+    when_to_use = "AdamW that survives loss spikes, without gradient clipping; low precision, large vision models."
+    memory = "2 values"
+    paper = "https://arxiv.org/abs/2304.13013"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-6,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
+        weight_decay_kind: str | WeightDecayKind = "decoupled",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+                "cautious": cautious,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
+                "weight_decay_kind": weight_decay_kind,
+            },
+            backend=backend,
+        )
+
+    @classmethod
+    def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
+        """See `FusedOptimizer.rule`."""
+        return StableAdamWRule()

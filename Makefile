@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
+# Threads that wait for each other by spinning starve each other on machines with less cores to spare than they think.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help demo test test-all lint docs bench clean
 .DEFAULT_GOAL := help
 

@@ -25,7 +25,7 @@ def main(max_steps: int = -1) -> L.Trainer:
         accelerator="cpu",
         log_every_n_steps=10,
         enable_model_summary=False,
-        logger=TensorBoardLogger("runs", name="char_lm"),
+        logger=TensorBoardLogger("runs", name="char_lm", default_hp_metric=False),
         callbacks=[
             lo.ConfigureOptimizers(
                 "adamw",

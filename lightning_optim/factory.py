@@ -64,7 +64,7 @@ class OptimizerFactory:
     ) -> None:
         given = {"lr": lr, "weight_decay": weight_decay}
         self._kwargs = _merge(optimizer_kwargs or {}, {key: value for key, value in given.items() if value is not None})
-        self._make, self._label = _resolve_optimizer(optimizer, self._kwargs)
+        self._make, self._class = _resolve_optimizer(optimizer, self._kwargs)
         self._schedule = _resolve_schedule(schedule, warmup)
         self._rules: Sequence[ParamGroupRule | str] = ("no_decay",) if param_groups is None else param_groups
         check_rules(self._rules)
@@ -79,7 +79,9 @@ class OptimizerFactory:
         Raises:
             ValueError: The rules do not fit the model, or the schedule the length of the run.
         """
-        groups = build_param_groups(model, self._rules)
+        # Muon, for one, treats parts of a group differently, and sees which from the modules.
+        groups_of = getattr(self._class, "groups_of", build_param_groups)
+        groups = groups_of(model, self._rules)
         optimizer = self._make(groups)
         self._check_groups(optimizer, groups)
         for group in optimizer.param_groups:
@@ -105,13 +107,14 @@ class OptimizerFactory:
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self._kwargs.items())
-        return f"{type(self).__name__}({self._label}({options}), {self._schedule!r})"
+        return f"{type(self).__name__}({self._class.__name__}({options}), {self._schedule!r})"
 
     def _check_groups(self, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+        label = self._class.__name__
         for group in groups:
             if group.get("weight_decay") and "weight_decay" not in optimizer.defaults:
                 raise ValueError(
-                    f"Parameter group {group['name']!r} sets weight_decay={group['weight_decay']}, but {self._label} "
+                    f"Parameter group {group['name']!r} sets weight_decay={group['weight_decay']}, but {label} "
                     f"has no such option. It has: {', '.join(sorted(optimizer.defaults))}."
                 )
 
@@ -119,8 +122,8 @@ class OptimizerFactory:
 _Make = Callable[[Iterable[Any]], Optimizer]
 
 
-def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, str]:
-    """A function from parameter groups to an optimizer, and its name for messages; tried out on a parameter of one."""
+def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, type[Optimizer]]:
+    """A function from parameter groups to an optimizer, and the optimizer's class; tried out on a parameter of one."""
     if isinstance(given, Mapping):
         if unknown := sorted(set(given) - {"class_path", "init_args"}):
             raise ValueError(
@@ -154,10 +157,9 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, str]:
     trial = make([{"params": [nn.Parameter(torch.zeros(1, 1))]}])  # refuses bad values now, not in the middle of fit
     if not isinstance(trial, Optimizer):
         raise TypeError(f"The optimizer callable {label} returned {trial!r}, which is no torch.optim.Optimizer.")
-    label = type(trial).__name__
     if "lr" in trial.defaults:
-        _check_number(label, "lr", trial.defaults["lr"], above_zero=True)
-    return make, label
+        _check_number(type(trial).__name__, "lr", trial.defaults["lr"], above_zero=True)
+    return make, type(trial)
 
 
 _FUSED_DEVICES = ("cpu", "cuda")

@@ -102,6 +102,10 @@ class Rule:
     keyword and returns the new one under the same name. Kept in float64, so that products and sums over a million steps
     keep moving."""
 
+    counts_calls: ClassVar[bool] = False
+    """Whether the host counts calls of `step`, skipped or not, in ``group["calls"]``: for rules that must decide on the
+    host what a step does, on devices whose memory it must not read. On the CPU a rule may read `step` instead."""
+
     first_moment: ClassVar[str | None] = None
     """The state that plays m in the step sums."""
 

@@ -55,9 +55,15 @@ class AdafactorRule(TensorRule):
                 new_states.append({"row_var": row_var, "col_var": col_var})
                 variance = _row_factor(row_var, eps1) * col_var
             delta = grad * variance.clamp(min=eps1**2).rsqrt()
-            squares_of = torch.stack([param.square().sum(), delta.square().sum()])
-            scale = _scales(squares_of[:1], squares_of[1:], [param], [numbers], [group])
-            deltas.append(delta.mul_(scale[0]))
+            numel = max(param.numel(), 1)
+            scale = _scale(
+                (param.square().sum() / numel).sqrt(),
+                (delta.square().sum() / numel).sqrt(),
+                numbers["relative_step"],
+                group["eps"][1],
+                group["d"],
+            )
+            deltas.append(delta.mul_(scale))
         return deltas, new_states
 
     def update_on_cpu(
@@ -89,9 +95,11 @@ class AdafactorRule(TensorRule):
                 columns.append(state["col_var"].lerp(col_means[i], weights[i]).contiguous())
                 rows.append(_row_factor(row_var, eps1).contiguous())
                 new_states.append({"row_var": row_var, "col_var": columns[i]})
-        param_sq = measure(params).double()
         delta_sq = cpu_factored.scaled_squares(grads, rows, columns, floors)
-        scales = _scales(param_sq, delta_sq, params, scalars, groups)
+        numel = delta_sq.new_tensor([max(param.numel(), 1) for param in params])
+        eps2, d = delta_sq.new_tensor([[group["eps"][1], group["d"]] for group in groups]).unbind(1)
+        relative_step = torch.stack([numbers["relative_step"] for numbers in scalars])
+        scales = _scale((measure(params) / numel).sqrt(), (delta_sq / numel).sqrt(), relative_step, eps2, d)
         deltas = cpu_factored.scaled(grads, rows, columns, floors, scales.tolist())
         return (delta.view(shape) for delta, shape in zip(deltas, shapes, strict=True)), new_states
 
@@ -106,18 +114,10 @@ def _row_factor(row_var: Tensor, eps1: float) -> Tensor:
     return row_var / row_var.mean(-2, keepdim=True).clamp(min=eps1)
 
 
-def _scales(
-    param_sq: Tensor,
-    delta_sq: Tensor,
-    params: Sequence[Tensor],
-    scalars: Sequence[dict[str, Tensor]],
-    groups: Sequence[Mapping[str, Any]],
-) -> Tensor:
-    """What g/√v of each tensor is multiplied by, [tensors]: the step size over what exceeds an RMS of d."""
-    numel = param_sq.new_tensor([max(param.numel(), 1) for param in params])
-    eps2, d = param_sq.new_tensor([[group["eps"][1], group["d"]] for group in groups]).unbind(1)
-    relative_step = torch.stack([numbers["relative_step"] for numbers in scalars])
-    return relative_step * (param_sq / numel).sqrt().maximum(eps2) / ((delta_sq / numel).sqrt() / d).clamp(min=1.0)
+def _scale(param_rms: Tensor, delta_rms: Tensor, relative_step: Tensor, eps2: Any, d: Any) -> Tensor:
+    """What g/√v is multiplied by: the step size over what exceeds an RMS of d."""
+    scale: Tensor = relative_step * param_rms.clamp(min=eps2) / (delta_rms / d).clamp(min=1.0)
+    return scale
 
 
 class Adafactor(FusedOptimizer):

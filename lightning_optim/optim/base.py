@@ -163,6 +163,8 @@ class FusedOptimizer(Optimizer):
             rule = self.rule_of(group)
             scalar_names = ("step", *rule.scalar_state) if rule.counts_steps else tuple(rule.scalar_state)
             flagged = low_precision.uses(group)
+            if rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
+                group["calls"] = group.get("calls", 0) + 1
             if _shares(rule) and group["params"]:
                 self._init_shared(group, rule)
             first = row

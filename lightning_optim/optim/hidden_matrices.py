@@ -105,6 +105,9 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         self._adamw = {name: value for name, value in adamw.items() if value is not None}
         super().__init__(params, defaults, backend=backend)
 
+    groups_of = staticmethod(muon_param_groups)
+    """How `OptimizerFactory` makes the groups of a model for this class."""
+
     @classmethod
     def hyperparameters(cls) -> dict[str, Any]:
         """See `FusedOptimizer.hyperparameters`; those for AdamW are not this optimizer's own."""

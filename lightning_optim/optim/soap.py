@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ class SOAPRule(TensorRule):
     """Adam's second moment along slowly rotating directions in which gradients are nearly uncorrelated."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    counts_calls: ClassVar[bool] = True
     first_moment: ClassVar[str | None] = "exp_avg"
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -94,7 +95,7 @@ def _preconditioned(param: Tensor, group: Mapping[str, Any]) -> list[int]:
 
 def _count(numbers: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:
     """Which step this is, on the host: the very step where memory may be read, elsewhere the number of calls."""
-    return round(read(numbers["step"])) if numbers["step"].device.type == "cpu" else group["calls"]
+    return round(read(numbers["step"])) if numbers["step"].device.type == "cpu" else int(group["calls"])
 
 
 def _rotated(x: Tensor, bases: Bases, back: bool = False) -> Tensor:
@@ -238,10 +239,3 @@ class SOAP(FusedOptimizer):
     def rule(cls, group: Mapping[str, Any]) -> TensorRule:
         """See `FusedOptimizer.rule`."""
         return SOAPRule()
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient, once; see `FusedOptimizer.step`."""
-        for group in self.param_groups:
-            if any(param.device.type != "cpu" for param in group["params"]):
-                group["calls"] = group.get("calls", 0) + 1
-        return super().step(closure)

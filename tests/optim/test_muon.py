@@ -1,0 +1,266 @@
+"""Muon and NorMuon: which parameters they take, how they batch, and what Newton-Schulz does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_optim as lo
+from lightning_optim import optim
+from lightning_optim.optim.hidden_matrices import is_hidden_matrix
+from lightning_optim.optim.newton_schulz import orthogonalize
+from lightning_optim.param_groups import ParamGroupRule
+from tests.optim.cases import assert_same, copies, give, gradients
+
+both = pytest.mark.parametrize("optimizer_class", [optim.Muon, optim.NorMuon])
+
+
+class Tiny(nn.Module):
+    """A bit of everything: tied embedding and output, convolution, norm, hidden layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 6)
+        self.conv = nn.Conv2d(6, 4, 3)
+        self.norm = nn.LayerNorm(6)
+        self.body = nn.Linear(6, 6)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 6))
+        self.decoder = nn.Linear(6, 11, bias=False)
+        self.decoder.weight = self.words.weight
+        self.head = nn.Linear(6, 3)
+
+
+def names_by_rule(groups: Any) -> dict[str, list[str]]:
+    result: dict[str, list[str]] = {}
+    for group in groups:
+        names = group.get("param_names") or [name for name, _ in group["params"]]
+        result.setdefault(group.get("rule") or "own", []).extend(names)
+    return result
+
+
+def test_groups_from_a_model_know_embeddings_by_their_module() -> None:
+    rules = names_by_rule(optim.muon_param_groups(Tiny()))
+    assert rules["own"] == ["conv.weight", "body.weight"]
+    assert {"words.weight", "cls_token", "norm.weight", "head.weight", "body.bias"} < set(rules["adamw"])
+    assert "decoder.weight" not in rules["adamw"]  # tied
+
+
+def test_rules_of_groups_are_kept_and_split_groups_are_named() -> None:
+    groups = optim.muon_param_groups(
+        Tiny(), ["no_decay", ParamGroupRule(name="slow", pattern="^(body|head)", lr_multiplier=0.1)]
+    )
+    assert [(g["name"], g.get("rule"), g["lr_multiplier"]) for g in groups] == [
+        ("no_decay", "adamw", 1.0),
+        ("slow", None, 0.1),
+        ("slow_adamw", "adamw", 0.1),
+        ("default", None, 1.0),
+        ("default_adamw", "adamw", 1.0),
+    ]
+    optimizer = optim.Muon(groups, weight_decay=0.1)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.1, 0.1, 0.1, 0.1]
+    assert [g["name"] for g in optimizer.param_groups] == [g["name"] for g in groups]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "hidden"),
+    [
+        ("blocks.0.attn.qkv.weight", (12, 4), True),
+        ("blocks.0.mlp.fc1.weight", (8, 4), True),
+        ("layers.3.self_attn.o_proj.weight", (4, 4), True),
+        ("layer4.0.conv1.weight", (8, 4, 3, 3), True),
+        ("model.header_net.weight", (4, 4), True),
+        ("blocks.0.attn.qkv.bias", (12,), False),
+        ("temperature", (), False),
+        ("pos_embed", (1, 7, 4), False),
+        ("layer_scale", (1, 4), False),
+        ("model.embed_tokens.weight", (9, 4), False),
+        ("bert.embeddings.word_embeddings.weight", (9, 4), False),
+        ("transformer.wte.weight", (9, 4), False),
+        ("tok_embeddings.weight", (9, 4), False),
+        ("lm_head.weight", (9, 4), False),
+        ("model.heads.head.weight", (9, 4), False),
+        ("classifier.1.weight", (9, 4), False),
+        ("model.fc.weight", (9, 4), False),
+    ],
+)
+def test_without_a_model_names_and_shapes_decide(name: str, shape: tuple[int, ...], hidden: bool) -> None:
+    assert is_hidden_matrix(torch.zeros(shape), [name]) == hidden
+
+
+@both
+def test_constructor_takes_parameters_names_and_groups(optimizer_class: Any) -> None:
+    model = Tiny()
+    plain = optimizer_class(model.parameters())
+    assert [len(g["params"]) for g in plain.param_groups] == [4, 6]  # nameless: the embedding and the head look hidden
+    named = optimizer_class(model.named_parameters())
+    assert names_by_rule(named.param_groups)["own"] == ["words.weight", "conv.weight", "body.weight"]
+    given = optimizer_class([{"params": [model.head.weight], "rule": "adamw"}, {"params": model.body.parameters()}])
+    assert [g.get("rule") for g in given.param_groups] == ["adamw", None, "adamw"]
+    only = optimizer_class([model.body.bias])
+    assert [g["rule"] for g in only.param_groups] == ["adamw"]
+    alone = optimizer_class(optim.muon_param_groups(model))
+    assert sum(len(g["params"]) for g in alone.param_groups) == 10
+
+
+@both
+def test_adamw_groups_are_adamw(optimizer_class: Any) -> None:
+    first, second = Tiny(), Tiny()
+    second.load_state_dict(first.state_dict())
+    optimizer = optimizer_class(
+        first.named_parameters(), lr=0.02, adamw_lr=3e-3, adamw_betas=(0.8, 0.9), adamw_weight_decay=0.3
+    )
+    others = [n for g in optimizer.param_groups if g.get("rule") for n in g["param_names"]]
+    names = dict(second.named_parameters())
+    twin = torch.optim.AdamW([names[n] for n in others], lr=3e-3, betas=(0.8, 0.9), weight_decay=0.3)
+    for grads in gradients(list(first.parameters()), 3):
+        give(list(first.parameters()), grads)
+        give(list(second.parameters()), grads)
+        optimizer.step()
+        twin.step()
+    mine = dict(first.named_parameters())
+    for name in others:
+        torch.testing.assert_close(mine[name], names[name], rtol=1e-6, atol=1e-7)
+    assert not torch.equal(mine["body.weight"], names["body.weight"])
+
+
+def test_what_a_group_says_itself_wins_over_the_settings_for_adamw() -> None:
+    model = nn.Linear(3, 3)
+    optimizer = optim.Muon([{"params": model.parameters(), "weight_decay": 0.0}], adamw_weight_decay=0.5, adamw_lr=0.1)
+    assert [(g["weight_decay"], g["lr"]) for g in optimizer.param_groups] == [(0.0, 1e-3), (0.0, 0.1)]
+
+
+@both
+def test_convolution_kernels_are_flattened(optimizer_class: Any) -> None:
+    kernel = torch.randn(6, 2, 3, 3, dtype=torch.float64)
+    first, second = kernel.clone().requires_grad_(), kernel.flatten(1).clone().requires_grad_()
+    one, other = optimizer_class([first], lr=0.1), optimizer_class([second], lr=0.1)
+    for _ in range(3):
+        first.grad = torch.randn_like(kernel)
+        second.grad = first.grad.flatten(1).clone()
+        one.step()
+        other.step()
+    torch.testing.assert_close(first.flatten(1), second, rtol=0, atol=0)
+    assert one.state[first]["momentum_buffer"].shape == kernel.shape
+
+
+@both
+def test_a_vector_cannot_be_given_to_the_rule(optimizer_class: Any) -> None:
+    group = {"params": [("scale", torch.ones(3, requires_grad=True))], "rule": optimizer_class.__name__.lower()}
+    with pytest.raises(ValueError, match=r"parameter 'scale': it has 1 dimensions, and only matrices .* rule='adamw'"):
+        optim.AdamW([group])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adjust_lr_fn": "rms"}, r"Muon: adjust_lr_fn='rms'; needed is None, 'original' or 'match_rms_adamw'"),
+        ({"ns_steps": 0}, r"ns_steps=0; needed is a whole number from 1 to 99"),
+        ({"ns_coefficients": (1.0, 2.0)}, r"ns_coefficients=\(1.0, 2.0\); needed are three"),
+        ({"adamw_betas": (0.9, 1.0)}, r"AdamW: betas\[1\]=1.0 is out of range"),
+    ],
+)
+def test_wrong_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        optim.Muon(nn.Linear(3, 3).parameters(), **arguments)
+
+
+def test_a_refused_half_leaves_no_group_behind() -> None:
+    optimizer = optim.Muon([torch.ones(2, 2, requires_grad=True)])
+    with pytest.raises(ValueError, match="complex64; needed is a real"):
+        optimizer.add_param_group({"params": [torch.ones(2, 2), torch.ones(2, dtype=torch.complex64)]})
+    assert len(optimizer.param_groups) == 1
+
+
+@both
+def test_state_dicts_of_both_kinds_of_group_go_together(optimizer_class: Any) -> None:
+    model, other = Tiny(), Tiny()
+    other.load_state_dict(model.state_dict())
+    first = optimizer_class(model.named_parameters(), lr=0.02, adamw_lr=1e-3)
+    second = optimizer_class(other.named_parameters())
+    params, twins = list(model.parameters()), list(other.parameters())
+    for step, grads in enumerate(gradients(params, 4)):
+        give(params, grads)
+        give(twins, grads)
+        first.step()
+        if step == 1:
+            second.load_state_dict(first.state_dict())
+            other.load_state_dict(model.state_dict())
+        elif step > 1:
+            second.step()
+    assert_same([p.detach() for p in params], [p.detach() for p in twins])
+
+
+def test_a_factory_makes_it_from_its_name() -> None:
+    factory = lo.OptimizerFactory(optimizer="muon", lr=1e-3, optimizer_kwargs={"adjust_lr_fn": "match_rms_adamw"})
+    optimizer, _ = factory.build(Tiny())
+    assert names_by_rule(optimizer.param_groups)["own"] == ["conv.weight", "body.weight"]
+    assert {g["name"]: g.get("rule") for g in optimizer.param_groups} == {
+        "no_decay": "adamw",
+        "default": None,
+        "default_adamw": "adamw",
+    }
+
+
+# Newton-Schulz
+
+
+def test_singular_values_are_brought_close_to_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((20, 20), (30, 10), (10, 30)):
+        (result,) = orthogonalize([torch.randn(shape)], dtype=torch.float32)
+        values = torch.linalg.svdvals(result)
+        assert values.min() > 0.3
+        assert values.max() < 1.3
+
+
+def test_enough_steps_with_converging_coefficients_give_the_polar_factor() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(12, 8, dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    (result,) = orthogonalize([matrix], (15 / 8, -10 / 8, 3 / 8), steps=40, dtype=torch.float64)
+    torch.testing.assert_close(result, left @ right, rtol=0, atol=1e-10)
+
+
+def test_transposing_commutes_and_scale_does_not_matter() -> None:
+    matrix = torch.randn(6, 4, dtype=torch.float64)
+    results = [orthogonalize([m], dtype=torch.float64)[0] for m in (matrix, matrix.mT, matrix * 1e-3)]
+    torch.testing.assert_close(results[0], results[1].mT, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(results[0], results[2], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_batched_is_one_by_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_optim.optim.newton_schulz.LARGEST_STACK", 3 * 24)
+    shapes = [(6, 4), (4, 6), (5, 5), (6, 4), (4, 6), (6, 4), (5, 5), (3, 0), (1, 7)]
+    matrices = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    together = orthogonalize(matrices, dtype=dtype)
+    alone = [orthogonalize([matrix], dtype=dtype)[0] for matrix in matrices]
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-2
+    for a, b, matrix in zip(together, alone, matrices, strict=True):
+        assert a.shape == matrix.shape
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_a_zero_matrix_stays_zero() -> None:
+    (result,) = orthogonalize([torch.zeros(3, 4)])
+    assert torch.equal(result, torch.zeros(3, 4, dtype=torch.bfloat16))
+
+
+@both
+def test_groups_with_different_settings_are_each_treated_by_theirs(optimizer_class: Any) -> None:
+    params = [torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    settings: list[dict[str, Any]] = [{}, {"ns_steps": 2, "nesterov": False}, {"adjust_lr_fn": "match_rms_adamw"}]
+    alone = copies(params)
+    together = optimizer_class([{"params": [p], **s} for p, s in zip(params, settings, strict=True)], lr=0.1)
+    single = [optimizer_class([p], lr=0.1, **s) for p, s in zip(alone, settings, strict=True)]
+    for grads in gradients(params, 2):
+        give(params, grads)
+        give(alone, grads)
+        together.step()
+        for optimizer in single:
+            optimizer.step()
+    for a, b in zip(params, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.02)  # bfloat16, batched and not

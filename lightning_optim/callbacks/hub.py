@@ -105,11 +105,13 @@ class HubCallback(L.Callback):
         return self._hub if self._hub is not None and self._hub.members[0] is self else None
 
     def _leave(self) -> None:
-        if (hub := self._led_hub) is not None:
-            self._kept_state = hub.state_dict()
-        if self._hub is not None:
-            self._hub.close()
-            self._hub = None
+        try:
+            if (hub := self._led_hub) is not None:
+                self._kept_state = hub.state_dict()
+        finally:  # reading counts can fail after an error on the device; what was patched is undone all the same
+            if self._hub is not None:
+                self._hub.close()
+                self._hub = None
 
 
 class Hub:

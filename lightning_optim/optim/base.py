@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_optim import backends
 from lightning_optim.backends import Backend, Batch
 from lightning_optim.backends.base import arithmetic_dtype
-from lightning_optim.backends.scalars import is_set, widest_dtype
+from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.backends.shards import is_sharded, local
 from lightning_optim.optim import low_precision
 from lightning_optim.optim.checkpoint import load_state_dict
@@ -224,8 +224,6 @@ class FusedOptimizer(Optimizer):
             groups = [g for g in self.param_groups if rule.shared[0] in g and type(self.rule_of(g)) is kind]
             device = batches[keys[0]].device
             skip = _on(getattr(self, "found_inf", None), device)
-            if device.type == "cpu" and is_set(skip):
-                continue
             totals: dict[str, Tensor] = {}
             for key in keys:
                 batch = batches[key]

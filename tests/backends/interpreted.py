@@ -17,6 +17,7 @@ from lightning_optim.backends import measure
 from lightning_optim.backends import triton as triton_backend
 from lightning_optim.backends.triton_functions import add_blocks
 from tests.optim.cases import (
+    CASES,
     Case,
     Setting,
     assert_same,
@@ -55,6 +56,9 @@ def _bfloat16_as_hardware_rounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(values, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+ELEMENTWISE = tuple(case for case in CASES if case.elementwise)
 
 
 class Launches(list[tuple[Any, int, tuple[Any, ...]]]):
@@ -100,12 +104,14 @@ def assert_close_states(first: Any, second: Any, **tolerance: Any) -> None:
             torch.testing.assert_close(b[key], a[key], **tolerance)
 
 
-@pytest.mark.parametrize(("case", "setting"), each_setting())
+@pytest.mark.parametrize(("case", "setting"), each_setting(ELEMENTWISE))
 def test_agrees_with_reference(case: Case, setting: Setting) -> None:
     """Shapes, layouts, missing gradients, divisors [] and [tensors], a skipped step, step sums."""
     optimizers, (expected, got) = pair(case, setting)
+    travelled = [0.0] * len(expected)
     missing = 2
     for step, grads in enumerate(gradients(expected, 4)):
+        last = [param.detach().clone() for param in expected]
         for optimizer, params in zip(optimizers, (expected, got), strict=True):
             give(params, grads)
             params[missing].grad = None
@@ -113,17 +119,22 @@ def test_agrees_with_reference(case: Case, setting: Setting) -> None:
             optimizer.found_inf = torch.tensor(float(step == 2))
             optimizer.collect_step_stats = step >= 2
             optimizer.step()
+        moved = [(a.detach() - b).abs().flatten() for a, b in zip(expected, last, strict=True)]
+        travelled = [
+            way + float(change.max()) if len(change) else 0.0 for way, change in zip(travelled, moved, strict=True)
+        ]
         if step >= 2:
             a, b = (optimizer.step_stats for optimizer in optimizers)
             assert (a.group_sizes, a.numel) == (b.group_sizes, b.numel)
             torch.testing.assert_close(b.sums, a.sums, rtol=1e-5, atol=1e-5, equal_nan=True)
             assert b.sums.isnan().all() == (step == 2)
-    for a, b in zip(expected, got, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+    for a, b, way in zip(expected, got, travelled, strict=True):
+        # Rounding is in proportion to what was added: RMSprop's first steps move a weight by ten times lr, and back.
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=max(1e-6, 1e-5 * way))
     assert_close_states(*optimizers, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("case", "setting"), each_setting())
+@pytest.mark.parametrize(("case", "setting"), each_setting(ELEMENTWISE))
 def test_a_skipped_step_writes_nothing(case: Case, setting: Setting) -> None:
     params = mixed(torch.float32)
     optimizer = case.optimizer(params, **setting.arguments, backend="triton")

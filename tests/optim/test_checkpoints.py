@@ -125,7 +125,8 @@ def test_a_loaded_dict_is_not_changed_by_later_steps(case: Case, setting: Settin
 @each
 def test_parameters_are_matched_by_name_when_order_and_grouping_changed(case: Case, setting: Setting) -> None:
     params = parameters(case)
-    named = list(zip("abcdefgh", params, strict=False))
+    params = params[:4]
+    named = list(zip("abcd", params, strict=True))
     first = case.optimizer([{"params": named[:2]}, {"params": named[2:], "lr": 0.5}], **setting.arguments)
     run(first, params, 3)
     others = copies(params)

@@ -96,22 +96,23 @@ def pair(case: Case, setting: Setting, dtype: torch.dtype = torch.float32) -> tu
     return [case.optimizer(p, **setting.arguments, backend=n) for p, n in zip(params, names, strict=True)], params
 
 
-def assert_close_states(first: Any, second: Any, **tolerance: Any) -> None:
+def assert_close_states(first: Any, second: Any, rtol: float, atol: float) -> None:
     for a, b in zip(*(o.state_dict()["state"].values() for o in (first, second)), strict=True):
         assert a.keys() == b.keys()
         for key in a:
             assert a[key].dtype == b[key].dtype
-            torch.testing.assert_close(b[key], a[key], **tolerance)
+            # State has units of its own: RMSprop's momentum adds terms of ±10, and what cancels keeps their rounding.
+            largest = float(a[key].abs().max()) if a[key].numel() else 0.0
+            scaled = 4 * torch.finfo(torch.float32).eps * largest
+            torch.testing.assert_close(b[key], a[key], rtol=rtol, atol=max(atol, scaled))
 
 
 @pytest.mark.parametrize(("case", "setting"), each_setting(ELEMENTWISE))
 def test_agrees_with_reference(case: Case, setting: Setting) -> None:
     """Shapes, layouts, missing gradients, divisors [] and [tensors], a skipped step, step sums."""
     optimizers, (expected, got) = pair(case, setting)
-    travelled = [0.0] * len(expected)
     missing = 2
     for step, grads in enumerate(gradients(expected, 4)):
-        last = [param.detach().clone() for param in expected]
         for optimizer, params in zip(optimizers, (expected, got), strict=True):
             give(params, grads)
             params[missing].grad = None
@@ -119,18 +120,13 @@ def test_agrees_with_reference(case: Case, setting: Setting) -> None:
             optimizer.found_inf = torch.tensor(float(step == 2))
             optimizer.collect_step_stats = step >= 2
             optimizer.step()
-        moved = [(a.detach() - b).abs().flatten() for a, b in zip(expected, last, strict=True)]
-        travelled = [
-            way + float(change.max()) if len(change) else 0.0 for way, change in zip(travelled, moved, strict=True)
-        ]
         if step >= 2:
             a, b = (optimizer.step_stats for optimizer in optimizers)
             assert (a.group_sizes, a.numel) == (b.group_sizes, b.numel)
             torch.testing.assert_close(b.sums, a.sums, rtol=1e-5, atol=1e-5, equal_nan=True)
             assert b.sums.isnan().all() == (step == 2)
-    for a, b, way in zip(expected, got, travelled, strict=True):
-        # Rounding is in proportion to what was added: RMSprop's first steps move a weight by ten times lr, and back.
-        torch.testing.assert_close(b, a, rtol=1e-5, atol=max(1e-6, 1e-5 * way))
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
     assert_close_states(*optimizers, rtol=1e-5, atol=1e-6)
 
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_optim as lo
+from tests import ranks
 from tests.helpers import ADAMWS, Net, Snapshots, batches, make_trainer
 
 BAD_STEP, BAD_RANK = 2, 1
@@ -64,3 +65,4 @@ def fit(folder: Path, kind: str) -> None:
 if __name__ == "__main__":
     for kind in KINDS:
         fit(Path(sys.argv[1], kind), kind)
+    ranks.leave()

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ranks import run_ranks
+
 RANK = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_optim import optim
 from lightning_optim.backends import measure
 
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(store, 2))
-mesh = init_device_mesh("cpu", (2,))
 shapes = [(6, 5), (7,), (1, 3)]  # uneven, and one shard empty
 torch.manual_seed(0)
 values = [torch.randn(shape) for shape in shapes]
@@ -47,19 +39,9 @@ for arguments in ({"backend": "reference"}, {"backend": "cpu"}, {"backend": "cpu
     other.load_state_dict(other.state_dict())
     one.step()
     other.step()
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=200)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    run_ranks(RANK, tmp_path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 from lightning_optim import optim
 from lightning_optim.optim import soap
 from tests.optim.cases import BACKENDS, assert_same, copies, give, gradients, run
+from tests.ranks import run_ranks
 
 # Prodigy: one number for all parameters.
 
@@ -236,18 +235,10 @@ def test_large_dimensions_and_vectors_keep_their_coordinates() -> None:
 
 
 RANK = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_optim import optim
 
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(store, 2))
-mesh = init_device_mesh("cpu", (2,))
 torch.manual_seed(0)
 values = [torch.randn(shape) for shape in [(6, 5), (7,), (1, 3)]]
 for make in (optim.LAMB, optim.StableAdamW, lambda p, **k: optim.LARS(p, momentum=0.9, weight_decay=0.1, **k),
@@ -272,17 +263,9 @@ for refuses in (optim.Muon, optim.NorMuon, optim.SOAP, optim.Adafactor):
         assert "DTensor sharded over ranks" in str(error)
     else:
         raise AssertionError(refuses)
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_sharded_parameters_have_sums_of_whole_tensors_or_are_refused(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=200)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    run_ranks(RANK, tmp_path)

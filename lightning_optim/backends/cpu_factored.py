@@ -38,21 +38,23 @@ def kernel(first, last, blocks, shapes, addresses, scalars, sums):
     for block in range(first, last):
         tensor, start, end, top, bottom, part = blocks[block]
         rows, columns, parts = shapes[tensor, 1], shapes[tensor, 2], shapes[tensor, 3]
-        grad, row_sums, column_sums = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
+        grad, row_means, column_means = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
         for matrix in range(start, end):
             column = (matrix * parts + part) * columns
             for i in range(columns):
-                store_2(column_sums, column + i, zero)
+                store_2(column_means, column + i, zero)
             for row in range(matrix * rows + top, matrix * rows + bottom):
                 total = 0.0
                 for chunk in range(0, columns, CHUNK):
                     row_sum = zero
                     for i in range(chunk, min(chunk + CHUNK, columns)):
                         x = load_0(grad, row * columns + i)
-                        store_2(column_sums, column + i, load_2(column_sums, column + i) + x * x)
+                        store_2(column_means, column + i, load_2(column_means, column + i) + x * x)
                         row_sum += x * x
                     total += row_sum
-                store_1(row_sums, row, float(total))
+                store_1(row_means, row, float(total / columns))
+            for i in range(columns):
+                store_2(column_means, column + i, load_2(column_means, column + i) / float(rows))
 """
 
 _SCALED_SQUARES = """
@@ -95,13 +97,11 @@ def kernel(first, last, blocks, shapes, addresses, scalars, sums):
 def mean_squares(grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Mean of g² over the last dimension and over the last but one, shapes [..., rows, 1] and [..., 1, columns]."""
     blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads))
-    row_sums = [grad.new_empty(*grad.shape[:-1], 1) for grad in grads]
+    row_means = [grad.new_empty(*grad.shape[:-1], 1) for grad in grads]
     parts = shapes[:, 3].tolist()
-    column_sums = [g.new_empty(*g.shape[:-2], part, g.shape[-1]) for g, part in zip(grads, parts, strict=True)]
-    _run("mean_squares", blocks, shapes, (grads, row_sums, column_sums), _no_scalars(grads))
-    rows = [total.div_(grad.shape[-1]) for total, grad in zip(row_sums, grads, strict=True)]
-    columns = [s.sum(-2, keepdim=True).div_(grad.shape[-2]) for s, grad in zip(column_sums, grads, strict=True)]
-    return rows, columns
+    column_means = [g.new_empty(*g.shape[:-2], part, g.shape[-1]) for g, part in zip(grads, parts, strict=True)]
+    _run("mean_squares", blocks, shapes, (grads, row_means, column_means), _no_scalars(grads))
+    return row_means, [m if m.shape[-2] == 1 else m.sum(-2, keepdim=True) for m in column_means]
 
 
 def scaled_squares(

@@ -104,10 +104,9 @@ def apply_tensor_rule(
     deltas, new_states = update([_wide(p) for p in batch.params], grads, states, scalars, batch.groups)
     if subtract is not None and not (batch.cautious or collect or batch.low_precision):
         subtract(batch, deltas, columns["decay"])
-        for state, new_state in zip(batch.states, new_states, strict=True):
-            for name, new in new_state.items():
-                if new is not state[name]:
-                    state[name].copy_(new)
+        pairs = [(state[n], new[n]) for state, new in zip(batch.states, new_states, strict=True) for n in new]
+        if pairs:
+            torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
         commit(batch, columns, skip)
         return None
     return _finish(batch, zip(grads, deltas, new_states, strict=True), columns, scalars, skip, collect)

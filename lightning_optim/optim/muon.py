@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -44,14 +44,16 @@ class MuonRule(TensorRule):
         states: Sequence[dict[str, Tensor]],
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
-    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
         """See `TensorRule.update`."""
         buffers, directions = directions_of(grads, states, scalars, groups, [group["eps"] for group in groups])
-        deltas = []
-        for grad, direction, numbers, group in zip(grads, directions, scalars, groups, strict=True):
-            step_size = numbers["lr"] * step_ratio(direction, group["adjust_lr_fn"])
-            deltas.append((direction.to(grad.dtype) * step_size).reshape(grad.shape))
-        return deltas, [{"momentum_buffer": buffer} for buffer in buffers]
+
+        def deltas() -> Iterator[Tensor]:
+            for grad, direction, numbers, group in zip(grads, directions, scalars, groups, strict=True):
+                step_size = numbers["lr"] * step_ratio(direction, group["adjust_lr_fn"])
+                yield direction.to(grad.dtype).mul_(step_size).reshape(grad.shape)
+
+        return deltas(), [{"momentum_buffer": buffer} for buffer in buffers]
 
 
 def directions_of(

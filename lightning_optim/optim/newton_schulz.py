@@ -11,8 +11,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic a·x + b·x³ + c·x⁵; chosen by Jordan et al. to raise small singular values as fast as possible.
 Singular values do not converge to 1 but land between about 0.7 and 1.2 after five steps, which serves as well."""
 
-LARGEST_STACK = 2**25
-"""Elements in one stack, 64 MB in bfloat16: more gains no speed, and costs a few times that in temporaries."""
+LARGEST_STACK = {"cpu": 2**20}
+"""Elements in one stack, by device: as many as temporaries leave in the CPU's cache."""
+
+LARGEST_STACK_ELSEWHERE = 2**25
+"""64 MB in bfloat16: more gains no speed, and costs a few times that in temporaries."""
 
 
 def orthogonalize(
@@ -48,7 +51,8 @@ def orthogonalize(
         by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append(i)
     results: dict[int, Tensor] = {}
     for (rows, columns), indices in by_shape.items():
-        stack_size = max(1, LARGEST_STACK // max(rows * columns, 1))
+        largest = LARGEST_STACK.get(matrices[indices[0]].device.type, LARGEST_STACK_ELSEWHERE)
+        stack_size = max(1, largest // max(rows * columns, 1))
         for start in range(0, len(indices), stack_size):
             part = indices[start : start + stack_size]
             wide = [_wide(matrices[i].to(dtype)) for i in part]

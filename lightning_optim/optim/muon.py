@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
-from lightning_optim.optim.newton_schulz import COEFFICIENTS, orthogonalize
+from lightning_optim.optim.newton_schulz import COEFFICIENTS, orthogonalize_stack, stacks
 from lightning_optim.rules import Scalar, TensorRule
 from lightning_optim.weight_decay import WeightDecayKind
 
@@ -51,7 +51,8 @@ class MuonRule(TensorRule):
         def deltas() -> Iterator[Tensor]:
             for grad, direction, numbers, group in zip(grads, directions, scalars, groups, strict=True):
                 step_size = numbers["lr"] * step_ratio(direction, group["adjust_lr_fn"])
-                yield direction.to(grad.dtype).mul_(step_size).reshape(grad.shape)
+                rows_first = direction.to(grad.dtype, memory_format=torch.contiguous_format)
+                yield rows_first.mul_(step_size).view(grad.shape)
 
         return deltas(), [{"momentum_buffer": buffer} for buffer in buffers]
 
@@ -64,17 +65,24 @@ def directions_of(
     eps: Sequence[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """New momentum; and the momentum orthogonalised, as matrices, in bfloat16 as published."""
-    buffers, matrices = [], []
-    by_setting: dict[Any, list[int]] = {}
-    for i, (grad, state, numbers, group) in enumerate(zip(grads, states, scalars, groups, strict=True)):
-        buffers.append(state["momentum_buffer"].lerp(grad, numbers["one_minus_momentum"]))
-        direction = grad.lerp(buffers[i], numbers["momentum"]) if group["nesterov"] else buffers[i]
-        matrices.append(direction.flatten(1))
-        by_setting.setdefault((tuple(group["ns_coefficients"]), group["ns_steps"], eps[i]), []).append(i)
+    buffers: dict[int, Tensor] = {}
     directions: dict[int, Tensor] = {}
+    by_setting: dict[Any, list[int]] = {}
+    for i, group in enumerate(groups):
+        by_setting.setdefault((tuple(group["ns_coefficients"]), group["ns_steps"], eps[i]), []).append(i)
     for setting, indices in by_setting.items():
-        directions.update(zip(indices, orthogonalize([matrices[i] for i in indices], *setting), strict=True))
-    return buffers, [directions[i] for i in range(len(grads))]
+        for part in stacks([grads[i] for i in indices]):
+            # One stack after the other, so that what is between momentum and direction stays in the cache.
+            stack = [indices[k] for k in part]
+            matrices = []
+            for i in stack:
+                grad, numbers = grads[i], scalars[i]
+                buffers[i] = states[i]["momentum_buffer"].lerp(grad, numbers["one_minus_momentum"])
+                nesterov = groups[i]["nesterov"]
+                matrices.append((grad.lerp(buffers[i], numbers["momentum"]) if nesterov else buffers[i]).flatten(1))
+            directions.update(zip(stack, orthogonalize_stack(matrices, *setting), strict=True))
+    everything = range(len(grads))
+    return [buffers[i] for i in everything], [directions[i] for i in everything]
 
 
 def step_ratio(matrix: Tensor, adjust_lr_fn: str | None) -> float:

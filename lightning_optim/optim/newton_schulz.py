@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic a·x + b·x³ + c·x⁵; chosen by Jordan et al. to raise small singular values as fast as possible.
 Singular values do not converge to 1 but land between about 0.7 and 1.2 after five steps, which serves as well."""
 
-LARGEST_STACK = {"cpu": 2**20}
+LARGEST_STACK = {"cpu": 2**21}
 """Elements in one stack, by device: as many as temporaries leave in the CPU's cache."""
 
 LARGEST_STACK_ELSEWHERE = 2**25
@@ -45,24 +45,44 @@ def orthogonalize(
         >>> bool((x.diagonal() > 0.6).all())
         True
     """
+    results: dict[int, Tensor] = {}
+    for part in stacks(matrices):
+        done = orthogonalize_stack([matrices[i] for i in part], coefficients, steps, eps, dtype)
+        results.update(zip(part, done, strict=True))
+    return [results[i] for i in range(len(matrices))]
+
+
+def stacks(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of the matrices that are orthogonalised together: of one shape or its transpose, in stacks of some size.
+
+    Args:
+        matrices: Shapes and device are read only; of more dimensions, all but the first are one.
+    """
     by_shape: dict[tuple[int, int], list[int]] = {}
     for i, matrix in enumerate(matrices):
-        rows, columns = matrix.shape
+        rows = matrix.shape[0]
+        columns = matrix.shape[1:].numel()
         by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append(i)
-    results: dict[int, Tensor] = {}
     for (rows, columns), indices in by_shape.items():
         largest = LARGEST_STACK.get(matrices[indices[0]].device.type, LARGEST_STACK_ELSEWHERE)
-        stack_size = max(1, largest // max(rows * columns, 1))
-        for start in range(0, len(indices), stack_size):
-            part = indices[start : start + stack_size]
-            wide = [_wide(matrices[i].to(dtype)) for i in part]
-            if len(part) == 1:
-                done = [_iterate(wide[0], coefficients, steps, eps)]
-            else:
-                done = list(_iterate(torch.stack(wide), coefficients, steps, eps).unbind())
-            for i, result in zip(part, done, strict=True):
-                results[i] = result.mT if _is_tall(matrices[i]) else result
-    return [results[i] for i in range(len(matrices))]
+        size = max(1, largest // max(rows * columns, 1))
+        yield from (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def orthogonalize_stack(
+    matrices: Sequence[Tensor],
+    coefficients: tuple[float, float, float],
+    steps: int,
+    eps: float,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Tensor]:
+    """`orthogonalize` for matrices of one shape or its transpose, all in one stack."""
+    wide = [_wide(matrix.to(dtype)) for matrix in matrices]
+    if len(wide) == 1:
+        done = [_iterate(wide[0], coefficients, steps, eps)]
+    else:
+        done = list(_iterate(torch.stack(wide), coefficients, steps, eps).unbind())
+    return [x.mT if _is_tall(matrix) else x for x, matrix in zip(done, matrices, strict=True)]
 
 
 def _is_tall(matrix: Tensor) -> bool:

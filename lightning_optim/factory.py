@@ -17,7 +17,7 @@ from lightning_optim import optim
 from lightning_optim.durations import Horizon
 from lightning_optim.messages import nearest
 from lightning_optim.param_groups import ParamGroupRule, build_param_groups, check_rules
-from lightning_optim.schedules import Schedule, Scheduler, get_schedule
+from lightning_optim.schedules import Schedule, Scheduler, Warmup, get_schedule
 from lightning_optim.training_length import horizon_of
 
 __all__ = ["OptimizerFactory"]
@@ -35,7 +35,8 @@ class OptimizerFactory:
         optimizer_kwargs: Further arguments of the optimizer, for instance ``{"betas": (0.9, 0.95)}``.
         schedule: A name (`lightning_optim.schedules.list_schedules`) or a `Schedule`. None keeps the rate constant,
             after the warmup if there is one.
-        warmup: Length of the warmup for a schedule given by name: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``.
+        warmup: Length of the warmup for a schedule given by name: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``;
+            or a `Warmup`, which has a shape and a start, too.
         param_groups: Rules and presets, the first match wins. None means the preset ``no_decay``: no weight decay on
             biases, norms and embeddings, which is nearly always what is wanted. An empty list means one group.
 
@@ -59,7 +60,7 @@ class OptimizerFactory:
         weight_decay: float | None = None,
         optimizer_kwargs: dict[str, Any] | None = None,
         schedule: str | Schedule | None = None,
-        warmup: int | str | None = None,
+        warmup: int | str | Warmup | None = None,
         param_groups: Sequence[ParamGroupRule | str] | None = None,
     ) -> None:
         given = {"lr": lr, "weight_decay": weight_decay}
@@ -229,11 +230,16 @@ def _import(path: str) -> Any:
     return getattr(module, name)
 
 
-def _resolve_schedule(schedule: str | Schedule | None, warmup: int | str | None) -> Schedule:
+def _resolve_schedule(schedule: str | Schedule | None, warmup: int | str | Warmup | None) -> Schedule:
     if isinstance(schedule, Schedule):
         if warmup is not None:
             raise ValueError(
                 f"The warmup is given twice: warmup={warmup!r} and in schedule={schedule!r}. Give it in the schedule."
+            )
+        if (final := getattr(schedule, "final", 0.0)) > 1:
+            raise ValueError(
+                f"schedule={schedule!r} ends above the peak learning rate: final={final!r} must lie in [0, 1]. Only "
+                "other hyperparameters, such as weight decay, may rise."
             )
         return schedule
     if schedule is not None and not isinstance(schedule, str):

@@ -34,7 +34,7 @@ LAYERS = [
 LEAVES = {
     "clipping": {"stats"},
     "divergence": {"stats"},
-    "schedules": {"durations", "messages"},
+    "schedules": {"schedules", "durations", "messages"},
     "param_groups": {"messages"},
     "weight_decay": {"messages"},
     "stats": set(),

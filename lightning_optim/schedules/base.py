@@ -1,0 +1,170 @@
+"""What a schedule is: a multiplier as a pure function of the step, composed of warmup, hold, shape and cooldown."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_optim.durations import Duration, Horizon
+from lightning_optim.schedules.phases import Cooldown, Warmup
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in its shape a schedule stands.
+
+    Args:
+        step: Steps since the shape began; may lie beyond its end only where the shape needs no length.
+        length: Length of the shape in steps; 0 if the run has no known length.
+        start: Step of the run at which the shape began: warmup and hold come before.
+        warmup: Length of the warmup in steps.
+        run: Length of the whole run, in which durations are read.
+    """
+
+    step: int
+    length: int
+    start: int
+    warmup: int
+    run: Horizon
+
+    @property
+    def progress(self) -> float:
+        """From 0 at the beginning of the shape to 1 at its end and beyond."""
+        # A warmup as long as the run leaves a shape of no steps: it is at its end.
+        return min(self.step / self.length, 1.0) if self.length > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The parts of a schedule in steps, in their order; the shape's is 0 if the run has no known length."""
+
+    warmup: int
+    hold: int
+    shape: int
+    cooldown: int
+
+
+class Schedule(ABC):
+    """A multiplier of the peak as a function of the step: a warmup, a hold at the peak, a shape, a cooldown.
+
+    ``step`` counts the updates already taken, so the first update uses ``schedule(0, ...)``. The shape starts with a
+    multiplier of 1 right after warmup and hold, and reaches its end where the cooldown begins, which without one is the
+    end of the run.
+
+    To write one, subclass, and define `shape`, and `shape_needs_total` if it can do without the length of the run. Keep
+    the constructor's arguments as attributes under their own names.
+
+    Args:
+        warmup: Length of the warmup: ``500``, ``"500 steps"``, ``"2 epochs"`` or ``"5%"`` of the run; or a
+            [`Warmup`][lightning_optim.schedules.Warmup], which has a shape and a start, too.
+        hold: How long to stay at the peak after the warmup.
+        cooldown: Length of a final decay to 0, or a [`Cooldown`][lightning_optim.schedules.Cooldown].
+
+    Raises:
+        ValueError: A duration cannot be read, or (when called) they are longer than the run, or the schedule needs the
+            length of the run and none is given.
+    """
+
+    shape_needs_total = True
+
+    def __init__(
+        self,
+        warmup: int | str | Duration | Warmup = 0,
+        hold: int | str | Duration = 0,
+        cooldown: int | str | Duration | Cooldown = 0,
+    ) -> None:
+        self.warmup = warmup if isinstance(warmup, Warmup) else Warmup(warmup)
+        self.hold = Duration.parse(hold)
+        self.cooldown = cooldown if isinstance(cooldown, Cooldown) else Cooldown(cooldown)
+
+    @abstractmethod
+    def shape(self, at: Position) -> float:
+        """The multiplier at a position of the shape; 1 at its beginning."""
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether the schedule is undefined without the length of the run."""
+        return (
+            self.shape_needs_total
+            or bool(self.cooldown.length)
+            or any(duration.is_relative for duration in _durations(vars(self)))
+        )
+
+    def __call__(self, step: int, total_steps: int | None = None, steps_per_epoch: float | None = None) -> float:
+        """The multiplier for the update that follows ``step`` updates; defined beyond ``total_steps``, too."""
+        run = Horizon(total_steps, steps_per_epoch)
+        phases = self.phases(run)
+        if step < phases.warmup:
+            return self.warmup.multiplier(step, phases.warmup)
+        start = phases.warmup + phases.hold
+        if step < start:
+            return 1.0
+        end = start + phases.shape
+        since = (min(step, end) if self.shape_needs_total else step) - start
+        value = self.shape(Position(since, phases.shape, start, phases.warmup, run))
+        if phases.cooldown and step > end:
+            value = self.cooldown.multiplier(value, step - end, phases.cooldown)
+        return value
+
+    def phases(self, run: Horizon) -> Phases:
+        """The lengths of the parts in a run of this length; refuses a run that they do not fit."""
+        total = run.total_steps
+        if self.needs_total and total is None:
+            raise ValueError(
+                f"{self} needs the length of the run, and nothing bounds it. Give the Trainer `max_steps`, or a "
+                "dataset whose length is known together with `max_epochs`; or use a schedule that needs no length: "
+                "`constant` with its warmup in steps."
+            )
+        parts = (self.warmup.length, self.hold, self.cooldown.length)
+        warmup, hold, cooldown = (Duration.parse(part).steps(run) for part in parts)
+        if total is None:
+            return Phases(warmup, hold, 0, 0)
+        if warmup + hold + cooldown > total:
+            given = f"warmup of {warmup} steps is"
+            if warmup <= total:
+                given = f"warmup, hold and cooldown of {warmup} + {hold} + {cooldown} steps are"
+            raise ValueError(
+                f"{self}: the {given} longer than the run of {total} optimizer steps. Shorten it, or write it as a "
+                "share of the run, for instance '5%'."
+            )
+        return Phases(warmup, hold, total - warmup - hold - cooldown, cooldown)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(_arguments(self))})"
+
+
+def _arguments(schedule: Schedule) -> Iterator[str]:
+    """The arguments that differ from their defaults, as they are written."""
+    for name, parameter in inspect.signature(type(schedule)).parameters.items():
+        written = _written(getattr(schedule, name))
+        if written != _written(parameter.default):
+            yield f"{name}={written}"
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Duration) or (isinstance(value, int) and not isinstance(value, bool)):
+        return str(value).removesuffix(" steps") if _is_steps(value) else repr(str(value))
+    if isinstance(value, Warmup | Cooldown):
+        return _written(value.length) if value == type(value)(value.length) else repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_written, value))}]"
+    return repr(value)
+
+
+def _is_steps(value: int | Duration) -> bool:
+    return not isinstance(value, Duration) or value.unit == "steps"
+
+
+def _durations(value: Any) -> Iterator[Duration]:
+    """Every duration in a nest of attributes."""
+    if isinstance(value, Duration):
+        yield value
+    elif isinstance(value, Warmup | Cooldown):
+        yield Duration.parse(value.length)
+    elif isinstance(value, dict):
+        yield from (duration for part in value.values() for duration in _durations(part))
+    elif isinstance(value, list | tuple):
+        yield from (duration for part in value for duration in _durations(part))

@@ -1,0 +1,129 @@
+"""What stands before and after a schedule's shape: how a warmup rises and how a cooldown falls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_optim.durations import Duration
+from lightning_optim.messages import nearest
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2,
+    "1-sqrt": lambda progress: 1.0 - math.sqrt(progress),
+}
+"""Ways from 1 down to 0."""
+
+_RISES = ("linear", "cosine", "exponential", "constant")
+_EXPONENTIAL_START = 0.01
+
+
+class _Phase:
+    def __repr__(self) -> str:
+        rest = [f"{key}={value!r}" for key, value in vars(self).items() if key != "length"]
+        return f"{type(self).__name__}({', '.join([repr(str(vars(self)['length'])), *rest])})"
+
+
+@dataclass(frozen=True, repr=False)
+class Warmup(_Phase):
+    """How a schedule rises to the peak.
+
+    Without ``start``, ``n`` steps of a linear warmup use 1/n, 2/n, ..., n/n: the first update never uses the full rate,
+    nor a rate of zero, and the last one of the warmup uses the peak. With ``start`` the first update uses just that
+    fraction, and the first one after the warmup the peak, as in torch's ``LinearLR``, timm and (``start=0``) Hugging
+    Face.
+
+    Args:
+        length: How long it takes: ``500``, ``"500 steps"``, ``"2 epochs"`` or ``"5%"`` of the run.
+        shape: ``"linear"``, ``"cosine"``, ``"exponential"`` (equal ratios, from 0.01 if no start is given) or
+            ``"constant"`` (stays at ``start``, then jumps).
+        start: Fraction of the peak to start from, in [0, 1); None to start one step above zero.
+
+    Raises:
+        ValueError: The length cannot be read, the shape is unknown, or the start does not suit it.
+
+    Example:
+        >>> [Warmup(4).multiplier(step, 4) for step in range(4)]
+        [0.25, 0.5, 0.75, 1.0]
+        >>> [Warmup(4, start=0.5).multiplier(step, 4) for step in range(4)]
+        [0.5, 0.625, 0.75, 0.875]
+    """
+
+    length: int | str | Duration = 0
+    shape: str = "linear"
+    start: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "length", Duration.parse(self.length))
+        if self.shape not in _RISES:
+            raise ValueError(f"Unknown warmup shape {self.shape!r}. {nearest(self.shape, _RISES)}")
+        if self.start is None:
+            if self.shape == "constant":
+                raise ValueError("A constant warmup needs its start, a fraction of the peak, for instance start=0.1.")
+        elif not 0 <= self.start < 1 or (self.shape == "exponential" and self.start == 0):
+            lowest = "(0" if self.shape == "exponential" else "[0"
+            raise ValueError(
+                f"Invalid start={self.start!r} of a {self.shape} warmup: it is a fraction of the peak, so it must lie "
+                f"in {lowest}, 1)."
+            )
+
+    def multiplier(self, step: int, steps: int) -> float:
+        """The fraction of the peak at ``step`` of a warmup of ``steps`` steps."""
+        start = self.start or 0.0
+        progress = (step + 1) / steps if self.start is None else step / steps
+        if self.shape == "constant":
+            return start
+        if self.shape == "exponential":
+            return float((start or _EXPONENTIAL_START) ** (1 - progress))
+        if self.shape == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return start + (1 - start) * progress
+
+
+@dataclass(frozen=True, repr=False)
+class Cooldown(_Phase):
+    """How a schedule ends: a decay over the last part of the run, from wherever its shape is by then.
+
+    Args:
+        length: How long it takes, counted back from the end of the run.
+        shape: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``, the best of those compared in the reference.
+        final: Multiplier of the peak reached at the end of the run, at least 0.
+
+    Raises:
+        ValueError: The length cannot be read, the shape is unknown, or ``final`` is negative or not finite.
+
+    References:
+        Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations, 2024,
+        https://arxiv.org/abs/2405.18392
+
+    Example:
+        >>> Cooldown("20%", "linear").multiplier(1.0, step=5, steps=20)
+        0.75
+    """
+
+    length: int | str | Duration = 0
+    shape: str = "1-sqrt"
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "length", Duration.parse(self.length))
+        if self.shape not in DECAYS:
+            raise ValueError(f"Unknown cooldown shape {self.shape!r}. {nearest(self.shape, DECAYS)}")
+        check_final(self)
+
+    def multiplier(self, stable: float, step: int, steps: int) -> float:
+        """What becomes of the multiplier ``stable`` at ``step`` of a cooldown of ``steps`` steps."""
+        return self.final + (stable - self.final) * DECAYS[self.shape](min(step / steps, 1.0))
+
+
+def check_final(owner: Any) -> None:
+    """Refuses an ``owner.final`` that is negative or not finite."""
+    final = owner.final
+    if not (math.isfinite(final) and final >= 0):
+        raise ValueError(
+            f"Invalid final={final!r} of {type(owner).__name__}: it is a multiplier of the peak, so it must be finite "
+            "and at least 0; for a learning rate it lies in [0, 1]."
+        )

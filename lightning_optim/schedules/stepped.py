@@ -1,0 +1,99 @@
+"""Shapes that fall in steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_optim.durations import Duration
+from lightning_optim.schedules.base import Position, Schedule
+from lightning_optim.schedules.phases import Cooldown, Warmup
+
+
+class Step(Schedule):
+    """Multiplied by ``factor`` after every ``every``, counted from the end of warmup and hold.
+
+    Args:
+        warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
+        every: How long each level lasts: ``"30 epochs"``, say. Needs no length of the run unless it is a share of it.
+        factor: Multiplier from one level to the next, above 0.
+        hold: How long to stay at the peak before the first level.
+        cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+
+    Raises:
+        ValueError: ``every`` is no time at all, or ``factor`` is not a finite number above 0.
+
+    Example:
+        >>> [Step(every=30, factor=0.5)(step) for step in (0, 29, 30, 60)]
+        [1.0, 1.0, 0.5, 0.25]
+    """
+
+    shape_needs_total = False
+
+    def __init__(
+        self,
+        warmup: int | str | Duration | Warmup = 0,
+        every: int | str | Duration = "30%",
+        factor: float = 0.1,
+        hold: int | str | Duration = 0,
+        cooldown: int | str | Duration | Cooldown = 0,
+    ) -> None:
+        super().__init__(warmup, hold, cooldown)
+        self.every = Duration.parse(every)
+        if not self.every:
+            raise ValueError(f"Invalid every={every!r} of Step: it must be above 0, for instance '30 epochs'.")
+        self.factor = _checked_factor(self, factor)
+
+    def shape(self, at: Position) -> float:
+        """factor^⌊step / every⌋."""
+        return float(self.factor ** (at.step // self.every.steps(at.run)))
+
+
+class MultiStep(Schedule):
+    """Multiplied by ``factor`` at each of the ``milestones``, which count from the beginning of the run.
+
+    Args:
+        warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
+        milestones: When to fall: ``["30 epochs", "60 epochs"]``, say. The first update at the new level is the one
+            after as many.
+        factor: Multiplier from one level to the next, above 0.
+        hold: How long to stay at the peak after the warmup whatever the milestones say.
+        cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+
+    Raises:
+        ValueError: There is no milestone, or ``factor`` is not a finite number above 0.
+
+    Example:
+        >>> [MultiStep(milestones=[50, 75], factor=0.5)(step) for step in (49, 50, 75)]
+        [1.0, 0.5, 0.25]
+    """
+
+    shape_needs_total = False
+
+    def __init__(
+        self,
+        warmup: int | str | Duration | Warmup = 0,
+        milestones: Sequence[int | str | Duration] = ("50%", "75%"),
+        factor: float = 0.1,
+        hold: int | str | Duration = 0,
+        cooldown: int | str | Duration | Cooldown = 0,
+    ) -> None:
+        super().__init__(warmup, hold, cooldown)
+        if isinstance(milestones, int | str | Duration) or not milestones:
+            raise ValueError(
+                f"Invalid milestones={milestones!r} of MultiStep: give a list, for instance ['50%', '75%']."
+            )
+        self.milestones = [Duration.parse(milestone) for milestone in milestones]
+        self.factor = _checked_factor(self, factor)
+
+    def shape(self, at: Position) -> float:
+        """factor^(milestones passed)."""
+        step = at.start + at.step
+        return float(self.factor ** sum(milestone.steps(at.run) <= step for milestone in self.milestones))
+
+
+def _checked_factor(owner: Any, factor: float) -> float:
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"Invalid factor={factor!r} of {type(owner).__name__}: it must be finite and above 0.")
+    return float(factor)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_optim.stats import StepCounts, StepRecord
+from lightning_optim.stats import StepCounts, StepRecord, sum_groups
 from lightning_optim.transfer import PendingValues
 
 __all__ = ["DEFAULT_DIAGNOSTICS", "ClippedGradNorm", "Diagnostic", "GradNorm", "ParamNorm", "Report", "UpdateRatio"]
@@ -47,8 +47,9 @@ class ClippedGradNorm(Diagnostic):
     has_total = True
 
     def compute(self, record: StepRecord) -> Tensor:
-        """‖g‖ / divisor per group, then over all."""
-        return GradNorm().compute(record) / record.divisor
+        """‖g‖ per group, then over all."""
+        sums = sum_groups(record.clipped_norm_sq, record.grad.group_sizes)
+        return torch.cat([sums, sums.sum().reshape(1)]).sqrt()
 
 
 class ParamNorm(Diagnostic):

@@ -22,8 +22,8 @@ class Detector(ABC):
 class NonFiniteGradient(Detector):
     """Skips a step with a NaN or an infinity in any gradient.
 
-    Read off the square sums, so it costs nothing beside clipping. Under data parallelism the reduced gradients carry a
-    NaN of one rank to all, so all ranks decide alike without talking.
+    Read off what clipping has measured, so it costs nothing beside that. Under data parallelism the reduced gradients
+    carry a NaN of one rank to all, so all ranks decide alike without talking.
 
     Example:
         >>> import torch
@@ -32,5 +32,5 @@ class NonFiniteGradient(Detector):
     """
 
     def __call__(self, stats: GradStats) -> Tensor:
-        """True if any square sum is not finite, shape []."""
-        return ~stats.norm_sq.isfinite().all()
+        """True unless all are finite, shape []."""
+        return ~stats.finite()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim import backends
+from lightning_optim.backends.shards import local, max_over_shards
 from lightning_optim.stats import STEP_SUMS
 
 
@@ -30,6 +31,22 @@ def measure_norm_sq(tensors: Sequence[Tensor]) -> Tensor:
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
     measured = torch.cat([part.to(device, dtype, non_blocking=True) for part in parts])
     return measured[torch.tensor(order, device=device).argsort()]
+
+
+@torch.no_grad()
+def measure_largest(tensors: Sequence[Tensor]) -> Tensor:
+    """Largest absolute value in each tensor, in one read, shape [tensors], float32 or float64; NaN if there is one.
+
+    Args:
+        tensors: At least one, as for `measure_norm_sq`, but not sparse. The result is on the first one's device.
+    """
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    device = tensors[0].device
+    parts = [local(tensor.detach()) for tensor in tensors]
+    # The largest of no element is unknown to torch; of an empty shard it is 0 here.
+    values = [torch.linalg.vector_norm(part, torch.inf) if part.numel() else part.new_zeros(()) for part in parts]
+    largest = torch.stack([value.to(device, dtype, non_blocking=True) for value in values])
+    return max_over_shards(largest, tensors)
 
 
 @torch.no_grad()

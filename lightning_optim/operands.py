@@ -3,8 +3,9 @@
 Two ways. An optimizer that declares ``_step_supports_amp_scaling`` takes both as device tensors in its kernel, through
 the attributes ``grad_scale`` (gradients are divided by it) and ``found_inf`` (non-zero: nothing changes, moments and
 step counters included): torch's protocol for GradScaler. Our own optimizers take the divisor apart from the loss scale,
-as ``divisor``. Every other optimizer gets its gradients scaled in place, and
-its ``step`` not called. This is the one place that relies on the protocol.
+as ``divisor``, and one for each tensor if need be. Every other optimizer gets its gradients scaled in place, and its
+``step`` not called; and what no kernel takes (a divisor for each tensor in torch's, for each row, a limit on elements)
+is done to the gradients in place, too. This is the one place that relies on the protocol.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.backends.shards import local
+from lightning_optim.clipping import Clip, Divisor
 from lightning_optim.transfer import PendingValues
 
 _ATTRIBUTES = ("grad_scale", "found_inf", "divisor")
@@ -33,7 +36,10 @@ class StepSkipped(Exception):  # noqa: N818 - control flow, not an error
 
 
 class Operands(ABC):
-    """Hands one step's divisor and skip flag to an optimizer."""
+    """Hands one step's clipping and skip flag to an optimizer."""
+
+    skips_for_free: bool
+    """Whether a step can be skipped without the host waiting for the device."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -43,7 +49,7 @@ class Operands(ABC):
         return getattr(self.optimizer, "grad_scale", None), getattr(self.optimizer, "found_inf", None)
 
     @abstractmethod
-    def apply(self, grads: Sequence[Tensor], divisor: Tensor | None, skip: Tensor | None, loss: Any) -> None:
+    def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
         """Called right before the update. May raise `StepSkipped`."""
 
     def restore(self) -> None:  # noqa: B027 - nothing to do unless a subclass says so
@@ -68,20 +74,24 @@ def operands_for(optimizer: Optimizer, may_skip: bool) -> Operands:
 class InKernel(Operands):
     """Operands of the optimizer's own kernel: no pass over memory, no synchronisation."""
 
+    skips_for_free = True
+
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
         self._found: dict[str, Any] | None = None
 
-    def apply(self, grads: Sequence[Tensor], divisor: Tensor | None, skip: Tensor | None, loss: Any) -> None:
+    def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
         """Sets the attributes; a loss scale that is already there stays in."""
         attributes = vars(self.optimizer)
         self._found = {key: attributes[key] for key in _ATTRIBUTES if key in attributes}
-        if divisor is not None and hasattr(self.optimizer, "divisor"):  # ours: in any precision
-            attributes["divisor"] = divisor
-        elif divisor is not None:
-            scale = self._found.get("grad_scale")
+        scale = self._found.get("grad_scale")
+        if isinstance(clip, Divisor) and hasattr(self.optimizer, "divisor"):  # ours: for each tensor, in any precision
+            attributes["divisor"] = clip.values
+        elif isinstance(clip, Divisor) and clip.values.dim() == 0:
             # torch's kernels read float32, whatever the parameters are.
-            attributes["grad_scale"] = (divisor if scale is None else scale * divisor).to(torch.float32)
+            attributes["grad_scale"] = (clip.values if scale is None else scale * clip.values).to(torch.float32)
+        elif clip is not None:
+            clip.apply_([local(grad) for grad in grads], scale)
         if skip is not None:
             _allocate_momentum(self.optimizer)
             attributes["found_inf"] = skip
@@ -101,25 +111,28 @@ class AroundStep(Operands):
     """For optimizers without operands: gradients scaled in place, and ``step`` left out to skip.
 
     Leaving out the call is exact whatever the optimizer keeps count of, but the host has to know the flag: free on the
-    CPU, one synchronisation per step on an accelerator. So it happens only if something can skip.
+    CPU, one synchronisation per step on an accelerator. So there it happens only if something was asked to skip.
     """
 
     def __init__(self, optimizer: Optimizer, may_skip: bool) -> None:
         super().__init__(optimizer)
         # One that takes operands, and is here for another reason, is called by a GradScaler even on an overflow.
-        self._may_skip = may_skip = may_skip or getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.skips_for_free = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
+        self._may_skip = may_skip = (
+            may_skip or self.skips_for_free or getattr(optimizer, "_step_supports_amp_scaling", False)
+        )
         self._closed = False
         if may_skip:
             self._had = vars(optimizer).get("step")
             self._patch = _catch_skip(optimizer, self)
             optimizer.step = self._patch  # type: ignore[method-assign]
 
-    def apply(self, grads: Sequence[Tensor], divisor: Tensor | None, skip: Tensor | None, loss: Any) -> None:
+    def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
         """Scales the gradients in place, or raises `StepSkipped`."""
         if self._may_skip and skip is not None and PendingValues(skip.reshape(1)).read()[0]:
             raise StepSkipped(loss)
-        if divisor is not None:
-            torch._foreach_mul_(list(grads), divisor.reciprocal())
+        if clip is not None:
+            clip.apply_([local(grad) for grad in grads], None)
 
     def close(self) -> None:
         """Removes the wrapper around ``step``; if somebody has wrapped it again, it stays and lets all through."""

@@ -5,8 +5,9 @@ Square sums rather than norms, because square sums add, over tensors, groups and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,21 +25,63 @@ STEP_SUMS = (
 """The columns of [`StepStats.sums`][lightning_optim.stats.StepStats], in order."""
 
 
-@dataclass(frozen=True)
 class GradStats:
-    """One read of the gradients.
+    """What a step knows about its gradients, without any loss scale.
 
     Tensors are in the order of the optimizer's groups, and within a group in the order of its parameters; parameters
-    without a gradient are left out.
+    without a gradient are left out. Quantities are read when they are first asked for, and kept, so that a step reads
+    no more than its rules and reports need.
 
     Args:
         norm_sq: Square sum of each gradient, shape [tensors], float32 (float64 for float64 gradients), on the
-            gradients' device. Not finite where a gradient has a NaN or an infinity.
+            gradients' device; or what reads it. Not finite where a gradient has a NaN or an infinity.
         group_sizes: How many tensors each parameter group has; sums to ``tensors``.
+        group_names: Name of each parameter group.
+        numel: Number of elements of each tensor, over all shards.
+        names: Name of each tensor, as far as known.
+        places: Where each tensor stands among all parameters of the optimizer, int64, shape [tensors]; None if all
+            have a gradient.
+        reads: What else can be read, by name; see `lightning_optim.measure.Measurement`.
+
+    Example:
+        >>> GradStats(torch.tensor([9.0, 16.0]), group_sizes=(1, 1)).total_norm()
+        tensor(5.)
     """
 
-    norm_sq: Tensor
-    group_sizes: tuple[int, ...]
+    def __init__(
+        self,
+        norm_sq: Tensor | Callable[[], Tensor],
+        group_sizes: tuple[int, ...],
+        *,
+        group_names: tuple[str, ...] = (),
+        numel: tuple[int, ...] = (),
+        names: tuple[str, ...] = (),
+        places: Tensor | None = None,
+        reads: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
+    ) -> None:
+        self.group_sizes = group_sizes
+        self.group_names = group_names
+        self.numel = numel
+        self.names = names
+        self.places = places
+        self._reads = reads
+        self._values: dict[str, Any] = {}
+        if isinstance(norm_sq, Tensor):
+            self._values["norm_sq"] = norm_sq
+        else:
+            self._reads = {**reads, "norm_sq": norm_sq}
+
+    def read(self, what: str) -> Any:
+        """The quantity called ``what``, from memory if it has been read before."""
+        if what not in self._values:
+            self._values[what] = self._reads[what]()
+        return self._values[what]
+
+    @property
+    def norm_sq(self) -> Tensor:
+        """Square sum of each gradient, shape [tensors]."""
+        values: Tensor = self.read("norm_sq")
+        return values
 
     def total_norm(self) -> Tensor:
         """Norm over all gradients as one vector, shape []."""
@@ -47,6 +90,12 @@ class GradStats:
     def group_norms(self) -> Tensor:
         """Norm of each parameter group's gradients, shape [groups]."""
         return sum_groups(self.norm_sq, self.group_sizes).sqrt()
+
+    def finite(self) -> Tensor:
+        """Whether no gradient has a NaN or an infinity, bool, shape []; from what has been read already."""
+        largest = self._values.get("largest")
+        known = largest if largest is not None and "norm_sq" not in self._values else self.norm_sq
+        return known.isfinite().all()
 
 
 @dataclass(frozen=True)
@@ -92,7 +141,7 @@ class StepRecord:
         group_names: Name of each parameter group that has gradients.
         hyperparameters: Those groups' ``lr``, ``weight_decay`` and so on, as this step used them.
         grad: The gradients before clipping, without any loss scale.
-        divisor: What the gradients were divided by to clip them, shape [].
+        clipped_norm_sq: Square sum of each gradient as the update used it, shape [tensors].
         skip: 1.0 if the step did not happen, else 0.0, shape [].
         update: What the update did to the parameters.
         steps: Optimizer steps so far, this one included.
@@ -102,7 +151,7 @@ class StepRecord:
     group_names: tuple[str, ...]
     hyperparameters: tuple[dict[str, Any], ...]
     grad: GradStats
-    divisor: Tensor
+    clipped_norm_sq: Tensor
     skip: Tensor
     update: StepStats
     steps: int

@@ -6,7 +6,7 @@ skips and measures by itself, in a plain loop, with a closure, under a GradScale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_optim.clipping import ClipRule
-from lightning_optim.divergence import Detector
-from lightning_optim.measure import measure_norm_sq, measure_update
+from lightning_optim.clipping import Clip, Clipper, ClipRule
+from lightning_optim.divergence import Detector, NonFiniteGradient
+from lightning_optim.measure import measure_largest, measure_norm_sq, measure_update
 from lightning_optim.operands import StepSkipped, operands_for
 from lightning_optim.stats import GradStats, StepCounts, StepRecord, StepStats
-from lightning_optim.transfer import HostMirror
+from lightning_optim.transfer import HostMirror, upload
 
 __all__ = ["StepPipeline"]
 
@@ -28,18 +28,26 @@ class StepPipeline:
     """Clips, guards and measures every step of one optimizer.
 
     The gradients are read once, whatever uses them, and not at all if nothing does. Clipping and skipping reach the
-    update as described in `lightning_optim.operands`.
+    update as described in `lightning_optim.operands`. A clip rule makes steps with a gradient that is not finite be
+    skipped wherever the host need not wait for that; elsewhere (on an accelerator, with an optimizer that takes no
+    operands) a detector has to ask for it.
 
     Args:
         optimizer: The optimizer; not LBFGS, which evaluates its closure several times per step.
         clip: How gradients are clipped; None for not at all.
+        clip_limit: By what the clip rule's limit is multiplied, as a function of the steps taken so far; for instance a
+            `Schedule`. None for 1.
         detectors: What makes a step be skipped; any of them suffices.
         on_report: Receives the record of each step for which ``report_due`` said yes.
         report_due: Asked before each update whether to collect a record of it.
         counts: Where the counts start, on a resume.
+        clip_state: What `clip_state` gave, on a resume.
+        names: Names of parameters, for clip rules that ask for them; those in the optimizer's groups need none.
+        group_names: What groups a clip rule may speak of; None for those of the optimizer.
 
     Raises:
         TypeError: The optimizer is LBFGS.
+        ValueError: The clip rule speaks of a group or parameter that is not there.
 
     Example:
         >>> from lightning_optim.clipping import GlobalNorm
@@ -58,10 +66,14 @@ class StepPipeline:
         optimizer: Optimizer,
         *,
         clip: ClipRule | None = None,
+        clip_limit: Callable[[int], float] | None = None,
         detectors: Sequence[Detector] = (),
         on_report: Callable[[StepRecord], None] | None = None,
         report_due: Callable[[], bool] = lambda: True,
         counts: StepCounts | None = None,
+        clip_state: Mapping[str, Any] | None = None,
+        names: Mapping[Tensor, str] | None = None,
+        group_names: Collection[str] | None = None,
     ) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(
@@ -69,8 +81,9 @@ class StepPipeline:
                 "measure. Use another optimizer, or leave out clipping, guard and monitor."
             )
         self.optimizer = optimizer
-        self.clip = clip
+        self.clipper = None if clip is None else Clipper(clip, clip_limit)
         self.detectors = tuple(detectors)
+        self._names = names or {}
         self.on_report = on_report
         self.report_due = report_due
         counts = counts or StepCounts()
@@ -81,6 +94,12 @@ class StepPipeline:
         self._expected = False
         self._step: _Step | None = None
         self._operands = operands_for(optimizer, may_skip=bool(self.detectors))
+        if self.clipper is not None:
+            self.clipper.load_state_dict(clip_state or {})
+            known = set(group_names_of(optimizer)) if group_names is None else group_names
+            self.clipper.rule.check(known, self._all_names())
+            if self._operands.skips_for_free and not any(isinstance(d, NonFiniteGradient) for d in self.detectors):
+                self.detectors = (NonFiniteGradient(), *self.detectors)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -98,6 +117,10 @@ class StepPipeline:
         self.settle()
         return StepCounts(self._steps, *map(int, self._counts_on_host.read()))
 
+    def clip_state(self) -> dict[str, Any]:
+        """What the clip rule remembers, as plain tensors for a checkpoint; empty if nothing."""
+        return {} if self.clipper is None else self.clipper.state_dict()
+
     def expect_step(self) -> None:
         """Says that gradients are ready and a step should follow.
 
@@ -111,7 +134,7 @@ class StepPipeline:
         if self._expected:
             self._expected = False
             if (step := self._open()) is not None:
-                step.skip = torch.ones_like(step.divisor if step.divisor is not None else self._counts[0])
+                step.skip = torch.ones_like(self._counts[0], dtype=torch.float32)
                 self._close(step)
 
     # One step, in order: `_before` runs the closure, measures, decides and hands over; the optimizer updates; `_after`
@@ -126,7 +149,8 @@ class StepPipeline:
         step = self._step = self._open()
         if step is not None:
             try:
-                self._operands.apply(step.grads, step.divisor if self.clip else None, step.skip, loss)
+                self._operands.apply(step.grads, step.clip, step.skip, loss)
+                step.measure_clipped()
             except StepSkipped:
                 self._after(optimizer, args, kwargs)
                 raise
@@ -140,62 +164,85 @@ class StepPipeline:
 
     def _open(self) -> _Step | None:
         """Measures and decides; None if there is no gradient, so that no step can happen."""
-        step = _Step.of(self.optimizer, reported=self.on_report is not None and self.report_due())
+        scale, skip = self._operands.incoming()
+        reported = self.on_report is not None and self.report_due()
+        step = _Step(self.optimizer, scale, reported, self._names)
         if not step.grads:
             return None
-        scale, step.skip = self._operands.incoming()
-        if self.clip or self.detectors or step.reported:
-            step.measure(scale)
-            if self.clip:
-                step.divisor = self.clip(step.stats)
-            for detector in self.detectors:
-                flag = detector(step.stats).to(torch.float32)
-                step.skip = flag if step.skip is None else torch.maximum(step.skip, flag)
+        step.skip = skip
+        if self.clipper is not None:
+            step.clip = self.clipper.decide(step.stats, self._steps, step.parameters, self._counts.device)
+        for detector in self.detectors:
+            flag = detector(step.stats).to(torch.float32)
+            step.skip = flag if step.skip is None else torch.maximum(step.skip, flag)
         if step.reported:
             step.watch_update(self.optimizer)
+            _ = step.stats.norm_sq  # before clipping rewrites the gradients
         return step
 
     def _close(self, step: _Step) -> None:
         self._steps += 1
-        if step.skip is not None:
-            self._counts[1] += step.skip > 0
-        if step.divisor is not None:
-            clipped = step.divisor > 1
-            self._counts[0] += clipped if step.skip is None else clipped & (step.skip == 0)
+        taken = None if step.skip is None else step.skip == 0
+        if taken is not None:
+            self._counts[1] += ~taken
+        if self.clipper is not None:
+            assert step.clip is not None
+            accepted = step.stats.finite() if taken is None else step.stats.finite() & taken
+            self.clipper.commit(accepted)
+            self._counts[0] += step.clip.flag() & accepted
         self._counts_on_host.push()
         if step.reported:
             assert self.on_report is not None
             self.on_report(step.record(self.optimizer, self._steps, self._counts))
 
+    def _all_names(self) -> set[str]:
+        return {
+            name for group in self.optimizer.param_groups for name in names_of(group, self._names) if name is not None
+        }
+
 
 class _Step:
     """A step in the making: its tensors, and what has been measured and decided about it."""
 
-    def __init__(self, params: list[Tensor], group_sizes: tuple[int, ...], reported: bool) -> None:
-        self.params = params
-        self.grads = [param.grad for param in params if param.grad is not None]
-        self.group_sizes = group_sizes
-        self.reported = reported
-        self.divisor: Tensor | None = None
-        self.skip: Tensor | None = None
-        self._stats: GradStats | None = None
-        self._before: list[Tensor] | None = None
-
-    @classmethod
-    def of(cls, optimizer: Optimizer, reported: bool) -> _Step:
+    def __init__(self, optimizer: Optimizer, scale: Tensor | None, reported: bool, names: Mapping[Tensor, str]) -> None:
         groups = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
-        return cls([p for group in groups for p in group], tuple(len(group) for group in groups), reported)
+        self.params: list[Tensor] = [p for group in groups for p in group]
+        self.grads = [param.grad for param in self.params if param.grad is not None]
+        self.group_sizes = tuple(len(group) for group in groups)
+        self.parameters = sum(len(group["params"]) for group in optimizer.param_groups)
+        self.reported = reported
+        self.clip: Clip | None = None
+        self.skip: Tensor | None = None
+        self._scale = scale  # the loss scale still in the gradients
+        self._before: list[Tensor] | None = None
+        self._clipped_norm_sq: Tensor | None = None
+        self.stats = GradStats(
+            self._norm_sq,
+            self.group_sizes,
+            group_names=group_names_of(optimizer),
+            numel=tuple(param.numel() for param in self.params),
+            places=None if len(self.params) == self.parameters else self._places(optimizer),
+            reads={"largest": self._largest},
+        )
 
-    @property
-    def stats(self) -> GradStats:
-        assert self._stats is not None, "measured before anything decides"
-        return self._stats
+    def _places(self, optimizer: Optimizer) -> Tensor | None:
+        everything = [p for group in optimizer.param_groups for p in group["params"]]
+        places = [place for place, p in enumerate(everything) if p.grad is not None]
+        return upload(places, self.params[0].device, torch.int64) if places else None
 
-    def measure(self, scale: Tensor | None) -> None:
+    def _norm_sq(self) -> Tensor:
         norm_sq = measure_norm_sq(self.grads)
-        if scale is not None:  # the loss scale is still in the gradients
-            norm_sq = norm_sq / scale.to(norm_sq.device).square()
-        self._stats = GradStats(norm_sq, self.group_sizes)
+        return norm_sq if self._scale is None else norm_sq / self._scale.to(norm_sq.device).square()
+
+    def _largest(self) -> Tensor:
+        largest = measure_largest(self.grads)
+        return largest if self._scale is None else largest / self._scale.to(largest.device)
+
+    def measure_clipped(self) -> None:
+        """Called when clipping has been handed over: the report wants to know what the update sees."""
+        if self.reported:
+            after = self.stats.norm_sq if self.clip is None else self.clip.norm_sq_after(self.stats)
+            self._clipped_norm_sq = self._norm_sq() if after is None else after
 
     def watch_update(self, optimizer: Optimizer) -> None:
         if hasattr(optimizer, "collect_step_stats"):
@@ -214,19 +261,32 @@ class _Step:
             update = optimizer.step_stats  # type: ignore[attr-defined]
             optimizer.collect_step_stats = False  # type: ignore[attr-defined]
         zero = torch.zeros_like(self.stats.norm_sq[0])
+        if self._clipped_norm_sq is None:  # the step was left out by a GradScaler
+            self._clipped_norm_sq = torch.full_like(self.stats.norm_sq, torch.nan)
         return StepRecord(
-            group_names=tuple(str(group.get("name", index)) for index, group in enumerate(optimizer.param_groups)),
+            group_names=group_names_of(optimizer),
             hyperparameters=tuple(
                 {key: value for key, value in group.items() if key not in ("params", "param_names")}
                 for group in optimizer.param_groups
             ),
-            grad=self.stats,
-            divisor=zero + 1 if self.divisor is None else self.divisor,
+            grad=GradStats(self.stats.norm_sq, self.group_sizes),  # without a hold on the gradients
+            clipped_norm_sq=self._clipped_norm_sq,
             skip=zero if self.skip is None else self.skip,
             update=update,
             steps=steps,
             counts=counts.clone(),
         )
+
+
+def group_names_of(optimizer: Optimizer) -> tuple[str, ...]:
+    """Name of each parameter group, or its number where it has none."""
+    return tuple(str(group.get("name", index)) for index, group in enumerate(optimizer.param_groups))
+
+
+def names_of(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[str | None]:
+    """Name of each parameter of a group, as far as the optimizer or the caller knows it."""
+    own: Sequence[str | None] = group.get("param_names") or [None] * len(group["params"])
+    return [names.get(param, name) for param, name in zip(group["params"], own, strict=True)]
 
 
 def _run_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -18,7 +18,7 @@ def _record(steps=1, clipped=0, skipped=0, lr=0.1, divisor=2.0):
         group_names=("a", "b"),
         hyperparameters=({"lr": lr, "weight_decay": 0.5, "betas": (0.9, 0.99)}, {"lr": 0.3}),
         grad=GradStats(torch.tensor([9.0, 16.0, 144.0]), (2, 1)),
-        divisor=torch.tensor(divisor),
+        clipped_norm_sq=torch.tensor([9.0, 16.0, 144.0]) / divisor**2,
         skip=torch.tensor(0.0),
         update=StepStats(sums, (2, 1), (5, 5, 5)),
         steps=steps,

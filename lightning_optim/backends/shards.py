@@ -30,6 +30,17 @@ def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     One all-reduce per mesh dimension and kind of placement; nothing is done, and nothing copied, for plain tensors.
     Square sums add across shards; norms do not.
     """
+    return _reduce(sums, tensors, "SUM")
+
+
+def max_over_shards(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The largest of per-tensor ``values``, else as `sum_over_shards`; NaN if any rank has one."""
+    # MAX may drop a NaN, depending on the library that communicates, but none drops an infinity.
+    largest = _reduce(values.nan_to_num(nan=torch.inf), tensors, "MAX")
+    return torch.where(values.isnan(), values, largest)
+
+
+def _reduce(sums: Tensor, tensors: Sequence[Tensor], operation: str) -> Tensor:
     kinds: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
     for i, tensor in enumerate(tensors):
         mesh = getattr(tensor, "device_mesh", None)
@@ -44,6 +55,6 @@ def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         rows = upload(indices, sums.device)
         part = sums[rows]
         for dim in dims:
-            torch.distributed.all_reduce(part, group=mesh.get_group(dim))
+            torch.distributed.all_reduce(part, getattr(torch.distributed.ReduceOp, operation), mesh.get_group(dim))
         sums[rows] = part
     return sums

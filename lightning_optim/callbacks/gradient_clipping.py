@@ -1,34 +1,63 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_optim.callbacks.hub import HubCallback
-from lightning_optim.clipping import GlobalNorm
+from lightning_optim.clipping import ClipRule, make_clip_rule
+from lightning_optim.durations import Horizon
+from lightning_optim.schedules import Schedule, get_schedule
 
 
 class GradientClipping(HubCallback):
-    """Clips the gradients of every optimizer step by their global norm, right in every precision.
+    """Clips the gradients of every optimizer step, by their global norm unless told otherwise, in every precision.
 
-    Unlike ``Trainer(gradient_clip_val=...)`` it works with fused optimizers in 16-bit precision and in manual
-    optimization, and reports what it does. Gradients are measured without the loss scale. With an optimizer whose
-    kernel takes a divisor (all fused ones) clipping costs one read of the gradients, else one more write; nothing waits
-    for the device.
+    Unlike ``Trainer(gradient_clip_val=...)`` it works with fused optimizers in 16-bit precision, in manual optimization
+    and with sharded parameters, and reports what it does. Gradients are measured without the loss scale. With an
+    optimizer whose kernel takes a divisor (all fused ones) clipping costs one read of the gradients, else one more
+    write; nothing waits for the device. Steps with a gradient that is not finite are skipped, and no method remembers
+    them.
 
     Args:
-        max_norm: Largest norm of all gradients of one optimizer together, above 0.
+        max_norm: Largest norm of all gradients of one optimizer together, above 0; 1.0 if neither this nor ``method``
+            is given. Other methods that have a ``max_norm`` take it from here, too.
+        method: A name (`lightning_optim.clipping.list_clip_rules`) or a rule, such as
+            ``lightning_optim.clipping.GroupNorm(groups={"head": 0.5})``.
+        method_kwargs: Arguments of a method given by name.
+        schedule: By what the limit is multiplied over the run: a name (`lightning_optim.schedules.list_schedules`) or a
+            `Schedule`, which has to stay above 0. It counts all optimizer steps, skipped ones included. None for a
+            constant limit.
 
     Raises:
-        ValueError: ``max_norm`` is not a finite number above 0.
+        ValueError: Anything unknown, out of range or given twice; the message says what is near.
         MisconfigurationException: At the start of the fit, if the Trainer clips as well.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[GradientClipping(max_norm=1.0)], logger=False, enable_checkpointing=False)
+        >>> GradientClipping(method="block_rms", method_kwargs={"max_rms": 0.01})
+        GradientClipping(BlockRMS(max_rms=0.01))
     """
 
-    def __init__(self, max_norm: float = 1.0) -> None:
-        self._rule = GlobalNorm(max_norm)
-        self.max_norm = self._rule.max_norm
+    def __init__(
+        self,
+        max_norm: float | None = None,
+        method: str | ClipRule = "global_norm",
+        method_kwargs: dict[str, Any] | None = None,
+        schedule: str | Schedule | None = None,
+    ) -> None:
+        kwargs = dict(method_kwargs or {})
+        if isinstance(method, ClipRule):
+            if given := {**({} if max_norm is None else {"max_norm": max_norm}), **kwargs}:
+                raise ValueError(f"{given} given beside method={method!r}: write it into the rule.")
+            self.rule = method
+        else:
+            if max_norm is not None and "max_norm" in kwargs:
+                raise ValueError(f"max_norm={max_norm!r} given beside method_kwargs={kwargs!r}: write it once.")
+            self.rule = make_clip_rule(method, kwargs if max_norm is None else {"max_norm": max_norm, **kwargs})
+        self.schedule = get_schedule(schedule)() if isinstance(schedule, str) else schedule
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a second owner."""
@@ -39,9 +68,18 @@ class GradientClipping(HubCallback):
                 f"{self!r}. Remove one; the callback also works with fused optimizers in 16-bit precision."
             )
 
-    def clip_rule(self) -> GlobalNorm:
-        """The rule, which keeps no state and can serve several optimizers."""
-        return self._rule
+    def clip_rule(self) -> ClipRule:
+        """The rule, which holds no state and can serve several optimizers."""
+        return self.rule
+
+    def clip_limit(self, horizon: Horizon) -> Callable[[int], float] | None:
+        """The schedule over this run."""
+        if (schedule := self.schedule) is None:
+            return None
+        schedule.warmup_steps(horizon)
+        return lambda step: schedule(step, horizon.total_steps, horizon.steps_per_epoch)
 
     def __repr__(self) -> str:
-        return f"GradientClipping(max_norm={self.max_norm})"
+        plain = type(self.rule).__name__ == "GlobalNorm"
+        rule = f"max_norm={self.rule.max_norm!r}" if plain else repr(self.rule)  # type: ignore[attr-defined]
+        return f"GradientClipping({rule}{'' if self.schedule is None else f', schedule={self.schedule!r}'})"

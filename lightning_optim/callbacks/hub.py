@@ -8,13 +8,15 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.clipping import ClipRule
 from lightning_optim.divergence import Detector
+from lightning_optim.durations import Horizon
 from lightning_optim.schedules import Scheduler
 from lightning_optim.stats import StepCounts, StepRecord
-from lightning_optim.step import StepPipeline
+from lightning_optim.step import StepPipeline, group_names_of
 from lightning_optim.training_length import horizon_of
 
 CHECKPOINT_KEY = "lightning_optim"
@@ -36,6 +38,10 @@ class HubCallback(L.Callback):
 
     def clip_rule(self) -> ClipRule | None:
         """How gradients are clipped; asked once per optimizer."""
+        return None
+
+    def clip_limit(self, horizon: Horizon) -> Callable[[int], float] | None:
+        """By what the rule's limit is multiplied at each step of a run that long; None for 1."""
         return None
 
     def detectors(self) -> Sequence[Detector]:
@@ -127,6 +133,7 @@ class Hub:
         self.pipelines: list[StepPipeline] = []
         self._undo: list[Callable[[], None]] = []
         self._restored: list[StepCounts] = []
+        self._restored_clip: list[dict[str, Any]] = []
 
     @property
     def trainer(self) -> L.Trainer:
@@ -155,17 +162,24 @@ class Hub:
         trainer = self.trainer
         strategy = type(trainer.strategy).__name__
         if strategy in _UNSUPPORTED_STRATEGIES:
-            names = ", ".join(type(member).__name__ for member in self.members)
+            ours = ", ".join(type(member).__name__ for member in self.members)
             raise MisconfigurationException(
-                f"{names} cannot be used with {strategy} yet: gradients are sharded there. Use one device or DDP."
+                f"{ours} cannot be used with {strategy} yet: gradients are sharded there. Use one device or DDP."
             )
         self._check_schedulers()
+        clipping = next((member for member in self.members if member.clip_rule() is not None), None)
+        horizon = horizon_of(trainer)
+        names: dict[Tensor, str] = {p: key for key, p in trainer.lightning_module.named_parameters()}
+        group_names = {name for optimizer in trainer.optimizers for name in group_names_of(optimizer)}
         for index, optimizer in enumerate(trainer.optimizers):
-            rules = [rule for member in self.members if (rule := member.clip_rule()) is not None]
             self.pipelines.append(
                 StepPipeline(
                     optimizer,
-                    clip=rules[0] if rules else None,
+                    clip=None if clipping is None else clipping.clip_rule(),
+                    clip_limit=None if clipping is None else clipping.clip_limit(horizon),
+                    clip_state=self._restored_clip[index] if index < len(self._restored_clip) else None,
+                    names=names,
+                    group_names=group_names,
                     detectors=[detector for member in self.members for detector in member.detectors()],
                     report_due=self._report_due,
                     on_report=lambda record, index=index: self._report(index, record),  # type: ignore[misc]
@@ -195,12 +209,15 @@ class Hub:
         return [pipeline.counts() for pipeline in self.pipelines]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, so that checkpoints load with ``weights_only=True``."""
-        return {"counts": [[c.steps, c.clipped, c.skipped] for c in self.counts()]}
+        """Plain numbers and tensors, so that checkpoints load with ``weights_only=True``."""
+        state: dict[str, Any] = {"counts": [[c.steps, c.clipped, c.skipped] for c in self.counts()]}
+        clip = [pipeline.clip_state() for pipeline in self.pipelines]
+        return {**state, "clip": clip} if any(clip) else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps the counts for the pipelines, which do not exist yet."""
+        """Keeps counts and clip states for the pipelines, which do not exist yet."""
         self._restored = [StepCounts(*counts) for counts in state.get("counts", [])]
+        self._restored_clip = state.get("clip", [])
 
     def close(self) -> None:
         """Undoes everything, newest first."""

@@ -1,0 +1,139 @@
+"""Rules with a fixed limit: on the global norm, each group's norm, each tensor's RMS, each element."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_optim.clipping.base import STATELESS, Clamp, ClipRule, State, above_zero
+from lightning_optim.messages import nearest
+from lightning_optim.stats import GradStats
+from lightning_optim.transfer import upload
+
+
+class GlobalNorm(ClipRule):
+    """Scales all gradients together so that their norm as one vector is at most ``max_norm``.
+
+    The divisor is max(1, (‖g‖ + 1e-6) / max_norm): the reciprocal of what torch's ``clip_grad_norm_`` multiplies by.
+
+    Args:
+        max_norm: Largest norm of the gradients that the optimizer sees, above 0; 1.0 is usual for transformers.
+
+    Raises:
+        ValueError: ``max_norm`` is not a finite number above 0.
+
+    References:
+        Pascanu et al., On the difficulty of training recurrent neural networks, 2013, https://arxiv.org/abs/1211.5063
+
+    Example:
+        >>> import torch
+        >>> GlobalNorm(max_norm=2.0)(GradStats(torch.tensor([9.0, 16.0]), group_sizes=(2,)))
+        tensor(2.5000)
+    """
+
+    def __init__(self, max_norm: float = 1.0) -> None:
+        self.max_norm = above_zero("max_norm", max_norm, 1.0)
+
+    def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
+        """The divisor for these gradients, shape []."""
+        return ((stats.total_norm() + 1e-6) / (self.max_norm * limit)).clamp(min=1.0)
+
+
+class GroupNorm(ClipRule):
+    """Scales each parameter group's gradients so that their norm is at most the group's limit.
+
+    A group that explodes (an embedding, a fresh head) then does not shrink the steps of the others. Each group's
+    divisor is `GlobalNorm`'s of the group alone.
+
+    Args:
+        max_norm: Limit of the groups that are not in ``groups``; None to leave those alone.
+        groups: Limit of each group by its name, or its number where it has none; None to leave one alone.
+
+    Raises:
+        ValueError: A limit is not a finite number above 0, or there is none; later, if a group does not exist.
+
+    Example:
+        >>> import torch
+        >>> stats = GradStats(torch.tensor([9.0, 16.0]), group_sizes=(1, 1), group_names=("body", "head"))
+        >>> GroupNorm(max_norm=1.0, groups={"head": 8.0})(stats)
+        tensor([3.0000, 1.0000])
+    """
+
+    def __init__(self, max_norm: float | None = 1.0, groups: Mapping[str, float | None] | None = None) -> None:
+        instead = "give None"
+        self.max_norm = None if max_norm is None else above_zero("max_norm", max_norm, 1.0, instead)
+        self.groups = {
+            str(name): None if value is None else above_zero(f"groups[{name!r}]", value, 1.0, instead)
+            for name, value in (groups or {}).items()
+        }
+        if all(value is None for value in (self.max_norm, *self.groups.values())):
+            raise ValueError(f"{self!r} has no limit for any group. Give max_norm, or groups={{'head': 1.0}}.")
+
+    def check(self, group_names: Collection[str], names: Collection[str]) -> None:
+        """Refuses limits of groups that do not exist."""
+        for name in self.groups:
+            if name not in group_names:
+                raise ValueError(f"{self!r}: there is no parameter group {name!r}. {nearest(name, group_names)}")
+
+    def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
+        """The divisor of each tensor, which is its group's."""
+        limits = [self.groups.get(name, self.max_norm) for name in stats.group_names]
+        sizes = stats.group_sizes
+        norms = stats.group_norms()
+        infinite = float("inf")  # divides to 0, so that the divisor is 1
+        bounds = upload([infinite if value is None else value * limit for value in limits], norms.device, norms.dtype)
+        divisors = ((norms + 1e-6) / bounds).clamp(min=1.0)
+        return torch.cat([divisor.expand(size) for divisor, size in zip(divisors.unbind(), sizes, strict=True)])
+
+
+class BlockRMS(ClipRule):
+    """Scales each tensor's gradient so that its root mean square is at most ``max_rms``.
+
+    The divisor of a tensor is max(1, RMS(g) / max_rms).
+
+    Args:
+        max_rms: Largest root mean square of a tensor's gradient, above 0. The default is that of the sources, made for
+            updates; gradients are mostly far smaller, so look at theirs first.
+
+    Raises:
+        ValueError: ``max_rms`` is not a finite number above 0.
+
+    References:
+        Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, section 6; optax's ``clip_by_block_rms``.
+
+    Example:
+        >>> import torch
+        >>> BlockRMS(max_rms=1.0)(GradStats(torch.tensor([16.0, 1.0]), group_sizes=(2,), numel=(4, 4)))
+        tensor([2., 1.])
+    """
+
+    def __init__(self, max_rms: float = 1.0) -> None:
+        self.max_rms = above_zero("max_rms", max_rms, 1.0)
+
+    def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
+        """The divisor of each tensor, shape [tensors]."""
+        norm_sq = stats.norm_sq
+        numel = upload([max(n, 1) for n in stats.numel], norm_sq.device, norm_sq.dtype)
+        return ((norm_sq / numel).sqrt() / (self.max_rms * limit)).clamp(min=1.0)
+
+
+class Value(ClipRule):
+    """Brings each element of the gradients into [−max_value, max_value], as torch's ``clip_grad_value_`` does.
+
+    This changes the gradient's direction. No optimizer takes a limit in its kernel, so the gradients are rewritten.
+
+    Args:
+        max_value: Largest absolute value of an element, above 0.
+
+    Raises:
+        ValueError: ``max_value`` is not a finite number above 0.
+    """
+
+    def __init__(self, max_value: float = 1.0) -> None:
+        self.max_value = above_zero("max_value", max_value, 1.0)
+
+    def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Clamp:
+        """The limit of this step, and whether it binds."""
+        return Clamp(self.max_value * limit, stats.read("largest"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -35,22 +36,28 @@ class Batch:
     """
 
     rule: Rule
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    states: Sequence[dict[str, Tensor]]
-    scalar_states: Sequence[dict[str, Tensor]]
-    groups: Sequence[Mapping[str, Any]]
-    wholes: Sequence[Tensor]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+    scalar_states: list[dict[str, Tensor]]
+    groups: list[Mapping[str, Any]]
+    wholes: list[Tensor]
     cautious: bool
     kahan: bool = False
     stochastic: tuple[str, ...] = ()
-    rounding_keys: Sequence[Tensor] = field(default_factory=list)
+    rounding_keys: list[Tensor] = field(default_factory=list)
     shared: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def quantized(self) -> tuple[str, ...]:
         """States that are kept as codes, in the order of `rule.state`; the scales of `exp_avg` are `exp_avg_scale`."""
         return tuple(name for name in self.rule.state if f"{name}_scale" in self.states[0]) if self.stochastic else ()
+
+    @cached_property
+    def arrays(self) -> list[list[Tensor]]:
+        """The states, each a list over tensors: those of the rule, the compensation, the scales."""
+        names = [*self.rule.state, *(["kahan_comp"] if self.kahan else []), *(f"{n}_scale" for n in self.quantized)]
+        return [[state[name] for state in self.states] for name in names]
 
     @property
     def low_precision(self) -> bool:

@@ -87,14 +87,15 @@ class CompiledBackend(Backend):
 
     def supports(self, batch: Batch) -> bool:
         """Elementwise rules, and dtypes that kernels have loads and stores for."""
-        return isinstance(batch.rule, UpdateRule) and all(t.dtype in DTYPES for t in slots(batch, 0))
+        return isinstance(batch.rule, UpdateRule) and all(c[0].dtype in DTYPES for c in slots(batch))
 
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         """See `Backend`."""
-        filled = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
+        if not all(map(Tensor.is_contiguous, grads)):
+            grads = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
         dtype = grads[0].dtype
-        addresses = np.array([[grad.data_ptr()] for grad in filled], dtype=np.int64)
-        operands = Operands(grads[0].device, (DTYPES[dtype],), tuple(g.numel() for g in filled), addresses)
+        addresses = np.array(list(map(Tensor.data_ptr, grads)), dtype=np.int64)[:, None]
+        operands = Operands(grads[0].device, (DTYPES[dtype],), tuple(map(Tensor.numel, grads)), addresses)
         return self.run_measure(operands).to(arithmetic_dtype(dtype))
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
@@ -143,8 +144,8 @@ def operands_of(batch: Batch) -> Iterator[Operands]:
     addresses, write_back, keep = find(batch)
     yield Operands(
         batch.device,
-        tuple(DTYPES[tensor.dtype] for tensor in slots(batch, 0)),
-        tuple(param.numel() for param in batch.params),
+        tuple(DTYPES[column[0].dtype] for column in slots(batch)),
+        tuple(map(Tensor.numel, batch.params)),
         addresses,
         batch.kahan,
         batch.stochastic,
@@ -155,12 +156,9 @@ def operands_of(batch: Batch) -> Iterator[Operands]:
     del keep
 
 
-def slots(batch: Batch, i: int) -> list[Tensor]:
-    """Parameter, gradient and states of tensor ``i``, in the order of a kernel's slots."""
-    state = batch.states[i]
-    others = ["kahan_comp"] if batch.kahan else []
-    others += [f"{name}_scale" for name in batch.quantized]
-    return [batch.params[i], batch.grads[i], *(state[name] for name in (*batch.rule.state, *others))]
+def slots(batch: Batch) -> list[list[Tensor]]:
+    """Parameters, gradients and states, each a list over tensors, in the order of a kernel's slots."""
+    return [batch.params, batch.grads, *batch.arrays]
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -183,23 +181,24 @@ def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor
     Elements of one index must lie at one offset. Where strides differ, or leave gaps, the odd one is copied to a
     contiguous tensor first. Random numbers follow the row-major index, so they need contiguous tensors in any case.
     """
-    rows = []
+    columns = slots(batch)
     write_back: list[tuple[Tensor, Tensor]] = []
     keep: list[Tensor] = []
-    for i in range(len(batch.params)):
-        tensors = slots(batch, i)
-        if not all(map(Tensor.is_contiguous, tensors)):
+    if not all(all(map(Tensor.is_contiguous, column)) for column in columns):
+        columns = [list(column) for column in columns]
+        for i in range(len(batch.params)):
+            tensors = [column[i] for column in columns]
             strides = tensors[0].stride()
             alike = is_dense(tensors[0]) and all(tensor.stride() == strides for tensor in tensors)
             if batch.stochastic or not alike:
-                copies = [tensor.contiguous() for tensor in tensors]
-                keep += copies
-                # `contiguous` returns the tensor itself where it is so already.
-                pairs = zip(tensors, copies, strict=True)
-                write_back += [(t, copy) for slot, (t, copy) in enumerate(pairs) if slot != 1 and copy is not t]
-                tensors = copies
-        rows.append([tensor.data_ptr() for tensor in tensors])
-    return np.array(rows, dtype=np.int64), write_back, keep
+                for slot, tensor in enumerate(tensors):
+                    if not tensor.is_contiguous():
+                        columns[slot][i] = copy = tensor.contiguous()
+                        keep.append(copy)
+                        if slot != 1:
+                            write_back.append((tensor, copy))
+    addresses = np.array([list(map(Tensor.data_ptr, column)) for column in columns], dtype=np.int64)
+    return np.ascontiguousarray(addresses.T), write_back, keep
 
 
 @lru_cache(maxsize=256)

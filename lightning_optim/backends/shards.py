@@ -10,10 +10,13 @@ from torch import Tensor
 
 from lightning_optim.transfer import upload
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Nearly always; and to ask for an attribute that is missing takes far longer than to look here first."""
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, sharing its memory; any other tensor as it is."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):  # nearly always; and asking for a missing attribute takes longer
+    if type(tensor) in PLAIN:
         return tensor
     to_local = getattr(tensor, "to_local", None)  # asks for no import of torch.distributed
     return tensor if to_local is None else to_local()
@@ -43,6 +46,8 @@ def max_over_shards(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 def _reduce(sums: Tensor, tensors: Sequence[Tensor], operation: str) -> Tensor:
     kinds: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
     for i, tensor in enumerate(tensors):
+        if type(tensor) in PLAIN:
+            continue
         mesh = getattr(tensor, "device_mesh", None)
         if mesh is not None:
             sharded = tuple(dim for dim, placement in enumerate(tensor.placements) if placement.is_shard())  # type: ignore[attr-defined]

@@ -13,10 +13,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_optim import backends
 from lightning_optim.backends import Backend, Batch
-from lightning_optim.backends.base import arithmetic_dtype
 from lightning_optim.backends.scalars import widest_dtype
-from lightning_optim.backends.shards import is_sharded, local
+from lightning_optim.backends.shards import is_sharded
 from lightning_optim.optim import low_precision
+from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.checkpoint import load_state_dict
 from lightning_optim.optim.hyperparameters import check_values, number, refuse_typos
 from lightning_optim.rules import Rule, TensorRule, UpdateRule
@@ -61,6 +61,8 @@ class FusedOptimizer(Optimizer):
     divisor: Tensor | None = None
     collect_step_stats: bool = False
     step_stats: StepStats | None = None
+
+    _batches: Batches | None = None  # of the last step; not part of the state
 
     _step_supports_amp_scaling = True
 
@@ -130,18 +132,37 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches, rows, sizes = self._batches()
-        if self.divisor is not None and self.divisor.shape not in ((), (sum(sizes),)):
+        for group in self.param_groups:
+            self._prepare(group)
+        if self._batches is None or not self._batches.refill(self):
+            self._batches = Batches(self)
+        try:
+            self._apply(self._batches)
+        finally:
+            self._batches.release()
+        return loss
+
+    def _prepare(self, group: dict[str, Any]) -> None:
+        """Count the call, and make the numbers that groups share, where the rule wants them."""
+        rule = self.rule_of(group)
+        if rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
+            group["calls"] = group.get("calls", 0) + 1
+        if _shares(rule) and group["params"]:
+            self._init_shared(group, rule)
+
+    def _apply(self, sorted_: Batches) -> None:
+        count = len(sorted_.numel)
+        if self.divisor is not None and self.divisor.shape not in ((), (count,)):
             raise ValueError(
                 f"{type(self).__name__}: divisor has shape {tuple(self.divisor.shape)}; needed is [] or one value for"
-                f" each parameter with a gradient, [{sum(sizes)}]."
+                f" each parameter with a gradient, [{count}]."
             )
-        new_shared = self._share(batches, rows)
+        new_shared = self._share(sorted_)
         collected: list[Tensor] = []
-        for key, batch in batches.items():
+        for batch, rows in zip(sorted_.batches, sorted_.rows, strict=True):
             sums = self._backend_of(batch).apply(
                 batch,
-                divisor=self._divisor(rows[key], batch.device),
+                divisor=self._divisor(rows, batch.device),
                 skip=_on(getattr(self, "found_inf", None), batch.device),
                 collect=self.collect_step_stats,
             )
@@ -149,64 +170,7 @@ class FusedOptimizer(Optimizer):
                 collected.append(sums)
         for old, new in new_shared:
             old.copy_(new)
-        self.step_stats = self._stats(batches, rows, collected, sizes) if self.collect_step_stats else None
-        return loss
-
-    def _batches(self) -> tuple[dict[Any, Batch], dict[Any, list[int]], tuple[int, ...]]:
-        """Parameters with a gradient by what can run in one call; their places in the order of groups; group sizes."""
-        batches: dict[Any, Batch] = {}
-        rows: dict[Any, list[int]] = {}
-        sizes = []
-        row = 0
-        position = -1
-        for group in self.param_groups:
-            rule = self.rule_of(group)
-            scalar_names = ("step", *rule.scalar_state) if rule.counts_steps else tuple(rule.scalar_state)
-            flagged = low_precision.uses(group)
-            if rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
-                group["calls"] = group.get("calls", 0) + 1
-            if _shares(rule) and group["params"]:
-                self._init_shared(group, rule)
-            first = row
-            for index, param in enumerate(group["params"]):
-                grad = param.grad
-                position += 1
-                if grad is None:
-                    continue
-                if grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__}: the gradient of {self._label(group, index)} is sparse "
-                        f"({grad.layout}). It needs dense gradients: create the layer with sparse=False, or use "
-                        "torch.optim.SparseAdam."
-                    )
-                extras = low_precision.complete(self.state[param], param, group, rule, position) if flagged else 0
-                state = self._state(param, group, rule, extras)
-                names = rule.state if isinstance(rule, UpdateRule) else _tensor_names(rule, state)
-                tensors = {name: local(state[name]) for name in names}
-                dtypes = [tensor.dtype for tensor in tensors.values()]
-                kahan = False
-                stochastic: tuple[str, ...] = ()
-                if flagged or torch.uint8 in dtypes:
-                    kahan, stochastic = low_precision.storage(group, param, rule, state)
-                    tensors |= {name: local(state[name]) for name in low_precision.companions(state)}
-                key = (type(rule), group["cautious"], kahan, stochastic, param.device, param.dtype, grad.dtype, *dtypes)
-                batch: Any = batches.get(key)
-                if batch is None:
-                    batch = Batch(rule, [], [], [], [], [], [], group["cautious"], kahan, stochastic)
-                    batches[key] = batch
-                    rows[key] = []
-                batch.params.append(local(param))
-                batch.grads.append(local(grad))
-                batch.states.append(tensors)
-                batch.scalar_states.append({name: state[name] for name in scalar_names})
-                batch.groups.append(group)
-                batch.wholes.append(param)
-                if stochastic:
-                    batch.rounding_keys.append(state["rounding_key"])
-                rows[key].append(row)
-                row += 1
-            sizes.append(row - first)
-        return batches, rows, tuple(sizes)
+        self.step_stats = self._stats(sorted_, collected) if self.collect_step_stats else None
 
     def _backend_of(self, batch: Batch) -> Backend:
         backend = backends.choose(self.backend, batch.device)
@@ -214,27 +178,26 @@ class FusedOptimizer(Optimizer):
             return backends.get_backend("reference")
         return backend
 
-    def _share(self, batches: Mapping[Any, Batch], rows: Mapping[Any, list[int]]) -> list[tuple[Tensor, Tensor]]:
+    def _share(self, sorted_: Batches) -> list[tuple[Tensor, Tensor]]:
         """Give batches the new values of `shared`; pairs (old, new) to be written when all batches are through."""
         pairs = []
-        rules = {type(batch.rule): batch.rule for batch in batches.values() if _shares(batch.rule)}
+        rules = {type(batch.rule): batch.rule for batch in sorted_.batches if _shares(batch.rule)}
         for kind, rule in rules.items():
             assert isinstance(rule, UpdateRule)
-            keys = [key for key, batch in batches.items() if type(batch.rule) is kind]
+            members = [(b, rows) for b, rows in zip(sorted_.batches, sorted_.rows, strict=True) if type(b.rule) is kind]
             groups = [g for g in self.param_groups if rule.shared[0] in g and type(self.rule_of(g)) is kind]
-            device = batches[keys[0]].device
+            device = members[0][0].device
             skip = _on(getattr(self, "found_inf", None), device)
             totals: dict[str, Tensor] = {}
-            for key in keys:
-                batch = batches[key]
-                sums = self._backend_of(batch).sums(batch, self._divisor(rows[key], batch.device))
+            for batch, rows in members:
+                sums = self._backend_of(batch).sums(batch, self._divisor(rows, batch.device))
                 for name, column in sums.items():
                     total = column.sum().to(device, non_blocking=True)
                     totals[name] = totals[name] + total if name in totals else total
             new = rule.share(groups[0], totals)
-            for key in keys:
+            for batch, _ in members:
                 for name, value in new.items():
-                    batches[key].shared[name] = value.to(batches[key].device, non_blocking=True)
+                    batch.shared[name] = value.to(batch.device, non_blocking=True)
             for group in groups:
                 for name, value in new.items():
                     old = group[name]
@@ -260,43 +223,6 @@ class FusedOptimizer(Optimizer):
         name = group.get("rule")
         return self.rule(group) if name is None else _class_of_rule(name).rule(group)
 
-    def _state(self, param: Tensor, group: Mapping[str, Any], rule: Rule, extras: int) -> dict[str, Any]:
-        """State of ``param``, completed where it is missing: on the first step, or after a flag was switched on."""
-        state: dict[str, Any] = self.state[param]
-        expected = len(rule.state) + len(rule.scalar_state) + rule.counts_steps + extras
-        if len(state) == expected and (not rule.state or rule.state[-1] in state):
-            if rule.counts_steps and state["step"].device != param.device:
-                # Lightning, like torch, leaves `step` behind when it moves state to another device.
-                state |= {n: state[n].to(param.device) for n in ("step", *rule.scalar_state)}
-            return state
-        begun = rule.state[0] in state if rule.state else isinstance(rule, TensorRule) and bool(state)
-        dtype = arithmetic_dtype(param.dtype)  # a bf16 second moment could not move by a thousandth of itself
-        if isinstance(rule, TensorRule):
-            if not begun:
-                for name, tensor in rule.init_state(param, group).items():
-                    assert isinstance(tensor, Tensor)
-                    state.setdefault(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
-        else:
-            assert isinstance(rule, UpdateRule)
-            first = rule.init_state(param, group)
-            low = low_precision.compressed(group, param, rule)
-            for name in rule.state:
-                if name not in state and name in low:
-                    state |= low_precision.zeros(name, param, group, low[name])
-                elif name not in state:
-                    value = first.get(name, 0.0)
-                    if isinstance(value, Tensor):
-                        state[name] = value.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
-                    else:
-                        state[name] = torch.full_like(param, value, dtype=dtype)
-        if rule.counts_steps and "step" not in state:
-            # torch's SGD counts no steps, but a momentum that exists has begun.
-            state["step"] = _step_count(1.0 if begun else 0.0, param)
-        for name, at_first in rule.scalar_state.items():
-            if name not in state:
-                state[name] = torch.full((), at_first, dtype=widest_dtype(param.device), device=param.device)
-        return state
-
     def _divisor(self, rows: list[int], device: torch.device) -> Tensor | None:
         """What the gradients in ``rows`` are divided by: [] or [rows], on ``device``."""
         scale = _on(getattr(self, "grad_scale", None), device)
@@ -307,20 +233,15 @@ class FusedOptimizer(Optimizer):
             return divisor if scale is None else scale.reshape(())
         return divisor * scale.reshape(())
 
-    def _stats(
-        self, batches: dict[Any, Batch], rows: dict[Any, list[int]], collected: list[Tensor], sizes: tuple[int, ...]
-    ) -> StepStats:
+    def _stats(self, sorted_: Batches, collected: list[Tensor]) -> StepStats:
         if len(collected) == 1:
             (sums,) = collected
         else:
             device = collected[0].device if collected else torch.device("cpu")
-            sums = torch.empty(sum(sizes), len(STEP_SUMS), device=device)
-            for key, part in zip(batches, collected, strict=True):
-                sums[upload(rows[key], device)] = part.to(device, non_blocking=True)
-        numel = {
-            row: whole.numel() for key, b in batches.items() for row, whole in zip(rows[key], b.wholes, strict=True)
-        }
-        return StepStats(sums, sizes, tuple(numel[row] for row in sorted(numel)))
+            sums = torch.empty(len(sorted_.numel), len(STEP_SUMS), device=device)
+            for rows, part in zip(sorted_.rows, collected, strict=True):
+                sums[upload(rows, device)] = part.to(device, non_blocking=True)
+        return StepStats(sums, sorted_.group_sizes, sorted_.numel)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of torch's optimizer of the same name.
@@ -338,7 +259,7 @@ class FusedOptimizer(Optimizer):
         seen: set[int] = set()
         rule = self.rule_of(group)
         for index, param in enumerate(group["params"]):
-            label = f"{type(self).__name__}: {self._label(group, index)}"
+            label = f"{type(self).__name__}: {self.label(group, index)}"
             if not param.is_floating_point():
                 raise ValueError(
                     f"{label} has dtype {param.dtype}; needed is a real floating-point one. Frozen "
@@ -358,7 +279,8 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(f"{label}: {reason}")
             backends.choose(self.backend, param.device)
 
-    def _label(self, group: Mapping[str, Any], index: int) -> str:
+    def label(self, group: Mapping[str, Any], index: int) -> str:
+        """How messages call a parameter: by its name, or by its place and shape."""
         names = group.get("param_names")
         return (
             f"parameter {names[index]!r}"
@@ -375,17 +297,6 @@ def _class_of_rule(name: str) -> type[FusedOptimizer]:
 
 def _shares(rule: Rule) -> TypeGuard[UpdateRule]:
     return isinstance(rule, UpdateRule) and bool(rule.shared)
-
-
-def _tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
-    others = {"step", "rounding_key", *low_precision.companions(state), *rule.scalar_state}
-    return tuple(name for name, value in state.items() if isinstance(value, Tensor) and name not in others)
-
-
-def _step_count(value: float, param: Tensor) -> Tensor:
-    """Float32, or float64 if that is torch's default dtype, as torch keeps its step counts."""
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.full((), value, dtype=dtype, device=param.device)
 
 
 def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -15,6 +15,7 @@ from lightning_optim.backends.base import Batch
 from lightning_optim.backends.scalars import _device_columns, _host_columns
 from lightning_optim.optim import FusedOptimizer
 from lightning_optim.optim.adam import AdamRule
+from lightning_optim.optim.batches import Batches
 from lightning_optim.rules import NAMED_FUNCTIONS, Scalar, TensorRule, UpdateRule, rebind, sqrt, where
 from tests.optim.cases import (
     BACKENDS,
@@ -154,7 +155,7 @@ def test_numbers_computed_on_the_device_are_those_of_the_host(case: Case, settin
     )
     run(optimizer, params, 2)
     optimizer.state[params[1]].get("step", torch.zeros(())).fill_(7.0)
-    for batch in optimizer._batches()[0].values():
+    for batch in Batches(optimizer).batches:
         host, device = _host_columns(batch), _device_columns(batch)
         assert set(host) == set(device)
         for name in host:

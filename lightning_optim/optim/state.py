@@ -1,0 +1,75 @@
+"""Makes the state of a parameter: on its first step, or what is missing after a flag was switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.backends.base import arithmetic_dtype
+from lightning_optim.backends.scalars import widest_dtype
+from lightning_optim.optim import low_precision
+from lightning_optim.rules import Rule, TensorRule, UpdateRule
+
+
+def complete_state(
+    state: dict[str, Any], param: Tensor, group: dict[str, Any], rule: Rule, position: int
+) -> dict[str, Any]:
+    """Add to ``state`` what ``rule`` needs and is missing, and return it.
+
+    Args:
+        state: Of ``param``; written.
+        param: The parameter.
+        group: Its group.
+        rule: What updates it.
+        position: Its place among all parameters of the optimizer.
+    """
+    extras = low_precision.complete(state, param, group, rule, position) if low_precision.uses(group) else 0
+    expected = len(rule.state) + len(rule.scalar_state) + rule.counts_steps + extras
+    if len(state) == expected and (not rule.state or rule.state[-1] in state):
+        if rule.counts_steps and state["step"].device != param.device:
+            # Lightning, like torch, leaves `step` behind when it moves state to another device.
+            state |= {n: state[n].to(param.device) for n in ("step", *rule.scalar_state)}
+        return state
+    begun = rule.state[0] in state if rule.state else isinstance(rule, TensorRule) and bool(state)
+    if isinstance(rule, TensorRule):
+        if not begun:
+            dtype = arithmetic_dtype(param.dtype)
+            for name, tensor in rule.init_state(param, group).items():
+                assert isinstance(tensor, Tensor)
+                state.setdefault(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    else:
+        assert isinstance(rule, UpdateRule)
+        _complete_elementwise(state, param, group, rule)
+    if rule.counts_steps and "step" not in state:
+        # torch's SGD counts no steps, but a momentum that exists has begun.
+        state["step"] = _step_count(1.0 if begun else 0.0, param)
+    for name, at_first in rule.scalar_state.items():
+        if name not in state:
+            state[name] = torch.full((), at_first, dtype=widest_dtype(param.device), device=param.device)
+    return state
+
+
+def _complete_elementwise(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rule: UpdateRule) -> None:
+    dtype = arithmetic_dtype(param.dtype)  # a bf16 second moment could not move by a thousandth of itself
+    first = rule.init_state(param, group)
+    low = low_precision.compressed(group, param, rule)
+    for name in rule.state:
+        if name in state:
+            continue
+        if name in low:
+            state |= low_precision.zeros(name, param, group, low[name])
+            continue
+        value = first.get(name, 0.0)
+        if isinstance(value, Tensor):
+            state[name] = value.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
+        else:
+            state[name] = torch.full_like(param, value, dtype=dtype)
+
+
+def _step_count(value: float, param: Tensor) -> Tensor:
+    """Float32, or float64 if that is torch's default dtype, as torch keeps its step counts."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.full((), value, dtype=dtype, device=param.device)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_optim import optim
 from lightning_optim.durations import Horizon
-from lightning_optim.messages import nearest
-from lightning_optim.param_groups import ParamGroupRule, build_param_groups, check_rules
+from lightning_optim.optimizer_choice import OptimizerChoice
+from lightning_optim.param_groups import Entry, build_param_groups, check_rules
 from lightning_optim.schedules import Schedule, Scheduler, Warmup, get_schedule
 from lightning_optim.training_length import horizon_of
 
@@ -61,14 +55,15 @@ class OptimizerFactory:
         optimizer_kwargs: dict[str, Any] | None = None,
         schedule: str | Schedule | None = None,
         warmup: int | str | Warmup | None = None,
-        param_groups: Sequence[ParamGroupRule | str] | None = None,
+        param_groups: Sequence[Entry] | None = None,
     ) -> None:
         given = {"lr": lr, "weight_decay": weight_decay}
-        self._kwargs = _merge(optimizer_kwargs or {}, {key: value for key, value in given.items() if value is not None})
-        self._make, self._class = _resolve_optimizer(optimizer, self._kwargs)
+        given = {key: value for key, value in given.items() if value is not None}
+        self._optimizer = OptimizerChoice(optimizer, optimizer_kwargs or {}, given)
         self._schedule = _resolve_schedule(schedule, warmup)
-        self._rules: Sequence[ParamGroupRule | str] = ("no_decay",) if param_groups is None else param_groups
+        self._rules: Sequence[Entry] = ("no_decay",) if param_groups is None else param_groups
         check_rules(self._rules)
+        self._optimizer.check_rules(self._rules)
 
     def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Scheduler]:
         """Makes the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
@@ -81,10 +76,8 @@ class OptimizerFactory:
             ValueError: The rules do not fit the model, or the schedule the length of the run.
         """
         # Muon, for one, treats parts of a group differently, and sees which from the modules.
-        groups_of = getattr(self._class, "groups_of", build_param_groups)
-        groups = groups_of(model, self._rules)
-        optimizer = self._make(groups)
-        self._check_groups(optimizer, groups)
+        groups_of = getattr(self._optimizer.cls, "groups_of", build_param_groups)
+        optimizer = self._optimizer.make(groups_of(model, self._rules))
         for group in optimizer.param_groups:
             for key in {"lr", "peak_lr"} & group.keys():
                 group[key] = group[key] * group["lr_multiplier"]
@@ -107,127 +100,7 @@ class OptimizerFactory:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in self._kwargs.items())
-        return f"{type(self).__name__}({self._class.__name__}({options}), {self._schedule!r})"
-
-    def _check_groups(self, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-        label = self._class.__name__
-        for group in groups:
-            if group.get("weight_decay") and "weight_decay" not in optimizer.defaults:
-                raise ValueError(
-                    f"Parameter group {group['name']!r} sets weight_decay={group['weight_decay']}, but {label} "
-                    f"has no such option. It has: {', '.join(sorted(optimizer.defaults))}."
-                )
-
-
-_Make = Callable[[Iterable[Any]], Optimizer]
-
-
-def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, type[Optimizer]]:
-    """A function from parameter groups to an optimizer, and the optimizer's class; tried out on a parameter of one."""
-    if isinstance(given, Mapping):
-        if unknown := sorted(set(given) - {"class_path", "init_args"}):
-            raise ValueError(
-                f"Unknown key {unknown[0]!r} in optimizer={dict(given)!r}: it takes class_path and init_args."
-            )
-        if "class_path" not in given:
-            raise ValueError(f"optimizer={dict(given)!r} has no class_path, for instance torch.optim.AdamW.")
-        kwargs = _merge(given.get("init_args") or {}, kwargs)
-        given = given["class_path"]
-    if isinstance(given, str):
-        given = _import(given) if "." in given else optim.get_optimizer_class(given)
-    if isinstance(given, type):
-        if not issubclass(given, Optimizer):
-            raise TypeError(f"Invalid optimizer={given!r}: the class is no torch.optim.Optimizer.")
-        _check_kwargs(given, kwargs)
-        make, label = _FusedIfPossible(partial(given, **kwargs)), given.__name__
-    elif callable(given):
-        if kwargs:
-            raise ValueError(
-                f"{', '.join(sorted(kwargs))} cannot be passed on to the optimizer callable {given!r}. Set it there, "
-                "or give the optimizer as a name or a class."
-            )
-        # LightningCLI makes a partial of `class_path` and `init_args`.
-        make = _FusedIfPossible(given) if isinstance(given, partial) else given
-        label = getattr(given, "__name__", repr(given))
-    else:
-        raise TypeError(
-            f"Invalid optimizer={given!r}: give a name such as 'adamw', a subclass of torch.optim.Optimizer, an import "
-            "path, or a callable from parameter groups to an optimizer."
-        )
-    trial = make([{"params": [nn.Parameter(torch.zeros(1, 1))]}])  # refuses bad values now, not in the middle of fit
-    if not isinstance(trial, Optimizer):
-        raise TypeError(f"The optimizer callable {label} returned {trial!r}, which is no torch.optim.Optimizer.")
-    if "lr" in trial.defaults:
-        _check_number(type(trial).__name__, "lr", trial.defaults["lr"], above_zero=True)
-    return make, type(trial)
-
-
-_FUSED_DEVICES = ("cpu", "cuda")
-"""Where torch has fused kernels worth having; torch checks this only in the first step."""
-
-
-class _FusedIfPossible:
-    """Makes the optimizer in its fused form where torch has one for these parameters, unless told otherwise."""
-
-    def __init__(self, make: partial[Optimizer]) -> None:
-        self._make = make
-        options = inspect.signature(make.func).parameters.keys() | make.keywords.keys()
-        forms = ("fused", "foreach", "capturable", "differentiable")
-        undecided = make.keywords.get("fused") is None and not any(make.keywords.get(form) for form in forms)
-        self._try_fused = "fused" in options and undecided
-
-    def __call__(self, groups: Iterable[Any]) -> Optimizer:
-        groups = list(groups)
-        params = [param[-1] if isinstance(param, tuple) else param for group in groups for param in group["params"]]
-        if self._try_fused and all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for p in params):
-            try:
-                return self._make([{**group} for group in groups], fused=True)
-            except RuntimeError:  # not for this optimizer
-                pass
-        return self._make(groups)
-
-
-def _merge(given: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
-    if twice := sorted(given.keys() & beside.keys()):
-        raise ValueError(f"{twice[0]!r} is given twice: in the optimizer's own arguments and beside them.")
-    return {**given, **beside}
-
-
-def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(cls).parameters
-    # A class that takes anything says itself what it cannot use.
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    options = [name for name in parameters if name not in ("self", "params")]
-    for key, value in kwargs.items():
-        if key not in options and not takes_all:
-            raise ValueError(f"{cls.__name__} has no option {key!r}. {nearest(key, options)}")
-        if key in ("lr", "weight_decay"):
-            _check_number(cls.__name__, key, value, above_zero=key == "lr")
-
-
-def _check_number(label: str, key: str, value: Any, above_zero: bool) -> None:
-    needed = f"finite and {'above' if above_zero else 'at least'} 0"
-    try:
-        good = math.isfinite(value) and (value > 0 or (value == 0 and not above_zero))
-    except TypeError:
-        raise TypeError(f"Invalid {key}={value!r} of {label}: it must be a number, {needed}.") from None
-    if not good:
-        raise ValueError(f"Invalid {key}={float(value)!r} of {label}: it must be {needed}.")
-
-
-def _import(path: str) -> Any:
-    module_name, _, name = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"Cannot import the optimizer {path!r}: {error}.") from error
-    if not hasattr(module, name):
-        options = [
-            key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Optimizer)
-        ]
-        raise ValueError(f"{module_name} has no {name!r}. {nearest(name, options)}")
-    return getattr(module, name)
+        return f"{type(self).__name__}({self._optimizer!r}, {self._schedule!r})"
 
 
 def _resolve_schedule(schedule: str | Schedule | None, warmup: int | str | Warmup | None) -> Schedule:

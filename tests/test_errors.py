@@ -17,6 +17,12 @@ from lightning_optim.factory import OptimizerFactory
 
 NAN, INF = math.nan, math.inf
 
+
+def _own(**settings):
+    """A rule with settings that the optimizer may not have."""
+    return {"param_groups": [lo.ParamGroupRule(name="x", pattern="head", **settings)]}
+
+
 # What is given to the factory, the error, and every piece its message must have.
 FACTORY = [
     ({"optimizer": "admw"}, ValueError, ["'admw'", "'adamw'"]),
@@ -53,6 +59,20 @@ FACTORY = [
     ({"weight_decay": NAN}, ValueError, ["nan", "at least 0"]),
     ({"weight_decay": 0.1, "optimizer": torch.optim.SparseAdam}, ValueError, ["'weight_decay'", "SparseAdam"]),
     ({"optimizer_kwargs": {"betas": (0.9, 1.5)}}, ValueError, ["1.5"]),
+    (
+        _own(weight_decay=0.5) | {"optimizer": torch.optim.SparseAdam},
+        ValueError,
+        ["'x'", "weight_decay=0.5", "'betas'"],
+    ),
+    (_own(options={"epz": 1e-6}), ValueError, ["'x'", "epz", "AdamW", "'eps'"]),
+    (_own(options={"momentum": 0.9}), ValueError, ["'x'", "momentum", "AdamW", "'betas'"]),
+    (_own(options={"eps": -1.0}), ValueError, ["'x'", "eps", "-1.0", "at least 0"]),
+    (_own(betas=[0.9]), ValueError, ["'x'", "[0.9]", "1", "2"]),
+    (_own(betas=[0.9]) | {"optimizer": "torch.optim.AdamW"}, ValueError, ["'x'", "[0.9]", "1", "2"]),
+    (_own(betas=[0.9, 0.99]) | {"optimizer": "sgd"}, ValueError, ["'x'", "betas", "SGD", "'momentum'"]),
+    (_own(rule="lionn"), ValueError, ["'x'", "'lionn'", "'lion'"]),
+    (_own(rule="sgd", options={"bets": 1}), ValueError, ["'x'", "bets", "'betas'"]),
+    (_own(rule="lion") | {"optimizer": "torch.optim.AdamW"}, ValueError, ["'x'", "'lion'", "torch.optim", "'adamw'"]),
     ({"schedule": "cosin"}, ValueError, ["'cosin'", "'cosine'"]),
     ({"schedule": "zzz"}, ValueError, ["'zzz'", "'constant'", "'cosine'", "'linear'", "'wsd'"]),
     ({"schedule": 5}, TypeError, ["5", "'cosine'"]),
@@ -145,14 +165,6 @@ BUILD = [
     ({}, nn.ReLU(), ["ReLU", "no trainable parameter"]),
     ({"schedule": "cosine", "warmup": 101}, MODEL, ["101", "100", "'5%'"]),
     ({"schedule": "linear", "warmup": "3 epochs"}, MODEL, ["3 epochs", "length of an epoch"]),
-    (
-        {
-            "optimizer": torch.optim.SparseAdam,
-            "param_groups": [lo.ParamGroupRule(name="x", pattern="head", weight_decay=0.5)],
-        },
-        MODEL,
-        ["'x'", "weight_decay=0.5", "SparseAdam", "betas"],
-    ),
 ]
 
 

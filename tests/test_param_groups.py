@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_optim.param_groups import ParamGroupRule, build_param_groups, list_presets
+import lightning_optim as lo
+from lightning_optim.param_groups import ParamGroupRule, build_param_groups, list_parts, list_presets
 
 
 class Model(nn.Module):
@@ -190,6 +191,8 @@ def test_a_group_that_takes_everything_leaves_no_default():
         ({"pattern": "layers.7"}, "'layers."),
         ({"module_types": ["LayerNrm"]}, "LayerNorm"),
         ({"min_ndim": 5}, "min_ndim=5"),
+        ({"glob": "haed.*"}, "'head."),
+        ({"part": "hidden_matrix", "max_ndim": 1}, "embedding, head"),
         ({"predicate": lambda p: False}, "predicate"),
     ],
 )
@@ -237,6 +240,16 @@ def test_a_model_with_nothing_to_train_is_refused(model, told):
         ({"max_ndim": -1}, "at least 0"),
         ({"min_ndim": -1}, "at least 0"),
         ({"pattern": "x", "lr_multiplier": -1}, "lr_multiplier=-1"),
+        ({"part": "heads"}, "'head'"),
+        ({"part": "x"}, "'undecayed'"),
+        ({"pattern": "x", "lr": -1}, "lr=-1"),
+        ({"pattern": "x", "lr": math.inf}, "finite"),
+        ({"pattern": "x", "lr": 0.1, "lr_multiplier": 2}, "one of them"),
+        ({"pattern": "x", "betas": [0.9, 1.0]}, r"\[0, 1\)"),
+        ({"pattern": "x", "options": {"lr": 1}}, "beside the options, as `lr`"),
+        ({"pattern": "x", "options": {"name": "y"}}, "'name'"),
+        ({"pattern": "x", "frozen_until": "one epoch"}, "'2 epochs'"),
+        ({"pattern": "x", "frozen_until": 0.1}, "'10%'"),
         ({"pattern": "x", "lr_multiplier": math.nan}, "finite"),
         ({"pattern": "x", "weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"pattern": "x", "weight_decay": math.inf}, "finite"),
@@ -257,3 +270,129 @@ def test_names_that_would_break_the_tags_are_refused(name):
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match=r"'no_decya'.*'no_decay'"):
         build_param_groups(Model(), ["no_decya"])
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        ("bias", ["layers.0.bias", "layers.1.bias", "layers.2.bias", "batch_norm.bias", "head.bias"]),
+        ("norm", ["layers.1.weight", "layers.1.bias", "batch_norm.weight", "batch_norm.bias"]),
+        ("embedding", ["embed.weight"]),
+        ("head", ["head.weight", "head.bias"]),
+        ("hidden_matrix", ["layers.0.weight", "layers.2.weight"]),
+    ],
+)
+def test_a_rule_can_name_a_part_of_the_model(part, names):
+    groups = build_param_groups(Model(), [ParamGroupRule(name="x", part=part)])
+    assert sorted(name for name, _ in groups[0]["params"]) == sorted(names)
+    assert part in list_parts()
+
+
+class SaysItself(nn.Module):
+    """A model of timm's kind inside somebody's module: its head has a name that tells nothing."""
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+        self.up = nn.Linear(4, 2)
+        setattr(self, answer, lambda: self.up)
+
+
+@pytest.mark.parametrize("answer", ["get_classifier", "get_output_embeddings"])
+def test_the_head_is_what_the_model_says_it_is(answer):
+    groups = build_param_groups(nn.ModuleDict({"net": SaysItself(answer)}), [ParamGroupRule(name="x", part="head")])
+    assert [name for name, _ in groups[0]["params"]] == ["net.up.weight", "net.up.bias"]
+
+
+def test_globs_match_whole_names():
+    model = Model()
+    groups = build_param_groups(model, [ParamGroupRule(name="x", glob="layers.*.weight")])
+    assert _names(model, groups)["x"] == ["layers.0.weight", "layers.1.weight", "layers.2.weight"]
+    with pytest.raises(ValueError, match="matches no"):
+        build_param_groups(model, [ParamGroupRule(name="x", glob="layers.?")])
+
+
+def test_an_overlay_cuts_the_groups_of_others_and_multipliers_multiply():
+    model = Model()
+    rules = [
+        ParamGroupRule(name="head", part="head", lr_multiplier=10, overlay=True),
+        ParamGroupRule(name="vectors", pattern="bias", lr_multiplier=0.5, weight_decay=0),
+        ParamGroupRule(name="late", pattern="^(head|layers.2)", weight_decay=0.3, options={"eps": 1e-5}, overlay=True),
+    ]
+    groups = build_param_groups(model, rules)
+    names = _names(model, groups)
+    assert names["head_late_vectors"] == ["head.bias"]
+    assert names["head_late"] == ["head.weight"]
+    assert names["late"] == ["layers.2.weight"]
+    assert names["late_vectors"] == ["layers.2.bias"]
+    by_name = {group["name"]: group for group in groups}
+    assert {name: group["lr_multiplier"] for name, group in by_name.items()} == {
+        "vectors": 0.5,
+        "head_late_vectors": 5,
+        "late_vectors": 0.5,
+        "default": 1,
+        "head_late": 10,
+        "late": 1,
+    }
+    # The first in the list decides a setting.
+    assert by_name["late_vectors"]["weight_decay"] == 0
+    assert by_name["late"]["weight_decay"] == 0.3
+    assert by_name["late"]["eps"] == by_name["late_vectors"]["eps"] == 1e-5
+    assert "eps" not in by_name["default"]
+
+
+def test_two_groups_of_one_name_are_refused():
+    rules = [
+        ParamGroupRule(name="a", pattern="weight", overlay=True),
+        ParamGroupRule(name="b", pattern="head"),
+        ParamGroupRule(name="a_b", pattern="scale"),
+    ]
+    with pytest.raises(ValueError, match=r"called 'a_b'.*Rename"):
+        build_param_groups(Model(), rules)
+
+
+def test_every_rule_that_matches_nothing_is_named():
+    rules = [ParamGroupRule(name=name, pattern=f"^{name}") for name in ("haed", "head", "embde")]
+    with pytest.raises(ValueError, match=r"(?s)'haed'.*\n.*'embde'") as caught:
+        build_param_groups(Model(), rules)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_own_rate_betas_options_and_rule_reach_the_step():
+    model = Model()
+    rules = [
+        ParamGroupRule(name="lion", part="head", rule="lion", lr=0.25, betas=[0.5, 0.6]),
+        ParamGroupRule(name="eps", pattern="layers.0.weight", betas=[0.7, 0.8], options={"eps": 0.5}),
+    ]
+    factory = lo.OptimizerFactory("adamw", lr=0.1, weight_decay=0.0, schedule="linear", param_groups=rules)
+    optimizer, scheduler = factory.build(model, lo.Horizon(total_steps=10))
+    lion, eps, _ = optimizer.param_groups
+    assert (lion["rule"], lion["lr"], lion["betas"]) == ("lion", 0.25, (0.5, 0.6))
+    assert (eps["lr"], eps["betas"], eps["eps"]) == (0.1, (0.7, 0.8), 0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.25)
+    optimizer.step()
+    scheduler.step()
+    moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    torch.testing.assert_close(moved["head.weight"], torch.full((5, 4), 0.25))  # Lion: the rate times a sign
+    torch.testing.assert_close(moved["layers.0.weight"], torch.full((4, 4), 0.1 * 0.25 / (0.25 + 0.5)))
+    torch.testing.assert_close(moved["layers.2.weight"], torch.full((4, 4, 3), 0.1))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.225, 0.09, 0.09])
+
+
+def test_an_own_rate_is_multiplied_by_overlays():
+    rules = [
+        ParamGroupRule(name="head", part="head", lr=0.5),
+        ParamGroupRule(name="slow", pattern="bias", lr_multiplier=0.1, overlay=True),
+    ]
+    optimizer, _ = lo.OptimizerFactory("torch.optim.SGD", lr=0.1, param_groups=rules).build(Model())
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"head": 0.5, "slow_head": 0.05, "default": 0.1, "slow": 0.01})
+
+
+def test_muon_leaves_a_group_with_a_rule_of_its_own_alone():
+    rules = [ParamGroupRule(name="lion", pattern="layers.0", rule="lion"), "no_decay"]
+    optimizer, _ = lo.OptimizerFactory("muon", lr=0.1, param_groups=rules).build(Model())
+    rules_used = {group["name"]: group.get("rule") for group in optimizer.param_groups}
+    assert rules_used == {"lion": "lion", "no_decay": "adamw", "default": None, "default_adamw": "adamw"}

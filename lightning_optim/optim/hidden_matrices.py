@@ -1,8 +1,7 @@
-"""Which parameters are hidden matrices, and an optimizer base that gives all others to AdamW."""
+"""Groups for optimizers of hidden matrices, and an optimizer base that gives all other parameters to AdamW."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,47 +9,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.param_groups import ParamGroupRule, build_param_groups, named_parameters
-
-NOT_HIDDEN = (
-    r"(^|[._])(\w*embed(ding)?s?|embed_\w+|wte|wpe|unembed|((lm|cls|mlm|classification)_)?heads?|classifier|logits)([._]|$)"
-    r"|^((model|module|net|network|backbone)\.)*(fc|output|out)\."
-)
-"""Names of embeddings and of the layers that make the output: matrices, but not hidden ones."""
-
-_NOT_HIDDEN = re.compile(NOT_HIDDEN, re.IGNORECASE)
+from lightning_optim.param_groups import Entry, build_param_groups, is_hidden_matrix, named_parameters
 
 
-def is_hidden_matrix(param: Tensor, names: Sequence[str] = (), modules: Sequence[nn.Module] = ()) -> bool:
-    """Whether ``param`` maps hidden activations to hidden activations, and so may be orthogonalised.
-
-    Convolution kernels do, flattened to output channels × the rest. Vectors do not (biases, norms, and whatever has
-    more than one dimension but only one row or column, such as class tokens), nor embeddings and output layers, which
-    are known by the module that holds them or, without a model to look at, by name (`NOT_HIDDEN`).
-
-    Args:
-        param: The parameter.
-        names: Its names in the model, if known.
-        modules: The modules that hold it, if known.
-
-    Example:
-        >>> is_hidden_matrix(nn.Linear(4, 4).weight, ["blocks.0.mlp.fc1.weight"])
-        True
-        >>> is_hidden_matrix(nn.Linear(4, 4).weight, ["head.weight"])
-        False
-    """
-    if param.dim() < 2 or min(param.shape[0], param.numel() // max(param.shape[0], 1)) < 2:
-        return False
-    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in modules):
-        return False
-    return not any(_NOT_HIDDEN.search(name) for name in names)
-
-
-def muon_param_groups(model: nn.Module, rules: Sequence[ParamGroupRule | str] = ()) -> list[dict[str, Any]]:
+def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dict[str, Any]]:
     """Parameter groups of ``model`` for `Muon` or `NorMuon`: as `build_param_groups` makes them, each split in two.
 
-    What is no hidden matrix (`is_hidden_matrix`) goes to a second group, with ``rule="adamw"``. The optimizer's
-    constructor does the same, but knows embeddings by their names only; here the modules are seen, too.
+    What is no hidden matrix (`lightning_optim.param_groups.is_hidden_matrix`) goes to a second group, with
+    ``rule="adamw"``. The optimizer's constructor does the same, but knows embeddings by their names only; here the
+    modules are seen, too. Groups whose rule says which update to use stay as they are.
 
     Args:
         model: The model.
@@ -63,13 +30,12 @@ def muon_param_groups(model: nn.Module, rules: Sequence[ParamGroupRule | str] = 
         default None ['body.weight']
         default_adamw adamw ['tokens.weight', 'body.bias', 'head.weight', 'head.bias']
     """
-    known = {id(found.parameter): found for found in named_parameters(model)}
-    groups = build_param_groups(model, rules)
+    hidden = {id(found.parameter) for found in named_parameters(model) if "hidden_matrix" in found.parts}
     return [
         part
-        for group in groups
-        for part in split_group(
-            group, [is_hidden_matrix(p, known[id(p)].names, known[id(p)].modules) for _, p in group["params"]]
+        for group in build_param_groups(model, rules)
+        for part in (
+            [group] if "rule" in group else split_group(group, [id(param) in hidden for _, param in group["params"]])
         )
     ]
 

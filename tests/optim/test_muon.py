@@ -10,9 +10,8 @@ from torch import nn
 
 import lightning_optim as lo
 from lightning_optim import optim
-from lightning_optim.optim.hidden_matrices import is_hidden_matrix
 from lightning_optim.optim.newton_schulz import LARGEST_STACK, orthogonalize
-from lightning_optim.param_groups import ParamGroupRule
+from lightning_optim.param_groups import ParamGroupRule, is_hidden_matrix
 from tests.optim.cases import assert_same, copies, give, gradients
 
 both = pytest.mark.parametrize("optimizer_class", [optim.Muon, optim.NorMuon])

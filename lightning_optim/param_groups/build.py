@@ -1,0 +1,109 @@
+"""From a model and a list of rules to a torch optimizer's parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_optim.messages import nearest
+from lightning_optim.param_groups.parts import named_parameters
+from lightning_optim.param_groups.rules import REST, ParamGroupRule
+
+Entry = ParamGroupRule | str
+"""What a list of rules may hold."""
+
+_PRESETS = {"no_decay": ParamGroupRule(name="no_decay", part="undecayed", weight_decay=0.0)}
+
+
+def list_presets() -> list[str]:
+    """Names that may stand in place of a rule."""
+    return sorted(_PRESETS)
+
+
+def check_rules(rules: Sequence[Entry]) -> None:
+    """Refuses what can be refused without a model: an unknown preset, something that is no rule, a name used twice."""
+    if isinstance(rules, str):
+        raise TypeError(f"Parameter group rules come as a list, got {rules!r}. Write [{rules!r}].")
+    for rule in rules:
+        if isinstance(rule, str):
+            if rule not in _PRESETS:
+                raise ValueError(f"Unknown parameter group preset {rule!r}. {nearest(rule, _PRESETS)}")
+        elif not isinstance(rule, ParamGroupRule):
+            raise TypeError(
+                f"A parameter group rule is a ParamGroupRule or the name of a preset ({', '.join(_PRESETS)}), "
+                f"got {rule!r}."
+            )
+    names = [rule if isinstance(rule, str) else rule.name for rule in rules]
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Duplicate parameter group name {duplicates[0]!r}: each of {names} must be unique.")
+
+
+def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dict[str, Any]]:
+    """Sorts every trainable parameter of ``model`` into exactly one group.
+
+    Frozen parameters are in none, unless a rule has them frozen for a time only; tied weights are there once.
+    Parameters that no rule takes form the last group, ``"default"``.
+
+    Args:
+        model: The model; its names are those of ``model.named_parameters()``.
+        rules: Ordered rules or names of presets (`list_presets`); the first match wins.
+
+    Returns:
+        Groups for a torch optimizer: ``params`` as (name, parameter) pairs, from which torch makes ``param_names``,
+        ``name``, ``lr_multiplier`` (`OptimizerFactory` applies it), and whatever a rule sets. Empty groups are left
+        out.
+
+    Raises:
+        ValueError: Nothing is trainable, two rules have the same name, a preset is unknown, or rules match nothing,
+            all of them named (presets may match nothing: they describe what is usual, not what is there).
+    """
+    check_rules(rules)
+    resolved = [_PRESETS[rule] if isinstance(rule, str) else rule for rule in rules]
+    parameters = list(named_parameters(model))
+    groups: dict[tuple[int, ...], dict[str, Any]] = {}
+    used: set[int] = set()
+    for parameter in parameters:
+        taken = [index for index, rule in enumerate(resolved) if rule.matches(parameter)]
+        takers = [index for index in taken if not resolved[index].overlay]
+        # In the list's order, which decides setting by setting.
+        at_work = [index for index in taken if resolved[index].overlay or index == takers[0]]
+        settings = _settings([resolved[index] for index in at_work])
+        if not parameter.parameter.requires_grad and "frozen_until" not in settings:
+            continue
+        used.update(at_work)
+        # Groups come in the order of their rules, the rest last; what overlays cut off follows what they leave.
+        overlays = [index for index in at_work if resolved[index].overlay]
+        key = (takers[0] if takers else len(resolved), *overlays)
+        if key not in groups:
+            names = [resolved[index].name for index in (*overlays, *takers[:1])]
+            groups[key] = {"params": [], "name": "_".join(names) or REST, **settings}
+        groups[key]["params"].append((parameter.name, parameter.parameter))
+    if not groups:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: it has {len(parameters)}, "
+            f"{'all frozen (requires_grad=False)' if parameters else 'so there is nothing to optimize'}."
+        )
+    problems = [
+        rule.why_nothing(resolved, parameters)
+        for index, rule in enumerate(resolved)
+        if index not in used and isinstance(rules[index], ParamGroupRule)
+    ]
+    names = [group["name"] for group in groups.values()]
+    problems += [
+        f"Two groups would be called {name!r}, one of a rule of that name and one of overlays joined. Rename a rule."
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return [groups[key] for key in sorted(groups)]
+
+
+def _settings(rules: Sequence[ParamGroupRule]) -> dict[str, Any]:
+    """What a group of these rules is given: the first to say something decides it, and multipliers multiply."""
+    settings: dict[str, Any] = {"lr_multiplier": 1.0}
+    for rule in rules:
+        settings = rule.settings() | settings
+        settings["lr_multiplier"] *= rule.lr_multiplier
+    return settings

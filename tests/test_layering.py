@@ -28,7 +28,7 @@ LAYERS = [
     ("backends",),
     ("clipping", "divergence", "schedules", "param_groups"),
     ("rules", "stats", "durations", "transfer"),
-    ("weight_decay",),
+    ("weight_decay", "imports"),
     ("messages", "_version"),
 ]
 # These import nothing of the package but what is named here.
@@ -42,6 +42,7 @@ LEAVES = {
     "rules": {"weight_decay"},
     "durations": set(),
     "transfer": set(),
+    "imports": {"messages"},
     "messages": set(),
 }
 

@@ -1,8 +1,8 @@
-"""The scheduler: applies a schedule to an optimizer, once per optimizer step."""
+"""The scheduler: applies schedules to an optimizer, once per optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.durations import Horizon
 from lightning_optim.schedules.base import Schedule
+from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
+from lightning_optim.schedules.plateau import Plateau, ReduceOnPlateau
+
+_SAMPLES = 101
+"""At how many steps of the run a hyperparameter's values are checked beforehand."""
 
 
 class Scheduler(LRScheduler):
@@ -18,37 +23,56 @@ class Scheduler(LRScheduler):
 
     The peak is the group's ``lr`` when the scheduler is made, kept as ``initial_lr`` in the group (torch's name); a
     group added later follows from then on at its own peak. Rates are always computed from the closed form, never from
-    the previous rate, so nothing drifts over a resume.
+    the previous rate, so nothing drifts over a resume. Other hyperparameters are driven likewise.
 
     Args:
         optimizer: The optimizer whose groups are driven.
-        schedule: The multiplier as a function of the step.
+        schedule: The multiplier of the learning rate as a function of the step.
         horizon: Length of the run. None if it is not known yet: the optimizer keeps its rates until
             [`resolve`][lightning_optim.schedules.Scheduler.resolve] is called, which has to be before the first step.
+        schedules: Multipliers of other hyperparameters by name: a key of the optimizer's groups, ``momentum``,
+            ``beta1`` or ``beta2``.
+        group_schedules: Schedules of the learning rate of groups by their ``name``, in place of ``schedule``.
+
+    Raises:
+        ValueError: A hyperparameter is unknown or would leave its range, or a schedule does not fit the run.
 
     Example:
         >>> import torch
-        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
         >>> from lightning_optim.schedules import Linear
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
         >>> scheduler = Scheduler(optimizer, Linear(warmup=2), Horizon(total_steps=10))
         >>> optimizer.param_groups[0]["lr"]
         0.2
     """
 
-    def __init__(self, optimizer: Optimizer, schedule: Schedule, horizon: Horizon | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        horizon: Horizon | None = None,
+        schedules: Mapping[str, Schedule] | None = None,
+        group_schedules: Mapping[str, Schedule] | None = None,
+    ) -> None:
         self.schedule = schedule
+        self.group_schedules = dict(group_schedules or {})
+        owner = type(optimizer).__name__
+        self._others: dict[Hyperparameter, Schedule] = {
+            hyperparameter(name, optimizer.defaults, owner): given for name, given in (schedules or {}).items()
+        }
+        self._plateau = Plateau(schedule) if isinstance(schedule, ReduceOnPlateau) else None
         self.horizon = horizon
         self.asks_for_horizon = horizon is None
         self._restored = False
         self._skipped_steps: Callable[[], int] = lambda: 0
         self._skips_seen = 0
         if horizon is not None:
-            schedule.phases(horizon)
+            self._check(horizon, optimizer)
         super().__init__(optimizer)
 
     def resolve(self, horizon: Horizon) -> None:
         """Learns the length of the run and sets the rates of the coming step."""
-        self.schedule.phases(horizon)
+        self._check(horizon, self.optimizer)
         self.horizon = horizon
         self._apply()
 
@@ -70,6 +94,19 @@ class Scheduler(LRScheduler):
         self._skips_seen = skipped
         self._apply()
 
+    def observe(self, value: float) -> None:
+        """Takes in a new value of the metric of a `ReduceOnPlateau`, and sets the rates that follow from it.
+
+        Raises:
+            ValueError: The schedule looks at no metric.
+        """
+        if self._plateau is None:
+            raise ValueError(f"{self.schedule!r} looks at no metric; use ReduceOnPlateau.")
+        phases = self.schedule.phases(self.horizon or Horizon())
+        if self.last_epoch >= phases.warmup + phases.hold:
+            self._plateau.observe(value)
+            self._apply()
+
     @property
     def is_fresh(self) -> bool:
         """Whether it stands at its start and has not been brought there by a checkpoint."""
@@ -77,37 +114,62 @@ class Scheduler(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at the current step."""
-        factor = self.multiplier()
-        return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
+        return [LR.base(group) * self.multiplier(group.get("name")) for group in self.optimizer.param_groups]
 
-    def multiplier(self) -> float:
-        """The schedule's value at the current step; 1 as long as the length of the run is not known."""
+    def multiplier(self, group: str | None = None) -> float:
+        """The present multiplier of the learning rate; 1 as long as the length of the run is not known.
+
+        Args:
+            group: Name of a group, which may have a schedule of its own.
+        """
+        own = self.group_schedules.get(group) if group is not None else None
+        if own is not None:
+            return self.value(own)
+        return self.value(self.schedule) * (self._plateau.level if self._plateau is not None else 1.0)
+
+    def value(self, schedule: Schedule) -> float:
+        """What any schedule says at the current step of this run; 1 as long as its length is not known."""
         if self.horizon is None:
             return 1.0
-        return self.schedule(max(self.last_epoch, 0), self.horizon.total_steps, self.horizon.steps_per_epoch)
+        return schedule(max(self.last_epoch, 0), self.horizon.total_steps, self.horizon.steps_per_epoch)
 
     def _apply(self) -> None:
-        for group in self.optimizer.param_groups:
-            if "initial_lr" not in group:  # added after the scheduler was made
-                group["initial_lr"] = _copy(group["lr"])
-        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        groups = self.optimizer.param_groups
+        for group, lr in zip(groups, self.get_lr(), strict=True):
+            LR.write(group, lr)
+        for other, schedule in self._others.items():
+            multiplier = self.value(schedule)
+            for group in groups:
+                other.write(group, other.base(group) * multiplier)
         # Copies, as torch promises of get_last_lr: a tensor rate goes on changing in place.
-        self._last_lr = [_copy(group["lr"]) for group in self.optimizer.param_groups]
+        self._last_lr = [LR.read(group) for group in groups]
+
+    def _check(self, horizon: Horizon, optimizer: Optimizer) -> None:
+        for schedule in (self.schedule, *self.group_schedules.values(), *self._others.values()):
+            schedule.phases(horizon)
+        total = horizon.total_steps or _SAMPLES
+        for other, schedule in self._others.items():
+            bases = [float(other.base(group)) for group in optimizer.param_groups]
+            for index in range(_SAMPLES):
+                multiplier = schedule(round(index * total / (_SAMPLES - 1)), *_lengths(horizon))
+                for base in bases:
+                    other.check(base * multiplier)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs: the position. Peaks live in the optimizer's groups, the shape in the configuration."""
-        return {"last_epoch": self.last_epoch}
+        state: dict[str, Any] = {"last_epoch": self.last_epoch}
+        if self._plateau is not None:
+            state["plateau"] = self._plateau.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the saved position; the rates follow from it at once."""
         self.last_epoch = int(state_dict["last_epoch"])
+        if self._plateau is not None and "plateau" in state_dict:
+            self._plateau.load_state_dict(state_dict["plateau"])
         self._restored = True
         self._apply()
 
 
-def _copy(lr: float | Tensor) -> float | Tensor:
-    return lr.clone() if isinstance(lr, Tensor) else lr
+def _lengths(horizon: Horizon) -> tuple[int | None, float | None]:
+    return horizon.total_steps, horizon.steps_per_epoch

@@ -61,6 +61,7 @@ CASES = [
         lambda t, n: 1 if t + WARMUP < 6 else 0.5 if t + WARMUP < 9 else 0.25,
         bounded=False,
     ),
+    Case("reduce_on_plateau", s.ReduceOnPlateau(WARMUP), lambda t, n: 1),
     Case("one_cycle", s.OneCycle(f"{WARMUP} steps"), lambda t, n: 4e-6 + (1 - 4e-6) * (1 + cos(pi * t / n)) / 2),
     Case(
         "cosine_restarts",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_optim.durations import Horizon
-from lightning_optim.schedules import Cosine, Linear, Scheduler
+from lightning_optim.schedules import Cosine, Linear, ReduceOnPlateau, Scheduler
 
 
 def _cosine(step, total, warmup, final):
@@ -112,3 +112,98 @@ def test_an_epoch_is_refused():
     scheduler = Scheduler(_optimizer(1.0), Linear(), Horizon(total_steps=10))
     with pytest.raises(ValueError, match="epoch=3"):
         scheduler.step(3)
+
+
+# Other hyperparameters, and groups with a schedule of their own.
+
+
+def test_other_hyperparameters_follow_their_schedules_at_their_groups_ratio():
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    groups = [{"params": params[0], "weight_decay": 0.4}, {"params": params[1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([*groups, {"params": params[2], "betas": (0.8, 0.9)}], lr=0.5, weight_decay=0.1)
+    schedules = {"weight_decay": Linear(final=3), "momentum": Linear(final=0.5), "beta2": Linear(final=0.9)}
+    scheduler = Scheduler(optimizer, Linear(), Horizon(total_steps=10), schedules)
+    for step in range(13):
+        p = min(step / 10, 1)
+        first, second, third = optimizer.param_groups
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5 * (1 - p)] * 3)
+        assert first["weight_decay"] == pytest.approx(0.4 * (1 + 2 * p))
+        assert second["weight_decay"] == 0
+        assert third["weight_decay"] == pytest.approx(0.1 * (1 + 2 * p))
+        assert first["betas"] == pytest.approx((0.9 * (1 - p / 2), 0.999 * (1 - p / 10)))
+        assert third["betas"] == pytest.approx((0.8 * (1 - p / 2), 0.9 * (1 - p / 10)))
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_named_group_may_have_a_schedule_of_its_own():
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "name": name} for name in ("head", "body")]
+    optimizer = torch.optim.SGD(groups, lr=0.4)
+    scheduler = Scheduler(optimizer, Linear(), Horizon(total_steps=4), group_schedules={"head": Linear(warmup=4)})
+    seen = []
+    for _ in range(5):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert [rates[0] for rates in seen] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0])
+    assert [rates[1] for rates in seen] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0])
+
+
+@pytest.mark.parametrize(
+    ("schedules", "told"),
+    [
+        ({"weight_decya": Linear()}, r"SGD has no hyperparameter 'weight_decya'.*'weight_decay'"),
+        ({"beta1": Linear()}, r"no hyperparameter 'beta1'"),
+        ({"nesterov": Linear()}, r"no hyperparameter 'nesterov'"),
+        ({"lr": Linear()}, r"given as `schedule`"),
+        ({"momentum": Linear(final=1.2)}, r"schedule of momentum would set it to 1.*below 1"),
+        ({"momentum": Linear(warmup=11)}, r"longer than the run"),
+    ],
+)
+def test_a_hyperparameter_that_cannot_be_scheduled_is_refused(schedules, told):
+    with pytest.raises(ValueError, match=told):
+        Scheduler(_optimizer(0.1, momentum=0.9), Linear(), Horizon(total_steps=10), schedules)
+
+
+# A metric.
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("patience", [0, 2])
+def test_a_plateau_is_what_torch_takes_for_one(mode, patience):
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.rand(60, generator=generator) + 0.05).tolist()
+    values[10] = math.nan
+    theirs = _optimizer(0.4)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(theirs, mode, 0.5, patience, min_lr=0.4 * 0.1)
+    ours = _optimizer(0.4)
+    schedule = ReduceOnPlateau(warmup=3, mode=mode, factor=0.5, patience=patience, floor=0.1)
+    scheduler = Scheduler(ours, schedule, Horizon())
+    scheduler.observe(values[0] - 1000 if mode == "min" else 1000)  # during the warmup: does not count
+    for _ in range(3):
+        ours.step()
+        scheduler.step()
+    for value in values:
+        reference.step(value)
+        scheduler.observe(value)
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
+    assert ours.param_groups[0]["lr"] < 0.4
+
+
+def test_a_plateau_resumes_where_it_was():
+    def make():
+        return Scheduler(_optimizer(0.4), ReduceOnPlateau(factor=0.5, patience=1), Horizon())
+
+    scheduler = make()
+    for value in (1.0, 1.0, 1.0, 1.0):
+        scheduler.observe(value)
+    restored = make()
+    restored.load_state_dict(copy.deepcopy(scheduler.state_dict()))
+    assert restored.optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+    restored.observe(1.0)
+    assert restored.optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_other_schedules_look_at_no_metric():
+    with pytest.raises(ValueError, match=r"Linear\(\) looks at no metric.*ReduceOnPlateau"):
+        Scheduler(_optimizer(0.4), Linear(), Horizon(total_steps=9)).observe(1.0)

@@ -219,7 +219,7 @@ def test_every_name_makes_a_schedule_that_is_public(name):
     assert name.replace("_", "") in repr(cls()).lower()
 
 
-@pytest.mark.parametrize("alias", schedules._ALIASES)
+@pytest.mark.parametrize("alias", schedules.registry._ALIASES)
 def test_every_alias_names_a_schedule(alias):
     assert issubclass(get_schedule(alias), Schedule)
 

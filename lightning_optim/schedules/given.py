@@ -1,0 +1,112 @@
+"""From what a user writes to a schedule: a name, a schedule, anything of torch's, or a function."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_optim.durations import Duration
+from lightning_optim.imports import import_object
+from lightning_optim.messages import nearest
+from lightning_optim.schedules.base import Schedule
+from lightning_optim.schedules.function import FromFunction
+from lightning_optim.schedules.phases import Warmup
+from lightning_optim.schedules.registry import get_schedule
+
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+_FORMS = (
+    "give a name such as 'cosine', a Schedule, a torch LRScheduler (a class_path with init_args, or a callable from "
+    "the optimizer to one), or a function from the step to a multiplier"
+)
+
+
+def resolve_schedule(
+    given: Any, warmup: int | str | Duration | Warmup | None, trial: Optimizer
+) -> Schedule | MakeScheduler:
+    """A schedule of ours, or a function that makes a scheduler of somebody else's.
+
+    Args:
+        given: A name, an import path, a `Schedule`, an ``LRScheduler`` class, a mapping with ``class_path`` and
+            ``init_args``, a callable from the optimizer to an ``LRScheduler``, or one from the step to a multiplier.
+        warmup: The warmup, if it is given beside the schedule.
+        trial: An optimizer to try a callable on.
+
+    Raises:
+        TypeError: It is none of these.
+        ValueError: A name is unknown, arguments do not fit, or the warmup is given twice.
+    """
+    kwargs: dict[str, Any] = {}
+    if isinstance(given, Mapping):
+        if unknown := sorted(set(given) - {"class_path", "init_args"}):
+            raise ValueError(
+                f"Unknown key {unknown[0]!r} in schedule={dict(given)!r}: it takes class_path and init_args."
+            )
+        if "class_path" not in given:
+            raise ValueError(
+                f"schedule={dict(given)!r} has no class_path, for instance torch.optim.lr_scheduler.StepLR."
+            )
+        kwargs, given = dict(given.get("init_args") or {}), given["class_path"]
+    if isinstance(given, str):
+        given = import_object(given, "schedule", (Schedule, LRScheduler)) if "." in given else get_schedule(given)
+    elif isinstance(given, type) and issubclass(given, Schedule):
+        raise TypeError(f"Invalid schedule={given!r}: {_FORMS}. For the class, write {given.__name__}().")
+    if isinstance(given, Schedule):
+        if warmup is not None:
+            raise ValueError(
+                f"The warmup is given twice: warmup={warmup!r} and in schedule={given!r}. Give it in the schedule."
+            )
+        return given
+    if isinstance(given, type) and issubclass(given, Schedule):
+        if warmup is not None and "warmup" in kwargs:
+            raise ValueError(f"The warmup is given twice: warmup={warmup!r} and in schedule={given.__name__}.")
+        _check_arguments(given, kwargs)
+        return given(**kwargs) if warmup is None else given(**kwargs, warmup=warmup)
+    if not callable(given):
+        raise TypeError(f"Invalid schedule={given!r}: {_FORMS}.")
+    return _from_callable(given, kwargs, warmup, trial)
+
+
+def _from_callable(
+    given: Any, kwargs: dict[str, Any], warmup: int | str | Duration | Warmup | None, trial: Optimizer
+) -> Schedule | MakeScheduler:
+    label = getattr(given, "__name__", repr(given))
+    if isinstance(given, type) and issubclass(given, LRScheduler):
+        _check_arguments(given, kwargs, skip="optimizer")
+    make = partial(given, **kwargs) if kwargs else given
+    if _is_function_of_the_step(make):
+        return FromFunction(make, warmup=0 if warmup is None else warmup)
+    scheduler = make(trial)
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(f"Invalid schedule: {label} returned {scheduler!r}; {_FORMS}.")
+    if isinstance(scheduler, ReduceLROnPlateau) and not hasattr(scheduler, "monitor"):
+        raise ValueError(
+            f"{label} does not say which metric it looks at. Use lightning_optim.schedules.ReduceOnPlateau, or "
+            "lightning.pytorch.cli.ReduceLROnPlateau, which have `monitor`."
+        )
+    if warmup is not None:
+        raise ValueError(
+            f"warmup={warmup!r} cannot be put before {label}. Use a schedule of lightning_optim, or torch's "
+            "SequentialLR."
+        )
+    return make
+
+
+def _is_function_of_the_step(given: Any) -> bool:
+    if isinstance(given, type) and issubclass(given, LRScheduler):
+        return False
+    try:
+        return isinstance(given(0), int | float)
+    except Exception:  # it wanted an optimizer, or it is nothing that can be used: then `given(trial)` says so
+        return False
+
+
+def _check_arguments(cls: type, kwargs: Mapping[str, Any], skip: str = "") -> None:
+    options = [name for name in inspect.signature(cls).parameters if name != skip]
+    for key in kwargs:
+        if key not in options:
+            raise ValueError(f"{cls.__name__} has no option {key!r}. {nearest(key, options)}")

@@ -1,0 +1,93 @@
+"""Which hyperparameters of an optimizer a schedule can drive, and how they are read and written in a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_optim.messages import nearest
+
+_IN_BETAS = {"momentum": 0, "beta1": 0, "beta2": 1, "beta3": 2}
+"""Names for parts of ``betas``; ``momentum`` as torch's OneCycleLR has it."""
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A number in each parameter group.
+
+    Args:
+        name: What it is called: a key of the group, or ``momentum``, ``beta1``, ``beta2`` for parts of ``betas``.
+        key: The group's key.
+        index: Which part of the key's value; None for all of it.
+    """
+
+    name: str
+    key: str
+    index: int | None = None
+
+    @property
+    def base_key(self) -> str:
+        """The group's key for the value that the schedule multiplies; ``initial_lr`` is torch's word."""
+        return f"initial_{self.name}"
+
+    def read(self, group: Mapping[str, Any]) -> float | Tensor:
+        """The present value."""
+        value = group[self.key] if self.index is None else group[self.key][self.index]
+        return value.clone() if isinstance(value, Tensor) else value
+
+    def write(self, group: dict[str, Any], value: float | Tensor) -> None:
+        """Sets it; a tensor keeps its storage, because the optimizer may hold on to it."""
+        if self.index is not None:
+            parts = list(group[self.key])
+            parts[self.index] = value
+            group[self.key] = tuple(parts)
+        elif isinstance(group[self.key], Tensor):
+            group[self.key].fill_(value)
+        else:
+            group[self.key] = value
+
+    def base(self, group: dict[str, Any]) -> float | Tensor:
+        """The value that the schedule multiplies: the one that the group came with."""
+        if self.base_key not in group:
+            group[self.base_key] = self.read(group)
+        return group[self.base_key]
+
+    def check(self, value: float) -> None:
+        """Refuses a value that it would take at some step."""
+        below_one = self.name in _IN_BETAS
+        if not (math.isfinite(value) and value >= 0 and (value < 1 or not below_one)):
+            raise ValueError(
+                f"The schedule of {self.name} would set it to {value:g}; it must be finite and at least 0"
+                f"{' and below 1' if below_one else ''}."
+            )
+
+
+LR = Hyperparameter("lr", "lr")
+
+
+def hyperparameter(name: str, defaults: Mapping[str, Any], owner: str) -> Hyperparameter:
+    """The hyperparameter called ``name`` of an optimizer with these defaults.
+
+    Raises:
+        ValueError: It has none of that name, or the name is ``lr``, which has a schedule of its own.
+
+    Example:
+        >>> hyperparameter("momentum", {"lr": 0.1, "betas": (0.9, 0.99)}, "AdamW")
+        Hyperparameter(name='momentum', key='betas', index=0)
+    """
+    if name == "lr":
+        raise ValueError("The schedule of lr is given as `schedule`; `schedules` is for other hyperparameters.")
+    parts = len(defaults["betas"]) if "betas" in defaults else 0
+    found = {key: Hyperparameter(key, "betas", index) for key, index in _IN_BETAS.items() if index < parts}
+    found |= {key: Hyperparameter(key, key) for key, value in defaults.items() if _is_number(value) and key != "lr"}
+    if name not in found:
+        raise ValueError(f"{owner} has no hyperparameter {name!r} to schedule. {nearest(name, found)}")
+    return found[name]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

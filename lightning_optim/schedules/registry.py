@@ -1,0 +1,61 @@
+"""Schedules by name: ours, and the names that Hugging Face and timm have for them."""
+
+from __future__ import annotations
+
+from lightning_optim.messages import nearest
+from lightning_optim.schedules.base import Schedule
+from lightning_optim.schedules.compositions import WSD, OneCycle
+from lightning_optim.schedules.plateau import ReduceOnPlateau
+from lightning_optim.schedules.restarts import CosineRestarts
+from lightning_optim.schedules.shapes import REX, Constant, Cosine, Exponential, InverseSqrt, Linear, Polynomial
+from lightning_optim.schedules.stepped import MultiStep, Step
+
+_SCHEDULES: dict[str, type[Schedule]] = {
+    "constant": Constant,
+    "cosine": Cosine,
+    "cosine_restarts": CosineRestarts,
+    "exponential": Exponential,
+    "inverse_sqrt": InverseSqrt,
+    "linear": Linear,
+    "multi_step": MultiStep,
+    "one_cycle": OneCycle,
+    "polynomial": Polynomial,
+    "reduce_on_plateau": ReduceOnPlateau,
+    "rex": REX,
+    "step": Step,
+    "wsd": WSD,
+}
+_ALIASES = {  # names in transformers' get_scheduler and in timm
+    "constant_with_warmup": "constant",
+    "cosine_warmup_with_min_lr": "cosine",
+    "cosine_with_min_lr": "cosine",
+    "cosine_with_restarts": "cosine_restarts",
+    "multistep": "multi_step",
+    "none": "constant",
+    "plateau": "reduce_on_plateau",
+    "poly": "polynomial",
+    "reduce_lr_on_plateau": "reduce_on_plateau",
+    "rsqrt": "inverse_sqrt",
+    "warmup_stable_decay": "wsd",
+}
+
+
+def list_schedules() -> list[str]:
+    """The names of the schedules; `get_schedule` also knows those of Hugging Face and timm."""
+    return sorted(_SCHEDULES)
+
+
+def get_schedule(name: str) -> type[Schedule]:
+    """The schedule class called ``name``, here, in transformers' ``get_scheduler`` or in timm.
+
+    Raises:
+        ValueError: There is none; the message names the nearest.
+
+    Example:
+        >>> get_schedule("warmup_stable_decay").__name__
+        'WSD'
+    """
+    key = _ALIASES.get(name.lower(), name.lower())
+    if key not in _SCHEDULES:
+        raise ValueError(f"Unknown schedule {name!r}. {nearest(name, [*_SCHEDULES, *_ALIASES])}")
+    return _SCHEDULES[key]

@@ -35,7 +35,7 @@ LAYERS = [
 LEAVES = {
     "clipping": {"clipping", "messages", "stats", "transfer"},
     "divergence": {"stats"},
-    "schedules": {"schedules", "durations", "messages"},
+    "schedules": {"schedules", "durations", "imports", "messages"},
     "param_groups": {"param_groups", "durations", "messages"},
     "weight_decay": {"messages"},
     "stats": set(),

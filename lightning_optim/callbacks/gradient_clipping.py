@@ -76,7 +76,7 @@ class GradientClipping(HubCallback):
         """The schedule over this run."""
         if (schedule := self.schedule) is None:
             return None
-        schedule.warmup_steps(horizon)
+        schedule.phases(horizon)  # refuses a run that it does not fit
         return lambda step: schedule(step, horizon.total_steps, horizon.steps_per_epoch)
 
     def __repr__(self) -> str:

@@ -54,7 +54,8 @@ class Hyperparameter:
         """The value that the schedule multiplies: the one that the group came with."""
         if self.base_key not in group:
             group[self.base_key] = self.read(group)
-        return group[self.base_key]
+        base: float | Tensor = group[self.base_key]
+        return base
 
     def check(self, value: float) -> None:
         """Refuses a value that it would take at some step."""

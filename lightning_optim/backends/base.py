@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,11 @@ class Batch:
         """The states, each a list over tensors: those of the rule, the compensation, the scales."""
         names = [*self.rule.state, *(["kahan_comp"] if self.kahan else []), *(f"{n}_scale" for n in self.quantized)]
         return [[state[name] for state in self.states] for name in names]
+
+    @cached_property
+    def counters(self) -> dict[str, list[np.ndarray]]:
+        """On the CPU, the memory of `scalar_states` by name: to read and write thousands of numbers as numbers."""
+        return {name: [state[name].numpy() for state in self.scalar_states] for name in self.scalar_states[0]}
 
     @property
     def low_precision(self) -> bool:

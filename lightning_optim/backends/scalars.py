@@ -47,14 +47,28 @@ def scalar_columns(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
 
 
 def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> None:
-    """Write the 0-d state of a step that was taken: `step` + 1, the others from ``columns``."""
-    for name in batch.scalar_states[0]:
-        tensors = [state[name] for state in batch.scalar_states]
-        old = torch.stack(tensors)
-        new = old + 1 if name == "step" else columns[name].to(old.dtype)
-        if skip is not None:
-            new = torch.where(skip != 0, old, new)
-        torch._foreach_copy_(tensors, list(new.unbind()))
+    """Write the 0-d state of a step that was taken: `step` + 1, the others from ``columns``.
+
+    Args:
+        batch: Whose.
+        columns: What `scalar_columns` gave.
+        skip: As for `Backend.apply`.
+    """
+    if batch.device.type == "cpu":
+        if is_set(skip):
+            return
+        for name, counters in batch.counters.items():
+            new = [counter.item() + 1 for counter in counters] if name == "step" else columns[name].tolist()
+            for counter, value in zip(counters, new, strict=True):
+                counter[()] = value
+    else:
+        for name in batch.scalar_states[0]:
+            tensors = [state[name] for state in batch.scalar_states]
+            old = torch.stack(tensors)
+            moved = old + 1 if name == "step" else columns[name].to(old.dtype)
+            if skip is not None:
+                moved = torch.where(skip != 0, old, moved)
+            torch._foreach_copy_(tensors, list(moved.unbind()))
     if batch.rounding_keys:
         advance(batch.rounding_keys, skip)
 
@@ -70,21 +84,20 @@ def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> 
 
 
 def _host_columns(batch: Batch) -> dict[str, Tensor]:
-    states = list(batch.scalar_states[0])
-    # `tolist` reads memory, too. A column for each 0-d state; tensors that share all of them and the group share a row.
-    old = [torch.stack([state[name] for state in batch.scalar_states]).tolist() for name in states]
+    # Tensors that share all 0-d state and the group share a row of numbers; nearly always there is one per group.
+    states = list(batch.counters)
+    old = [[counter.item() for counter in counters] for counters in batch.counters.values()]
     keys = list(zip(map(id, batch.groups), *old, strict=True))
-    names: list[str] = []
-    rows: list[list[float]] = []
-    known: dict[tuple[Any, ...], int] = {}
-    for group, key in zip(batch.groups, keys, strict=True):
-        if key not in known:  # nearly always once per group
-            numbers = _numbers(batch, _readable(group), dict(zip(states, key[1:], strict=True)))
-            names = names or list(numbers)
-            known[key] = len(rows)
-            rows.append([float(numbers[name]) for name in names])
-    table = torch.tensor(rows, dtype=torch.float64).t()
-    return dict(zip(names, table[:, [known[key] for key in keys]], strict=True))
+    groups = dict(zip(keys, batch.groups, strict=True))
+    numbers = [
+        _numbers(batch, _readable(group), dict(zip(states, key[1:], strict=True))) for key, group in groups.items()
+    ]
+    names = list(numbers[0])
+    table = torch.tensor([[float(row[name]) for row in numbers] for name in names], dtype=torch.float64)
+    if len(numbers) == 1:
+        return dict(zip(names, table.expand(-1, len(keys)), strict=True))
+    number_of = {key: number for number, key in enumerate(groups)}
+    return dict(zip(names, table[:, [number_of[key] for key in keys]], strict=True))
 
 
 def _readable(group: Mapping[str, Any]) -> Mapping[str, Any]:

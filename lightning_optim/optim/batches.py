@@ -7,15 +7,16 @@ of tensors.
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_optim.backends import Batch
-from lightning_optim.backends.shards import local
+from lightning_optim.backends.shards import PLAIN, local
 from lightning_optim.optim import low_precision
 from lightning_optim.optim.state import complete_state
 from lightning_optim.rules import Rule, UpdateRule
@@ -42,20 +43,15 @@ class Batches:
         self.rows: list[list[int]] = []
         sizes: list[int] = []
         numel: list[int] = []
-        self._kinds: list[tuple[Any, ...]] = []
-        self._members: list[list[_Member]] = []
         by_key: dict[Any, int] = {}
         position = -1
         for group in optimizer.param_groups:
             rule = optimizer.rule_of(group)
-            self._kinds.append(_kind(group, rule))
-            members: list[_Member] = []
             first = len(numel)
             for index, param in enumerate(group["params"]):
                 position += 1
                 grad = param.grad
                 if grad is None:
-                    members.append(_Member(param))
                     continue
                 if grad.layout != torch.strided:
                     raise RuntimeError(
@@ -65,18 +61,14 @@ class Batches:
                     )
                 state = complete_state(optimizer.state[param], param, group, rule, position)
                 number = self._place(by_key, param, grad, state, group, rule)
-                batch = self.batches[number]
                 self.rows[number].append(len(numel))
                 numel.append(param.numel())
-                members.append(
-                    _Member(
-                        param, batch.grads, param.dtype, param.device, grad.dtype, state, len(state), [*state.values()]
-                    )
-                )
-            self._members.append(members)
             sizes.append(len(numel) - first)
         self.group_sizes = tuple(sizes)
         self.numel = tuple(numel)
+        self._same, self._equal, _ = _look(optimizer)
+        # What FSDP2 makes of a DTensor's shard between two steps is its own affair.
+        self._kept = all(type(whole) in PLAIN for batch in self.batches for whole in batch.wholes)
 
     def _place(
         self,
@@ -115,32 +107,14 @@ class Batches:
 
     def refill(self, optimizer: FusedOptimizer) -> bool:
         """Take the gradients of another step. False if something else has changed: then sort anew."""
-        if len(optimizer.param_groups) != len(self._members):
+        if not self._kept:
             return False
-        for group, kind, members in zip(optimizer.param_groups, self._kinds, self._members, strict=True):
-            params = group["params"]
-            if len(params) != len(members) or _kind(group, optimizer.rule_of(group)) != kind:
-                return False
-            for param, member in zip(params, members, strict=True):
-                grad = param.grad
-                if grad is None:
-                    if member.grads is not None or param is not member.param:
-                        return False
-                    continue
-                state = optimizer.state[param]
-                if (
-                    member.grads is None
-                    or param is not member.param
-                    or param.dtype is not member.dtype
-                    or param.device != member.device
-                    or grad.dtype is not member.grad_dtype
-                    or grad.layout is not torch.strided
-                    or state is not member.state
-                    or len(state) != member.entries
-                    or not all(map(operator.is_, state.values(), member.values))
-                ):
-                    return False
-                member.grads.append(local(grad))
+        same, equal, grads = _look(optimizer)
+        if equal != self._equal or len(same) != len(self._same) or not all(map(operator.is_, same, self._same)):
+            return False
+        grads = list(map(local, grads))
+        for batch, rows in zip(self.batches, self.rows, strict=True):
+            batch.grads.extend(map(grads.__getitem__, rows))
         return True
 
     def release(self) -> None:
@@ -150,22 +124,32 @@ class Batches:
             batch.shared.clear()
 
 
-class _Member(NamedTuple):
-    """A parameter, and what has to be as it was; only the parameter if it has no gradient."""
+def _look(optimizer: FusedOptimizer) -> tuple[list[object], list[object], list[Tensor]]:
+    """What sorting depends on, as objects that must be the same and values that must be equal; and the gradients.
 
-    param: Tensor
-    grads: list[Tensor] | None = None
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
-    grad_dtype: torch.dtype | None = None
-    state: Mapping[str, Any] = {}
-    entries: int = 0
-    values: Sequence[Any] = ()
+    Without a loop in Python over the tensors: with ten thousand of them that is what a step would mostly do.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    given = list(map(_GRAD, params))
+    grads = [grad for grad in given if grad is not None]
+    states = optimizer.state.values()
+    same = [*params, *states, *itertools.chain.from_iterable(map(dict.values, states))]
+    equal = [
+        [_kind(group, optimizer.rule_of(group)) for group in optimizer.param_groups],
+        [grad is None for grad in given],
+        *(list(map(attribute, params)) for attribute in (_DTYPE, _DEVICE)),
+        *(list(map(attribute, grads)) for attribute in (_DTYPE, _LAYOUT)),
+    ]
+    return same, equal, grads
+
+
+_GRAD, _DTYPE, _DEVICE, _LAYOUT = map(operator.attrgetter, ("grad", "dtype", "device", "layout"))
 
 
 def _kind(group: Mapping[str, Any], rule: Rule) -> tuple[Any, ...]:
-    """What a group's batches depend on. Tensors keep their group itself, so its numbers are always the current ones."""
-    return (id(group), type(rule), group["cautious"], *(group[flag] for flag in low_precision.DEFAULTS))
+    """What batches depend on of a group. They keep the group itself, whose numbers are therefore always the current."""
+    flags = (group[flag] for flag in low_precision.DEFAULTS)
+    return (id(group), len(group["params"]), type(rule), group["cautious"], *flags)
 
 
 def _tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:

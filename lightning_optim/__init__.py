@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from lightning_optim.durations import Duration as Duration
     from lightning_optim.durations import Horizon as Horizon
     from lightning_optim.factory import OptimizerFactory as OptimizerFactory
+    from lightning_optim.param_groups import LayerDecay as LayerDecay
     from lightning_optim.param_groups import ParamGroupRule as ParamGroupRule
+    from lightning_optim.param_groups import WidthScaling as WidthScaling
     from lightning_optim.param_groups import build_param_groups as build_param_groups
     from lightning_optim.step import StepPipeline as StepPipeline
 
@@ -35,6 +37,7 @@ _NAMES = {
     "Duration": "durations",
     "GradientClipping": "callbacks",
     "Horizon": "durations",
+    "LayerDecay": "param_groups",
     "OptimCLI": "cli",
     "OptimizerFactory": "factory",
     "OptimizerMonitor": "callbacks",
@@ -42,6 +45,7 @@ _NAMES = {
     "RunSummary": "callbacks",
     "ScheduleFree": "callbacks",
     "StepPipeline": "step",
+    "WidthScaling": "param_groups",
     "attach": "callbacks",
     "build_param_groups": "param_groups",
 }

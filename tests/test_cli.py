@@ -108,6 +108,45 @@ def test_names_alone_do_the_same(cls, tmp_path):
     assert [row[0] for row in _recorder(cli).rates] == pytest.approx(expected)
 
 
+@BOTH
+def test_every_kind_of_rule_can_be_written_in_yaml(cls, tmp_path):
+    rules = """[
+      no_decay,
+      {base_width: 4, width: 8},
+      {name: head, part: head, lr_multiplier: 10, overlay: true},
+      {name: body, glob: "body.*", rule: lion, betas: [0.8, 0.9], options: {cautious: true}, overlay: true}]"""
+    callbacks = CONFIGURE.replace("init_args: {", f"init_args: {{param_groups: {rules}, ")
+    (optimizer,) = _run(cls, Net, callbacks, tmp_path).trainer.optimizers
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert set(groups) == {"no_decay", "body_no_decay", "head_no_decay", "head", "width_x2_body"}
+    assert groups["head"]["initial_lr"] == pytest.approx(3)
+    assert groups["width_x2_body"]["initial_lr"] == pytest.approx(0.15)
+    assert (groups["width_x2_body"]["rule"], tuple(groups["width_x2_body"]["betas"])) == ("lion", (0.8, 0.9))
+    assert groups["width_x2_body"]["cautious"]
+
+
+@BOTH
+def test_layer_decay_can_be_written_in_yaml(cls, tmp_path):
+    class Deep(Net):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.Sequential(self.body, torch.nn.Tanh(), torch.nn.Linear(8, 8))
+
+    callbacks = CONFIGURE.replace("init_args: {", "init_args: {param_groups: [no_decay, {layer_decay: 0.5}], ")
+    (optimizer,) = _run(cls, Deep, callbacks, tmp_path).trainer.optimizers
+    rates = {group["name"]: group["initial_lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx(
+        {
+            "layer_0_no_decay": 0.075,
+            "layer_1_no_decay": 0.15,
+            "layer_2_no_decay": 0.3,
+            "layer_0": 0.075,
+            "layer_1": 0.15,
+            "layer_2": 0.3,
+        }
+    )
+
+
 def test_the_command_line_overrides_the_file(tmp_path):
     cli = _run(lo.OptimCLI, Net, CONFIGURE, tmp_path, "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2")
     expected = [0.3 * _cosine(step, 20, 2, 0) for step in range(20)]

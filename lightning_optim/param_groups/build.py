@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import nn
 from lightning_optim.messages import nearest
 from lightning_optim.param_groups.parts import named_parameters
 from lightning_optim.param_groups.rules import REST, ParamGroupRule
+from lightning_optim.param_groups.scalings import LayerDecay, WidthScaling
 
-Entry = ParamGroupRule | str
+Entry = ParamGroupRule | LayerDecay | WidthScaling | str
 """What a list of rules may hold."""
 
 _PRESETS = {"no_decay": ParamGroupRule(name="no_decay", part="undecayed", weight_decay=0.0)}
@@ -30,12 +32,15 @@ def check_rules(rules: Sequence[Entry]) -> None:
         if isinstance(rule, str):
             if rule not in _PRESETS:
                 raise ValueError(f"Unknown parameter group preset {rule!r}. {nearest(rule, _PRESETS)}")
-        elif not isinstance(rule, ParamGroupRule):
+        elif not isinstance(rule, ParamGroupRule | LayerDecay | WidthScaling):
             raise TypeError(
-                f"A parameter group rule is a ParamGroupRule or the name of a preset ({', '.join(_PRESETS)}), "
-                f"got {rule!r}."
+                f"A parameter group rule is a ParamGroupRule, a LayerDecay, a WidthScaling or the name of a preset "
+                f"({', '.join(_PRESETS)}), got {rule!r}."
             )
-    names = [rule if isinstance(rule, str) else rule.name for rule in rules]
+    for kind in (LayerDecay, WidthScaling):
+        if len(twice := [rule for rule in rules if isinstance(rule, kind)]) > 1:
+            raise ValueError(f"Two {kind.__name__} in one list: {twice[0]!r} and {twice[1]!r}. Needed is one.")
+    names = [rule if isinstance(rule, str) else rule.name for rule in rules if isinstance(rule, str | ParamGroupRule)]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Duplicate parameter group name {duplicates[0]!r}: each of {names} must be unique.")
 
@@ -48,7 +53,8 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
 
     Args:
         model: The model; its names are those of ``model.named_parameters()``.
-        rules: Ordered rules or names of presets (`list_presets`); the first match wins.
+        rules: Ordered rules or names of presets (`list_presets`); the first match wins. A `LayerDecay` or
+            `WidthScaling` among them, anywhere, cuts the groups further.
 
     Returns:
         Groups for a torch optimizer: ``params`` as (name, parameter) pairs, from which torch makes ``param_names``,
@@ -60,9 +66,12 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
             all of them named (presets may match nothing: they describe what is usual, not what is there).
     """
     check_rules(rules)
-    resolved = [_PRESETS[rule] if isinstance(rule, str) else rule for rule in rules]
+    scalings = [rule for rule in rules if isinstance(rule, LayerDecay | WidthScaling)]
+    given = [rule for rule in rules if isinstance(rule, str | ParamGroupRule)]
+    resolved = [_PRESETS[rule] if isinstance(rule, str) else rule for rule in given]
     parameters = list(named_parameters(model))
-    groups: dict[tuple[int, ...], dict[str, Any]] = {}
+    scales = [scaling.scales(model, parameters) for scaling in scalings]
+    groups: dict[Any, dict[str, Any]] = {}
     used: set[int] = set()
     for parameter in parameters:
         taken = [index for index, rule in enumerate(resolved) if rule.matches(parameter)]
@@ -73,11 +82,14 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
         if not parameter.parameter.requires_grad and "frozen_until" not in settings:
             continue
         used.update(at_work)
-        # Groups come in the order of their rules, the rest last; what overlays cut off follows what they leave.
+        # Groups come in the order of their rules, the rest last; what is cut off follows what is left.
         overlays = [index for index in at_work if resolved[index].overlay]
-        key = (takers[0] if takers else len(resolved), *overlays)
+        cuts = [scale[parameter.name] for scale in scales]
+        key = (takers[0] if takers else len(resolved), tuple(overlays), tuple(cuts))
         if key not in groups:
-            names = [resolved[index].name for index in (*overlays, *takers[:1])]
+            labels = [cut.label for cut in cuts if cut.label]
+            names = [*labels, *(resolved[index].name for index in (*overlays, *takers[:1]))]
+            settings["lr_multiplier"] *= math.prod(cut.lr_multiplier for cut in cuts)
             groups[key] = {"params": [], "name": "_".join(names) or REST, **settings}
         groups[key]["params"].append((parameter.name, parameter.parameter))
     if not groups:
@@ -88,7 +100,7 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
     problems = [
         rule.why_nothing(resolved, parameters)
         for index, rule in enumerate(resolved)
-        if index not in used and isinstance(rules[index], ParamGroupRule)
+        if index not in used and isinstance(given[index], ParamGroupRule)
     ]
     names = [group["name"] for group in groups.values()]
     problems += [

@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 
 from lightning_optim.durations import Horizon
 from lightning_optim.optimizer_choice import OptimizerChoice
-from lightning_optim.param_groups import Entry, build_param_groups, check_rules
-from lightning_optim.schedules import Schedule, Scheduler, Warmup, get_schedule
+from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
+from lightning_optim.schedules import Schedule, Scheduler, Warmup
+from lightning_optim.schedules.given import resolve_others, resolve_schedule
+from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
 from lightning_optim.training_length import horizon_of
 
 __all__ = ["OptimizerFactory"]
@@ -27,12 +29,15 @@ class OptimizerFactory:
             callable or ``init_args``, which bring their own.
         weight_decay: Weight decay of the groups without their own, at least 0. None for the optimizer's default.
         optimizer_kwargs: Further arguments of the optimizer, for instance ``{"betas": (0.9, 0.95)}``.
-        schedule: A name (`lightning_optim.schedules.list_schedules`) or a `Schedule`. None keeps the rate constant,
-            after the warmup if there is one.
+        schedule: A name (`lightning_optim.schedules.list_schedules`), a `Schedule`, a function from the step to a
+            multiplier, or a torch ``LRScheduler``: a class, a mapping with ``class_path`` and ``init_args``, or a
+            callable from the optimizer to one. None keeps the rate constant, after the warmup if there is one.
         warmup: Length of the warmup for a schedule given by name: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``;
             or a `Warmup`, which has a shape and a start, too.
         param_groups: Rules and presets, the first match wins. None means the preset ``no_decay``: no weight decay on
             biases, norms and embeddings, which is nearly always what is wanted. An empty list means one group.
+        schedules: Schedules of other hyperparameters by name, each a name or a `Schedule`: a key of the optimizer's
+            groups (``weight_decay``), or ``momentum``, ``beta1``, ``beta2``. They multiply each group's own value.
 
     Raises:
         ValueError: Anything unknown, out of range or given twice; the message says what is near.
@@ -53,24 +58,32 @@ class OptimizerFactory:
         lr: float | None = None,
         weight_decay: float | None = None,
         optimizer_kwargs: dict[str, Any] | None = None,
-        schedule: str | Schedule | None = None,
+        schedule: str | Schedule | Callable[[Any], Any] | Mapping[str, Any] | None = None,
         warmup: int | str | Warmup | None = None,
         param_groups: Sequence[Entry] | None = None,
+        schedules: Mapping[str, str | Schedule] | None = None,
     ) -> None:
         given = {"lr": lr, "weight_decay": weight_decay}
         given = {key: value for key, value in given.items() if value is not None}
         self._optimizer = OptimizerChoice(optimizer, optimizer_kwargs or {}, given)
-        self._schedule = _resolve_schedule(schedule, warmup)
         self._rules: Sequence[Entry] = ("no_decay",) if param_groups is None else param_groups
         check_rules(self._rules)
         self._optimizer.check_rules(self._rules)
+        trial = self._optimizer.trial()
+        self._schedule = resolve_schedule("constant" if schedule is None else schedule, warmup, trial)
+        of_groups = {rule.name: rule.schedule for rule in self._rules if isinstance(rule, ParamGroupRule)}
+        own = {name: own for name, own in of_groups.items() if isinstance(own, Schedule)}
+        self._schedules = resolve_others(self._schedule, schedules or {}, own, trial)
 
-    def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Scheduler]:
+    def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Any]:
         """Makes the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
 
         Args:
             model: The model to optimize.
             horizon: Length of the run; None if `Scheduler.resolve` will be told before the first step.
+
+        Returns:
+            The optimizer, and a `Scheduler` or whatever scheduler the callable given as ``schedule`` has made.
 
         Raises:
             ValueError: The rules do not fit the model, or the schedule the length of the run.
@@ -81,15 +94,22 @@ class OptimizerFactory:
         for group in optimizer.param_groups:
             for key in {"lr", "peak_lr"} & group.keys():
                 group[key] = group[key] * group["lr_multiplier"]
-        return optimizer, Scheduler(optimizer, self._schedule, horizon)
+        if isinstance(self._schedule, Schedule):
+            return optimizer, Scheduler(optimizer, self._schedule, horizon, self._schedules)
+        return optimizer, self._schedule(optimizer)
 
-    def __call__(self, module: Any) -> dict[str, Any]:
+    def __call__(self, module: Any) -> Any:
         """What Lightning wants from ``configure_optimizers``; the length of the run is asked of the Trainer later.
 
         Args:
             module: The LightningModule.
         """
         optimizer, scheduler = self.build(module)
+        config = {"scheduler": scheduler, "interval": "step"}
+        if not isinstance(scheduler, Scheduler):
+            if monitor := getattr(scheduler, "monitor", None):  # Lightning's ReduceLROnPlateau
+                config |= {"interval": "epoch", "monitor": monitor}
+            return {"optimizer": optimizer, "lr_scheduler": config}
 
         def resolve(*_: Any) -> None:
             if scheduler.horizon is None:
@@ -97,24 +117,16 @@ class OptimizerFactory:
 
         # Without a callback of ours on the Trainer, the first step is the first to come by after the data are set up.
         optimizer.register_step_pre_hook(resolve)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if not isinstance(scheduler.schedule, ReduceOnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": config}
+        observer = {
+            "scheduler": Observer(scheduler),
+            "interval": "epoch",
+            "frequency": module.trainer.check_val_every_n_epoch or 1,
+            "reduce_on_plateau": True,
+            "monitor": scheduler.schedule.monitor,
+        }
+        return [optimizer], [config, observer]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._optimizer!r}, {self._schedule!r})"
-
-
-def _resolve_schedule(schedule: str | Schedule | None, warmup: int | str | Warmup | None) -> Schedule:
-    if isinstance(schedule, Schedule):
-        if warmup is not None:
-            raise ValueError(
-                f"The warmup is given twice: warmup={warmup!r} and in schedule={schedule!r}. Give it in the schedule."
-            )
-        if (final := getattr(schedule, "final", 0.0)) > 1:
-            raise ValueError(
-                f"schedule={schedule!r} ends above the peak learning rate: final={final!r} must lie in [0, 1]. Only "
-                "other hyperparameters, such as weight decay, may rise."
-            )
-        return schedule
-    if schedule is not None and not isinstance(schedule, str):
-        raise TypeError(f"Invalid schedule={schedule!r}: give a name such as 'cosine' or a Schedule.")
-    return get_schedule(schedule or "constant")(warmup=0 if warmup is None else warmup)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_optim import optim
+from lightning_optim.imports import import_object
 from lightning_optim.messages import nearest
 from lightning_optim.param_groups import Entry, ParamGroupRule
 
@@ -46,6 +46,10 @@ class OptimizerChoice:
         self.cls = type(trial)
         self._hyperparameters = {key for group in trial.param_groups for key in group.keys() - set(_BEYOND)}
         self._betas = next((group["betas"] for group in trial.param_groups if "betas" in group), ())
+
+    def trial(self) -> Optimizer:
+        """One of the kind, of two small parameters."""
+        return self.make([{"params": _trial_params()}])
 
     def check_rules(self, rules: Sequence[Entry]) -> None:
         """Refuses rules that set what the optimizer has not, or values that it does not take.
@@ -111,7 +115,7 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, Optim
         kwargs = _merge(given.get("init_args") or {}, kwargs)
         given = given["class_path"]
     if isinstance(given, str):
-        given = _import(given) if "." in given else optim.get_optimizer_class(given)
+        given = import_object(given, "optimizer", Optimizer) if "." in given else optim.get_optimizer_class(given)
     if isinstance(given, type):
         if not issubclass(given, Optimizer):
             raise TypeError(f"Invalid optimizer={given!r}: the class is no torch.optim.Optimizer.")
@@ -190,17 +194,3 @@ def _check_number(label: str, key: str, value: Any, above_zero: bool) -> None:
         raise TypeError(f"Invalid {key}={value!r} of {label}: it must be a number, {needed}.") from None
     if not good:
         raise ValueError(f"Invalid {key}={float(value)!r} of {label}: it must be {needed}.")
-
-
-def _import(path: str) -> Any:
-    module_name, _, name = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"Cannot import the optimizer {path!r}: {error}.") from error
-    if not hasattr(module, name):
-        options = [
-            key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Optimizer)
-        ]
-        raise ValueError(f"{module_name} has no {name!r}. {nearest(name, options)}")
-    return getattr(module, name)

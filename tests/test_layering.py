@@ -36,7 +36,7 @@ LEAVES = {
     "clipping": {"clipping", "messages", "stats", "transfer"},
     "divergence": {"stats"},
     "schedules": {"schedules", "durations", "imports", "messages"},
-    "param_groups": {"param_groups", "durations", "messages"},
+    "param_groups": {"param_groups", "durations", "messages", "schedules"},
     "weight_decay": {"messages"},
     "stats": set(),
     "rules": {"weight_decay"},

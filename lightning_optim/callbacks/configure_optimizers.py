@@ -89,7 +89,7 @@ def attach(model: L.LightningModule, factory: OptimizerFactory) -> None:
             f"{_owner(present) or present!r}; cannot attach {factory!r} as well."
         )
 
-    def configure_optimizers(self: L.LightningModule) -> dict[str, Any]:
+    def configure_optimizers(self: L.LightningModule) -> Any:
         return factory(self)
 
     configure_optimizers.owner = factory  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from lightning_optim.clipping import ClipRule
 from lightning_optim.divergence import Detector
 from lightning_optim.durations import Horizon
 from lightning_optim.schedules import Scheduler
+from lightning_optim.schedules.plateau import Observer
 from lightning_optim.stats import StepCounts, StepRecord
 from lightning_optim.step import StepPipeline, group_names_of
 from lightning_optim.training_length import horizon_of
@@ -241,6 +242,8 @@ class Hub:
         owners: dict[int, Any] = {}
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
+            if isinstance(scheduler, Observer):  # sets nothing itself
+                continue
             other = owners.setdefault(id(scheduler.optimizer), scheduler)
             if other is not scheduler and isinstance(scheduler, Scheduler) | isinstance(other, Scheduler):
                 raise MisconfigurationException(

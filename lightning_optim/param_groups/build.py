@@ -117,5 +117,7 @@ def _settings(rules: Sequence[ParamGroupRule]) -> dict[str, Any]:
     settings: dict[str, Any] = {"lr_multiplier": 1.0}
     for rule in rules:
         settings = rule.settings() | settings
+        if rule.schedule is not None:
+            settings.setdefault("schedule", rule.schedule)
         settings["lr_multiplier"] *= rule.lr_multiplier
     return settings

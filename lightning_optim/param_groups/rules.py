@@ -16,6 +16,7 @@ from torch import nn
 from lightning_optim.durations import Duration
 from lightning_optim.messages import nearest
 from lightning_optim.param_groups.parts import NamedParameter, list_parts
+from lightning_optim.schedules import Schedule, get_schedule
 
 REST = "default"
 """Name of the group of all parameters that no rule takes."""
@@ -54,6 +55,7 @@ class ParamGroupRule:
         frozen_until: How long the group stands still: ``500``, ``"1 epoch"``, ``"10%"``. It is in the optimizer from
             the start, also if the model has it frozen, but is neither updated nor decayed and has no state until then.
             None for never.
+        schedule: The group's own schedule of the learning rate, a name or a `Schedule`; None for the optimizer's.
 
     Raises:
         ValueError: A criterion or value cannot be used, or there is no criterion at all.
@@ -87,8 +89,11 @@ class ParamGroupRule:
     rule: str | None = None
     options: Mapping[str, Any] | None = None
     frozen_until: int | str | None = None
+    schedule: str | Schedule | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", get_schedule(self.schedule)())
         if not self.name or "/" in self.name or self.name in ("total", REST):
             raise ValueError(
                 f"Invalid ParamGroupRule name {self.name!r}: it must not be empty, contain '/', or be 'total' or "

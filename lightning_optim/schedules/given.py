@@ -15,7 +15,9 @@ from lightning_optim.imports import import_object
 from lightning_optim.messages import nearest
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.function import FromFunction
+from lightning_optim.schedules.hyperparameters import hyperparameter
 from lightning_optim.schedules.phases import Warmup
+from lightning_optim.schedules.plateau import ReduceOnPlateau
 from lightning_optim.schedules.registry import get_schedule
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -69,6 +71,48 @@ def resolve_schedule(
     if not callable(given):
         raise TypeError(f"Invalid schedule={given!r}: {_FORMS}.")
     return _from_callable(given, kwargs, warmup, trial)
+
+
+def resolve_others(
+    schedule: Schedule | MakeScheduler,
+    others: Mapping[str, str | Schedule],
+    groups: Mapping[str, Schedule],
+    trial: Optimizer,
+) -> dict[str, Schedule]:
+    """The schedules of other hyperparameters, and checks of them and of those of single groups.
+
+    Args:
+        schedule: The schedule of the learning rate of all.
+        others: Schedules of hyperparameters by name.
+        groups: Schedules of the learning rate by group.
+        trial: An optimizer of the kind.
+
+    Raises:
+        ValueError: A hyperparameter is unknown, ours are to go with somebody else's scheduler, or a learning rate is to
+            end above its peak.
+        TypeError: Something is no schedule of ours.
+    """
+    for name in others:
+        hyperparameter(name, trial.defaults, type(trial).__name__)
+    resolved = {name: get_schedule(given)() if isinstance(given, str) else given for name, given in others.items()}
+    for name, given in {**resolved, **groups}.items():
+        if not isinstance(given, Schedule) or isinstance(given, ReduceOnPlateau):
+            raise TypeError(
+                f"Invalid schedule of {name}: {given!r}. Give a name such as 'cosine' or a Schedule; only the schedule "
+                "of all learning rates can look at a metric."
+            )
+    if (resolved or groups) and not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"The schedules of {', '.join([*resolved, *groups])} need a schedule of lightning_optim for the learning "
+            "rate, too, and it is somebody else's."
+        )
+    for of_rate in (schedule, *groups.values()):
+        if (final := getattr(of_rate, "final", 0.0)) > 1:
+            raise ValueError(
+                f"schedule={of_rate!r} ends above the peak learning rate: final={final!r} must lie in [0, 1]. Only "
+                "other hyperparameters, such as weight decay, may rise."
+            )
+    return resolved
 
 
 def _from_callable(

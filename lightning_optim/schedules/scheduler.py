@@ -25,6 +25,9 @@ class Scheduler(LRScheduler):
     group added later follows from then on at its own peak. Rates are always computed from the closed form, never from
     the previous rate, so nothing drifts over a resume. Other hyperparameters are driven likewise.
 
+    A group that comes with a `Schedule` as its ``schedule``, as `ParamGroupRule` makes it, follows that one; it is
+    taken out of the group, because groups are saved in checkpoints.
+
     Args:
         optimizer: The optimizer whose groups are driven.
         schedule: The multiplier of the learning rate as a function of the step.
@@ -32,7 +35,6 @@ class Scheduler(LRScheduler):
             [`resolve`][lightning_optim.schedules.Scheduler.resolve] is called, which has to be before the first step.
         schedules: Multipliers of other hyperparameters by name: a key of the optimizer's groups, ``momentum``,
             ``beta1`` or ``beta2``.
-        group_schedules: Schedules of the learning rate of groups by their ``name``, in place of ``schedule``.
 
     Raises:
         ValueError: A hyperparameter is unknown or would leave its range, or a schedule does not fit the run.
@@ -52,10 +54,10 @@ class Scheduler(LRScheduler):
         schedule: Schedule,
         horizon: Horizon | None = None,
         schedules: Mapping[str, Schedule] | None = None,
-        group_schedules: Mapping[str, Schedule] | None = None,
     ) -> None:
         self.schedule = schedule
-        self.group_schedules = dict(group_schedules or {})
+        self.group_schedules: dict[str, Schedule] = {}
+        self._take_schedules(optimizer)
         owner = type(optimizer).__name__
         self._others: dict[Hyperparameter, Schedule] = {
             hyperparameter(name, optimizer.defaults, owner): given for name, given in (schedules or {}).items()
@@ -133,7 +135,14 @@ class Scheduler(LRScheduler):
             return 1.0
         return schedule(max(self.last_epoch, 0), self.horizon.total_steps, self.horizon.steps_per_epoch)
 
+    def _take_schedules(self, optimizer: Optimizer) -> None:
+        for index, group in enumerate(optimizer.param_groups):
+            if isinstance(own := group.get("schedule"), Schedule):
+                del group["schedule"]
+                self.group_schedules[group.setdefault("name", str(index))] = own
+
     def _apply(self) -> None:
+        self._take_schedules(self.optimizer)  # also of groups that were added since
         groups = self.optimizer.param_groups
         for group, lr in zip(groups, self.get_lr(), strict=True):
             LR.write(group, lr)

@@ -138,8 +138,9 @@ def test_other_hyperparameters_follow_their_schedules_at_their_groups_ratio():
 
 def test_a_named_group_may_have_a_schedule_of_its_own():
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "name": name} for name in ("head", "body")]
-    optimizer = torch.optim.SGD(groups, lr=0.4)
-    scheduler = Scheduler(optimizer, Linear(), Horizon(total_steps=4), group_schedules={"head": Linear(warmup=4)})
+    optimizer = torch.optim.SGD([groups[0] | {"schedule": Linear(warmup=4)}, groups[1]], lr=0.4)
+    scheduler = Scheduler(optimizer, Linear(), Horizon(total_steps=4))
+    assert "schedule" not in optimizer.state_dict()["param_groups"][0]
     seen = []
     for _ in range(5):
         seen.append([group["lr"] for group in optimizer.param_groups])

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim import backends
-from lightning_optim.backends.shards import local, max_over_shards
-from lightning_optim.stats import STEP_SUMS
+from lightning_optim.backends.shards import local, max_over_shards, sum_over_shards, sum_split_units
+from lightning_optim.stats import STEP_SUMS, UnitNorms
 
 
 @torch.no_grad()
@@ -42,11 +42,45 @@ def measure_largest(tensors: Sequence[Tensor]) -> Tensor:
     """
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     device = tensors[0].device
+    if any(tensor.layout != torch.strided for tensor in tensors):
+        raise RuntimeError("Clipping by value needs dense gradients: create the layer with sparse=False.")
     parts = [local(tensor.detach()) for tensor in tensors]
     # The largest of no element is unknown to torch; of an empty shard it is 0 here.
     values = [torch.linalg.vector_norm(part, torch.inf) if part.numel() else part.new_zeros(()) for part in parts]
     largest = torch.stack([value.to(device, dtype, non_blocking=True) for value in values])
     return max_over_shards(largest, tensors)
+
+
+@torch.no_grad()
+def measure_units(grads: Sequence[Tensor], params: Sequence[Tensor], scale: Tensor | None = None) -> UnitNorms:
+    """Norms of each output unit's gradient and weights, in one read of each.
+
+    Args:
+        grads: At least one, dense.
+        params: Their parameters.
+        scale: What the gradients are divided by first, shape [].
+    """
+    device = grads[0].device
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in grads) else torch.float32
+    shapes = tuple((local(p).shape[0], *[1] * (p.dim() - 1)) if p.dim() > 1 else () for p in params)
+    local_sq, params_sq = (
+        torch.cat([_unit_norms(t, wide).to(device, non_blocking=True) for t in tensors]).square()
+        for tensors in (grads, params)
+    )
+    if scale is not None:
+        local_sq = local_sq / scale.to(device).square()
+    both = sum_split_units(torch.stack([local_sq, params_sq]), params, shapes).sqrt()
+    return UnitNorms(both[0], both[1], shapes, local_sq, lambda sums: sum_over_shards(sums, params))
+
+
+def _unit_norms(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norm of each row of this rank's part, shape [rows]; of all of a vector, shape [1]."""
+    if tensor.layout != torch.strided:
+        raise RuntimeError("Clipping unit by unit needs dense gradients: create the layer with sparse=False.")
+    part = local(tensor.detach())
+    within = tuple(range(1, part.dim())) or None
+    norms: Tensor = torch.linalg.vector_norm(part, dim=within, dtype=dtype)
+    return norms.reshape(-1)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Square sums rather than norms, because square sums add, over tensors, groups and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -38,10 +39,10 @@ class GradStats:
         group_sizes: How many tensors each parameter group has; sums to ``tensors``.
         group_names: Name of each parameter group.
         numel: Number of elements of each tensor, over all shards.
-        names: Name of each tensor, as far as known.
         places: Where each tensor stands among all parameters of the optimizer, int64, shape [tensors]; None if all
             have a gradient.
-        reads: What else can be read, by name; see `lightning_optim.measure.Measurement`.
+        reads: What else can be read, by name: ``largest``, ``units``, ``names``, ``momentum_norm_sq`` and
+            ``grad_sq_over_exp_avg_sq``; see `lightning_optim.gradients`.
 
     Example:
         >>> GradStats(torch.tensor([9.0, 16.0]), group_sizes=(1, 1)).total_norm()
@@ -54,18 +55,15 @@ class GradStats:
         group_sizes: tuple[int, ...],
         *,
         group_names: tuple[str, ...] = (),
-        numel: tuple[int, ...] = (),
-        names: tuple[str, ...] = (),
+        numel: tuple[int, ...] | None = None,
         places: Tensor | None = None,
         reads: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
     ) -> None:
         self.group_sizes = group_sizes
         self.group_names = group_names
-        self.numel = numel
-        self.names = names
         self.places = places
         self._reads = reads
-        self._values: dict[str, Any] = {}
+        self._values: dict[str, Any] = {} if numel is None else {"numel": numel}
         if isinstance(norm_sq, Tensor):
             self._values["norm_sq"] = norm_sq
         else:
@@ -83,6 +81,18 @@ class GradStats:
         values: Tensor = self.read("norm_sq")
         return values
 
+    @property
+    def numel(self) -> tuple[int, ...]:
+        """Number of elements of each tensor, over all shards."""
+        sizes: tuple[int, ...] = self.read("numel")
+        return sizes
+
+    @property
+    def names(self) -> tuple[str | None, ...]:
+        """Name of each tensor, as far as known."""
+        known: tuple[str | None, ...] = self.read("names")
+        return known
+
     def total_norm(self) -> Tensor:
         """Norm over all gradients as one vector, shape []."""
         return self.norm_sq.sum().sqrt()
@@ -96,6 +106,39 @@ class GradStats:
         largest = self._values.get("largest")
         known = largest if largest is not None and "norm_sq" not in self._values else self.norm_sq
         return known.isfinite().all()
+
+
+@dataclass(frozen=True)
+class UnitNorms:
+    """Norms of each output unit (row, filter; all of a vector) of gradients and weights, tensor after tensor.
+
+    Args:
+        grads: Norm of each unit's gradient, over all shards, shape [units].
+        params: Norm of its weights, shape [units].
+        shapes: For each tensor, the shape in which its units' numbers spread over it: [rows, 1, 1], or [].
+        sum_shards: From the square sums of local parts, [tensors], to those over all shards.
+        local_sq: Square sum of this rank's part of each unit's gradient, shape [units].
+    """
+
+    grads: Tensor
+    params: Tensor
+    shapes: tuple[tuple[int, ...], ...]
+    local_sq: Tensor
+    sum_shards: Callable[[Tensor], Tensor]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many units each tensor has."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    def shaped(self, values: Tensor) -> list[Tensor]:
+        """Numbers of units, [units], as one tensor for each gradient."""
+        return [part.view(shape) for part, shape in zip(torch.split(values, self.counts), self.shapes, strict=True)]
+
+    def norm_sq(self, divisors: Tensor | None = None) -> Tensor:
+        """Square sum of each gradient, with units divided by ``divisors`` ([units]), shape [tensors]."""
+        parts = self.local_sq if divisors is None else self.local_sq / divisors.square()
+        return self.sum_shards(sum_groups(parts, self.counts))
 
 
 @dataclass(frozen=True)

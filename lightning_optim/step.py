@@ -16,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_optim.clipping import Clip, Clipper, ClipRule
 from lightning_optim.divergence import Detector, NonFiniteGradient
-from lightning_optim.measure import measure_largest, measure_norm_sq, measure_update
+from lightning_optim.gradients import Gradients, group_names_of, names_of
+from lightning_optim.measure import measure_update
 from lightning_optim.operands import StepSkipped, operands_for
 from lightning_optim.stats import GradStats, StepCounts, StepRecord, StepStats
-from lightning_optim.transfer import HostMirror, upload
+from lightning_optim.transfer import HostMirror
 
 __all__ = ["StepPipeline"]
 
@@ -149,7 +150,7 @@ class StepPipeline:
         step = self._step = self._open()
         if step is not None:
             try:
-                self._operands.apply(step.grads, step.clip, step.skip, loss)
+                self._operands.apply(step.gradients.grads, step.clip, step.skip, loss)
                 step.measure_clipped()
             except StepSkipped:
                 self._after(optimizer, args, kwargs)
@@ -166,12 +167,13 @@ class StepPipeline:
         """Measures and decides; None if there is no gradient, so that no step can happen."""
         scale, skip = self._operands.incoming()
         reported = self.on_report is not None and self.report_due()
-        step = _Step(self.optimizer, scale, reported, self._names)
-        if not step.grads:
+        gradients = Gradients(self.optimizer, scale, self._names)
+        if not gradients.grads:
             return None
+        step = _Step(gradients, reported)
         step.skip = skip
         if self.clipper is not None:
-            step.clip = self.clipper.decide(step.stats, self._steps, step.parameters, self._counts.device)
+            step.clip = self.clipper.decide(step.stats, self._steps, gradients.parameters, self._counts.device)
         for detector in self.detectors:
             flag = detector(step.stats).to(torch.float32)
             step.skip = flag if step.skip is None else torch.maximum(step.skip, flag)
@@ -204,59 +206,33 @@ class StepPipeline:
 class _Step:
     """A step in the making: its tensors, and what has been measured and decided about it."""
 
-    def __init__(self, optimizer: Optimizer, scale: Tensor | None, reported: bool, names: Mapping[Tensor, str]) -> None:
-        groups = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
-        self.params: list[Tensor] = [p for group in groups for p in group]
-        self.grads = [param.grad for param in self.params if param.grad is not None]
-        self.group_sizes = tuple(len(group) for group in groups)
-        self.parameters = sum(len(group["params"]) for group in optimizer.param_groups)
+    def __init__(self, gradients: Gradients, reported: bool) -> None:
+        self.gradients = gradients
+        self.stats = gradients.stats
         self.reported = reported
         self.clip: Clip | None = None
         self.skip: Tensor | None = None
-        self._scale = scale  # the loss scale still in the gradients
         self._before: list[Tensor] | None = None
         self._clipped_norm_sq: Tensor | None = None
-        self.stats = GradStats(
-            self._norm_sq,
-            self.group_sizes,
-            group_names=group_names_of(optimizer),
-            numel=tuple(param.numel() for param in self.params),
-            places=None if len(self.params) == self.parameters else self._places(optimizer),
-            reads={"largest": self._largest},
-        )
-
-    def _places(self, optimizer: Optimizer) -> Tensor | None:
-        everything = [p for group in optimizer.param_groups for p in group["params"]]
-        places = [place for place, p in enumerate(everything) if p.grad is not None]
-        return upload(places, self.params[0].device, torch.int64) if places else None
-
-    def _norm_sq(self) -> Tensor:
-        norm_sq = measure_norm_sq(self.grads)
-        return norm_sq if self._scale is None else norm_sq / self._scale.to(norm_sq.device).square()
-
-    def _largest(self) -> Tensor:
-        largest = measure_largest(self.grads)
-        return largest if self._scale is None else largest / self._scale.to(largest.device)
 
     def measure_clipped(self) -> None:
         """Called when clipping has been handed over: the report wants to know what the update sees."""
         if self.reported:
             after = self.stats.norm_sq if self.clip is None else self.clip.norm_sq_after(self.stats)
-            self._clipped_norm_sq = self._norm_sq() if after is None else after
+            self._clipped_norm_sq = self.gradients.norm_sq_now() if after is None else after
 
     def watch_update(self, optimizer: Optimizer) -> None:
         if hasattr(optimizer, "collect_step_stats"):
             optimizer.collect_step_stats = True
         else:
-            self._before = [param.detach().clone() for param in self.params]
+            self._before = [param.detach().clone() for param in self.gradients.params]
 
     def record(self, optimizer: Optimizer, steps: int, counts: Tensor) -> StepRecord:
         if self._before is not None:
-            numel = tuple(param.numel() for param in self.params)
-            sums = measure_update(self._before, self.params)
+            sums = measure_update(self._before, self.gradients.params)
             if self.skip is not None:  # as our own optimizers say it: there was no update
                 sums = sums.masked_fill(self.skip > 0, torch.nan)
-            update = StepStats(sums, self.group_sizes, numel)
+            update = StepStats(sums, self.gradients.group_sizes, self.stats.numel)
         else:
             update = optimizer.step_stats  # type: ignore[attr-defined]
             optimizer.collect_step_stats = False  # type: ignore[attr-defined]
@@ -269,24 +245,13 @@ class _Step:
                 {key: value for key, value in group.items() if key not in ("params", "param_names")}
                 for group in optimizer.param_groups
             ),
-            grad=GradStats(self.stats.norm_sq, self.group_sizes),  # without a hold on the gradients
+            grad=GradStats(self.stats.norm_sq, self.gradients.group_sizes),  # without a hold on the gradients
             clipped_norm_sq=self._clipped_norm_sq,
             skip=zero if self.skip is None else self.skip,
             update=update,
             steps=steps,
             counts=counts.clone(),
         )
-
-
-def group_names_of(optimizer: Optimizer) -> tuple[str, ...]:
-    """Name of each parameter group, or its number where it has none."""
-    return tuple(str(group.get("name", index)) for index, group in enumerate(optimizer.param_groups))
-
-
-def names_of(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[str | None]:
-    """Name of each parameter of a group, as far as the optimizer or the caller knows it."""
-    own: Sequence[str | None] = group.get("param_names") or [None] * len(group["params"])
-    return [names.get(param, name) for param, name in zip(group["params"], own, strict=True)]
 
 
 def _run_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -23,7 +23,7 @@ LAYERS = [
     ("factory",),
     ("optimizer_choice",),
     ("step", "diagnostics", "tensorboard", "training_length"),
-    ("operands", "measure"),
+    ("operands", "gradients", "measure"),
     ("optim",),
     ("backends",),
     ("clipping", "divergence", "schedules", "param_groups"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,8 +40,34 @@ def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 def max_over_shards(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """The largest of per-tensor ``values``, else as `sum_over_shards`; NaN if any rank has one."""
     # MAX may drop a NaN, depending on the library that communicates, but none drops an infinity.
-    largest = _reduce(values.nan_to_num(nan=torch.inf), tensors, "MAX")
+    largest = _reduce(values.nan_to_num(nan=torch.inf, posinf=torch.inf), tensors, "MAX")
     return torch.where(values.isnan(), values, largest)
+
+
+def sum_split_units(sums: Tensor, tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """Add sums of output units ([columns, units]) over the ranks that hold parts of one unit.
+
+    Ranks that share a matrix by its rows hold whole units, and need not talk. One all-reduce per mesh dimension.
+
+    Args:
+        sums: One entry for each unit of this rank's part of each tensor.
+        tensors: The tensors.
+        shapes: What units each has here: [rows, 1, 1], or [] for one.
+    """
+    kinds: dict[tuple[Any, int], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        for dim, placement in enumerate(getattr(tensor, "placements", ())):
+            if placement.is_shard() and (tensor.dim() <= 1 or placement.dim != 0):
+                kinds.setdefault((tensor.device_mesh, dim), []).append(i)  # type: ignore[attr-defined]
+    if not kinds:
+        return sums
+    parts = list(torch.split(sums, [math.prod(shape) for shape in shapes], dim=1))
+    for (mesh, dim), indices in kinds.items():
+        packed = torch.cat([parts[i] for i in indices], dim=1)
+        torch.distributed.all_reduce(packed, group=mesh.get_group(dim))
+        for i, part in zip(indices, torch.split(packed, [parts[i].shape[1] for i in indices], dim=1), strict=True):
+            parts[i] = part
+    return torch.cat(parts, dim=1)
 
 
 def _reduce(sums: Tensor, tensors: Sequence[Tensor], operation: str) -> Tensor:

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from lightning_optim.clipping import ClipRule
 from lightning_optim.divergence import Detector
 from lightning_optim.durations import Horizon
+from lightning_optim.gradients import group_names_of
 from lightning_optim.schedules import Scheduler
 from lightning_optim.schedules.plateau import Observer
 from lightning_optim.stats import StepCounts, StepRecord
-from lightning_optim.step import StepPipeline, group_names_of
+from lightning_optim.step import StepPipeline
 from lightning_optim.training_length import horizon_of
 
 CHECKPOINT_KEY = "lightning_optim"

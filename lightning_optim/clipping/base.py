@@ -145,7 +145,7 @@ class UnitDivisor(Clip):
     def apply_(self, grads: Sequence[Tensor], scale: Tensor | None) -> None:
         """One division of each element, one launch per tensor."""
         for grad, divisor in zip(grads, self.values, strict=True):
-            grad.div_(divisor)
+            grad.div_(divisor.to(grad.device, non_blocking=True))
 
 
 class Clamp(Clip):
@@ -171,6 +171,17 @@ class Clamp(Clip):
         for grad in grads:
             limit = self.limit if scale is None else scale.to(grad.device, non_blocking=True) * self.limit
             grad.clamp_(-limit, limit)  # type: ignore[arg-type] # numbers and tensors alike, which the stubs deny
+
+
+def take(values: Tensor, stats: GradStats) -> Tensor:
+    """Of state with one value for each parameter, that of the tensors which have a gradient."""
+    return values if stats.places is None else values[stats.places]
+
+
+def put(values: Tensor, stats: GradStats, new: Tensor) -> Tensor:
+    """The same with new values for those."""
+    new = new.to(values.dtype)
+    return new if stats.places is None else values.scatter(0, stats.places, new)
 
 
 def above_zero(name: str, value: float, usual: float, instead: str = "leave gradient clipping out") -> float:

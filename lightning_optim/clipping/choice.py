@@ -6,15 +6,25 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_optim.clipping.adagc import AdaGC
+from lightning_optim.clipping.agc import AGC
 from lightning_optim.clipping.base import ClipRule
+from lightning_optim.clipping.history import AutoClip, ZClip
 from lightning_optim.clipping.limits import BlockRMS, GlobalNorm, GroupNorm, Value
+from lightning_optim.clipping.moments import MomentumRatio, UpdateRMS
 from lightning_optim.messages import nearest
 
 _RULES: dict[str, type[ClipRule]] = {
+    "adagc": AdaGC,
+    "agc": AGC,
+    "autoclip": AutoClip,
     "block_rms": BlockRMS,
     "global_norm": GlobalNorm,
     "group_norm": GroupNorm,
+    "momentum_ratio": MomentumRatio,
+    "update_rms": UpdateRMS,
     "value": Value,
+    "zclip": ZClip,
 }
 
 

@@ -44,11 +44,13 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path):
 
 
 def test_the_gradients_are_read_once_per_step(monkeypatch, logger):
-    from lightning_optim import step
+    from lightning_optim import gradients
 
     reads = []
-    original = step.measure_norm_sq
-    monkeypatch.setattr(step, "measure_norm_sq", lambda tensors: (reads.append(len(tensors)), original(tensors))[1])
+    original = gradients.measure_norm_sq
+    monkeypatch.setattr(
+        gradients, "measure_norm_sq", lambda tensors: (reads.append(len(tensors)), original(tensors))[1]
+    )
     make_trainer(_all(), logger=logger, log_every_n_steps=3).fit(Net(), batches(6))
     assert reads == [6] * 6
 

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, put, take, whole
+from lightning_optim.stats import GradStats
+
+
+class AdaGC(ClipRule):
+    """Limits the norm of each tensor's gradient to a little above its own average so far.
+
+    For the first ``warmup`` steps gradients are clipped by their global norm, and each tensor's smallest clipped norm
+    is noted:
+
+        ĝ = g / max(1, ‖g‖ / max_norm),   γᵢ ← min(γᵢ, ‖ĝᵢ‖)
+
+    From then on each tensor has its own limit, and γ is an average of clipped norms:
+
+        ĝᵢ = gᵢ / max(1, ‖gᵢ‖ / (ratio · γᵢ)),   γᵢ ← β · γᵢ + (1 − β) · ‖ĝᵢ‖
+
+    A tensor clipped ``patience`` times in a row has a new level: γᵢ becomes its norm. (By itself γ grows by a
+    thousandth per step at most, so that a layer just unfrozen would be held down for hundreds of steps.)
+
+    Args:
+        max_norm: Limit on the global norm during the warmup, above 0.
+        ratio: By how much a norm may be above γ, at least 1.
+        beta: β, in [0, 1).
+        warmup: Steps with the global limit; skipped ones are not counted.
+        patience: So many clipped steps in a row are taken as a new level; None for never, as in the paper.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    References:
+        Wang et al., AdaGC, 2025, https://arxiv.org/abs/2502.11034
+    """
+
+    per_parameter = ("gamma", "flags")
+
+    def __init__(
+        self,
+        max_norm: float = 1.0,
+        ratio: float = 1.05,
+        beta: float = 0.98,
+        warmup: int = 100,
+        patience: int | None = 16,
+    ) -> None:
+        self.max_norm = above_zero("max_norm", max_norm, 1.0)
+        self.ratio = above_zero("ratio", ratio, 1.05)
+        if self.ratio < 1:
+            raise ValueError(f"Invalid ratio={ratio!r}: below 1 every step would be clipped, each to less.")
+        if not 0 <= beta < 1:
+            raise ValueError(f"Invalid beta={beta!r}: it must be in [0, 1), for instance 0.98.")
+        self.beta = float(beta)
+        self.warmup = whole("warmup", warmup, 1, 100)
+        self.patience = None if patience is None else whole("patience", patience, 1, 16)
+
+    def init_state(self, parameters: int) -> dict[str, Tensor]:
+        """Each parameter's γ, infinite as long as it has had no gradient, and how often in a row it was clipped."""
+        return {
+            "gamma": torch.full((parameters,), torch.inf),
+            "flags": torch.zeros(parameters, dtype=torch.int64),
+        }
+
+    def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
+        """The divisor of each tensor, shape [tensors]."""
+        norms = stats.norm_sq.sqrt()
+        together = (stats.total_norm() / (self.max_norm * limit)).clamp(min=1.0)
+        own = (norms / (self.ratio * limit * take(state["gamma"], stats))).clamp(min=1.0)
+        return torch.where(state["steps"] < self.warmup, together.expand_as(own), own)
+
+    def updated(self, stats: GradStats, state: State, clip: Clip) -> dict[str, Tensor]:
+        """γ after this step."""
+        assert isinstance(clip, Divisor)
+        norms = stats.norm_sq.sqrt()
+        clipped = norms / clip.values
+        gamma = take(state["gamma"], stats)
+        warming = state["steps"] < self.warmup
+        average = torch.where(gamma.isinf(), clipped, self.beta * gamma + (1 - self.beta) * clipped)
+        new = torch.where(warming, torch.minimum(gamma, clipped), average)
+        flags = torch.where((clip.values > 1) & ~warming, take(state["flags"], stats) + 1, 0)
+        if self.patience is not None:
+            moved = flags >= self.patience
+            new, flags = torch.where(moved, norms, new), torch.where(moved, 0, flags)
+        # A gradient of zeros says nothing about the level: γ would be 0, and the tensor would be held at 0.
+        new = torch.where(norms > 0, new, gamma)
+        return {"gamma": put(state["gamma"], stats, new), "flags": put(state["flags"], stats, flags)}

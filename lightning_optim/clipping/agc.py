@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+import torch
+
+from lightning_optim.clipping.base import STATELESS, ClipRule, State, UnitDivisor, above_zero
+from lightning_optim.messages import nearest
+from lightning_optim.stats import GradStats, UnitNorms
+
+
+class AGC(ClipRule):
+    r"""Adaptive gradient clipping: each output unit's gradient is limited to a share of the unit's own weights.
+
+    A unit is a row of a matrix, a filter of a convolution, and all of a vector. Its gradient's norm is brought down to
+    clip_factor · max(‖w‖, eps). Made for networks without normalisation layers. Units have to be scaled one by one,
+    which no optimizer does in its kernel, so the gradients are rewritten, in one pass; their norms and those of the
+    weights are read once each.
+
+    Args:
+        clip_factor: λ, above 0: 0.01 in the paper, more for small batches.
+        eps: Smallest norm that weights are taken to have, above 0, so that what starts at zero can train.
+        exclude: Patterns (``re.search``) of parameter names that are left alone. The paper leaves out the classifier,
+            so give its name: ``["^head\."]``.
+
+    Raises:
+        ValueError: An argument is out of range, or no pattern; later, if a pattern matches no parameter.
+
+    References:
+        Brock et al., High-performance large-scale image recognition without normalization, 2021,
+        https://arxiv.org/abs/2102.06171
+    """
+
+    def __init__(self, clip_factor: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = ()) -> None:
+        self.clip_factor = above_zero("clip_factor", clip_factor, 0.01)
+        self.eps = above_zero("eps", eps, 1e-3, "leave gradient clipping out; at 0, what starts at zero stays there")
+        if isinstance(exclude, str):
+            raise ValueError(f"Invalid exclude={exclude!r}: it is a list of patterns, so write [{exclude!r}].")
+        self.exclude = tuple(exclude)
+        for pattern in self.exclude:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"Invalid pattern {pattern!r} in exclude: {error}.") from error
+
+    def check(self, group_names: Collection[str], names: Collection[str]) -> None:
+        """Refuses patterns that match nothing."""
+        for pattern in self.exclude:
+            if not names:
+                raise ValueError(
+                    f"{self!r} goes by names, and the parameters have none. Give the optimizer named_parameters(), or "
+                    "the pipeline their names."
+                )
+            if not any(re.search(pattern, name) for name in names):
+                raise ValueError(f"exclude={pattern!r} matches no parameter. {nearest(pattern, names)}")
+
+    def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> UnitDivisor:
+        """The divisor of each unit."""
+        units: UnitNorms = stats.read("units")
+        bound = units.params.clamp(min=self.eps) * (self.clip_factor * limit)
+        divisors = (units.grads / bound).clamp(min=1.0)
+        if self.exclude:
+            excluded = [any(name and re.search(p, name) for p in self.exclude) for name in stats.names]
+            parts = zip(torch.split(divisors, units.counts), excluded, strict=True)
+            divisors = torch.cat([torch.ones_like(part) if out else part for part, out in parts])
+        return UnitDivisor(units.shaped(divisors), stats.norm_sq, units.norm_sq(divisors))

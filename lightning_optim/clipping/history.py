@@ -1,0 +1,180 @@
+"""Rules whose limit on the global norm comes from the norms so far: a percentile, a robust z-score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, whole
+from lightning_optim.stats import GradStats
+
+SMALLEST = 1e-30
+"""Stands for a norm of 0, which has no logarithm and cannot be divided by."""
+
+
+class AutoClip(ClipRule):
+    """Limits the global norm to a percentile of the last norms, the present one included.
+
+    The norms remembered are those before clipping, so a new level of the norm becomes the limit as it fills the window.
+    Note that a percentile of p clips (100 − p) % of steady steps. The paper's 10 clips nine steps of ten: rather a
+    normalised gradient than protection from spikes, for which 90 to 99 are better.
+
+    Args:
+        percentile: Which percentile, above 0 and at most 100. The default is the paper's.
+        window: How many norms are remembered. (The paper remembers all of the run.)
+        warmup: Steps before the first clipping; skipped ones are not counted.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    References:
+        Seetharaman et al., AutoClip, 2020, https://arxiv.org/abs/2007.14469
+
+    Example:
+        >>> rule = AutoClip(percentile=50)
+        >>> state = {**rule.init_state(1), "steps": torch.tensor(0)}
+        >>> rule(GradStats(torch.tensor([9.0]), (1,)), state)
+        tensor(1.)
+    """
+
+    def __init__(self, percentile: float = 10.0, window: int = 512, warmup: int = 0) -> None:
+        if not 0 < percentile <= 100:
+            raise ValueError(f"Invalid percentile={percentile!r}: it must be above 0 and at most 100, for instance 10.")
+        self.percentile = float(percentile)
+        self.window = whole("window", window, 2, 512)
+        self.warmup = whole("warmup", warmup, 0, 0)
+
+    def init_state(self, parameters: int) -> dict[str, Tensor]:
+        """An empty window."""
+        return {"norms": torch.full((self.window,), torch.inf)}
+
+    def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
+        """The divisor, shape []."""
+        norm = stats.total_norm()
+        ordered = self._norms(norm, state).sort().values
+        known = (state["steps"] + 1).clamp(max=self.window)
+        bound = _quantile(ordered, known, self.percentile / 100) * limit
+        divisor = (norm / bound.clamp(min=SMALLEST)).clamp(min=1.0)
+        return torch.where(state["steps"] < self.warmup, torch.ones_like(divisor), divisor)
+
+    def updated(self, stats: GradStats, state: State, clip: Clip) -> dict[str, Tensor]:
+        """The window with the present norm in place of the oldest."""
+        return {"norms": self._norms(stats.total_norm(), state)}
+
+    def _norms(self, norm: Tensor, state: State) -> Tensor:
+        return _put(state["norms"], state["steps"], norm)
+
+
+class ZClip(ClipRule):
+    """Clips a global norm that stands out from the last ones, by its robust z-score in log space.
+
+    With x = log ‖g‖, the median and σ = 1.4826 · MAD of the last ``window`` x (but σ at least 0.04, a spread of 4 %):
+
+        z = (x − median) / σ;    z > threshold:  x ← median + threshold² / z · σ
+
+    as in ZClip: the further out, the closer to the median. Unlike there, a few spikes move neither median nor MAD;
+    in log space, the spread of a quantity that is a product of many is the same at every level; and what is flagged
+    does not enter the window. ``patience`` flags in a row are a new level: the window is moved there, and clipping
+    ends. (A mean and variance of clipped values never follow a level that has risen by half.)
+
+    Args:
+        threshold: z₀, above 0; 2.5, as in ZClip, touches about 1 % of steady steps.
+        window: How many steps are remembered.
+        warmup: Steps before the first clipping; skipped ones are not counted.
+        patience: So many flags in a row are taken as a new level.
+        max_norm: A limit on the norm beside it, from the first step on, for the warmup; None for none.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    References:
+        Kumar et al., ZClip, 2025, https://arxiv.org/abs/2504.02507
+    """
+
+    def __init__(
+        self,
+        threshold: float = 2.5,
+        window: int = 128,
+        warmup: int = 25,
+        patience: int = 16,
+        max_norm: float | None = None,
+    ) -> None:
+        self.threshold = above_zero("threshold", threshold, 2.5)
+        self.window = whole("window", window, 2, 128)
+        self.warmup = whole("warmup", warmup, 1, 25)
+        if self.warmup > self.window:
+            raise ValueError(
+                f"Invalid warmup={warmup!r}: it must be at most window={window!r}, or clipping would never start."
+            )
+        self.patience = whole("patience", patience, 1, 16)
+        self.max_norm = None if max_norm is None else above_zero("max_norm", max_norm, 1.0, "give None")
+
+    def init_state(self, parameters: int) -> dict[str, Tensor]:
+        """An empty window; the flagged values since the last that was not, and how many they are."""
+        return {
+            "logs": torch.full((self.window,), torch.inf),
+            "known": torch.zeros((), dtype=torch.int64),
+            "flagged": torch.full((self.patience,), torch.inf),
+            "flags": torch.zeros((), dtype=torch.int64),
+        }
+
+    def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
+        """The divisor, shape []."""
+        norm = stats.total_norm()
+        excess, flag = self._excess(norm / limit, state)
+        divisor = torch.where(flag, excess.exp(), torch.ones_like(norm))
+        if self.max_norm is not None:
+            divisor = divisor.maximum(norm / (self.max_norm * limit))
+        return divisor
+
+    def updated(self, stats: GradStats, state: State, clip: Clip) -> dict[str, Tensor]:
+        """What is not flagged enters; what is flagged often enough moves the window."""
+        assert isinstance(clip, Divisor)
+        x = _log(stats.total_norm())
+        # Without the limit's schedule: it says what is let through, not what is normal.
+        _, flag = self._excess(stats.total_norm(), state)
+        flagged = _put(state["flagged"], state["flags"], x)
+        flags = torch.where(flag, state["flags"] + 1, torch.zeros_like(state["flags"]))
+        moved = flags >= self.patience
+        median = self._median(state["logs"], state["known"])
+        to_new_level = self._median(flagged, flags) - median
+        logs = torch.where(flag, state["logs"], _put(state["logs"], state["known"], x))
+        return {
+            "logs": torch.where(moved, logs + to_new_level, logs),
+            "known": torch.where(flag, state["known"], state["known"] + 1),
+            "flagged": flagged,
+            "flags": torch.where(moved, torch.zeros_like(flags), flags),
+        }
+
+    def _excess(self, norm: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """By how much log ``norm`` is above where it would be clipped to, and whether it is flagged."""
+        x = _log(norm)
+        known = state["known"]
+        median = self._median(state["logs"], known)
+        sigma = (1.4826 * self._median((state["logs"] - median).abs(), known)).clamp(min=0.04)
+        z = (x - median) / sigma
+        flag = (z > self.threshold) & (state["known"] >= self.warmup)
+        return x - median - self.threshold**2 / z * sigma, flag
+
+    @staticmethod
+    def _median(values: Tensor, known: Tensor) -> Tensor:
+        return _quantile(values.sort().values, known.clamp(min=1, max=len(values)), 0.5)
+
+
+def _log(norm: Tensor) -> Tensor:
+    return norm.clamp(min=SMALLEST).log()
+
+
+def _put(ring: Tensor, count: Tensor, value: Tensor) -> Tensor:
+    """The ring with ``value`` as its entry number ``count``."""
+    here = torch.arange(len(ring), device=ring.device) == count % len(ring)
+    return torch.where(here, value.to(ring.dtype), ring)
+
+
+def _quantile(ordered: Tensor, known: Tensor, q: float) -> Tensor:
+    """A quantile of the first ``known`` of ``ordered``, between two as numpy's default has it; shape []."""
+    position = (known - 1) * q
+    below = position.floor().to(torch.int64)
+    above = torch.minimum(below + 1, known - 1)
+    low, high = ordered.gather(0, torch.stack([below, above])).unbind()
+    return torch.lerp(low, high, (position - below).to(ordered.dtype))

@@ -1,0 +1,166 @@
+"""The gradients of one step, and what can be read off them and the optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.backends.scalars import read
+from lightning_optim.backends.shards import local, sum_over_shards
+from lightning_optim.measure import measure_largest, measure_norm_sq, measure_units
+from lightning_optim.stats import GradStats, UnitNorms
+from lightning_optim.transfer import upload
+
+_NO_NAMES: Mapping[Tensor, str] = {}
+
+
+class Gradients:
+    """All gradients that a step of an optimizer is about to use.
+
+    Args:
+        optimizer: The optimizer.
+        scale: The loss scale that is still in them, shape [], or None.
+        names: Names of parameters that the optimizer itself does not know.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, scale: Tensor | None = None, names: Mapping[Tensor, str] = _NO_NAMES
+    ) -> None:
+        self.optimizer = optimizer
+        self.scale = scale
+        groups = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
+        self.params: list[Tensor] = [p for group in groups for p in group]
+        self.grads: list[Tensor] = [p.grad for p in self.params if p.grad is not None]
+        self.group_sizes = tuple(len(group) for group in groups)
+        self.parameters = sum(len(group["params"]) for group in optimizer.param_groups)
+        self._names = names
+        self._norm_sq: Tensor | None = None
+        self.stats = GradStats(
+            self._read_norm_sq,
+            self.group_sizes,
+            group_names=group_names_of(optimizer),
+            places=None if len(self.params) == self.parameters else self._places(),
+            reads={
+                "numel": lambda: tuple(param.numel() for param in self.params),
+                "names": self._read_names,
+                "largest": self._read_largest,
+                "units": self._read_units,
+                "momentum_norm_sq": self._read_momentum_norm_sq,
+                "grad_sq_over_exp_avg_sq": self._read_grad_sq_over_exp_avg_sq,
+            },
+        )
+
+    def norm_sq_now(self) -> Tensor:
+        """Another read: square sums of the gradients as they are at this moment."""
+        return self._unscaled_sq(measure_norm_sq(self.grads))
+
+    def _places(self) -> Tensor | None:
+        everything = [p for group in self.optimizer.param_groups for p in group["params"]]
+        places = [place for place, p in enumerate(everything) if p.grad is not None]
+        return upload(places, self.params[0].device, torch.int64) if places else None
+
+    def _unscaled_sq(self, values: Tensor) -> Tensor:
+        return values if self.scale is None else values / self.scale.to(values.device).square()
+
+    def _read_norm_sq(self) -> Tensor:
+        return self.norm_sq_now() if self._norm_sq is None else self._norm_sq
+
+    def _read_names(self) -> tuple[str | None, ...]:
+        groups = [(group["params"], names_of(group, self._names)) for group in self.optimizer.param_groups]
+        known = {param: name for params, names in groups for param, name in zip(params, names, strict=True)}
+        return tuple(known[p] for p in self.params)
+
+    def _read_largest(self) -> Tensor:
+        largest = measure_largest(self.grads)
+        return largest if self.scale is None else largest / self.scale.to(largest.device)
+
+    def _read_units(self) -> UnitNorms:
+        units = measure_units(self.grads, self.params, self.scale)
+        self._norm_sq = units.norm_sq()
+        return units
+
+    @cached_property
+    def _groups(self) -> list[dict[str, Any]]:
+        """The group of each tensor."""
+        groups = zip(self.optimizer.param_groups, self.group_sizes, strict=True)
+        return [group for group, size in groups for _ in range(size)]
+
+    def _states(self, *names: str, wanted: str) -> list[tuple[int, str]]:
+        """Which tensors have one of the states called ``names``, and which; refuses an optimizer that keeps none."""
+        found = []
+        for index, param in enumerate(self.params):
+            state = self.optimizer.state.get(param)
+            name = next((name for name in names if state and isinstance(state.get(name), Tensor)), None)
+            if name is not None and not state[name].is_floating_point():  # type: ignore[index]
+                raise ValueError(f"{wanted} cannot read state in 8 bits: use state_bits of 16 or 32.")
+            if name is not None:
+                found.append((index, name))
+            elif state:
+                raise ValueError(
+                    f"{wanted} needs an optimizer that keeps {' or '.join(map(repr, names))}; "
+                    f"{type(self.optimizer).__name__} keeps {', '.join(map(repr, state))}."
+                )
+        return found
+
+    def _read_momentum_norm_sq(self) -> Tensor:
+        """Square sum of each first moment, as an average of gradients; 0 where there is none yet."""
+        found = self._states("exp_avg", "momentum_buffer", wanted="Clipping by the ratio to the momentum")
+        norm_sq = torch.zeros_like(self.stats.norm_sq)
+        if not found:
+            return norm_sq
+        device = norm_sq.device
+        measured = measure_norm_sq([self.optimizer.state[self.params[i]][name] for i, name in found])
+        share = [1.0 if name == "exp_avg" else _share(self._groups[i]) for i, name in found]
+        rows = upload([i for i, _ in found], device, torch.int64)
+        return norm_sq.scatter(0, rows, measured.to(norm_sq.dtype) * upload(share, device, norm_sq.dtype).square())
+
+    def _read_grad_sq_over_exp_avg_sq(self) -> Tensor:
+        """Σ g²/v̂ of each tensor, with v̂ after this step; one read of the gradients gives their square sums as well."""
+        kept = {i for i, _ in self._states("exp_avg_sq", wanted="Clipping by the RMS of the update")}
+        device = self.grads[0].device
+        wide = torch.float64 if any(grad.dtype == torch.float64 for grad in self.grads) else torch.float32
+        sums = []
+        for i, grad in enumerate(self.grads):
+            part = local(grad)
+            grad_sq = self._unscaled_sq(part.to(torch.promote_types(part.dtype, torch.float32)).square())
+            total = grad_sq.sum()
+            ratio = self._over_exp_avg_sq(grad_sq, self.params[i], self._groups[i], i in kept)
+            sums.append(torch.stack([total, ratio.to(total.dtype)]).to(device, wide, non_blocking=True))
+        both = sum_over_shards(torch.stack(sums), self.params)
+        self._norm_sq = both[:, 0]
+        return both[:, 1]
+
+    def _over_exp_avg_sq(self, grad_sq: Tensor, param: Tensor, group: Mapping[str, Any], kept: bool) -> Tensor:
+        """Σ g²/v̂ of one tensor. At its first step v̂ is g², and nothing stands out."""
+        step = self.optimizer.state[param]["step"] if kept else 0.0
+        if isinstance(step, Tensor) and step.device.type == "cpu":
+            step = read(step)
+        if not isinstance(step, Tensor) and step == 0:
+            return (grad_sq > 0).sum()
+        beta2 = group["betas"][1]
+        exp_avg_sq = local(self.optimizer.state[param]["exp_avg_sq"]).to(grad_sq.dtype)
+        new = torch.lerp(grad_sq, exp_avg_sq, beta2).div_(1 - beta2 ** (step + 1))
+        # 0/0, where the gradient has always been 0, counts 0; eps² must not vanish in float32.
+        ratio = (grad_sq / new.clamp_(min=max(group["eps"], 1e-15) ** 2)).sum()
+        return torch.where(step > 0, ratio, (grad_sq > 0).sum()) if isinstance(step, Tensor) else ratio
+
+
+def group_names_of(optimizer: Optimizer) -> tuple[str, ...]:
+    """Name of each parameter group, or its number where it has none."""
+    return tuple(str(group.get("name", index)) for index, group in enumerate(optimizer.param_groups))
+
+
+def names_of(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[str | None]:
+    """Name of each parameter of a group, as far as the optimizer or the caller knows it."""
+    own: list[str | None] = group.get("param_names") or [None] * len(group["params"])
+    return [names.get(param, name) for param, name in zip(group["params"], own, strict=True)]
+
+
+def _share(group: Mapping[str, Any]) -> float:
+    """What part of SGD's momentum buffer is an average of gradients."""
+    return float((1 - group.get("momentum", 0)) / max(1 - group.get("dampening", 0), 1e-3))

@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_optim.durations import Horizon
+from lightning_optim.freezing import Freezing, freezing_of
+from lightning_optim.late_groups import welcome_late_groups
 from lightning_optim.optimizer_choice import OptimizerChoice
 from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
@@ -94,9 +96,19 @@ class OptimizerFactory:
         for group in optimizer.param_groups:
             for key in {"lr", "peak_lr"} & group.keys():
                 group[key] = group[key] * group["lr_multiplier"]
+        scheduler: Any
         if isinstance(self._schedule, Schedule):
-            return optimizer, Scheduler(optimizer, self._schedule, horizon, self._schedules)
-        return optimizer, self._schedule(optimizer)
+            scheduler = Scheduler(optimizer, self._schedule, horizon, self._schedules)
+        else:
+            scheduler = self._schedule(optimizer)
+        welcome_late_groups(optimizer, model)
+        if any(group.get("frozen_until") is not None for group in optimizer.param_groups):
+            Freezing(
+                optimizer,
+                steps=lambda: scheduler.last_epoch,
+                horizon=lambda: getattr(scheduler, "horizon", horizon),
+            )
+        return optimizer, scheduler
 
     def __call__(self, module: Any) -> Any:
         """What Lightning wants from ``configure_optimizers``; the length of the run is asked of the Trainer later.
@@ -106,16 +118,30 @@ class OptimizerFactory:
         """
         optimizer, scheduler = self.build(module)
         config = {"scheduler": scheduler, "interval": "step"}
+        freezing = freezing_of(optimizer)
         if not isinstance(scheduler, Scheduler):
             if monitor := getattr(scheduler, "monitor", None):  # Lightning's ReduceLROnPlateau
                 config |= {"interval": "epoch", "monitor": monitor}
+            if freezing is not None:
+                if monitor:
+                    raise ValueError(
+                        f"frozen_until counts the schedule's steps, and {type(scheduler).__name__} takes none but at "
+                        "the end of an epoch. Needed is a schedule per step, for instance ReduceOnPlateau of ours."
+                    )
+                freezing.horizon = lambda: horizon_of(module.trainer)
             return {"optimizer": optimizer, "lr_scheduler": config}
 
         def resolve(*_: Any) -> None:
             if scheduler.horizon is None:
                 scheduler.resolve(horizon_of(module.trainer, fresh=scheduler.is_fresh))
 
+        def horizon() -> Horizon | None:
+            resolve()
+            return scheduler.horizon
+
         # Without a callback of ours on the Trainer, the first step is the first to come by after the data are set up.
+        if freezing is not None:
+            freezing.horizon = horizon
         optimizer.register_step_pre_hook(resolve)
         if not isinstance(scheduler.schedule, ReduceOnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": config}

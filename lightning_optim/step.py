@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_optim.clipping import Clip, Clipper, ClipRule
+from lightning_optim.closure import run_closure
 from lightning_optim.divergence import Detector, NonFiniteGradient
 from lightning_optim.gradients import Gradients, group_names_of, names_of
 from lightning_optim.measure import measure_update
@@ -145,7 +146,7 @@ class StepPipeline:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         self._operands.restore()  # the last update may have been interrupted
-        args, kwargs, loss = _run_closure(args, kwargs)
+        args, kwargs, loss = run_closure(args, kwargs)
         self._expected = False
         step = self._step = self._open()
         if step is not None:
@@ -252,20 +253,3 @@ class _Step:
             steps=steps,
             counts=counts.clone(),
         )
-
-
-def _run_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Runs the closure now, because gradients exist only afterwards, and leaves one that returns the known loss.
-
-    Args:
-        args: Positional arguments of ``step``, the optimizer first.
-        kwargs: Its keyword arguments.
-    """
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None:
-        return args, kwargs, None
-    with torch.enable_grad():
-        loss = closure()
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": lambda: loss}, loss
-    return (args[0], lambda: loss, *args[2:]), kwargs, loss

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_optim.clipping import ClipRule
 from lightning_optim.divergence import Detector
 from lightning_optim.durations import Horizon
+from lightning_optim.freezing import freezing_of
 from lightning_optim.gradients import group_names_of
 from lightning_optim.schedules import Scheduler
 from lightning_optim.schedules.plateau import Observer
@@ -194,6 +195,10 @@ class Hub:
                     scheduler.resolve(horizon_of(trainer, fresh=scheduler.is_fresh))
                 if (pipeline := self._pipeline_of(scheduler.optimizer)) is not None:
                     scheduler.hold_on(lambda pipeline=pipeline: pipeline.counts().skipped)  # type: ignore[misc]
+        for optimizer in trainer.optimizers:
+            if (freezing := freezing_of(optimizer)) is not None:
+                freezing.start()
+                self.on_close(freezing.release)
 
     def expect_step(self, optimizer: Optimizer) -> None:
         """Says that this optimizer's gradients are ready."""

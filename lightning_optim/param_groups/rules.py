@@ -168,7 +168,7 @@ class ParamGroupRule:
         """What the rule sets in its group, ``lr_multiplier`` aside; what it leaves to the optimizer is not in it."""
         settings: dict[str, Any] = {key: getattr(self, key) for key in ("lr", "weight_decay", "rule")}
         settings["betas"] = None if self.betas is None else tuple(self.betas)
-        settings["frozen_until"] = None if self.frozen_until is None else str(Duration.parse(self.frozen_until))
+        settings["frozen_until"] = None if self.frozen_until is None else str(self.frozen_until)
         return {**{key: value for key, value in settings.items() if value is not None}, **(self.options or {})}
 
     @cached_property

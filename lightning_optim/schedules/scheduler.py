@@ -22,8 +22,9 @@ class Scheduler(LRScheduler):
     """Sets each group's learning rate to its own peak times a schedule, once per optimizer step.
 
     The peak is the group's ``lr`` when the scheduler is made, kept as ``initial_lr`` in the group (torch's name); a
-    group added later follows from then on at its own peak. Rates are always computed from the closed form, never from
-    the previous rate, so nothing drifts over a resume. Other hyperparameters are driven likewise.
+    group added later follows from then on, at the ratio that its rate has to the others' when it joins. Rates are
+    always computed from the closed form, never from the previous rate, so nothing drifts over a resume. Other
+    hyperparameters are driven likewise.
 
     A group that comes with a `Schedule` as its ``schedule``, as `ParamGroupRule` makes it, follows that one; it is
     taken out of the group, because groups are saved in checkpoints.
@@ -68,6 +69,7 @@ class Scheduler(LRScheduler):
         self._restored = False
         self._skipped_steps: Callable[[], int] = lambda: 0
         self._skips_seen = 0
+        self._applied = 0.0  # the multiplier of the rates as they are; 0 before there are any
         if horizon is not None:
             self._check(horizon, optimizer)
         super().__init__(optimizer)
@@ -144,14 +146,24 @@ class Scheduler(LRScheduler):
     def _apply(self) -> None:
         self._take_schedules(self.optimizer)  # also of groups that were added since
         groups = self.optimizer.param_groups
+        for group in groups:
+            if self._applied and "initial_lr" not in group:
+                self._join(group, self._applied)
         for group, lr in zip(groups, self.get_lr(), strict=True):
             LR.write(group, lr)
+        self._applied = self.multiplier()
         for other, schedule in self._others.items():
             multiplier = self.value(schedule)
             for group in groups:
                 other.write(group, other.base(group) * multiplier)
         # Copies, as torch promises of get_last_lr: a tensor rate goes on changing in place.
         self._last_lr = [LR.read(group) for group in groups]
+
+    def _join(self, group: dict[str, Any], multiplier: float) -> None:
+        """Gives a group that was added in the middle of the run its peak: the rate it came with is that moment's."""
+        group["initial_lr"] = group["lr"] / multiplier
+        if "peak_lr" in group:  # of our optimizers, for weight decay that refers to it
+            group["peak_lr"] = float(group["initial_lr"])
 
     def _check(self, horizon: Horizon, optimizer: Optimizer) -> None:
         for schedule in (self.schedule, *self.group_schedules.values(), *self._others.values()):

@@ -64,7 +64,7 @@ def test_tensor_rates_are_written_in_place():
     assert rate.item() == pytest.approx(0.2)
 
 
-def test_a_group_added_later_follows_at_its_own_peak():
+def test_a_group_added_later_follows_at_the_ratio_it_joined_with():
     optimizer = _optimizer(0.4)
     scheduler = Scheduler(optimizer, Linear(), Horizon(total_steps=4))
     optimizer.step()
@@ -72,7 +72,7 @@ def test_a_group_added_later_follows_at_its_own_peak():
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.08})
     optimizer.step()
     scheduler.step()
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.04])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.2 * 0.08 / 0.3])
 
 
 def test_skipped_steps_do_not_advance_it():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,14 +12,18 @@ from torch.optim import Optimizer
 from lightning_optim.durations import Horizon
 from lightning_optim.freezing import Freezing, freezing_of
 from lightning_optim.late_groups import welcome_late_groups
+from lightning_optim.messages import nearest
 from lightning_optim.optimizer_choice import OptimizerChoice
 from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
+from lightning_optim.resume import OptimizerResume, resume_scheduler
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
 from lightning_optim.schedules.given import resolve_others, resolve_schedule
 from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
 from lightning_optim.training_length import horizon_of
 
 __all__ = ["OptimizerFactory"]
+
+_ON_RESUME = ("checkpoint", "config")
 
 
 class OptimizerFactory:
@@ -40,6 +45,9 @@ class OptimizerFactory:
             biases, norms and embeddings, which is nearly always what is wanted. An empty list means one group.
         schedules: Schedules of other hyperparameters by name, each a name or a `Schedule`: a key of the optimizer's
             groups (``weight_decay``), or ``momentum``, ``beta1``, ``beta2``. They multiply each group's own value.
+        on_resume: Who has the say when a checkpoint is loaded. ``"checkpoint"``: the run goes on bit for bit as it was,
+            and what differs in the configuration is warned of. ``"config"``: learning rate, weight decay, schedule, its
+            length, ``fused`` and all else are the configuration's; moments and steps stay, and what changed is printed.
 
     Raises:
         ValueError: Anything unknown, out of range or given twice; the message says what is near.
@@ -64,7 +72,11 @@ class OptimizerFactory:
         warmup: int | str | Warmup | None = None,
         param_groups: Sequence[Entry] | None = None,
         schedules: Mapping[str, str | Schedule] | None = None,
+        on_resume: str = "checkpoint",
     ) -> None:
+        if on_resume not in _ON_RESUME:
+            raise ValueError(f"Unknown on_resume={on_resume!r}. {nearest(str(on_resume), _ON_RESUME)}")
+        self._on_resume = on_resume
         given = {"lr": lr, "weight_decay": weight_decay}
         given = {key: value for key, value in given.items() if value is not None}
         self._optimizer = OptimizerChoice(optimizer, optimizer_kwargs or {}, given)
@@ -98,9 +110,10 @@ class OptimizerFactory:
                 group[key] = group[key] * group["lr_multiplier"]
         scheduler: Any
         if isinstance(self._schedule, Schedule):
-            scheduler = Scheduler(optimizer, self._schedule, horizon, self._schedules)
+            scheduler = Scheduler(optimizer, self._schedule, horizon, self._schedules, self._on_resume, self._tell)
         else:
             scheduler = self._schedule(optimizer)
+            resume_scheduler(scheduler, self._on_resume == "config", self._tell)
         welcome_late_groups(optimizer, model)
         if any(group.get("frozen_until") is not None for group in optimizer.param_groups):
             Freezing(
@@ -108,6 +121,7 @@ class OptimizerFactory:
                 steps=lambda: scheduler.last_epoch,
                 horizon=lambda: getattr(scheduler, "horizon", horizon),
             )
+        OptimizerResume(optimizer, self._on_resume == "config", self._tell)
         return optimizer, scheduler
 
     def __call__(self, module: Any) -> Any:
@@ -153,6 +167,13 @@ class OptimizerFactory:
             "monitor": scheduler.schedule.monitor,
         }
         return [optimizer], [config, observer]
+
+    def _tell(self, message: str, warn: bool) -> None:
+        """Says what differs between a checkpoint and the configuration."""
+        if warn:
+            warnings.warn(message, stacklevel=2)
+        else:
+            print(message)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._optimizer!r}, {self._schedule!r})"

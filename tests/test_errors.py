@@ -94,6 +94,7 @@ FACTORY = [
         ["warmup=5", "SequentialLR"],
     ),
     ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, ValueError, ["metric", "ReduceOnPlateau", "monitor"]),
+    ({"on_resume": "confg"}, ValueError, ["'confg'", "'config'"]),
     ({"schedules": {"weight_decya": "cosine"}}, ValueError, ["'weight_decya'", "'weight_decay'"]),
     ({"schedules": {"lr": "cosine"}}, ValueError, ["lr", "`schedule`"]),
     ({"schedules": {"weight_decay": 3}}, TypeError, ["weight_decay", "3", "'cosine'"]),

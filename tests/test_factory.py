@@ -151,6 +151,7 @@ def test_repr_tells_optimizer_and_schedule():
     )
 
 
+@pytest.mark.filterwarnings("ignore:Resumed with the checkpoint's hyperparameters.*fused None")
 def test_an_optimizer_with_fused_state_loads_torchs_checkpoint():
     model = _model()
     theirs = torch.optim.AdamW(model.parameters(), lr=0.1)

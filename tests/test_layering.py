@@ -22,7 +22,7 @@ LAYERS = [
     ("callbacks",),
     ("factory",),
     ("optimizer_choice",),
-    ("step", "diagnostics", "tensorboard", "training_length", "freezing", "late_groups"),
+    ("step", "resume", "diagnostics", "tensorboard", "training_length", "freezing", "late_groups"),
     ("operands", "gradients", "measure"),
     ("optim",),
     ("backends",),

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim.callbacks.hub import HubCallback
@@ -47,6 +47,9 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
         rank_zero_info(f"{self!r} replaces {type(pl_module).__name__}.configure_optimizers.")
         attach(pl_module, self)
         self.hub.on_close(lambda: vars(pl_module).pop(_METHOD, None))
+
+    def _tell(self, message: str, warn: bool) -> None:
+        (rank_zero_warn if warn else rank_zero_info)(message)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Undoes everything, and adds the way out to Lightning's message about a missing method."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,12 +11,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.durations import Horizon
+from lightning_optim.messages import nearest
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
 from lightning_optim.schedules.plateau import Plateau, ReduceOnPlateau
 
 _SAMPLES = 101
 """At how many steps of the run a hyperparameter's values are checked beforehand."""
+
+
+def _warn(message: str, warn: bool) -> None:
+    if warn:
+        warnings.warn(message, stacklevel=4)
+    else:
+        print(message)
 
 
 class Scheduler(LRScheduler):
@@ -36,6 +45,10 @@ class Scheduler(LRScheduler):
             [`resolve`][lightning_optim.schedules.Scheduler.resolve] is called, which has to be before the first step.
         schedules: Multipliers of other hyperparameters by name: a key of the optimizer's groups, ``momentum``,
             ``beta1`` or ``beta2``.
+        on_resume: Who has the say when a state is loaded. With ``"checkpoint"`` the run goes on on the curve it was on,
+            constant beyond its end, and another schedule is refused. With ``"config"`` this schedule goes on from the
+            saved position, over the length of the present run.
+        tell: Told what differs, and whether that is a warning.
 
     Raises:
         ValueError: A hyperparameter is unknown or would leave its range, or a schedule does not fit the run.
@@ -55,7 +68,14 @@ class Scheduler(LRScheduler):
         schedule: Schedule,
         horizon: Horizon | None = None,
         schedules: Mapping[str, Schedule] | None = None,
+        on_resume: str = "checkpoint",
+        tell: Callable[[str, bool], None] = _warn,
     ) -> None:
+        if on_resume not in ("checkpoint", "config"):
+            raise ValueError(f"Unknown on_resume={on_resume!r}. {nearest(str(on_resume), ('checkpoint', 'config'))}")
+        self._from_config = on_resume == "config"
+        self._tell = tell
+        self._saved_horizon: Horizon | None = None
         self.schedule = schedule
         self.group_schedules: dict[str, Schedule] = {}
         self._take_schedules(optimizer)
@@ -76,8 +96,8 @@ class Scheduler(LRScheduler):
 
     def resolve(self, horizon: Horizon) -> None:
         """Learns the length of the run and sets the rates of the coming step."""
-        self._check(horizon, self.optimizer)
-        self.horizon = horizon
+        self.horizon = self._agreed(horizon)
+        self._check(self.horizon, self.optimizer)
         self._apply()
 
     def hold_on(self, skipped_steps: Callable[[], int]) -> None:
@@ -177,19 +197,71 @@ class Scheduler(LRScheduler):
                     other.check(base * multiplier)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs: the position. Peaks live in the optimizer's groups, the shape in the configuration."""
-        state: dict[str, Any] = {"last_epoch": self.last_epoch}
+        """The position, and what it was a position on. Peaks live in the optimizer's groups."""
+        total, per_epoch = _lengths(self.horizon or Horizon())
+        state = {
+            "last_epoch": self.last_epoch,
+            "total_steps": total,
+            "steps_per_epoch": per_epoch,
+            "schedules": self._written(),
+        }
         if self._plateau is not None:
             state["plateau"] = self._plateau.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the saved position; the rates follow from it at once."""
+        """Takes up the saved position; the rates follow from it at once.
+
+        Raises:
+            ValueError: The state is one of other schedules, and the checkpoint has the say.
+        """
+        self._compare(state_dict.get("schedules", {}))
         self.last_epoch = int(state_dict["last_epoch"])
         if self._plateau is not None and "plateau" in state_dict:
             self._plateau.load_state_dict(state_dict["plateau"])
+        if state_dict.get("total_steps") is not None:
+            self._saved_horizon = Horizon(state_dict["total_steps"], state_dict["steps_per_epoch"])
         self._restored = True
+        if self.horizon is not None:
+            self.horizon = self._agreed(self.horizon)
         self._apply()
+
+    def _written(self) -> dict[str, str]:
+        """Every schedule as it is written, by what it drives."""
+        others = {other.name: repr(schedule) for other, schedule in self._others.items()}
+        groups = {f"lr of {name}": repr(schedule) for name, schedule in self.group_schedules.items()}
+        return {"lr": repr(self.schedule), **others, **groups}
+
+    def _compare(self, saved: Mapping[str, str]) -> None:
+        present = self._written()
+        changes = [
+            f"{key}: {saved.get(key, 'none')} → {present.get(key, 'none')}"
+            for key in {**saved, **present}
+            if saved and saved.get(key) != present.get(key)
+        ]
+        if not changes:
+            return
+        if not self._from_config:
+            raise ValueError(
+                f"The checkpoint's schedule is not the one configured: {'; '.join(changes)}. Configure the former, or "
+                'say on_resume="config" to go on with the latter from the step reached.'
+            )
+        self._tell(f"Resumed with the configuration's schedule: {'; '.join(changes)}.", False)
+
+    def _agreed(self, present: Horizon) -> Horizon:
+        """The length that counts: of this run, or of the one in the checkpoint."""
+        saved = self._saved_horizon
+        if saved is None or saved.total_steps == present.total_steps:
+            return present if saved is None or self._from_config else saved
+        lengths = f"the checkpoint's schedule ends at step {saved.total_steps}, this run at {present.total_steps}"
+        self._saved_horizon = None if self._from_config else saved
+        if self._from_config:
+            self._tell(f"Resumed with the schedule stretched: {lengths}.", False)
+            return present
+        self._tell(
+            f'Resumed on the old curve, constant beyond its end: {lengths}. Say on_resume="config" to stretch it.', True
+        )
+        return saved
 
 
 def _lengths(horizon: Horizon) -> tuple[int | None, float | None]:

@@ -10,7 +10,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_optim as lo
 from tests.helpers import ADAMWS, Net, Recorder, StatefulLoader, batches, bit_equal, make_trainer, read_events
 
-pytestmark = pytest.mark.filterwarnings("ignore:Step .* skipped")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Step .* skipped"),
+    pytest.mark.filterwarnings("ignore:Resumed on the old curve"),  # runs that are prolonged, see test_on_resume
+]
 
 
 class SaveAt(L.Callback):
@@ -69,7 +72,7 @@ def test_checkpoints_load_with_weights_only(tmp_path):
     for file in tmp_path.glob("*.ckpt"):
         checkpoint = torch.load(file, weights_only=True)
         assert checkpoint["lightning_optim"] == {"counts": [[4, checkpoint["lightning_optim"]["counts"][0][1], 1]]}
-        assert checkpoint["lr_schedulers"] == [{"last_epoch": 3}]
+        assert checkpoint["lr_schedulers"][0]["last_epoch"] == 3
         assert {group["name"] for group in checkpoint["optimizer_states"][0]["param_groups"]} == {"no_decay", "default"}
     assert len(list(tmp_path.glob("*.ckpt"))) == 2
 

@@ -88,7 +88,7 @@ def test_skipped_steps_do_not_advance_it():
     assert positions == [1, 1, 2, 1, 2, 3]
 
 
-def test_state_is_the_position_alone_and_restores_the_rate():
+def test_state_is_the_position_and_its_curve_and_restores_the_rate():
     def make():
         optimizer = _optimizer(0.4)
         return Scheduler(optimizer, Cosine(warmup=3), Horizon(total_steps=20))
@@ -98,7 +98,12 @@ def test_state_is_the_position_alone_and_restores_the_rate():
         scheduler.optimizer.step()
         scheduler.step()
     state = copy.deepcopy(scheduler.state_dict())
-    assert state == {"last_epoch": 7}
+    assert state == {
+        "last_epoch": 7,
+        "total_steps": 20,
+        "steps_per_epoch": None,
+        "schedules": {"lr": "Cosine(warmup=3)"},
+    }
     restored = make()
     restored.load_state_dict(state)
     for _ in range(10):
@@ -208,3 +213,63 @@ def test_a_plateau_resumes_where_it_was():
 def test_other_schedules_look_at_no_metric():
     with pytest.raises(ValueError, match=r"Linear\(\) looks at no metric.*ReduceOnPlateau"):
         Scheduler(_optimizer(0.4), Linear(), Horizon(total_steps=9)).observe(1.0)
+
+
+# Loading a state of another curve.
+
+
+def _moved(schedule, total, steps):
+    scheduler = Scheduler(_optimizer(1.0), schedule, Horizon(total_steps=total))
+    for _ in range(steps):
+        scheduler.optimizer.step()
+        scheduler.step()
+    return scheduler
+
+
+def test_a_longer_run_stays_on_its_old_curve_and_says_so():
+    longer = Scheduler(_optimizer(1.0), Linear(final=0.2), Horizon(total_steps=20))
+    with pytest.warns(UserWarning, match=r"ends at step 10, this run at 20.*on_resume=\"config\""):
+        longer.load_state_dict(_moved(Linear(final=0.2), 10, 5).state_dict())
+    assert longer.get_last_lr() == pytest.approx([0.6])
+    assert longer.horizon == Horizon(10)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["known", "resolved-later"])
+def test_a_longer_run_is_stretched_when_asked_to(late):
+    told = []
+    longer = Scheduler(
+        _optimizer(1.0),
+        Linear(final=0.2),
+        None if late else Horizon(total_steps=20),
+        on_resume="config",
+        tell=lambda message, warn: told.append((message, warn)),
+    )
+    longer.load_state_dict(_moved(Linear(final=0.2), 10, 5).state_dict())
+    longer.resolve(Horizon(total_steps=20))
+    assert longer.get_last_lr() == pytest.approx([0.8])
+    ((message, warn),) = told
+    assert "ends at step 10, this run at 20" in message
+    assert not warn
+
+
+def test_another_schedule_is_refused_or_taken_as_said():
+    state = _moved(Linear(), 10, 5).state_dict()
+    with pytest.raises(ValueError, match=r"lr: Linear\(\) → Cosine\(\).*on_resume=\"config\""):
+        Scheduler(_optimizer(1.0), Cosine(), Horizon(total_steps=10)).load_state_dict(state)
+    told = []
+    taken = Scheduler(
+        _optimizer(1.0),
+        Cosine(),
+        Horizon(total_steps=10),
+        {"momentum": Linear()},
+        on_resume="config",
+        tell=lambda message, _: told.append(message),
+    )
+    taken.load_state_dict(state)
+    assert taken.get_last_lr() == pytest.approx([0.5])
+    assert told == ["Resumed with the configuration's schedule: lr: Linear() → Cosine(); momentum: none → Linear()."]
+
+
+def test_who_has_the_say_is_one_of_two():
+    with pytest.raises(ValueError, match=r"on_resume='confg'.*'config'"):
+        Scheduler(_optimizer(1.0), Linear(), on_resume="confg")

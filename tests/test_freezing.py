@@ -20,6 +20,7 @@ from tests.helpers import (
     precision,
     read_events,
 )
+from tests.ranks import run_ranks
 
 BODY = ("body.weight", "body.bias", "norm.weight", "norm.bias")
 
@@ -244,3 +245,31 @@ def test_lightnings_rate_monitor_names_a_group_that_joined(logger):
     trainer = make_trainer([Unfreeze(), lo.ConfigureOptimizers("adamw", lr=0.1), rates], max_epochs=2, logger=logger)
     trainer.fit(Net(), batches(4))
     assert any("added_1" in tag for tag in read_events(logger.log_dir))
+
+
+_RANKS = """
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+import lightning_optim as lo
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+wrapped = DistributedDataParallel(model)
+rules = [lo.ParamGroupRule(name="first", pattern="^0", frozen_until="2 steps")]
+factory = lo.OptimizerFactory("adamw", lr=0.1, param_groups=rules)
+optimizer, scheduler = factory.build(model, lo.Horizon(total_steps=4))
+for step in range(4):
+    before = model[0].weight.detach().clone()
+    optimizer.zero_grad()
+    wrapped(torch.full((1, 2), float(rank + step + 1))).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    print(not torch.equal(before, model[0].weight))
+print([p.tolist() for p in model.parameters()])
+"""
+
+
+def test_ranks_agree_on_a_group_that_joins_the_reduction_after_its_start(tmp_path):
+    first, second = run_ranks(_RANKS, tmp_path)
+    assert first.splitlines()[:4] == ["False", "False", "True", "True"]
+    assert first == second

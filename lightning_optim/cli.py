@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 try:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -12,9 +13,49 @@ except ModuleNotFoundError as error:
         "The command line needs jsonargparse and rich: pip install 'lightning-optim[cli]'"
     ) from error
 
+import lightning.pytorch as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
+from lightning_optim.callbacks.planning import make_plan
+from lightning_optim.plan import format_plan, save_plot
+
+
+class PlanningTrainer(L.Trainer):
+    """A Trainer that can also tell what a fit would do."""
+
+    def plan(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        parameters: bool = False,
+        png: str | None = None,
+        width: int = 72,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Prints the parameter groups, the schedule, the length and all conflicts of a fit, without training.
+
+        Args:
+            model: The module.
+            datamodule: The data.
+            parameters: Whether to list every parameter of each group.
+            png: Where to draw the schedules as a picture; needs matplotlib.
+            width: Columns of the plot in the terminal.
+            ckpt_path: Taken because configurations of a fit have it; the plan is that of a fit from the start.
+            weights_only: Likewise.
+
+        Raises:
+            SystemExit: With code 1, if the fit has conflicts.
+        """
+        plan = make_plan(self, model, datamodule)
+        if ckpt_path is not None:
+            plan.notes.append(f"This is the run from its start; {ckpt_path} was not read.")
+        print(format_plan(plan, parameters, width))
+        if png is not None:
+            save_plot(plan.curves, plan.horizon, png)
+        if plan.conflicts:
+            raise SystemExit(1)
 
 
 class OptimCLI(LightningCLI):
@@ -24,11 +65,25 @@ class OptimCLI(LightningCLI):
     `ConfigureOptimizers` among them is attached to a module that defines no ``configure_optimizers``. The key
     ``run_summary`` takes the arguments of `RunSummary`.
 
+    The command ``plan`` takes the configuration of ``fit`` and shows what it would do, without training: parameter
+    groups, schedule, number of steps and all conflicts, with exit code 1 if there are any.
+
     Example:
         ```console
+        $ lightning-optim plan --config run.yaml
         $ lightning-optim fit --config run.yaml
         ```
     """
+
+    def __init__(self, *args: Any, trainer_class: Any = L.Trainer, **kwargs: Any) -> None:
+        if isinstance(trainer_class, type) and not issubclass(trainer_class, PlanningTrainer):
+            trainer_class = type(trainer_class.__name__, (PlanningTrainer, trainer_class), {})
+        super().__init__(*args, trainer_class=trainer_class, **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands, and ``plan``."""
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the summary's arguments."""

@@ -89,6 +89,11 @@ class OptimizerFactory:
         own = {name: own for name, own in of_groups.items() if isinstance(own, Schedule)}
         self._schedules = resolve_others(self._schedule, schedules or {}, own, trial)
 
+    @property
+    def schedule(self) -> Any:
+        """The `Schedule`, or what makes another scheduler from the optimizer."""
+        return self._schedule
+
     def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Any]:
         """Makes the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
 

@@ -20,7 +20,7 @@ ROOT = Path(lightning_optim.__file__).parent
 LAYERS = [
     ("cli",),
     ("callbacks",),
-    ("factory",),
+    ("factory", "plan"),
     ("optimizer_choice",),
     ("step", "resume", "diagnostics", "tensorboard", "training_length", "freezing", "late_groups"),
     ("operands", "gradients", "measure"),

@@ -109,6 +109,11 @@ class HubCallback(L.Callback):
         return self._hub
 
     @property
+    def joined(self) -> bool:
+        """Whether it is part of a hub now."""
+        return self._hub is not None
+
+    @property
     def _led_hub(self) -> Hub | None:
         """The hub, if this callback is the one that drives it."""
         return self._hub if self._hub is not None and self._hub.members[0] is self else None

@@ -5,7 +5,21 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
+from math import inf
+from typing import Any
+
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
+from lightning.pytorch.trainer.connectors.data_connector import (
+    _parse_num_batches,
+    _process_dataloader,
+    _request_dataloader,
+    _resolve_overfit_batches,
+)
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
 
 
 def logging_step(trainer: Trainer) -> int:
@@ -19,3 +33,42 @@ def logging_step(trainer: Trainer) -> int:
 def logging_due(trainer: Trainer) -> bool:
     """Whether ``LightningModule.log`` writes at the present batch: every ``log_every_n_steps``-th step."""
     return trainer._logger_connector.should_update_logs
+
+
+def enter_fit(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:
+    """Brings a Trainer to where ``fit`` is when it begins: it knows its model, its data and what it is doing."""
+    trainer.strategy.connect(model)
+    trainer._data_connector.attach_data(model, datamodule=datamodule)
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.training = True
+
+
+def verify(trainer: Trainer) -> None:
+    """Lightning's own checks of Trainer and module, which ``fit`` makes before anything else."""
+    _verify_loop_configurations(trainer)
+
+
+def count_training_batches(trainer: Trainer) -> int | float:
+    """Batches of an epoch as ``fit`` will see them, without iterating; afterwards ``num_training_batches`` says so.
+
+    The steps of Lightning's ``fit_loop.setup_data`` before it makes an iterator, which would start loading.
+    """
+    source = trainer.fit_loop._data_source
+    loader: Any = _request_dataloader(source)
+    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+    stage = RunningStage.TRAINING
+    if trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+        _resolve_overfit_batches(combined, mode=stage)
+    combined.flattened = [_process_dataloader(trainer, TrainerFn.FITTING, stage, part) for part in combined.flattened]
+    combined.limits = [
+        _parse_num_batches(stage, inf if (length := sized_len(part)) is None else length, trainer.limit_train_batches)
+        for part in combined.flattened
+    ]
+    mode = _SUPPORTED_MODES[combined._mode]["iterator"](combined.flattened, combined.limits)
+    trainer.fit_loop.max_batches = batches = mode.__len__()  # not `len`, which refuses an infinity
+    return batches
+
+
+def configure_optimizers(trainer: Trainer, model: LightningModule) -> None:
+    """Calls ``configure_optimizers``, as ``fit`` does, and hands what it returns to the Trainer."""
+    trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = _init_optimizers_and_lr_schedulers(model)

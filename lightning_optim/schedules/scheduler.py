@@ -132,6 +132,11 @@ class Scheduler(LRScheduler):
             self._apply()
 
     @property
+    def others(self) -> dict[Hyperparameter, Schedule]:
+        """Schedules of hyperparameters other than the learning rate."""
+        return dict(self._others)
+
+    @property
     def is_fresh(self) -> bool:
         """Whether it stands at its start and has not been brought there by a checkpoint."""
         return self.last_epoch == 0 and not self._restored

@@ -107,3 +107,27 @@ def test_teardown_is_not_called_after_an_exception():
     with pytest.raises(RuntimeError, match="mine"):
         make_trainer([Spy()]).fit(Net(), batches(1))
     assert calls == ["on_exception"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"limit_train_batches": 3}, {"limit_train_batches": 0.5}, {"overfit_batches": 2}]
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_batches_are_counted_as_fit_does_and_none_is_loaded(options, several):
+    class Module(Net):
+        def train_dataloader(self):
+            return {"a": batches(7), "b": batches(4)} if several else batches(7)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["a"] if several else batch, batch_idx)
+
+    trainer = make_trainer(**options)
+    lightning_private.enter_fit(trainer, model := Module(), None)
+    lightning_private.verify(trainer)
+    lightning_private.configure_optimizers(trainer, model)
+    counted = lightning_private.count_training_batches(trainer)
+    assert trainer.num_training_batches == counted
+    assert type(trainer.optimizers[0]) is torch.optim.SGD
+    fitted = make_trainer(**options)
+    fitted.fit(Module())
+    assert fitted.num_training_batches == counted

@@ -1,0 +1,136 @@
+"""The way of a fit up to its first batch, to see what it would do, and everything that stands against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_optim.callbacks import lightning_private
+from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
+from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.durations import Duration, Horizon
+from lightning_optim.plan import Plan, plan_curves, plan_groups
+from lightning_optim.schedules import Schedule, Scheduler
+from lightning_optim.training_length import horizon_of
+
+
+def make_plan(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> Plan:
+    """What ``trainer.fit(model, datamodule)`` would do, without a step, a batch, a checkpoint or a log.
+
+    The data are prepared and set up, because the length of the run is theirs; no batch is loaded. Of the callbacks,
+    ours are set up, and Lightning's `BaseFinetuning`, which freezes parameters; all is undone at the end.
+
+    Args:
+        trainer: A Trainer that has not fitted yet.
+        model: The module.
+        datamodule: The data; None if the module has its own.
+
+    Returns:
+        The plan, with all conflicts that were found: each step that fails is noted, and the others are taken all the
+        same.
+    """
+    plan = Plan()
+    present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = [callback for callback in present if isinstance(callback, HubCallback | BaseFinetuning)]
+    try:
+        _walk(plan, trainer, model, datamodule, callbacks)
+    finally:
+        for callback in callbacks:
+            callback.teardown(trainer, model, "fit")
+    plan.conflicts = list(dict.fromkeys(plan.conflicts))
+    return plan
+
+
+def _walk(
+    plan: Plan,
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    datamodule: L.LightningDataModule | None,
+    callbacks: list[Any],
+) -> None:
+    attempt = _collector(plan.conflicts)
+    lightning_private.enter_fit(trainer, model, datamodule)
+    with attempt():
+        lightning_private.verify(trainer)
+    with attempt():
+        for part in (datamodule, model):
+            if part is not None:
+                part.prepare_data()
+        for part in (datamodule, model):
+            if part is not None:
+                part.setup("fit")
+    for callback in callbacks:
+        with attempt():
+            callback.setup(trainer, model, "fit")
+    with attempt():
+        model.configure_model()
+    with attempt():
+        lightning_private.count_training_batches(trainer)
+        plan.horizon = horizon_of(trainer)
+    configured = False
+    if not is_overridden("configure_optimizers", model):
+        return  # which Lightning's own check has told
+    with attempt():
+        lightning_private.configure_optimizers(trainer, model)
+        configured = True
+    ours = next((callback for callback in callbacks if isinstance(callback, ConfigureOptimizers)), None)
+    if not configured:
+        # The rules do not fit, say; the schedule may not fit the run either.
+        if ours is not None and isinstance(ours.schedule, Schedule):
+            with attempt():
+                ours.schedule.phases(plan.horizon)
+        return
+    hubs = [callback for callback in callbacks if isinstance(callback, HubCallback) and callback.joined]
+    with attempt():
+        if hubs:
+            hubs[0].on_train_start(trainer, model)
+    _describe(plan, trainer, attempt)
+
+
+def _describe(plan: Plan, trainer: L.Trainer, attempt: Callable[[], Any]) -> None:
+    for config in trainer.lr_scheduler_configs:
+        scheduler = config.scheduler
+        if not isinstance(scheduler, Scheduler):
+            plan.notes.append(f"{type(scheduler).__name__} is no schedule of ours, so it cannot be drawn ahead.")
+            continue
+        with attempt():
+            if scheduler.horizon is None:
+                scheduler.resolve(plan.horizon)
+            curves = plan_curves(scheduler)
+            last = max((plan.horizon.total_steps or 1) - 1, 0)
+            for curve in curves:
+                curve.values(last)  # refuses a run that it does not fit
+            plan.curves += curves
+    plan.groups = [group for optimizer in trainer.optimizers for group in plan_groups(optimizer)]
+    for group in plan.groups:
+        if group.frozen_until is not None:
+            with attempt():
+                _check_frozen(group.name, group.frozen_until, plan.horizon)
+
+
+def _check_frozen(name: str, frozen_until: str, horizon: Horizon) -> None:
+    steps, total = Duration.parse(frozen_until).steps(horizon), horizon.total_steps
+    if total is not None and steps >= total:
+        raise ValueError(
+            f"The group {name!r} is frozen until {frozen_until!r}, which is step {steps:,}, and the run ends after "
+            f"{total:,}: it would never be trained. Needed is an earlier end, or requires_grad=False."
+        )
+
+
+def _collector(conflicts: list[str]) -> Callable[[], Any]:
+    """A context that notes what refuses to go on, each line by itself, and goes on."""
+
+    @contextmanager
+    def attempt() -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+            conflicts.extend(line for line in str(error).splitlines() if line.strip())
+
+    return attempt

@@ -1,0 +1,273 @@
+"""What a run is going to do: its parameter groups, its schedule and its length, as a table and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_optim.durations import Horizon
+from lightning_optim.optim import FusedOptimizer
+from lightning_optim.optim.state import complete_state
+from lightning_optim.schedules import Schedule, Scheduler
+
+_UNBOUNDED = 1000
+"""Steps that are plotted of a run that nothing bounds."""
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A parameter group before training.
+
+    Args:
+        name: Its name, or its number.
+        parameters: Name and shape of each tensor.
+        numel: Numbers in all of them.
+        lr: Peak learning rate.
+        weight_decay: None if the optimizer has none.
+        rule: Name of the optimizer whose update it uses.
+        state_bytes: What the optimizer will keep for it, in bytes; None if that is not known before it steps.
+        frozen_until: As the rule says it; None if it is trained from the start.
+    """
+
+    name: str
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    numel: int
+    lr: float
+    weight_decay: float | None
+    rule: str
+    state_bytes: int | None
+    frozen_until: str | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A hyperparameter over the run.
+
+    Args:
+        label: What it is, and whose.
+        values: Its value for the update that follows ``step`` updates.
+    """
+
+    label: str
+    values: Callable[[int], float]
+
+
+@dataclass
+class Plan:
+    """Everything that is known about a run before it starts.
+
+    Args:
+        horizon: Its length.
+        groups: All parameter groups, of each optimizer.
+        curves: What its schedules do.
+        conflicts: What stands against it, a sentence each; it can run if there is none.
+        notes: What is worth knowing.
+    """
+
+    horizon: Horizon = field(default_factory=Horizon)
+    groups: list[GroupPlan] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_groups(optimizer: Optimizer) -> list[GroupPlan]:
+    """The groups of an optimizer that has not stepped yet.
+
+    Example:
+        >>> from lightning_optim import OptimizerFactory
+        >>> optimizer, _ = OptimizerFactory("adamw", lr=0.1).build(nn.Linear(3, 2))
+        >>> [(group.name, group.numel, group.state_bytes) for group in plan_groups(optimizer)]
+        [('no_decay', 2, 20), ('default', 6, 52)]
+    """
+    plans = []
+    for index, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+        sizes = [_state_bytes(optimizer, group, param) for param in group["params"]]
+        known = [size for size in sizes if size is not None]
+        decay = group.get("weight_decay")
+        plans.append(
+            GroupPlan(
+                name=str(group.get("name", index)),
+                parameters=tuple((n, tuple(p.shape)) for n, p in zip(names, group["params"], strict=True)),
+                numel=sum(param.numel() for param in group["params"]),
+                lr=float(group.get("initial_lr", group["lr"])),
+                weight_decay=None if decay is None else float(decay),
+                rule=str(group.get("rule") or type(optimizer).__name__.lower()),
+                state_bytes=sum(known) if len(known) == len(sizes) else None,
+                frozen_until=group.get("frozen_until"),
+            )
+        )
+    return plans
+
+
+def plan_curves(scheduler: Scheduler) -> list[Curve]:
+    """What a scheduler does to the rate of its largest group, to groups with a schedule of their own, and beyond."""
+    horizon = scheduler.horizon or Horizon()
+    groups = scheduler.optimizer.param_groups
+
+    def curve(label: str, base: float, schedule: Schedule) -> Curve:
+        return Curve(label, lambda step: base * schedule(step, horizon.total_steps, horizon.steps_per_epoch))
+
+    own = scheduler.group_schedules
+    shared = [group for group in groups if group.get("name") not in own]
+    curves = []
+    if shared:
+        largest = max(shared, key=lambda group: sum(param.numel() for param in group["params"]))
+        label = f"lr of group {largest['name']!r}" if "name" in largest else "lr"
+        curves.append(curve(label, float(largest["initial_lr"]), scheduler.schedule))
+    for group in groups:
+        if (schedule := own.get(group.get("name", ""))) is not None:
+            curves.append(curve(f"lr of group {group['name']!r}", float(group["initial_lr"]), schedule))
+    for hyperparameter, schedule in scheduler.others.items():
+        base = max(float(hyperparameter.base(group)) for group in groups)
+        curves.append(curve(hyperparameter.name, base, schedule))
+    return curves
+
+
+def _state_bytes(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> int | None:
+    """What an optimizer will keep for a parameter; of torch's by a step that is undone."""
+    state: dict[str, Any]
+    if isinstance(optimizer, FusedOptimizer):
+        try:
+            state = complete_state({}, param, group, optimizer.rule_of(group), 0)
+        except KeyError:  # numbers shared by all groups, which come with the first step
+            return None
+    else:
+        twin = nn.Parameter(torch.zeros_like(param))
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        try:
+            copy = type(optimizer)([{**options, "params": [twin]}], lr=group["lr"])  # type: ignore[call-arg]
+            twin.grad = torch.zeros_like(twin)
+            copy.step()
+        except (TypeError, ValueError, RuntimeError):
+            return None  # an optimizer of somebody's that wants more than this
+        state = dict(copy.state.get(twin, {}))
+    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+
+
+def format_plan(plan: Plan, parameters: bool = False, width: int = 72) -> str:
+    """The plan as text: length, groups, schedule, notes and conflicts.
+
+    Args:
+        plan: The plan.
+        parameters: Whether to list every parameter under its group.
+        width: Columns of the plot, at least 20.
+    """
+    total, per_epoch = plan.horizon.total_steps, plan.horizon.steps_per_epoch
+    lines = [
+        f"Optimizer steps: {'unbounded' if total is None else f'{total:,}'}"
+        + ("" if per_epoch is None else f" ({per_epoch:,g} per epoch)")
+    ]
+    if plan.groups:
+        lines += ["", *_table(plan.groups, parameters)]
+    for curve in plan.curves:
+        lines += ["", *_plot(curve, total, max(width, 20))]
+    lines += [f"\nNote: {note}" for note in plan.notes]
+    if plan.conflicts:
+        lines += ["", f"{len(plan.conflicts)} conflict{'s' if len(plan.conflicts) > 1 else ''}:"]
+        lines += [f"  {number}. {conflict}" for number, conflict in enumerate(plan.conflicts, 1)]
+    else:
+        lines += ["", "No conflicts."]
+    return "\n".join(lines)
+
+
+def _table(groups: Sequence[GroupPlan], parameters: bool) -> list[str]:
+    temporary = any(group.frozen_until is not None for group in groups)
+    header = ["group", "tensors", "parameters", "peak lr", "weight decay", "rule", "state"]
+    rows: list[list[str]] = [[*header, "frozen until"] if temporary else header]
+    details: dict[int, list[str]] = {}
+    for group in groups:
+        row = [group.name, f"{len(group.parameters):,}", f"{group.numel:,}", f"{group.lr:.4g}"]
+        row += ["-" if group.weight_decay is None else f"{group.weight_decay:g}", group.rule, _bytes(group.state_bytes)]
+        rows.append([*row, group.frozen_until or "-"] if temporary else row)
+        if parameters:
+            details[len(rows) - 1] = [f"    {name}  {list(shape)}" for name, shape in group.parameters]
+    sizes = [group.state_bytes for group in groups]
+    known = [size for size in sizes if size is not None]
+    last = ["total", f"{sum(len(group.parameters) for group in groups):,}", f"{sum(group.numel for group in groups):,}"]
+    last += ["", "", "", _bytes(sum(known) if len(known) == len(sizes) else None)]
+    rows.append([*last, ""] if temporary else last)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+        if number in (0, len(rows) - 2):
+            lines += details.pop(number, [])
+            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
+        lines += details.get(number, [])
+    return lines
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.4g} {unit}"
+
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+_ROWS = 8
+
+
+def _plot(curve: Curve, total_steps: int | None, width: int) -> list[str]:
+    """The curve as an area of block characters, an eighth of a line exact."""
+    steps = _steps(total_steps, width)
+    values = [curve.values(step) for step in steps]
+    top = max(*values, 0.0)
+    heights = [round(value / top * _ROWS * 8) if top > 0 else 0 for value in values]
+    margin = max(len(f"{top:.4g}"), 1)
+    lines = [f"{curve.label}:"]
+    for row in reversed(range(_ROWS)):
+        label = f"{top:.4g}" if row == _ROWS - 1 else "0" if row == 0 else ""
+        area = "".join(_BLOCKS[min(max(height - 8 * row, 0), 8)] for height in heights)
+        lines.append(f"{label.rjust(margin)} |{area}".rstrip())
+    lines.append(f"{' ' * margin} 0{f'step {steps[-1]:,}'.rjust(len(steps))}")
+    return lines
+
+
+def _steps(total_steps: int | None, count: int) -> list[int]:
+    """Steps that take part, evenly spread, the first and the last among them."""
+    last = max((_UNBOUNDED if total_steps is None else total_steps) - 1, 0)
+    return sorted({round(index * last / (count - 1)) for index in range(count)})
+
+
+def save_plot(curves: Iterable[Curve], horizon: Horizon, path: str | Path) -> None:
+    """Draws the curves into a PNG, each over the steps of the run.
+
+    Args:
+        curves: What to draw.
+        horizon: Length of the run.
+        path: Where to write it.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("A plot as PNG needs matplotlib: pip install 'lightning-optim[plot]'") from error
+    curves = list(curves)
+    figure = Figure(figsize=(7, 2.4 * max(len(curves), 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    steps = _steps(horizon.total_steps, 1000)
+    panels = figure.subplots(max(len(curves), 1), 1, squeeze=False, sharex=True)[:, 0]
+    for panel, curve in zip(panels, curves, strict=False):
+        panel.plot(steps, [curve.values(step) for step in steps])
+        panel.set_title(curve.label, fontsize=10)
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    panels[-1].set_xlabel("optimizer step")
+    figure.savefig(path, format="png", dpi=120)

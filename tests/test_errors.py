@@ -151,6 +151,7 @@ OTHERS = [
     (lambda: lo.GradientClipping(max_norm=-1), ["max_norm=-1", "above 0"]),
     (lambda: lo.GradientClipping(max_norm=NAN), ["nan", "finite"]),
     (lambda: schedules.Polynomial(power=0), ["power=0", "above 0"]),
+    (lambda: schedules.Tanh(lower=3, upper=3), ["lower=3", "upper=3", "above"]),
     (lambda: schedules.Exponential(final=0), ["final=0", "above 0"]),
     (lambda: schedules.InverseSqrt(timescale=0), ["timescale=0", "above 0"]),
     (lambda: schedules.Step(every=0), ["every=0", "above 0", "'30 epochs'"]),

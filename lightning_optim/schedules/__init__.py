@@ -14,7 +14,7 @@ from lightning_optim.schedules.plateau import ReduceOnPlateau
 from lightning_optim.schedules.registry import get_schedule, list_schedules
 from lightning_optim.schedules.restarts import CosineRestarts
 from lightning_optim.schedules.scheduler import Scheduler
-from lightning_optim.schedules.shapes import REX, Constant, Cosine, Exponential, InverseSqrt, Linear, Polynomial
+from lightning_optim.schedules.shapes import REX, Constant, Cosine, Exponential, InverseSqrt, Linear, Polynomial, Tanh
 from lightning_optim.schedules.stepped import MultiStep, Step
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "Step",
+    "Tanh",
     "Warmup",
     "get_schedule",
     "list_schedules",

@@ -7,7 +7,7 @@ from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.compositions import WSD, OneCycle
 from lightning_optim.schedules.plateau import ReduceOnPlateau
 from lightning_optim.schedules.restarts import CosineRestarts
-from lightning_optim.schedules.shapes import REX, Constant, Cosine, Exponential, InverseSqrt, Linear, Polynomial
+from lightning_optim.schedules.shapes import REX, Constant, Cosine, Exponential, InverseSqrt, Linear, Polynomial, Tanh
 from lightning_optim.schedules.stepped import MultiStep, Step
 
 _SCHEDULES: dict[str, type[Schedule]] = {
@@ -23,6 +23,7 @@ _SCHEDULES: dict[str, type[Schedule]] = {
     "reduce_on_plateau": ReduceOnPlateau,
     "rex": REX,
     "step": Step,
+    "tanh": Tanh,
     "wsd": WSD,
 }
 _ALIASES = {  # names in transformers' get_scheduler and in timm

@@ -204,6 +204,50 @@ class REX(Decay):
         return (1 - progress) / (1 - progress / 2)
 
 
+class Tanh(Decay):
+    """A hyperbolic tangent: high for long, then down fast, then flat; ``tanh`` of timm.
+
+    Args:
+        warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
+        final: Multiplier at the end of the run, which the curve itself only comes near to.
+        lower: Where on the curve to begin.
+        upper: Where to end; above ``lower``. The curve begins and ends as near to 1 and ``final`` as these are far out.
+        hold: How long to stay at the peak after the warmup.
+        cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+
+    Raises:
+        ValueError: ``upper`` is not above ``lower``.
+
+    References:
+        Hsueh et al., Stochastic Gradient Descent with Hyperbolic-Tangent Decay on Classification, 2018,
+        https://arxiv.org/abs/1806.01593
+
+    Example:
+        >>> [round(Tanh()(step, 100), 3) for step in (0, 50, 70, 100)]
+        [1.0, 0.982, 0.5, 0.0]
+    """
+
+    def __init__(
+        self,
+        warmup: int | str | Duration | Warmup = 0,
+        final: float = 0.0,
+        lower: float = -7.0,
+        upper: float = 3.0,
+        hold: int | str | Duration = 0,
+        cooldown: int | str | Duration | Cooldown = 0,
+    ) -> None:
+        super().__init__(warmup, final, hold, cooldown)
+        if not (math.isfinite(lower) and math.isfinite(upper) and lower < upper):
+            raise ValueError(f"Invalid lower={lower!r} and upper={upper!r} of Tanh: upper must be above lower.")
+        self.lower, self.upper = float(lower), float(upper)
+
+    def remaining(self, progress: float) -> float:
+        """(1 − tanh(lower + progress·(upper − lower))) / 2, and 0 at the end."""
+        if progress == 1:
+            return 0.0
+        return (1 - math.tanh(self.lower * (1 - progress) + self.upper * progress)) / 2
+
+
 class InverseSqrt(Schedule):
     """The inverse square root of the steps since the warmup. Needs no length of the run.
 

@@ -9,15 +9,15 @@ import types
 from typing import Any
 
 
-def timm(module: str) -> Any:
-    """``timm.optim.<module>``, without importing timm's models, which want torchvision."""
+def timm(module: str, package: str = "optim") -> Any:
+    """``timm.<package>.<module>``, without importing timm's models, which want torchvision."""
     if "timm" not in sys.modules:
         spec = importlib.util.find_spec("timm")
         assert spec is not None
         assert spec.submodule_search_locations is not None
         (folder,) = spec.submodule_search_locations
         for name, path in (("timm", folder), ("timm.optim", f"{folder}/optim")):
-            package = types.ModuleType(name)
-            package.__path__ = [path]
-            sys.modules[name] = package
-    return importlib.import_module(f"timm.optim.{module}")
+            stub = types.ModuleType(name)
+            stub.__path__ = [path]
+            sys.modules[name] = stub
+    return importlib.import_module(f"timm.{package}.{module}")

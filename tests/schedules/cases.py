@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import cos, pi, sqrt
+from math import cos, pi, sqrt, tanh
 from typing import NamedTuple
 
 from lightning_optim import schedules as s
@@ -53,6 +53,7 @@ CASES = [
     Case("polynomial", s.Polynomial(WARMUP, power=2, final=0.1), lambda t, n: 0.1 + 0.9 * ((n - t) / n) ** 2),
     Case("exponential", s.Exponential(WARMUP, final=0.01), lambda t, n: 0.01 ** (t / n)),
     Case("rex", s.REX(WARMUP), lambda t, n: (n - t) / (0.5 * n + 0.5 * (n - t))),
+    Case("tanh", s.Tanh(WARMUP, final=0.1), lambda t, n: 0.1 + 0.45 * (1 - tanh(10 * t / n - 7)) * (t < n)),
     Case("inverse_sqrt", s.InverseSqrt(WARMUP), lambda t, n: sqrt(WARMUP / (t + WARMUP)), bounded=False),
     Case("step", s.Step(WARMUP, every=5, factor=0.5), lambda t, n: 0.5 ** (t // 5), bounded=False),
     Case(

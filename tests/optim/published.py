@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -18,6 +19,7 @@ def timm(module: str, package: str = "optim") -> Any:
         (folder,) = spec.submodule_search_locations
         for name, path in (("timm", folder), ("timm.optim", f"{folder}/optim")):
             stub = types.ModuleType(name)
+            stub.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)  # transformers looks for it
             stub.__path__ = [path]
             sys.modules[name] = stub
     return importlib.import_module(f"timm.{package}.{module}")

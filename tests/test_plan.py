@@ -278,4 +278,7 @@ def test_the_examples_have_a_plan(example, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", sys.path[:])
     main(["plan", "--config", f"examples/{example}.yaml"])
-    assert "No conflicts." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "No conflicts." in out
+    if example == "char_lm":
+        assert out[out.index("Optimizer steps") :].rstrip() in (ROOT / "docs/concepts/plan.md").read_text()

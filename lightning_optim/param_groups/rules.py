@@ -202,7 +202,8 @@ class ParamGroupRule:
             parts = sorted({part for parameter in parameters for part in parameter.parts})
             return f"{start}. Parts that {len(parameters)} parameters belong to: {', '.join(parts) or 'none'}."
         words = re.sub(r"[^\w.]+", "", (self.pattern or self.glob or "").replace("\\.", "."))
-        close = difflib.get_close_matches(words, [parameter.name for parameter in parameters], n=3, cutoff=0.0)
+        names = [name for parameter in parameters for name in parameter.names]
+        close = difflib.get_close_matches(words, names, n=3, cutoff=0.0)
         return f"{start}. Similar names: {', '.join(map(repr, close))}."
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.backends.scalars import read
 from lightning_optim.backends.shards import local, sum_over_shards
+from lightning_optim.flat_shards import FlatShards
 from lightning_optim.measure import measure_largest, measure_norm_sq, measure_units
 from lightning_optim.stats import GradStats, UnitNorms
 from lightning_optim.transfer import upload
@@ -26,16 +27,23 @@ class Gradients:
         optimizer: The optimizer.
         scale: The loss scale that is still in them, shape [], or None.
         names: Names of parameters that the optimizer itself does not know.
+        shards: If parameters are flat shards: then all of those belong to the step, because this rank having no part of
+            one does not mean that others have none.
     """
 
     def __init__(
-        self, optimizer: Optimizer, scale: Tensor | None = None, names: Mapping[Tensor, str] = _NO_NAMES
+        self,
+        optimizer: Optimizer,
+        scale: Tensor | None = None,
+        names: Mapping[Tensor, str] = _NO_NAMES,
+        shards: FlatShards | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.scale = scale
-        groups = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
+        self.shards = shards
+        groups = [[p for p in group["params"] if self._takes_part(p)] for group in optimizer.param_groups]
         self.params: list[Tensor] = [p for group in groups for p in group]
-        self.grads: list[Tensor] = [p.grad for p in self.params if p.grad is not None]
+        self.grads: list[Tensor] = [p.new_empty(0) if p.grad is None else p.grad for p in self.params]
         self.group_sizes = tuple(len(group) for group in groups)
         self.parameters = sum(len(group["params"]) for group in optimizer.param_groups)
         self._names = names
@@ -46,7 +54,7 @@ class Gradients:
             group_names=group_names_of(optimizer),
             places=None if len(self.params) == self.parameters else self._places(),
             reads={
-                "numel": lambda: tuple(param.numel() for param in self.params),
+                "numel": lambda: tuple(p.numel() if shards is None else shards.numel(p) for p in self.params),
                 "names": self._read_names,
                 "largest": self._read_largest,
                 "units": self._read_units,
@@ -57,11 +65,23 @@ class Gradients:
 
     def norm_sq_now(self) -> Tensor:
         """Another read: square sums of the gradients as they are at this moment."""
-        return self._unscaled_sq(measure_norm_sq(self.grads))
+        return self._unscaled_sq(self.sum_shards(measure_norm_sq(self.grads)))
+
+    def present(self) -> list[int] | None:
+        """Which of the tensors have a gradient on this rank; None if all."""
+        held = [i for i, param in enumerate(self.params) if param.grad is not None]
+        return None if len(held) == len(self.params) else held
+
+    def sum_shards(self, values: Tensor) -> Tensor:
+        """Values of flat shards ([tensors] or [tensors, columns]) as those of whole tensors."""
+        return values if self.shards is None else self.shards.sum(values, self.params)
+
+    def _takes_part(self, param: Tensor) -> bool:
+        return param.grad is not None or (self.shards is not None and param in self.shards and param.requires_grad)
 
     def _places(self) -> Tensor | None:
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
-        places = [place for place, p in enumerate(everything) if p.grad is not None]
+        places = [place for place, p in enumerate(everything) if self._takes_part(p)]
         return upload(places, self.params[0].device, torch.int64) if places else None
 
     def _unscaled_sq(self, values: Tensor) -> Tensor:
@@ -77,6 +97,7 @@ class Gradients:
 
     def _read_largest(self) -> Tensor:
         largest = measure_largest(self.grads)
+        largest = largest if self.shards is None else self.shards.max(largest, self.params)
         return largest if self.scale is None else largest / self.scale.to(largest.device)
 
     def _read_units(self) -> UnitNorms:
@@ -94,7 +115,7 @@ class Gradients:
         """Which tensors have one of the states called ``names``, and which; refuses an optimizer that keeps none."""
         found = []
         for index, param in enumerate(self.params):
-            state = self.optimizer.state.get(param)
+            state = self.optimizer.state.get(param)  # asks for nothing to be made
             name = next((name for name in names if state and isinstance(state.get(name), Tensor)), None)
             if name is not None and not state[name].is_floating_point():  # type: ignore[index]
                 raise ValueError(f"{wanted} cannot read state in 8 bits: use state_bits of 16 or 32.")
@@ -112,12 +133,13 @@ class Gradients:
         found = self._states("exp_avg", "momentum_buffer", wanted="Clipping by the ratio to the momentum")
         norm_sq = torch.zeros_like(self.stats.norm_sq)
         if not found:
-            return norm_sq
+            return self.sum_shards(norm_sq)
         device = norm_sq.device
         measured = measure_norm_sq([self.optimizer.state[self.params[i]][name] for i, name in found])
         share = [1.0 if name == "exp_avg" else _share(self._groups[i]) for i, name in found]
         rows = upload([i for i, _ in found], device, torch.int64)
-        return norm_sq.scatter(0, rows, measured.to(norm_sq.dtype) * upload(share, device, norm_sq.dtype).square())
+        weight = upload(share, device, norm_sq.dtype).square()
+        return self.sum_shards(norm_sq.scatter(0, rows, measured.to(norm_sq.dtype) * weight))
 
     def _read_grad_sq_over_exp_avg_sq(self) -> Tensor:
         """Σ g²/v̂ of each tensor, with v̂ after this step; one read of the gradients gives their square sums as well."""
@@ -131,7 +153,7 @@ class Gradients:
             total = grad_sq.sum()
             ratio = self._over_exp_avg_sq(grad_sq, self.params[i], self._groups[i], i in kept)
             sums.append(torch.stack([total, ratio.to(total.dtype)]).to(device, wide, non_blocking=True))
-        both = sum_over_shards(torch.stack(sums), self.params)
+        both = self.sum_shards(sum_over_shards(torch.stack(sums), self.params))
         self._norm_sq = both[:, 0]
         return both[:, 1]
 

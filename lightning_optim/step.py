@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_optim.clipping import Clip, Clipper, ClipRule
+from lightning_optim.clipping import Clip, Clipper, ClipRule, Divisor
 from lightning_optim.closure import run_closure
 from lightning_optim.divergence import Detector, NonFiniteGradient
+from lightning_optim.flat_shards import FlatShards
 from lightning_optim.gradients import Gradients, group_names_of, names_of
 from lightning_optim.measure import measure_update
 from lightning_optim.operands import StepSkipped, operands_for
 from lightning_optim.stats import GradStats, StepCounts, StepRecord, StepStats
-from lightning_optim.transfer import HostMirror
+from lightning_optim.transfer import HostMirror, upload
 
 __all__ = ["StepPipeline"]
 
@@ -46,10 +47,11 @@ class StepPipeline:
         clip_state: What `clip_state` gave, on a resume.
         names: Names of parameters, for clip rules that ask for them; those in the optimizer's groups need none.
         group_names: What groups a clip rule may speak of; None for those of the optimizer.
+        shards: Where torch's first FSDP has cut the parameters up (`FlatShards.of(model)`); None if it has not.
 
     Raises:
         TypeError: The optimizer is LBFGS.
-        ValueError: The clip rule speaks of a group or parameter that is not there.
+        ValueError: The clip rule speaks of a group or parameter that is not there, or needs whole rows of shards.
 
     Example:
         >>> from lightning_optim.clipping import GlobalNorm
@@ -76,6 +78,7 @@ class StepPipeline:
         clip_state: Mapping[str, Any] | None = None,
         names: Mapping[Tensor, str] | None = None,
         group_names: Collection[str] | None = None,
+        shards: FlatShards | None = None,
     ) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(
@@ -86,6 +89,7 @@ class StepPipeline:
         self.clipper = None if clip is None else Clipper(clip, clip_limit)
         self.detectors = tuple(detectors)
         self._names = names or {}
+        self._shards = shards
         self.on_report = on_report
         self.report_due = report_due
         counts = counts or StepCounts()
@@ -100,6 +104,11 @@ class StepPipeline:
             self.clipper.load_state_dict(clip_state or {})
             known = set(group_names_of(optimizer)) if group_names is None else group_names
             self.clipper.rule.check(known, self._all_names())
+            if shards is not None and self.clipper.rule.reads_units:
+                raise ValueError(
+                    f"{clip!r} needs whole rows of matrices, and FSDP cuts flattened parameters anywhere. Use FSDP2 "
+                    "(fully_shard, Lightning's ModelParallelStrategy), which cuts between rows, or another method."
+                )
             if self._operands.skips_for_free and not any(isinstance(d, NonFiniteGradient) for d in self.detectors):
                 self.detectors = (NonFiniteGradient(), *self.detectors)
         self._handles: list[RemovableHandle] = [
@@ -151,7 +160,7 @@ class StepPipeline:
         step = self._step = self._open()
         if step is not None:
             try:
-                self._operands.apply(step.gradients.grads, step.clip, step.skip, loss)
+                self._operands.apply(*step.held_here(), step.skip, loss)
                 step.measure_clipped()
             except StepSkipped:
                 self._after(optimizer, args, kwargs)
@@ -168,7 +177,7 @@ class StepPipeline:
         """Measures and decides; None if there is no gradient, so that no step can happen."""
         scale, skip = self._operands.incoming()
         reported = self.on_report is not None and self.report_due()
-        gradients = Gradients(self.optimizer, scale, self._names)
+        gradients = Gradients(self.optimizer, scale, self._names, self._shards)
         if not gradients.grads:
             return None
         step = _Step(gradients, reported)
@@ -216,6 +225,15 @@ class _Step:
         self._before: list[Tensor] | None = None
         self._clipped_norm_sq: Tensor | None = None
 
+    def held_here(self) -> tuple[list[Tensor], Clip | None]:
+        """The gradients that the optimizer will find on this rank, and what to do with them."""
+        grads, clip = self.gradients.grads, self.clip
+        if self.gradients.shards is None or (present := self.gradients.present()) is None:
+            return grads, clip
+        if isinstance(clip, Divisor) and clip.values.dim() == 1:
+            clip = Divisor(clip.values[upload(present, clip.values.device)])
+        return [grads[i] for i in present], clip
+
     def measure_clipped(self) -> None:
         """Called when clipping has been handed over: the report wants to know what the update sees."""
         if self.reported:
@@ -230,13 +248,15 @@ class _Step:
 
     def record(self, optimizer: Optimizer, steps: int, counts: Tensor) -> StepRecord:
         if self._before is not None:
-            sums = measure_update(self._before, self.gradients.params)
+            sums = self.gradients.sum_shards(measure_update(self._before, self.gradients.params))
             if self.skip is not None:  # as our own optimizers say it: there was no update
                 sums = sums.masked_fill(self.skip > 0, torch.nan)
             update = StepStats(sums, self.gradients.group_sizes, self.stats.numel)
         else:
             update = optimizer.step_stats  # type: ignore[attr-defined]
             optimizer.collect_step_stats = False  # type: ignore[attr-defined]
+            if self.gradients.shards is not None:
+                update = self._over_shards(update)
         zero = torch.zeros_like(self.stats.norm_sq[0])
         if self._clipped_norm_sq is None:  # the step was left out by a GradScaler
             self._clipped_norm_sq = torch.full_like(self.stats.norm_sq, torch.nan)
@@ -253,3 +273,11 @@ class _Step:
             steps=steps,
             counts=counts.clone(),
         )
+
+    def _over_shards(self, update: StepStats) -> StepStats:
+        """Sums that the optimizer has taken over its parts of flat shards, as those of whole tensors."""
+        sums = update.sums
+        if (present := self.gradients.present()) is not None:
+            here = upload(present, sums.device, torch.int64)
+            sums = sums.new_zeros(len(self.gradients.params), sums.shape[1]).index_copy(0, here, sums)
+        return StepStats(self.gradients.sum_shards(sums), self.gradients.group_sizes, self.stats.numel)

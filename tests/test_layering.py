@@ -23,7 +23,7 @@ LAYERS = [
     ("factory", "plan"),
     ("optimizer_choice",),
     ("step", "resume", "diagnostics", "tensorboard", "training_length", "freezing", "late_groups"),
-    ("operands", "gradients", "measure"),
+    ("operands", "gradients", "measure", "flat_shards"),
     ("optim",),
     ("backends",),
     ("clipping", "divergence", "schedules", "param_groups"),

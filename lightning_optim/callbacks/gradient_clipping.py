@@ -6,8 +6,8 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_optim.callbacks.hub import HubCallback
-from lightning_optim.clipping import ClipRule, make_clip_rule
+from lightning_optim.callbacks.hub import HubCallback, has_engine
+from lightning_optim.clipping import ClipRule, GlobalNorm, make_clip_rule
 from lightning_optim.durations import Horizon
 from lightning_optim.schedules import Schedule, get_schedule
 
@@ -67,6 +67,25 @@ class GradientClipping(HubCallback):
                 f"Gradients would be clipped twice: by Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) and by "
                 f"{self!r}. Remove one; the callback also works with fused optimizers in 16-bit precision."
             )
+
+        if stage == "fit" and has_engine(trainer):
+            self._hand_to_engine(trainer)
+
+    def _hand_to_engine(self, trainer: L.Trainer) -> None:
+        """Has DeepSpeed clip, which it can by one constant global norm."""
+        rule = self.rule
+        if not isinstance(rule, GlobalNorm) or self.schedule is not None:
+            raise MisconfigurationException(
+                f"{self!r} cannot be used with {type(trainer.strategy).__name__}: DeepSpeed's engine clips by itself, "
+                "by a constant global norm only. Use GradientClipping(max_norm=...), or FSDP2 (ModelParallelStrategy)."
+            )
+        config: dict[str, Any] = trainer.strategy.config  # type: ignore[attr-defined]
+        if (other := config.get("gradient_clipping")) not in (None, rule.max_norm):
+            raise MisconfigurationException(
+                f"Gradients would be clipped by two limits: gradient_clipping={other!r} in DeepSpeed's configuration, "
+                f"and {self!r}. Remove one."
+            )
+        config["gradient_clipping"] = rule.max_norm
 
     def clip_rule(self) -> ClipRule:
         """The rule, which holds no state and can serve several optimizers."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_optim.clipping import ClipRule
 from lightning_optim.divergence import Detector
 from lightning_optim.durations import Horizon
+from lightning_optim.flat_shards import FlatShards
 from lightning_optim.freezing import freezing_of
 from lightning_optim.gradients import group_names_of
 from lightning_optim.schedules import Scheduler
@@ -23,9 +24,6 @@ from lightning_optim.step import StepPipeline
 from lightning_optim.training_length import horizon_of
 
 CHECKPOINT_KEY = "lightning_optim"
-
-# Their gradients are shards, or their engine steps by itself: a norm taken here would be wrong, so it is refused.
-_UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 _hubs: weakref.WeakKeyDictionary[L.Trainer, Hub] = weakref.WeakKeyDictionary()
 
@@ -168,32 +166,11 @@ class Hub:
     def start(self) -> None:
         """Puts a pipeline on each optimizer and tells the schedulers how long the run is."""
         trainer = self.trainer
-        strategy = type(trainer.strategy).__name__
-        if strategy in _UNSUPPORTED_STRATEGIES:
-            ours = ", ".join(type(member).__name__ for member in self.members)
-            raise MisconfigurationException(
-                f"{ours} cannot be used with {strategy} yet: gradients are sharded there. Use one device or DDP."
-            )
         self._check_schedulers()
-        clipping = next((member for member in self.members if member.clip_rule() is not None), None)
-        horizon = horizon_of(trainer)
-        names: dict[Tensor, str] = {p: key for key, p in trainer.lightning_module.named_parameters()}
-        group_names = {name for optimizer in trainer.optimizers for name in group_names_of(optimizer)}
-        for index, optimizer in enumerate(trainer.optimizers):
-            self.pipelines.append(
-                StepPipeline(
-                    optimizer,
-                    clip=None if clipping is None else clipping.clip_rule(),
-                    clip_limit=None if clipping is None else clipping.clip_limit(horizon),
-                    clip_state=self._restored_clip[index] if index < len(self._restored_clip) else None,
-                    names=names,
-                    group_names=group_names,
-                    detectors=[detector for member in self.members for detector in member.detectors()],
-                    report_due=self._report_due,
-                    on_report=lambda record, index=index: self._report(index, record),  # type: ignore[misc]
-                    counts=self._restored[index] if index < len(self._restored) else None,
-                )
-            )
+        if has_engine(trainer):
+            self._check_engine()
+        else:
+            self._start_pipelines()
         for config in trainer.lr_scheduler_configs:
             if isinstance(scheduler := config.scheduler, Scheduler):
                 if scheduler.asks_for_horizon:  # again, if a tuner has run a shorter fit before this one
@@ -204,6 +181,41 @@ class Hub:
             if (freezing := freezing_of(optimizer)) is not None:
                 freezing.start()
                 self.on_close(freezing.release)
+
+    def _start_pipelines(self) -> None:
+        trainer = self.trainer
+        clipping = next((member for member in self.members if member.clip_rule() is not None), None)
+        horizon = horizon_of(trainer)
+        names: dict[Tensor, str] = {p: _plain(key) for key, p in trainer.lightning_module.named_parameters()}
+        shards = FlatShards.of(trainer.strategy.model) if trainer.strategy.model is not None else None
+        group_names = {name for optimizer in trainer.optimizers for name in group_names_of(optimizer)}
+        for index, optimizer in enumerate(trainer.optimizers):
+            self.pipelines.append(
+                StepPipeline(
+                    optimizer,
+                    clip=None if clipping is None else clipping.clip_rule(),
+                    clip_limit=None if clipping is None else clipping.clip_limit(horizon),
+                    clip_state=self._restored_clip[index] if index < len(self._restored_clip) else None,
+                    names=names,
+                    group_names=group_names,
+                    shards=shards,
+                    detectors=[detector for member in self.members for detector in member.detectors()],
+                    report_due=self._report_due,
+                    on_report=lambda record, index=index: self._report(index, record),  # type: ignore[misc]
+                    counts=self._restored[index] if index < len(self._restored) else None,
+                )
+            )
+
+    def _check_engine(self) -> None:
+        """DeepSpeed's engine clips by itself (`GradientClipping` has told it), and lets nobody look in between."""
+        asking = [m for m in self.members if m.detectors() or type(m).on_report is not HubCallback.on_report]
+        if asking:
+            names = ", ".join(type(member).__name__ for member in asking)
+            raise MisconfigurationException(
+                f"{names} cannot be used with {type(self.trainer.strategy).__name__}: DeepSpeed's engine "
+                "partitions the gradients, checks them and steps by itself, out of our sight. Use FSDP2 "
+                "(ModelParallelStrategy) or DDP, or remove the callback."
+            )
 
     def expect_step(self, optimizer: Optimizer) -> None:
         """Says that this optimizer's gradients are ready."""
@@ -261,6 +273,18 @@ class Hub:
                     f"Two schedules for one optimizer: {_describe(other)} and {_describe(scheduler)}. Each would "
                     "overwrite the other's learning rates, so remove one."
                 )
+
+
+def has_engine(trainer: L.Trainer) -> bool:
+    """Whether DeepSpeed steps in place of the optimizer. By name, because its strategy exists without the package."""
+    return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(trainer.strategy).__mro__)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what wrappers of its modules add."""
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _describe(scheduler: Any) -> str:

@@ -32,6 +32,8 @@ class AGC(ClipRule):
         https://arxiv.org/abs/2102.06171
     """
 
+    reads_units = True
+
     def __init__(self, clip_factor: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = ()) -> None:
         self.clip_factor = above_zero("clip_factor", clip_factor, 0.01)
         self.eps = above_zero("eps", eps, 1e-3, "leave gradient clipping out; at 0, what starts at zero stays there")

@@ -34,6 +34,9 @@ class ClipRule(ABC):
     per_parameter: ClassVar[tuple[str, ...]] = ()
     """Names of the state that has one value for each parameter of the optimizer, with a gradient or not."""
 
+    reads_units: ClassVar[bool] = False
+    """Whether it needs the norm of each row, so that no row may be cut in pieces that only FSDP can put together."""
+
     @abstractmethod
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor | Clip:
         """What to do with these gradients.

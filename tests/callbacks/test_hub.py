@@ -327,15 +327,6 @@ def test_lbfgs_is_refused_before_the_first_step():
         make_trainer([lo.GradientClipping()]).fit(model, batches(2))
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
-def test_sharded_strategies_are_refused_by_name(name):
-    from lightning.pytorch.strategies import SingleDeviceStrategy
-
-    strategy = type(name, (SingleDeviceStrategy,), {})(device="cpu")
-    with pytest.raises(MisconfigurationException, match=f"GradientClipping.*{name}"):
-        make_trainer([lo.GradientClipping()], strategy=strategy).fit(Net(), batches(2))
-
-
 def test_a_module_that_returns_no_loss_now_and_then_is_served(logger):
     class Sometimes(Net):
         def training_step(self, batch, batch_idx):

@@ -1,0 +1,109 @@
+"""Two processes on the CPU train a model in shards (FSDP2). Run by test_fsdp2.py: ``python fsdp2_script.py FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import lightning_optim as lo
+from lightning_optim import clipping
+from tests import ranks
+from tests.helpers import ADAMWS, Net, batches, make_trainer
+
+STEPS = 12
+BAD_STEP, BAD_RANK = 5, 1
+# Limits that bind now and then for gradients of `Net`, whose norm is about 1.
+RULES = {
+    "adagc": lambda: clipping.AdaGC(max_norm=0.5, warmup=4, patience=3),
+    "agc": lambda: clipping.AGC(0.02, exclude=["^head"]),
+    "autoclip": lambda: clipping.AutoClip(50.0, window=4),
+    "block_rms": lambda: clipping.BlockRMS(0.1),
+    "global_norm": lambda: clipping.GlobalNorm(0.5),
+    "group_norm": lambda: clipping.GroupNorm(0.4, {"no_decay": 0.1}),
+    "momentum_ratio": lambda: clipping.MomentumRatio(1.5, warmup=2),
+    "update_rms": lambda: clipping.UpdateRMS(0.9),
+    "value": lambda: clipping.Value(0.05),
+    "zclip": lambda: clipping.ZClip(threshold=0.5, warmup=3, window=8, max_norm=2.0),
+}
+# Every rule with our optimizer; every way to hand over its operands with a rule of each form.
+RUNS = [("ours", rule) for rule in RULES]
+RUNS += [(kind, rule) for kind in ("torch-fused", "torch") for rule in ("global_norm", "group_norm", "agc", "value")]
+
+
+class Deciding(L.Callback):
+    """Notes the counts after each batch."""
+
+    def __init__(self) -> None:
+        self.counts = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        guard = next(c for c in trainer.callbacks if isinstance(c, lo.DivergenceGuard))
+        (counts,) = guard.hub.counts()
+        self.counts.append([counts.steps, counts.clipped, counts.skipped])
+
+
+class Bad(Net):
+    """Each rank takes its part of every batch; the loss is NaN on one rank at one step."""
+
+    def training_step(self, batch, batch_idx):
+        ranks = self.trainer.world_size
+        loss = super().training_step([part[self.global_rank :: ranks] for part in batch], batch_idx)
+        bad = batch_idx == BAD_STEP and self.global_rank == (BAD_RANK if ranks > 1 else 0)
+        return loss * float("nan") if bad else loss
+
+
+class Sharded(Bad):
+    """In shards over the ranks, by its rows."""
+
+    def configure_model(self):
+        if isinstance(self.body.weight, DTensor):
+            return
+        for layer in (self.body, self.norm, self.head):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def fit(kind: str, rule: str, folder: Path, sharded: bool) -> dict[str, object]:
+    """Counts after each step and the final weights, whole."""
+    deciding = Deciding()
+    trainer = make_trainer(
+        [
+            lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01, schedule="cosine", warmup=2),
+            lo.GradientClipping(method=RULES[rule]()),
+            lo.DivergenceGuard(),
+            lo.OptimizerMonitor(),
+            deciding,
+        ],
+        logger=L.loggers.TensorBoardLogger(folder, name=f"{kind}-{rule}", version="0"),
+        **({"devices": 2, "strategy": strategy(), "use_distributed_sampler": False} if sharded else {}),
+    )
+    model = (Sharded if sharded else Bad)(seed=7)
+    trainer.fit(model, batches(STEPS, batch_size=4))
+    (state,) = trainer.callbacks[0]._kept_state.get("clip", [{}])
+    return {
+        "counts": deciding.counts,
+        "weights": [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()],
+        "clip": state,
+    }
+
+
+def strategy() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+def main(folder: Path) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    results = {f"{kind}-{rule}": fit(kind, rule, folder, sharded=True) for kind, rule in RUNS}
+    torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    ranks.leave()

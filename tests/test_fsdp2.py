@@ -1,0 +1,59 @@
+"""Clipping, guard and monitor of a model in shards (FSDP2, through Lightning): as on one device with whole tensors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fsdp2_script import BAD_STEP, RUNS, STEPS, fit
+from tests.helpers import bit_equal, read_events
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:Step .* skipped")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One launch for all, because starting the processes takes longer than training."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    ignored = ("SLURM", "PL_", "LOCAL_RANK", "MASTER_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ignored)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "fsdp2_script.py", folder],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(("kind", "rule"), RUNS)
+def test_in_shards_as_on_one_device(runs, kind, rule, tmp_path):
+    folder, ranks = runs
+    first, second = (rank[f"{kind}-{rule}"] for rank in ranks)
+    whole = fit(kind, rule, tmp_path, sharded=False)
+    assert first["counts"] == second["counts"]
+    assert bit_equal(first["weights"], second["weights"])
+    assert bit_equal(first["clip"], second["clip"])
+    assert first["counts"] == whole["counts"]
+    assert len(whole["counts"]) == STEPS
+    assert whole["counts"][-1][1] > 0
+    assert [skipped for *_, skipped in whole["counts"]] == [0] * BAD_STEP + [1] * (STEPS - BAD_STEP)
+    torch.testing.assert_close(first["weights"], [w.detach() for w in whole["weights"]], rtol=1e-4, atol=1e-5)
+    if whole["clip"]:
+        torch.testing.assert_close(first["clip"]["state"], whole["clip"]["state"], rtol=1e-4, atol=1e-6)
+    name = f"{kind}-{rule}"
+    for tag, points in read_events(tmp_path / name / "0").items():
+        if tag.startswith("optim_"):
+            sharded = read_events(folder / name / "0")[tag]
+            assert [step for step, _ in sharded] == [step for step, _ in points]
+            values = [value for _, value in sharded]
+            assert values == pytest.approx([value for _, value in points], rel=1e-3, abs=1e-6, nan_ok=True), tag

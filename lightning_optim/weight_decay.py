@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from lightning_optim.messages import nearest
+from lightning_optim.rules import absolute, maximum, minimum, where
 
 T = TypeVar("T")
 
 
 class WeightDecayKind(str, Enum):
-    """How `weight_decay` λ acts on a weight w at learning rate lr.
-
-    All but L2 multiply the weights by 1 − c before the update; they differ in how c follows a schedule of lr, whose
-    peak is kept in each parameter group as `peak_lr`.
+    """How `weight_decay` λ acts on a weight w at learning rate lr, beside an update u (w ← w − u without decay).
 
     References:
-        Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, https://arxiv.org/abs/1711.05101;
+        Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, https://arxiv.org/abs/1711.05101
+        (decoupled, and independent, which is Algorithm 2 as printed);
         Defazio, Why Gradients Rapidly Increase Near the End of Training, 2025, https://arxiv.org/abs/2506.02285
-        (corrected).
+        (corrected);
+        Parikh & Boyd, Proximal Algorithms, 2014, section 6.5.2 (l1);
+        Li et al., Explicit Inductive Bias for Transfer Learning, 2018, https://arxiv.org/abs/1802.01483 (l2_sp);
+        Chen et al., Cautious Weight Decay, 2025, https://arxiv.org/abs/2510.12402 (cautious);
+        Kosson et al., Rotational Equilibrium, 2024, https://arxiv.org/abs/2305.17212 (norm).
     """
 
     DECOUPLED = "decoupled"
-    """c = lr·λ, as torch's AdamW."""
+    """w ← w - u - c·w with c = lr·λ, as torch's AdamW."""
     INDEPENDENT = "independent"
-    """c = lr/peak·λ: λ is the fraction lost per step at peak, whatever the peak. λ is then far smaller (1e-4, say)."""
+    """The same with c = lr/peak·λ: λ is the fraction lost per step at peak, whatever the peak, and far smaller (1e-4,
+    say). The peak of a schedule of lr is kept in each parameter group as `peak_lr`."""
     CORRECTED = "corrected"
-    """c = lr²·λ/peak: keeps the ratio of gradient norm to weight norm steady as lr falls."""
+    """The same with c = lr²·λ/peak: keeps the ratio of gradient norm to weight norm steady as lr falls."""
     L2 = "l2"
     """λ·w is added to the gradient and so enters the moments, as torch's Adam and SGD."""
+    L1 = "l1"
+    """w ← S(w - u, lr·λ), where S moves towards 0 by its second argument and stops there: weights become exactly 0."""
+    L2_SP = "l2_sp"
+    """w ← w - u - lr·λ·(w - w₀): towards the weights at the optimizer's first step, for fine-tuning. One more state."""
+    CAUTIOUS = "cautious"
+    """Decoupled, where update and decay point the same way (u·w ≥ 0) only: decay never works against the gradient."""
+    NORM = "norm"
+    """Each tensor is scaled to a root mean square of λ after its update, instead of decaying: w ← λ·v/rms(v) with
+    v = w - u. λ is then about what the weights were initialised with (0.02, say); tensors with λ = 0 are left alone."""
 
     @classmethod
     def parse(cls, given: str | WeightDecayKind) -> WeightDecayKind:
@@ -53,7 +69,7 @@ class WeightDecayKind(str, Enum):
 
 
 def decay_coefficients(kind: WeightDecayKind, lr: T, weight_decay: Any, peak_lr: float) -> tuple[T | float, T | float]:
-    """The pair (c, l2): weights shrink by c·w, and l2·w is added to the gradient; one of them is always 0.
+    """The pair (c, l2): what the kind's function in `CHANGES` takes, and λ for the gradient; one of them is always 0.
 
     Args:
         kind: The meaning of ``weight_decay``.
@@ -67,11 +83,13 @@ def decay_coefficients(kind: WeightDecayKind, lr: T, weight_decay: Any, peak_lr:
     """
     if kind is WeightDecayKind.L2:
         return 0.0, weight_decay
-    if kind is WeightDecayKind.DECOUPLED:
-        return lr * weight_decay, 0.0
     if kind is WeightDecayKind.INDEPENDENT:
         return lr / peak_lr * weight_decay, 0.0  # type: ignore[operator]
-    return lr * lr * weight_decay / peak_lr, 0.0  # type: ignore[operator]
+    if kind is WeightDecayKind.CORRECTED:
+        return lr * lr * weight_decay / peak_lr, 0.0  # type: ignore[operator]
+    if kind is WeightDecayKind.NORM:
+        return weight_decay, 0.0
+    return lr * weight_decay, 0.0
 
 
 def group_decay(group: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -81,16 +99,82 @@ def group_decay(group: Mapping[str, Any]) -> tuple[Any, Any]:
         >>> group_decay({"lr": 0.5, "weight_decay": 0.1, "peak_lr": 1.0, "weight_decay_kind": "decoupled"})
         (0.05, 0.0)
     """
-    kind = WeightDecayKind(group["weight_decay_kind"])
-    if kind is WeightDecayKind.L2 and group.get("decoupled_weight_decay"):  # torch's word in Adam, NAdam and RAdam
-        kind = WeightDecayKind.DECOUPLED
+    kind = _kind(group)
     return decay_coefficients(kind, group["lr"], group["weight_decay"], group["peak_lr"])
 
 
-def total_change(param: T, delta: T, decay: T) -> T:
-    """What is subtracted from a weight: the update plus the decay, in one term.
+def decay_form(group: Mapping[str, Any]) -> str:
+    """Which of `CHANGES` a parameter group needs; the plainest where nothing decays.
 
-    Run by every backend (its globals are rebound like those of a rule). One term, because a bf16 parameter rounds
-    `w·(1 − 1e-5)` back to w: decay survives only inside the sum that Kahan compensation or stochastic rounding sees.
+    Example:
+        >>> decay_form({"weight_decay": 0.1, "weight_decay_kind": "independent"})
+        'shrink'
     """
-    return delta + decay * param  # type: ignore[operator, no-any-return]
+    decays = isinstance(group["weight_decay"], Tensor) or group["weight_decay"] != 0
+    return _FORMS.get(_kind(group), "shrink") if decays else "shrink"
+
+
+def _kind(group: Mapping[str, Any]) -> WeightDecayKind:
+    kind = WeightDecayKind(group["weight_decay_kind"])
+    if kind is WeightDecayKind.L2 and group.get("decoupled_weight_decay"):  # torch's word in Adam, NAdam and RAdam
+        return WeightDecayKind.DECOUPLED
+    return kind
+
+
+# What is subtracted from a weight: the update plus the decay, in one term, because a bf16 parameter rounds
+# `w·(1 − 1e-5)` back to w: decay survives only inside the sum that Kahan compensation or stochastic rounding sees.
+# Run by every backend, with the named functions rebound like those of a rule; so there are no literals.
+
+
+def shrink(param: Any, delta: Any, decay: Any) -> Any:
+    """Towards 0 in proportion."""
+    return delta + decay * param
+
+
+def shrink_to_zero(param: Any, delta: Any, decay: Any) -> Any:
+    """Towards 0 by a fixed amount, and no further."""
+    return delta + minimum(maximum(param - delta, -decay), decay)
+
+
+def shrink_where_aligned(param: Any, delta: Any, decay: Any) -> Any:
+    """Towards 0 in proportion, where the update does not point away from it."""
+    product = delta * param
+    return where(product == absolute(product), delta + decay * param, delta)
+
+
+def pull(param: Any, delta: Any, decay: Any, initial: Any) -> Any:
+    """Towards the initial weight in proportion."""
+    return delta + decay * (param - initial)
+
+
+def rescale(param: Any, delta: Any, decay: Any) -> Any:
+    """To the moved weight times a factor, which is given in place of the decay."""
+    return param - decay * (param - delta)
+
+
+CHANGES: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (shrink, shrink_to_zero, shrink_where_aligned, pull, rescale)
+}
+"""By form: what is subtracted from a weight. `pull` also takes the state `INITIAL`; `rescale` takes `norm_factor`."""
+
+INITIAL = "initial_param"
+"""The state that `pull` needs: the weight as it was at the optimizer's first step, in the parameter's dtype."""
+
+_FORMS = {
+    WeightDecayKind.L1: "shrink_to_zero",
+    WeightDecayKind.L2_SP: "pull",
+    WeightDecayKind.CAUTIOUS: "shrink_where_aligned",
+    WeightDecayKind.NORM: "rescale",
+}
+
+
+def norm_factor(target: Tensor, moved_sq: Tensor, numel: Tensor) -> Tensor:
+    """What brings moved weights to a root mean square of ``target``; 1 where that is 0, or they are all 0.
+
+    Args:
+        target: λ of each tensor, [tensors].
+        moved_sq: Square sum of each (whole) tensor after its update, [tensors].
+        numel: Number of elements of each (whole) tensor, [tensors].
+    """
+    rms = (moved_sq / numel).sqrt()
+    return torch.where((target > 0) & (rms > 0), target / rms, 1.0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.rules import Rule
+from lightning_optim.weight_decay import INITIAL
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Batch:
         scalar_states: 0-d state by name (`step`, and the rule's `scalar_state`), on the parameters' device.
         groups: The parameter group of each tensor. `lr` may be a 0-d tensor.
         wholes: The parameters as the optimizer holds them, DTensors where sharded: sums over shards need to know.
+        decay_form: How parameters decay, one of `weight_decay.CHANGES`.
         cautious: Whether components of the update that point against the gradient are left out.
         kahan: Whether `kahan_comp` is among the states, in the parameter's dtype, and takes up what a step leaves out.
         stochastic: Names of the arrays ("param", states) that are rounded stochastically, to bfloat16 or to codes.
@@ -44,6 +46,7 @@ class Batch:
     groups: list[Mapping[str, Any]]
     wholes: list[Tensor]
     cautious: bool
+    decay_form: str = "shrink"
     kahan: bool = False
     stochastic: tuple[str, ...] = ()
     rounding_keys: list[Tensor] = field(default_factory=list)
@@ -56,8 +59,10 @@ class Batch:
 
     @cached_property
     def arrays(self) -> list[list[Tensor]]:
-        """The states, each a list over tensors: those of the rule, the compensation, the scales."""
-        names = [*self.rule.state, *(["kahan_comp"] if self.kahan else []), *(f"{n}_scale" for n in self.quantized)]
+        """The states, each a list over tensors: the rule's, compensation, initial weights, scales."""
+        names = [*self.rule.state, *(["kahan_comp"] if self.kahan else [])]
+        names += [INITIAL] if self.decay_form == "pull" else []
+        names += [f"{name}_scale" for name in self.quantized]
         return [[state[name] for state in self.states] for name in names]
 
     @cached_property
@@ -98,8 +103,9 @@ class Backend(ABC):
        `shared` had that pass before, in `sums`, and `Batch.shared` holds what came of it.)
     4. delta, *state = update(p, g, *state, *scalars), in float32 (float64 for float64 parameters).
     5. `cautious`: delta is 0 where delta·g ≤ 0, and multiplied by numel / max(count of the others, numel/1000).
-    6. p ← p − total_change(p, delta, decay), cast to the stored dtype at the very end; state likewise. With `kahan`
-       and `stochastic` as `rounding` says.
+    6. p ← p − change(p, delta, decay), cast to the stored dtype at the very end; state likewise. `change` is that of
+       `decay_form` in `weight_decay.CHANGES`; for `rescale`, `norm_factor` of the tensor's p − delta stands for
+       `decay`. With `kahan` and `stochastic` as `rounding` says.
     7. `step` += 1; other 0-d state takes the value `scalars` returned; rounding keys advance.
     8. On request, the step sums of `stats.STEP_SUMS`, g without its L2 term, in float32, by fixed-order sums over
        blocks and then over a tensor's blocks, never by atomics.

@@ -20,6 +20,7 @@ from lightning_optim.backends.scalars import commit, scalar_columns
 from lightning_optim.backends.shards import sum_over_shards
 from lightning_optim.rules import UpdateRule
 from lightning_optim.stats import STEP_SUMS
+from lightning_optim.weight_decay import norm_factor
 
 DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16", "uint8")}
 """What can be loaded and stored, with the name kernels are built by."""
@@ -34,7 +35,8 @@ class Operands:
         dtypes: Name of each slot's dtype: parameter, gradient, states; only the gradient for a measurement.
         numel: Elements of each tensor.
         addresses: Of the first elements, [tensors, slots].
-        kahan: As in the batch; the compensation is the slot after the states.
+        decay_form: As in the batch.
+        kahan: As in the batch; the compensation is the slot after the states. Then come initial weights, for `pull`.
         stochastic: As in the batch; the scalars then have the `rounding.KEY_COLUMNS`.
         quantized: As in the batch; their scales are the last slots.
     """
@@ -43,6 +45,7 @@ class Operands:
     dtypes: tuple[str, ...]
     numel: tuple[int, ...]
     addresses: npt.NDArray[np.int64]
+    decay_form: str = "shrink"
     kahan: bool = False
     stochastic: tuple[str, ...] = ()
     quantized: tuple[str, ...] = ()
@@ -71,9 +74,10 @@ class CompiledBackend(Backend):
         Args:
             operands: What to read and write.
             rule: Whose arithmetic to run.
-            purpose: `step` updates; `step+sums` also collects the step sums; `sums` takes the rule's own sums and
-                `agreement` counts the elements whose update agrees with the gradient, both writing nothing.
-            cautious: For the `step`s: apply the mask and the column `mask_scale`.
+            purpose: `step` updates; `step+sums` also collects the step sums. The others write nothing: `sums` takes the
+                rule's own sums, `agreement` counts the elements whose update agrees with the gradient, `moved_sq` takes
+                the square sum of parameters after the update.
+            cautious: For the `step`s and `moved_sq`: apply the mask and the column `mask_scale`.
             columns: Scalars by name, each [tensors], float64.
             skip: Non-zero: write nothing; the sums are then undefined.
 
@@ -124,6 +128,9 @@ class CompiledBackend(Backend):
                 counts = run("agreement")["agreement"]
                 whole = whole_numel(batch)
                 columns["mask_scale"] = whole / counts.maximum(whole * 1e-3)
+            if batch.decay_form == "rescale":
+                moved_sq = run("moved_sq", batch.cautious)["moved_sq"]
+                columns["decay"] = norm_factor(columns["decay"], moved_sq, whole_numel(batch))
             sums = run("step+sums" if collect else "step", batch.cautious)
         commit(batch, columns, skip)
         if not collect:
@@ -147,6 +154,7 @@ def operands_of(batch: Batch) -> Iterator[Operands]:
         tuple(DTYPES[column[0].dtype] for column in slots(batch)),
         tuple(map(Tensor.numel, batch.params)),
         addresses,
+        batch.decay_form,
         batch.kahan,
         batch.stochastic,
         batch.quantized,

@@ -61,7 +61,7 @@ class CpuBackend(CompiledBackend):
         skip: Tensor | None,
     ) -> tuple[tuple[str, ...], Tensor]:
         """See `CompiledBackend`."""
-        storing = (operands.kahan, operands.stochastic, operands.quantized)
+        storing = (operands.decay_form, operands.kahan, operands.stochastic, operands.quantized)
         kernel = build(rule, operands.dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # mypy: type not Hashable
         table = scalar_table(columns, kernel.scalars, operands.dtype)
         return kernel.sums, _run(kernel, operands, table.numpy())
@@ -73,7 +73,7 @@ class CpuBackend(CompiledBackend):
         return _run(kernel, operands, np.zeros((1, 1), wide))[:, 0]
 
     def _subtract(self, batch: Batch, deltas: Iterable[Tensor], decay: Tensor) -> None:
-        """Subtract ``deltas``, and the decay ([tensors]), from the parameters of ``batch`` in one pass.
+        """Subtract ``deltas``, and the plain form of decay ([tensors]), from the parameters of ``batch`` in one pass.
 
         Some tensors at a time: deltas that are made only when they are taken then stay in the cache.
         """

@@ -20,7 +20,7 @@ from lightning_optim.backends.cpu_memory import FAST_SUMS, compiled, load, named
 from lightning_optim.backends.quantization import BLOCK
 from lightning_optim.backends.rounding import KEY_COLUMNS, kahan_pending, kahan_rest, noise, slot_key
 from lightning_optim.rules import UpdateRule, rebind
-from lightning_optim.weight_decay import total_change
+from lightning_optim.weight_decay import CHANGES
 
 CHUNK = 4096
 """Elements summed in the arithmetic dtype before their sum joins a float64 total: bounds rounding, keeps the speed."""
@@ -48,6 +48,7 @@ def build(
     dtypes: tuple[str, ...],
     purpose: str,
     cautious: bool = False,
+    decay_form: str = "shrink",
     kahan: bool = False,
     stochastic: tuple[str, ...] = (),
     quantized: tuple[str, ...] = (),
@@ -57,23 +58,23 @@ def build(
     Args:
         rule: Whose arithmetic to run.
         dtypes: Names of torch dtypes.
-        purpose: `step` updates; `step+sums` also collects the step sums; `sums` takes the rule's own sums and
-            `agreement` counts the elements whose update agrees with the gradient, both writing nothing.
-        cautious: For the `step`s: apply the mask and the column `mask_scale`.
+        purpose: See `CompiledBackend.run`.
+        cautious: See `CompiledBackend.run`.
+        decay_form: Which of `weight_decay.CHANGES` to subtract.
         kahan: Whether the slot after the states is the parameter's compensation.
         stochastic: Names of the slots that are rounded stochastically.
         quantized: States that are codes; their scales are the last slots.
     """
     columns = scalar_names(rule, purpose, cautious)
     columns += KEY_COLUMNS if stochastic and purpose.startswith("step") else ()
-    text, sums = source(rule, dtypes, purpose, columns, cautious, kahan, stochastic, quantized)
+    text, sums = source(rule, dtypes, purpose, columns, cautious, decay_form, kahan, stochastic, quantized)
     function = rule.sums_update if purpose == "sums" else rule.update
     wide = "float64" if dtypes[0] == "float64" else "float32"
     named = named_functions(wide)
     names: dict[str, Any] = (cpu_quantized.names() if quantized else {}) | {
         "__name__": __name__,  # numba looks for a cached function's module
         "rule_function": rebind(function, named, compiled),
-        "total_change": rebind(total_change, named, compiled),
+        "change": rebind(CHANGES[decay_form], named, compiled),
         "kahan_pending": compiled(kahan_pending),
         "kahan_rest": compiled(kahan_rest),
         "noise": rebind(noise, {}, compiled),
@@ -94,7 +95,7 @@ def build(
         text + repr(dtypes),
         (
             function,
-            total_change,
+            CHANGES[decay_form],
             kahan_pending,
             kahan_rest,
             noise,
@@ -124,6 +125,7 @@ def source(
     purpose: str,
     columns: tuple[str, ...],
     cautious: bool,
+    decay_form: str = "shrink",
     kahan: bool = False,
     stochastic: tuple[str, ...] = (),
     quantized: tuple[str, ...] = (),
@@ -150,20 +152,23 @@ def source(
     else:
         body.append(f"{', '.join(['delta', *new])}{'' if new else ','} = rule_function({arguments})")
         agrees = "float(1) if delta * grad > zero else zero"
+        if cautious:
+            body.append(f"delta = delta * {scalar['mask_scale']} if delta * grad > zero else zero")
         if purpose == "agreement":
             terms = {"agreement": agrees}
+        elif purpose == "moved_sq":
+            terms = {"moved_sq": "(param - delta) * (param - delta)"}
         else:
-            if cautious:
-                body.append(f"delta = delta * {scalar['mask_scale']} if delta * grad > zero else zero")
             random = {slot: f", noise(i, key_{slot})" for slot in rounded}
             for i in states:
                 if i in codes:
                     body += [f"buffer_{i}[i - tile] = {new[i]}", f"max_{i} = maximum(absolute({new[i]}), max_{i})"]
                 else:
                     body.append(f"{new[i]} = store_{i + 2}(address_{i + 2}, i, {new[i]}{random.get(i + 2, '')})")
-            change = f"total_change(param, delta, {scalar['decay']})"
+            slot = 2 + len(rule.state)
+            initial = f", load_{slot + kahan}(address_{slot + kahan}, i)" if decay_form == "pull" else ""
+            change = f"change(param, delta, {scalar['decay']}{initial})"
             if kahan:
-                slot = 2 + len(rule.state)
                 body.append(f"pending = kahan_pending(load_{slot}(address_{slot}, i), {change})")
                 body.append("after = store_0(address_0, i, param + pending)")
                 body.append(f"store_{slot}(address_{slot}, i, kahan_rest(pending, after, param))")

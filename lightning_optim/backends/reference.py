@@ -18,7 +18,7 @@ from lightning_optim.backends.shards import sum_over_shards
 from lightning_optim.rules import TensorRule, UpdateRule, rebind
 from lightning_optim.stats import STEP_SUMS
 from lightning_optim.transfer import upload
-from lightning_optim.weight_decay import total_change
+from lightning_optim.weight_decay import CHANGES, INITIAL, norm_factor
 
 NAMED: dict[str, Callable[..., Any]] = {
     "sqrt": torch.sqrt,
@@ -85,7 +85,7 @@ def apply_tensor_rule(
     Args:
         batch: What to update.
         update: The rule's `update`, or what a backend has in its place.
-        subtract: A backend's faster way to subtract `total_change` of deltas and decay ([tensors]) from parameters,
+        subtract: A backend's faster way to subtract deltas, and decay ([tensors]) of the plain form, from parameters,
             for steps that need no more than that.
         divisor: As for `Backend.apply`.
         skip: As for `Backend.apply`.
@@ -100,9 +100,12 @@ def apply_tensor_rule(
         _wide(grad) if as_it_is else _grad(batch, i, scalars[i])
         for i, (grad, as_it_is) in enumerate(zip(batch.grads, as_given, strict=True))
     ]
-    states = [{n: _wide(tensor) for n, tensor in state.items() if n != "kahan_comp"} for state in batch.states]
+    states = [
+        {n: _wide(tensor) for n, tensor in state.items() if n not in ("kahan_comp", INITIAL)} for state in batch.states
+    ]
     deltas, new_states = update([_wide(p) for p in batch.params], grads, states, scalars, batch.groups)
-    if subtract is not None and not (batch.cautious or collect or batch.low_precision):
+    plain = batch.decay_form == "shrink" and not (batch.cautious or batch.low_precision)
+    if subtract is not None and plain and not collect:
         subtract(batch, deltas, columns["decay"])
         pairs = [(state[n], new[n]) for state, new in zip(batch.states, new_states, strict=True) for n in new]
         if pairs:
@@ -124,11 +127,23 @@ def _finish(
     on_host = batch.device.type == "cpu"
     if batch.cautious:
         steps = _cautious(batch, list(steps))
+    decay = columns["decay"].to(batch.dtype)
+    if batch.decay_form == "rescale":
+        steps = list(steps)
+        moved = [
+            (_wide(p) - delta).square().sum(dtype=widest_dtype(batch.device))
+            for p, (_, delta, _) in zip(batch.params, steps, strict=True)
+        ]
+        decay = norm_factor(columns["decay"], sum_over_shards(torch.stack(moved), batch.wholes), whole_numel(batch)).to(
+            batch.dtype
+        )
+    change = rebound(CHANGES[batch.decay_form])
     sums = []
     for i, (_, delta, new_state) in enumerate(steps):
         param, state = batch.params[i], batch.states[i]
         moments = new_state
-        new_param, new_state = _stored(batch, i, total_change(_wide(param), delta, scalars[i]["decay"]), new_state)
+        initial = [_wide(state[INITIAL])] if batch.decay_form == "pull" else []
+        new_param, new_state = _stored(batch, i, change(_wide(param), delta, decay[i], *initial), new_state)
         if collect:
             raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
             sums.append(_sums(batch, i, raw, new_param, moments, scalars[i]))

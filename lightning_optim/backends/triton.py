@@ -58,7 +58,7 @@ class TritonBackend(CompiledBackend):
     ) -> tuple[tuple[str, ...], Tensor]:
         """See `CompiledBackend`."""
         aligned = _aligned(operands)
-        kernel = build(rule, operands.dtypes, purpose, cautious, aligned)  # type: ignore[arg-type] # mypy: type not Hashable
+        kernel = build(rule, operands.dtypes, purpose, cautious, operands.decay_form, aligned)  # type: ignore[arg-type] # mypy: type not Hashable
         scalars = scalar_table(columns, kernel.scalars, operands.dtype)
         return kernel.sums, _run(kernel, operands, scalars, _flag(skip, operands.device))
 

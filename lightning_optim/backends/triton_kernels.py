@@ -14,7 +14,7 @@ from typing import Any
 from lightning_optim.backends.compiled import scalar_names
 from lightning_optim.backends.triton_functions import MOST_SUMS, NAMED, jit, jit_text
 from lightning_optim.rules import UpdateRule, rebind
-from lightning_optim.weight_decay import total_change
+from lightning_optim.weight_decay import CHANGES
 
 THREADS = 128
 """Of one program."""
@@ -40,7 +40,9 @@ class Kernel:
 
 
 @cache
-def build(rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautious: bool, aligned: bool) -> Kernel:
+def build(
+    rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautious: bool, decay_form: str, aligned: bool
+) -> Kernel:
     """The kernel for ``rule`` over tensors of ``dtypes`` (parameter, gradient, states in order).
 
     Args:
@@ -48,13 +50,14 @@ def build(rule: type[UpdateRule], dtypes: tuple[str, ...], purpose: str, cautiou
         dtypes: Names of torch dtypes.
         purpose: See `CompiledBackend.run`.
         cautious: See `CompiledBackend.run`.
+        decay_form: Which of `weight_decay.CHANGES` to subtract.
         aligned: Whether every address is a multiple of 16: then whole blocks are read and written 16 bytes at a time.
     """
     columns = scalar_names(rule, purpose, cautious)
-    text, sums = source(rule, dtypes, purpose, columns, cautious, aligned)
+    text, sums = source(rule, dtypes, purpose, columns, cautious, decay_form, aligned)
     assert len(sums) <= MOST_SUMS, f"{rule.__name__} has more than {MOST_SUMS} sums"
     function = rule.sums_update if purpose == "sums" else rule.update
-    names = NAMED | {"rule_function": rebind(function, NAMED, jit), "total_change": rebind(total_change, NAMED, jit)}
+    names = NAMED | {"rule_function": rebind(function, NAMED, jit), "change": rebind(CHANGES[decay_form], NAMED, jit)}
     return Kernel(jit_text(text, "kernel", names, do_not_specialize=ARGUMENTS), columns, sums)
 
 
@@ -87,6 +90,7 @@ def source(
     purpose: str,
     columns: tuple[str, ...],
     cautious: bool,
+    decay_form: str,
     aligned: bool,
 ) -> tuple[str, tuple[str, ...]]:
     """The kernel's text, and the names of its sums."""
@@ -107,14 +111,18 @@ def source(
     else:
         body.append(f"{', '.join(['delta', *new])}, = rule_function({arguments})")
         agrees = _count("delta * grad > 0")
+        if cautious:
+            body.append(f"delta = delta * ({agrees} * {scalar['mask_scale']})")
         if purpose == "agreement":
             terms = {"agreement": agrees}
+        elif purpose == "moved_sq":
+            terms = {"moved_sq": "(param - delta) * (param - delta)"}
         else:
-            if cautious:
-                body.append(f"delta = delta * ({agrees} * {scalar['mask_scale']})")
+            last = len(dtypes) - 1
+            initial = f", {_load(last, dtypes[last])}" if decay_form == "pull" else ""
             for i in states:
                 body += _store(i + 2, dtypes[i + 2], new[i], new[i])
-            body += _store(0, dtypes[0], "after", f"param - total_change(param, delta, {scalar['decay']})")
+            body += _store(0, dtypes[0], "after", f"param - change(param, delta, {scalar['decay']}{initial})")
             if purpose == "step+sums":
                 body += _step_terms(rule, scalar, terms)
     return _kernel_text(dtypes, columns, body, terms, aligned), tuple(terms)

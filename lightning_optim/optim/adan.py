@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.rules import Scalar, UpdateRule, sqrt, where
-from lightning_optim.weight_decay import WeightDecayKind, group_decay
+from lightning_optim.weight_decay import WeightDecayKind, decay_form, group_decay
 
 
 class AdanRule(UpdateRule):
@@ -24,7 +24,8 @@ class AdanRule(UpdateRule):
         """Betas, bias corrections, and the decay solved for the new weight."""
         beta1, beta2, beta3 = group["betas"]
         decay, _ = group_decay(group)
-        shrink = 1.0 if group["no_prox"] else 1 / (1 + decay)
+        solved = decay_form(group) == "shrink" and not group["no_prox"]
+        shrink = 1 / (1 + decay) if solved else 1.0
         return {
             "step_size": shrink * group["lr"] / (1 - beta1**step),
             "diff_step": shrink * group["lr"] * beta2 / (1 - beta2**step),
@@ -92,7 +93,8 @@ class Adan(FusedOptimizer):
         no_prox: Decay as AdamW does instead of by the proximal step.
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
+            `WeightDecayKind`.
         kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
         stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
         state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.

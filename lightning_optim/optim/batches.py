@@ -18,8 +18,9 @@ from torch import Tensor
 from lightning_optim.backends import Batch
 from lightning_optim.backends.shards import PLAIN, local
 from lightning_optim.optim import low_precision
-from lightning_optim.optim.state import complete_state
-from lightning_optim.rules import Rule, UpdateRule
+from lightning_optim.optim.state import complete_state, tensor_names
+from lightning_optim.rules import Rule
+from lightning_optim.weight_decay import decay_form
 
 if TYPE_CHECKING:
     from lightning_optim.optim.base import FusedOptimizer
@@ -80,18 +81,18 @@ class Batches:
         rule: Rule,
     ) -> int:
         """Enter one parameter; returns the number of its batch."""
-        names = rule.state if isinstance(rule, UpdateRule) else _tensor_names(rule, state)
-        tensors = {name: local(state[name]) for name in names}
+        tensors = {name: local(state[name]) for name in tensor_names(rule, state)}
         dtypes = [tensor.dtype for tensor in tensors.values()]
+        tensors |= {name: local(state[name]) for name in low_precision.companions(state)}
+        form = decay_form(group)
         kahan = False
         stochastic: tuple[str, ...] = ()
         if low_precision.uses(group) or torch.uint8 in dtypes:
             kahan, stochastic = low_precision.storage(group, param, rule, state)
-            tensors |= {name: local(state[name]) for name in low_precision.companions(state)}
-        key = (type(rule), group["cautious"], kahan, stochastic, param.device, param.dtype, grad.dtype, *dtypes)
+        key = (type(rule), group["cautious"], form, kahan, stochastic, param.device, param.dtype, grad.dtype, *dtypes)
         if key not in by_key:
             by_key[key] = len(self.batches)
-            self.batches.append(Batch(rule, [], [], [], [], [], [], group["cautious"], kahan, stochastic))
+            self.batches.append(Batch(rule, [], [], [], [], [], [], group["cautious"], form, kahan, stochastic))
             self.rows.append([])
         batch = self.batches[by_key[key]]
         batch.params.append(local(param))
@@ -149,9 +150,4 @@ _GRAD, _DTYPE, _DEVICE, _LAYOUT = map(operator.attrgetter, ("grad", "dtype", "de
 def _kind(group: Mapping[str, Any], rule: Rule) -> tuple[Any, ...]:
     """What batches depend on of a group. They keep the group itself, whose numbers are therefore always the current."""
     flags = (group[flag] for flag in low_precision.DEFAULTS)
-    return (id(group), len(group["params"]), type(rule), group["cautious"], *flags)
-
-
-def _tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
-    others = {"step", "rounding_key", *low_precision.companions(state), *rule.scalar_state}
-    return tuple(name for name, value in state.items() if isinstance(value, Tensor) and name not in others)
+    return (id(group), len(group["params"]), type(rule), group["cautious"], decay_form(group), *flags)

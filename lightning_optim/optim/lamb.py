@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.rules import Scalar, UpdateRule, absolute, minimum, sqrt, where
-from lightning_optim.weight_decay import WeightDecayKind
+from lightning_optim.weight_decay import WeightDecayKind, decay_form
 
 
 def _moments(
@@ -33,6 +33,7 @@ class LAMBRule(UpdateRule):
         """Betas, bias corrections, and what the trust ratio of this group looks like."""
         beta1, beta2 = group["betas"]
         corrected = group["bias_correction"]
+        shrinks = decay_form(group) == "shrink"  # the other kinds are no part of the update, nor of its norm
         return {
             "lr": group["lr"],
             "step_size": group["lr"] / (1 - beta1**step) if corrected else group["lr"],
@@ -42,7 +43,8 @@ class LAMBRule(UpdateRule):
             "one_minus_beta2": 1 - beta2,
             "bias_correction2_sqrt": sqrt(1 - beta2**step) if corrected else 1.0,
             "eps": group["eps"],
-            "decay_inside": float(not group["decoupled_decay"]),
+            "decay_inside": float(shrinks and not group["decoupled_decay"]),
+            "shrinks": float(shrinks),
             "adapt": float(group["weight_decay"] != 0 or group["always_adapt"]),
             "ratio_limit": 1.0 if group["trust_clip"] else float("inf"),
         }
@@ -72,7 +74,7 @@ class LAMBRule(UpdateRule):
         """Step and decay times ‖w‖/‖u‖."""
         inside = scalars["decay_inside"] * scalars["decay"]
         outside = scalars["decay"] - inside
-        norm = sqrt(sums["param_sq"]) * absolute(1 - outside)
+        norm = sqrt(sums["param_sq"]) * absolute(1 - scalars["shrinks"] * outside)
         step_norm = sqrt(sums["step_sq"])
         adapts = (norm > 0) & (step_norm > 0) & (scalars["adapt"] != 0)
         # The sum is of (lr·u)², which is 0 for lr = 0: nothing moves then, whatever the ratio.
@@ -127,7 +129,8 @@ class LAMB(FusedOptimizer):
         maximize: Ascend instead of descend.
         cautious: Leave out components of Adam's direction that point against the gradient
             (https://arxiv.org/abs/2411.16085); the ratio is that of the whole u.
-        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
+            `WeightDecayKind`.
         kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
         stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
         state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_optim.backends import quantization
 from lightning_optim.backends.rounding import first_key
 from lightning_optim.rules import Rule, UpdateRule
+from lightning_optim.weight_decay import INITIAL
 
 DEFAULTS = {"kahan_sum": False, "stochastic_rounding": False, "state_bits": 32}
 """In the defaults of every optimizer, whether its constructor names them or not, so groups may always set them."""
@@ -92,11 +93,11 @@ def storage(
 
 
 def companions(state: Mapping[str, Any]) -> list[str]:
-    """Names of the arrays in ``state`` that belong to others: compensation and scales."""
-    return [name for name in state if name == "kahan_comp" or name.endswith("_scale")]
+    """Names of the arrays in ``state`` that are not the rule's own: compensation, scales, initial weights."""
+    return [name for name in state if name in ("kahan_comp", INITIAL) or name.endswith("_scale")]
 
 
-def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rule: Rule, position: int) -> int:
+def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rule: Rule, position: int) -> None:
     """Add to ``state`` what the flags need beside the rule's own state, and it does not have yet.
 
     Args:
@@ -105,9 +106,6 @@ def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rul
         group: Its group.
         rule: What updates it.
         position: Its place among all parameters of the optimizer; makes its noise its own.
-
-    Returns:
-        How many entries of ``state`` are there for the flags.
     """
     if group["kahan_sum"] and param.dtype in HALF and "kahan_comp" not in state:
         state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
@@ -115,4 +113,3 @@ def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rul
     if (random or compressed(group, param, rule)) and "rounding_key" not in state:
         key = first_key(int(group.get("rounding_seed", 0)), position)
         state["rounding_key"] = torch.full((), key, dtype=torch.int64, device=param.device)
-    return len(companions(state)) + ("rounding_key" in state)

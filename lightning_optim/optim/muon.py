@@ -128,7 +128,8 @@ class Muon(HiddenMatrixOptimizer):
         adamw_weight_decay: Their weight decay; None for ``weight_decay``.
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
+            `WeightDecayKind`.
         kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
         stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
         state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.

@@ -51,8 +51,8 @@ class ProdigyRule(UpdateRule):
     def decay(self, group: Mapping[str, Any], usual: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
         """Decay follows the learning rate found, except the kind that follows none."""
         decay, l2 = usual
-        if WeightDecayKind(group["weight_decay_kind"]) is WeightDecayKind.INDEPENDENT:
-            return decay, l2
+        if WeightDecayKind(group["weight_decay_kind"]) in (WeightDecayKind.INDEPENDENT, WeightDecayKind.NORM):
+            return decay, l2  # no part of them is a step size
         return decay * group["d"] * self._bias_correction(group), l2
 
     def _step_size(self, group: Mapping[str, Any]) -> Scalar:
@@ -152,7 +152,8 @@ class Prodigy(FusedOptimizer):
         growth_rate: Largest factor by which d may grow in one step; 1.02 acts as a warmup.
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
+            `WeightDecayKind`.
         kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
         stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
         state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.

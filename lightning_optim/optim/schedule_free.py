@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.rules import Scalar, UpdateRule, maximum, minimum, sqrt, where
-from lightning_optim.weight_decay import WeightDecayKind, group_decay
+from lightning_optim.weight_decay import WeightDecayKind, decay_form, group_decay
 
 
 class ScheduleFreeAdamWRule(UpdateRule):
@@ -164,6 +164,11 @@ class ScheduleFreeAdamW(FusedOptimizer):
         """See `FusedOptimizer.check`."""
         if not group["betas"][0]:
             raise ValueError("ScheduleFreeAdamW: betas[0]=0 leaves no average; needed is 0 < betas[0] < 1.")
+        if decay_form(group) != "shrink":
+            raise ValueError(
+                f"ScheduleFreeAdamW: weight_decay_kind={group['weight_decay_kind']!r} is not offered, because decay "
+                "has to move the sequence z along; needed is decoupled, independent, corrected or l2."
+            )
         if group["cautious"]:
             raise ValueError("ScheduleFreeAdamW: cautious=True is not offered, x would no longer be the average of z.")
         if group.get("rule") is not None:

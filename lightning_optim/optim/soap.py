@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from lightning_optim.backends.scalars import read
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.rules import Scalar, TensorRule, sqrt, where
-from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients
+from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients, decay_form
 
 Bases = list[Tensor | None]  # one per dimension; None for one that is left as it is
 
@@ -49,6 +49,8 @@ class SOAPRule(TensorRule):
             "one_minus_beta2": where(first, 0.0, 1 - beta2),
             "one_minus_shampoo_beta": 1 - shampoo_beta,
             "decay": where(first, 0.0, decay),
+            # Weights decay after the update here, so where they shrink the update shrinks along.
+            "kept": 1 - decay if decay_form(group) == "shrink" else 1.0,
         }
 
     def update(
@@ -66,8 +68,7 @@ class SOAPRule(TensorRule):
             exp_avg = state["exp_avg"].lerp(grad, numbers["one_minus_beta1"])
             exp_avg_sq = state["exp_avg_sq"].lerp(_rotated(grad, bases).square(), numbers["one_minus_beta2"])
             direction = _rotated(exp_avg, bases) / (exp_avg_sq.sqrt() + group["eps"])
-            # Weights decay after the update here, so the update decays along.
-            deltas.append(_rotated(direction, bases, back=True) * (numbers["step_size"] * (1 - numbers["decay"])))
+            deltas.append(_rotated(direction, bases, back=True) * (numbers["step_size"] * numbers["kept"]))
             new_state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
             count = _count(numbers, group)
             for dim, basis in enumerate(bases):
@@ -162,7 +163,8 @@ class SOAP(FusedOptimizer):
         precondition_1d: Whether vectors have a basis, too.
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
+            `WeightDecayKind`.
         kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
         stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
         state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.

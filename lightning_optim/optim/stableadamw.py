@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.rules import Scalar, UpdateRule, maximum, sqrt
-from lightning_optim.weight_decay import WeightDecayKind
+from lightning_optim.rules import Scalar, UpdateRule, maximum, sqrt, where
+from lightning_optim.weight_decay import WeightDecayKind, decay_form
 
 
 def _new_square(grad: Any, exp_avg_sq: Any, beta2_hat: Any, one_minus_beta2_hat: Any) -> Any:
@@ -36,6 +36,7 @@ class StableAdamWRule(UpdateRule):
             "one_minus_beta2_hat": 1 - beta2_hat,
             "eps": group["eps"],
             "eps_sq": group["eps"] ** 2,
+            "decay_is_a_rate": float(decay_form(group) != "rescale"),
         }
 
     @staticmethod
@@ -55,7 +56,8 @@ class StableAdamWRule(UpdateRule):
     def rescale(self, scalars: dict[str, Tensor], sums: dict[str, Tensor], numel: Tensor) -> dict[str, Tensor]:
         """Learning rate and decay over max(1, RMS)."""
         divisor = maximum(sqrt(sums["ratio_sq"] / numel), sums["ratio_sq"].new_ones(()))
-        return {"lr": scalars["lr"] / divisor, "decay": scalars["decay"] / divisor}
+        decay = where(scalars["decay_is_a_rate"] != 0, scalars["decay"] / divisor, scalars["decay"])
+        return {"lr": scalars["lr"] / divisor, "decay": decay}
 
     @staticmethod
     def update(
@@ -99,7 +101,8 @@ class StableAdamW(FusedOptimizer):
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``, with η for lr in every kind but `l2`.
         maximize: Ascend instead of descend.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
+            `WeightDecayKind`.
         kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
         stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
         state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.

@@ -12,6 +12,7 @@ from lightning_optim.backends.base import arithmetic_dtype
 from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.optim import low_precision
 from lightning_optim.rules import Rule, TensorRule, UpdateRule
+from lightning_optim.weight_decay import INITIAL, decay_form
 
 
 def complete_state(
@@ -26,14 +27,14 @@ def complete_state(
         rule: What updates it.
         position: Its place among all parameters of the optimizer.
     """
-    extras = low_precision.complete(state, param, group, rule, position) if low_precision.uses(group) else 0
-    expected = len(rule.state) + len(rule.scalar_state) + rule.counts_steps + extras
-    if len(state) == expected and (not rule.state or rule.state[-1] in state):
-        if rule.counts_steps and state["step"].device != param.device:
-            # Lightning, like torch, leaves `step` behind when it moves state to another device.
-            state |= {n: state[n].to(param.device) for n in ("step", *rule.scalar_state)}
-        return state
-    begun = rule.state[0] in state if rule.state else isinstance(rule, TensorRule) and bool(state)
+    begun = rule.state[0] in state if rule.state else isinstance(rule, TensorRule) and bool(tensor_names(rule, state))
+    if low_precision.uses(group):
+        low_precision.complete(state, param, group, rule, position)
+    if decay_form(group) == "pull" and INITIAL not in state:
+        state[INITIAL] = param.detach().clone(memory_format=torch.preserve_format)
+    if rule.counts_steps and "step" in state and state["step"].device != param.device:
+        # Lightning, like torch, leaves `step` behind when it moves state to another device.
+        state |= {n: state[n].to(param.device) for n in ("step", *rule.scalar_state)}
     if isinstance(rule, TensorRule):
         if not begun:
             dtype = arithmetic_dtype(param.dtype)
@@ -50,6 +51,14 @@ def complete_state(
         if name not in state:
             state[name] = torch.full((), at_first, dtype=widest_dtype(param.device), device=param.device)
     return state
+
+
+def tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the arrays in ``state`` that are the rule's own; a tensor rule's may differ between parameters."""
+    if isinstance(rule, UpdateRule):
+        return rule.state
+    others = {"step", "rounding_key", *low_precision.companions(state), *rule.scalar_state}
+    return tuple(name for name, value in state.items() if isinstance(value, Tensor) and name not in others)
 
 
 def _complete_elementwise(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rule: UpdateRule) -> None:

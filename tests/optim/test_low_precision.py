@@ -266,3 +266,20 @@ def test_a_backend_that_does_not_know_the_flags_leaves_them_to_reference(monkeyp
     monkeypatch.setattr(CpuBackend, "apply", None)
     params = weights(n=200)
     run(optim.AdamW(params, kahan_sum=True, backend="cpu"), params, 1)
+
+
+@each_flag
+@pytest.mark.parametrize("optimizer_class", [optim.Muon, optim.NorMuon, optim.SOAP, optim.Adafactor])
+def test_rules_of_matrices_take_the_flags(optimizer_class: Any, flag: dict[str, Any]) -> None:
+    param = torch.randn(64, 48).bfloat16().requires_grad_()
+    begin = param.detach().double()
+    optimizer = optimizer_class([param], lr=1e-3, weight_decay=0.1, **flag)
+    param.grad = torch.zeros_like(param)
+    for _ in range(200):
+        optimizer.step()
+    # bf16 alone would leave it at 1. SOAP's first step only finds its bases.
+    assert float((param.detach().double() / begin).mean()) == pytest.approx((1 - 1e-4) ** 200, abs=2e-3)
+    kept = "kahan_comp" if flag is KAHAN else "rounding_key"
+    assert kept in optimizer.state[param]
+    state = through_a_file(optimizer.state_dict())
+    assert_same(state["state"], optimizer.state_dict()["state"])

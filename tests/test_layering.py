@@ -27,8 +27,8 @@ LAYERS = [
     ("optim",),
     ("backends",),
     ("clipping", "divergence", "schedules", "param_groups"),
-    ("rules", "stats", "durations", "transfer", "closure"),
-    ("weight_decay", "imports"),
+    ("weight_decay", "rules", "stats", "durations", "transfer", "closure"),
+    ("imports",),
     ("messages", "_version"),
 ]
 # These import nothing of the package but what is named here.
@@ -37,9 +37,9 @@ LEAVES = {
     "divergence": {"stats"},
     "schedules": {"schedules", "durations", "imports", "messages"},
     "param_groups": {"param_groups", "durations", "messages", "schedules"},
-    "weight_decay": {"messages"},
+    "weight_decay": {"messages", "rules"},
     "stats": set(),
-    "rules": {"weight_decay"},
+    "rules": set(),
     "durations": set(),
     "transfer": set(),
     "imports": {"messages"},

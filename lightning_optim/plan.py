@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.durations import Horizon
 from lightning_optim.optim import FusedOptimizer
@@ -18,6 +21,8 @@ from lightning_optim.schedules import Schedule, Scheduler
 
 _UNBOUNDED = 1000
 """Steps that are plotted of a run that nothing bounds."""
+_LONGEST_REPLAY = 200_000
+"""Steps that take a second or so."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,38 @@ def plan_curves(scheduler: Scheduler) -> list[Curve]:
         base = max(float(hyperparameter.base(group)) for group in groups)
         curves.append(curve(hyperparameter.name, base, schedule))
     return curves
+
+
+def replay(scheduler: LRScheduler, horizon: Horizon, per_epoch: bool = False) -> Curve:
+    """What a scheduler of torch's does to the largest group, found by running through it; afterwards it is used up.
+
+    Args:
+        scheduler: One that follows from the step alone.
+        horizon: Length of the run.
+        per_epoch: Whether it moves at the end of each epoch, not after each step.
+
+    Raises:
+        ValueError: The run has no end, is too long to be run through, or its epochs have no length; or the scheduler
+            refuses to go so far.
+    """
+    total, length = horizon.total_steps, 1.0
+    if per_epoch:
+        if horizon.steps_per_epoch is None:
+            raise ValueError("the length of an epoch is not known")
+        length = horizon.steps_per_epoch
+    if total is None or total / length > _LONGEST_REPLAY:
+        raise ValueError("the run has no end" if total is None else f"the run has {total:,} steps")
+    groups = scheduler.optimizer.param_groups
+    index = max(range(len(groups)), key=lambda i: sum(param.numel() for param in groups[i]["params"]))
+    rates = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)")  # no optimizer step came before
+        for _ in range(math.ceil(total / length)):
+            rates.append(float(groups[index]["lr"]))
+            if len(rates) < total / length:
+                scheduler.step()
+    label = f"lr of group {groups[index].get('name', index)!r} ({type(scheduler).__name__})"
+    return Curve(label, lambda step: rates[min(int(step / length), len(rates) - 1)])
 
 
 def _state_bytes(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> int | None:

@@ -126,6 +126,17 @@ def test_every_kind_of_rule_can_be_written_in_yaml(cls, tmp_path):
 
 
 @BOTH
+def test_freezing_can_be_written_in_yaml(cls, tmp_path):
+    rule = "{name: body, pattern: ^body, frozen_until: 25%, schedule: linear}"
+    callbacks = CONFIGURE.replace("init_args: {", f"init_args: {{param_groups: [{rule}], ")
+    cli = _run(cls, Net, callbacks, tmp_path)
+    (optimizer,) = cli.trainer.optimizers
+    assert optimizer.param_groups[0]["frozen_until"] == "25%"
+    assert float(optimizer.state[cli.model.body.weight]["step"]) == 15
+    assert float(optimizer.state[cli.model.head.weight]["step"]) == 20
+
+
+@BOTH
 def test_layer_decay_can_be_written_in_yaml(cls, tmp_path):
     class Deep(Net):
         def __init__(self):

@@ -189,7 +189,54 @@ def test_modules_with_their_own_optimizer_have_a_plan():
 
     plan = make_plan(*_run([], Own()), Silent(4))
     assert [(group.name, group.lr, group.rule) for group in plan.groups] == [("0", 0.5, "adam")]
-    assert any("ConstantLR" in note for note in plan.notes)
+    assert not plan.conflicts
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_schedulers_of_torch_are_run_through(interval):
+    class Own(Net):
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), lr=0.5)
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+            return [optimizer], [{"scheduler": scheduler, "interval": interval}]
+
+    trainer, model = _run([], Own())
+    plan = make_plan(trainer, model, Silent(4))
+    trainer, model = _run([], Own())
+    trainer.fit(model, datamodule=Data(4))
+    rates = next(callback for callback in trainer.callbacks if isinstance(callback, Recorder)).rates
+    assert [plan.curves[0].values(step) for step in range(12)] == pytest.approx([row[0] for row in rates])
+    assert "CosineAnnealingLR" in plan.curves[0].label
+    assert plan.groups[0].lr == 0.5
+
+
+def test_what_cannot_be_run_through_is_named():
+    class Own(Net):
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), lr=0.5)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return [optimizer], [{"scheduler": scheduler, "monitor": "val_loss"}]
+
+    (note,) = make_plan(*_run([], Own()), Silent(4)).notes
+    assert "ReduceLROnPlateau follows a metric" in note
+    configure = _configure(
+        schedule={"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 5}},
+        warmup=None,
+    )
+    (note,) = make_plan(*_run([configure]), Silent(4)).notes
+    assert "OneCycleLR cannot be drawn" in note
+
+
+def test_several_devices_share_the_batches():
+    plan = make_plan(*_run([_configure()], devices=2, strategy="ddp"), Data(11))
+    assert plan.horizon == lo.Horizon(total_steps=18, steps_per_epoch=6)
+    assert plan.conflicts == []
+
+
+def test_a_plateau_of_ours_is_drawn_without_its_drops():
+    plan = make_plan(*_run([_configure(schedule="reduce_on_plateau")]), Silent(4))
+    assert plan.conflicts == []
+    assert len(plan.curves) == 1
 
 
 def test_what_lightning_freezes_is_in_no_group():

@@ -15,8 +15,9 @@ from lightning_optim.callbacks import lightning_private
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
 from lightning_optim.callbacks.hub import HubCallback
 from lightning_optim.durations import Duration, Horizon
-from lightning_optim.plan import Plan, plan_curves, plan_groups
+from lightning_optim.plan import Plan, plan_curves, plan_groups, replay
 from lightning_optim.schedules import Schedule, Scheduler
+from lightning_optim.schedules.plateau import Observer
 from lightning_optim.training_length import horizon_of
 
 
@@ -94,10 +95,11 @@ def _walk(
 
 
 def _describe(plan: Plan, trainer: L.Trainer, attempt: Callable[[], Any]) -> None:
+    plan.groups = [group for optimizer in trainer.optimizers for group in plan_groups(optimizer)]
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
         if not isinstance(scheduler, Scheduler):
-            plan.notes.append(f"{type(scheduler).__name__} is no schedule of ours, so it cannot be drawn ahead.")
+            _replay(plan, config)
             continue
         with attempt():
             if scheduler.horizon is None:
@@ -107,11 +109,23 @@ def _describe(plan: Plan, trainer: L.Trainer, attempt: Callable[[], Any]) -> Non
             for curve in curves:
                 curve.values(last)  # refuses a run that it does not fit
             plan.curves += curves
-    plan.groups = [group for optimizer in trainer.optimizers for group in plan_groups(optimizer)]
     for group in plan.groups:
         if group.frozen_until is not None:
             with attempt():
                 _check_frozen(group.name, group.frozen_until, plan.horizon)
+
+
+def _replay(plan: Plan, config: Any) -> None:
+    name = type(config.scheduler).__name__
+    if isinstance(config.scheduler, Observer):
+        return
+    if config.reduce_on_plateau:
+        plan.notes.append(f"{name} follows a metric, so it cannot be drawn ahead.")
+        return
+    try:
+        plan.curves.append(replay(config.scheduler, plan.horizon, per_epoch=config.interval == "epoch"))
+    except ValueError as error:
+        plan.notes.append(f"{name} cannot be drawn: {error}.")
 
 
 def _check_frozen(name: str, frozen_until: str, horizon: Horizon) -> None:

@@ -263,6 +263,7 @@ def test_optimcli_prints_a_summary_after_fit(tmp_path, capsys):
     assert "steps per second" in out
 
 
+@pytest.mark.filterwarnings("ignore:Resumed on the old curve")
 def test_the_command_runs_and_its_checkpoint_resumes(tmp_path, monkeypatch):
     root = Path(__file__).parents[1]
     config = {

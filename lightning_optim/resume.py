@@ -17,7 +17,7 @@ Tell = Callable[[str, bool], None]
 """Takes a message, and whether it is a warning: that what is configured does not hold."""
 
 HINT = 'Say on_resume="config" to have the configuration\'s.'
-_ALWAYS = ("lr_multiplier", "weight_decay_kind", "rule")
+_ALWAYS = ("lr_multiplier", "weight_decay_kind", "rule", "frozen_until")
 _POSITION = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
 _METRICS = {"best", "num_bad_epochs", "cooldown_counter", "mode_worse"}
 
@@ -76,7 +76,8 @@ class OptimizerResume:
             for key in group.keys() - {"params"} - source.keys():
                 merged[key] = group[key]
             if self._from_config:
-                merged = {k: v for k, v in merged.items() if not k.startswith("initial_") or k in configured}
+                gone = {k for k in merged if k.startswith("initial_") or k == "frozen_until"} - configured.keys()
+                merged = {k: v for k, v in merged.items() if k not in gone}
                 merged |= configured
             names = {key: group[key] for key in ("name", "param_names") if key in group}
             groups.append(merged | names | {"params": ids[index]})

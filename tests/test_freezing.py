@@ -130,6 +130,18 @@ def test_a_resume_before_and_after_unfreezing_is_bit_exact(tmp_path, kind, accum
     torch.load(path, weights_only=True)
 
 
+@pytest.mark.parametrize("kind", ADAMWS)
+@pytest.mark.parametrize(
+    ("until", "moved"), [("6 steps", [False] * 2 + [True] * 6), (None, [True] * 8), ("4 steps", [True] * 8)]
+)
+def test_a_resume_by_the_configuration_takes_its_end_of_the_frost(tmp_path, kind, until, moved):
+    path, watch = tmp_path / "a.ckpt", Watch()
+    make_trainer([_configure("5 steps", kind=kind), SaveAt(4, path)], max_epochs=3).fit(Net(), StatefulLoader(4, []))
+    resumed = [_configure(until, kind=kind, on_resume="config"), watch]
+    make_trainer(resumed, max_epochs=3).fit(Net(), StatefulLoader(4, []), ckpt_path=path)
+    assert watch.moved == moved
+
+
 def test_skipped_steps_do_not_count_as_time_gone_by():
     watch = Watch()
     callbacks = [_configure("3 steps"), lo.DivergenceGuard(), watch]

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
 from lightning_optim.callbacks.planning import make_plan
-from lightning_optim.plan import format_plan, save_plot
+from lightning_optim.plan_report import format_plan, save_plot
 
 
 class PlanningTrainer(L.Trainer):

@@ -20,7 +20,7 @@ ROOT = Path(lightning_optim.__file__).parent
 LAYERS = [
     ("cli",),
     ("callbacks",),
-    ("factory", "plan"),
+    ("factory", "plan", "plan_report"),
     ("optimizer_choice",),
     ("step", "resume", "diagnostics", "tensorboard", "training_length", "freezing", "late_groups"),
     ("operands", "gradients", "measure", "flat_shards"),

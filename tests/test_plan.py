@@ -17,7 +17,8 @@ import lightning_optim as lo
 from lightning_optim import optim
 from lightning_optim.callbacks.planning import make_plan
 from lightning_optim.cli import main
-from lightning_optim.plan import Curve, Plan, format_plan, plan_groups, save_plot
+from lightning_optim.plan import Curve, Plan, plan_groups
+from lightning_optim.plan_report import format_plan, save_plot
 from tests.helpers import BareNet, Data, Net, Recorder, make_trainer
 
 ROOT = Path(__file__).parents[1]

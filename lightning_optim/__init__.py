@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_optim.callbacks import OptimizerMonitor as OptimizerMonitor
     from lightning_optim.callbacks import RunSummary as RunSummary
     from lightning_optim.callbacks import ScheduleFree as ScheduleFree
+    from lightning_optim.callbacks import WeightDecay as WeightDecay
     from lightning_optim.callbacks import attach as attach
     from lightning_optim.cli import OptimCLI as OptimCLI
     from lightning_optim.durations import Duration as Duration
@@ -45,6 +46,7 @@ _NAMES = {
     "RunSummary": "callbacks",
     "ScheduleFree": "callbacks",
     "StepPipeline": "step",
+    "WeightDecay": "callbacks",
     "WidthScaling": "param_groups",
     "attach": "callbacks",
     "build_param_groups": "param_groups",

@@ -22,7 +22,7 @@ LAYERS = [
     ("callbacks",),
     ("factory", "plan", "plan_report"),
     ("optimizer_choice",),
-    ("step", "resume", "diagnostics", "tensorboard", "training_length", "freezing", "late_groups"),
+    ("step", "resume", "diagnostics", "tensorboard", "training_length", "freezing", "late_groups", "foreign_decay"),
     ("operands", "gradients", "measure", "flat_shards"),
     ("optim",),
     ("backends",),

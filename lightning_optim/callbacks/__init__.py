@@ -6,6 +6,7 @@ from lightning_optim.callbacks.gradient_clipping import GradientClipping
 from lightning_optim.callbacks.optimizer_monitor import OptimizerMonitor
 from lightning_optim.callbacks.run_summary import RunSummary
 from lightning_optim.callbacks.schedule_free import ScheduleFree
+from lightning_optim.callbacks.weight_decay import WeightDecay
 
 __all__ = [
     "ConfigureOptimizers",
@@ -14,5 +15,6 @@ __all__ = [
     "OptimizerMonitor",
     "RunSummary",
     "ScheduleFree",
+    "WeightDecay",
     "attach",
 ]

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as L
+
+from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.foreign_decay import ForeignDecay, check_decay
+from lightning_optim.weight_decay import WeightDecayKind
+
+
+class WeightDecay(HubCallback):
+    """Decoupled weight decay for an optimizer of another package, which has none or only L2.
+
+    Right before each update the weights shrink by a factor, all in one foreach call: exactly AdamW's decay, whatever
+    the optimizer. It stands still on skipped steps. The optimizers of `lightning_optim.optim` need no callback: they
+    have every kind built in.
+
+    Args:
+        weight_decay: λ, above 0. It acts on all parameter groups but those in ``groups``.
+        kind: `decoupled` (lr·λ per step), `independent` (lr/peak·λ) or `corrected` (lr²·λ/peak).
+        groups: λ of single parameter groups by their name. None means 0 for a group called ``no_decay``, if there is
+            one, which is what the factory calls biases, norms and embeddings.
+
+    Raises:
+        ValueError: A value is out of range; when training starts: weights would decay twice, or a group is unknown.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[WeightDecay(0.1)], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self, weight_decay: float, kind: str | WeightDecayKind = "decoupled", groups: Mapping[str, float] | None = None
+    ) -> None:
+        self.weight_decay = weight_decay
+        self.kind = check_decay(weight_decay, kind, groups)
+        self.groups = groups
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hangs on to every optimizer, behind what decides whether a step is skipped."""
+        super().on_train_start(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            names = [group.get("name") for group in optimizer.param_groups]
+            groups = {"no_decay": 0.0} if self.groups is None and "no_decay" in names else self.groups
+            self.hub.on_close(ForeignDecay(optimizer, self.weight_decay, self.kind, groups).close)

@@ -120,8 +120,9 @@ def check_decay(
     parsed = WeightDecayKind.parse(kind)
     if parsed not in _KINDS:
         raise ValueError(
-            f"weight_decay_kind={parsed.value!r} needs the update itself, which other packages' optimizers do not show. "
-            f"Needed is {', '.join(repr(kind.value) for kind in _KINDS)}; or an optimizer of lightning_optim.optim."
+            f"weight_decay_kind={parsed.value!r} needs the update itself, which other packages' optimizers do not "
+            f"show. Needed is {', '.join(repr(kind.value) for kind in _KINDS)}; or an optimizer of "
+            "lightning_optim.optim."
         )
     given = {"weight_decay": weight_decay, **{f"groups[{name!r}]": value for name, value in (groups or {}).items()}}
     for label, value in given.items():

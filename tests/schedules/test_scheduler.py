@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_optim.durations import Horizon
 from lightning_optim.schedules import Cosine, Linear, ReduceOnPlateau, Scheduler
+from tests.ranks import run_ranks
 
 
 def _cosine(step, total, warmup, final):
@@ -273,3 +274,22 @@ def test_another_schedule_is_refused_or_taken_as_said():
 def test_who_has_the_say_is_one_of_two():
     with pytest.raises(ValueError, match=r"on_resume='confg'.*'config'"):
         Scheduler(_optimizer(1.0), Linear(), on_resume="confg")
+
+
+_PLATEAU_ON_RANKS = """
+from lightning_optim.durations import Horizon
+from lightning_optim.schedules import ReduceOnPlateau, Scheduler
+from lightning_optim.schedules.plateau import Observer
+optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+scheduler = Scheduler(optimizer, ReduceOnPlateau(factor=0.5, patience=0), Horizon())
+observer = Observer(scheduler)
+for values in ((4.0, 2.0), (3.5, 2.1), (2.0, 3.8)):  # on rank 0 ever better, on rank 1 ever worse; means 3, 2.8, 2.9
+    metric = torch.tensor(values[rank])
+    observer.step(metric)
+    assert metric == values[rank]
+print(optimizer.param_groups[0]["lr"])
+"""
+
+
+def test_all_ranks_take_the_mean_of_what_they_see_for_the_metric(tmp_path):
+    assert run_ranks(_PLATEAU_ON_RANKS, tmp_path) == ["0.2\n", "0.2\n"]

@@ -12,10 +12,13 @@ from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_optim as lo
 from tests import ranks
+from tests.fsdp2_script import RULES
+from tests.fsdp2_script import Deciding as Counts
 from tests.helpers import ADAMWS, Net, Snapshots, batches, make_trainer
 
 BAD_STEP, BAD_RANK = 2, 1
 KINDS = ("ours", "torch")
+STEPS = 50
 
 
 class OneBadRank(Net):
@@ -62,7 +65,31 @@ def fit(folder: Path, kind: str) -> None:
     )
 
 
+def fit_with(rule: str, folder: Path) -> None:
+    """Fifty steps with a clip rule, NaN on one rank in one of them."""
+    deciding = Counts()
+    trainer = make_trainer(
+        [
+            lo.ConfigureOptimizers("adamw", lr=0.01),
+            lo.GradientClipping(method=RULES[rule]()),
+            lo.DivergenceGuard(),
+            deciding,
+        ],
+        max_steps=STEPS,
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+    )
+    model = OneBadRank(seed=7)
+    trainer.fit(model, batches(20))  # ten for each rank
+    torch.save(
+        {"counts": deciding.counts, "weights": [p.detach() for p in model.parameters()]},
+        folder / f"{rule}-{trainer.global_rank}.pt",
+    )
+
+
 if __name__ == "__main__":
     for kind in KINDS:
         fit(Path(sys.argv[1], kind), kind)
+    for rule in RULES:
+        fit_with(rule, Path(sys.argv[1]))
     ranks.leave()

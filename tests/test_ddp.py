@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ddp_script import BAD_STEP, KINDS
+from tests.ddp_script import BAD_STEP, KINDS, STEPS
+from tests.fsdp2_script import RULES
 from tests.helpers import bit_equal, read_events
 
 ROOT = Path(__file__).parents[1]
@@ -49,3 +50,13 @@ def test_the_log_of_the_rank_that_met_no_nan_shows_the_skip(runs, kind):
     skipped = dict(read_events(runs / kind / "run" / "0")["optim_health/skipped_steps"])
     assert skipped[BAD_STEP - 1] == 0
     assert skipped[BAD_STEP] == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_way_to_clip_decides_alike_on_all_ranks_and_weights_stay_identical(runs, rule):
+    first, second = (torch.load(runs / f"{rule}-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["counts"] == second["counts"]
+    assert bit_equal(first["weights"], second["weights"])
+    steps, clipped, skipped = first["counts"][-1]
+    assert (steps, skipped) == (STEPS, 5)  # once in each of five epochs
+    assert clipped > 0

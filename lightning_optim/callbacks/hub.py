@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -220,8 +222,26 @@ class Hub:
     def expect_step(self, optimizer: Optimizer) -> None:
         """Says that this optimizer's gradients are ready."""
         # Lightning hands over its own wrapper in manual optimization.
-        if (pipeline := self._pipeline_of(getattr(optimizer, "optimizer", optimizer))) is not None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if (pipeline := self._pipeline_of(optimizer)) is not None:
+            if self._others_look:
+                unscale(self.trainer, optimizer)
             pipeline.expect_step()
+
+    @cached_property
+    def _others_look(self) -> bool:
+        """Whether somebody else's hook looks at the gradients before a step."""
+        trainer = self.trainer
+        module = trainer.lightning_module
+        return (
+            is_overridden("configure_gradient_clipping", module)
+            or is_overridden("on_before_optimizer_step", module)
+            or any(
+                type(callback).on_before_optimizer_step is not L.Callback.on_before_optimizer_step
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if not isinstance(callback, HubCallback)
+            )
+        )
 
     def settle(self) -> None:
         """Accounts for steps that did not come."""
@@ -273,6 +293,16 @@ class Hub:
                     f"Two schedules for one optimizer: {_describe(other)} and {_describe(scheduler)}. Each would "
                     "overwrite the other's learning rates, so remove one."
                 )
+
+
+def unscale(trainer: L.Trainer, optimizer: Optimizer) -> None:
+    """Takes the loss scale out of the gradients, as Lightning does except where an optimizer does so in its kernel.
+
+    Hooks of the user then see the gradients they would see without 16-bit precision, at the price of one pass.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)
 
 
 def has_engine(trainer: L.Trainer) -> bool:

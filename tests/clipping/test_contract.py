@@ -352,3 +352,34 @@ def test_a_schedule_that_reaches_zero_is_refused_rather_than_stopping_training()
     run.step(0, 1.0)
     with pytest.raises(ValueError, match=r"by 0.0 at step 1.*final=0.1"):
         run.step(1, 1.0)
+
+
+# Precisions.
+
+
+@EVERY
+def test_the_same_gradients_give_the_same_norms_in_every_precision(name):
+    """In float32, in bfloat16, and in float32 with a loss scale that the optimizer takes out in its kernel."""
+    seen = []
+    for dtype, scale in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, 4096.0)):
+        parameters = TORCH_FUSED.parameters(dtype)
+        for index, parameter in enumerate(TORCH_FUSED.parameters(torch.bfloat16)):
+            parameters[index].data.copy_(parameter)
+        optimizer = TORCH_FUSED.make(parameters)
+        records = []
+        pipeline = StepPipeline(optimizer, clip=RULES[name], on_report=records.append)
+        generator = torch.Generator().manual_seed(0)
+        for p in parameters:
+            grad = torch.randn(p.shape, generator=generator).to(torch.bfloat16) * 2
+            p.grad = grad.to(dtype) * (scale or 1)
+        if scale:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        optimizer.step()
+        (record,) = records
+        seen.append((record.grad.norm_sq, record.clipped_norm_sq, pipeline.counts().clipped))
+    (norm_sq, clipped, count), *others = seen
+    for other_norm_sq, other_clipped, other_count in others:
+        torch.testing.assert_close(other_norm_sq, norm_sq, rtol=1e-6, atol=0)
+        rounding = 1e-2 if name == "value" else 1e-6  # of the limit itself, in bfloat16
+        torch.testing.assert_close(other_clipped, clipped, rtol=rounding, atol=0)
+        assert other_count == count

@@ -293,3 +293,29 @@ def test_the_command_runs_and_its_checkpoint_resumes(tmp_path, monkeypatch):
         main([*command, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"])
     steps = [torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("*.ckpt")]
     assert max(steps) == 8
+
+
+@pytest.mark.parametrize("cls", [LightningCLI, lo.OptimCLI])
+@pytest.mark.parametrize(
+    ("init_args", "shown"),
+    [
+        ({"max_norm": 0.5, "schedule": "constant"}, "GradientClipping(max_norm=0.5, schedule=Constant())"),
+        ({"method": "zclip"}, "GradientClipping(ZClip(threshold=2.5, "),
+        ({"method": "agc", "method_kwargs": {"exclude": ["^head"]}}, "GradientClipping(AGC(clip_factor=0.01, "),
+        (
+            {
+                "method": {
+                    "class_path": "lightning_optim.clipping.GroupNorm",
+                    "init_args": {"max_norm": 1.0, "groups": {"no_decay": 0.5}},
+                },
+                "schedule": {"class_path": "lightning_optim.schedules.Linear", "init_args": {"final": 0.1}},
+            },
+            "GradientClipping(GroupNorm(max_norm=1.0, groups={'no_decay': 0.5}), schedule=Linear(",
+        ),
+    ],
+)
+def test_every_way_to_name_a_clipping_method_works_in_yaml(cls, init_args, shown, tmp_path):
+    clipping = {"class_path": "lightning_optim.GradientClipping", "init_args": init_args}
+    cli = _run(cls, Net, yaml.safe_dump([*yaml.safe_load(CONFIGURE), clipping]), tmp_path)
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, lo.GradientClipping)]
+    assert repr(callback).startswith(shown)

@@ -41,9 +41,15 @@ class Gradients:
         self.optimizer = optimizer
         self.scale = scale
         self.shards = shards
-        groups = [[p for p in group["params"] if self._takes_part(p)] for group in optimizer.param_groups]
+        # Once per step over perhaps thousands of parameters, so without a call for each.
+        if shards is None:
+            groups = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
+            grads = [p.grad for group in groups for p in group]
+        else:
+            groups = [[p for p in group["params"] if self._takes_part(p)] for group in optimizer.param_groups]
+            grads = [p.new_empty(0) if p.grad is None else p.grad for group in groups for p in group]
         self.params: list[Tensor] = [p for group in groups for p in group]
-        self.grads: list[Tensor] = [p.new_empty(0) if p.grad is None else p.grad for p in self.params]
+        self.grads: list[Tensor] = grads
         self.group_sizes = tuple(len(group) for group in groups)
         self.parameters = sum(len(group["params"]) for group in optimizer.param_groups)
         self._names = names

@@ -18,7 +18,7 @@ STEP_SUMS = (
     "param_sq",  # Σ p², before the step
     "update_sq",  # Σ (p_after − p_before)²
     "grad_exp_avg",  # Σ g·m, with the first moment m as it was before the step
-    "exp_avg_sq_sum",  # Σ m², after the step
+    "momentum_sq",  # Σ m², before the step
     "grad_sq_over_exp_avg_sq",  # Σ g²/v̂, v̂ the bias-corrected second moment after the step
     "below_eps",  # number of elements with √v̂ < eps
     "zero_grad",  # number of elements with g == 0

@@ -221,7 +221,7 @@ def _step_terms(rule: type[UpdateRule], scalar: dict[str, str]) -> dict[str, str
     if rule.first_moment is not None:
         slot = rule.state.index(rule.first_moment)
         terms["grad_exp_avg"] = f"raw * old_{slot}"
-        terms["exp_avg_sq_sum"] = f"new_{slot} * new_{slot}"
+        terms["momentum_sq"] = f"old_{slot} * old_{slot}"
     if rule.second_moment is not None:
         root = f"(sqrt(new_{rule.state.index(rule.second_moment)}) / {scalar['bias_correction2_sqrt']})"
         # Where v̂ is 0 the gradient has always been 0, and the term is 0 rather than 0/0.

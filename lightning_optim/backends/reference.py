@@ -273,8 +273,9 @@ def _sums(
     sums["update_sq"] = (new_param.to(dtype) - before).square().sum()
     sums["zero_grad"] = (grad == 0).sum().to(dtype)
     if rule.first_moment in new_state:
-        sums["grad_exp_avg"] = (grad * _moment(batch, i, rule.first_moment).to(dtype)).sum()
-        sums["exp_avg_sq_sum"] = new_state[rule.first_moment].to(dtype).square().sum()
+        momentum = _moment(batch, i, rule.first_moment).to(dtype)
+        sums["grad_exp_avg"] = (grad * momentum).sum()
+        sums["momentum_sq"] = momentum.square().sum()
     if rule.second_moment in new_state:
         root = new_state[rule.second_moment].to(dtype).sqrt() / scalars["bias_correction2_sqrt"]
         # Where v̂ is 0 the gradient has always been 0, and the term is 0 rather than 0/0.

@@ -158,7 +158,7 @@ def _step_terms(rule: type[UpdateRule], scalar: dict[str, str], terms: dict[str,
     terms |= {"param_sq": "param * param", "update_sq": "change * change", "zero_grad": _count("raw == 0")}
     if rule.first_moment is not None:
         slot = rule.state.index(rule.first_moment)
-        terms |= {"grad_exp_avg": f"raw * old_{slot}", "exp_avg_sq_sum": f"new_{slot} * new_{slot}"}
+        terms |= {"grad_exp_avg": f"raw * old_{slot}", "momentum_sq": f"old_{slot} * old_{slot}"}
     if rule.second_moment is not None:
         slot = rule.state.index(rule.second_moment)
         lines.append(f"root = sqrt(new_{slot}) / {scalar['bias_correction2_sqrt']}")

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 import lightning_optim as lo
 from lightning_optim import clipping
 from tests import ranks
-from tests.helpers import ADAMWS, Net, batches, make_trainer
+from tests.helpers import ADAMWS, Net, StatefulLoader, batches, make_trainer
 
 STEPS = 12
 BAD_STEP, BAD_RANK = 5, 1
@@ -69,7 +69,18 @@ class Sharded(Bad):
             fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
-def fit(kind: str, rule: str, folder: Path, sharded: bool) -> dict[str, object]:
+class SaveAt(L.Callback):
+    """Saves one checkpoint, in one file."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(kind: str, rule: str, folder: Path, sharded: bool, extra: tuple = (), ckpt_path: Path | None = None):
     """Counts after each step and the final weights, whole."""
     deciding = Deciding()
     trainer = make_trainer(
@@ -79,12 +90,15 @@ def fit(kind: str, rule: str, folder: Path, sharded: bool) -> dict[str, object]:
             lo.DivergenceGuard(),
             lo.OptimizerMonitor(),
             deciding,
+            *extra,
         ],
+        max_steps=STEPS,
         logger=L.loggers.TensorBoardLogger(folder, name=f"{kind}-{rule}", version="0"),
         **({"devices": 2, "strategy": strategy(), "use_distributed_sampler": False} if sharded else {}),
     )
     model = (Sharded if sharded else Bad)(seed=7)
-    trainer.fit(model, batches(STEPS, batch_size=4))
+    loader = StatefulLoader(STEPS, []) if extra or ckpt_path else batches(STEPS, batch_size=4)
+    trainer.fit(model, loader, ckpt_path=ckpt_path)
     (state,) = trainer.callbacks[0]._kept_state.get("clip", [{}])
     return {
         "counts": deciding.counts,
@@ -94,13 +108,19 @@ def fit(kind: str, rule: str, folder: Path, sharded: bool) -> dict[str, object]:
 
 
 def strategy() -> ModelParallelStrategy:
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    return ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend="gloo"
+    )
 
 
 def main(folder: Path) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     results = {f"{kind}-{rule}": fit(kind, rule, folder, sharded=True) for kind, rule in RUNS}
+    path = folder / "middle.ckpt"
+    whole = fit("ours", "adagc", folder / "whole", True, (SaveAt(7, path),))
+    torch.distributed.barrier()
+    results["resumed"] = {"whole": whole, "rest": fit("ours", "adagc", folder / "rest", True, ckpt_path=path)}
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
 
 

@@ -57,3 +57,12 @@ def test_in_shards_as_on_one_device(runs, kind, rule, tmp_path):
             assert [step for step, _ in sharded] == [step for step, _ in points]
             values = [value for _, value in sharded]
             assert values == pytest.approx([value for _, value in points], rel=1e-3, abs=1e-6, nan_ok=True), tag
+
+
+def test_a_sharded_run_resumed_in_the_middle_of_a_window_decides_as_the_one_that_went_on(runs):
+    for rank in runs[1]:
+        whole, rest = rank["resumed"]["whole"], rank["resumed"]["rest"]
+        assert rest["counts"] == whole["counts"][7:]
+        assert len(rest["counts"]) == STEPS - 7
+        for name in ("steps", "flags"):
+            assert bit_equal(rest["clip"]["state"][name], whole["clip"]["state"][name])

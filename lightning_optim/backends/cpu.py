@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_optim.backends.base import Batch
 from lightning_optim.backends.compiled import DTYPES, CompiledBackend, Operands, operands_of, scalar_table, split
+from lightning_optim.backends.cpu_factored import Scaled
 from lightning_optim.backends.cpu_kernels import Kernel, build, build_measure
 from lightning_optim.backends.cpu_threads import run_blocks
 from lightning_optim.backends.reference import apply_tensor_rule
@@ -77,6 +78,9 @@ class CpuBackend(CompiledBackend):
 
         Some tensors at a time: deltas that are made only when they are taken then stay in the cache.
         """
+        if isinstance(deltas, Scaled) and all(p.is_contiguous() and p.dtype == batch.dtype for p in batch.params):
+            deltas.subtract_from(batch.params, decay)
+            return
         some: list[Tensor] = []
         first = 0
         for i, delta in enumerate(deltas):

@@ -25,9 +25,6 @@ from lightning_optim.backends.cpu_threads import run_blocks
 BLOCK = 65536
 """Elements per block, about; at least 16 rows, so that column sums of blocks stay small beside the tensor."""
 
-MADE_AT_ONCE = 2**20
-"""Elements of updates that exist at one time, at least those of one tensor."""
-
 CHUNK = 4096
 """Elements of a row summed in the arithmetic dtype before their sum joins a float64 total."""
 
@@ -63,7 +60,7 @@ def kernel(first, last, blocks, shapes, addresses, scalars, sums):
         tensor, start, end, top, bottom, part = blocks[block]
         rows, columns = shapes[tensor, 1], shapes[tensor, 2]
         grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
-        floor = scalars[tensor, 0]
+        ceiling = scalars[tensor, 0]
         total = 0.0
         for matrix in range(start, end):
             for row in range(matrix * rows + top, matrix * rows + bottom):
@@ -71,8 +68,9 @@ def kernel(first, last, blocks, shapes, addresses, scalars, sums):
                 for chunk in range(0, columns, CHUNK):
                     row_sum = zero
                     for i in range(chunk, min(chunk + CHUNK, columns)):
-                        x = load_0(grad, row * columns + i)
-                        row_sum += x * x / maximum(factor * load_2(column_factors, matrix * columns + i), floor)
+                        y = minimum(factor * load_2(column_factors, matrix * columns + i), ceiling)
+                        y *= load_0(grad, row * columns + i)
+                        row_sum += y * y
                     total += row_sum
         sums[block] = total
 """
@@ -84,14 +82,28 @@ def kernel(first, last, blocks, shapes, addresses, scalars, sums):
         rows, columns = shapes[tensor, 1], shapes[tensor, 2]
         grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
         result = addresses[tensor, 3]
-        floor, scale = scalars[tensor, 0], scalars[tensor, 1]
+        ceiling, scale, decay = scalars[tensor, 0], scalars[tensor, 1], scalars[tensor, 2]
         for matrix in range(start, end):
             for row in range(matrix * rows + top, matrix * rows + bottom):
                 factor = load_1(row_factors, row)
                 for i in range(columns):
-                    v = maximum(factor * load_2(column_factors, matrix * columns + i), floor)
-                    store_3(result, row * columns + i, scale * load_0(grad, row * columns + i) / sqrt(v))
+                    y = minimum(factor * load_2(column_factors, matrix * columns + i), ceiling)
+                    y = scale * (load_0(grad, row * columns + i) * y)
+                    RESULT
 """
+_SCALED_DELTAS = _SCALED.replace("RESULT", "store_3(result, row * columns + i, y)")
+_SUBTRACTED = _SCALED.replace(
+    "RESULT",
+    "x = load_3(result, row * columns + i)\n"
+    "                    store_3(result, row * columns + i, x - (y + decay * x))",
+)
+
+_KERNELS = {
+    "mean_squares": _MEAN_SQUARES,
+    "scaled_squares": _SCALED_SQUARES,
+    "scaled": _SCALED_DELTAS,
+    "subtracted": _SUBTRACTED,
+}
 
 
 def mean_squares(grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -105,38 +117,51 @@ def mean_squares(grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def scaled_squares(
-    grads: Sequence[Tensor], rows: Sequence[Tensor], columns: Sequence[Tensor], floors: Sequence[float]
+    grads: Sequence[Tensor], rows: Sequence[Tensor], columns: Sequence[Tensor], ceilings: Sequence[float]
 ) -> Tensor:
-    """Σ g²/max(row·column, floor) of each tensor, [tensors], float64."""
+    """Σ (g·min(row·column, ceiling))² of each tensor, [tensors], float64."""
     blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads))
-    scalars = np.array([floors], dtype=_numpy(grads)).T.copy()
+    scalars = np.array([ceilings], dtype=_numpy(grads)).T.copy()
     sums = _run("scaled_squares", blocks, shapes, (grads, rows, columns), scalars)
     totals = np.zeros(len(grads))
     np.add.at(totals, blocks[:, 0], sums)
     return torch.from_numpy(totals)
 
 
-def scaled(
-    grads: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    columns: Sequence[Tensor],
-    floors: Sequence[float],
-    scales: Sequence[float],
-) -> Iterator[Tensor]:
-    """Scale·g/√max(row·column, floor) of each tensor; a few at a time, so that they are used from the cache."""
-    first = 0
-    while first < len(grads):
-        last, size = first, 0
-        while last < len(grads) and (last == first or size + grads[last].numel() <= MADE_AT_ONCE):
-            size += grads[last].numel()
-            last += 1
-        some = slice(first, last)
-        blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads[some]))
-        results = [torch.empty_like(grad) for grad in grads[some]]
-        scalars = np.array([floors[some], scales[some]], dtype=_numpy(grads)).T.copy()
-        _run("scaled", blocks, shapes, (grads[some], rows[some], columns[some], results), scalars)
-        yield from results
-        first = last
+class Scaled:
+    """The updates scale·g·min(row·column, ceiling), to be made one after the other or subtracted without being made."""
+
+    def __init__(
+        self,
+        shapes: Sequence[torch.Size],
+        grads: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        columns: Sequence[Tensor],
+        ceilings: Sequence[float],
+        scales: Sequence[float],
+    ) -> None:
+        self._shapes = shapes
+        self._factors = (grads, rows, columns)
+        self._scalars = np.array([ceilings, scales, [0.0] * len(grads)], dtype=_numpy(grads)).T.copy()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for i, grad in enumerate(self._factors[0]):
+            delta = torch.empty_like(grad)
+            one = tuple(factor[i : i + 1] for factor in self._factors)
+            _run("scaled", *_blocks((_shape(grad),)), (*one, [delta]), self._scalars[i : i + 1])
+            yield delta.view(self._shapes[i])
+
+    def subtract_from(self, params: Sequence[Tensor], decay: Tensor) -> None:
+        """Subtract all of them, and the decay, in one pass.
+
+        Args:
+            params: Contiguous, in the dtype of the gradients.
+            decay: Part of each parameter that is subtracted too, [tensors].
+        """
+        blocks, shapes = _blocks(tuple(_shape(grad) for grad in self._factors[0]))
+        scalars = self._scalars.copy()
+        scalars[:, 2] = decay.numpy()
+        _run("subtracted", blocks, shapes, (*self._factors, params), scalars)
 
 
 def _shape(grad: Tensor) -> Shape:
@@ -193,15 +218,14 @@ def _run(
 
 @cache
 def _build(name: str, dtype: str, slots: int) -> Any:
-    text = {"mean_squares": _MEAN_SQUARES, "scaled_squares": _SCALED_SQUARES, "scaled": _SCALED}[name]
+    text = _KERNELS[name]
     named = named_functions(dtype)
     names: dict[str, Any] = {
         "__name__": __name__,
         "CHUNK": CHUNK,
         "zero": np.dtype(dtype).type(0),
         "float": getattr(numba, dtype),
-        "maximum": named["maximum"],
-        "sqrt": named["sqrt"],
+        "minimum": named["minimum"],
     }
     for slot in range(slots):
         names[f"load_{slot}"] = load(dtype, slot, slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -74,34 +75,37 @@ class AdafactorRule(TensorRule):
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
-        """The same in three passes; vectors are matrices of one row, whose column factor is the second moment."""
+        """The same in three passes; vectors are matrices of one row, whose column factor is the second moment.
+
+        g/√max(r·c, ε²) is g·min(1/√r · 1/√c, 1/ε): a root for each row and column, and none for each element.
+        """
         from lightning_optim.backends import cpu_factored, measure  # needs numba, which the cpu backend has
 
         shapes = [grad.shape for grad in grads]
         grads = [(grad if grad.dim() >= 2 else grad.reshape(1, -1)).contiguous() for grad in grads]
         weights = [numbers["one_minus_beta2"] for numbers in scalars]
         row_means, col_means = cpu_factored.mean_squares(grads)
-        new_states, rows, columns = [], [], []
-        floors = []
+        new_states, rows, columns, ceilings = [], [], [], []
         for i, state in enumerate(states):
             eps1 = _eps1(params[i], groups[i])
-            floors.append(eps1**2)
+            ceilings.append(1 / eps1 if eps1 else math.inf)
             if "variance" in state:
-                columns.append(state["variance"].reshape(1, -1).lerp(col_means[i], weights[i]))
+                variance = state["variance"].reshape(1, -1).lerp(col_means[i], weights[i])
                 rows.append(torch.ones_like(row_means[i]))
-                new_states.append({"variance": columns[i].view(shapes[i])})
+                columns.append(variance.rsqrt())
+                new_states.append({"variance": variance.view(shapes[i])})
             else:
                 row_var = state["row_var"].lerp(row_means[i], weights[i])
-                columns.append(state["col_var"].lerp(col_means[i], weights[i]).contiguous())
-                rows.append(_row_factor(row_var, eps1).contiguous())
-                new_states.append({"row_var": row_var, "col_var": columns[i]})
-        delta_sq = cpu_factored.scaled_squares(grads, rows, columns, floors)
+                col_var = state["col_var"].lerp(col_means[i], weights[i])
+                rows.append(_row_factor(row_var, eps1).rsqrt().contiguous())
+                columns.append(col_var.rsqrt().contiguous())
+                new_states.append({"row_var": row_var, "col_var": col_var})
+        delta_sq = cpu_factored.scaled_squares(grads, rows, columns, ceilings)
         numel = delta_sq.new_tensor([max(param.numel(), 1) for param in params])
         eps2, d = delta_sq.new_tensor([[group["eps"][1], group["d"]] for group in groups]).unbind(1)
         relative_step = torch.stack([numbers["relative_step"] for numbers in scalars])
         scales = _scale((measure(params) / numel).sqrt(), (delta_sq / numel).sqrt(), relative_step, eps2, d)
-        deltas = cpu_factored.scaled(grads, rows, columns, floors, scales.tolist())
-        return (delta.view(shape) for delta, shape in zip(deltas, shapes, strict=True)), new_states
+        return cpu_factored.Scaled(shapes, grads, rows, columns, ceilings, scales.tolist()), new_states
 
 
 def _eps1(param: Tensor, group: Mapping[str, Any]) -> float:

@@ -119,6 +119,8 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
 
 def _plain(grad: Tensor) -> Tensor:
     """The numbers of a gradient as one dense, real, local tensor."""
+    if type(grad) is Tensor and grad.layout is torch.strided and not grad.is_complex():
+        return grad  # nearly always
     grad = local(grad.detach())
     if grad.layout != torch.strided:
         # Duplicate indices of an uncoalesced gradient add before they are squared.

@@ -202,6 +202,9 @@ class StepPipeline:
             accepted = step.stats.finite() if taken is None else step.stats.finite() & taken
             self.clipper.commit(accepted)
             self._counts[0] += step.clip.flag() & accepted
+        for detector in self.detectors:
+            assert step.skip is not None
+            detector.commit(step.skip)
         self._counts_on_host.push()
         if step.reported:
             assert self.on_report is not None

@@ -34,7 +34,7 @@ LAYERS = [
 # These import nothing of the package but what is named here.
 LEAVES = {
     "clipping": {"clipping", "messages", "stats", "transfer"},
-    "divergence": {"stats"},
+    "divergence": {"divergence", "messages", "stats"},
     "schedules": {"schedules", "durations", "imports", "messages"},
     "param_groups": {"param_groups", "durations", "messages", "schedules"},
     "weight_decay": {"messages", "rules"},

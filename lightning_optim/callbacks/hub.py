@@ -188,7 +188,7 @@ class Hub:
         trainer = self.trainer
         clipping = next((member for member in self.members if member.clip_rule() is not None), None)
         horizon = horizon_of(trainer)
-        names: dict[Tensor, str] = {p: _plain(key) for key, p in trainer.lightning_module.named_parameters()}
+        names: dict[Tensor, str] = {p: plain_name(key) for key, p in trainer.lightning_module.named_parameters()}
         shards = FlatShards.of(trainer.strategy.model) if trainer.strategy.model is not None else None
         group_names = {name for optimizer in trainer.optimizers for name in group_names_of(optimizer)}
         for index, optimizer in enumerate(trainer.optimizers):
@@ -310,7 +310,7 @@ def has_engine(trainer: L.Trainer) -> bool:
     return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(trainer.strategy).__mro__)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A parameter's name without what wrappers of its modules add."""
     for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
         name = name.replace(wrapper, "")

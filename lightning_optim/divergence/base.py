@@ -8,8 +8,6 @@ from torch import Tensor
 
 from lightning_optim.stats import GradStats
 
-__all__ = ["Detector", "NonFiniteGradient"]
-
 
 class Detector(ABC):
     """Decides, without asking the host, whether the coming update may happen."""
@@ -17,6 +15,9 @@ class Detector(ABC):
     @abstractmethod
     def __call__(self, stats: GradStats) -> Tensor:
         """True if the step must be skipped: a bool tensor, shape [], on the device of ``stats``."""
+
+    def commit(self, skip: Tensor) -> None:  # noqa: B027 - most remember nothing
+        """Ends the step, which happened unless ``skip`` (shape [], non-zero for yes), whoever asked for that."""
 
 
 class NonFiniteGradient(Detector):

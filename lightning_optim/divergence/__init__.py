@@ -1,0 +1,26 @@
+"""Noticing that a run goes wrong, and what to do about it; plain torch and plain Python.
+
+What must be known before the update is decided on the device (`Watch`): whether to skip the step. All else is judged by
+the host, from rows of numbers that arrive a little later and that nobody waits for.
+"""
+
+from lightning_optim.divergence.base import Detector, NonFiniteGradient
+from lightning_optim.divergence.judge import Alarm, Judge
+from lightning_optim.divergence.rows import Row, Rows
+from lightning_optim.divergence.spikes import SpikeWindow
+from lightning_optim.divergence.trend import SlowDivergence
+from lightning_optim.divergence.watch import SIGNALS, StepSeen, Watch
+
+__all__ = [
+    "SIGNALS",
+    "Alarm",
+    "Detector",
+    "Judge",
+    "NonFiniteGradient",
+    "Row",
+    "Rows",
+    "SlowDivergence",
+    "SpikeWindow",
+    "StepSeen",
+    "Watch",
+]

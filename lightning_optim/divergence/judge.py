@@ -1,0 +1,135 @@
+"""From what was seen at each step to alarms: what is wrong, and whether it is more than one bad batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_optim.divergence.trend import SlowDivergence
+from lightning_optim.divergence.watch import StepSeen
+
+SUSTAINED = 2.0
+"""A level that has risen by this factor for good is no change of data or of what is trained: the weights are worse."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that went wrong.
+
+    Args:
+        kind: ``nonfinite``, ``spike``, ``new_level``, ``jump``, ``slow_divergence``, ``loss_scale_collapse``, or one of
+            `lightning_optim.divergence.health`.
+        step: Optimizer steps until then, that one included.
+        text: One sentence.
+        names: Parameters or groups concerned, the worst first.
+        escalates: Whether a skipped step does not mend it.
+    """
+
+    kind: str
+    step: int
+    text: str
+    names: tuple[str, ...] = ()
+    escalates: bool = False
+
+
+class Judge:
+    """Judges the steps of one optimizer, in order.
+
+    Args:
+        trend: What slow divergence is; None not to look for it.
+        patience: After how many steps without a finite gradient in a row it is more than a bad batch.
+        scaled: Whether gradients come out of a GradScaler: then one that is not finite, at a finite loss, is an
+            overflow, which is how the scaler finds its scale, and nothing to alarm about.
+        overflows: How many overflows in a row are a collapse of the loss scale. From its start at 2¹⁶ the scale falls
+            below anything useful (2⁻⁴) within 20.
+    """
+
+    def __init__(
+        self,
+        trend: SlowDivergence | None = None,
+        patience: int = 5,
+        scaled: bool = False,
+        overflows: int = 20,
+    ) -> None:
+        self.trend = trend
+        self.patience, self.scaled, self.overflows = patience, scaled, overflows
+        self._counts = {"skipped": 0, "overflows": 0, "bad_in_a_row": 0, "overflows_in_a_row": 0}
+
+    @property
+    def overflow_steps(self) -> int:
+        """Overflows of the GradScaler so far."""
+        return self._counts["overflows"]
+
+    def update(self, seen: StepSeen, names: Mapping[int, str]) -> list[Alarm]:
+        """Takes in a step.
+
+        Args:
+            seen: The step.
+            names: Name of each parameter of the optimizer, by its place.
+        """
+        counts = self._counts
+        counts["skipped"] += seen.skipped
+        worst = tuple(names.get(place, f"parameter {place}") for place in seen.worst)
+        if seen.bad_tensors and self.scaled and not seen.bad_loss:
+            return self._overflow(seen, worst)
+        counts["overflows_in_a_row"] = 0
+        if seen.bad_tensors or seen.bad_loss:
+            return self._nonfinite(seen, worst)
+        if not seen.spikes:
+            counts["bad_in_a_row"] = 0
+        return self._finite(seen, worst)
+
+    def _overflow(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
+        counts = self._counts
+        counts["overflows"] += 1
+        counts["overflows_in_a_row"] += 1
+        if counts["overflows_in_a_row"] % self.overflows:
+            return []
+        row = counts["overflows_in_a_row"]
+        text = f"{row} overflows in a row, in {_listed(worst[: seen.bad_tensors])}: the loss scale has collapsed"
+        return [Alarm("loss_scale_collapse", seen.step, text, worst[: seen.bad_tensors], escalates=True)]
+
+    def _nonfinite(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
+        counts = self._counts
+        counts["bad_in_a_row"] += 1
+        bad = worst[: seen.bad_tensors]
+        what = "its loss is not finite" if seen.bad_loss else "its gradients are not finite"
+        where = f", {seen.bad_tensors} of them, first of all {_listed(bad)}" if bad and not seen.bad_loss else ""
+        row = counts["bad_in_a_row"]
+        lasts = row % self.patience == 0
+        text = f"{what}{where}" + (f", the {row}th such step in a row" if lasts else "")
+        return [Alarm("nonfinite", seen.step, text, bad, escalates=lasts)]
+
+    def _finite(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
+        alarms = []
+        if seen.spikes:
+            high = " and ".join(f"{_SAID[s]} {seen.values[s]:.3g} against {seen.medians[s]:.3g}" for s in seen.spikes)
+            alarms.append(Alarm("spike", seen.step, f"{high}; the largest gradients are in {_listed(worst)}", worst))
+        if self.trend is not None and not seen.skipped and self.trend.update(seen.values["loss"]):
+            text = f"the average loss has stayed above its best for {self.trend.patience} steps"
+            alarms.append(Alarm("slow_divergence", seen.step, text, escalates=True))
+        for signal, factor in seen.levels.items():
+            jumped = factor >= SUSTAINED
+            text = f"{_SAID[signal]} stays {factor:.3g} times as high; that is its level from now on"
+            alarms.append(Alarm("jump" if jumped else "new_level", seen.step, text, escalates=jumped))
+            if self.trend is not None:
+                self.trend.rebase()
+        return alarms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"counts": dict(self._counts), "trend": {} if self.trend is None else self.trend.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self._counts = dict(state["counts"])
+        if self.trend is not None and state["trend"]:
+            self.trend.load_state_dict(state["trend"])
+
+
+_SAID = {"grad_norm": "gradient norm", "loss": "loss"}
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names) or "no tensor"

@@ -1,0 +1,221 @@
+"""The detectors by themselves, on simulated statistics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightning_optim.divergence import Judge, Rows, SlowDivergence, SpikeWindow, StepSeen, Watch
+from lightning_optim.stats import GradStats
+
+
+def _feed(window: SpikeWindow, values) -> list[list[bool]]:
+    """Runs a window over rows of values, one per signal, each signal deciding for itself; which were flagged."""
+    flags = []
+    for row in values:
+        flagged = window(row)
+        window.commit(~flagged)
+        flags.append(flagged.tolist())
+    return flags
+
+
+def _noisy(steps: int, signals: int, noise: str, seed: int = 0) -> torch.Tensor:
+    """Losses that fall as training losses do, with 3 % of noise, shape [steps, signals]."""
+    generator = torch.Generator().manual_seed(seed)
+    falling = 0.5 + 2.5 * torch.exp(-torch.arange(steps) / 1500.0)
+    if noise == "gauss":
+        z = torch.randn(steps, signals, generator=generator)
+    else:  # gradient norms are skewed and have heavier tails: logs of a t-distribution with 6 degrees of freedom
+        z = torch.randn(steps, signals, generator=generator)
+        chi = torch.stack([torch.randn(steps, signals, generator=generator).square() for _ in range(6)]).mean(0)
+        z = z / chi.sqrt()
+    return falling[:, None] * torch.exp(0.03 * z)
+
+
+def test_clean_runs_give_at_most_one_false_alarm_in_10000_steps():
+    runs = torch.cat([_noisy(10_000, 20, "gauss"), _noisy(10_000, 20, "t6")], dim=1)
+    flags = torch.tensor(_feed(SpikeWindow(signals=40), runs)).sum(dim=0)
+    assert flags[:20].max() <= 1
+    assert flags[20:].float().mean() <= 1  # tails that loss and gradient norm rarely have
+    for run in runs[:, 15:25].T.tolist():
+        trend = SlowDivergence()
+        assert sum(trend.update(loss) for loss in run) <= 1
+
+
+@pytest.mark.parametrize("factor", [1.5, 10.0])
+def test_one_spike_is_one_flag_and_moves_no_baseline(factor):
+    values = _noisy(300, 4, "gauss")
+    window = SpikeWindow(signals=4)
+    _feed(window, values[:200])
+    before = window.state_dict()
+    assert _feed(window, values[200:201] * factor) == [[True] * 4]
+    after = window.state_dict()
+    assert torch.equal(before["values"], after["values"])
+    assert torch.equal(before["known"], after["known"])
+    assert not torch.tensor(_feed(window, values[201:])).any()
+
+
+def test_a_shift_of_level_is_adopted_after_16_flags():
+    values = _noisy(600, 8, "gauss")
+    values[300:] *= 1.5
+    flags = torch.tensor(_feed(SpikeWindow(signals=8), values))
+    assert (flags.sum(dim=0) == 16).all()
+    assert not flags[330:].any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nothing_that_is_not_finite_enters(bad):
+    values = _noisy(200, 1, "gauss")
+    window = SpikeWindow(signals=1)
+    _feed(window, values[:150])
+    before = window.state_dict()
+    assert _feed(window, torch.full((20, 1), bad)) == [[False]] * 20
+    assert all(torch.equal(before[key], value) for key, value in window.state_dict().items())
+    assert _feed(window, values[150:151] * 10) == [[True]]
+
+
+def test_a_signal_around_zero_is_judged_without_logarithm():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(500, 1, generator=generator) - 0.2
+    window = SpikeWindow(signals=1)
+    assert not any(flag for (flag,) in _feed(window, values))
+    assert _feed(window, torch.tensor([[30.0]])) == [[True]]
+
+
+def test_a_constant_signal_stays_quiet_until_it_really_rises():
+    window = SpikeWindow(signals=1)
+    assert not any(flag for (flag,) in _feed(window, torch.ones(200, 1)))
+    assert _feed(window, torch.tensor([[1.05], [1.2]])) == [[False], [True]]
+
+
+def test_nothing_is_flagged_before_enough_is_known():
+    window = SpikeWindow(signals=1, warmup=10)
+    assert _feed(window, torch.tensor([[1.0]] * 9 + [[50.0]]))[-1] == [False]
+
+
+def test_a_loaded_state_decides_alike():
+    values = _noisy(400, 3, "gauss")
+    values[300:] *= 1.5
+    whole, first, second = (SpikeWindow(signals=3) for _ in range(3))
+    expected = _feed(whole, values)
+    part = _feed(first, values[:308])  # in the middle of 16 flags
+    second.load_state_dict(first.state_dict())
+    assert part + _feed(second, values[308:]) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": 0}, "threshold=0.*for instance 8"),
+        ({"min_rise": -1}, "min_rise=-1"),
+        ({"warmup": 500}, "warmup=500 with window=128"),
+        ({"patience": 0}, "patience=0"),
+    ],
+)
+def test_thresholds_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SpikeWindow(signals=1, **arguments)
+
+
+def test_a_loss_that_grows_by_three_thousandths_a_step_is_found_within_150_steps():
+    for seed in range(20):
+        losses = _noisy(1000, 1, "gauss", seed)[:, 0]
+        losses[600:] = losses[599] * 1.003 ** torch.arange(400) * losses[600:] / losses[600:].mean()
+        trend = SlowDivergence()
+        alarms = [step for step, loss in enumerate(losses.tolist()) if trend.update(loss)]
+        assert 600 < alarms[0] <= 750
+
+
+def test_noise_alone_is_no_trend_however_strong():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        trend = SlowDivergence()
+        losses = torch.exp(0.5 * torch.randn(10_000, generator=generator)).tolist()
+        assert sum(trend.update(loss) for loss in losses) <= 1
+
+
+def test_a_loaded_trend_decides_alike():
+    losses = [1.0 + 0.01 * (step % 7) for step in range(200)] + [1.003**k for k in range(200)]
+    whole, first, second = SlowDivergence(), SlowDivergence(), SlowDivergence()
+    expected = [whole.update(loss) for loss in losses]
+    part = [first.update(loss) for loss in losses[:250]]
+    second.load_state_dict(first.state_dict())
+    assert part + [second.update(loss) for loss in losses[250:]] == expected
+    assert any(expected)
+
+
+@pytest.mark.parametrize("arguments", [{"rise": 0}, {"patience": 0}, {"decay": 1.0}])
+def test_trends_out_of_range_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        SlowDivergence(**arguments)
+
+
+# The watch writes, the judge reads.
+
+
+def _step(watch: Watch, norm_sq, skip=None) -> StepSeen:
+    flag = watch(GradStats(torch.tensor(norm_sq), group_sizes=(1, len(norm_sq) - 1))).float()
+    watch.commit(flag if skip is None else torch.maximum(flag, torch.tensor(skip)))
+    return watch.read()[-1]
+
+
+def test_a_row_says_what_happened():
+    seen = _step(Watch(SpikeWindow(2), loss=lambda: torch.tensor(2.5)), [9.0, 16.0, 0.0])
+    assert not seen.skipped
+    assert seen.values == {"grad_norm": 5.0, "loss": 2.5}
+    assert seen.worst == (1, 0, 2)
+    assert seen.group_norms == (3.0, 4.0)
+    assert seen.spikes == ()
+
+
+def test_the_culprit_is_named_first():
+    watch, judge = Watch(), Judge()
+    (alarm,) = judge.update(_step(watch, [9.0, 16.0, math.inf, 1.0]), dict(enumerate("abcd")))
+    assert (alarm.kind, alarm.step, alarm.names) == ("nonfinite", 1, ("c",))
+    assert "1 of them, first of all c" in alarm.text
+
+
+def test_a_loss_that_is_not_finite_skips_though_gradients_are():
+    watch = Watch(loss=lambda: torch.tensor(math.nan))
+    assert _step(watch, [1.0, 1.0]).skipped
+
+
+def test_an_overflow_of_the_scaler_is_no_alarm_until_it_goes_on():
+    watch, judge = Watch(loss=lambda: torch.tensor(1.0)), Judge(scaled=True)
+    alarms = [judge.update(_step(watch, [math.inf, 1.0]), {0: "a"}) for _ in range(20)]
+    assert alarms[:19] == [[]] * 19
+    assert [alarm.kind for alarm in alarms[19]] == ["loss_scale_collapse"]
+    assert judge.overflow_steps == 20
+
+
+def test_bad_steps_in_a_row_escalate():
+    watch, judge = Watch(), Judge(patience=5)
+    alarms = [judge.update(_step(watch, [math.nan, 1.0]), {})[0].escalates for _ in range(10)]
+    assert alarms == [False] * 4 + [True] + [False] * 4 + [True]
+    judge.update(_step(watch, [1.0, 1.0]), {})
+    assert not judge.update(_step(watch, [math.nan, 1.0]), {})[0].escalates
+
+
+def test_a_jump_escalates_and_a_shift_does_not():
+    for factor, kind in ((1.5, "new_level"), (3.0, "jump")):
+        watch, judge = Watch(SpikeWindow(2)), Judge(SlowDivergence())
+        alarms = []
+        for k in range(200):
+            norm = (1 + 0.01 * (k % 5)) * (factor if k >= 100 else 1.0)
+            alarms += judge.update(_step(watch, [norm**2, 0.0]), {})
+        assert [alarm.kind for alarm in alarms] == ["spike"] * 16 + [kind]
+        assert [alarm.escalates for alarm in alarms] == [False] * 16 + [kind == "jump"]
+
+
+def test_rows_come_in_order_and_once():
+    rows = Rows()
+    rows.write(1, torch.tensor([1.0]))
+    rows.write(2, torch.tensor([2.0]))
+    assert [(row.step, row.values) for row in rows.read()] == [(1, [1.0]), (2, [2.0])]
+    assert rows.read() == []
+    rows.write(3, torch.tensor([3.0]))
+    other = Rows()
+    other.load_state_dict(rows.state_dict())
+    assert [(row.step, row.values) for row in other.read()] == [(3, [3.0])]

@@ -15,6 +15,9 @@ from lightning_optim.callbacks.lightning_private import logging_step
 from lightning_optim.divergence import SIGNALS, Alarm, Detector, Judge, SlowDivergence, SpikeWindow, Watch
 from lightning_optim.gradients import names_of
 
+CHECKPOINT_KEY = "lightning_optim.divergence_guard"
+"""Not as the callback's own state: of two callbacks that have some, Lightning says less than we do."""
+
 
 @dataclass(frozen=True)
 class Spikes:
@@ -126,18 +129,23 @@ class DivergenceGuard(HubCallback):
             for logger in trainer.loggers:
                 logger.log_metrics({"optim_health/skipped_steps": float(self._skipped)}, step)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Baselines and counts of all optimizers: plain numbers and tensors."""
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Saves baselines and counts of all optimizers: plain numbers and tensors."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint[CHECKPOINT_KEY] = self._state()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps them until training starts: there are no optimizers yet."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._restored = checkpoint.get(CHECKPOINT_KEY, {})
+
+    def _state(self) -> dict[str, Any]:
         if not self._watches:
             return self._restored
         return {
             "watches": [watch.state_dict() for watch in self._watches],
             "judges": [judge.state_dict() for judge in self._judges],
         }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until training starts: there are no optimizers yet."""
-        self._restored = state_dict
 
     def _new_alarms(self) -> list[Alarm]:
         found = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -93,6 +94,10 @@ class GradStats:
         known: tuple[str | None, ...] = self.read("names")
         return known
 
+    def has(self, what: str) -> bool:
+        """Whether the quantity called ``what`` has been read already."""
+        return what in self._values
+
     def total_norm(self) -> Tensor:
         """Norm over all gradients as one vector, shape []."""
         return self.norm_sq.sum().sqrt()
@@ -160,6 +165,12 @@ class StepStats:
         """The sum called ``name`` over each parameter group, shape [groups]."""
         return sum_groups(self.sums[:, STEP_SUMS.index(name)], self.group_sizes)
 
+    def means(self, name: str) -> Tensor:
+        """The sum called ``name`` over the number of elements, for each parameter group, shape [groups]."""
+        ends = list(accumulate(self.group_sizes))
+        numel = [sum(self.numel[end - size : end]) for end, size in zip(ends, self.group_sizes, strict=True)]
+        return torch.stack([total / (n or math.nan) for total, n in zip(self.groups(name), numel, strict=True)])
+
 
 @dataclass(frozen=True)
 class StepCounts:
@@ -189,6 +200,9 @@ class StepRecord:
         update: What the update did to the parameters.
         steps: Optimizer steps so far, this one included.
         counts: Of those, the clipped and the skipped ones, int64, shape [2].
+        param_names: Name of each tensor of ``grad``, where it is known.
+        norms: Count, mean and maximum of the gradient norm over the steps since the last record whose gradients were
+            read and finite, shape [3].
     """
 
     group_names: tuple[str, ...]
@@ -199,6 +213,8 @@ class StepRecord:
     update: StepStats
     steps: int
     counts: Tensor
+    param_names: tuple[str | None, ...] = ()
+    norms: Tensor | None = None
 
 
 def sum_groups(values: Tensor, group_sizes: Sequence[int]) -> Tensor:

@@ -18,8 +18,9 @@ from lightning_optim.clipping import Clip, Clipper, ClipRule, Divisor
 from lightning_optim.closure import run_closure
 from lightning_optim.divergence import Detector, NonFiniteGradient
 from lightning_optim.flat_shards import FlatShards
+from lightning_optim.foreign_update import ForeignUpdate
 from lightning_optim.gradients import Gradients, group_names_of, names_of
-from lightning_optim.measure import measure_update
+from lightning_optim.interval import Interval
 from lightning_optim.operands import StepSkipped, operands_for
 from lightning_optim.stats import GradStats, StepCounts, StepRecord, StepStats
 from lightning_optim.transfer import HostMirror, upload
@@ -97,6 +98,7 @@ class StepPipeline:
         self._steps = counts.steps
         self._counts = torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device=device)
         self._counts_on_host = HostMirror(self._counts)
+        self._norms = Interval(device)
         self._expected = False
         self._step: _Step | None = None
         self._operands = operands_for(optimizer, may_skip=bool(self.detectors))
@@ -206,9 +208,11 @@ class StepPipeline:
             assert step.skip is not None
             detector.commit(step.skip)
         self._counts_on_host.push()
+        if self.on_report is not None and step.stats.has("norm_sq"):
+            self._norms.add(step.stats.total_norm())
         if step.reported:
             assert self.on_report is not None
-            self.on_report(step.record(self.optimizer, self._steps, self._counts))
+            self.on_report(step.record(self.optimizer, self._steps, self._counts, self._norms.take()))
 
     def _all_names(self) -> set[str]:
         return {
@@ -225,7 +229,7 @@ class _Step:
         self.reported = reported
         self.clip: Clip | None = None
         self.skip: Tensor | None = None
-        self._before: list[Tensor] | None = None
+        self._foreign: ForeignUpdate | None = None
         self._clipped_norm_sq: Tensor | None = None
 
     def held_here(self) -> tuple[list[Tensor], Clip | None]:
@@ -242,16 +246,20 @@ class _Step:
         if self.reported:
             after = self.stats.norm_sq if self.clip is None else self.clip.norm_sq_after(self.stats)
             self._clipped_norm_sq = self.gradients.norm_sq_now() if after is None else after
+        if self._foreign is not None:
+            self._foreign.before()
 
     def watch_update(self, optimizer: Optimizer) -> None:
         if hasattr(optimizer, "collect_step_stats"):
             optimizer.collect_step_stats = True
         else:
-            self._before = [param.detach().clone() for param in self.gradients.params]
+            self._foreign = ForeignUpdate(optimizer, self.gradients)
 
-    def record(self, optimizer: Optimizer, steps: int, counts: Tensor) -> StepRecord:
-        if self._before is not None:
-            sums = self.gradients.sum_shards(measure_update(self._before, self.gradients.params))
+    def record(self, optimizer: Optimizer, steps: int, counts: Tensor, norms: Tensor) -> StepRecord:
+        if self._clipped_norm_sq is None:  # the step was left out
+            self._clipped_norm_sq = torch.full_like(self.stats.norm_sq, torch.nan)
+        if self._foreign is not None:
+            sums = self._foreign.sums(self._clipped_norm_sq)
             if self.skip is not None:  # as our own optimizers say it: there was no update
                 sums = sums.masked_fill(self.skip > 0, torch.nan)
             update = StepStats(sums, self.gradients.group_sizes, self.stats.numel)
@@ -261,8 +269,6 @@ class _Step:
             if self.gradients.shards is not None:
                 update = self._over_shards(update)
         zero = torch.zeros_like(self.stats.norm_sq[0])
-        if self._clipped_norm_sq is None:  # the step was left out by a GradScaler
-            self._clipped_norm_sq = torch.full_like(self.stats.norm_sq, torch.nan)
         return StepRecord(
             group_names=group_names_of(optimizer),
             hyperparameters=tuple(
@@ -275,6 +281,8 @@ class _Step:
             update=update,
             steps=steps,
             counts=counts.clone(),
+            param_names=self.stats.names,
+            norms=norms,
         )
 
     def _over_shards(self, update: StepStats) -> StepStats:

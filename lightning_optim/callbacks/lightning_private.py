@@ -1,4 +1,4 @@
-"""Everything of Lightning that is private and relied on; a new release of Lightning breaks this file or nothing.
+"""Everything private that is relied on, of Lightning and of GradScaler; a new release breaks this file or nothing.
 
 ``tests/callbacks/test_lightning_private.py`` says what is relied on.
 """
@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.connectors.data_connector import (
 )
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
+from torch import Tensor
 
 
 def logging_step(trainer: Trainer) -> int:
@@ -33,6 +34,15 @@ def logging_step(trainer: Trainer) -> int:
 def logging_due(trainer: Trainer) -> bool:
     """Whether ``LightningModule.log`` writes at the present batch: every ``log_every_n_steps``-th step."""
     return trainer._logger_connector.should_update_logs
+
+
+def loss_scale(trainer: Trainer) -> Tensor | None:
+    """By what the GradScaler of 16-bit training multiplies the loss, on the device; None without one.
+
+    torch's public ``get_scale`` makes the host wait for the device.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return None if scaler is None else scaler._scale
 
 
 def enter_fit(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as L
+from torch.optim import Optimizer
 
 from lightning_optim.callbacks.hub import HubCallback
 from lightning_optim.callbacks.lightning_private import logging_due, logging_step
+from lightning_optim.callbacks.run_meter import RunMeter
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Report
 from lightning_optim.stats import StepCounts, StepRecord
 
@@ -16,15 +19,22 @@ class OptimizerMonitor(HubCallback):
     """Shows in every logger what the optimizer does to each parameter group.
 
     Every ``log_every_n_steps`` steps of the Trainer: learning rate and weight decay as the step used them, gradient
-    norm before and after clipping, parameter norm, update over parameter norm, share of clipped steps since the last
-    report, and skipped steps. Tags read ``optim_<quantity>/<group>``, one section of TensorBoard per quantity.
+    norms before and after clipping, what the step did to the parameters and how that compares with their size and with
+    the optimizer's moments, the loss between reports, clipped and skipped steps, speed. Tags read
+    ``optim_<quantity>/<group>``, one section of TensorBoard per quantity.
 
-    All values of a report cross to the host in one packed transfer, written when it has arrived; between reports
-    nothing is measured for the monitor and nothing waits for the device.
+    All values of a report cross to the host in one packed transfer, written when it has arrived; between reports the
+    gradients are not read for the monitor, and nothing waits for the device.
 
     Args:
-        diagnostics: Quantities to show beside learning rate, weight decay, clip rate and skips; None for all that
-            are built in (`lightning_optim.diagnostics.DEFAULT_DIAGNOSTICS`).
+        diagnostics: Quantities per group; None for all that are built in
+            (`lightning_optim.diagnostics.DEFAULT_DIAGNOSTICS`). Learning rates, weight decay, loss, health and speed
+            are always shown.
+        progress_bar: Whether the progress bar shows gradient norm and skipped steps, with a logger or without.
+
+    Attributes:
+        latest: The last report that has arrived, by tag; of the first optimizer, if there are several.
+        alarms: A sentence for each report with a gradient that was not finite, which names the first of them.
 
     Raises:
         ValueError: Two diagnostics have the same name.
@@ -33,57 +43,130 @@ class OptimizerMonitor(HubCallback):
         >>> trainer = L.Trainer(callbacks=[OptimizerMonitor()], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, diagnostics: Sequence[Diagnostic] | None = None) -> None:
+    def __init__(self, diagnostics: Sequence[Diagnostic] | None = None, progress_bar: bool = True) -> None:
         self.diagnostics = DEFAULT_DIAGNOSTICS if diagnostics is None else tuple(diagnostics)
         names = [diagnostic.name for diagnostic in self.diagnostics]
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"Two diagnostics are called {duplicates[0]!r}; each name makes a tag, so it must be unique."
             )
-        self._pending: deque[tuple[int, Report]] = deque()
+        self.progress_bar = progress_bar
+        self.latest: dict[str, float] = {}
+        self.alarms: list[str] = []
+        self._open: list[tuple[int, Report]] = []
+        self._pending: deque[_Sent] = deque()
         self._last: dict[int, Report | StepCounts] = {}
+        self._meter: RunMeter | None = None
 
     def report_due(self, trainer: L.Trainer) -> bool:
         """When Lightning logs, provided anything takes it."""
-        return bool(trainer.loggers) and logging_due(trainer)
+        return (bool(trainer.loggers) or self._bar(trainer)) and logging_due(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rates start here, also on a resume."""
         super().on_train_start(trainer, pl_module)
         self._last = dict(enumerate(self.hub.counts()))
+        self._meter = RunMeter(trainer) if trainer.loggers or self._bar(trainer) else None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any) -> None:
+        """Counts samples."""
+        if self._meter is not None:
+            self._meter.begin_batch(batch)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measures the gradient of the first of several accumulated batches."""
+        if self._meter is not None:
+            self._meter.after_backward(self.report_due(trainer))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Starts the clock of the update."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._meter is not None and self.report_due(trainer):
+            self._meter.begin_update()
 
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
-        """Computes the diagnostics on the device and sends them off."""
+        """Computes the diagnostics on the device."""
+        if self._meter is None:  # another callback has asked
+            return
         report = Report(record, self.diagnostics, self._last[optimizer_index], at=logging_step(trainer))
+        self._meter.on_record(report, record)
         self._last[optimizer_index] = report
-        self._pending.append((optimizer_index, report))
+        self._open.append((optimizer_index, report))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Writes what has arrived, at the step it belongs to."""
-        super().on_train_batch_end(trainer, pl_module, *args)
-        while self._pending and self._pending[0][1].ready():
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        """Sends off what this batch has to report, and writes what has arrived, where it belongs."""
+        super().on_train_batch_end(trainer, pl_module, outputs, *args)
+        if self._meter is not None:
+            self._meter.end_batch(outputs)
+        self._send()
+        while self._pending and self._pending[0].report.ready():
             self._write(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validation is no part of the time of a step."""
+        if self._meter is not None:
+            self._meter.clock.pause()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Training goes on."""
+        if self._meter is not None:
+            self._meter.clock.resume()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the rest."""
         self._flush(trainer)
+        self._meter = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Writes the rest: the last steps before a crash are the ones that matter."""
         self._flush(trainer)
+        self._meter = None
         super().on_exception(trainer, pl_module, exception)
 
+    def _bar(self, trainer: L.Trainer) -> bool:
+        return self.progress_bar and trainer.progress_bar_callback is not None
+
+    def _send(self) -> None:
+        """The first report of a batch carries what belongs to the run."""
+        reports, self._open = self._open, []
+        for number, (index, report) in enumerate(reports):
+            assert self._meter is not None
+            rest = self._meter.finish(report) if number == 0 else dict
+            self._pending.append(_Sent(index, report.send(), rest))
+
     def _flush(self, trainer: L.Trainer) -> None:
+        self._open = []  # of a batch that did not end; its record may never be complete
         while self._pending:
             self._write(trainer)
 
     def _write(self, trainer: L.Trainer) -> None:
-        index, report = self._pending.popleft()
+        sent = self._pending.popleft()
+        index, report, rest = sent.index, sent.report, sent.rest()
         values = report.read()
+        if index == 0:
+            self.latest = {**values, **rest}
+        if report.culprit is not None:
+            count = int(values["optim_health/nonfinite_gradients"])
+            some = "1 gradient is" if count == 1 else f"{count} gradients are"
+            self.alarms.append(f"Step {report.at}: {some} not finite, the first that of `{report.culprit}`.")
         if len(trainer.optimizers) > 1:  # group names repeat across optimizers
             values = {f"{family}/{index}.{name}": v for (family, name), v in _split(values)}
+        values |= rest
         for logger in trainer.loggers:
             logger.log_metrics(values, report.at)
+        if self._bar(trainer) and index == 0:
+            shown = {"grad_norm": "optim_grad_norm/total", "skipped": "optim_health/skipped_steps"}
+            bar = {name: self.latest[tag] for name, tag in shown.items() if self.latest.get(tag)}
+            trainer.progress_bar_metrics.update(bar)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A report of one optimizer on its way, and what gives the values that the host knows by then."""
+
+    index: int
+    report: Report
+    rest: Callable[[], dict[str, float]]
 
 
 def _split(values: dict[str, float]) -> list[tuple[list[str], float]]:

@@ -1,0 +1,59 @@
+"""Named quantities computed from the record of one step, on the device, one value per parameter group or one in all."""
+
+from lightning_optim.diagnostics.base import Diagnostic
+from lightning_optim.diagnostics.gradients import (
+    BelowEps,
+    ClipCoefficient,
+    ClippedGradNorm,
+    GradCosine,
+    GradNorm,
+    GradOverSecondMoment,
+    NonFinite,
+    ZeroGrad,
+)
+from lightning_optim.diagnostics.report import Report
+from lightning_optim.diagnostics.updates import (
+    EffectiveLR,
+    ParamNorm,
+    ParamRMS,
+    UpdateNorm,
+    UpdateRatio,
+    WeightDecayShare,
+)
+
+__all__ = [
+    "DEFAULT_DIAGNOSTICS",
+    "BelowEps",
+    "ClipCoefficient",
+    "ClippedGradNorm",
+    "Diagnostic",
+    "EffectiveLR",
+    "GradCosine",
+    "GradNorm",
+    "GradOverSecondMoment",
+    "NonFinite",
+    "ParamNorm",
+    "ParamRMS",
+    "Report",
+    "UpdateNorm",
+    "UpdateRatio",
+    "WeightDecayShare",
+    "ZeroGrad",
+]
+
+DEFAULT_DIAGNOSTICS: tuple[Diagnostic, ...] = (
+    GradNorm(),
+    ClippedGradNorm(),
+    ClipCoefficient(),
+    NonFinite(),
+    ZeroGrad(),
+    GradCosine(),
+    GradOverSecondMoment(),
+    BelowEps(),
+    ParamNorm(),
+    ParamRMS(),
+    UpdateNorm(),
+    UpdateRatio(),
+    EffectiveLR(),
+    WeightDecayShare(),
+)

@@ -1,0 +1,59 @@
+"""The loss between two reports: its mean and maximum, and how far that stands out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_optim.interval import Interval, summarise
+
+WINDOW = 128
+_TO_SIGMA = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
+
+
+class LossHistory:
+    """Every loss since the last report, and the last `WINDOW` losses, on the device.
+
+    Args:
+        device: Where the losses are.
+
+    Example:
+        >>> history = LossHistory(torch.device("cpu"))
+        >>> for loss in (1.0, 1.5, 2.0, 7.0):
+        ...     history.add(torch.tensor(loss))
+        >>> mean, largest, z = history.take().tolist()
+        >>> mean, largest, round(z, 2)
+        (2.875, 7.0, 7.42)
+    """
+
+    TAGS = ("optim_loss/mean", "optim_loss/max", "optim_loss/robust_z")
+
+    def __init__(self, device: torch.device) -> None:
+        self._interval = Interval(device)
+        self._window = torch.full((WINDOW,), torch.nan, device=device)
+        self._seen = 0
+
+    def add(self, loss: Tensor) -> None:
+        """Takes in one loss, shape []."""
+        self._interval.add(loss)
+        self._window[self._seen % WINDOW] = loss
+        self._seen += 1
+
+    def take(self, reduce: Callable[[Tensor, str], Tensor] = lambda values, how: values) -> Tensor:
+        """Mean and maximum since the last call, and by how many robust standard deviations the maximum stands out.
+
+        The last is (max − median) / (1.4826·MAD) over the window, MAD being the median distance from the median; NaN
+        while all losses are alike. The medians are torch's: the lower of the two middle values.
+
+        Args:
+            reduce: Adds values up over all ranks ("sum"), or takes their maximum ("max").
+        """
+        sums, largest = self._interval.take_sums()
+        _, mean, largest = summarise(reduce(sums, "sum"), reduce(largest, "max"))
+        known = torch.where(self._window.isfinite(), self._window, torch.nan)
+        median = known.nanmedian()
+        spread = _TO_SIGMA * (known - median).abs().nanmedian()
+        z = torch.where(spread > 0, (largest - median) / spread, torch.nan)
+        return torch.stack([mean, largest, z])

@@ -1,0 +1,108 @@
+"""From the record of a step to values under tags, by way of one packed transfer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_optim.diagnostics.base import Diagnostic
+from lightning_optim.stats import StepCounts, StepRecord
+from lightning_optim.transfer import PendingValues
+
+_HYPERPARAMETERS = ("lr", "weight_decay")
+_START = StepCounts()
+_INTERNAL = ("clipped", "skipped", "first_nonfinite", "steps_measured")
+
+
+class Report:
+    """The diagnostics of one step on their way to the host, in one packed transfer.
+
+    Args:
+        record: The step.
+        diagnostics: What to compute.
+        since: The report before this one, or the counts at the start; rates are over the steps from there.
+        at: Where on the loggers' axis the step belongs.
+    """
+
+    def __init__(
+        self,
+        record: StepRecord,
+        diagnostics: Sequence[Diagnostic],
+        since: Report | StepCounts = _START,
+        at: int = 0,
+    ) -> None:
+        self.at = at
+        self.steps = record.steps
+        self.clipped = 0
+        self.culprit: str | None = None
+        """Name of the first gradient with a NaN or an infinity, once read."""
+        self._since: Report | StepCounts = since
+        self._param_names = record.param_names
+        self._known: dict[str, float] = {}
+        self._tags: list[str] = []
+        self._columns: list[Tensor] = []
+        self._shows_nan: set[str] = set()
+        self._pending: PendingValues | None = None
+        finite = record.grad.norm_sq.isfinite()
+        self.add(("clipped", "skipped"), record.counts)
+        self.add(("first_nonfinite",), (~finite).to(torch.uint8).argmax().reshape(1))
+        for diagnostic in diagnostics:
+            tags = diagnostic.tags(record)
+            self.add(tags, diagnostic.compute(record), shows_nan=diagnostic.shows_nan)
+        if record.norms is not None:
+            self.add(("steps_measured", "optim_grad_norm/interval_mean", "optim_grad_norm/interval_max"), record.norms)
+        for name, group in zip(record.group_names, record.hyperparameters, strict=True):
+            for key in _HYPERPARAMETERS:
+                if isinstance(value := group.get(key), Tensor):
+                    self.add((f"optim_{key}/{name}",), value.detach().reshape(1))
+                elif value is not None:
+                    self._known[f"optim_{key}/{name}"] = float(value)
+
+    def add(self, tags: Sequence[str], values: Tensor | Sequence[float], shows_nan: bool = False) -> None:
+        """Adds values to the report, before it is sent.
+
+        Args:
+            tags: Their tags.
+            values: One for each tag: a device tensor, or numbers that the host knows.
+            shows_nan: Whether a NaN among them is worth a point.
+        """
+        if isinstance(values, Tensor):
+            device = self._columns[0].device if self._columns else values.device
+            self._tags += tags
+            self._columns.append(values.detach().to(device, torch.float64, non_blocking=True))
+        else:
+            self._known |= dict(zip(tags, values, strict=True))
+        if shows_nan:
+            self._shows_nan |= set(tags)
+
+    def send(self) -> Report:
+        """Starts the transfer."""
+        self._pending = PendingValues(torch.cat(self._columns))
+        self._columns = []
+        return self
+
+    @property
+    def sent(self) -> bool:
+        """Whether the transfer has started."""
+        return self._pending is not None
+
+    def ready(self) -> bool:
+        """Whether reading would not have to wait."""
+        return self._pending is not None and self._pending.ready()
+
+    def read(self) -> dict[str, float]:
+        """Every value under its tag. Reports are read in order, because rates are differences."""
+        assert self._pending is not None, "send it first"
+        values = dict(zip(self._tags, self._pending.read(), strict=True))
+        internal = {tag: values.pop(tag) for tag in _INTERNAL if tag in values}
+        self.clipped = int(internal["clipped"])
+        clip_rate = (self.clipped - self._since.clipped) / (self.steps - self._since.steps)
+        self._since = _START  # read once: a chain of reports would keep the whole run alive
+        if values.get("optim_health/nonfinite_gradients", 0) > 0 and self._param_names:
+            self.culprit = self._param_names[int(internal["first_nonfinite"])]
+        values = {**self._known, **values}
+        values = {tag: v for tag, v in values.items() if not math.isnan(v) or tag in self._shows_nan}
+        return {**values, "optim_health/clip_rate": clip_rate, "optim_health/skipped_steps": internal["skipped"]}

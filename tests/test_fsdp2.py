@@ -51,9 +51,13 @@ def test_in_shards_as_on_one_device(runs, kind, rule, tmp_path):
     if whole["clip"]:
         torch.testing.assert_close(first["clip"]["state"], whole["clip"]["state"], rtol=1e-4, atol=1e-6)
     name = f"{kind}-{rule}"
+    events = read_events(folder / name / "0")
     for tag, points in read_events(tmp_path / name / "0").items():
-        if tag.startswith("optim_"):
-            sharded = read_events(folder / name / "0")[tag]
+        # Each rank has losses of its own, and a clock.
+        if tag.startswith("optim_") and not tag.startswith(("optim_loss/max", "optim_loss/robust_z", "optim_speed/")):
+            sharded = events[tag]
+            if tag == "optim_loss/mean":  # at that step it is of the rank whose loss is finite
+                sharded = [point for point in sharded if point[0] != BAD_STEP]
             assert [step for step, _ in sharded] == [step for step, _ in points]
             values = [value for _, value in sharded]
             assert values == pytest.approx([value for _, value in points], rel=1e-3, abs=1e-6, nan_ok=True), tag

@@ -131,3 +131,16 @@ def test_batches_are_counted_as_fit_does_and_none_is_loaded(options, several):
     fitted = make_trainer(**options)
     fitted.fit(Module())
     assert fitted.num_training_batches == counted
+
+
+def test_the_loss_scale_is_a_tensor_on_the_device():
+    scales = []
+
+    class Looks(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            scales.append(lightning_private.loss_scale(trainer))
+
+    make_trainer([Looks()], **precision("16-mixed")).fit(Net(), batches(1))
+    make_trainer([Looks()]).fit(Net(), batches(1))
+    assert scales[0].item() == 1024.0
+    assert scales[1] is None

@@ -125,6 +125,22 @@ def each_against_its_fastest_peer() -> str:
     )
 
 
+def muon_by_width() -> str:
+    """The hidden matrices of 12-layer transformers; the wider, the more of the time is in the same matrix products."""
+    rows: list[list[object]] = []
+    for dim in (64, 128, 256, 384):
+        parameters = matrices(dim=dim)
+        timings = interleave(
+            {
+                "ours": stepper(parameters, lambda p: lo.optim.Muon(p)),
+                "torch": stepper(parameters, lambda p: torch.optim.Muon(p)),
+            },
+            rounds=15 if dim < 256 else 7,
+        )
+        rows.append([dim, timings["ours"].ms, timings["torch"].ms, timings["ours"].over(timings["torch"])])
+    return table(["width of 12 layers", "Muon, ms", "torch, ms", "ratio"], rows)
+
+
 def by_number_of_tensors() -> str:
     """AdamW over 10 M parameters cut into ever more tensors."""
     rows: list[list[object]] = []
@@ -179,4 +195,11 @@ def first_step_and_memory() -> str:
     return table(["optimizer", "first step, s (compiled code from disk)", "state, bytes per parameter"], rows)
 
 
-SECTIONS = (adamw_with_everything, each_against_its_fastest_peer, by_number_of_tensors, by_size, first_step_and_memory)
+SECTIONS = (
+    adamw_with_everything,
+    each_against_its_fastest_peer,
+    muon_by_width,
+    by_number_of_tensors,
+    by_size,
+    first_step_and_memory,
+)

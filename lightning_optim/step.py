@@ -134,6 +134,11 @@ class StepPipeline:
         """What the clip rule remembers, as plain tensors for a checkpoint; empty if nothing."""
         return {} if self.clipper is None else self.clipper.state_dict()
 
+    def load_clip_state(self, state: Mapping[str, Any]) -> None:
+        """Goes back to what `clip_state` gave."""
+        if self.clipper is not None:
+            self.clipper.load_state_dict(state)
+
     def expect_step(self) -> None:
         """Says that gradients are ready and a step should follow.
 

@@ -174,15 +174,22 @@ class Hub:
         else:
             self._start_pipelines()
         for config in trainer.lr_scheduler_configs:
-            if isinstance(scheduler := config.scheduler, Scheduler):
-                if scheduler.asks_for_horizon:  # again, if a tuner has run a shorter fit before this one
-                    scheduler.resolve(horizon_of(trainer, fresh=scheduler.is_fresh))
-                if (pipeline := self._pipeline_of(scheduler.optimizer)) is not None:
-                    scheduler.hold_on(lambda pipeline=pipeline: pipeline.counts().skipped)  # type: ignore[misc]
+            if isinstance(scheduler := config.scheduler, Scheduler) and scheduler.asks_for_horizon:
+                # Again, if a tuner has run a shorter fit before this one.
+                scheduler.resolve(horizon_of(trainer, fresh=scheduler.is_fresh))
+        self.hold_schedules()
         for optimizer in trainer.optimizers:
             if (freezing := freezing_of(optimizer)) is not None:
                 freezing.start()
                 self.on_close(freezing.release)
+
+    def hold_schedules(self) -> None:
+        """Has our schedulers stand still for the steps that will be skipped from now on."""
+        for config in self.trainer.lr_scheduler_configs:
+            if not isinstance(scheduler := config.scheduler, Scheduler):
+                continue
+            if (pipeline := self._pipeline_of(scheduler.optimizer)) is not None:
+                scheduler.hold_on(lambda pipeline=pipeline: pipeline.counts().skipped)  # type: ignore[misc]
 
     def _start_pipelines(self) -> None:
         trainer = self.trainer

@@ -9,7 +9,8 @@ from math import inf
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
 from lightning.pytorch.trainer.connectors.data_connector import (
@@ -21,6 +22,7 @@ from lightning.pytorch.trainer.connectors.data_connector import (
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
 from torch import Tensor
+from torch.nn import Module
 
 
 def logging_step(trainer: Trainer) -> int:
@@ -43,6 +45,13 @@ def loss_scale(trainer: Trainer) -> Tensor | None:
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return None if scaler is None else scaler._scale
+
+
+def averaged_models(trainer: Trainer) -> list[Module]:
+    """The averages that Lightning's `WeightAveraging` callbacks keep beside the model, such as an EMA."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback._average_model for callback in callbacks if isinstance(callback, WeightAveraging)]
+    return [model for model in found if model is not None]
 
 
 def enter_fit(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:

@@ -67,6 +67,7 @@ class Clipper:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes up what another run has saved; what another kind of rule has saved is left."""
+        self._state, self._next, self._saved = {}, {}, None
         if saved and saved["rule"] == type(self.rule).__name__:
             self._saved = saved["state"]
         elif saved:

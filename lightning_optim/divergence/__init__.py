@@ -6,8 +6,11 @@ the host, from rows of numbers that arrive a little later and that nobody waits 
 
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
 from lightning_optim.divergence.judge import Alarm, Judge
+from lightning_optim.divergence.ladder import Ladder, LRCut, Rollback
+from lightning_optim.divergence.rate_cut import RateCut
+from lightning_optim.divergence.report import Report
 from lightning_optim.divergence.rows import Row, Rows
-from lightning_optim.divergence.spikes import SpikeWindow
+from lightning_optim.divergence.spikes import Spikes, SpikeWindow
 from lightning_optim.divergence.trend import SlowDivergence
 from lightning_optim.divergence.watch import SIGNALS, StepSeen, Watch
 
@@ -16,11 +19,17 @@ __all__ = [
     "Alarm",
     "Detector",
     "Judge",
+    "LRCut",
+    "Ladder",
     "NonFiniteGradient",
+    "RateCut",
+    "Report",
+    "Rollback",
     "Row",
     "Rows",
     "SlowDivergence",
     "SpikeWindow",
+    "Spikes",
     "StepSeen",
     "Watch",
 ]

@@ -117,6 +117,12 @@ class Judge:
                 self.trend.rebase()
         return alarms
 
+    def rolled_back(self) -> None:
+        """What was in a row is so no more."""
+        self._counts |= {"bad_in_a_row": 0, "overflows_in_a_row": 0}
+        if self.trend is not None:
+            self.trend.rebase()
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         return {"counts": dict(self._counts), "trend": {} if self.trend is None else self.trend.state_dict()}

@@ -70,6 +70,10 @@ class Rows:
             rows.append(Row(step, values.cpu().numpy().tolist()))
         return rows
 
+    def drop(self) -> None:
+        """Forgets what has not been given out."""
+        self._pending.clear()
+
     def state_dict(self) -> list[list[float]]:
         """What has not been given out yet, for a checkpoint: each row behind its number."""
         for _, _, arrived in self._pending:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -125,6 +126,7 @@ class SpikeWindow:
         quiet = torch.where(flags, torch.zeros_like(state["quiet"]), state["quiet"] + enters.to(torch.int64))
         counts = torch.where(quiet < _GAP, state["flags"] + flags.to(torch.int64), torch.zeros_like(quiet))
         moved = counts >= self.patience
+        moved |= moved.any() & (counts >= self.patience / 2)  # what moves one signal is what has made others stand out
         level = _median(flagged, counts)
         positive = (median > 0) & (level > 0)
         factor = torch.where(positive, level / median, torch.ones_like(level))
@@ -133,7 +135,7 @@ class SpikeWindow:
         self._state = {
             "values": torch.where(moved[:, None], ring * factor[:, None] + shift[:, None], ring),
             "known": state["known"] + enters.to(torch.int64),
-            "flagged": flagged,
+            "flagged": torch.where((moved | (counts == 0))[:, None], torch.inf, flagged),
             "flags": torch.where(moved, torch.zeros_like(counts), counts),
             "quiet": quiet,
         }
@@ -151,6 +153,37 @@ class SpikeWindow:
     def _to(self, device: torch.device) -> None:
         if self._state["values"].device != device:
             self._state = {name: value.to(device) for name, value in self._state.items()}
+
+
+@dataclass(frozen=True)
+class Spikes:
+    """What stands out, and whether such a step is skipped; see `SpikeWindow`.
+
+    Args:
+        threshold: How many robust standard deviations above the median of the last accepted values.
+        min_rise: And how much above the median, as a share of it.
+        window: How many accepted values are remembered.
+        warmup: Accepted steps before the first flag.
+        patience: So many flags in a row are a new level, not spikes.
+        skip: Whether to skip the step; otherwise it is told of only.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    threshold: float = 8.0
+    min_rise: float = 0.1
+    window: int = 128
+    warmup: int = 64
+    patience: int = 16
+    skip: bool = True
+
+    def __post_init__(self) -> None:
+        self.window_of(1)
+
+    def window_of(self, signals: int) -> SpikeWindow:
+        """What looks at so many signals."""
+        return SpikeWindow(signals, self.threshold, self.min_rise, self.window, self.warmup, self.patience)
 
 
 def _put(ring: Tensor, count: Tensor, values: Tensor) -> Tensor:

@@ -111,6 +111,11 @@ class Watch(NonFiniteGradient):
         self._steps = 0
         self._now: list[Tensor] = []
 
+    @property
+    def steps(self) -> int:
+        """Steps seen so far, skipped ones included."""
+        return self._steps
+
     def __call__(self, stats: GradStats) -> Tensor:
         """Whether to skip, bool, shape []."""
         norm_sq = stats.norm_sq

@@ -1,0 +1,134 @@
+"""What happened, for whoever comes back to the run: Markdown to read, JSON to compute with."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_optim.divergence.watch import StepSeen
+
+_ADVICE = {
+    "nonfinite": "Look at the batches listed: a NaN in the data, a logarithm or division of 0, an overflow in 16 bits. "
+    "`GradientClipping: {max_norm: 1.0}` does not help against NaN; `precision: bf16-mixed` helps against overflow.",
+    "spike": "`GradientClipping: {method: zclip}` or `{max_norm: ...}` at about the usual gradient norm clips "
+    "such steps instead of skipping them; if there are many, a longer `warmup` or AdamW's `betas: [0.9, 0.95]`.",
+    "new_level": "A change of data, of the loss or of what is trained? If it was a skipped stretch of a healthy run, "
+    "`DivergenceGuard: {spikes: {threshold: 12}}`.",
+    "jump": "The weights have left the good region: a lower `lr`, a longer `warmup`, clipping.",
+    "slow_divergence": "A lower peak `lr`, or a schedule that falls earlier.",
+    "loss_scale_collapse": "`precision: bf16-mixed` in place of `16-mixed`, or a loss without very large intermediate "
+    "values.",
+    "vanishing": "Another activation, normalisation or residual connections before the parameters named; a larger "
+    "`lr_multiplier` for their group.",
+    "exploding": "`GradientClipping`, per group or `{method: agc}`; normalisation in the layers named.",
+    "dead": "Units that never fire get no gradient: a lower `lr`, another initialisation or activation.",
+    "stalled": "A smaller `eps`, or a larger `lr_multiplier` for the group: its updates are too small to matter.",
+    "no_gradient": "Unfreeze the parameters named (`requires_grad_`), use them in the loss, or leave them out of the "
+    "optimizer.",
+    "lr_too_high": "A lower `lr`.",
+    "lr_too_low": "A higher `lr`.",
+}
+
+
+@dataclass
+class Entry:
+    """Something that was seen or done.
+
+    Args:
+        step: Where on the loggers' axis.
+        epoch: In which epoch.
+        batches: Which batches of it made up the step.
+        optimizer: Which optimizer.
+        kind: Of the alarm, or ``did`` for what was done.
+        text: One sentence.
+        names: Parameters or groups concerned.
+    """
+
+    step: int
+    epoch: int
+    batches: list[int]
+    optimizer: int
+    kind: str
+    text: str
+    names: list[str] = field(default_factory=list)
+
+
+class Report:
+    """Collects what was seen and done, and writes it down.
+
+    Args:
+        keep: How many steps before now are written down with all their numbers.
+        most: How many entries are kept; the first ones, which tell how it began, and the last.
+
+    Example:
+        >>> report = Report()
+        >>> report.add(Entry(3, 0, [3], 0, "nonfinite", "its loss is not finite"))
+        >>> "| 3 | 0 | 3 | nonfinite | its loss is not finite |" in report.markdown()
+        True
+    """
+
+    def __init__(self, keep: int = 64, most: int = 1000) -> None:
+        self.entries: list[Entry] = []
+        self._left_out = 0
+        self._most = most
+        self._steps: deque[tuple[int, int, StepSeen]] = deque(maxlen=keep)
+
+    def see(self, step: int, optimizer: int, seen: StepSeen) -> None:
+        """Remembers a step."""
+        self._steps.append((step, optimizer, seen))
+
+    def add(self, entry: Entry) -> None:
+        """Remembers something that was seen or done."""
+        self.entries.append(entry)
+        if len(self.entries) > self._most:
+            del self.entries[self._most // 2]
+            self._left_out += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as plain values; numbers that are not finite as None, which JSON can say."""
+        return {
+            "entries": [asdict(entry) for entry in self.entries],
+            "entries_left_out": self._left_out,
+            "last_steps": [_finite({"at": at, "optimizer": index, **asdict(seen)}) for at, index, seen in self._steps],
+        }
+
+    def markdown(self) -> str:
+        """The same to read, with advice on what to change."""
+        lines = ["# Divergence report", "", "| step | epoch | batches | kind | what |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {e.step} | {e.epoch} | {', '.join(map(str, e.batches))} | {e.kind} | {e.text} |" for e in self.entries
+        ]
+        if self._left_out:
+            lines.append(f"\n{self._left_out} entries in the middle are left out.")
+        kinds = list(dict.fromkeys(entry.kind for entry in self.entries))
+        lines += ["", "## What to change", ""]
+        lines += [f"- **{kind}**: {_ADVICE[kind]}" for kind in kinds if kind in _ADVICE]
+        lines += ["", "## The last steps", ""]
+        lines += ["| step | optimizer | loss | gradient norm | median norm | groups' norms | skipped |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for at, index, seen in self._steps:
+            groups = ", ".join(f"{norm:.3g}" for norm in seen.group_norms)
+            values = f"{seen.values['loss']:.4g} | {seen.values['grad_norm']:.4g} | {seen.medians['grad_norm']:.4g}"
+            lines.append(f"| {at} | {index} | {values} | {groups} | {'yes' if seen.skipped else ''} |")
+        return "\n".join(lines) + "\n"
+
+    def write(self, folder: str | Path, name: str = "divergence_report") -> Path:
+        """Writes both files; returns where the Markdown is."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False))
+        path = folder / f"{name}.md"
+        path.write_text(self.markdown())
+        return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,267 @@
+"""Faults put into real runs, and what the guard makes of them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lightning_optim as lo
+from lightning_optim.divergence import LRCut, Rollback, Spikes
+from tests.helpers import (
+    ADAMWS,
+    PRECISIONS,
+    Net,
+    Snapshots,
+    StatefulLoader,
+    batches,
+    bit_equal,
+    make_trainer,
+    precision,
+)
+
+
+@pytest.fixture(autouse=True)
+def _expected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Step ")
+        yield
+
+
+class Faulty(Net):
+    """Its loss is multiplied by something at some batches, counted over the whole run."""
+
+    def __init__(self, factor, seed=0):
+        super().__init__(seed=seed)
+        self.factor, self.batch = factor, 0
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx) * self.factor(self.batch)
+        self.batch += 1
+        return loss
+
+
+QUICK = Spikes(warmup=16, window=32)
+
+
+def _configure(kind="ours", lr=0.01, **more):
+    return lo.ConfigureOptimizers(**ADAMWS[kind], lr=lr, **more)
+
+
+def _kinds(guard):
+    return [entry.kind for entry in guard.report.entries]
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_one_batch_of_ten_times_the_loss_is_one_alarm_and_one_skip(name, accumulate):
+    bad = range(40 * accumulate, 41 * accumulate)
+    model, guard, snapshots = Faulty(lambda k: 10.0 if k in bad else 1.0), lo.DivergenceGuard(QUICK), Snapshots()
+    trainer = make_trainer([_configure(), guard, snapshots], accumulate_grad_batches=accumulate, **precision(name))
+    trainer.fit(model, batches(60 * accumulate, batch_size=32))
+    (entry,) = guard.report.entries
+    assert (entry.kind, entry.step, entry.batches) == ("spike", 40, list(bad))
+    assert guard.skipped_steps == 1
+    before, after = snapshots.before[bad[0]], snapshots.after[bad[-1]]
+    assert bit_equal(before["parameters"], after["parameters"])
+    assert bit_equal(before["optimizers"], after["optimizers"])
+    following = snapshots.after[bad[-1] + accumulate]
+    assert not bit_equal(after["parameters"], following["parameters"])
+
+
+def test_a_new_level_of_the_loss_is_at_most_16_flags_and_then_quiet():
+    model, guard = Faulty(lambda k: 1.5 if k >= 60 else 1.0), lo.DivergenceGuard(QUICK)
+    make_trainer([_configure(lr=1e-4), guard]).fit(model, batches(140, batch_size=1024))
+    assert 0 < _kinds(guard).count("spike") <= 16
+    assert max(entry.step for entry in guard.report.entries) < 80
+    assert "did" not in _kinds(guard)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_twenty_bad_steps_in_a_row_climb_the_ladder_and_are_never_accepted(name):
+    model, guard = Faulty(lambda k: float("nan") if 20 <= k < 40 else 1.0), lo.DivergenceGuard(cooldown=3)
+    snapshots = Snapshots()
+    trainer = make_trainer([_configure(), guard, snapshots], **precision(name))
+    trainer.fit(model, batches(50))
+    assert guard.skipped_steps == 20
+    did = [(entry.step, entry.text.split()[0]) for entry in guard.report.entries if entry.kind == "did"]
+    # The second rollback to the same snapshot takes its rate cut again; nothing is left to do a third time in time.
+    assert did[:2] == [(24, "learning"), (29, "back")]
+    assert all(t.isfinite().all() for after in snapshots.after for t in after["parameters"].values())
+    assert trainer.global_step == 50
+
+
+@pytest.mark.parametrize("kind", ADAMWS)
+@pytest.mark.parametrize("memory", ["device", "cpu", "disk"])
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_rollback_is_bit_equal_to_the_snapshot_and_so_is_the_second(kind, memory, name):
+    bad = {*range(20, 25), *range(30, 35)}
+    guard = lo.DivergenceGuard(
+        lr_cut=None, rollback=Rollback(every=12, clean=4, memory=memory, lr_factor=1.0, budget=2), cooldown=1
+    )
+    model, snapshots = Faulty(lambda k: float("nan") if k in bad else 1.0), Snapshots()
+    parts = [guard, snapshots, _configure(kind, schedule="cosine", warmup=3), lo.GradientClipping(method="zclip")]
+    trainer = make_trainer(parts, **precision(name))
+    trainer.fit(model, batches(40))
+    did = [(entry.step, entry.text) for entry in guard.report.entries if entry.kind == "did"]
+    assert [step for step, _ in did] == [24, 34]
+    assert all("after step 11" in text or "after step 23" in text for _, text in did)
+    then = snapshots.after[11]
+    for step, _ in did[:1]:
+        assert bit_equal(then, snapshots.after[step])
+    assert trainer.global_step == 40
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_when_nothing_is_left_training_stops_and_says_why(tmp_path):
+    guard = lo.DivergenceGuard(
+        lr_cut=LRCut(budget=1), rollback=Rollback(budget=1), cooldown=1, report_dir=str(tmp_path / "told")
+    )
+    trainer = make_trainer([_configure(), guard])
+    trainer.fit(Faulty(lambda k: float("nan") if k >= 10 else 1.0), batches(60))
+    assert trainer.global_step == 25
+    told = json.loads((tmp_path / "told" / "divergence_report.json").read_text())
+    assert told["entries"][-1]["text"].startswith("training is stopped, because everything else is used up (lr_cut: 1")
+    assert len(told["last_steps"]) == 25
+    assert told["last_steps"][-1]["values"]["loss"] is None
+    text = (tmp_path / "told" / "divergence_report.md").read_text()
+    assert "| 14 | 0 | 14 | did | learning rate times 0.5 for 100 steps |" in text
+    assert "## What to change" in text
+
+
+def test_the_report_is_beside_the_checkpoints_and_in_tensorboard(logger, tmp_path):
+    guard = lo.DivergenceGuard(save_batches=True)
+    checkpoints = ModelCheckpoint(dirpath=tmp_path / "checkpoints")
+    trainer = make_trainer([_configure(), guard, checkpoints], logger=logger, enable_checkpointing=True)
+    trainer.fit(Faulty(lambda k: float("nan") if k == 3 else 1.0), batches(6))
+    assert (tmp_path / "checkpoints" / "divergence_report.md").exists()
+    accumulator = EventAccumulator(logger.log_dir)
+    accumulator.Reload()
+    assert "optim_health/divergence/text_summary" in accumulator.Tags()["tensors"]
+    ((x, _),) = torch.load(tmp_path / "checkpoints" / "divergence_batches" / "step3_rank0.pt")
+    assert torch.equal(x, list(batches(6))[3][0])
+
+
+def test_a_healthy_run_writes_nothing(tmp_path):
+    make_trainer([_configure(), lo.DivergenceGuard(report_dir=str(tmp_path / "none"))]).fit(Net(), batches(20))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_cut_of_the_rate_stays_and_returns_and_no_schedule_minds():
+    class Rates(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.rows = []
+            trainer.optimizers[0].register_step_post_hook(lambda o, *_: self.rows.append(o.param_groups[0]["lr"]))
+
+    class Own(Faulty):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0, momentum=0.9, fused=True)
+            return [optimizer], [
+                {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5**0.1), "interval": "step"}
+            ]
+
+    guard = lo.DivergenceGuard(lr_cut=LRCut(0.25, steps=4, recover=1), rollback=None, patience=2, cooldown=0)
+    rates = Rates()
+    trainer = make_trainer([rates, guard])
+    model = Own(lambda k: float("nan") if k in (3, 4) else 0.01)
+    # `rates` hangs on the optimizer before the guard, and so sees the rates as the step uses them.
+    trainer.fit(model, batches(14))
+    factors = [rate / 0.5 ** (0.1 * k) for k, rate in enumerate(rates.rows)]
+    assert factors == pytest.approx([1.0] * 5 + [0.25] * 4 + [0.5] + [1.0] * 4)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5**1.4)
+
+
+@pytest.mark.parametrize("ema_first", [True, False])
+def test_an_average_beside_the_guard_stays_finite_and_goes_back_too(ema_first):
+    ema, guard = EMAWeightAveraging(decay=0.9), lo.DivergenceGuard(lr_cut=None, rollback=Rollback(every=5, clean=2))
+    both = [ema, guard] if ema_first else [guard, ema]
+    seen = []
+
+    class Averages(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen.append([p.detach().clone() for p in ema._average_model.parameters()])
+
+    model = Faulty(lambda k: float("nan") if 8 <= k < 13 else 1.0)
+    make_trainer([_configure(), *both, Averages()]).fit(model, batches(20))
+    assert "did" in _kinds(guard)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(t.isfinite().all() for row in seen for t in row)
+    # Back at step 12 to the average of step 4, which the callback that comes behind may have moved on once.
+    old, back, before = seen[3], seen[12], seen[11]
+    assert sum((a - b).norm() for a, b in zip(old, back, strict=True)) < sum(
+        (a - b).norm() for a, b in zip(before, back, strict=True)
+    )
+
+
+def test_two_optimizers_are_guarded_apart():
+    class Two(Net):
+        automatic_optimization = False
+
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            for index, optimizer in enumerate(self.optimizers()):
+                optimizer.zero_grad()
+                loss = torch.nn.functional.mse_loss(self(x), y)
+                self.manual_backward(loss * (50.0 if (index, batch_idx) == (1, 40) else 1.0))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.Adam(part.parameters(), lr=1e-3) for part in (self.body, self.head)]
+
+    guard = lo.DivergenceGuard(QUICK)
+    make_trainer([guard]).fit(Two(), batches(60, batch_size=32))
+    (entry,) = guard.report.entries
+    assert (entry.kind, entry.step, entry.optimizer) == ("spike", 40, 1)
+    assert set(entry.names) <= {"head.weight", "head.bias", "body.weight", "body.bias", "norm.weight", "norm.bias"}
+    assert entry.names[0].startswith("head")
+
+
+@pytest.mark.filterwarnings("ignore:Resumed on the old curve")
+def test_a_resumed_run_decides_as_the_uninterrupted_one(tmp_path):
+    def factor(k):
+        return 3.0 if k >= 30 and k % 2 == 0 else float("nan") if k in (26, 27, 28) else 1.0
+
+    def fit(steps, folder, ckpt_path=None):
+        loader = StatefulLoader(60, [])
+        model, guard = Faulty(factor), lo.DivergenceGuard(QUICK, rollback=None, patience=2, cooldown=0)
+        model.batch = 0 if ckpt_path is None else 32
+        trainer = make_trainer([_configure(), guard], max_steps=steps)
+        trainer.fit(model, loader, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(folder)
+        return guard, model
+
+    whole, end = fit(60, tmp_path / "whole.ckpt")
+    first, _ = fit(32, tmp_path / "first.ckpt")
+    second, resumed = fit(60, tmp_path / "second.ckpt", tmp_path / "first.ckpt")
+    assert torch.load(tmp_path / "first.ckpt", weights_only=True)
+    told = [(entry.step, entry.kind, entry.text) for entry in whole.report.entries]
+    assert told == [(e.step, e.kind, e.text) for g in (first, second) for e in g.report.entries]
+    assert {"nonfinite", "did"} <= set(_kinds(whole))
+    assert bit_equal(dict(end.state_dict()), dict(resumed.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LRCut(factor=1.5), "factor=1.5 of LRCut.*for instance 0.5"),
+        (lambda: LRCut(budget=0), "budget=0 of LRCut"),
+        (lambda: Rollback(memory="gpu"), "memory='gpu' of Rollback"),
+        (lambda: Rollback(lr_factor=0), "lr_factor=0 of Rollback"),
+        (lambda: Spikes(threshold=-1), "threshold=-1"),
+        (lambda: lo.DivergenceGuard(patience=0), "patience=0"),
+        (lambda: lo.DivergenceGuard(cooldown=-1), "cooldown=-1 of the ladder"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -24,8 +24,8 @@ class SpikeWindow:
     The robust spread lets a few spikes move nothing, the logarithm makes a spread a share of the level at every level,
     and the least rise keeps a nearly constant signal quiet. A signal that has been 0 or below in the window, such as a
     log-likelihood of densities, is judged without logarithm. ``patience`` flags in a row (with gaps of less than 8
-    steps) are a new level and not spikes: the window moves there, and the flags end. What is flagged or not finite
-    never enters the window.
+    steps), of whichever signal, are a new level and not spikes: the windows move there, and the flags end. What is
+    flagged or not finite never enters the window.
 
     Args:
         signals: How many signals.
@@ -75,8 +75,8 @@ class SpikeWindow:
             "values": torch.full((signals, window), torch.inf),
             "known": torch.zeros(signals, dtype=torch.int64),
             "flagged": torch.full((signals, patience), torch.inf),
-            "flags": torch.zeros(signals, dtype=torch.int64),
-            "quiet": torch.zeros(signals, dtype=torch.int64),
+            "flags": torch.zeros((), dtype=torch.int64),
+            "quiet": torch.zeros((), dtype=torch.int64),
         }
         self._now: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -120,14 +120,16 @@ class SpikeWindow:
         assert self._now is not None
         values, flags, median = self._now
         state, finite = self._state, values.isfinite()
-        flagged = torch.where(flags[:, None], _put(state["flagged"], state["flags"], values), state["flagged"])
-        # A step that is skipped for another reason says nothing about a signal that it does not flag.
         enters = accepted & finite & ~flags
-        quiet = torch.where(flags, torch.zeros_like(state["quiet"]), state["quiet"] + enters.to(torch.int64))
-        counts = torch.where(quiet < _GAP, state["flags"] + flags.to(torch.int64), torch.zeros_like(quiet))
-        moved = counts >= self.patience
-        moved |= moved.any() & (counts >= self.patience / 2)  # what moves one signal is what has made others stand out
-        level = _median(flagged, counts)
+        any_flag = flags.any()
+        # A step that is skipped for another reason says nothing.
+        passed = enters.any() & ~any_flag
+        quiet = torch.where(any_flag, torch.zeros_like(state["quiet"]), state["quiet"] + passed.to(torch.int64))
+        flagged = torch.where(any_flag, _put(state["flagged"], state["flags"], values), state["flagged"])
+        count = torch.where(quiet < _GAP, state["flags"] + any_flag.to(torch.int64), torch.zeros_like(quiet))
+        full = count >= self.patience
+        level = _median(flagged, count.expand(len(values)))
+        moved = full & (level - median > self.min_rise * median.abs()) & level.isfinite()
         positive = (median > 0) & (level > 0)
         factor = torch.where(positive, level / median, torch.ones_like(level))
         shift = torch.where(positive, torch.zeros_like(level), level - median)
@@ -135,8 +137,8 @@ class SpikeWindow:
         self._state = {
             "values": torch.where(moved[:, None], ring * factor[:, None] + shift[:, None], ring),
             "known": state["known"] + enters.to(torch.int64),
-            "flagged": torch.where((moved | (counts == 0))[:, None], torch.inf, flagged),
-            "flags": torch.where(moved, torch.zeros_like(counts), counts),
+            "flagged": flagged,
+            "flags": torch.where(full, torch.zeros_like(count), count),
             "quiet": quiet,
         }
         return torch.where(moved, factor, torch.zeros_like(factor))
@@ -187,8 +189,8 @@ class Spikes:
 
 
 def _put(ring: Tensor, count: Tensor, values: Tensor) -> Tensor:
-    """Each row of the ring with its value as entry number ``count``."""
-    here = torch.arange(ring.shape[1], device=ring.device) == (count % ring.shape[1])[:, None]
+    """Each row of the ring with its value as entry number ``count``, of shape [] or [rows]."""
+    here = torch.arange(ring.shape[1], device=ring.device) == (count % ring.shape[1]).reshape(-1, 1)
     return torch.where(here, values[:, None], ring)
 
 

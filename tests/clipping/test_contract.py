@@ -25,6 +25,7 @@ from lightning_optim.clipping import (
     list_clip_rules,
     make_clip_rule,
 )
+from lightning_optim.divergence import Detector
 from lightning_optim.step import StepPipeline
 from tests.helpers import bit_equal
 from tests.optimizer_cases import OURS, TORCH, TORCH_FUSED, Case, set_gradients
@@ -109,7 +110,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_leaves_no_trace(name, kind, ba
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_step_skipped_for_another_reason_leaves_no_trace_either(name):
-    class Every(torch.nn.Module):
+    class Every(Detector):
         calls = 0
 
         def __call__(self, stats):

@@ -20,6 +20,7 @@ from lightning_optim.schedules import Schedule, Scheduler, Warmup
 from lightning_optim.schedules.given import resolve_others, resolve_schedule
 from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
 from lightning_optim.training_length import horizon_of
+from lightning_optim.trial_step import closure_of, is_trial_step
 
 __all__ = ["OptimizerFactory"]
 
@@ -150,9 +151,13 @@ class OptimizerFactory:
                 freezing.horizon = lambda: horizon_of(module.trainer)
             return {"optimizer": optimizer, "lr_scheduler": config}
 
-        def resolve(*_: Any) -> None:
+        def resolve() -> None:
             if scheduler.horizon is None:
                 scheduler.resolve(horizon_of(module.trainer, fresh=scheduler.is_fresh))
+
+        def before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+            if scheduler.horizon is None and not is_trial_step(optimizer, closure_of(args, kwargs)):
+                resolve()
 
         def horizon() -> Horizon | None:
             resolve()
@@ -161,7 +166,7 @@ class OptimizerFactory:
         # Without a callback of ours on the Trainer, the first step is the first to come by after the data are set up.
         if freezing is not None:
             freezing.horizon = horizon
-        optimizer.register_step_pre_hook(resolve)
+        optimizer.register_step_pre_hook(before_step)
         if not isinstance(scheduler.schedule, ReduceOnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": config}
         observer = {

@@ -14,6 +14,7 @@ from lightning_optim.backends.scalars import is_set
 from lightning_optim.closure import run_closure
 from lightning_optim.messages import nearest
 from lightning_optim.optim import FusedOptimizer
+from lightning_optim.trial_step import closure_of, is_trial_step
 from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients
 
 _KINDS = (WeightDecayKind.DECOUPLED, WeightDecayKind.INDEPENDENT, WeightDecayKind.CORRECTED)
@@ -84,6 +85,8 @@ class ForeignDecay:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
+        if is_trial_step(optimizer, closure_of(args, kwargs)):
+            return args, kwargs
         args, kwargs, _ = run_closure(args, kwargs)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu":

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.closure import run_closure
 from lightning_optim.durations import Duration, Horizon
+from lightning_optim.trial_step import closure_of, is_trial_step
 
 _of: weakref.WeakKeyDictionary[Optimizer, Freezing] = weakref.WeakKeyDictionary()
 
@@ -102,6 +103,8 @@ class Freezing:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         if self._until is None:
+            if is_trial_step(optimizer, closure_of(args, kwargs)):
+                return None
             self.start()
         steps = self._steps()
         frozen = [param for group, param in self._temporary() if self._is_frozen(group, steps)]
@@ -115,7 +118,7 @@ class Freezing:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # The schedule counts this step in a moment, unless it was skipped; then one gradient more is computed and
         # dropped. What comes after it may be the first batch of an accumulation, so it cannot wait.
-        if any(True for _ in self._temporary()):
+        if self._until is not None and any(True for _ in self._temporary()):
             self._spare(self._steps() + 1)
 
 

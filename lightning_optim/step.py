@@ -24,6 +24,7 @@ from lightning_optim.interval import Interval
 from lightning_optim.operands import StepSkipped, operands_for
 from lightning_optim.stats import GradStats, StepCounts, StepRecord, StepStats
 from lightning_optim.transfer import HostMirror, upload
+from lightning_optim.trial_step import closure_of, is_trial_step
 
 __all__ = ["StepPipeline"]
 
@@ -162,6 +163,9 @@ class StepPipeline:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         self._operands.restore()  # the last update may have been interrupted
+        if is_trial_step(optimizer, closure_of(args, kwargs)):
+            self._step = None
+            return args, kwargs
         args, kwargs, loss = run_closure(args, kwargs)
         self._expected = False
         step = self._step = self._open()

@@ -70,7 +70,7 @@ class Sharded(Bad):
 
 
 class SaveAt(L.Callback):
-    """Saves one checkpoint, in one file."""
+    """Saves one checkpoint."""
 
     def __init__(self, step: int, path: Path) -> None:
         self.step, self.path = step, path
@@ -78,6 +78,21 @@ class SaveAt(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
+
+
+class Factory(Sharded):
+    """Without a callback on the Trainer, so that the first step asks for the length of the run."""
+
+    def configure_optimizers(self):
+        return lo.OptimizerFactory("adamw", lr=0.01, schedule="cosine", warmup="20%", weight_decay=0.1)(self)
+
+
+def fit_bare(extra: tuple = (), ckpt_path: Path | None = None, distributed_checkpoint: bool = False):
+    """Final weights of a `Factory`, after one epoch of good batches."""
+    trainer = make_trainer(extra, **sharding(distributed_checkpoint))
+    model = Factory(seed=7)
+    trainer.fit(model, StatefulLoader(BAD_STEP, []), ckpt_path=ckpt_path)
+    return {"weights": whole_weights(model)}
 
 
 def fit(kind: str, rule: str, folder: Path, sharded: bool, extra: tuple = (), ckpt_path: Path | None = None):
@@ -94,7 +109,7 @@ def fit(kind: str, rule: str, folder: Path, sharded: bool, extra: tuple = (), ck
         ],
         max_steps=STEPS,
         logger=L.loggers.TensorBoardLogger(folder, name=f"{kind}-{rule}", version="0"),
-        **({"devices": 2, "strategy": strategy(), "use_distributed_sampler": False} if sharded else {}),
+        **(sharding() if sharded else {}),
     )
     model = (Sharded if sharded else Bad)(seed=7)
     loader = StatefulLoader(STEPS, []) if extra or ckpt_path else batches(STEPS, batch_size=4)
@@ -102,25 +117,40 @@ def fit(kind: str, rule: str, folder: Path, sharded: bool, extra: tuple = (), ck
     (state,) = trainer.callbacks[0]._kept_state.get("clip", [{}])
     return {
         "counts": deciding.counts,
-        "weights": [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()],
+        "weights": whole_weights(model),
         "clip": state,
     }
 
 
-def strategy() -> ModelParallelStrategy:
-    return ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend="gloo"
+def whole_weights(model: L.LightningModule) -> list[torch.Tensor]:
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
+def sharding(distributed_checkpoint: bool = False) -> dict:
+    strategy = ModelParallelStrategy(
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=distributed_checkpoint,
+        process_group_backend="gloo",
     )
+    return {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}
 
 
 def main(folder: Path) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     results = {f"{kind}-{rule}": fit(kind, rule, folder, sharded=True) for kind, rule in RUNS}
-    path = folder / "middle.ckpt"
-    whole = fit("ours", "adagc", folder / "whole", True, (SaveAt(7, path),))
-    torch.distributed.barrier()
-    results["resumed"] = {"whole": whole, "rest": fit("ours", "adagc", folder / "rest", True, ckpt_path=path)}
+    for kind in ("ours", "torch"):
+        path = folder / f"{kind}.ckpt"
+        whole = fit(kind, "adagc", folder / "whole", True, (SaveAt(7, path),))
+        torch.distributed.barrier()
+        results[f"resumed-{kind}"] = {"whole": whole, "rest": fit(kind, "adagc", folder / "rest", True, ckpt_path=path)}
+    for distributed in (False, True):
+        path = folder / f"bare-{distributed}.ckpt"
+        whole = fit_bare((SaveAt(3, path),), distributed_checkpoint=distributed)
+        torch.distributed.barrier()
+        rest = fit_bare(ckpt_path=path, distributed_checkpoint=distributed)
+        results[f"resumed-bare-{distributed}"] = {"whole": whole, "rest": rest}
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
 
 

@@ -63,10 +63,18 @@ def test_in_shards_as_on_one_device(runs, kind, rule, tmp_path):
             assert values == pytest.approx([value for _, value in points], rel=1e-3, abs=1e-6, nan_ok=True), tag
 
 
-def test_a_sharded_run_resumed_in_the_middle_of_a_window_decides_as_the_one_that_went_on(runs):
+@pytest.mark.parametrize("kind", ["ours", "torch"])
+def test_a_sharded_run_resumed_in_the_middle_of_a_window_is_bit_for_bit_the_one_that_went_on(runs, kind):
     for rank in runs[1]:
-        whole, rest = rank["resumed"]["whole"], rank["resumed"]["rest"]
+        whole, rest = rank[f"resumed-{kind}"]["whole"], rank[f"resumed-{kind}"]["rest"]
         assert rest["counts"] == whole["counts"][7:]
         assert len(rest["counts"]) == STEPS - 7
-        for name in ("steps", "flags"):
-            assert bit_equal(rest["clip"]["state"][name], whole["clip"]["state"][name])
+        assert bit_equal(rest["clip"], whole["clip"])
+        assert bit_equal(rest["weights"], whole["weights"])
+
+
+@pytest.mark.parametrize("distributed_checkpoint", [False, True])
+def test_so_is_one_without_callbacks_whose_length_is_known_only_once_the_data_are_set_up(runs, distributed_checkpoint):
+    for rank in runs[1]:
+        resumed = rank[f"resumed-bare-{distributed_checkpoint}"]
+        assert bit_equal(resumed["rest"]["weights"], resumed["whole"]["weights"])

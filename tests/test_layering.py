@@ -26,7 +26,7 @@ LAYERS = [
     ("foreign_update", "snapshots"),
     ("operands", "gradients", "measure", "flat_shards", "interval"),
     ("optim",),
-    ("backends",),
+    ("backends", "trial_step"),
     ("clipping", "divergence", "schedules", "param_groups"),
     ("weight_decay", "rules", "stats", "durations", "transfer", "closure"),
     ("imports",),

@@ -22,6 +22,7 @@ from lightning_optim.optim.hyperparameters import check_values, number, refuse_t
 from lightning_optim.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.stats import STEP_SUMS, StepStats
 from lightning_optim.transfer import upload
+from lightning_optim.trial_step import is_trial_step
 from lightning_optim.weight_decay import WeightDecayKind
 
 SHARED = ("lr", "weight_decay", "weight_decay_kind", "maximize", "cautious", *low_precision.DEFAULTS)
@@ -128,24 +129,26 @@ class FusedOptimizer(Optimizer):
         Args:
             closure: Recomputes gradients and returns the loss, which is passed through.
         """
+        trial = is_trial_step(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._prepare(group)
+            self._prepare(group, count=not trial)
         if self._batches is None or not self._batches.refill(self):
             self._batches = Batches(self)
         try:
-            self._apply(self._batches)
+            if not trial:  # whose state is made now: some kinds of decay act at a rate of 0, too
+                self._apply(self._batches)
         finally:
             self._batches.release()
         return loss
 
-    def _prepare(self, group: dict[str, Any]) -> None:
-        """Count the call, and make the numbers that groups share, where the rule wants them."""
+    def _prepare(self, group: dict[str, Any], *, count: bool) -> None:
+        """Count the call, if it counts, and make the numbers that groups share, where the rule wants them."""
         rule = self.rule_of(group)
-        if rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
+        if count and rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
             group["calls"] = group.get("calls", 0) + 1
         if _shares(rule) and group["params"]:
             self._init_shared(group, rule)

@@ -154,8 +154,8 @@ def _count(condition: str) -> str:
 
 def _step_terms(rule: type[UpdateRule], scalar: dict[str, str], terms: dict[str, str]) -> list[str]:
     """Fill ``terms`` with what one element adds to each of the step sums that the rule has; lines they need first."""
-    lines = ["change = after - param"]
-    terms |= {"param_sq": "param * param", "update_sq": "change * change", "zero_grad": _count("raw == 0")}
+    lines = ["moved = after - param"]
+    terms |= {"param_sq": "param * param", "update_sq": "moved * moved", "zero_grad": _count("raw == 0")}
     if rule.first_moment is not None:
         slot = rule.state.index(rule.first_moment)
         terms |= {"grad_exp_avg": f"raw * old_{slot}", "momentum_sq": f"old_{slot} * old_{slot}"}

@@ -40,9 +40,13 @@ def compiled(function: Any, target: Any = HOPPER, wide: str = "fp32") -> Any:
 
 
 def rule_kernel(
-    rule: type[UpdateRule], purpose: str = "step", dtypes: tuple[str, ...] | None = None, aligned: bool = True
+    rule: type[UpdateRule],
+    purpose: str = "step",
+    dtypes: tuple[str, ...] | None = None,
+    aligned: bool = True,
+    decay_form: str = "shrink",
 ) -> Any:
-    return build(rule, dtypes or (FLOAT,) * (2 + len(rule.state)), purpose, False, aligned).function
+    return build(rule, dtypes or (FLOAT,) * (2 + len(rule.state)), purpose, False, decay_form, aligned).function
 
 
 def every_rule() -> list[type[UpdateRule]]:

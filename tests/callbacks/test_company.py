@@ -17,6 +17,7 @@ from lightning_optim.callbacks.hub import HubCallback
 from tests.helpers import Net, Recorder, batches, make_trainer, read_events
 
 PUBLIC = [getattr(callbacks, name) for name in callbacks.__all__]
+REQUIRED = {callbacks.WeightDecay: {"weight_decay": 0.1}}  # arguments without a default
 EVERY = [cls for cls in PUBLIC if inspect.isclass(cls) and issubclass(cls, HubCallback)]
 
 
@@ -36,7 +37,7 @@ def _all():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
 @pytest.mark.parametrize("used", [False, True])
 def test_every_callback_can_be_copied_and_pickled_and_then_fits(cls, copied, used):
-    callback = cls()
+    callback = cls(**REQUIRED.get(cls, {}))
     if used:
         make_trainer([callback]).fit(Own(), batches(2))
     make_trainer([copied(callback)]).fit(Own(), batches(2))
@@ -45,7 +46,7 @@ def test_every_callback_can_be_copied_and_pickled_and_then_fits(cls, copied, use
 @pytest.mark.parametrize("cls", EVERY)
 def test_every_callback_alone_keeps_its_hands_off_the_rest(cls):
     model, recorder = Own(), Recorder()
-    make_trainer([cls(), recorder]).fit(model, batches(3))
+    make_trainer([cls(**REQUIRED.get(cls, {})), recorder]).fit(model, batches(3))
     if cls is not lo.ConfigureOptimizers:
         assert recorder.rates == [[0.1]] * 3
 

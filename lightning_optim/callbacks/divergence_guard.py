@@ -13,26 +13,30 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.callbacks.hub import Hub, HubCallback, plain_name
-from lightning_optim.callbacks.lightning_private import averaged_models, logging_step
+from lightning_optim.callbacks.lightning_private import averaged_models, logging_due, logging_step
 from lightning_optim.divergence import (
     SIGNALS,
     Alarm,
     Detector,
+    Health,
+    HealthLimits,
     Judge,
     Ladder,
     LRCut,
     RateCut,
     Report,
     Rollback,
+    Rows,
     SlowDivergence,
     Spikes,
     SpikeWindow,
-    StepSeen,
     Watch,
 )
+from lightning_optim.divergence.health import pack
 from lightning_optim.divergence.report import Entry
 from lightning_optim.gradients import names_of
 from lightning_optim.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors
+from lightning_optim.stats import StepRecord
 
 CHECKPOINT_KEY = "lightning_optim.divergence_guard"
 """Not as the callback's own state: of two callbacks that have some, Lightning says less than we do."""
@@ -56,20 +60,53 @@ class _Place:
 class _Guarded:
     """What belongs to one optimizer."""
 
-    def __init__(self, optimizer: Optimizer, watch: Watch, judge: Judge, names: dict[Tensor, str]) -> None:
-        self.watch, self.judge = watch, judge
+    def __init__(
+        self, optimizer: Optimizer, watch: Watch, judge: Judge, health: Health, names: dict[Tensor, str]
+    ) -> None:
+        self.optimizer, self.watch, self.judge, self.health = optimizer, watch, judge, health
         self.cut = RateCut(optimizer)
         found = [name for group in optimizer.param_groups for name in names_of(group, names)]
         self.names = {place: name for place, name in enumerate(found) if name is not None}
         self.places: dict[int, _Place] = {}
+        self._looks = Rows()
+        self._about: dict[int, tuple[Any, ...]] = {}
+
+    def look(self, record: StepRecord) -> None:
+        """Sends off what tells how each parameter is, and notes what the host knows of it."""
+        names, without, place = [], [], 0
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                name = self.names.get(place, f"parameter {place}")
+                place += 1
+                if param.grad is not None:
+                    names.append(name)
+                elif not group.get("frozen_until"):
+                    without.append(name)
+        rates = [float(group["lr"]) if not isinstance(group["lr"], Tensor) else 1.0 for group in record.hyperparameters]
+        groups = list(zip(record.group_names, rates, record.grad.group_sizes, strict=True))
+        if len(names) != len(record.update.numel):  # flat shards, of which this rank may hold nothing
+            return
+        self._about[record.steps] = (names, record.update.numel, groups, without)
+        self._looks.write(record.steps, pack(record))
+
+    def looked(self, everything: bool) -> list[Alarm]:
+        """What has come of it, once it is known."""
+        rows = self._looks.read(everything)
+        return [a for row in rows for a in self.health.update(row.step, row.values, *self._about.pop(row.step))]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"watch": self.watch.state_dict(), "judge": self.judge.state_dict(), "cut": self.cut.state_dict()}
+        return {
+            "watch": self.watch.state_dict(),
+            "judge": self.judge.state_dict(),
+            "cut": self.cut.state_dict(),
+            "health": self.health.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.watch.load_state_dict(state["watch"])
         self.judge.load_state_dict(state["judge"])
         self.cut.load_state_dict(state["cut"])
+        self.health.load_state_dict(state["health"])
 
 
 class DivergenceGuard(HubCallback):
@@ -95,6 +132,8 @@ class DivergenceGuard(HubCallback):
         stop: Whether to end the run when nothing else is left.
         patience: After how many bad steps in a row the first rung is taken.
         cooldown: For how many steps after it has done something it does nothing else but skip.
+        health: When single parameters or groups are told of as dead, stalled, vanishing or exploding, and the learning
+            rate as too high or too low; looked at when Lightning logs. None for never.
         report_dir: Where the report goes; None for the folder of the checkpoints, or else of the logs.
         save_batches: Whether the batches of skipped steps are saved beside the report, to be looked at; of at most 16
             steps, ``divergence_batches/step<step>_rank<rank>.pt``.
@@ -115,12 +154,13 @@ class DivergenceGuard(HubCallback):
         stop: bool = True,
         patience: int = 5,
         cooldown: int = 10,
+        health: HealthLimits | None = HealthLimits(),  # noqa: B008
         report_dir: str | None = None,
         save_batches: bool = False,
     ) -> None:
         if patience < 1:
             raise ValueError(f"Invalid patience={patience!r}: a whole number of at least 1 is needed, for instance 5.")
-        self.spikes, self.lr_cut, self.rollback = spikes, lr_cut, rollback
+        self.spikes, self.lr_cut, self.rollback, self.health = spikes, lr_cut, rollback, health
         self._patience = patience
         self._report_dir, self._save_batches = report_dir, save_batches
         self.ladder = Ladder(lr_cut, rollback, stop, cooldown)
@@ -154,6 +194,15 @@ class DivergenceGuard(HubCallback):
         window: SpikeWindow | None = None if spikes is None else spikes.window_of(len(SIGNALS))
         return (Watch(window, SIGNALS if spikes is not None and spikes.skip else (), self._take_loss),)
 
+    def report_due(self, trainer: L.Trainer) -> bool:
+        """When Lightning logs."""
+        return self.health is not None and logging_due(trainer)
+
+    def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
+        """Has a look at each parameter, without waiting for it."""
+        if self.health is not None and logging_due(trainer):
+            self._guarded[optimizer_index].look(record)
+
     # The fit.
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -164,7 +213,8 @@ class DivergenceGuard(HubCallback):
         for pipeline in self.hub.pipelines:
             (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, Watch))
             judge = Judge(SlowDivergence(), self._patience, scaled)
-            self._guarded.append(_Guarded(pipeline.optimizer, watch, judge, names))
+            health = Health(self.health)
+            self._guarded.append(_Guarded(pipeline.optimizer, watch, judge, health, names))
         self._loss, self._batches, self._samples = None, [], []
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
         log_dir = trainer.log_dir  # ranks agree on it, so all have to ask
@@ -292,15 +342,17 @@ class DivergenceGuard(HubCallback):
                 self.report.see(place.step, index, seen)
                 for alarm in guarded.judge.update(seen, guarded.names):
                     found.append((alarm, place))
-                    self._tell(alarm, place, index, seen)
+                    self._tell(alarm, place, index, seen.skipped)
+            for alarm in guarded.looked(everything):  # which hurts nobody yet
+                self._tell(alarm, guarded.places.get(alarm.step, _Place(-1, -1, [], [])), index, False)
         self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
         return found
 
-    def _tell(self, alarm: Alarm, place: _Place, index: int, seen: StepSeen) -> None:
+    def _tell(self, alarm: Alarm, place: _Place, index: int, was_skipped: bool) -> None:
         self.report.add(Entry(place.step, place.epoch, place.batches, index, alarm.kind, alarm.text, list(alarm.names)))
-        skipped = f" skipped: {alarm.text} ({self._skipped} skipped so far)." if seen.skipped else f": {alarm.text}."
+        skipped = f" skipped: {alarm.text} ({self._skipped} skipped so far)." if was_skipped else f": {alarm.text}."
         rank_zero_warn(f"Step {place.step}{skipped}")
-        if place.samples and seen.skipped and self._files < _MOST_FILES:
+        if place.samples and was_skipped and self._files < _MOST_FILES:
             self._files += 1
             folder = self._folder / "divergence_batches"
             folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ the host, from rows of numbers that arrive a little later and that nobody waits 
 """
 
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
+from lightning_optim.divergence.health import Health, HealthLimits
 from lightning_optim.divergence.judge import Alarm, Judge
 from lightning_optim.divergence.ladder import Ladder, LRCut, Rollback
 from lightning_optim.divergence.rate_cut import RateCut
@@ -18,6 +19,8 @@ __all__ = [
     "SIGNALS",
     "Alarm",
     "Detector",
+    "Health",
+    "HealthLimits",
     "Judge",
     "LRCut",
     "Ladder",

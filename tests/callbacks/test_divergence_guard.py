@@ -24,7 +24,8 @@ from tests.helpers import (
 
 
 @pytest.fixture(autouse=True)
-def _expected():
+def _expected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where reports go
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Step .* skipped")
         yield

@@ -1,0 +1,176 @@
+"""What is wrong with single parameters and groups, seen at logging steps: dead, stalled, vanishing, exploding."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.divergence.judge import Alarm
+from lightning_optim.stats import STEP_SUMS, StepRecord
+
+COLUMNS = ("grad_sq", *STEP_SUMS)
+"""What `Health` looks at for each tensor."""
+
+_HISTORY = 10
+
+
+@dataclass(frozen=True)
+class HealthLimits:
+    """When a parameter or group is told of.
+
+    Args:
+        warmup: Optimizer steps before anything is: what starts at zero gives others no gradient at first.
+        vanishing: A gradient's root mean square below this share of the largest one's.
+        exploding: A group's gradient norm above so many times its median over the last 10 looks.
+        stalled: An update of less than this share of the weights.
+        below_eps: A share of elements whose second moment is below ``eps``, so that ``eps`` sets their update.
+        high_ratio: An update of more than this share of the weights, at 5 looks in a row; 1e-3 is usual.
+        low_ratio: The same from below.
+        against: Cosine of gradient and momentum, at 5 looks in a row: below, steps jump to and fro across a valley.
+    """
+
+    warmup: int = 20
+    vanishing: float = 1e-6
+    exploding: float = 100.0
+    stalled: float = 1e-10
+    below_eps: float = 0.9
+    high_ratio: float = 0.1
+    low_ratio: float = 1e-7
+    against: float = -0.3
+
+
+def pack(record: StepRecord) -> Tensor:
+    """The numbers of a step that `Health` looks at, on the device, shape [tensors · columns]."""
+    sums = record.update.sums
+    return torch.cat([record.grad.norm_sq[:, None].to(sums), sums], dim=1).reshape(-1)
+
+
+class Health:
+    """Looks at the parameters of one optimizer.
+
+    A parameter or group is told of once, and again only after it has been well in between.
+
+    Args:
+        limits: When.
+    """
+
+    def __init__(self, limits: HealthLimits | None = None) -> None:
+        self.limits = limits or HealthLimits()
+        self._told: set[tuple[str, str]] = set()
+        self._norms: dict[str, deque[float]] = {}
+        self._ratios: deque[float] = deque(maxlen=5)
+        self._cosines: deque[float] = deque(maxlen=5)
+
+    def update(
+        self,
+        step: int,
+        values: Sequence[float],
+        names: Sequence[str],
+        numel: Sequence[int],
+        groups: Sequence[tuple[str, float, int]],
+        without: Sequence[str],
+    ) -> list[Alarm]:
+        """Takes in what `pack` has gathered.
+
+        Args:
+            step: Optimizer steps so far.
+            values: From `pack`.
+            names: Name of each tensor.
+            numel: Its number of elements.
+            groups: Name, learning rate and number of tensors of each group.
+            without: Names of parameters that have no gradient, though the optimizer has them.
+        """
+        width = len(COLUMNS)
+        rows = [dict(zip(COLUMNS, values[i * width : (i + 1) * width], strict=True)) for i in range(len(names))]
+        if step < self.limits.warmup or not all(math.isfinite(row["grad_sq"]) for row in rows):
+            return []
+        found: dict[str, list[str]] = {"no_gradient": list(without), "dead": [], "vanishing": [], "stalled": []}
+        largest = max((_rms(row["grad_sq"], n) for row, n in zip(rows, numel, strict=True)), default=0.0)
+        at = 0
+        exploding = []
+        for group, lr, size in groups:
+            part = range(at, at + size)
+            at += size
+            for i in part:
+                self._look(rows[i], f"{names[i]} (group {group})", numel[i], largest, lr, found)
+            if self._explodes(group, math.sqrt(sum(rows[i]["grad_sq"] for i in part))):
+                exploding.append(f"group {group}")
+        found["exploding"] = exploding
+        text = {
+            "no_gradient": "no gradient at all in",
+            "dead": "the gradient is exactly 0 in",
+            "vanishing": "the gradient has all but vanished in",
+            "stalled": "updates are too small to matter in",
+            "exploding": f"the gradient norm is over {self.limits.exploding:g} times its median in",
+        }
+        alarms = []
+        for kind, which in found.items():
+            new = [name for name in which if (kind, name) not in self._told]
+            self._told = {(k, n) for k, n in self._told if k != kind} | {(kind, name) for name in which}
+            if new:
+                shown = ", ".join(new[:8]) + (f" and {len(new) - 8} more" if len(new) > 8 else "")
+                alarms.append(Alarm(kind, step, f"{text[kind]} {shown}", tuple(new)))
+        return [*alarms, *self._advise(step, rows)]
+
+    def _look(
+        self, row: dict[str, float], name: str, numel: int, largest: float, lr: float, found: dict[str, list[str]]
+    ) -> None:
+        limits = self.limits
+        if row["grad_sq"] == 0:
+            found["dead"].append(name)
+        elif _rms(row["grad_sq"], numel) < limits.vanishing * largest:
+            found["vanishing"].append(name)
+        still = row["update_sq"] < limits.stalled**2 * row["param_sq"] and lr > 0
+        if row["grad_sq"] > 0 and (still or row["below_eps"] > limits.below_eps * numel):
+            found["stalled"].append(name)
+
+    def _explodes(self, group: str, norm: float) -> bool:
+        history = self._norms.setdefault(group, deque(maxlen=_HISTORY))
+        explodes = len(history) == _HISTORY and norm > self.limits.exploding * statistics.median(history)
+        history.append(norm)
+        return explodes
+
+    def _advise(self, step: int, rows: list[dict[str, float]]) -> list[Alarm]:
+        limits = self.limits
+        total = {key: sum(row[key] for row in rows) for key in COLUMNS}  # NaN where a rule has no such quantity
+        if total["param_sq"] > 0:
+            self._ratios.append(math.sqrt(total["update_sq"] / total["param_sq"]))
+        if (scale := total["grad_sq"] * total["momentum_sq"]) > 0:
+            self._cosines.append(total["grad_exp_avg"] / math.sqrt(scale))
+        told: dict[str, str] = {}
+        if len(self._ratios) == 5 and min(self._ratios) > limits.high_ratio:
+            told["lr_too_high"] = f"steps change the weights by more than {limits.high_ratio:g} of their norm"
+        elif len(self._cosines) == 5 and max(self._cosines) < limits.against:
+            told["lr_too_high"] = "gradients point against the momentum, so steps jump to and fro"
+        elif len(self._ratios) == 5 and max(self._ratios) < limits.low_ratio:
+            told["lr_too_low"] = f"steps change the weights by less than {limits.low_ratio:g} of their norm"
+        new = {kind: text for kind, text in told.items() if (kind, "") not in self._told}
+        self._told = {(k, n) for k, n in self._told if n != ""} | {(kind, "") for kind in told}
+        return [Alarm(kind, step, text) for kind, text in new.items()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and text."""
+        return {
+            "told": [list(pair) for pair in sorted(self._told)],
+            "norms": {group: list(norms) for group, norms in self._norms.items()},
+            "ratios": list(self._ratios),
+            "cosines": list(self._cosines),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self._told = {(kind, name) for kind, name in state["told"]}
+        self._norms = {group: deque(norms, maxlen=_HISTORY) for group, norms in state["norms"].items()}
+        self._ratios.extend(state["ratios"])
+        self._cosines.extend(state["cosines"])
+
+
+def _rms(square_sum: float, numel: int) -> float:
+    return math.sqrt(square_sum / max(numel, 1))

@@ -95,6 +95,12 @@ class OptimizerFactory:
         """The `Schedule`, or what makes another scheduler from the optimizer."""
         return self._schedule
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The optimizer's class and its hyperparameters, defaults included, and the schedule, for tables of runs."""
+        defaults = self._optimizer.trial().defaults
+        return {"optimizer": self._optimizer.cls.__name__, **defaults, "schedule": repr(self._schedule)}
+
     def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Any]:
         """Makes the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lightning_optim.durations import Horizon
 from lightning_optim.plan import Curve, GroupPlan, Plan
@@ -114,6 +117,19 @@ def save_plot(curves: Iterable[Curve], horizon: Horizon, path: str | Path) -> No
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
+    _figure(curves, horizon).savefig(path, format="png", dpi=120)
+
+
+def draw_curves(curves: Iterable[Curve], horizon: Horizon, step: int) -> Any:
+    """The same as pixels, uint8 [height, width, 3], with a line at ``step``."""
+    figure = _figure(curves, horizon)
+    for panel in figure.axes:
+        panel.axvline(step, color="tab:red", linewidth=1)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def _figure(curves: Iterable[Curve], horizon: Horizon) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -130,4 +146,4 @@ def save_plot(curves: Iterable[Curve], horizon: Horizon, path: str | Path) -> No
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
     panels[-1].set_xlabel("optimizer step")
-    figure.savefig(path, format="png", dpi=120)
+    return figure

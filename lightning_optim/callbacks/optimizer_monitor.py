@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks.hub import HubCallback
 from lightning_optim.callbacks.lightning_private import logging_due, logging_step
+from lightning_optim.callbacks.monitor_page import HP_METRICS, MonitorPage, log_scalars
 from lightning_optim.callbacks.run_meter import RunMeter
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Report
 from lightning_optim.stats import StepCounts, StepRecord
@@ -30,6 +31,8 @@ class OptimizerMonitor(HubCallback):
         diagnostics: Quantities per group; None for all that are built in
             (`lightning_optim.diagnostics.DEFAULT_DIAGNOSTICS`). Learning rates, weight decay, loss, health and speed
             are always shown.
+        hp_metrics: Tags by which TensorBoard's page of hyperparameters compares runs; add what the module logs,
+            ``val_loss`` say.
         progress_bar: Whether the progress bar shows gradient norm and skipped steps, with a logger or without.
 
     Attributes:
@@ -43,13 +46,19 @@ class OptimizerMonitor(HubCallback):
         >>> trainer = L.Trainer(callbacks=[OptimizerMonitor()], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, diagnostics: Sequence[Diagnostic] | None = None, progress_bar: bool = True) -> None:
+    def __init__(
+        self,
+        diagnostics: Sequence[Diagnostic] | None = None,
+        hp_metrics: Sequence[str] = HP_METRICS,
+        progress_bar: bool = True,
+    ) -> None:
         self.diagnostics = DEFAULT_DIAGNOSTICS if diagnostics is None else tuple(diagnostics)
         names = [diagnostic.name for diagnostic in self.diagnostics]
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"Two diagnostics are called {duplicates[0]!r}; each name makes a tag, so it must be unique."
             )
+        self.hp_metrics = tuple(hp_metrics)
         self.progress_bar = progress_bar
         self.latest: dict[str, float] = {}
         self.alarms: list[str] = []
@@ -57,6 +66,14 @@ class OptimizerMonitor(HubCallback):
         self._pending: deque[_Sent] = deque()
         self._last: dict[int, Report | StepCounts] = {}
         self._meter: RunMeter | None = None
+        self._page: MonitorPage | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Declares the hyperparameters before Lightning does."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._page = MonitorPage(trainer, self.hp_metrics)
+            self._page.declare()
 
     def report_due(self, trainer: L.Trainer) -> bool:
         """When Lightning logs, provided anything takes it."""
@@ -67,6 +84,8 @@ class OptimizerMonitor(HubCallback):
         super().on_train_start(trainer, pl_module)
         self._last = dict(enumerate(self.hub.counts()))
         self._meter = RunMeter(trainer) if trainer.loggers or self._bar(trainer) else None
+        if self._page is not None:
+            self._page.start()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any) -> None:
         """Counts samples."""
@@ -115,12 +134,14 @@ class OptimizerMonitor(HubCallback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the rest."""
         self._flush(trainer)
-        self._meter = None
+        if self._page is not None:
+            self._page.end()
+        self._meter = self._page = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Writes the rest: the last steps before a crash are the ones that matter."""
         self._flush(trainer)
-        self._meter = None
+        self._meter = self._page = None
         super().on_exception(trainer, pl_module, exception)
 
     def _bar(self, trainer: L.Trainer) -> bool:
@@ -145,15 +166,19 @@ class OptimizerMonitor(HubCallback):
         values = report.read()
         if index == 0:
             self.latest = {**values, **rest}
+        alarms: list[str] = []
         if report.culprit is not None:
             count = int(values["optim_health/nonfinite_gradients"])
             some = "1 gradient is" if count == 1 else f"{count} gradients are"
-            self.alarms.append(f"Step {report.at}: {some} not finite, the first that of `{report.culprit}`.")
+            alarms.append(f"Step {report.at}: {some} not finite, the first that of `{report.culprit}`.")
         if len(trainer.optimizers) > 1:  # group names repeat across optimizers
             values = {f"{family}/{index}.{name}": v for (family, name), v in _split(values)}
         values |= rest
         for logger in trainer.loggers:
-            logger.log_metrics(values, report.at)
+            log_scalars(logger, values, report.at)
+        self.alarms += alarms
+        if self._page is not None:
+            self._page.report(values, alarms, report.at)
         if self._bar(trainer) and index == 0:
             shown = {"grad_norm": "optim_grad_norm/total", "skipped": "optim_health/skipped_steps"}
             bar = {name: self.latest[tag] for name, tag in shown.items() if self.latest.get(tag)}

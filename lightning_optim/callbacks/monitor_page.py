@@ -1,0 +1,143 @@
+"""What OptimizerMonitor puts on a run's page of TensorBoard beside its scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from lightning_optim import tensorboard
+from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
+from lightning_optim.callbacks.divergence_guard import DivergenceGuard
+from lightning_optim.callbacks.gradient_clipping import GradientClipping
+from lightning_optim.callbacks.lightning_private import logging_step
+from lightning_optim.durations import Horizon
+from lightning_optim.plan import plan_curves, plan_groups
+from lightning_optim.plan_report import draw_curves
+from lightning_optim.schedules import Scheduler
+
+HP_METRICS = ("optim_loss/mean",)
+
+
+class MonitorPage:
+    """Groups, configuration, schedule, alarms, hyperparameters and the screen of charts, in each TensorBoardLogger.
+
+    Args:
+        trainer: The Trainer, on the rank that logs.
+        metrics: Tags by which runs are compared on the page of hyperparameters.
+    """
+
+    def __init__(self, trainer: L.Trainer, metrics: Sequence[str] = HP_METRICS) -> None:
+        self._trainer = trainer
+        self._metrics = metrics
+        self._tags: set[str] = set()
+        self._screen: dict[str, Any] = {}
+        self._guard_told = 0
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self._guards = [callback for callback in callbacks if isinstance(callback, DivergenceGuard)]
+        loggers = trainer.loggers if trainer.is_global_zero else []
+        self._writers = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+    def declare(self) -> None:
+        """Writes the hyperparameters; of several, TensorBoard takes the first, and Lightning's compare nothing."""
+        from torch.utils.tensorboard.summary import hparams
+
+        flat = {key: value for key, value in settings(self._trainer).items() if isinstance(value, bool | float | str)}
+        experiment, session, self._session_end = hparams(flat, dict.fromkeys(self._metrics, 0.0))  # type: ignore[no-untyped-call]
+        for writer in self._writers:
+            writer._get_file_writer().add_summary(experiment)
+            writer._get_file_writer().add_summary(session)
+
+    def start(self) -> None:
+        """Writes what is known before the first step, and forgets what a run wrote after the step it is resumed at."""
+        step = logging_step(self._trainer)
+        header = ["group", "tensors", "parameters", "lr", "weight decay", "rule"]
+        rows = [
+            [g.name, len(g.parameters), f"{g.numel:,}", f"{g.lr:.4g}", g.weight_decay, g.rule]
+            for optimizer in self._trainer.optimizers
+            for g in plan_groups(optimizer)
+        ]
+        for writer in self._writers:
+            if step > 0:
+                tensorboard.purge_from(writer, step)
+            writer.add_text("optim/groups", tensorboard.markdown_table(header, rows), step)
+            table = tensorboard.markdown_table(["setting", "value"], settings(self._trainer).items())
+            writer.add_text("optim/configuration", table, step)
+        self.show_schedule()
+
+    def show_schedule(self) -> None:
+        """Draws the schedule and where in it the run is; nothing without matplotlib."""
+        schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
+        for scheduler in schedulers:
+            if isinstance(scheduler, Scheduler) and scheduler.horizon is not None and self._writers:
+                step = logging_step(self._trainer)
+                image = _drawn(scheduler, scheduler.horizon, step)
+                for writer in self._writers:
+                    if image is not None:
+                        writer.add_image("optim/schedule", image, step, dataformats="HWC")
+
+    def report(self, values: Mapping[str, float], alarms: Sequence[str], step: int) -> None:
+        """A report has been written: shows the screen of all charts so far, and new alarms, the guard's too."""
+        self._tags |= values.keys()  # some quantities need a past
+        screen = tensorboard.screen(self._tags)
+        told = [alarm for guard in self._guards for alarm in guard.alarms]
+        guard_alarms = [f"Step {alarm.step}: {alarm.text}" for alarm in told[self._guard_told :]]
+        self._guard_told = len(told)
+        for writer in self._writers:
+            if screen != self._screen:
+                writer.add_custom_scalars(screen)
+            for alarm in (*alarms, *guard_alarms):
+                writer.add_text("optim/alarms", alarm, step)
+        self._screen = screen
+
+    def end(self) -> None:
+        """The schedule as far as it went, and the end of the session."""
+        self.show_schedule()
+        for writer in self._writers:
+            writer._get_file_writer().add_summary(self._session_end)
+            writer.flush()
+
+
+def log_scalars(logger: Logger, values: dict[str, float], step: int) -> None:
+    """As ``logger.log_metrics``, in one record where that is TensorBoard's own."""
+    own = isinstance(logger, TensorBoardLogger) and type(logger).log_metrics is TensorBoardLogger.log_metrics
+    if own and isinstance(logger, TensorBoardLogger) and not logger._prefix:
+        tensorboard.add_scalars(logger.experiment, values, step)
+    else:
+        logger.log_metrics(values, step)
+
+
+def settings(trainer: L.Trainer) -> dict[str, Any]:
+    """What the run was told, in one flat dictionary of plain values."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    found: dict[str, Any] = dict(trainer.lightning_module.hparams)
+    for callback in callbacks:
+        if isinstance(callback, ConfigureOptimizers):
+            found |= {f"optim/{name}": value for name, value in callback.settings.items()}
+        if isinstance(callback, GradientClipping):
+            found["optim/clipping"] = repr(callback.clip_rule())
+    found |= {
+        "trainer/precision": str(trainer.precision),
+        "trainer/accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer/world_size": trainer.world_size,
+        "trainer/max_steps": trainer.max_steps,
+        "trainer/max_epochs": trainer.max_epochs,
+    }
+    return {key: _plain(value) for key, value in found.items() if value is not None}
+
+
+def _plain(value: Any) -> bool | float | str:
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    return value.__name__ if isinstance(value, type) else str(value)
+
+
+def _drawn(scheduler: Scheduler, horizon: Horizon, step: int) -> Any:
+    try:
+        return draw_curves(plan_curves(scheduler), horizon, step)
+    except ModuleNotFoundError:
+        return None

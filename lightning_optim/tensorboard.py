@@ -1,0 +1,97 @@
+"""A page of TensorBoard: scalars in one write, a screen of charts, and what is no number. Knows event files only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+SCREEN = "Optimizer"
+"""The category of the Custom Scalars page."""
+
+
+def screen(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """The Custom Scalars layout: one screen to read from the top, when a run goes wrong.
+
+    Args:
+        tags: What a first report shows; charts without a tag are left out.
+
+    Returns:
+        As `SummaryWriter.add_custom_scalars` takes it.
+
+    Example:
+        >>> screen(["optim_lr/default", "optim_grad_norm/default"])["Optimizer"]["learning rate"]
+        ['Multiline', ['^optim_lr/[^/]+$']]
+    """
+    tags = list(tags)
+    charts = {}
+    for title, patterns in _CHARTS.items():
+        found = [pattern for pattern in patterns if any(re.search(pattern, tag) for tag in tags)]
+        if found:
+            charts[title] = ["Multiline", found]
+    return {SCREEN: charts}
+
+
+_CHARTS = {
+    "loss: mean and max": [r"^optim_loss/(mean|max)$"],
+    "loss: how far it stands out": [r"^optim_loss/robust_z$"],
+    "learning rate": [r"^optim_lr/[^/]+$"],
+    "gradient norm": [r"^optim_grad_norm/(total|interval_max|interval_mean)$", r"^optim_grad_norm_clipped/total$"],
+    "gradient norm of each group": [r"^optim_grad_norm/(?!total$|interval_)[^/]+$"],
+    "clipped, skipped, not finite": [r"^optim_health/(clip_rate|skipped_steps|nonfinite_gradients)$"],
+    "update over parameters": [r"^optim_update_ratio/.+$"],
+    "effective rate": [r"^optim_lr/effective/.+$"],
+    "cosine of gradient and momentum": [r"^optim_grad/cosine/.+$"],
+    "gradient over second moment": [r"^optim_grad/over_second_moment/.+$"],
+    "below eps, and exactly zero": [r"^optim_grad/(below_eps|zero)/.+$"],
+    "parameter norm": [r"^optim_param_norm/[^/]+$"],
+    "share of weight decay": [r"^optim_weight_decay/share/.+$"],
+    "noise scale and batch size": [r"^optim_grad/(noise_scale|batch_size)$"],
+    "loss scale": [r"^optim_health/loss_scale$"],
+    "speed": [r"^optim_speed/steps_per_second$"],
+    "the optimizer's share of it": [r"^optim_speed/optimizer_share$"],
+}
+
+
+def add_scalars(writer: Any, values: Mapping[str, float], step: int) -> None:
+    """Writes many scalars as one record: a tenth of the time of one by one.
+
+    Args:
+        writer: A `torch.utils.tensorboard.SummaryWriter`.
+        values: By tag.
+        step: Where they belong.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+    writer._get_file_writer().add_summary(summary, step)
+
+
+def purge_from(writer: Any, step: int) -> None:
+    """Tells TensorBoard to forget what it has of this run from ``step`` on: a run has been taken up there.
+
+    Without it, curves double back. The points stay in the files.
+
+    Args:
+        writer: A `torch.utils.tensorboard.SummaryWriter`.
+        step: The first step that will be written anew.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    writer._get_file_writer().add_event(Event(session_log=SessionLog(status=SessionLog.START), step=step), step)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as TensorBoard's text plugin shows it.
+
+    Example:
+        >>> print(markdown_table(["group", "lr"], [["head", 0.1]]))
+        | group | lr |
+        |---|---|
+        | head | 0.1 |
+    """
+    return "\n".join([_row(header), "|" + "---|" * len(header), *map(_row, rows)])
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

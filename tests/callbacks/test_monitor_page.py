@@ -1,0 +1,160 @@
+"""What a run's page of TensorBoard holds beside scalars, read back from its event files."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+import lightning_optim as lo
+from lightning_optim.callbacks.monitor_page import log_scalars
+from tests.helpers import Net, batches, make_trainer, read_events
+
+RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
+
+
+def _callbacks(**options):
+    return [
+        lo.ConfigureOptimizers(
+            optimizer="adamw", lr=0.01, weight_decay=0.2, param_groups=RULES, schedule="cosine", warmup=2
+        ),
+        lo.GradientClipping(1.0),
+        lo.OptimizerMonitor(**options),
+    ]
+
+
+def _page(logger) -> EventAccumulator:
+    accumulator = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "scalars": 0, "images": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def _texts(page: EventAccumulator, tag: str) -> list[tuple[int, str]]:
+    return [(e.step, e.tensor_proto.string_val[0].decode()) for e in page.Tensors(f"{tag}/text_summary")]
+
+
+def _charts(page: EventAccumulator) -> dict[str, list[str]]:
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(page.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    (category,) = layout.category
+    return {chart.title: list(chart.multiline.tag) for chart in category.chart}
+
+
+def test_the_screen_covers_all_tags_and_no_chart_is_empty(logger):
+    make_trainer(_callbacks(), logger=logger, accumulate_grad_batches=2).fit(Net(), batches(12))
+    page = _page(logger)
+    tags = page.Tags()["scalars"]
+    charts = _charts(page)
+    assert next(iter(charts)) == "loss: mean and max"
+    shown = {tag for patterns in charts.values() for p in patterns for tag in tags if re.search(p, tag)}
+    assert {tag for tag in tags if tag.startswith(("optim_loss", "optim_lr", "optim_grad_norm/"))} <= shown
+    for patterns in charts.values():
+        for pattern in patterns:
+            assert any(re.search(pattern, tag) for tag in tags), pattern
+
+
+@pytest.mark.filterwarnings("ignore:Resumed on the old curve")
+def test_the_screen_is_the_same_after_a_resume(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run", version="0")
+    trainer = make_trainer(_callbacks(), logger=logger, max_steps=4)
+    trainer.fit(Net(), batches(8))
+    first = _charts(_page(logger))
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    again = TensorBoardLogger(tmp_path, name="run", version="0")
+    make_trainer(_callbacks(), logger=again, max_steps=8).fit(Net(), batches(8), ckpt_path=tmp_path / "last.ckpt")
+    assert _charts(_page(again)) == first
+
+
+@pytest.mark.filterwarnings("ignore:Resumed on the old curve")
+def test_points_after_the_step_of_a_resume_are_forgotten(tmp_path):
+    """Eight steps, then from the checkpoint of the fourth again, on other data: each step has one point, the new."""
+    trainer = make_trainer(_callbacks(), logger=False, max_steps=4)
+    trainer.fit(Net(), batches(8))
+    trainer.save_checkpoint(tmp_path / "four.ckpt", weights_only=False)
+    points = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        logger = TensorBoardLogger(tmp_path, name="run", version="0")
+        data = batches(8, scale=1 + seed)
+        options = {"ckpt_path": tmp_path / "four.ckpt"} if seed else {}
+        make_trainer(_callbacks(), logger=logger, max_steps=8).fit(Net(), data, **options)
+        points.append(read_events(logger.log_dir)["optim_loss/mean"])
+    before, after = points
+    assert [step for step, _ in before] == [step for step, _ in after] == list(range(8))
+    assert after[:4] == before[:4]
+    assert all(new != old for new, old in zip(after[4:], before[4:], strict=True))
+
+
+def test_groups_and_configuration_are_tables(logger):
+    make_trainer(_callbacks(), logger=logger).fit(Net(), batches(4))
+    page = _page(logger)
+    ((step, groups),) = _texts(page, "optim/groups")
+    assert step == 0
+    assert "| head | 2 | 18 | 0.1 | 0.2 | adamw |" in groups
+    ((_, configuration),) = _texts(page, "optim/configuration")
+    for line in ("optim/optimizer | AdamW", "optim/lr | 0.01", "optim/schedule", "optim/clipping | GlobalNorm("):
+        assert line in configuration
+
+
+@pytest.mark.filterwarnings("ignore:Step .* skipped")
+def test_alarms_of_monitor_and_guard_are_a_log(logger):
+    make_trainer([*_callbacks(), lo.DivergenceGuard()], logger=logger).fit(Net(nan_batches=[2]), batches(6))
+    alarms = [text for _, text in _texts(_page(logger), "optim/alarms")]
+    assert any("6 gradients are not finite" in text for text in alarms)
+    assert any(text.startswith("Step 3:") for text in alarms)
+
+
+def test_the_schedule_is_drawn_at_its_start_and_end(logger):
+    make_trainer(_callbacks(), logger=logger).fit(Net(), batches(6))
+    images = _page(logger).Images("optim/schedule")
+    assert [image.step for image in images] == [0, 6]
+    assert images[0].width > 400
+    assert images[0].encoded_image_string != images[1].encoded_image_string
+
+
+@pytest.mark.parametrize("default_hp_metric", [True, False])
+def test_runs_are_compared_by_a_real_metric(tmp_path, default_hp_metric):
+    class Own(Net):
+        def __init__(self, width: int = 3):
+            super().__init__()
+            self.save_hyperparameters()
+
+    logger = TensorBoardLogger(tmp_path, name="run", version="0", default_hp_metric=default_hp_metric)
+    make_trainer(_callbacks(hp_metrics=["val_loss"]), logger=logger).fit(Own(), batches(4), batches(2))
+    page = _page(logger)
+    found = {}
+    for tag in ("experiment", "session_start_info"):
+        content = page.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
+        found[tag] = plugin_data_pb2.HParamsPluginData.FromString(content)
+    assert [info.name.tag for info in found["experiment"].experiment.metric_infos] == ["val_loss"]
+    assert page.Scalars("val_loss")
+    hparams = found["session_start_info"].session_start_info.hparams
+    assert hparams["width"].number_value == 3
+    assert hparams["optim/lr"].number_value == 0.01
+    assert metadata.PLUGIN_NAME == "hparams"
+
+
+def test_scalars_are_one_record(logger, monkeypatch):
+    written = []
+    writer = logger.experiment._get_file_writer()
+    monkeypatch.setattr(writer, "add_summary", lambda summary, step: written.append((step, len(summary.value))))
+    log_scalars(logger, {"a/b": 1.0, "a/c": 2.0}, 7)
+    assert written == [(7, 2)]
+
+
+def test_a_logger_of_ones_own_gets_what_log_metrics_gets(tmp_path):
+    class Own(TensorBoardLogger):
+        def log_metrics(self, metrics, step=None):
+            super().log_metrics({f"mine/{key}": value for key, value in metrics.items()}, step)
+
+    own, prefixed = Own(tmp_path, name="own"), TensorBoardLogger(tmp_path, name="prefixed", prefix="p")
+    for logger in (own, prefixed):
+        log_scalars(logger, {"a": 1.0}, 0)
+        logger.save()
+    assert list(read_events(own.log_dir)) == ["mine/a"]
+    assert list(read_events(prefixed.log_dir)) == ["p-a"]

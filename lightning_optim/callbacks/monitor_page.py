@@ -10,7 +10,6 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lightning_optim import tensorboard
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
-from lightning_optim.callbacks.divergence_guard import DivergenceGuard
 from lightning_optim.callbacks.gradient_clipping import GradientClipping
 from lightning_optim.callbacks.lightning_private import logging_step
 from lightning_optim.durations import Horizon
@@ -34,9 +33,6 @@ class MonitorPage:
         self._metrics = metrics
         self._tags: set[str] = set()
         self._screen: dict[str, Any] = {}
-        self._guard_told = 0
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        self._guards = [callback for callback in callbacks if isinstance(callback, DivergenceGuard)]
         loggers = trainer.loggers if trainer.is_global_zero else []
         self._writers = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
@@ -79,16 +75,13 @@ class MonitorPage:
                         writer.add_image("optim/schedule", image, step, dataformats="HWC")
 
     def report(self, values: Mapping[str, float], alarms: Sequence[str], step: int) -> None:
-        """A report has been written: shows the screen of all charts so far, and new alarms, the guard's too."""
+        """A report has been written: shows the screen of all charts so far, and new alarms."""
         self._tags |= values.keys()  # some quantities need a past
         screen = tensorboard.screen(self._tags)
-        told = [alarm for guard in self._guards for alarm in guard.alarms]
-        guard_alarms = [f"Step {alarm.step}: {alarm.text}" for alarm in told[self._guard_told :]]
-        self._guard_told = len(told)
         for writer in self._writers:
             if screen != self._screen:
                 writer.add_custom_scalars(screen)
-            for alarm in (*alarms, *guard_alarms):
+            for alarm in alarms:
                 writer.add_text("optim/alarms", alarm, step)
         self._screen = screen
 

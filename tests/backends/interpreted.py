@@ -21,7 +21,7 @@ from tests.optim.cases import (
     Case,
     Setting,
     assert_same,
-    each_setting,
+    each_kernel,
     give,
     gradients,
     parameters,
@@ -107,7 +107,7 @@ def assert_close_states(first: Any, second: Any, rtol: float, atol: float) -> No
             torch.testing.assert_close(b[key], a[key], rtol=rtol, atol=max(atol, scaled))
 
 
-@pytest.mark.parametrize(("case", "setting"), each_setting(ELEMENTWISE))
+@pytest.mark.parametrize(("case", "setting"), each_kernel(ELEMENTWISE))
 def test_agrees_with_reference(case: Case, setting: Setting) -> None:
     """Shapes, layouts, missing gradients, divisors [] and [tensors], a skipped step, step sums."""
     optimizers, (expected, got) = pair(case, setting)
@@ -130,7 +130,7 @@ def test_agrees_with_reference(case: Case, setting: Setting) -> None:
     assert_close_states(*optimizers, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("case", "setting"), each_setting(ELEMENTWISE))
+@pytest.mark.parametrize(("case", "setting"), each_kernel(ELEMENTWISE))
 def test_a_skipped_step_writes_nothing(case: Case, setting: Setting) -> None:
     params = mixed(torch.float32)
     optimizer = case.optimizer(params, **setting.arguments, backend="triton")

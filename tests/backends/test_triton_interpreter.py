@@ -30,6 +30,11 @@ def test_triton_agrees_with_reference_under_its_interpreter() -> None:
 
 
 @pytest.mark.slow
+def test_so_it_does_in_every_setting() -> None:
+    run_interpreted("tests/backends/interpreted.py", "-m", "slow")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_everything_asked_of_backends_holds_under_the_interpreter() -> None:
     # The interpreter cuts bfloat16 off instead of rounding it; `interpreted` has that right, and tests it.

@@ -401,6 +401,20 @@ def each_setting(cases: tuple[Case, ...] = CASES) -> list[Any]:
     return [pytest.param(c, s, id=f"{c.optimizer.__name__}-{s.name}") for c in cases for s in c.settings]
 
 
+def each_kernel(cases: tuple[Case, ...] = CASES) -> list[Any]:
+    """As `each_setting`; settings that need no other kernel than one before them are slow."""
+    seen = set()
+    params = []
+    for param in each_setting(cases):
+        case, setting = param.values
+        group = case.optimizer.hyperparameters() | setting.arguments
+        kernel = (type(case.optimizer.rule(group)), group.get("cautious", False))
+        marks = [pytest.mark.slow] if kernel in seen else []
+        params.append(pytest.param(case, setting, id=param.id, marks=marks))
+        seen.add(kernel)
+    return params
+
+
 def each_case(cases: tuple[Case, ...] = CASES) -> list[Any]:
     """Parameter `case` of a test over all optimizers."""
     return [pytest.param(c, id=c.optimizer.__name__) for c in cases]

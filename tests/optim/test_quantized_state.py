@@ -124,7 +124,7 @@ def test_backends_agree_with_float32_state(make: Any, bits: int, backend: str) -
 
 @each_width
 @each_optimizer
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_backends_agree(make: Any, bits: int, dtype: torch.dtype) -> None:
     """Apart from values so near to a rounding boundary that the order of operations decides."""
     sets = [weights(dtype) for _ in BACKENDS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
 from lightning_optim.callbacks.planning import make_plan
 from lightning_optim.plan_report import format_plan, save_plot
+from lightning_optim.run_report import read_runs, write_report
 
 
 class PlanningTrainer(L.Trainer):
@@ -99,12 +101,33 @@ class OptimCLI(LightningCLI):
                     break
 
 
+def report(args: list[str]) -> None:
+    """``lightning-optim report RUN_DIR...``: one page about runs that have been logged to TensorBoard.
+
+    Args:
+        args: The command line after ``report``.
+    """
+    parser = argparse.ArgumentParser(prog="lightning-optim report", description=report.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder with the event files of one run")
+    parser.add_argument("--out", default="report", help="folder to write report.html and PNGs to (default: report)")
+    parser.add_argument("--loss", type=float, action="append", help="show when this loss was reached; repeatable")
+    options = parser.parse_args(args)
+    try:
+        print(write_report(read_runs(options.runs), options.out, options.loss))
+    except FileNotFoundError as error:
+        parser.error(str(error))
+
+
 def main(args: list[str] | None = None) -> None:
-    """The ``lightning-optim`` command.
+    """The ``lightning-optim`` command: `OptimCLI`, or `report`.
 
     Args:
         args: The command line after the program's name; None for the process's own.
     """
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["report"]:
+        report(given[1:])
+        return
     # As `python -m` does it: class paths such as `examples.char_lm.CharLM` start in the current directory.
     sys.path.insert(0, str(Path.cwd()))
     OptimCLI(args=args)

@@ -20,7 +20,7 @@ ROOT = Path(lightning_optim.__file__).parent
 LAYERS = [
     ("cli",),
     ("callbacks",),
-    ("factory", "plan", "plan_report"),
+    ("factory", "plan", "plan_report", "run_report"),
     ("optimizer_choice",),
     ("step", "resume", "diagnostics", "tensorboard", "training_length", "freezing", "late_groups", "foreign_decay"),
     ("foreign_update", "snapshots"),

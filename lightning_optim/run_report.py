@@ -1,0 +1,237 @@
+"""One page about one run, or several beside each other, from their event files: what one attaches to an issue."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Points = list[tuple[int, float, float]]
+"""(step, value, seconds since the run began)"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the event files of one run hold.
+
+    Args:
+        name: The run's folder, as short as the runs allow.
+        scalars: Points by tag, in order of their steps.
+        alarms: What monitor and guard have told, in Markdown.
+    """
+
+    name: str
+    scalars: Mapping[str, Points]
+    alarms: tuple[str, ...] = ()
+
+
+FIGURES: dict[str, tuple[str, ...]] = {
+    "Learning curves": ("loss",),
+    "Learning rate": ("optim_lr/[group]",),
+    "Gradient norm": ("optim_grad_norm/total", "optim_grad_norm/interval_max", "optim_grad_norm_clipped/total"),
+    "Gradient norm of each group": ("optim_grad_norm/[group]",),
+    "Update over parameters": ("optim_update_ratio/[group]",),
+    "Effective learning rate": ("optim_lr/effective/[group]",),
+    "Cosine of gradient and momentum": ("optim_grad/cosine/[group]",),
+    "Gradient over second moment": ("optim_grad/over_second_moment/[group]",),
+    "Clipped, skipped": ("optim_health/clip_rate", "optim_health/skipped_steps"),
+}
+"""What is drawn, in order; `[group]` stands for one part of a tag, and `loss` for all losses that a run has."""
+
+
+def read_run(folder: str | Path, name: str | None = None) -> Run:
+    """Reads the event files in a folder.
+
+    Args:
+        folder: Where a logger has written.
+        name: What to call it; None for the folder's name.
+
+    Raises:
+        FileNotFoundError: There is no event file.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = Path(folder)
+    if not any(folder.glob("*tfevents*")):
+        below = sorted({str(path.parent) for path in folder.rglob("*tfevents*")})
+        hint = f" There are some in {', '.join(below[:3])}." if below else ""
+        raise FileNotFoundError(f"No event files of TensorBoard in {folder}.{hint}")
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    start = min((e.wall_time for tag in tags["scalars"] for e in events.Scalars(tag)[:1]), default=0.0)
+    scalars = {
+        tag: sorted((e.step, e.value, e.wall_time - start) for e in events.Scalars(tag)) for tag in tags["scalars"]
+    }
+    texts = [
+        tag for tag in ("optim/alarms/text_summary", "optim_health/divergence/text_summary") if tag in tags["tensors"]
+    ]
+    alarms = [e.tensor_proto.string_val[0].decode() for tag in texts for e in events.Tensors(tag)]
+    return Run(name or folder.name, scalars, tuple(alarms))
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Reads several, each called by the parts of its path in which they differ."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    shared = 0
+    while len(parts) > 1 and len({part[: shared + 1] for part in parts}) == 1:
+        shared += 1
+    names = ["/".join(part[shared:]) if len(parts) > 1 else part[-1] for part in parts]
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def loss_tags(run: Run) -> list[str]:
+    """The losses of a run: the monitor's, and what the module has logged under a name with "loss" in it."""
+    own = [tag for tag in run.scalars if "loss" in tag.lower() and not tag.startswith("optim_")]
+    return [tag for tag in ("optim_loss/mean", "optim_loss/max") if tag in run.scalars] + sorted(own)
+
+
+def reached(points: Points, target: float) -> tuple[int, float] | None:
+    """Step and seconds at which values first were at or below ``target``; None if never.
+
+    Example:
+        >>> reached([(0, 2.0, 0.0), (10, 0.9, 5.0), (20, 0.7, 10.0)], 1.0)
+        (10, 5.0)
+    """
+    return next(((step, seconds) for step, value, seconds in points if value <= target), None)
+
+
+def convergence(runs: Iterable[Run], targets: Sequence[float] | None = None) -> list[list[str]]:
+    """Rows of (run, loss, reached, step, seconds), for each target.
+
+    Args:
+        runs: The runs.
+        targets: Losses; None for a half, a quarter and a tenth of the way from the worst first loss to the best.
+    """
+    runs = list(runs)
+    curves = {run.name: run.scalars[tags[0]] for run in runs if (tags := loss_tags(run))}
+    values = [value for points in curves.values() for _, value, _ in points if math.isfinite(value)]
+    if not values:
+        return []
+    if targets is None:
+        first, best = max(points[0][1] for points in curves.values()), min(values)
+        targets = [best + (first - best) * share for share in (0.5, 0.25, 0.1)]
+    rows = []
+    for target in targets:
+        for name, points in curves.items():
+            found = reached(points, target)
+            rows.append([name, f"{target:.4g}", *((f"{found[0]:,}", f"{found[1]:.1f}") if found else ("never", "-"))])
+    return rows
+
+
+def generalisation(runs: Iterable[Run]) -> list[list[str]]:
+    """Rows of (run, validation loss, at step, training loss there, gap), at the best validation loss."""
+    rows = []
+    for run in runs:
+        tags = loss_tags(run)
+        held_out = next((tag for tag in tags if tag.lower().startswith("val")), None)
+        if held_out is None or tags[0] == held_out:
+            continue
+        step, value, _ = min(run.scalars[held_out], key=lambda point: point[1])
+        training = min(run.scalars[tags[0]], key=lambda point: abs(point[0] - step))[1]
+        rows.append([run.name, f"{value:.4g}", f"{step:,}", f"{training:.4g}", f"{value - training:+.4g}"])
+    return rows
+
+
+def write_report(runs: Sequence[Run], folder: str | Path, targets: Sequence[float] | None = None) -> Path:
+    """Writes ``report.html``, which needs no other file, and each figure as PNG.
+
+    Args:
+        runs: What to show.
+        folder: Where to write; made if it is not there.
+        targets: As for `convergence`.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [f"<h1>{html.escape(', '.join(run.name for run in runs))}</h1>"]
+    rows = convergence(runs, targets)
+    parts += _section("Convergence", _table(["run", "loss", "reached at step", "seconds"], rows) if rows else "")
+    rows = generalisation(runs)
+    header = ["run", "best validation loss", "at step", "training loss", "gap"]
+    parts += _section("Generalisation", _table(header, rows) if rows else "")
+    for title, patterns in FIGURES.items():
+        picture = _figure(title, runs, patterns)
+        if picture is not None:
+            (folder / f"{title.lower().replace(' ', '_').replace(',', '')}.png").write_bytes(picture)
+            encoded = base64.b64encode(picture).decode()
+            parts += _section(title, f'<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
+    for run in runs:
+        lines = "".join(f"<li><pre>{html.escape(alarm)}</pre></li>" for alarm in run.alarms)
+        parts += _section(f"Alarms of {run.name}", f"<ul>{lines}</ul>" if lines else "<p>None.</p>")
+    page = folder / "report.html"
+    page.write_text(_PAGE.format(body="\n".join(parts)), encoding="utf-8")
+    return page
+
+
+def _tags(run: Run, patterns: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for pattern in patterns:
+        if pattern == "loss":
+            found += loss_tags(run)
+        elif pattern.endswith("/[group]"):
+            stem = pattern.removesuffix("[group]")
+            rest = {tag: tag.removeprefix(stem) for tag in run.scalars if tag.startswith(stem)}
+            found += [t for t, r in rest.items() if "/" not in r and r != "total" and not r.startswith("interval_")]
+        elif pattern in run.scalars:
+            found.append(pattern)
+    return found
+
+
+def _figure(title: str, runs: Sequence[Run], patterns: Sequence[str]) -> bytes | None:
+    """One panel for each run, side by side, on the same scale; None if no run has any of it."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("A report needs matplotlib: pip install 'lightning-optim[plot]'") from error
+    shown = [(run, _tags(run, patterns)) for run in runs]
+    if not any(tags for _, tags in shown):
+        return None
+    figure = Figure(figsize=(max(7, 5 * len(runs)), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
+    for panel, (run, tags) in zip(panels, shown, strict=True):
+        for tag in tags:
+            steps, values, _ = zip(*run.scalars[tag], strict=True)
+            panel.plot(steps, values, label=tag, marker="." if len(steps) < 20 else None)
+        panel.set_title(f"{title}: {run.name}", fontsize=10)
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+        if tags:
+            panel.legend(fontsize=7)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def _section(title: str, body: str) -> list[str]:
+    return [f"<h2>{html.escape(title)}</h2>", body] if body else []
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    def line(cells: Sequence[Any], kind: str) -> str:
+        return "<tr>" + "".join(f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Report</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+img {{ max-width: 100%; }} table {{ border-collapse: collapse; }} pre {{ white-space: pre-wrap; margin: 0; }}
+td, th {{ border-bottom: 1px solid #ccc; padding: .2rem .8rem; text-align: left; }}
+</style></head><body>
+{body}
+</body></html>
+"""

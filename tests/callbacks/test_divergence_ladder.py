@@ -250,6 +250,35 @@ def test_a_resumed_run_decides_as_the_uninterrupted_one(tmp_path):
     assert bit_equal(dict(end.state_dict()), dict(resumed.state_dict()))
 
 
+@pytest.mark.parametrize("kind", ADAMWS)
+def test_overflows_while_the_scaler_finds_its_scale_are_counted_and_enter_nothing(kind):
+    guard = lo.DivergenceGuard(QUICK)
+    seen = []
+
+    class Windows(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            (watch,) = trainer.callbacks[0].hub.pipelines[0].detectors
+            seen.append(watch.spikes.state_dict())
+
+    trainer = make_trainer([guard, _configure(kind), Windows()], **precision("16-mixed", init_scale=2.0**30))
+    trainer.fit(Net(), batches(60, batch_size=32))
+    overflows = guard.overflow_steps
+    assert overflows > 3
+    assert guard.skipped_steps == overflows
+    assert guard.report.entries == []
+    assert int(seen[overflows - 1]["known"].max()) == 0
+    assert seen[-1]["known"].tolist() == [60 - overflows] * 2
+
+
+def test_a_loss_that_is_not_finite_is_told_of_under_a_scaler_too():
+    guard = lo.DivergenceGuard()
+    make_trainer([guard, _configure()], **precision("16-mixed")).fit(
+        Faulty(lambda k: float("nan") if k == 3 else 1.0), batches(6)
+    )
+    assert [(entry.step, entry.kind) for entry in guard.report.entries] == [(3, "nonfinite")]
+    assert guard.overflow_steps == 0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

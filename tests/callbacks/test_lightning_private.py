@@ -6,7 +6,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler
 
 from lightning_optim.callbacks import lightning_private
 from tests.helpers import BareNet, Net, batches, make_trainer, precision, read_events
@@ -144,3 +144,16 @@ def test_the_loss_scale_is_a_tensor_on_the_device():
     make_trainer([Looks()]).fit(Net(), batches(1))
     assert scales[0].item() == 1024.0
     assert scales[1] is None
+
+
+def test_averages_beside_the_model_are_found():
+    class Looks(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            (average,) = lightning_private.averaged_models(trainer)
+            names = {name for name, _ in average.named_parameters()}
+            assert names == {f"module.{name}" for name, _ in pl_module.named_parameters()}
+            self.looked = True
+
+    looks = Looks()
+    make_trainer([EMAWeightAveraging(), looks]).fit(Net(), batches(2))
+    assert looks.looked

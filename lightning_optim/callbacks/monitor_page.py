@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_optim import tensorboard
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
@@ -93,6 +94,7 @@ class MonitorPage:
             writer.flush()
 
 
+@rank_zero_only
 def log_scalars(logger: Logger, values: dict[str, float], step: int) -> None:
     """As ``logger.log_metrics``, in one record where that is TensorBoard's own."""
     own = isinstance(logger, TensorBoardLogger) and type(logger).log_metrics is TensorBoardLogger.log_metrics

@@ -38,7 +38,12 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path):
         logger = L.loggers.TensorBoardLogger(tmp_path, name="run", version=str(index))
         trainer = make_trainer([parts[i] for i in order], logger=logger)
         trainer.fit(model, batches(5))
-        last = {tag: points[-1] for tag, points in read_events(logger.log_dir).items() if tag.startswith("optim_")}
+        events = read_events(logger.log_dir)
+        last = {
+            tag: points[-1]
+            for tag, points in events.items()
+            if tag.startswith("optim_") and not tag.startswith("optim_speed/")  # the clock's, and never the same
+        }
         results.append((dict(model.state_dict()), trainer.optimizers[0].state_dict(), last))
     assert all(bit_equal(results[0], result) for result in results[1:])
 

@@ -94,8 +94,10 @@ class Report:
         return self._pending is not None and self._pending.ready()
 
     def read(self) -> dict[str, float]:
-        """Every value under its tag. Reports are read in order, because rates are differences."""
-        assert self._pending is not None, "send it first"
+        """Every value under its tag; waits, if it has not been sent. Read in order, because rates are differences."""
+        if self._pending is None:
+            self.send()
+        assert self._pending is not None
         values = dict(zip(self._tags, self._pending.read(), strict=True))
         internal = {tag: values.pop(tag) for tag in _INTERNAL if tag in values}
         self.clipped = int(internal["clipped"])

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The closure among the arguments of ``step``, as a pre-hook gets them, the optimizer first; None without one."""
+    return kwargs.get("closure", args[1] if len(args) > 1 else None)
+
+
 def run_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Runs the closure now, because gradients exist only afterwards, and leaves one that returns the known loss.
 
@@ -14,7 +19,7 @@ def run_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
         args: Positional arguments of ``step``, the optimizer first.
         kwargs: Its keyword arguments.
     """
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    closure = closure_of(args, kwargs)
     if closure is None:
         return args, kwargs, None
     with torch.enable_grad():

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_optim.closure import closure_of
 from lightning_optim.durations import Horizon
 from lightning_optim.freezing import Freezing, freezing_of
 from lightning_optim.late_groups import welcome_late_groups
@@ -20,7 +21,7 @@ from lightning_optim.schedules import Schedule, Scheduler, Warmup
 from lightning_optim.schedules.given import resolve_others, resolve_schedule
 from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
 from lightning_optim.training_length import horizon_of
-from lightning_optim.trial_step import closure_of, is_trial_step
+from lightning_optim.trial_step import is_trial_step
 
 __all__ = ["OptimizerFactory"]
 

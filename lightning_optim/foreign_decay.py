@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.backends.scalars import is_set
-from lightning_optim.closure import run_closure
+from lightning_optim.closure import closure_of, run_closure
 from lightning_optim.messages import nearest
 from lightning_optim.optim import FusedOptimizer
-from lightning_optim.trial_step import closure_of, is_trial_step
+from lightning_optim.trial_step import is_trial_step
 from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients
 
 _KINDS = (WeightDecayKind.DECOUPLED, WeightDecayKind.INDEPENDENT, WeightDecayKind.CORRECTED)
@@ -97,12 +97,12 @@ class ForeignDecay:
         factors: list[float] = []
         for index, group in enumerate(optimizer.param_groups):
             decay = self._coefficient(group, str(group.get("name", index)))
-            if decay == 0 and not isinstance(decay, Tensor):
-                continue
             taking_part = [param for param in group["params"] if param.grad is not None]
+            if not taking_part or (decay == 0 and not isinstance(decay, Tensor)):
+                continue
             if isinstance(decay, Tensor) or found_inf is not None:  # numbers that only the device knows
                 kept = 1 - (decay if found_inf is None else decay * (found_inf == 0))
-                torch._foreach_mul_(taking_part, kept.to(taking_part[0].dtype)) if taking_part else None
+                torch._foreach_mul_(taking_part, kept.to(taking_part[0].dtype))
             else:
                 params += taking_part
                 factors += [1 - decay] * len(taking_part)

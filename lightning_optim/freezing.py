@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_optim.closure import run_closure
+from lightning_optim.closure import closure_of, run_closure
 from lightning_optim.durations import Duration, Horizon
-from lightning_optim.trial_step import closure_of, is_trial_step
+from lightning_optim.trial_step import is_trial_step
 
 _of: weakref.WeakKeyDictionary[Optimizer, Freezing] = weakref.WeakKeyDictionary()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -161,10 +162,8 @@ class _FusedIfPossible:
         groups = list(groups)
         params = [param[-1] if isinstance(param, tuple) else param for group in groups for param in group["params"]]
         if self._try_fused and all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for p in params):
-            try:
+            with contextlib.suppress(RuntimeError):  # torch has no fused form of it for these parameters
                 return self._make([{**group} for group in groups], fused=True)
-            except RuntimeError:  # not for this optimizer
-                pass
         return self._make(groups)
 
 

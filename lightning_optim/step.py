@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_optim.clipping import Clip, Clipper, ClipRule, Divisor
-from lightning_optim.closure import run_closure
+from lightning_optim.closure import closure_of, run_closure
 from lightning_optim.divergence import Detector, NonFiniteGradient
 from lightning_optim.flat_shards import FlatShards
 from lightning_optim.foreign_update import ForeignUpdate
@@ -24,7 +24,7 @@ from lightning_optim.interval import Interval
 from lightning_optim.operands import StepSkipped, operands_for
 from lightning_optim.stats import GradStats, StepCounts, StepRecord, StepStats
 from lightning_optim.transfer import HostMirror, upload
-from lightning_optim.trial_step import closure_of, is_trial_step
+from lightning_optim.trial_step import is_trial_step
 
 __all__ = ["StepPipeline"]
 

@@ -45,11 +45,6 @@ def is_trial_step(optimizer: Optimizer, closure: Any = None) -> bool:
     return bool(grads) and not any(_has_value(grad) for grad in grads)
 
 
-def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The closure among the arguments of a step pre-hook."""
-    return kwargs.get("closure", args[1] if len(args) > 1 else None)
-
-
 def _is_zero(lr: float | Tensor) -> bool:
     """Without waiting for a device: a rate there is not the one that the trial step puts in its place."""
     return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks.hub import Hub, HubCallback, plain_name
-from lightning_optim.callbacks.lightning_private import averaged_models, logging_due, logging_step
+from lightning_optim.callbacks.guarded import Guarded
+from lightning_optim.callbacks.hub import HubCallback, plain_name
+from lightning_optim.callbacks.lightning_private import logging_due, logging_step
+from lightning_optim.callbacks.places import Place, Places
+from lightning_optim.callbacks.run_snapshots import RunSnapshots
 from lightning_optim.divergence import (
     SIGNALS,
     Alarm,
@@ -23,90 +25,18 @@ from lightning_optim.divergence import (
     Judge,
     Ladder,
     LRCut,
-    RateCut,
     Report,
     Rollback,
-    Rows,
     SlowDivergence,
     Spikes,
     SpikeWindow,
     Watch,
 )
-from lightning_optim.divergence.health import pack
 from lightning_optim.divergence.report import Entry
-from lightning_optim.gradients import names_of
-from lightning_optim.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors
 from lightning_optim.stats import StepRecord
 
 CHECKPOINT_KEY = "lightning_optim.divergence_guard"
 """Not as the callback's own state: of two callbacks that have some, Lightning says less than we do."""
-
-_REMEMBERED = 64
-"""Of so many steps it is known which batches they were made of."""
-_MOST_FILES = 16
-"""So many steps' batches are saved at most."""
-
-
-@dataclass
-class _Place:
-    """Where a step was."""
-
-    step: int
-    epoch: int
-    batches: list[int]
-    samples: list[Any]
-
-
-class _Guarded:
-    """What belongs to one optimizer."""
-
-    def __init__(
-        self, optimizer: Optimizer, watch: Watch, judge: Judge, health: Health, names: dict[Tensor, str]
-    ) -> None:
-        self.optimizer, self.watch, self.judge, self.health = optimizer, watch, judge, health
-        self.cut = RateCut(optimizer)
-        found = [name for group in optimizer.param_groups for name in names_of(group, names)]
-        self.names = {place: name for place, name in enumerate(found) if name is not None}
-        self.places: dict[int, _Place] = {}
-        self._looks = Rows()
-        self._about: dict[int, tuple[Any, ...]] = {}
-
-    def look(self, record: StepRecord) -> None:
-        """Sends off what tells how each parameter is, and notes what the host knows of it."""
-        names, without, place = [], [], 0
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                name = self.names.get(place, f"parameter {place}")
-                place += 1
-                if param.grad is not None:
-                    names.append(name)
-                elif not group.get("frozen_until"):
-                    without.append(name)
-        rates = [float(group["lr"]) if not isinstance(group["lr"], Tensor) else 1.0 for group in record.hyperparameters]
-        groups = list(zip(record.group_names, rates, record.grad.group_sizes, strict=True))
-        if len(names) != len(record.update.numel):  # flat shards, of which this rank may hold nothing
-            return
-        self._about[record.steps] = (names, record.update.numel, groups, without)
-        self._looks.write(record.steps, pack(record))
-
-    def looked(self, everything: bool) -> list[Alarm]:
-        """What has come of it, once it is known."""
-        rows = self._looks.read(everything)
-        return [a for row in rows for a in self.health.update(row.step, row.values, *self._about.pop(row.step))]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "watch": self.watch.state_dict(),
-            "judge": self.judge.state_dict(),
-            "cut": self.cut.state_dict(),
-            "health": self.health.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.watch.load_state_dict(state["watch"])
-        self.judge.load_state_dict(state["judge"])
-        self.cut.load_state_dict(state["cut"])
-        self.health.load_state_dict(state["health"])
 
 
 class DivergenceGuard(HubCallback):
@@ -166,13 +96,10 @@ class DivergenceGuard(HubCallback):
         self.ladder = Ladder(lr_cut, rollback, stop, cooldown)
         self.report = Report()
         self._skipped = 0
-        self._guarded: list[_Guarded] = []
-        self._snapshots: SnapshotPair | None = None
-        self._parts: list[Part] = []
+        self._guarded: list[Guarded] = []
+        self._places = Places(0, save_batches)
+        self._snapshots: RunSnapshots | None = None
         self._loss: Tensor | None = None
-        self._batches: list[int] = []
-        self._samples: list[Any] = []
-        self._files = 0
         self._restored: dict[str, Any] = {}
         self._reduce: Any = None
         self._overflows = 0
@@ -187,6 +114,11 @@ class DivergenceGuard(HubCallback):
     def overflow_steps(self) -> int:
         """Of these, overflows of the GradScaler."""
         return self._overflows
+
+    @property
+    def rollback_count(self) -> int:
+        """Returns to a snapshot so far, over all resumes."""
+        return self.ladder.used["rollback"]
 
     def detectors(self) -> Sequence[Detector]:
         """A `Watch`."""
@@ -214,8 +146,8 @@ class DivergenceGuard(HubCallback):
             (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, Watch))
             judge = Judge(SlowDivergence(), self._patience, scaled)
             health = Health(self.health)
-            self._guarded.append(_Guarded(pipeline.optimizer, watch, judge, health, names))
-        self._loss, self._batches, self._samples = None, [], []
+            self._guarded.append(Guarded(pipeline.optimizer, watch, judge, health, names))
+        self._loss, self._places = None, Places(len(self._guarded), self._save_batches)
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
         log_dir = trainer.log_dir  # ranks agree on it, so all have to ask
         self._folder = Path(self._report_dir or beside or log_dir or trainer.default_root_dir)
@@ -227,10 +159,8 @@ class DivergenceGuard(HubCallback):
         self._restored = {}
         self._skipped = self._count()
         self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
-        if (rollback := self.rollback) is not None:
-            self._parts = _parts(trainer, pl_module, self.hub, [guarded.watch for guarded in self._guarded])
-            self._snapshots = SnapshotPair(rollback.memory, rollback.clean)
-            self._snapshots.first(self._parts, logging_step(trainer))
+        if self.rollback is not None:
+            self._snapshots = RunSnapshots(self.rollback, trainer, pl_module, self.hub, self._guarded)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Adds up the loss of the micro-batches of a step, on the device."""
@@ -252,21 +182,21 @@ class DivergenceGuard(HubCallback):
     ) -> None:
         """Judges what was seen, as soon as the host knows of it, and acts."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        stepped = self._note_place(trainer, batch, batch_idx)
-        skipped_before, self._skipped = self._skipped, self._count()
         step = logging_step(trainer)
+        counts = [guarded.watch.steps for guarded in self._guarded]
+        stepped = self._places.note(step, trainer.current_epoch, batch_idx, batch, counts)
+        skipped_before, self._skipped = self._skipped, self._count()
         alarms = self._new_alarms()
         if self._skipped > skipped_before:
             for logger in trainer.loggers:
                 logger.log_metrics({"optim_health/skipped_steps": float(self._skipped)}, step)
-        if (snapshots := self._snapshots) is not None:
-            snapshots.trouble() if alarms else snapshots.passed(step)
-        escalating = [(alarm, place) for alarm, place in alarms if alarm.escalates]
-        if escalating:
+        snapshots = self._snapshots
+        if snapshots is not None:
+            snapshots.seen(step, trouble=bool(alarms))
+        if escalating := [(alarm, place) for alarm, place in alarms if alarm.escalates]:
             self._escalate(trainer, *escalating[0])
-        elif self.rollback is not None and stepped and not alarms and (step + 1) % self.rollback.every == 0:
-            assert snapshots is not None
-            snapshots.take(self._parts, step)
+        elif snapshots is not None and stepped and not alarms:
+            snapshots.stepped(step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judges what was still on its way, and writes the report if there is anything to tell."""
@@ -297,7 +227,7 @@ class DivergenceGuard(HubCallback):
                 guarded.cut.close()
             if self._snapshots is not None:
                 self._snapshots.close()
-            self._guarded, self._parts, self._snapshots, self._reduce = [], [], None, None
+            self._guarded, self._snapshots, self._reduce = [], None, None
             super()._leave()
 
     def _state(self) -> dict[str, Any]:
@@ -318,71 +248,39 @@ class DivergenceGuard(HubCallback):
     def _count(self) -> int:
         return sum(counts.skipped for counts in self.hub.counts())
 
-    def _note_place(self, trainer: L.Trainer, batch: Any, batch_idx: int) -> bool:
-        """Remembers which batches a step was made of; whether there was one."""
-        self._batches.append(batch_idx)
-        if self._save_batches:
-            self._samples.append(batch)
-        place = _Place(logging_step(trainer), trainer.current_epoch, self._batches, self._samples)
-        stepped = False
-        for guarded in self._guarded:
-            if (number := guarded.watch.steps) not in guarded.places:
-                guarded.places[number] = place
-                guarded.places.pop(number - _REMEMBERED, None)
-                stepped = True
-        if stepped:
-            self._batches, self._samples = [], []
-        return stepped
-
-    def _new_alarms(self, everything: bool = False) -> list[tuple[Alarm, _Place]]:
+    def _new_alarms(self, everything: bool = False) -> list[tuple[Alarm, Place]]:
         found = []
         for index, guarded in enumerate(self._guarded):
             for seen in guarded.watch.read(everything):
-                place = guarded.places.get(seen.step, _Place(-1, -1, [], []))
+                place = self._places.of(index, seen.step)
                 self.report.see(place.step, index, seen)
                 for alarm in guarded.judge.update(seen, guarded.names):
                     found.append((alarm, place))
                     self._tell(alarm, place, index, seen.skipped)
             for alarm in guarded.looked(everything):  # which hurts nobody yet
-                self._tell(alarm, guarded.places.get(alarm.step, _Place(-1, -1, [], [])), index, False)
+                self._tell(alarm, self._places.of(index, alarm.step), index, False)
         self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
         return found
 
-    def _tell(self, alarm: Alarm, place: _Place, index: int, was_skipped: bool) -> None:
+    def _tell(self, alarm: Alarm, place: Place, index: int, was_skipped: bool) -> None:
         self.report.add(Entry(place.step, place.epoch, place.batches, index, alarm.kind, alarm.text, list(alarm.names)))
         skipped = f" skipped: {alarm.text} ({self._skipped} skipped so far)." if was_skipped else f": {alarm.text}."
         rank_zero_warn(f"Step {place.step}{skipped}")
-        if place.samples and was_skipped and self._files < _MOST_FILES:
-            self._files += 1
-            folder = self._folder / "divergence_batches"
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(place.samples, folder / f"step{place.step}_rank{self.hub.trainer.global_rank}.pt")
+        if was_skipped:
+            self._places.save(place, self._folder / "divergence_batches", self.hub.trainer.global_rank)
 
     # What is done.
 
-    def _escalate(self, trainer: L.Trainer, alarm: Alarm, place: _Place) -> None:
+    def _escalate(self, trainer: L.Trainer, alarm: Alarm, place: Place) -> None:
         step = logging_step(trainer)
-        snapshots = self._snapshots
-        good = None if snapshots is None else snapshots.good
-        action = self.ladder.act(step, can_roll_back=good is not None)
+        back_to = None if self._snapshots is None else self._snapshots.back_to
+        action = self.ladder.act(step, can_roll_back=back_to is not None)
         if action is None:
             return
         if action == "lr_cut":
-            cut = self.lr_cut
-            assert cut is not None
-            for guarded in self._guarded:
-                guarded.cut.start(cut.factor, cut.steps, cut.recover)
-            text = f"learning rate times {cut.factor:g} for {cut.steps} steps"
+            text = self._cut_rate()
         elif action == "rollback":
-            assert snapshots is not None
-            assert good is not None
-            assert self.rollback is not None
-            self._roll_back(snapshots)
-            text = f"back to the state after step {good.step}, on with the next batches"
-            if (factor := self.rollback.lr_factor) != 1:
-                for guarded in self._guarded:
-                    guarded.cut.lower(factor)
-                text += f", learning rate times {factor:g}"
+            text = f"back to the state after step {back_to}, on with the next batches" + self._roll_back()
         else:
             trainer.should_stop = True
             text = f"training is stopped, because everything else is used up ({self.ladder.why_stop()})"
@@ -390,18 +288,24 @@ class DivergenceGuard(HubCallback):
         path = self._write_report(trainer)
         rank_zero_warn(f"Step {step}: {alarm.text}: {text}." + ("" if path is None else f" Report: {path}"))
 
-    def _roll_back(self, snapshots: SnapshotPair) -> None:
-        good = snapshots.good
-        assert good is not None
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # skips that are still on their way belong to before
-        good.put_back(self._parts)
-        snapshots.trouble()
-        self.hub.hold_schedules()
-        self._skipped = self._count()
+    def _cut_rate(self) -> str:
+        cut = self.lr_cut
+        assert cut is not None
         for guarded in self._guarded:
-            guarded.watch.rows.drop()
-            guarded.judge.rolled_back()
+            guarded.cut.start(cut.factor, cut.steps, cut.recover)
+        return f"learning rate times {cut.factor:g} for {cut.steps} steps"
+
+    def _roll_back(self) -> str:
+        assert self._snapshots is not None
+        assert self.rollback is not None
+        self._snapshots.go_back()
+        self._skipped = self._count()
+        factor = self.rollback.lr_factor
+        if factor == 1:
+            return ""
+        for guarded in self._guarded:
+            guarded.cut.lower(factor)
+        return f", learning rate times {factor:g}"
 
     def _write_report(self, trainer: L.Trainer) -> Path | None:
         if not self.report.entries or not trainer.is_global_zero:
@@ -411,17 +315,3 @@ class DivergenceGuard(HubCallback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("optim_health/divergence", self.report.markdown(), logging_step(trainer))
         return path
-
-
-def _parts(trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, watches: Sequence[Watch]) -> list[Part]:
-    """All that a rollback brings back. The position in the data is not among it, nor the count of steps."""
-    precision = trainer.precision_plugin
-    parts: list[Part] = [
-        Tensors(lambda: [pl_module, *averaged_models(trainer)]),
-        *(OptimizerState(optimizer) for optimizer in trainer.optimizers),
-        *(StateDict(c.scheduler.state_dict, c.scheduler.load_state_dict) for c in trainer.lr_scheduler_configs),
-        StateDict(precision.state_dict, precision.load_state_dict),
-        *(StateDict(pipeline.clip_state, pipeline.load_clip_state) for pipeline in hub.pipelines),
-    ]
-    windows = [watch.spikes for watch in watches if watch.spikes is not None]
-    return [*parts, *(StateDict(window.state_dict, window.load_state_dict) for window in windows)]

@@ -75,6 +75,13 @@ def test_one_batch_of_ten_times_the_loss_is_one_alarm_and_one_skip(name, accumul
     assert not bit_equal(after["parameters"], following["parameters"])
 
 
+def test_the_batches_of_the_first_step_are_known_too():
+    guard = lo.DivergenceGuard()
+    make_trainer([_configure(), guard], accumulate_grad_batches=4).fit(Net(nan_batches=[0]), batches(8))
+    (entry,) = guard.report.entries
+    assert (entry.step, entry.batches) == (0, [0, 1, 2, 3])
+
+
 def test_a_new_level_of_the_loss_is_at_most_16_flags_and_then_quiet():
     model, guard = Faulty(lambda k: 1.5 if k >= 60 else 1.0), lo.DivergenceGuard(QUICK)
     make_trainer([_configure(lr=1e-4), guard]).fit(model, batches(140, batch_size=1024))
@@ -111,6 +118,7 @@ def test_a_rollback_is_bit_equal_to_the_snapshot_and_so_is_the_second(kind, memo
     trainer.fit(model, batches(40))
     did = [(entry.step, entry.text) for entry in guard.report.entries if entry.kind == "did"]
     assert [step for step, _ in did] == [24, 34]
+    assert guard.rollback_count == 2
     assert all("after step 11" in text or "after step 23" in text for _, text in did)
     then = snapshots.after[11]
     for step, _ in did[:1]:

@@ -1,0 +1,75 @@
+"""What `DivergenceGuard` has for each optimizer: who watches it, who judges it, and its cut of the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.divergence import Alarm, Health, Judge, RateCut, Rows, Watch
+from lightning_optim.divergence.health import pack
+from lightning_optim.gradients import names_of
+from lightning_optim.stats import StepRecord
+
+
+class Guarded:
+    """What belongs to one optimizer.
+
+    Args:
+        optimizer: The optimizer.
+        watch: Looks at each step before the update.
+        judge: Judges each step afterwards.
+        health: Looks at single parameters, when Lightning logs.
+        names: Names of parameters.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, watch: Watch, judge: Judge, health: Health, names: Mapping[Tensor, str]
+    ) -> None:
+        self.optimizer, self.watch, self.judge, self.health = optimizer, watch, judge, health
+        self.cut = RateCut(optimizer)
+        found = [name for group in optimizer.param_groups for name in names_of(group, names)]
+        self.names = {place: name for place, name in enumerate(found) if name is not None}
+        self._looks = Rows()
+        self._about: dict[int, tuple[Any, ...]] = {}
+
+    def look(self, record: StepRecord) -> None:
+        """Sends off what tells how each parameter is, and notes what the host knows of it."""
+        names, without, place = [], [], 0
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                name = self.names.get(place, f"parameter {place}")
+                place += 1
+                if param.grad is not None:
+                    names.append(name)
+                elif not group.get("frozen_until"):
+                    without.append(name)
+        rates = [float(group["lr"]) if not isinstance(group["lr"], Tensor) else 1.0 for group in record.hyperparameters]
+        groups = list(zip(record.group_names, rates, record.grad.group_sizes, strict=True))
+        if len(names) != len(record.update.numel):  # flat shards, of which this rank may hold nothing
+            return
+        self._about[record.steps] = (names, record.update.numel, groups, without)
+        self._looks.write(record.steps, pack(record))
+
+    def looked(self, everything: bool) -> list[Alarm]:
+        """What has come of it, once it is known."""
+        rows = self._looks.read(everything)
+        return [a for row in rows for a in self.health.update(row.step, row.values, *self._about.pop(row.step))]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and tensors."""
+        return {
+            "watch": self.watch.state_dict(),
+            "judge": self.judge.state_dict(),
+            "cut": self.cut.state_dict(),
+            "health": self.health.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self.watch.load_state_dict(state["watch"])
+        self.judge.load_state_dict(state["judge"])
+        self.cut.load_state_dict(state["cut"])
+        self.health.load_state_dict(state["health"])

@@ -1,0 +1,83 @@
+"""What of a Lightning run goes into a snapshot, when one is taken, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning.pytorch as L
+import torch
+
+from lightning_optim.callbacks.guarded import Guarded
+from lightning_optim.callbacks.hub import Hub
+from lightning_optim.callbacks.lightning_private import averaged_models, logging_step
+from lightning_optim.divergence import Rollback
+from lightning_optim.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors
+
+
+class RunSnapshots:
+    """The snapshots of one fit. The first is the state that training starts from.
+
+    Args:
+        config: When they are taken, and where they are.
+        trainer: The Trainer, at the start of training.
+        pl_module: Its module.
+        hub: Its pipelines.
+        guarded: What the guard has for each optimizer.
+    """
+
+    def __init__(
+        self, config: Rollback, trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[Guarded]
+    ) -> None:
+        self._hub, self._guarded, self._every = hub, guarded, config.every
+        self._parts = _parts(trainer, pl_module, hub, guarded)
+        self._pair = SnapshotPair(config.memory, config.clean)
+        self._pair.first(self._parts, logging_step(trainer))
+
+    @property
+    def back_to(self) -> int | None:
+        """After which step one would be."""
+        good = self._pair.good
+        return None if good is None else good.step
+
+    def seen(self, step: int, trouble: bool) -> None:
+        """Says whether something was wrong up to a step: what is not proved by then never will be."""
+        if trouble:
+            self._pair.trouble()
+        else:
+            self._pair.passed(step)
+
+    def stepped(self, step: int) -> None:
+        """Takes one if it is time. Called after a step at which nothing was wrong."""
+        if (step + 1) % self._every == 0:
+            self._pair.take(self._parts, step)
+
+    def go_back(self) -> None:
+        """Puts everything back to the last good one, and has schedules and judges know of it."""
+        good = self._pair.good
+        assert good is not None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # skips that are still on their way belong to before
+        good.put_back(self._parts)
+        self._pair.trouble()
+        self._hub.hold_schedules()
+        for guarded in self._guarded:
+            guarded.watch.rows.drop()
+            guarded.judge.rolled_back()
+
+    def close(self) -> None:
+        """Frees memory and files."""
+        self._pair.close()
+
+
+def _parts(trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[Guarded]) -> list[Part]:
+    """All that a rollback brings back. The position in the data is not among it, nor the count of steps."""
+    precision = trainer.precision_plugin
+    windows = [g.watch.spikes for g in guarded if g.watch.spikes is not None]
+    return [
+        Tensors(lambda: [pl_module, *averaged_models(trainer)]),
+        *(OptimizerState(optimizer) for optimizer in trainer.optimizers),
+        *(StateDict(c.scheduler.state_dict, c.scheduler.load_state_dict) for c in trainer.lr_scheduler_configs),
+        StateDict(precision.state_dict, precision.load_state_dict),
+        *(StateDict(pipeline.clip_state, pipeline.load_clip_state) for pipeline in hub.pipelines),
+        *(StateDict(window.state_dict, window.load_state_dict) for window in windows),
+    ]

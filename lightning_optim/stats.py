@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
@@ -203,6 +203,8 @@ class StepRecord:
         param_names: Name of each tensor of ``grad``, where it is known.
         norms: Count, mean and maximum of the gradient norm over the steps since the last record whose gradients were
             read and finite, shape [3].
+        histograms: How large elements are, by kind, shape [groups, columns], where asked for; see
+            `lightning_optim.histograms`.
     """
 
     group_names: tuple[str, ...]
@@ -215,6 +217,7 @@ class StepRecord:
     counts: Tensor
     param_names: tuple[str | None, ...] = ()
     norms: Tensor | None = None
+    histograms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def sum_groups(values: Tensor, group_sizes: Sequence[int]) -> Tensor:

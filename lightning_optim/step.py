@@ -20,6 +20,7 @@ from lightning_optim.divergence import Detector, NonFiniteGradient
 from lightning_optim.flat_shards import FlatShards
 from lightning_optim.foreign_update import ForeignUpdate
 from lightning_optim.gradients import Gradients, group_names_of, names_of
+from lightning_optim.histograms import StepHistograms
 from lightning_optim.interval import Interval
 from lightning_optim.operands import StepSkipped, operands_for
 from lightning_optim.stats import GradStats, StepCounts, StepRecord, StepStats
@@ -45,6 +46,8 @@ class StepPipeline:
         detectors: What makes a step be skipped; any of them suffices.
         on_report: Receives the record of each step for which ``report_due`` said yes.
         report_due: Asked before each update whether to collect a record of it.
+        histograms: Asked before each update of which a record is collected what it shall count
+            (`lightning_optim.histograms.KINDS`).
         counts: Where the counts start, on a resume.
         clip_state: What `clip_state` gave, on a resume.
         names: Names of parameters, for clip rules that ask for them; those in the optimizer's groups need none.
@@ -76,6 +79,7 @@ class StepPipeline:
         detectors: Sequence[Detector] = (),
         on_report: Callable[[StepRecord], None] | None = None,
         report_due: Callable[[], bool] = lambda: True,
+        histograms: Callable[[], Collection[str]] = tuple,
         counts: StepCounts | None = None,
         clip_state: Mapping[str, Any] | None = None,
         names: Mapping[Tensor, str] | None = None,
@@ -94,6 +98,7 @@ class StepPipeline:
         self._shards = shards
         self.on_report = on_report
         self.report_due = report_due
+        self.histograms = histograms
         counts = counts or StepCounts()
         device = next(p.device for group in optimizer.param_groups for p in group["params"])
         self._steps = counts.steps
@@ -199,7 +204,7 @@ class StepPipeline:
             flag = detector(step.stats).to(torch.float32)
             step.skip = flag if step.skip is None else torch.maximum(step.skip, flag)
         if step.reported:
-            step.watch_update(self.optimizer)
+            step.watch_update(self.optimizer, self.histograms())
             _ = step.stats.norm_sq  # before clipping rewrites the gradients
         return step
 
@@ -239,6 +244,7 @@ class _Step:
         self.clip: Clip | None = None
         self.skip: Tensor | None = None
         self._foreign: ForeignUpdate | None = None
+        self._histograms: StepHistograms | None = None
         self._clipped_norm_sq: Tensor | None = None
 
     def held_here(self) -> tuple[list[Tensor], Clip | None]:
@@ -258,7 +264,9 @@ class _Step:
         if self._foreign is not None:
             self._foreign.before()
 
-    def watch_update(self, optimizer: Optimizer) -> None:
+    def watch_update(self, optimizer: Optimizer, histograms: Collection[str]) -> None:
+        if histograms:
+            self._histograms = StepHistograms(self.gradients, histograms)
         if hasattr(optimizer, "collect_step_stats"):
             optimizer.collect_step_stats = True
         else:
@@ -292,6 +300,7 @@ class _Step:
             counts=counts.clone(),
             param_names=self.stats.names,
             norms=norms,
+            histograms={} if self._histograms is None else self._histograms.after(self.skip),
         )
 
     def _over_shards(self, update: StepStats) -> StepStats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 SCREEN = "Optimizer"
@@ -65,6 +66,22 @@ def add_scalars(writer: Any, values: Mapping[str, float], step: int) -> None:
 
     summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
     writer._get_file_writer().add_summary(summary, step)
+
+
+def add_histogram(writer: Any, tag: str, edges: Sequence[float], counts: Sequence[float], step: int) -> None:
+    """Writes a histogram that has been counted already.
+
+    Args:
+        writer: A `torch.utils.tensorboard.SummaryWriter`.
+        tag: Its tag.
+        edges: Between which its columns lie, one more than there are columns.
+        counts: How many elements are in each column; not 0 in the first and the last.
+        step: Where it belongs.
+    """
+    centres = [(low + high) / 2 for low, high in pairwise(edges)]
+    total = sum(count * centre for count, centre in zip(counts, centres, strict=True))
+    squares = sum(count * centre**2 for count, centre in zip(counts, centres, strict=True))
+    writer.add_histogram_raw(tag, edges[0], edges[-1], sum(counts), total, squares, edges[1:], counts, step)
 
 
 def purge_from(writer: Any, step: int) -> None:

@@ -83,9 +83,9 @@ class PendingValues:
         """Whether the values have arrived."""
         return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
 
-    def read(self) -> list[float]:
+    def read(self) -> np.ndarray:
         """The values, waiting for them if they are still on their way."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        values: list[float] = self._host.numpy().tolist()
+        values: np.ndarray = self._host.numpy()
         return values

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import lightning_optim as lo
 from lightning_optim import clipping
+from lightning_optim.diagnostics import Histograms, PerTensor
 from tests import ranks
 from tests.helpers import ADAMWS, Net, StatefulLoader, batches, make_trainer
 
@@ -103,7 +104,7 @@ def fit(kind: str, rule: str, folder: Path, sharded: bool, extra: tuple = (), ck
             lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01, schedule="cosine", warmup=2),
             lo.GradientClipping(method=RULES[rule]()),
             lo.DivergenceGuard(),
-            lo.OptimizerMonitor(),
+            lo.OptimizerMonitor(per_tensor=PerTensor(heat_maps=()), histograms=Histograms(every=5)),
             deciding,
             *extra,
         ],

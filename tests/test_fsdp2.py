@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.fsdp2_script import BAD_STEP, RUNS, STEPS, fit
 from tests.helpers import bit_equal, read_events
@@ -33,6 +34,24 @@ def runs(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def read_details(folder):
+    """Counts by column of each histogram at each step, and the tensors of the last table with two digits each."""
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "histograms": 0})
+    events.Reload()
+    found = {
+        (tag, event.step): {
+            round(limit, 3): count
+            for limit, count in zip(event.histogram_value.bucket_limit, event.histogram_value.bucket, strict=True)
+            if count
+        }
+        for tag in events.Tags()["histograms"]
+        for event in events.Histograms(tag)
+    }
+    table = events.Tensors("optim/tensors/text_summary")[-1].tensor_proto.string_val[0].decode()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    return {**found, "optim/tensors": {row[0]: [f"{float(cell):.1e}" for cell in row[3:] if cell] for row in rows}}
 
 
 @pytest.mark.parametrize(("kind", "rule"), RUNS)
@@ -78,3 +97,18 @@ def test_so_is_one_without_callbacks_whose_length_is_known_only_once_the_data_ar
     for rank in runs[1]:
         resumed = rank[f"resumed-bare-{distributed_checkpoint}"]
         assert bit_equal(resumed["rest"]["weights"], resumed["whole"]["weights"])
+
+
+@pytest.mark.parametrize("kind", ["ours", "torch-fused", "torch"])
+def test_histograms_and_single_tensors_in_shards_as_on_one_device(runs, kind, tmp_path):
+    folder, _ = runs
+    fit(kind, "global_norm", tmp_path, sharded=False)
+    sharded, whole = (read_details(base / f"{kind}-global_norm" / "0") for base in (folder, tmp_path))
+    assert len(whole) == 17  # of two groups three kinds at three steps, but no update at BAD_STEP; and the table
+    assert sharded.keys() == whole.keys()
+    for key, found in whole.items():
+        if key == "optim/tensors":
+            assert sharded[key] == found
+        else:  # a value that is on the border of two columns may be on either side
+            assert sum(sharded[key].values()) == sum(found.values())
+            assert sum(abs(sharded[key].get(limit, 0) - found.get(limit, 0)) for limit in {*found, *sharded[key]}) <= 2

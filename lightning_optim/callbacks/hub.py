@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,10 @@ class HubCallback(L.Callback):
     def report_due(self, trainer: L.Trainer) -> bool:
         """Whether the step that is about to happen shall be reported to `on_report`."""
         return False
+
+    def histograms_due(self, trainer: L.Trainer) -> Collection[str]:
+        """Of what the step that is about to be reported shall count magnitudes (`lightning_optim.histograms.KINDS`)."""
+        return ()
 
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
         """Receives a step, still on the device."""
@@ -210,6 +214,7 @@ class Hub:
                     shards=shards,
                     detectors=[detector for member in self.members for detector in member.detectors()],
                     report_due=self._report_due,
+                    histograms=self._histograms_due,
                     on_report=lambda record, index=index: self._report(index, record),  # type: ignore[misc]
                     counts=self._restored[index] if index < len(self._restored) else None,
                 )
@@ -280,6 +285,9 @@ class Hub:
 
     def _report_due(self) -> bool:
         return any(member.report_due(self.trainer) for member in self.members)
+
+    def _histograms_due(self) -> set[str]:
+        return {kind for member in self.members for kind in member.histograms_due(self.trainer)}
 
     def _report(self, index: int, record: StepRecord) -> None:
         for member in self.members:

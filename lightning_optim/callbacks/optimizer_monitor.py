@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks.hub import HubCallback
 from lightning_optim.callbacks.lightning_private import logging_due, logging_step
+from lightning_optim.callbacks.monitor_details import MonitorDetails
 from lightning_optim.callbacks.monitor_page import HP_METRICS, MonitorPage, log_scalars
 from lightning_optim.callbacks.run_meter import RunMeter
-from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Report
+from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histograms, PerTensor, Report
 from lightning_optim.stats import StepCounts, StepRecord
 
 
@@ -33,6 +34,9 @@ class OptimizerMonitor(HubCallback):
             are always shown.
         hp_metrics: Tags by which TensorBoard's page of hyperparameters compares runs; add what the module logs,
             ``val_loss`` say.
+        per_tensor: What TensorBoard shows of single tensors, as a table of those that stand out and as images of all of
+            them over time; None for nothing.
+        histograms: Of what TensorBoard shows histograms per group; None for nothing.
         progress_bar: Whether the progress bar shows gradient norm and skipped steps, with a logger or without.
 
     Attributes:
@@ -51,6 +55,8 @@ class OptimizerMonitor(HubCallback):
         diagnostics: Sequence[Diagnostic] | None = None,
         hp_metrics: Sequence[str] = HP_METRICS,
         progress_bar: bool = True,
+        per_tensor: PerTensor | None = None,
+        histograms: Histograms | None = None,
     ) -> None:
         self.diagnostics = DEFAULT_DIAGNOSTICS if diagnostics is None else tuple(diagnostics)
         names = [diagnostic.name for diagnostic in self.diagnostics]
@@ -60,6 +66,7 @@ class OptimizerMonitor(HubCallback):
             )
         self.hp_metrics = tuple(hp_metrics)
         self.progress_bar = progress_bar
+        self.per_tensor, self.histograms = per_tensor, histograms
         self.latest: dict[str, float] = {}
         self.alarms: list[str] = []
         self._open: list[tuple[int, Report]] = []
@@ -67,6 +74,7 @@ class OptimizerMonitor(HubCallback):
         self._last: dict[int, Report | StepCounts] = {}
         self._meter: RunMeter | None = None
         self._page: MonitorPage | None = None
+        self._details: MonitorDetails | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Declares the hyperparameters before Lightning does."""
@@ -84,6 +92,7 @@ class OptimizerMonitor(HubCallback):
         super().on_train_start(trainer, pl_module)
         self._last = dict(enumerate(self.hub.counts()))
         self._meter = RunMeter(trainer) if trainer.loggers or self._bar(trainer) else None
+        self._details = MonitorDetails(trainer, self.per_tensor, self.histograms)
         if self._page is not None:
             self._page.start()
 
@@ -103,12 +112,19 @@ class OptimizerMonitor(HubCallback):
         if self._meter is not None and self.report_due(trainer):
             self._meter.begin_update()
 
+    def histograms_due(self, trainer: L.Trainer) -> Sequence[str]:
+        """Now and then, if somebody shows them."""
+        due = self._details is not None and self.report_due(trainer)
+        return self._details.histograms_due() if due else ()  # type: ignore[union-attr]
+
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
         """Computes the diagnostics on the device."""
         if self._meter is None:  # another callback has asked
             return
         report = Report(record, self.diagnostics, self._last[optimizer_index], at=logging_step(trainer))
         self._meter.on_record(report, record)
+        if self._details is not None:
+            self._details.add(report, record)
         self._last[optimizer_index] = report
         self._open.append((optimizer_index, report))
 
@@ -136,12 +152,12 @@ class OptimizerMonitor(HubCallback):
         self._flush(trainer)
         if self._page is not None:
             self._page.end()
-        self._meter = self._page = None
+        self._meter = self._page = self._details = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Writes the rest: the last steps before a crash are the ones that matter."""
         self._flush(trainer)
-        self._meter = self._page = None
+        self._meter = self._page = self._details = None
         super().on_exception(trainer, pl_module, exception)
 
     def _bar(self, trainer: L.Trainer) -> bool:
@@ -150,6 +166,8 @@ class OptimizerMonitor(HubCallback):
     def _send(self) -> None:
         """The first report of a batch carries what belongs to the run."""
         reports, self._open = self._open, []
+        if reports and self._details is not None:
+            self._details.next_batch()
         for number, (index, report) in enumerate(reports):
             assert self._meter is not None
             rest = self._meter.finish(report) if number == 0 else dict
@@ -159,6 +177,8 @@ class OptimizerMonitor(HubCallback):
         self._open = []  # of a batch that did not end; its record may never be complete
         while self._pending:
             self._write(trainer)
+        if self._details is not None:
+            self._details.end()
 
     def _write(self, trainer: L.Trainer) -> None:
         sent = self._pending.popleft()
@@ -171,14 +191,20 @@ class OptimizerMonitor(HubCallback):
             count = int(values["optim_health/nonfinite_gradients"])
             some = "1 gradient is" if count == 1 else f"{count} gradients are"
             alarms.append(f"Step {report.at}: {some} not finite, the first that of `{report.culprit}`.")
-        if len(trainer.optimizers) > 1:  # group names repeat across optimizers
-            values = {f"{family}/{index}.{name}": v for (family, name), v in _split(values)}
-        values |= rest
+        several = len(trainer.optimizers) > 1  # whose group names repeat
+
+        def tag_of(tag: str) -> str:
+            family, name = tag.split("/", 1)
+            return f"{family}/{index}.{name}" if several else tag
+
+        values = {tag_of(tag): value for tag, value in values.items()} | rest
         for logger in trainer.loggers:
             log_scalars(logger, values, report.at)
         self.alarms += alarms
         if self._page is not None:
             self._page.report(values, alarms, report.at)
+        if self._details is not None:
+            self._details.write(report, index, tag_of)
         if self._bar(trainer) and index == 0:
             shown = {"grad_norm": "optim_grad_norm/total", "skipped": "optim_health/skipped_steps"}
             bar = {name: self.latest[tag] for name, tag in shown.items() if self.latest.get(tag)}
@@ -192,7 +218,3 @@ class _Sent:
     index: int
     report: Report
     rest: Callable[[], dict[str, float]]
-
-
-def _split(values: dict[str, float]) -> list[tuple[list[str], float]]:
-    return [(tag.split("/", 1), value) for tag, value in values.items()]

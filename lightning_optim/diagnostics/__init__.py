@@ -11,7 +11,9 @@ from lightning_optim.diagnostics.gradients import (
     NonFinite,
     ZeroGrad,
 )
+from lightning_optim.diagnostics.magnitudes import Histograms
 from lightning_optim.diagnostics.report import Report
+from lightning_optim.diagnostics.tensors import PerTensor
 from lightning_optim.diagnostics.updates import (
     EffectiveLR,
     ParamNorm,
@@ -31,9 +33,11 @@ __all__ = [
     "GradCosine",
     "GradNorm",
     "GradOverSecondMoment",
+    "Histograms",
     "NonFinite",
     "ParamNorm",
     "ParamRMS",
+    "PerTensor",
     "Report",
     "UpdateNorm",
     "UpdateRatio",

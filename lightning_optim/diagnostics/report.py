@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,11 +40,18 @@ class Report:
         self.clipped = 0
         self.culprit: str | None = None
         """Name of the first gradient with a NaN or an infinity, once read."""
+        self.tables: dict[str, np.ndarray] = {}
+        """What `add_table` has taken, once read."""
         self._since: Report | StepCounts = since
+        self.group_names = record.group_names
         self._param_names = record.param_names
+        self._numel = record.update.numel
+        self._group_sizes = record.update.group_sizes
         self._known: dict[str, float] = {}
         self._tags: list[str] = []
         self._columns: list[Tensor] = []
+        self._tables: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self._shows_nan: set[str] = set()
         self._pending: PendingValues | None = None
         finite = record.grad.norm_sq.isfinite()
@@ -78,11 +86,26 @@ class Report:
         if shows_nan:
             self._shows_nan |= set(tags)
 
+    def add_table(self, name: str, values: Tensor) -> None:
+        """Adds many values under one name, of any shape, which travel with the others but are no points."""
+        self._tables[name] = values.detach()
+
     def send(self) -> Report:
         """Starts the transfer."""
-        self._pending = PendingValues(torch.cat(self._columns))
-        self._columns = []
+        device = self._columns[0].device
+        tables = [t.to(device, torch.float64, non_blocking=True).reshape(-1) for t in self._tables.values()]
+        self._pending = PendingValues(torch.cat([*self._columns, *tables]))
+        self._shapes = {name: table.shape for name, table in self._tables.items()}
+        self._columns, self._tables = [], {}
         return self
+
+    @property
+    def tensors(self) -> tuple[list[str], list[str], Sequence[int]]:
+        """Name, group and number of elements of each tensor."""
+        groups = [group for group, size in zip(self.group_names, self._group_sizes, strict=True) for _ in range(size)]
+        names = self._param_names or [None] * len(groups)
+        pairs = enumerate(zip(names, groups, strict=True))
+        return [name or f"{group}: {place}" for place, (name, group) in pairs], groups, self._numel
 
     @property
     def sent(self) -> bool:
@@ -98,7 +121,11 @@ class Report:
         if self._pending is None:
             self.send()
         assert self._pending is not None
-        values = dict(zip(self._tags, self._pending.read(), strict=True))
+        packed = self._pending.read()
+        values: dict[str, float] = dict(zip(self._tags, packed.tolist(), strict=False))
+        rest = packed[len(self._tags) :]
+        for name, shape in self._shapes.items():
+            self.tables[name], rest = rest[: shape.numel()].reshape(shape), rest[shape.numel() :]
         internal = {tag: values.pop(tag) for tag in _INTERNAL if tag in values}
         self.clipped = int(internal["clipped"])
         clip_rate = (self.clipped - self._since.clipped) / (self.steps - self._since.steps)

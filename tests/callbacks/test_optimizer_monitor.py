@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_optim as lo
 from lightning_optim import transfer
-from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic
+from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histograms, PerTensor
 from tests.helpers import ADAMWS, Net, batches, make_trainer, precision, read_events
 
 RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
@@ -108,8 +108,17 @@ class PerBatch(L.Callback):
         self._last = now
 
 
-@pytest.mark.parametrize("kind", ["ours", "torch-fused"])
-def test_between_logging_steps_the_host_asks_for_nothing_and_on_them_once(kind, monkeypatch, logger):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ours", {}),
+        ("torch-fused", {}),
+        ("ours", {"per_tensor": PerTensor(every=1), "histograms": Histograms(every=1)}),
+        ("torch-fused", {"per_tensor": PerTensor(every=1), "histograms": Histograms(every=1)}),
+    ],
+    ids=["ours", "torch-fused", "ours-details", "torch-fused-details"],
+)
+def test_between_logging_steps_the_host_asks_for_nothing_and_on_them_once(kind, options, monkeypatch, logger):
     transfers, asked = [], Asked()
     original = transfer.PendingValues.__init__
     monkeypatch.setattr(
@@ -120,7 +129,7 @@ def test_between_logging_steps_the_host_asks_for_nothing_and_on_them_once(kind, 
         lo.ConfigureOptimizers(**ADAMWS[kind], lr=1e-3, schedule="cosine", warmup="10%"),
         lo.GradientClipping(1.0),
         lo.DivergenceGuard(),
-        lo.OptimizerMonitor(),
+        lo.OptimizerMonitor(**options),
         counter,
     ]
     with asked:

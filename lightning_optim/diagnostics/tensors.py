@@ -1,0 +1,141 @@
+"""Single tensors in a report: which of them stand out, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_optim.messages import nearest
+from lightning_optim.stats import STEP_SUMS, StepRecord
+
+COLUMNS = ("grad_sq", "clipped_sq", *STEP_SUMS)
+"""What `pack` takes from a record, for each tensor."""
+
+
+class TensorRows:
+    """Quantities of every tensor of one step, on the host.
+
+    Args:
+        names: Name of each tensor.
+        groups: Name of each tensor's group.
+        numel: Number of elements of each tensor.
+        sums: What `pack` gave, shape [tensors, columns].
+    """
+
+    def __init__(self, names: Sequence[str], groups: Sequence[str], numel: Sequence[int], sums: np.ndarray) -> None:
+        self.names, self.groups = tuple(names), tuple(groups)
+        self._numel = np.asarray(numel, dtype=np.float64)
+        self._sums: dict[str, np.ndarray] = dict(zip(COLUMNS, sums.T, strict=True))
+
+    def quantity(self, name: str) -> np.ndarray:
+        """One of `QUANTITIES`, shape [tensors]; NaN where there is no such quantity."""
+        with np.errstate(all="ignore"):  # 0/0 is the answer where there is none
+            values: np.ndarray = QUANTITIES[name](self)
+        return values
+
+    def sum(self, name: str) -> np.ndarray:
+        """One of `COLUMNS`, shape [tensors]."""
+        return self._sums[name]
+
+    def mean(self, name: str) -> np.ndarray:
+        """The sum called ``name`` over the number of elements."""
+        values: np.ndarray = self._sums[name] / self._numel
+        return values
+
+
+QUANTITIES: dict[str, Callable[[TensorRows], np.ndarray]] = {
+    "grad_norm": lambda rows: np.where(np.isnan(rows.sum("grad_sq")), np.inf, np.sqrt(rows.sum("grad_sq"))),
+    "param_rms": lambda rows: np.sqrt(rows.mean("param_sq")),
+    "update_rms": lambda rows: np.sqrt(rows.mean("update_sq")),
+    "update_ratio": lambda rows: _finite(np.sqrt(rows.sum("update_sq") / rows.sum("param_sq"))),
+    "cosine": lambda rows: rows.sum("grad_exp_avg") / np.sqrt(rows.sum("clipped_sq") * rows.sum("momentum_sq")),
+    "over_second_moment": lambda rows: np.sqrt(rows.mean("grad_sq_over_exp_avg_sq")),
+    "below_eps": lambda rows: rows.mean("below_eps"),
+    "zero": lambda rows: rows.mean("zero_grad"),
+}
+"""By name: what the diagnostics of the same name say of a group. A group's `update_rms` is ``optim_lr/effective``."""
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """What `OptimizerMonitor` shows of single tensors on TensorBoard.
+
+    Their values come with the others of a report, in the same transfer.
+
+    Args:
+        worst: How many tensors the text `optim/tensors` lists; 0 for no text. First those whose gradient is not finite,
+            then those whose ``by`` is the most times larger or smaller than the median tensor's.
+        by: The quantity that ranks them, one of `QUANTITIES`.
+        heat_maps: Quantities of which there is an image `optim/tensors/<quantity>`, tensors × time; needs matplotlib.
+        every: Text and images are written at every so many-th report, and at the end.
+
+    Raises:
+        ValueError: A quantity is unknown or a number out of range; the message names the nearest.
+
+    Example:
+        >>> PerTensor(worst=5, by="grad_norm", heat_maps=())
+        PerTensor(worst=5, by='grad_norm', heat_maps=(), every=20)
+    """
+
+    worst: int = 10
+    by: str = "update_ratio"
+    heat_maps: Sequence[str] = ("grad_norm", "update_ratio")
+    every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in (self.by, *self.heat_maps):
+            if name not in QUANTITIES:
+                raise ValueError(f"Unknown quantity {name!r} of a tensor. {nearest(name, QUANTITIES)}")
+        if self.worst < 0:
+            raise ValueError(f"Invalid worst={self.worst!r}: a whole number of at least 0 is needed; 0 for no text.")
+        if self.every < 1:
+            raise ValueError(f"Invalid every={self.every!r}: a whole number of at least 1 is needed, for instance 20.")
+
+
+def pack(record: StepRecord) -> Tensor:
+    """What `TensorRows` need, on the device, shape [tensors, columns]."""
+    sums = record.update.sums
+    own = torch.stack([record.grad.norm_sq, record.clipped_norm_sq], dim=1)
+    return torch.cat([own.to(sums.device, torch.float64, non_blocking=True), sums.double()], dim=1)
+
+
+def worst_first(rows: TensorRows, by: str) -> list[int]:
+    """Places of the tensors, those first whose gradient is not finite, then those farthest from the median, in ratio.
+
+    Tensors without the quantity, or with 0 of it, come last.
+    """
+    with np.errstate(all="ignore"):
+        decades = np.log10(rows.quantity(by))
+    decades[~np.isfinite(decades)] = np.nan
+    known = ~np.isnan(decades)
+    distance = np.abs(decades - (np.median(decades[known]) if known.any() else 0.0))
+    distance[~known] = -1.0
+    distance[~np.isfinite(rows.sum("grad_sq"))] = np.inf
+    return [int(place) for place in np.argsort(-distance, kind="stable")]
+
+
+def table_of(rows: TensorRows, detail: PerTensor) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the worst tensors."""
+    found = {name: rows.quantity(name) for name in QUANTITIES}
+    shown = {name: values for name, values in found.items() if not np.isnan(values).all()}
+    with np.errstate(all="ignore"):
+        share = rows.sum("grad_sq") / rows.sum("grad_sq").sum()
+    places = worst_first(rows, detail.by)[: detail.worst]
+    header = ["tensor", "group", "share of grad_norm²", *shown]
+    lines = [
+        [rows.names[i], rows.groups[i], f"{share[i]:.1%}", *(_text(values[i]) for values in shown.values())]
+        for i in places
+    ]
+    return header, lines
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isinf(values), np.nan, values)
+
+
+def _text(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.3g}"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import time
+import zipfile
+
 import pytest
-from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+from lightning.pytorch.loggers import CometLogger, MLFlowLogger, WandbLogger
 
 import lightning_optim as lo
 from tests.helpers import Net, batches, make_trainer
@@ -28,7 +32,10 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     for tag in TAGS:
         assert summary[tag] == pytest.approx(monitor.latest[tag])
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert b"optim_grad_norm/total" in file.read_bytes()
+    end = time.monotonic() + 30
+    while b"optim_grad_norm/total" not in file.read_bytes():  # written by a process of its own
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_mlflow_in_local_files(tmp_path, monkeypatch):
@@ -40,3 +47,23 @@ def test_mlflow_in_local_files(tmp_path, monkeypatch):
         history = logger.experiment.get_metric_history(logger.run_id, tag)
         assert [point.step for point in history] == list(range(STEPS)), tag
         assert history[-1].value == pytest.approx(monitor.latest[tag])
+
+
+def test_comet_in_an_archive(tmp_path, monkeypatch):
+    pytest.importorskip("comet_ml")
+    # Not `CometLogger(online=False)`, which Lightning 2.6 makes a disabled experiment, that writes nothing.
+    monkeypatch.setenv("COMET_START_ONLINE", "false")
+    quiet = dict.fromkeys(
+        ("log_code", "log_graph", "log_git_metadata", "log_env_details", "auto_output_logging"), False
+    )
+    logger = CometLogger(project="p", offline_directory=str(tmp_path), display_summary_level=0, **quiet)
+    monitor = _fit(logger)
+    logger.experiment.end()
+    (archive,) = tmp_path.glob("*.zip")
+    with zipfile.ZipFile(archive) as files:
+        messages = [json.loads(line) for line in files.read("messages.json").splitlines()]
+    points = [message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"]
+    for tag in TAGS:
+        found = {point["step"]: point["metricValue"] for point in points if point["metricName"] == tag}
+        assert sorted(found) == list(range(STEPS)), tag
+        assert found[STEPS - 1] == pytest.approx(monitor.latest[tag])

@@ -40,6 +40,8 @@ _CHARTS = {
     "gradient norm": [r"^optim_grad_norm/(total|interval_max|interval_mean)$", r"^optim_grad_norm_clipped/total$"],
     "gradient norm of each group": [r"^optim_grad_norm/(?!total$|interval_)[^/]+$"],
     "clipped, skipped, not finite": [r"^optim_health/(clip_rate|skipped_steps|nonfinite_gradients)$"],
+    "rolled back, overflows": [r"^optim_health/(rollbacks|overflow_steps)$"],
+    "the guard's cut of the learning rate": [r"^optim_health/lr_cut$"],
     "update over parameters": [r"^optim_update_ratio/.+$"],
     "effective rate": [r"^optim_lr/effective/.+$"],
     "cosine of gradient and momentum": [r"^optim_grad/cosine/.+$"],

@@ -120,6 +120,11 @@ class DivergenceGuard(HubCallback):
         """Returns to a snapshot so far, over all resumes."""
         return self.ladder.used["rollback"]
 
+    def health_points(self) -> dict[str, float]:
+        """Rollbacks and overflows so far, and what is left of the learning rate under a cut."""
+        counts = {"rollbacks": self.rollback_count, "overflow_steps": self.overflow_steps}
+        return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0)}
+
     def detectors(self) -> Sequence[Detector]:
         """A `Watch`."""
         spikes = self.spikes
@@ -187,7 +192,7 @@ class DivergenceGuard(HubCallback):
         stepped = self._places.note(step, trainer.current_epoch, batch_idx, batch, counts)
         skipped_before, self._skipped = self._skipped, self._count()
         alarms = self._new_alarms()
-        if self._skipped > skipped_before:
+        if self._skipped > skipped_before and not self.hub.skips_are_told():
             for logger in trainer.loggers:
                 logger.log_metrics({"optim_health/skipped_steps": float(self._skipped)}, step)
         snapshots = self._snapshots

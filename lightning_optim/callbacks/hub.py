@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -61,6 +61,14 @@ class HubCallback(L.Callback):
 
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
         """Receives a step, still on the device."""
+
+    def health_points(self) -> Mapping[str, float]:
+        """Numbers about the run that the host knows, for a monitor to show as ``optim_health/<name>``."""
+        return {}
+
+    def tells_skips(self, trainer: L.Trainer) -> bool:
+        """Whether it writes ``optim_health/skipped_steps`` at this step, so that nobody else has to."""
+        return False
 
     # Lightning's hooks, passed on to the hub.
 
@@ -254,6 +262,14 @@ class Hub:
                 if not isinstance(callback, HubCallback)
             )
         )
+
+    def health_points(self) -> dict[str, float]:
+        """What all members know of the run's health, by name."""
+        return {name: value for member in self.members for name, value in member.health_points().items()}
+
+    def skips_are_told(self) -> bool:
+        """Whether one of the members writes ``optim_health/skipped_steps`` at this step."""
+        return any(member.tells_skips(self.trainer) for member in self.members)
 
     def settle(self) -> None:
         """Accounts for steps that did not come."""

@@ -112,6 +112,10 @@ class OptimizerMonitor(HubCallback):
         if self._meter is not None and self.report_due(trainer):
             self._meter.begin_update()
 
+    def tells_skips(self, trainer: L.Trainer) -> bool:
+        """With each report, where there is one optimizer: of several, each has a tag of its own."""
+        return bool(trainer.loggers) and len(trainer.optimizers) == 1 and self.report_due(trainer)
+
     def histograms_due(self, trainer: L.Trainer) -> Sequence[str]:
         """Now and then, if somebody shows them."""
         due = self._details is not None and self.report_due(trainer)
@@ -123,6 +127,9 @@ class OptimizerMonitor(HubCallback):
             return
         report = Report(record, self.diagnostics, self._last[optimizer_index], at=logging_step(trainer))
         self._meter.on_record(report, record)
+        if not self._open:  # the first of this batch, which carries what belongs to the run
+            health = self.hub.health_points()
+            report.add([f"optim_health/{name}" for name in health], list(health.values()))
         if self._details is not None:
             self._details.add(report, record)
         self._last[optimizer_index] = report

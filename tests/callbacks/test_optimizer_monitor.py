@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lightning_optim as lo
 from lightning_optim import transfer
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histograms, PerTensor
+from lightning_optim.divergence import LRCut, Rollback
 from tests.helpers import ADAMWS, Net, batches, make_trainer, precision, read_events
 
 RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
@@ -367,6 +368,55 @@ def test_gradients_that_are_not_finite_are_counted_and_the_first_is_named(logger
     assert [value for _, value in events["optim_health/skipped_steps"]] == [0, 0, 1, 1]
     assert "optim_update_ratio/head" in monitor.latest
     assert [step for step, _ in events["optim_update_ratio/head"]] == [0, 1, 3]  # there was no update
+
+
+@pytest.mark.filterwarnings("ignore:Step ")
+@pytest.mark.parametrize("guard_first", [True, False])
+def test_what_the_guard_has_done_is_beside_it(logger, tmp_path, guard_first):
+    """Bad steps 10 to 12 cut the rate, 13 to 15 roll back; each is known from the next report on."""
+    guard = lo.DivergenceGuard(
+        lr_cut=LRCut(0.5, steps=5, recover=0),
+        rollback=Rollback(every=2, clean=0, lr_factor=0.25),
+        patience=3,
+        cooldown=0,
+    )
+    used = []
+
+    class Rates(L.Callback):
+        def on_train_start(self, trainer, pl_module):  # behind the cut
+            trainer.optimizers[0].register_step_pre_hook(
+                lambda optimizer, args, kwargs: used.append(optimizer.param_groups[0]["lr"] / 0.01)
+            )
+
+    pair = [guard, lo.OptimizerMonitor()]
+    parts = [_configure(param_groups=[]), *(pair if guard_first else reversed(pair)), Rates()]
+    make_trainer(parts, logger=logger, default_root_dir=tmp_path).fit(Net(nan_batches=range(10, 16)), batches(20))
+    events = read_events(logger.log_dir)
+    points = {
+        name: [v for _, v in events[f"optim_health/{name}"]] for name in ("rollbacks", "lr_cut", "overflow_steps")
+    }
+    assert points["rollbacks"] == [0] * 16 + [1] * 4
+    assert points["lr_cut"] == used
+    assert {1.0, 0.5, 0.125, 0.25} == set(used)
+    assert points["overflow_steps"] == [0] * 20
+    assert [v for _, v in events["optim_lr/default"]] == pytest.approx([0.01 * factor for factor in used])
+
+
+@pytest.mark.filterwarnings("ignore:Step ")
+def test_each_step_has_one_point_of_the_skipped_ones_whoever_writes_it(logger, tmp_path):
+    parts = [_configure(), lo.DivergenceGuard(), lo.OptimizerMonitor()]
+    trainer = make_trainer(parts, logger=logger, log_every_n_steps=4, default_root_dir=tmp_path)
+    trainer.fit(Net(nan_batches=[3, 5]), batches(8))
+    assert read_events(logger.log_dir)["optim_health/skipped_steps"] == [(3, 1), (5, 2), (7, 2)]
+
+
+def test_overflows_are_counted(logger):
+    parts = [_configure(), lo.DivergenceGuard(), lo.OptimizerMonitor()]
+    make_trainer(parts, logger=logger, **precision("16-mixed", init_scale=2.0**30)).fit(Net(), batches(20, 32))
+    events = read_events(logger.log_dir)
+    skipped, overflows = (events[f"optim_health/{name}"] for name in ("skipped_steps", "overflow_steps"))
+    assert overflows[-1] == skipped[-1]
+    assert overflows[-1][1] > 3
 
 
 def test_the_progress_bar_shows_the_norm_without_any_logger():

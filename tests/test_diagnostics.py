@@ -24,7 +24,9 @@ from lightning_optim.diagnostics import (
     ZeroGrad,
 )
 from lightning_optim.diagnostics import report as report_module
+from lightning_optim.diagnostics.advice import BatchAdvice
 from lightning_optim.diagnostics.clock import StepClock
+from lightning_optim.diagnostics.local_gradient import LocalGradient
 from lightning_optim.diagnostics.loss import WINDOW, LossHistory
 from lightning_optim.diagnostics.noise_scale import NoiseScale
 from lightning_optim.stats import STEP_SUMS, GradStats, StepCounts, StepRecord, StepStats
@@ -152,6 +154,30 @@ def test_an_average_survives_a_gradient_that_is_not_finite():
     noise = NoiseScale(torch.device("cpu"))
     first = noise.add(torch.tensor(5.0), torch.tensor(2.0), 2, 8).item()
     assert noise.add(torch.tensor(math.nan), torch.tensor(2.0), 2, 8).item() == first
+
+
+def test_of_a_parameter_with_several_gradients_there_is_no_local_gradient():
+    weight, other = (torch.ones(2, requires_grad=True) for _ in range(2))
+    local = LocalGradient([weight, other, torch.ones(1)])
+    (3 * weight).sum().backward()
+    (other * 2).sum().backward()
+    found = {id(p): v.item() for p, v in local.take().items()}
+    assert found == pytest.approx({id(weight): 18.0, id(other): 8.0})
+    weight.sum().backward()  # the hooks are gone
+    assert local.take() == {}
+    local = LocalGradient([weight])
+    for _ in range(2):  # as reentrant checkpointing of parts that share a weight
+        weight.sum().backward()
+    assert local.take() == {}
+
+
+def test_advice_is_given_once_after_long():
+    advice = BatchAdvice(patience=3)
+    values = [(500, 40), (500, 40), (None, 40), (500, 40), (500, 40), (300, 40), (3, 40), (3, 40), (3, 40), (3, 40)]
+    said = [advice.update(noise, batch) for noise, batch in values]
+    assert [index for index, sentence in enumerate(said) if sentence] == [3, 8]
+    assert "far below the gradient noise scale (about 5e+02)" in said[3]
+    assert "far above" in said[8]
 
 
 def test_a_clock_leaves_pauses_out():

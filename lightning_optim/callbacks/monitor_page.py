@@ -75,8 +75,8 @@ class MonitorPage:
                     if image is not None:
                         writer.add_image("optim/schedule", image, step, dataformats="HWC")
 
-    def report(self, values: Mapping[str, float], alarms: Sequence[str], step: int) -> None:
-        """A report has been written: shows the screen of all charts so far, and new alarms."""
+    def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str], advice: str | None) -> None:
+        """A report has been written: shows the screen of all charts so far, new alarms, and advice."""
         self._tags |= values.keys()  # some quantities need a past
         screen = tensorboard.screen(self._tags)
         for writer in self._writers:
@@ -84,6 +84,8 @@ class MonitorPage:
                 writer.add_custom_scalars(screen)
             for alarm in alarms:
                 writer.add_text("optim/alarms", alarm, step)
+            if advice is not None:
+                writer.add_text("optim/advice", advice, step)
         self._screen = screen
 
     def end(self) -> None:

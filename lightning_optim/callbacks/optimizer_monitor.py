@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.callbacks.hub import HubCallback
@@ -14,6 +16,7 @@ from lightning_optim.callbacks.monitor_details import MonitorDetails
 from lightning_optim.callbacks.monitor_page import HP_METRICS, MonitorPage, log_scalars
 from lightning_optim.callbacks.run_meter import RunMeter
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histograms, PerTensor, Report
+from lightning_optim.diagnostics.advice import BatchAdvice
 from lightning_optim.stats import StepCounts, StepRecord
 
 
@@ -42,6 +45,7 @@ class OptimizerMonitor(HubCallback):
     Attributes:
         latest: The last report that has arrived, by tag; of the first optimizer, if there are several.
         alarms: A sentence for each report with a gradient that was not finite, which names the first of them.
+        advice: What the run could do better, in sentences: about the size of its batches.
 
     Raises:
         ValueError: Two diagnostics have the same name.
@@ -69,9 +73,11 @@ class OptimizerMonitor(HubCallback):
         self.per_tensor, self.histograms = per_tensor, histograms
         self.latest: dict[str, float] = {}
         self.alarms: list[str] = []
+        self.advice: list[str] = []
         self._open: list[tuple[int, Report]] = []
         self._pending: deque[_Sent] = deque()
         self._last: dict[int, Report | StepCounts] = {}
+        self._batch_advice = BatchAdvice()
         self._meter: RunMeter | None = None
         self._page: MonitorPage | None = None
         self._details: MonitorDetails | None = None
@@ -100,6 +106,11 @@ class OptimizerMonitor(HubCallback):
         """Counts samples."""
         if self._meter is not None:
             self._meter.begin_batch(batch)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Measures the gradient of this rank alone."""
+        if self._meter is not None and self._meter.averages and self.report_due(trainer):
+            self._meter.before_average()
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measures the gradient of the first of several accumulated batches."""
@@ -208,8 +219,12 @@ class OptimizerMonitor(HubCallback):
         for logger in trainer.loggers:
             log_scalars(logger, values, report.at)
         self.alarms += alarms
+        advice = self._batch_advice.update(values.get("optim_grad/noise_scale"), values.get("optim_grad/batch_size"))
+        if advice is not None:
+            self.advice.append(advice)
+            rank_zero_info(f"Step {report.at}: {advice}")
         if self._page is not None:
-            self._page.report(values, alarms, report.at)
+            self._page.report(values, report.at, alarms, advice)
         if self._details is not None:
             self._details.write(report, index, tag_of)
         if self._bar(trainer) and index == 0:

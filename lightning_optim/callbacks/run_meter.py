@@ -7,16 +7,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.backends.shards import is_sharded
 from lightning_optim.callbacks.lightning_private import logging_step, loss_scale
 from lightning_optim.diagnostics import Report
 from lightning_optim.diagnostics.clock import StepClock
+from lightning_optim.diagnostics.local_gradient import LocalGradient
 from lightning_optim.diagnostics.loss import LossHistory
 from lightning_optim.diagnostics.noise_scale import NoiseScale
+from lightning_optim.flat_shards import FlatShards
 from lightning_optim.measure import measure_norm_sq
 from lightning_optim.stats import StepRecord
 
@@ -39,29 +44,42 @@ class RunMeter:
         self._micro_batches = 0
         self._batch_size: int | None = None
         self._samples = 0
-        self._first_norm_sq: Tensor | None = None
+        self._small: dict[Tensor, Tensor] = {}
+        """By parameter, the square sum of the gradient of a part of the batch: of this rank's first micro-batch."""
+        self._has_small = False
+        """Whether it was measured for this step; ranks agree on that."""
+        self._local: LocalGradient | None = None
         self._update_seconds: Callable[[], float] | None = None
         self._automatic = self._module.automatic_optimization
         # Gradients of sharded parameters are summed over ranks before anybody sees those of one micro-batch.
-        self._compares = self._automatic and not any(is_sharded(p) for p in self._module.parameters())
+        model = trainer.strategy.model
+        cut = any(is_sharded(p) for p in self._module.parameters()) or FlatShards.of(model or self._module) is not None
+        self._compares = self._automatic and not cut
+        self.averages = self._compares and self._accumulated == 1 and isinstance(model, DistributedDataParallel)
+        """Whether ranks average what each has computed in one pass."""
 
     def begin_batch(self, batch: Any) -> None:
         """A batch has come."""
         if logging_step(self._trainer) != self._step:
-            self._step, self._micro_batches, self._first_norm_sq = logging_step(self._trainer), 0, None
+            self._step, self._micro_batches, self._has_small = logging_step(self._trainer), 0, False
         self._batch_size = _batch_size(batch)
         self._samples += self._batch_size or 0
+
+    def before_average(self) -> None:
+        """Gradients of a reported step are about to be computed and averaged; this rank's are those of a part."""
+        self._local = LocalGradient(self._module.parameters())
 
     def after_backward(self, reported: bool) -> None:
         """Gradients have been added. The first ones of a reported step are those of a smaller batch."""
         self._micro_batches += 1
-        if not (reported and self._compares and self._micro_batches == 1 and self._accumulated > 1):
-            return
-        grads = [p.grad for p in self._module.parameters() if p.grad is not None]
-        if grads:
-            total = measure_norm_sq(grads).sum() * self._accumulated**2  # Lightning has divided the loss
-            scale = loss_scale(self._trainer)
-            self._first_norm_sq = self._reduced(total if scale is None else total / scale.square(), "mean")
+        if self._local is not None:
+            self._small, self._local = self._local.take(), None
+            self._has_small = True
+        elif reported and self._compares and self._micro_batches == 1 and self._accumulated > 1:
+            grads = {p: p.grad for p in self._module.parameters() if p.grad is not None}
+            if grads:
+                self._small = dict(zip(grads, measure_norm_sq(list(grads.values())).unbind(), strict=True))
+            self._has_small = True
 
     def begin_update(self) -> None:
         """The optimizer is about to step."""
@@ -72,14 +90,26 @@ class RunMeter:
         self._update_seconds = self.clock.end_update(self._device)
         if (scale := loss_scale(self._trainer)) is not None:
             report.add(("optim_health/loss_scale",), scale.clone().reshape(1))
-        if self._first_norm_sq is not None and self._batch_size and self._micro_batches > 1:
-            # At the end of an epoch there may be fewer micro-batches than the loss was divided by.
-            large_sq = record.grad.norm_sq.sum() * (self._accumulated / self._micro_batches) ** 2
-            small = self._batch_size
-            large = small * self._micro_batches * self._trainer.world_size
-            scale = self._noise.add(self._first_norm_sq, large_sq, small, large)
-            report.add(("optim_grad/noise_scale",), scale.reshape(1))
-            report.add(("optim_grad/batch_size",), (float(large),))
+        if self._has_small and (self._micro_batches > 1 or self._trainer.world_size > 1):
+            self._compare(report, record)
+
+    def _compare(self, report: Report, record: StepRecord) -> None:
+        """How much the gradient of a part of the batch differs from that of all of it."""
+        parts = [norm_sq for param, norm_sq in self._small.items() if param.grad is not None]  # what steps, no more
+        parts = [part.to(self._device, widest_dtype(self._device), non_blocking=True) for part in parts]
+        small_sq = torch.stack(parts).sum() if parts else torch.full((), torch.nan, device=self._device)
+        small_sq = small_sq * self._accumulated**2  # Lightning has divided the loss
+        if (scale := loss_scale(self._trainer)) is not None:
+            small_sq = small_sq / scale.square()
+        small_sq = self._reduced(small_sq, "mean")
+        if not self._batch_size:
+            return
+        # At the end of an epoch there may be fewer micro-batches than the loss was divided by.
+        large_sq = record.grad.norm_sq.sum() * (self._accumulated / self._micro_batches) ** 2
+        large = self._batch_size * self._micro_batches * self._trainer.world_size
+        noise_scale = self._noise.add(small_sq, large_sq, self._batch_size, large)
+        report.add(("optim_grad/noise_scale",), noise_scale.reshape(1))
+        report.add(("optim_grad/batch_size",), (float(large),))
 
     def end_batch(self, outputs: Any) -> None:
         """The batch is done."""

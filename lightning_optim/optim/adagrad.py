@@ -17,6 +17,7 @@ class AdagradRule(UpdateRule):
     """Divides by the root of the sum of squared gradients. The sum is no average, so no second moment is reported."""
 
     state = ("sum",)
+    second_moment = "sum"
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
         """The sum starts at `initial_accumulator_value`."""

@@ -14,6 +14,7 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 import lightning_optim as lo
 from lightning_optim.callbacks.monitor_page import log_scalars
 from tests.helpers import Net, batches, make_trainer, read_events
+from tests.monitor_script import Drift, drifting
 
 RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
 
@@ -113,6 +114,16 @@ def test_gradients_that_are_not_finite_are_in_a_log(logger):
     ((step, text),) = _texts(_page(logger), "optim/alarms")
     assert step == 2
     assert "Step 2: 6 gradients are not finite, the first that of `head.weight`." in text
+
+
+def test_advice_on_the_batch_is_given_once(logger):
+    monitor = lo.OptimizerMonitor()
+    trainer = make_trainer([monitor], logger=logger, accumulate_grad_batches=2)
+    trainer.fit(Drift(), drifting(200, spread=0.05, batch_size=2))
+    ((step, text),) = _texts(_page(logger), "optim/advice")
+    assert step >= 19
+    assert monitor.advice == [text]
+    assert text.startswith("The batch of 4 samples is far above the gradient noise scale (about 0.0")
 
 
 def test_the_schedule_is_drawn_at_its_start_and_end(logger):

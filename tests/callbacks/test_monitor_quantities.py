@@ -1,199 +1,17 @@
-"""Every quantity of the monitor, at every step, against plain arithmetic in float64 on copies of what was there."""
+"""Every quantity of the monitor, at every step, for every family of optimizers, against float64 arithmetic."""
 
 from __future__ import annotations
 
-import math
-
-import lightning.pytorch as L
 import pytest
-import torch
-from torch import Tensor
 
-import lightning_optim as lo
-from tests.helpers import Net, batches, make_trainer, precision, read_events
-
-RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
-MAX_NORM = 0.5
-
-
-class Family:
-    """How an optimizer is made, and what it calls its moments.
-
-    Args:
-        optimizer: As for ConfigureOptimizers.
-        first: Its first moment.
-        second: Its second moment.
-        corrected: Whether that is divided by 1 − β₂ᵗ.
-        decays: Which share of a weight decays per lr·λ; None if decay is not in proportion to weights.
-        options: Arguments of the optimizer.
-    """
-
-    def __init__(self, optimizer, first=None, second=None, corrected=True, decays=None, **options):
-        self.arguments = {"optimizer": optimizer, "optimizer_kwargs": options}
-        self.first, self.second, self.corrected, self.decays = first, second, corrected, decays
-
-
-def _as_lr(group):
-    return group["lr"]
-
-
-FAMILIES = {
-    "adamw": Family("adamw", "exp_avg", "exp_avg_sq", decays=_as_lr),
-    "adamw-reference": Family("adamw", "exp_avg", "exp_avg_sq", decays=_as_lr, backend="reference"),
-    "adamw-large-eps": Family("adamw", "exp_avg", "exp_avg_sq", decays=_as_lr, eps=1e-2),
-    "adamw-corrected": Family(
-        "adamw",
-        "exp_avg",
-        "exp_avg_sq",
-        decays=lambda group: group["lr"] ** 2 / group["initial_lr"],
-        weight_decay_kind="corrected",
-    ),
-    "adamw-independent": Family(
-        "adamw",
-        "exp_avg",
-        "exp_avg_sq",
-        decays=lambda group: group["lr"] / group["initial_lr"],
-        weight_decay_kind="independent",
-    ),
-    "adam-l2": Family("adam", "exp_avg", "exp_avg_sq"),
-    "amsgrad": Family("adamw", "exp_avg", "max_exp_avg_sq", decays=_as_lr, amsgrad=True),
-    "sgd": Family("sgd"),
-    "momentum": Family("sgd", "momentum_buffer", momentum=0.9),
-    "lion": Family("lion", "exp_avg", decays=_as_lr),
-    "rmsprop": Family("rmsprop", None, "square_avg", corrected=False),
-    "torch-adamw": Family(torch.optim.AdamW, "exp_avg", "exp_avg_sq", decays=_as_lr, fused=False),
-    "torch-adamw-fused": Family(torch.optim.AdamW, "exp_avg", "exp_avg_sq", decays=_as_lr, fused=True),
-    "torch-nadam": Family(torch.optim.NAdam, "exp_avg", "exp_avg_sq", decoupled_weight_decay=True, decays=_as_lr),
-    "torch-momentum": Family(torch.optim.SGD, "momentum_buffer", momentum=0.9),
-    "torch-ascent": Family(torch.optim.SGD, "momentum_buffer", momentum=0.9, maximize=True),
-    "torch-rmsprop": Family(torch.optim.RMSprop, None, "square_avg", corrected=False),
-    "torch-adagrad": Family(torch.optim.Adagrad, None, "sum", corrected=False),
-}
-
-
-class Witness(L.Callback):
-    """Takes copies around each update, and computes from them."""
-
-    def __init__(self, family: Family, clips: bool) -> None:
-        self.family, self.clips = family, clips
-        self.rows: list[dict[str, float]] = []
-
-        self._groups: list = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        everything = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        total = _norm([_double(p.grad) for p in everything])
-        coefficient = min(1.0, MAX_NORM / total) if self.clips else 1.0
-        row = {"optim_grad_norm/total": total, "optim_grad_norm_clipped/total": coefficient * total}
-        self._groups = []
-        for group in optimizer.param_groups:
-            name, params = group["name"], [p for p in group["params"] if p.grad is not None]
-            grads = [_double(p.grad) for p in params]
-            moments = [optimizer.state.get(p, {}).get(self.family.first) for p in params]
-            self._groups.append(
-                {
-                    "options": {k: v for k, v in group.items() if k != "params"},
-                    "params": params,
-                    "before": [_double(p) for p in params],
-                    "grads": [g * coefficient for g in grads],
-                    "moments": None if any(m is None for m in moments) else [_double(m) for m in moments],
-                }
-            )
-            row[f"optim_lr/{name}"] = float(group["lr"])
-            row[f"optim_weight_decay/{name}"] = group["weight_decay"]
-            row[f"optim_grad_norm/{name}"] = _norm(grads)
-            row[f"optim_grad_norm_clipped/{name}"] = coefficient * _norm(grads)
-            row[f"optim_grad_norm_clipped/coefficient/{name}"] = coefficient
-            row[f"optim_grad/zero/{name}"] = _mean([(g == 0).double() for g in grads])
-        row["optim_health/nonfinite_gradients"] = 0
-        row["optim_grad_norm/interval_mean"] = row["optim_grad_norm/interval_max"] = total
-        self.rows.append(row)
-
-    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
-        if not self._groups:
-            return
-        (optimizer,) = trainer.optimizers
-        for group in self._groups:
-            self.rows[-1] |= self._after(optimizer, group)
-        self._groups = []
-
-    def _after(self, optimizer, group) -> dict[str, float]:
-        family, options, before, grads = self.family, group["options"], group["before"], group["grads"]
-        name, params = options["name"], group["params"]
-        change = [_double(p) - q for p, q in zip(params, before, strict=True)]
-        row = {
-            f"optim_param_norm/{name}": _norm(before),
-            f"optim_param_norm/rms/{name}": math.sqrt(_mean([p**2 for p in before])),
-            f"optim_update_norm/{name}": _norm(change),
-            f"optim_update_ratio/{name}": _norm(change) / _norm(before),
-            f"optim_lr/effective/{name}": math.sqrt(_mean([c**2 for c in change])),
-        }
-        if family.decays is not None:
-            lost = family.decays(options) * options["weight_decay"] * _norm(before)
-            row[f"optim_weight_decay/share/{name}"] = lost / _norm(change)
-        if group["moments"] is not None and _norm(group["moments"]) > 0:
-            sign = -1 if options.get("maximize") else 1
-            dot = sum(float((g * m).sum()) for g, m in zip(grads, group["moments"], strict=True)) * sign
-            row[f"optim_grad/cosine/{name}"] = dot / (_norm(grads) * _norm(group["moments"]))
-        if family.second is not None:
-            roots = [_double(optimizer.state[p][family.second]).sqrt() for p in params]
-            if family.corrected:
-                steps = [float(optimizer.state[p]["step"]) for p in params]
-                roots = [r / math.sqrt(1 - options["betas"][1] ** t) for r, t in zip(roots, steps, strict=True)]
-            ratios = [torch.where(r > 0, g / r, 0.0) ** 2 for g, r in zip(grads, roots, strict=True)]
-            row[f"optim_grad/over_second_moment/{name}"] = math.sqrt(_mean(ratios))
-            row[f"optim_grad/below_eps/{name}"] = _mean([(r < options["eps"]).double() for r in roots])
-        return row
-
-
-class Rectified(Net):
-    """Has dead units, whose gradients are exactly 0, and gradients above and below the limit by turns."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.norm(self.body(x)) - 1))
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) * (0.1 if batch_idx % 3 else 10)
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().double().clone()
-
-
-def _norm(tensors) -> float:
-    return math.sqrt(sum(float(t.square().sum()) for t in tensors))
-
-
-def _mean(tensors) -> float:
-    return sum(float(t.sum()) for t in tensors) / sum(t.numel() for t in tensors)
-
-
-def _fit(logger, family: Family, clips: bool, count: int = 8, **options) -> tuple[list[dict[str, float]], dict]:
-    witness = Witness(family, clips)
-    # A rate this high makes weights move by more than their own rounding.
-    configure = lo.ConfigureOptimizers(
-        **family.arguments, lr=0.01, weight_decay=0.2, param_groups=RULES, schedule="cosine", warmup=2
-    )
-    parts = [configure, witness, lo.OptimizerMonitor(), *([lo.GradientClipping(MAX_NORM)] if clips else [])]
-    make_trainer(parts, logger=logger, **options).fit(Rectified(), batches(count))
-    return witness.rows, read_events(logger.log_dir)
-
-
-def _compare(rows, events, rel=2e-5) -> None:
-    own = ("optim_loss/", "optim_speed/", "optim_health/", "optim_grad/noise", "optim_grad/batch")
-    shown = {tag for tag in events if tag.startswith("optim_") and not tag.startswith(own)}
-    assert shown == {tag for row in rows for tag in row if not tag.startswith(own)}
-    for tag in shown:
-        expected = [(step, row[tag]) for step, row in enumerate(rows) if tag in row]
-        assert [step for step, _ in events[tag]] == [step for step, _ in expected], tag
-        values = [value for _, value in events[tag]]
-        assert values == pytest.approx([value for _, value in expected], rel=rel, abs=1e-9), tag
+from tests.helpers import precision
+from tests.quantities import FAMILIES, MAX_NORM, compare, fit
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_quantity_of_every_family_clipped(logger, name):
-    rows, events = _fit(logger, FAMILIES[name], True, precision="64-true")
-    _compare(rows, events)
+    rows, events = fit(logger, FAMILIES[name], True, precision="64-true")
+    compare(rows, events)
     clipped = [row["optim_grad_norm/total"] > MAX_NORM for row in rows]
     assert [value for _, value in events["optim_health/clip_rate"]] == [float(each) for each in clipped]
     assert any(clipped)
@@ -208,11 +26,11 @@ def test_every_quantity_of_every_family_clipped(logger, name):
     ids=["unclipped", "accumulated"],
 )
 def test_every_quantity_unclipped_and_accumulated(logger, name, clips, options):
-    _compare(*_fit(logger, FAMILIES[name], clips, count=20, **options))
+    compare(*fit(logger, FAMILIES[name], clips, count=20, **options))
 
 
 @pytest.mark.parametrize("name", ["adamw", "torch-adamw-fused", "torch-adamw"])
 def test_every_quantity_without_the_loss_scale_of_16_bits(logger, name):
-    rows, events = _fit(logger, FAMILIES[name], True, **precision("16-mixed"))
-    _compare(rows, events, rel=1e-3)
+    rows, events = fit(logger, FAMILIES[name], True, **precision("16-mixed"))
+    compare(rows, events, rel=1e-3)
     assert [value for _, value in events["optim_health/loss_scale"]] == [1024.0] * 8

@@ -1,0 +1,51 @@
+"""The gradient that one rank computes, before it is averaged with those of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class LocalGradient:
+    """Square sums of the gradients of one backward pass as this rank computes them.
+
+    A hook on a parameter runs before the gradient is added up and DistributedDataParallel reduces it, and sees what
+    this pass alone has made. So nothing of DistributedDataParallel is replaced, and no gradient is kept: one small
+    kernel for each parameter. Not for parameters in shards, whose gradients have other hooks.
+
+    Args:
+        params: Of which parameters.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> local = LocalGradient([weight])
+        >>> weight.square().sum().mul(0.5).backward()
+        >>> {tuple(p.shape): norm_sq.item() for p, norm_sq in local.take().items()}
+        {(2,): 25.0}
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._found: dict[Tensor, Tensor] = {}
+        self._twice = False
+        self._handles = [p.register_hook(self._hook(p)) for p in params if p.requires_grad]  # type: ignore[no-untyped-call]
+
+    def take(self) -> dict[Tensor, Tensor]:
+        """By parameter, after the pass; empty if one had several gradients (reentrant checkpointing), which do not add.
+
+        Removes the hooks.
+        """
+        while self._handles:
+            self._handles.pop().remove()
+        found, self._found = self._found, {}
+        return {} if self._twice else found
+
+    def _hook(self, param: Tensor):  # type: ignore[no-untyped-def]
+        def hook(grad: Tensor) -> None:
+            self._twice |= param in self._found
+            if grad.layout == torch.strided:
+                wide = torch.promote_types(grad.dtype, torch.float32)
+                self._found[param] = torch.linalg.vector_norm(grad.detach(), dtype=wide).square()
+
+        return hook

@@ -132,7 +132,7 @@ FACTORY = [
 
 
 @pytest.mark.parametrize("cls", [lo.OptimizerFactory, lo.ConfigureOptimizers])
-@pytest.mark.parametrize(("given", "error", "told"), FACTORY, ids=[str(row[0])[:70] for row in FACTORY])
+@pytest.mark.parametrize(("given", "error", "told"), FACTORY, ids=[" ".join(row[2])[:60] for row in FACTORY])
 def test_bad_arguments_of_the_factory_are_refused_at_construction(cls, given, error, told):
     with pytest.raises(error) as caught:
         cls(**given)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ from lightning_optim.clipping import (
 )
 from lightning_optim.step import StepPipeline
 from tests.helpers import bit_equal
+from tests.optim.published import timm
 from tests.optimizer_cases import FUSED_DAMPENED, OURS, TORCH, TORCH_FUSED, Case
 
 SHAPES = ((6, 4), (3, 2, 3, 3), (5,), (), (4, 1))
@@ -87,19 +86,10 @@ def test_value_is_clip_grad_value(dtype):
     assert pipeline.counts().clipped == 1
 
 
-def timms_agc():
-    """That module alone: the package imports torchvision, which is not here."""
-    path = Path(importlib.util.find_spec("timm").origin).parent / "utils" / "agc.py"
-    spec = importlib.util.spec_from_file_location("timms_agc", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("factor", "eps"), [(0.01, 1e-3), (0.3, 1e-3), (0.5, 2.0), (1e6, 1e-3)])
 def test_agc_is_timms_adaptive_clip_grad(dtype, factor, eps):
-    agc = timms_agc()
+    agc = timm("agc", "utils")
     params = parameters(dtype)
     params[0].data[2] = 0  # a unit that starts at zero has to be able to move
     _, ((*seen,),), pipeline = clipped(AGC(factor, eps), params)

@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 
@@ -17,9 +18,9 @@ def timm(module: str, package: str = "optim") -> Any:
         assert spec is not None
         assert spec.submodule_search_locations is not None
         (folder,) = spec.submodule_search_locations
-        for name, path in (("timm", folder), ("timm.optim", f"{folder}/optim")):
+        for name in ("timm", "timm.optim", "timm.utils"):
             stub = types.ModuleType(name)
             stub.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)  # transformers looks for it
-            stub.__path__ = [path]
+            stub.__path__ = [str(Path(folder, *name.split(".")[1:]))]
             sys.modules[name] = stub
     return importlib.import_module(f"timm.{package}.{module}")

@@ -100,7 +100,10 @@ class GradStats:
 
     def total_norm(self) -> Tensor:
         """Norm over all gradients as one vector, shape []."""
-        return self.norm_sq.sum().sqrt()
+        if "total_norm" not in self._values:
+            self._values["total_norm"] = self.norm_sq.sum().sqrt()
+        total: Tensor = self._values["total_norm"]
+        return total
 
     def group_norms(self) -> Tensor:
         """Norm of each parameter group's gradients, shape [groups]."""
@@ -108,9 +111,12 @@ class GradStats:
 
     def finite(self) -> Tensor:
         """Whether no gradient has a NaN or an infinity, bool, shape []; from what has been read already."""
-        largest = self._values.get("largest")
-        known = largest if largest is not None and "norm_sq" not in self._values else self.norm_sq
-        return known.isfinite().all()
+        if "finite" not in self._values:
+            largest = self._values.get("largest")
+            known = largest if largest is not None and "norm_sq" not in self._values else self.norm_sq
+            self._values["finite"] = known.isfinite().all()
+        finite: Tensor = self._values["finite"]
+        return finite
 
 
 @dataclass(frozen=True)

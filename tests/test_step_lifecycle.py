@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_optim import gradients
+from lightning_optim import gradients, optim
 from lightning_optim.clipping import GlobalNorm
-from lightning_optim.divergence import NonFiniteGradient
+from lightning_optim.divergence import NonFiniteGradient, SpikeWindow, Watch
 from lightning_optim.stats import StepCounts
 from lightning_optim.step import StepPipeline
 from tests.helpers import bit_equal
@@ -288,3 +288,20 @@ def test_only_due_steps_are_reported():
         set_gradients(parameters, seed)
         optimizer.step()
     assert [record.steps for record in records] == [2, 4]
+
+
+def test_clipping_and_guard_are_few_operations_however_many_tensors_there_are():
+    counts = []
+    for tensors in (3, 200):
+        parameters = [torch.nn.Parameter(torch.ones(4)) for _ in range(tensors)]
+        optimizer = optim.AdamW(parameters)
+        watch = Watch(SpikeWindow(2), loss=lambda: torch.tensor(1.0))
+        StepPipeline(optimizer, clip=GlobalNorm(0.5), detectors=[watch])
+        for parameter in parameters:
+            parameter.grad = torch.ones(4)
+        for _ in range(3):
+            optimizer.step()
+        with Operations() as seen:
+            optimizer.step()
+        counts.append(len(seen.names))
+    assert counts[0] == counts[1] <= 75

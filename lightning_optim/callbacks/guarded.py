@@ -56,7 +56,9 @@ class Guarded:
     def looked(self, everything: bool) -> list[Alarm]:
         """What has come of it, once it is known."""
         rows = self._looks.read(everything)
-        return [a for row in rows for a in self.health.update(row.step, row.values, *self._about.pop(row.step))]
+        return [
+            a for row in rows for a in self.health.update(row.step, row.values.tolist(), *self._about.pop(row.step))
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors."""

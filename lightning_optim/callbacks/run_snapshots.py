@@ -61,7 +61,7 @@ class RunSnapshots:
         self._pair.trouble()
         self._hub.hold_schedules()
         for guarded in self._guarded:
-            guarded.watch.rows.drop()
+            guarded.watch.drop()
             guarded.judge.rolled_back()
 
     def close(self) -> None:

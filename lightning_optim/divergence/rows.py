@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +16,11 @@ class Row:
 
     Args:
         step: The number that the writer gave it.
-        values: The numbers.
+        values: The numbers, shape [columns].
     """
 
     step: int
-    values: list[float]
+    values: np.ndarray
 
 
 class Rows:
@@ -36,6 +37,10 @@ class Rows:
     def __init__(self, lag: int = 8) -> None:
         self._lag = lag
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def __len__(self) -> int:
+        """How many have been written and not given out."""
+        return len(self._pending)
 
     def write(self, step: int, values: Tensor) -> None:
         """Sends a row off.
@@ -67,7 +72,7 @@ class Rows:
             step, values, _ = self._pending.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            rows.append(Row(step, values.cpu().numpy().tolist()))
+            rows.append(Row(step, values.cpu().numpy()))
         return rows
 
     def drop(self) -> None:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_optim.divergence.base import NonFiniteGradient
-from lightning_optim.divergence.rows import Row, Rows
+from lightning_optim.divergence.rows import Rows
 from lightning_optim.divergence.spikes import SpikeWindow
 from lightning_optim.stats import GradStats
+from lightning_optim.transfer import upload
 
 SIGNALS = ("grad_norm", "loss")
 """What spikes are looked for in."""
 
 _NAMED = 4
-_COLUMNS = (
-    "skipped",
-    "bad_tensors",
-    "bad_loss",
-    *(f"{kind}_{signal}" for kind in ("spike", "level", "value", "median") for signal in SIGNALS),
-    *(f"worst_{i}" for i in range(_NAMED)),
-)
 
 
 @dataclass(frozen=True)
@@ -39,9 +35,9 @@ class StepSeen:
         spikes: Which of `SIGNALS` stood out.
         levels: By what factor a signal's baseline moved at this step, for those that did.
         values: Gradient norm and loss; NaN for a loss that is unknown.
-        medians: What they were compared with.
-        worst: Which parameters, by their place in the optimizer, had the worst gradients: those that are not finite
-            first, then the largest.
+        medians: What they were compared with; infinite before the first.
+        worst: If anything was wrong: which parameters, by their place in the optimizer, had the worst gradients, those
+            that are not finite first, then the largest.
         group_norms: Gradient norm of each group.
     """
 
@@ -56,30 +52,14 @@ class StepSeen:
     worst: tuple[int, ...]
     group_norms: tuple[float, ...]
 
-    @staticmethod
-    def from_row(row: Row) -> StepSeen:
-        """What a row of `Watch` says."""
-        at = dict(zip(_COLUMNS, row.values, strict=False))
-        return StepSeen(
-            step=row.step,
-            skipped=at["skipped"] != 0,
-            bad_tensors=int(at["bad_tensors"]),
-            bad_loss=at["bad_loss"] != 0,
-            spikes=tuple(signal for signal in SIGNALS if at[f"spike_{signal}"]),
-            levels={signal: level for signal in SIGNALS if (level := at[f"level_{signal}"])},
-            values={signal: at[f"value_{signal}"] for signal in SIGNALS},
-            medians={signal: at[f"median_{signal}"] for signal in SIGNALS},
-            worst=tuple(int(at[f"worst_{i}"]) for i in range(_NAMED) if at[f"worst_{i}"] >= 0),
-            group_norms=tuple(row.values[len(_COLUMNS) :]),
-        )
-
 
 class Watch(NonFiniteGradient):
     """Looks at loss and gradients of every step of one optimizer, says skip, and writes down what it saw.
 
     A step is skipped if a gradient or the loss is not finite and, if asked for, if the gradient norm or the loss stands
-    out. Nothing here waits for the device. All ranks see the same gradients; the loss has to be reduced by who hands
-    it over.
+    out. On the device that is a comparison with a few numbers; what they follow from is kept on the host, which learns
+    of each step as `Rows` says and never waits for it. All ranks see the same gradients, and learn of them at the same
+    step; the loss has to be reduced by who hands it over.
 
     Args:
         spikes: When a value stands out; None to look for no spikes.
@@ -109,7 +89,10 @@ class Watch(NonFiniteGradient):
         self._loss = loss
         self.rows = rows or Rows()
         self._steps = 0
-        self._now: list[Tensor] = []
+        self._now: tuple[list[Tensor], _Layout] | None = None
+        self._layouts: dict[int, _Layout] = {}
+        self._seen: list[StepSeen] = []
+        self._limits: tuple[list[list[float]], Tensor] | None = None
 
     @property
     def steps(self) -> int:
@@ -118,55 +101,119 @@ class Watch(NonFiniteGradient):
 
     def __call__(self, stats: GradStats) -> Tensor:
         """Whether to skip, bool, shape []."""
-        norm_sq = stats.norm_sq
-        norm = norm_sq.sum().sqrt()
-        loss = self._loss()
-        known = loss is not None
-        loss = torch.full_like(norm, torch.nan) if loss is None else loss.detach().to(norm.device, non_blocking=True)
-        values = torch.stack([norm, loss.to(norm.dtype)])
-        bad = ~norm_sq.isfinite()
-        bad_loss = ~loss.isfinite() if known else torch.zeros_like(bad[0])
-        if self.spikes is None:
-            flags, medians = torch.zeros_like(values), torch.full_like(values, torch.nan)
-            spiked = torch.zeros_like(bad_loss)
+        loss, norm = self._loss(), stats.total_norm()
+        skip = ~stats.finite()
+        if loss is None:
+            values = torch.stack([norm, torch.full_like(norm, torch.nan)])
         else:
-            flagged = self.spikes(values)
-            flags, medians = flagged.to(values.dtype), self.spikes.medians.to(values.dtype)
-            wanted = [flag for flag, skips in zip(flagged.unbind(), self._skips, strict=True) if skips]
-            spiked = torch.stack(wanted).any() if wanted else torch.zeros_like(bad_loss)
-        self._now = [bad.sum(), bad_loss, flags, values, medians, self._worst(norm_sq, bad, stats), stats.group_norms()]
-        return bad.any() | bad_loss | spiked
+            values = torch.stack([norm, loss.detach().to(norm, non_blocking=True)])
+            skip = skip | ~values[1].isfinite()
+        flags = torch.zeros_like(values, dtype=torch.bool)
+        if self.spikes is not None:
+            alone, together = self._limits_on(values.device, self.spikes).unbind()
+            flags = (values > alone) | (values > together).all()
+            if all(self._skips):
+                skip = skip | flags.any()
+            else:
+                for flag, skips in zip(flags.unbind(), self._skips, strict=True):
+                    skip = skip | flag if skips else skip
+        columns = [values, flags, stats.norm_sq, *([] if stats.places is None else [stats.places])]
+        self._now = columns, _Layout(stats.group_sizes, loss is not None, stats.places is not None)
+        return skip
 
     def commit(self, skip: Tensor) -> None:
-        """Lets the baselines move on if the step happened, and sends the row off."""
-        bad, bad_loss, flags, values, medians, worst, groups = self._now
-        skipped = skip != 0
-        accepted = ~skipped.to(values.device)
-        levels = torch.zeros_like(values) if self.spikes is None else self.spikes.commit(accepted)
+        """Sends off what was seen, and takes in what has become known."""
+        assert self._now is not None
+        (columns, layout), self._now = self._now, None
         self._steps += 1
-        columns = [skipped, bad, bad_loss, flags, levels, values, medians, worst, groups]
-        device = values.device
-        self.rows.write(self._steps, torch.cat([c.to(device, torch.float32).reshape(-1) for c in columns]))
-        self._now = []
+        row = torch.cat([column.to(torch.float32) for column in ((skip != 0).reshape(1), *columns)])
+        self._layouts[self._steps] = layout
+        self.rows.write(self._steps, row)
+        self._learn()
 
     def read(self, everything: bool = False) -> list[StepSeen]:
-        """What the host has not heard of yet; see `Rows.read`."""
-        return [StepSeen.from_row(row) for row in self.rows.read(everything)]
+        """The steps that nobody has heard of yet; see `Rows.read`."""
+        if everything:
+            self._learn(everything)
+        seen, self._seen = self._seen, []
+        return seen
+
+    def drop(self) -> None:
+        """Forgets what nobody has heard of yet."""
+        self.rows.drop()
+        self._layouts.clear()
+        self._seen.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Baselines, and what was on its way to the host: plain numbers and tensors."""
-        spikes = {} if self.spikes is None else self.spikes.state_dict()
-        return {"steps": self._steps, "spikes": spikes, "rows": self.rows.state_dict()}
+        """Baselines, and what was on its way to the host: plain numbers and lists."""
+        return {
+            "steps": self._steps,
+            "spikes": {} if self.spikes is None else self.spikes.state_dict(),
+            "rows": self.rows.state_dict(),
+            "layouts": {step: [list(x.group_sizes), x.has_loss, x.has_places] for step, x in self._layouts.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
         self._steps = state["steps"]
         self.rows.load_state_dict(state["rows"])
+        self._layouts = {step: _Layout(tuple(sizes), *rest) for step, (sizes, *rest) in state["layouts"].items()}
         if self.spikes is not None and state["spikes"]:
             self.spikes.load_state_dict(state["spikes"])
 
-    @staticmethod
-    def _worst(norm_sq: Tensor, bad: Tensor, stats: GradStats) -> Tensor:
-        order = torch.where(bad, torch.inf, norm_sq).sort(descending=True, stable=True).indices[:_NAMED]
-        places = order if stats.places is None else stats.places.to(order.device)[order]
-        return torch.nn.functional.pad(places, (0, _NAMED - len(places)), value=-1)
+    def _limits_on(self, device: torch.device, spikes: SpikeWindow) -> Tensor:
+        """Shape [2, signals]; uploaded if they have changed."""
+        wanted = [spikes.alone, spikes.together]
+        if self._limits is None or self._limits[0] != wanted or self._limits[1].device != device:
+            self._limits = wanted, upload(wanted, device, torch.float32)
+        return self._limits[1]
+
+    def _learn(self, everything: bool = False) -> None:
+        for row in self.rows.read(everything):
+            layout = self._layouts.pop(row.step)
+            self._seen.append(self._step_of(row.step, row.values, layout))
+
+    def _step_of(self, step: int, row: np.ndarray, layout: _Layout) -> StepSeen:
+        count = len(SIGNALS)
+        skipped, values, rest = bool(row[0]), row[1 : 1 + count].tolist(), row[1 + count :]
+        flags = [bool(flag) and math.isfinite(value) for flag, value in zip(rest[:count], values, strict=True)]
+        norm_sq = rest[count : count + sum(layout.group_sizes)]
+        places = rest[count + len(norm_sq) :] if layout.has_places else None
+        bad = ~np.isfinite(norm_sq)
+        bad_loss = layout.has_loss and not math.isfinite(values[1])
+        medians, levels = [math.nan] * count, [0.0] * count
+        if self.spikes is not None:
+            medians = self.spikes.medians
+            levels = self.spikes.update(values, flags, not skipped, behind=len(self.rows))
+        wrong = skipped or bad_loss or any(flags) or bool(bad.any())
+        return StepSeen(
+            step=step,
+            skipped=skipped,
+            bad_tensors=int(bad.sum()),
+            bad_loss=bad_loss,
+            spikes=tuple(signal for signal, flag in zip(SIGNALS, flags, strict=True) if flag),
+            levels={signal: level for signal, level in zip(SIGNALS, levels, strict=True) if level},
+            values=dict(zip(SIGNALS, values, strict=True)),
+            medians=dict(zip(SIGNALS, medians, strict=True)),
+            worst=_worst(norm_sq, bad, places) if wrong else (),
+            group_norms=_group_norms(norm_sq, layout.group_sizes),
+        )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the host has to know of a row to read it."""
+
+    group_sizes: tuple[int, ...]
+    has_loss: bool
+    has_places: bool
+
+
+def _worst(norm_sq: np.ndarray, bad: np.ndarray, places: np.ndarray | None) -> tuple[int, ...]:
+    order = np.argsort(-np.where(bad, np.inf, norm_sq), kind="stable")[:_NAMED]
+    return tuple(int(place) for place in (order if places is None else places[order]))
+
+
+def _group_norms(norm_sq: np.ndarray, sizes: Sequence[int]) -> tuple[float, ...]:
+    ends = np.cumsum(sizes)
+    return tuple(float(np.sqrt(norm_sq[end - size : end].sum())) for end, size in zip(ends, sizes, strict=True))

@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Tests run in so many processes, of one thread each; 1 to see them in order.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
@@ -18,10 +20,10 @@ demo: $(VENV)/.demo ## Train a small language model on the standard library's so
 	$(BIN)/lightning-optim fit --config examples/char_lm.yaml
 
 test: $(VENV)/.dev lint ## Everything that CI runs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/.dev lint ## The same, with the tests that take minutes
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m ""
 
 lint: $(VENV)/.dev ## Style and types
 	$(BIN)/ruff check .

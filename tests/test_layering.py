@@ -35,7 +35,7 @@ LAYERS = [
 # These import nothing of the package but what is named here.
 LEAVES = {
     "clipping": {"clipping", "messages", "stats", "transfer"},
-    "divergence": {"divergence", "messages", "stats"},
+    "divergence": {"divergence", "messages", "stats", "transfer"},
     "schedules": {"schedules", "durations", "imports", "messages"},
     "param_groups": {"param_groups", "durations", "messages", "schedules"},
     "weight_decay": {"messages", "rules"},

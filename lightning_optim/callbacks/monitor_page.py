@@ -33,7 +33,6 @@ class MonitorPage:
         self._trainer = trainer
         self._metrics = metrics
         self._tags: set[str] = set()
-        self._screen: dict[str, Any] = {}
         loggers = trainer.loggers if trainer.is_global_zero else []
         self._writers = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
@@ -77,16 +76,15 @@ class MonitorPage:
 
     def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str], advice: str | None) -> None:
         """A report has been written: shows the screen of all charts so far, new alarms, and advice."""
-        self._tags |= values.keys()  # some quantities need a past
-        screen = tensorboard.screen(self._tags)
+        new = values.keys() - self._tags  # some quantities need a past
+        self._tags |= new
         for writer in self._writers:
-            if screen != self._screen:
-                writer.add_custom_scalars(screen)
+            if new:
+                writer.add_custom_scalars(tensorboard.screen(self._tags))
             for alarm in alarms:
                 writer.add_text("optim/alarms", alarm, step)
             if advice is not None:
                 writer.add_text("optim/advice", advice, step)
-        self._screen = screen
 
     def end(self) -> None:
         """The schedule as far as it went, and the end of the session."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
@@ -169,13 +170,22 @@ class StepStats:
 
     def groups(self, name: str) -> Tensor:
         """The sum called ``name`` over each parameter group, shape [groups]."""
-        return sum_groups(self.sums[:, STEP_SUMS.index(name)], self.group_sizes)
+        return self._by_group[:, STEP_SUMS.index(name)]
 
     def means(self, name: str) -> Tensor:
         """The sum called ``name`` over the number of elements, for each parameter group, shape [groups]."""
+        return self._means_by_group[:, STEP_SUMS.index(name)]
+
+    @cached_property
+    def _by_group(self) -> Tensor:
+        """All sums at once, because most are asked for: shape [groups, 7]."""
+        return sum_groups(self.sums, self.group_sizes)
+
+    @cached_property
+    def _means_by_group(self) -> Tensor:
         ends = list(accumulate(self.group_sizes))
         numel = [sum(self.numel[end - size : end]) for end, size in zip(ends, self.group_sizes, strict=True)]
-        return torch.stack([total / (n or math.nan) for total, n in zip(self.groups(name), numel, strict=True)])
+        return torch.stack([sums / (n or math.nan) for sums, n in zip(self._by_group.unbind(), numel, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -227,8 +237,8 @@ class StepRecord:
 
 
 def sum_groups(values: Tensor, group_sizes: Sequence[int]) -> Tensor:
-    """Sums of consecutive runs of ``values`` (shape [tensors]), one per group, shape [groups].
+    """Sums of consecutive runs of ``values`` (shape [tensors, ...]), one per group, shape [groups, ...].
 
     Plain sums over slices, in a fixed order: a scatter would use atomics on CUDA and give another result every run.
     """
-    return torch.stack([part.sum() for part in torch.split(values, list(group_sizes))])
+    return torch.stack([part.sum(dim=0) for part in torch.split(values, list(group_sizes))])

@@ -97,7 +97,7 @@ class DivergenceGuard(HubCallback):
         self.report = Report()
         self._skipped = 0
         self._guarded: list[Guarded] = []
-        self._places = Places(0, save_batches)
+        self._places = Places((), save_batches)
         self._snapshots: RunSnapshots | None = None
         self._loss: Tensor | None = None
         self._restored: dict[str, Any] = {}
@@ -152,13 +152,14 @@ class DivergenceGuard(HubCallback):
             judge = Judge(SlowDivergence(), self._patience, scaled)
             health = Health(self.health)
             self._guarded.append(Guarded(pipeline.optimizer, watch, judge, health, names))
-        self._loss, self._places = None, Places(len(self._guarded), self._save_batches)
+        self._loss = None
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
         log_dir = trainer.log_dir  # ranks agree on it, so all have to ask
         self._folder = Path(self._report_dir or beside or log_dir or trainer.default_root_dir)
         self._reduce = trainer.strategy.reduce if trainer.world_size > 1 else None
         for guarded, state in zip(self._guarded, self._restored.get("optimizers", []), strict=False):
             guarded.load_state_dict(state)
+        self._places = Places([guarded.watch.steps for guarded in self._guarded], self._save_batches)
         if "ladder" in self._restored:
             self.ladder.load_state_dict(self._restored["ladder"])
         self._restored = {}

@@ -36,12 +36,12 @@ class Places:
     """Collects the batches of each step, and knows them again by the optimizer's own number of the step.
 
     Args:
-        optimizers: How many optimizers.
+        counts: Steps of each optimizer so far; not 0 in a run that goes on from a checkpoint.
         keep_samples: Whether to keep the batches themselves, to be saved.
     """
 
-    def __init__(self, optimizers: int, keep_samples: bool) -> None:
-        self._of: list[dict[int, Place]] = [{0: Place()} for _ in range(optimizers)]  # nobody has stepped
+    def __init__(self, counts: Sequence[int], keep_samples: bool) -> None:
+        self._of: list[dict[int, Place]] = [{count: Place()} for count in counts]
         self._keep = keep_samples
         self._collecting = Place()
         self._files = 0

@@ -118,9 +118,9 @@ class Data(L.LightningDataModule):
 class StatefulLoader:
     """Batches in a fixed order, which remembers where it was, as torchdata's loader does."""
 
-    def __init__(self, count: int, seen: list[int]) -> None:
+    def __init__(self, count: int, seen: list[int], batch_size: int = 2) -> None:
         self.count, self.seen, self.position = count, seen, 0
-        self._x, self._y = samples(2 * count).tensors
+        self._batches = list(zip(*(t.split(batch_size) for t in samples(batch_size * count).tensors), strict=True))
 
     def __len__(self) -> int:
         return self.count
@@ -130,7 +130,7 @@ class StatefulLoader:
         while self.position < self.count:
             index, self.position = self.position, self.position + 1
             self.seen.append(index)
-            yield self._x[2 * index : 2 * index + 2], self._y[2 * index : 2 * index + 2]
+            yield self._batches[index]
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
 import lightning_optim as lo
 from lightning_optim.divergence import Health
@@ -63,21 +62,6 @@ def test_parameters_frozen_by_mistake_are_told_of():
 def test_a_group_that_is_frozen_on_purpose_is_not():
     rules = [lo.ParamGroupRule(name="late", pattern="^body", frozen_until="1000 steps")]
     assert "no_gradient" not in _told(Net(), param_groups=rules)
-
-
-def test_vanishing_gradients_name_parameter_and_group():
-    class Deep(Net):
-        def __init__(self):
-            super().__init__()
-            self.stack = nn.Sequential(*[layer for _ in range(12) for layer in (nn.Linear(8, 8), nn.Sigmoid())])
-
-        def forward(self, x):
-            return self.head(self.stack(self.body(x)))
-
-    rules = [lo.ParamGroupRule(name="first", pattern="^body"), lo.ParamGroupRule(name="last", pattern="^head")]
-    told = _told(Deep(), param_groups=rules)
-    assert "body.weight (group first)" in told["vanishing"].names
-    assert not any("group last" in name for name in told["vanishing"].names)
 
 
 def test_a_second_moment_below_eps_is_told_of():

@@ -8,7 +8,7 @@ import warnings
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_optim as lo
@@ -18,7 +18,6 @@ from tests.helpers import (
     PRECISIONS,
     Net,
     Snapshots,
-    StatefulLoader,
     batches,
     bit_equal,
     make_trainer,
@@ -58,50 +57,11 @@ def _kinds(guard):
     return [entry.kind for entry in guard.report.entries]
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_one_batch_of_ten_times_the_loss_is_one_alarm_and_one_skip(name, accumulate):
-    bad = range(40 * accumulate, 41 * accumulate)
-    model, guard, snapshots = Faulty(lambda k: 10.0 if k in bad else 1.0), lo.DivergenceGuard(QUICK), Snapshots()
-    trainer = make_trainer([_configure(), guard, snapshots], accumulate_grad_batches=accumulate, **precision(name))
-    trainer.fit(model, batches(60 * accumulate, batch_size=32))
-    (entry,) = guard.report.entries
-    assert (entry.kind, entry.step, entry.batches) == ("spike", 40, list(bad))
-    assert guard.skipped_steps == 1
-    before, after = snapshots.before[bad[0]], snapshots.after[bad[-1]]
-    assert bit_equal(before["parameters"], after["parameters"])
-    assert bit_equal(before["optimizers"], after["optimizers"])
-    following = snapshots.after[bad[-1] + accumulate]
-    assert not bit_equal(after["parameters"], following["parameters"])
-
-
 def test_the_batches_of_the_first_step_are_known_too():
     guard = lo.DivergenceGuard()
     make_trainer([_configure(), guard], accumulate_grad_batches=4).fit(Net(nan_batches=[0]), batches(8))
     (entry,) = guard.report.entries
     assert (entry.step, entry.batches) == (0, [0, 1, 2, 3])
-
-
-def test_a_new_level_of_the_loss_is_at_most_16_flags_and_then_quiet():
-    model, guard = Faulty(lambda k: 1.5 if k >= 60 else 1.0), lo.DivergenceGuard(QUICK)
-    make_trainer([_configure(lr=1e-4), guard]).fit(model, batches(140, batch_size=1024))
-    assert 0 < _kinds(guard).count("spike") <= 16
-    assert max(entry.step for entry in guard.report.entries) < 80
-    assert "did" not in _kinds(guard)
-
-
-@pytest.mark.parametrize("name", PRECISIONS)
-def test_twenty_bad_steps_in_a_row_climb_the_ladder_and_are_never_accepted(name):
-    model, guard = Faulty(lambda k: float("nan") if 20 <= k < 40 else 1.0), lo.DivergenceGuard(cooldown=3)
-    snapshots = Snapshots()
-    trainer = make_trainer([_configure(), guard, snapshots], **precision(name))
-    trainer.fit(model, batches(50))
-    assert guard.skipped_steps == 20
-    did = [(entry.step, entry.text.split()[0]) for entry in guard.report.entries if entry.kind == "did"]
-    # The second rollback to the same snapshot takes its rate cut again; nothing is left to do a third time in time.
-    assert did[:2] == [(24, "learning"), (29, "back")]
-    assert all(t.isfinite().all() for after in snapshots.after for t in after["parameters"].values())
-    assert trainer.global_step == 50
 
 
 @pytest.mark.parametrize("kind", ADAMWS)
@@ -185,28 +145,6 @@ def test_a_cut_of_the_rate_stays_and_returns_and_no_schedule_minds():
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5**1.4)
 
 
-@pytest.mark.parametrize("ema_first", [True, False])
-def test_an_average_beside_the_guard_stays_finite_and_goes_back_too(ema_first):
-    ema, guard = EMAWeightAveraging(decay=0.9), lo.DivergenceGuard(lr_cut=None, rollback=Rollback(every=5, clean=2))
-    both = [ema, guard] if ema_first else [guard, ema]
-    seen = []
-
-    class Averages(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *args):
-            seen.append([p.detach().clone() for p in ema._average_model.parameters()])
-
-    model = Faulty(lambda k: float("nan") if 8 <= k < 13 else 1.0)
-    make_trainer([_configure(), *both, Averages()]).fit(model, batches(20))
-    assert "did" in _kinds(guard)
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert all(t.isfinite().all() for row in seen for t in row)
-    # Back at step 12 to the average of step 4, which the callback that comes behind may have moved on once.
-    old, back, before = seen[3], seen[12], seen[11]
-    assert sum((a - b).norm() for a, b in zip(old, back, strict=True)) < sum(
-        (a - b).norm() for a, b in zip(before, back, strict=True)
-    )
-
-
 def test_two_optimizers_are_guarded_apart():
     class Two(Net):
         automatic_optimization = False
@@ -232,30 +170,6 @@ def test_two_optimizers_are_guarded_apart():
     assert (entry.kind, entry.step, entry.optimizer) == ("spike", 40, 1)
     assert set(entry.names) <= {"head.weight", "head.bias", "body.weight", "body.bias", "norm.weight", "norm.bias"}
     assert entry.names[0].startswith("head")
-
-
-@pytest.mark.filterwarnings("ignore:Resumed on the old curve")
-def test_a_resumed_run_decides_as_the_uninterrupted_one(tmp_path):
-    def factor(k):
-        return 3.0 if k >= 30 and k % 2 == 0 else float("nan") if k in (26, 27, 28) else 1.0
-
-    def fit(steps, folder, ckpt_path=None):
-        loader = StatefulLoader(60, [])
-        model, guard = Faulty(factor), lo.DivergenceGuard(QUICK, rollback=None, patience=2, cooldown=0)
-        model.batch = 0 if ckpt_path is None else 32
-        trainer = make_trainer([_configure(), guard], max_steps=steps)
-        trainer.fit(model, loader, ckpt_path=ckpt_path)
-        trainer.save_checkpoint(folder)
-        return guard, model
-
-    whole, end = fit(60, tmp_path / "whole.ckpt")
-    first, _ = fit(32, tmp_path / "first.ckpt")
-    second, resumed = fit(60, tmp_path / "second.ckpt", tmp_path / "first.ckpt")
-    assert torch.load(tmp_path / "first.ckpt", weights_only=True)
-    told = [(entry.step, entry.kind, entry.text) for entry in whole.report.entries]
-    assert told == [(e.step, e.kind, e.text) for g in (first, second) for e in g.report.entries]
-    assert {"nonfinite", "did"} <= set(_kinds(whole))
-    assert bit_equal(dict(end.state_dict()), dict(resumed.state_dict()))
 
 
 @pytest.mark.parametrize("kind", ADAMWS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,21 @@ from lightning_optim.optim.state import complete_state, tensor_names
 from lightning_optim.rules import Rule
 from lightning_optim.weight_decay import decay_form
 
-if TYPE_CHECKING:
-    from lightning_optim.optim.base import FusedOptimizer
+
+class Ruled(Protocol):
+    """What is needed of an optimizer to sort its parameters."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...  # noqa: D102 - torch's own
+
+    @property
+    def state(self) -> Any: ...  # noqa: D102
+
+    def rule_of(self, group: dict[str, Any]) -> Rule:
+        """How a group's parameters are updated."""
+
+    def label(self, group: dict[str, Any], index: int) -> str:
+        """How messages call a parameter."""
 
 
 class Batches:
@@ -39,7 +52,7 @@ class Batches:
         numel: Number of elements of each of them, whole tensors where sharded.
     """
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
+    def __init__(self, optimizer: Ruled) -> None:
         self.batches: list[Batch] = []
         self.rows: list[list[int]] = []
         sizes: list[int] = []
@@ -106,7 +119,7 @@ class Batches:
             batch.rounding_keys.append(state["rounding_key"])
         return by_key[key]
 
-    def refill(self, optimizer: FusedOptimizer) -> bool:
+    def refill(self, optimizer: Ruled) -> bool:
         """Take the gradients of another step. False if something else has changed: then sort anew."""
         if not self._kept:
             return False
@@ -125,7 +138,7 @@ class Batches:
             batch.shared.clear()
 
 
-def _look(optimizer: FusedOptimizer) -> tuple[list[object], list[object], list[Tensor]]:
+def _look(optimizer: Ruled) -> tuple[list[object], list[object], list[Tensor]]:
     """What sorting depends on, as objects that must be the same and values that must be equal; and the gradients.
 
     Without a loop in Python over the tensors: with ten thousand of them that is what a step would mostly do.

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.gradients import Gradients
+from lightning_optim.stats import sum_groups
 
 KINDS = ("grad", "param", "update")
 
@@ -72,8 +73,7 @@ class StepHistograms:
         device = parts[0].device
         rows = torch.stack([magnitudes(part).to(device, torch.float64, non_blocking=True) for part in parts])
         rows = self._gradients.sum_shards(sum_over_shards(rows, self._gradients.params))
-        groups = torch.split(rows, list(self._gradients.group_sizes))
-        return torch.stack([group.sum(0) for group in groups])
+        return sum_groups(rows, self._gradients.group_sizes)
 
 
 @torch.no_grad()

@@ -117,6 +117,9 @@ class Rule:
     """States that `state_bits` may keep in 16 or 8 bits, and whether each has a sign: moments, which start at 0 and
     stand for averages. The others stay as they are. Without any, a rule refuses `state_bits`."""
 
+    decays_beside: ClassVar[bool] = True
+    """Whether weights decay beside `update`, so that the step sums can tell decay's part; not if `update` does it."""
+
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
         """The numbers of this step, in float64: learning rate, betas, 1 − beta, bias corrections.
 

@@ -24,6 +24,7 @@ STEP_SUMS = (
     "grad_sq_over_exp_avg_sq",  # Σ g²/v̂, v̂ the bias-corrected second moment after the step
     "below_eps",  # number of elements with √v̂ < eps
     "zero_grad",  # number of elements with g == 0
+    "decay_sq",  # Σ of the square of what weight decay alone took off
 )
 """The columns of [`StepStats.sums`][lightning_optim.stats.StepStats], in order."""
 
@@ -158,7 +159,7 @@ class StepStats:
     """What one update did, collected on logging steps only.
 
     Args:
-        sums: One row per tensor, one column per name in `STEP_SUMS`, shape [tensors, 7], float32. A column is NaN
+        sums: One row per tensor, one column per name in `STEP_SUMS`, shape [tensors, columns], float32. A column is NaN
             where the rule has no such quantity (a first moment in plain SGD, say).
         group_sizes: How many tensors each parameter group has.
         numel: Number of elements of each tensor, in the order of the rows.
@@ -178,7 +179,7 @@ class StepStats:
 
     @cached_property
     def _by_group(self) -> Tensor:
-        """All sums at once, because most are asked for: shape [groups, 7]."""
+        """All sums at once, because most are asked for: shape [groups, columns]."""
         return sum_groups(self.sums, self.group_sizes)
 
     @cached_property

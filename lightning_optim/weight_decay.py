@@ -157,6 +157,46 @@ CHANGES: dict[str, Callable[..., Any]] = {
 }
 """By form: what is subtracted from a weight. `pull` also takes the state `INITIAL`; `rescale` takes `norm_factor`."""
 
+# What decay alone takes off a weight in such a change, for statistics. Not the change minus the update: of a decay of
+# 1e-8 beside an update of 1e-3 that would be rounding.
+
+
+def shrunk(param: Any, delta: Any, decay: Any) -> Any:
+    """Of `shrink`."""
+    return decay * param
+
+
+def shrunk_to_zero(param: Any, delta: Any, decay: Any) -> Any:
+    """Of `shrink_to_zero`."""
+    return minimum(maximum(param - delta, -decay), decay)
+
+
+def shrunk_where_aligned(param: Any, delta: Any, decay: Any) -> Any:
+    """Of `shrink_where_aligned`."""
+    product = delta * param
+    return where(product == absolute(product), decay * param, param - param)
+
+
+def pulled(param: Any, delta: Any, decay: Any, initial: Any) -> Any:
+    """Of `pull`."""
+    return decay * (param - initial)
+
+
+def rescaled(param: Any, delta: Any, decay: Any) -> Any:
+    """Of `rescale`."""
+    moved = param - delta
+    return moved - decay * moved
+
+
+DECAYS: dict[str, Callable[..., Any]] = {
+    "shrink": shrunk,
+    "shrink_to_zero": shrunk_to_zero,
+    "shrink_where_aligned": shrunk_where_aligned,
+    "pull": pulled,
+    "rescale": rescaled,
+}
+"""By form, as `CHANGES`: the part of the change that is decay's."""
+
 INITIAL = "initial_param"
 """The state that `pull` needs: the weight as it was at the optimizer's first step, in the parameter's dtype."""
 

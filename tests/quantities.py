@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import lightning.pytorch as L
@@ -25,69 +26,61 @@ class Family:
         second: Its second moment.
         corrected: Whether that is divided by 1 − βᵗ.
         beta: Which of the betas that is.
-        decays: Which share of a weight decays per λ; None if decay is not in proportion to weights.
+        decay: How its weight decay's part of an update is found: ``twin``, by what an optimizer without decay does from
+            the same state; ``solved``, where decay changes the length of the rest as well; ``stated``, as lr·λ·w; None
+            if there is no such part.
         options: Arguments of the optimizer.
     """
 
-    def __init__(self, optimizer, first=None, second=None, corrected=True, decays=None, beta=1, **options):
+    def __init__(self, optimizer, first=None, second=None, corrected=True, decay="twin", beta=1, **options):
         self.arguments = {"optimizer": optimizer, "optimizer_kwargs": options}
-        self.first, self.second, self.corrected, self.decays = first, second, corrected, decays
-        self.beta = beta
+        self.first, self.second, self.corrected, self.beta, self.decay = first, second, corrected, beta, decay
 
     def of(self, group) -> Family:
         """That of a group, which may have a rule of its own."""
         return self if group.get("rule") is None else FAMILIES[group["rule"]]
 
 
-def _as_lr(group):
-    return group["lr"]
-
-
 FAMILIES = {
-    "adamw": Family("adamw", "exp_avg", "exp_avg_sq", decays=_as_lr),
-    "adamw-reference": Family("adamw", "exp_avg", "exp_avg_sq", decays=_as_lr, backend="reference"),
-    "adamw-large-eps": Family("adamw", "exp_avg", "exp_avg_sq", decays=_as_lr, eps=1e-2),
-    "adamw-corrected": Family(
-        "adamw",
-        "exp_avg",
-        "exp_avg_sq",
-        decays=lambda group: group["lr"] ** 2 / group["initial_lr"],
-        weight_decay_kind="corrected",
-    ),
-    "adamw-independent": Family(
-        "adamw",
-        "exp_avg",
-        "exp_avg_sq",
-        decays=lambda group: group["lr"] / group["initial_lr"],
-        weight_decay_kind="independent",
-    ),
-    "adam-l2": Family("adam", "exp_avg", "exp_avg_sq"),
-    "amsgrad": Family("adamw", "exp_avg", "max_exp_avg_sq", decays=_as_lr, amsgrad=True),
-    "sgd": Family("sgd"),
-    "momentum": Family("sgd", "momentum_buffer", momentum=0.9),
-    "lion": Family("lion", "exp_avg", decays=_as_lr),
-    "nesterov": Family("sgd", "momentum_buffer", momentum=0.9, nesterov=True),
-    "rmsprop": Family("rmsprop", None, "square_avg", corrected=False),
-    "adagrad": Family("adagrad", None, "sum", corrected=False),
-    "nadam": Family("nadam", "exp_avg", "exp_avg_sq"),
-    "adan": Family("adan", "exp_avg", "exp_avg_sq", beta=2, decays=_as_lr),
-    "ademamix": Family("ademamix", "exp_avg", "exp_avg_sq", decays=_as_lr),
-    "stableadamw": Family("stableadamw", "exp_avg", "exp_avg_sq", False, decays=_as_lr),
-    "lars": Family("lars", "momentum_buffer", momentum=0.9),
-    "adafactor": Family("adafactor", decays=_as_lr),
-    "muon": Family("muon", "momentum_buffer", decays=_as_lr),
-    "normuon": Family("normuon", "momentum_buffer", decays=_as_lr),
-    "prodigy": Family("prodigy", "exp_avg", decays=_as_lr),
-    "torch-adamw": Family(torch.optim.AdamW, "exp_avg", "exp_avg_sq", decays=_as_lr, fused=False),
-    "torch-adamw-fused": Family(torch.optim.AdamW, "exp_avg", "exp_avg_sq", decays=_as_lr, fused=True),
-    "torch-nadam": Family(torch.optim.NAdam, "exp_avg", "exp_avg_sq", decoupled_weight_decay=True, decays=_as_lr),
-    "torch-momentum": Family(torch.optim.SGD, "momentum_buffer", momentum=0.9),
-    "torch-ascent": Family(torch.optim.SGD, "momentum_buffer", momentum=0.9, maximize=True),
-    "torch-rmsprop": Family(torch.optim.RMSprop, None, "square_avg", corrected=False),
-    "torch-adafactor": Family(torch.optim.Adafactor),
-    "other-lion": Family("lion_pytorch.Lion", "exp_avg"),
-    "other-adabelief": Family("pytorch_optimizer.AdaBelief", "exp_avg"),
-    "torch-adagrad": Family(torch.optim.Adagrad, None, "sum", corrected=False),
+    "adamw": Family("adamw", "exp_avg", "exp_avg_sq"),
+    "adamw-reference": Family("adamw", "exp_avg", "exp_avg_sq", backend="reference"),
+    "adamw-large-eps": Family("adamw", "exp_avg", "exp_avg_sq", eps=1e-2),
+    "adamw-cautious": Family("adamw", "exp_avg", "exp_avg_sq", cautious=True),
+    "adam-l2": Family("adam", "exp_avg", "exp_avg_sq", decay=None),
+    "amsgrad": Family("adamw", "exp_avg", "max_exp_avg_sq", amsgrad=True),
+    "sgd": Family("sgd", decay=None),
+    "momentum": Family("sgd", "momentum_buffer", decay=None, momentum=0.9),
+    "nesterov": Family("sgd", "momentum_buffer", decay=None, momentum=0.9, nesterov=True),
+    "lion": Family("lion", "exp_avg"),
+    "rmsprop": Family("rmsprop", None, "square_avg", corrected=False, decay=None),
+    "adagrad": Family("adagrad", None, "sum", corrected=False, decay=None),
+    "nadam": Family("nadam", "exp_avg", "exp_avg_sq", decay=None),
+    "adan": Family("adan", "exp_avg", "exp_avg_sq", beta=2, decay="solved"),
+    "ademamix": Family("ademamix", "exp_avg", "exp_avg_sq"),
+    "adopt": Family("adopt", "exp_avg", "exp_avg_sq", corrected=False),
+    "schedule-free": Family("schedulefreeadamw", None, "exp_avg_sq", decay=None),
+    "stableadamw": Family("stableadamw", "exp_avg", "exp_avg_sq", corrected=False),
+    "lamb": Family("lamb", "exp_avg", "exp_avg_sq", decay="solved"),
+    "lars": Family("lars", "momentum_buffer", decay=None, momentum=0.9),
+    "adafactor": Family("adafactor"),
+    "muon": Family("muon", "momentum_buffer"),
+    "normuon": Family("normuon", "momentum_buffer"),
+    "soap": Family("soap", "exp_avg", decay="solved"),
+    "prodigy": Family("prodigy", "exp_avg", d0=0.1),
+    **{
+        f"adamw-{kind}": Family("adamw", "exp_avg", "exp_avg_sq", weight_decay_kind=kind)
+        for kind in ("independent", "corrected", "l1", "l2_sp", "cautious", "norm")
+    },
+    "torch-adamw": Family(torch.optim.AdamW, "exp_avg", "exp_avg_sq", decay="stated", fused=False),
+    "torch-adamw-fused": Family(torch.optim.AdamW, "exp_avg", "exp_avg_sq", decay="stated", fused=True),
+    "torch-nadam": Family(torch.optim.NAdam, "exp_avg", "exp_avg_sq", decay="stated", decoupled_weight_decay=True),
+    "torch-momentum": Family(torch.optim.SGD, "momentum_buffer", decay=None, momentum=0.9),
+    "torch-ascent": Family(torch.optim.SGD, "momentum_buffer", decay=None, momentum=0.9, maximize=True),
+    "torch-rmsprop": Family(torch.optim.RMSprop, None, "square_avg", corrected=False, decay=None),
+    "torch-adagrad": Family(torch.optim.Adagrad, None, "sum", corrected=False, decay=None),
+    "torch-adafactor": Family(torch.optim.Adafactor, decay=None),
+    "other-lion": Family("lion_pytorch.Lion", "exp_avg", decay=None),
+    "other-adabelief": Family("pytorch_optimizer.AdaBelief", "exp_avg", decay=None),
 }
 
 
@@ -99,6 +92,7 @@ class Witness(L.Callback):
         self.rows: list[dict[str, float]] = []
 
         self._groups: list = []
+        self._twins: dict = {}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         everything = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -125,6 +119,8 @@ class Witness(L.Callback):
             row[f"optim_grad_norm_clipped/{name}"] = coefficient * _norm(grads)
             row[f"optim_grad_norm_clipped/coefficient/{name}"] = coefficient
             row[f"optim_grad/zero/{name}"] = _mean([(g == 0).double() for g in grads])
+        if self.family.decay in ("twin", "solved"):
+            self._twins = _step_without_decay(optimizer, coefficient)
         row["optim_health/nonfinite_gradients"] = 0
         row["optim_grad_norm/interval_mean"] = row["optim_grad_norm/interval_max"] = total
         self.rows.append(row)
@@ -149,9 +145,16 @@ class Witness(L.Callback):
             f"optim_update_ratio/{name}": _norm(change) / _norm(before),
             f"optim_lr/effective/{name}": math.sqrt(_mean([c**2 for c in change])),
         }
-        if family.decays is not None:
-            lost = family.decays(options) * options["weight_decay"] * _norm(before)
-            row[f"optim_weight_decay/share/{name}"] = lost / _norm(change)
+        lost = None
+        if self.family.decay == "stated":
+            lost = [options["lr"] * options["weight_decay"] * p for p in before]
+        elif self.family.decay is not None:
+            alone = [p - self._twins[q] for p, q in zip(before, params, strict=True)]
+            lost = [-c - d for c, d in zip(change, alone, strict=True)]
+            if self.family.decay == "solved" and options["weight_decay"]:
+                lost = [_solved(-c, d, p) for c, d, p in zip(change, alone, before, strict=True)]
+        if lost is not None and _norm(change) > 0:
+            row[f"optim_weight_decay/share/{name}"] = _norm(lost) / _norm(change)
         if group["moments"] is not None and _norm(group["moments"]) > 0:
             sign = -1 if options.get("maximize") else 1
             dot = sum(float((g * m).sum()) for g, m in zip(grads, group["moments"], strict=True)) * sign
@@ -177,6 +180,30 @@ class Rectified(Net):
 
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * (0.1 if batch_idx % 3 else 10)
+
+
+def _step_without_decay(optimizer, coefficient: float) -> dict[Tensor, Tensor]:
+    """By parameter, where an optimizer like this, in the same state, would take it."""
+    twins, groups = {}, []
+    for group in optimizer.param_groups:
+        copies = {p: torch.nn.Parameter(p.detach().clone()) for p in group["params"]}
+        for param, twin in copies.items():
+            twin.grad = param.grad * coefficient
+        twins |= copies
+        groups.append({**group, "params": list(copies.values())})
+    other = type(optimizer)(groups, lr=optimizer.defaults["lr"])
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group["weight_decay"] = 0.0
+    other.load_state_dict(saved)
+    other.step()
+    return {param: _double(twin) for param, twin in twins.items()}
+
+
+def _solved(change: Tensor, direction: Tensor, weight: Tensor) -> Tensor:
+    """The second part of ``change`` = a·``direction`` + b·``weight``."""
+    columns = torch.stack([direction.flatten(), weight.flatten()], 1)
+    return torch.linalg.lstsq(columns, change.reshape(-1, 1)).solution[1] * weight
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -216,4 +243,5 @@ def compare(rows, events, rel=2e-5) -> None:
         expected = [(step, row[tag]) for step, row in enumerate(rows) if tag in row]
         assert [step for step, _ in events[tag]] == [step for step, _ in expected], tag
         values = [value for _, value in events[tag]]
-        assert values == pytest.approx([value for _, value in expected], rel=rel, abs=1e-9), tag
+        least = 1e-6 if "share" in tag else 1e-9  # which is a difference
+        assert values == pytest.approx([value for _, value in expected], rel=rel, abs=least), tag

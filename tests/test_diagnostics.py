@@ -42,6 +42,7 @@ def _record(steps=1, clipped=0, skipped=0, lr=0.1, divisor=2.0):
     sums[:, STEP_SUMS.index("grad_sq_over_exp_avg_sq")] = torch.tensor([30.0, 10.0, 5.0])
     sums[:, STEP_SUMS.index("below_eps")] = torch.tensor([1.0, 1.0, 5.0])
     sums[:, STEP_SUMS.index("zero_grad")] = torch.tensor([0.0, 5.0, 0.0])
+    sums[:, STEP_SUMS.index("decay_sq")] = torch.tensor([0.09, 0.16, math.nan])
     return StepRecord(
         group_names=("a", "b"),
         hyperparameters=(

@@ -143,5 +143,5 @@ class Backend(ABC):
             batch: What to update.
             divisor: Gradients are divided by it; shape [] or [tensors of the batch], on the device.
             skip: Non-zero leaves everything as it is; shape [], on the device.
-            collect: Whether to return the step sums, [tensors of the batch, 7], float32.
+            collect: Whether to return the step sums, [tensors of the batch, columns], float32.
         """

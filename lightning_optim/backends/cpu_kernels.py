@@ -20,7 +20,7 @@ from lightning_optim.backends.cpu_memory import FAST_SUMS, compiled, load, named
 from lightning_optim.backends.quantization import BLOCK
 from lightning_optim.backends.rounding import KEY_COLUMNS, kahan_pending, kahan_rest, noise, slot_key
 from lightning_optim.rules import UpdateRule, rebind
-from lightning_optim.weight_decay import CHANGES
+from lightning_optim.weight_decay import CHANGES, DECAYS
 
 CHUNK = 4096
 """Elements summed in the arithmetic dtype before their sum joins a float64 total: bounds rounding, keeps the speed."""
@@ -75,6 +75,7 @@ def build(
         "__name__": __name__,  # numba looks for a cached function's module
         "rule_function": rebind(function, named, compiled),
         "change": rebind(CHANGES[decay_form], named, compiled),
+        "decayed": rebind(DECAYS[decay_form], named, compiled),
         "kahan_pending": compiled(kahan_pending),
         "kahan_rest": compiled(kahan_rest),
         "noise": rebind(noise, {}, compiled),
@@ -96,6 +97,7 @@ def build(
         (
             function,
             CHANGES[decay_form],
+            *((DECAYS[decay_form],) if purpose == "step+sums" else ()),
             kahan_pending,
             kahan_rest,
             noise,
@@ -167,7 +169,10 @@ def source(
                     body.append(f"{new[i]} = store_{i + 2}(address_{i + 2}, i, {new[i]}{random.get(i + 2, '')})")
             slot = 2 + len(rule.state)
             initial = f", load_{slot + kahan}(address_{slot + kahan}, i)" if decay_form == "pull" else ""
-            change = f"change(param, delta, {scalar['decay']}{initial})"
+            parts = f"(param, delta, {scalar['decay']}{initial})"
+            change = f"change{parts}"
+            if purpose == "step+sums" and rule.decays_beside:
+                body.append(f"lost = decayed{parts}")  # before the parameter is written
             if kahan:
                 body.append(f"pending = kahan_pending(load_{slot}(address_{slot}, i), {change})")
                 body.append("after = store_0(address_0, i, param + pending)")
@@ -218,6 +223,8 @@ def _step_terms(rule: type[UpdateRule], scalar: dict[str, str]) -> dict[str, str
         "update_sq": "(after - param) * (after - param)",
         "zero_grad": "(float(1) if raw == zero else zero)",
     }
+    if rule.decays_beside:
+        terms["decay_sq"] = "lost * lost"
     if rule.first_moment is not None:
         slot = rule.state.index(rule.first_moment)
         terms["grad_exp_avg"] = f"raw * old_{slot}"

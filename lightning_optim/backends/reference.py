@@ -18,7 +18,7 @@ from lightning_optim.backends.shards import sum_over_shards
 from lightning_optim.rules import TensorRule, UpdateRule, rebind
 from lightning_optim.stats import STEP_SUMS
 from lightning_optim.transfer import upload
-from lightning_optim.weight_decay import CHANGES, INITIAL, norm_factor
+from lightning_optim.weight_decay import CHANGES, DECAYS, INITIAL, norm_factor
 
 NAMED: dict[str, Callable[..., Any]] = {
     "sqrt": torch.sqrt,
@@ -137,16 +137,18 @@ def _finish(
         decay = norm_factor(columns["decay"], sum_over_shards(torch.stack(moved), batch.wholes), whole_numel(batch)).to(
             batch.dtype
         )
-    change = rebound(CHANGES[batch.decay_form])
+    change, part = rebound(CHANGES[batch.decay_form]), rebound(DECAYS[batch.decay_form])
     sums = []
     for i, (_, delta, new_state) in enumerate(steps):
         param, state = batch.params[i], batch.states[i]
         moments = new_state
         initial = [_wide(state[INITIAL])] if batch.decay_form == "pull" else []
-        new_param, new_state = _stored(batch, i, change(_wide(param), delta, decay[i], *initial), new_state)
+        terms = (_wide(param), delta, decay[i], *initial)
+        new_param, new_state = _stored(batch, i, change(*terms), new_state)
         if collect:
             raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
-            sums.append(_sums(batch, i, raw, new_param, moments, scalars[i]))
+            decayed = part(*terms) if batch.rule.decays_beside else None
+            sums.append(_sums(batch, i, raw, new_param, moments, scalars[i], decayed))
         for old, new in [(param, new_param), *((state[name], new_state[name]) for name in new_state)]:
             if new is not old:
                 new = new.to(old.dtype)
@@ -261,7 +263,13 @@ def _cautious(batch: Batch, steps: list[Step]) -> Iterator[Step]:
 
 
 def _sums(
-    batch: Batch, i: int, grad: Tensor, new_param: Tensor, new_state: dict[str, Tensor], scalars: dict[str, Tensor]
+    batch: Batch,
+    i: int,
+    grad: Tensor,
+    new_param: Tensor,
+    new_state: dict[str, Tensor],
+    scalars: dict[str, Tensor],
+    decayed: Tensor | None,
 ) -> Tensor:
     """One row of step sums, in float64 where the device has it."""
     rule, param = batch.rule, batch.params[i]
@@ -272,6 +280,8 @@ def _sums(
     sums["param_sq"] = before.square().sum()
     sums["update_sq"] = (new_param.to(dtype) - before).square().sum()
     sums["zero_grad"] = (grad == 0).sum().to(dtype)
+    if decayed is not None:
+        sums["decay_sq"] = decayed.to(dtype).square().sum()
     if rule.first_moment in new_state:
         momentum = _moment(batch, i, rule.first_moment).to(dtype)
         sums["grad_exp_avg"] = (grad * momentum).sum()

@@ -14,7 +14,7 @@ from typing import Any
 from lightning_optim.backends.compiled import scalar_names
 from lightning_optim.backends.triton_functions import MOST_SUMS, NAMED, jit, jit_text
 from lightning_optim.rules import UpdateRule, rebind
-from lightning_optim.weight_decay import CHANGES
+from lightning_optim.weight_decay import CHANGES, DECAYS
 
 THREADS = 128
 """Of one program."""
@@ -58,6 +58,7 @@ def build(
     assert len(sums) <= MOST_SUMS, f"{rule.__name__} has more than {MOST_SUMS} sums"
     function = rule.sums_update if purpose == "sums" else rule.update
     names = NAMED | {"rule_function": rebind(function, NAMED, jit), "change": rebind(CHANGES[decay_form], NAMED, jit)}
+    names["decayed"] = rebind(DECAYS[decay_form], NAMED, jit)
     return Kernel(jit_text(text, "kernel", names, do_not_specialize=ARGUMENTS), columns, sums)
 
 
@@ -122,7 +123,11 @@ def source(
             initial = f", {_load(last, dtypes[last])}" if decay_form == "pull" else ""
             for i in states:
                 body += _store(i + 2, dtypes[i + 2], new[i], new[i])
-            body += _store(0, dtypes[0], "after", f"param - change(param, delta, {scalar['decay']}{initial})")
+            parts = f"(param, delta, {scalar['decay']}{initial})"
+            if purpose == "step+sums" and rule.decays_beside:
+                body.append(f"lost = decayed{parts}")  # before the parameter is written
+                terms["decay_sq"] = "lost * lost"
+            body += _store(0, dtypes[0], "after", f"param - change{parts}")
             if purpose == "step+sums":
                 body += _step_terms(rule, scalar, terms)
     return _kernel_text(dtypes, columns, body, terms, aligned), tuple(terms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from lightning_optim.plan_report import draw_curves
 from lightning_optim.schedules import Scheduler
 
 HP_METRICS = ("optim_loss/mean",)
+REDRAW_SECONDS, REDRAW_SHARE = 60.0, 1 / 20
+"""So much time, and so much of the run, is between two images of the schedule; drawing one takes 0.2 to 0.5 s."""
 
 
 class MonitorPage:
@@ -33,6 +36,7 @@ class MonitorPage:
         self._trainer = trainer
         self._metrics = metrics
         self._tags: set[str] = set()
+        self._drawn = (0, 0.0)
         loggers = trainer.loggers if trainer.is_global_zero else []
         self._writers = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
@@ -65,6 +69,7 @@ class MonitorPage:
 
     def show_schedule(self) -> None:
         """Draws the schedule and where in it the run is; nothing without matplotlib."""
+        self._drawn = (logging_step(self._trainer), time.monotonic())
         schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
         for scheduler in schedulers:
             if isinstance(scheduler, Scheduler) and scheduler.horizon is not None and self._writers:
@@ -76,6 +81,8 @@ class MonitorPage:
 
     def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str], advice: str | None) -> None:
         """A report has been written: shows the screen of all charts so far, new alarms, and advice."""
+        if self._is_time_to_draw(step):
+            self.show_schedule()
         new = values.keys() - self._tags  # some quantities need a past
         self._tags |= new
         for writer in self._writers:
@@ -85,6 +92,14 @@ class MonitorPage:
                 writer.add_text("optim/alarms", alarm, step)
             if advice is not None:
                 writer.add_text("optim/advice", advice, step)
+
+    def _is_time_to_draw(self, step: int) -> bool:
+        last, when = self._drawn
+        if time.monotonic() - when < REDRAW_SECONDS:
+            return False
+        horizons = [getattr(config.scheduler, "horizon", None) for config in self._trainer.lr_scheduler_configs]
+        lengths = [horizon.total_steps for horizon in horizons if horizon is not None]
+        return any(length is not None and step - last >= length * REDRAW_SHARE for length in lengths)
 
     def end(self) -> None:
         """The schedule as far as it went, and the end of the session."""

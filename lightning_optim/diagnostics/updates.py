@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_optim.diagnostics.base import Diagnostic
 from lightning_optim.stats import StepRecord
-from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients
+from lightning_optim.weight_decay import WeightDecayKind
 
 
 class ParamNorm(Diagnostic):
@@ -75,28 +75,28 @@ class EffectiveLR(Diagnostic):
 class WeightDecayShare(Diagnostic):
     """Norm of what weight decay alone took off, over the norm of the whole change.
 
-    For the kinds that shrink weights in proportion (decoupled, independent, corrected). With the others it has no
-    closed form: L2 is part of the gradient, cautious decay depends on signs.
+    Every kind has such a share but L2, which is part of the gradient and then of the moments; and in ScheduleFreeAdamW
+    decay moves other sequences than the weights. Of other packages' optimizers it is known for torch's decoupled ones.
+    It may be above 1 where decay and update point apart.
     """
 
     name = "weight_decay/share"
 
     def compute(self, record: StepRecord) -> Tensor:
-        """c·‖p‖ / ‖Δp‖ per group."""
-        norms = (record.update.groups("param_sq") / record.update.groups("update_sq")).sqrt()
-        shares = [_proportional_decay(group) * norm for group, norm in zip(record.hyperparameters, norms, strict=True)]
-        return torch.stack([share.to(norms.device) for share in shares])
+        """‖decay‖ / ‖Δp‖ per group."""
+        update_sq = record.update.groups("update_sq")
+        shares = (record.update.groups("decay_sq") / update_sq).sqrt()
+        factors = [_stated_decay(group) for group in record.hyperparameters]
+        if all(factor is None for factor in factors):
+            return shares
+        ratios = (record.update.groups("param_sq") / update_sq).sqrt()
+        rows = zip(shares.unbind(), ratios.unbind(), factors, strict=True)
+        return torch.stack([share if factor is None else ratio * factor for share, ratio, factor in rows])
 
 
-def _proportional_decay(group: Mapping[str, Any]) -> Any:
-    """What fraction of a weight decays in the step; NaN where that is not what decay does."""
-    decay, kind = group.get("weight_decay", 0), group.get("weight_decay_kind")
+def _stated_decay(group: Mapping[str, Any]) -> Any:
+    """What fraction of a weight decays, where nobody has measured that; NaN if it cannot be told, None if it was."""
+    kind, decoupled = group.get("weight_decay_kind"), group.get("decoupled_weight_decay")
     if kind is None:  # an optimizer of torch's, or of others
-        known = group.get("decoupled_weight_decay")
-        return group["lr"] * decay if known else math.nan
-    kind = WeightDecayKind.parse(kind)
-    if kind is WeightDecayKind.L2 and group.get("decoupled_weight_decay"):
-        kind = WeightDecayKind.DECOUPLED
-    if kind not in (WeightDecayKind.DECOUPLED, WeightDecayKind.INDEPENDENT, WeightDecayKind.CORRECTED):
-        return math.nan
-    return decay_coefficients(kind, group["lr"], decay, group["peak_lr"])[0]
+        return group["lr"] * group.get("weight_decay", 0) if decoupled else math.nan
+    return math.nan if kind == WeightDecayKind.L2 and not decoupled else None

@@ -21,6 +21,7 @@ class ScheduleFreeAdamWRule(UpdateRule):
     state = ("z", "exp_avg_sq")
     scalar_state: ClassVar[Mapping[str, float]] = MappingProxyType({"weight_sum": 0.0, "lr_max": 0.0})
     second_moment = "exp_avg_sq"
+    decays_beside = False
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
         """All three sequences start at the weights."""

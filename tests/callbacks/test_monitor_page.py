@@ -134,6 +134,13 @@ def test_the_schedule_is_drawn_at_its_start_and_end(logger):
     assert images[0].encoded_image_string != images[1].encoded_image_string
 
 
+def test_in_a_long_run_the_schedule_is_drawn_now_and_then(logger, monkeypatch):
+    monkeypatch.setattr("lightning_optim.callbacks.monitor_page.REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr("lightning_optim.callbacks.monitor_page.REDRAW_SHARE", 0.5)
+    make_trainer(_callbacks(), logger=logger).fit(Net(), batches(12))
+    assert [image.step for image in _page(logger).Images("optim/schedule")] == [0, 6, 12]
+
+
 @pytest.mark.parametrize("default_hp_metric", [True, False])
 def test_runs_are_compared_by_a_real_metric(tmp_path, default_hp_metric):
     class Own(Net):

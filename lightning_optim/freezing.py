@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.closure import closure_of, run_closure
 from lightning_optim.durations import Duration, Horizon
+from lightning_optim.optim import FusedOptimizer
 from lightning_optim.trial_step import is_trial_step
 
 _of: weakref.WeakKeyDictionary[Optimizer, Freezing] = weakref.WeakKeyDictionary()
@@ -26,12 +27,17 @@ class Freezing:
 
     As soon as it is known that a group is frozen, its parameters need no gradient (``requires_grad=False``), which
     saves their part of the backward pass. Not in distributed runs: DistributedDataParallel decides at its start which
-    gradients it reduces, so there they are computed and dropped.
+    gradients it reduces, so there they are computed and dropped. Under FSDP2, checkpoints have fresh state of frozen
+    parameters too, because torch.distributed.checkpoint takes up none without; so the optimizer must be one of
+    `lightning_optim.optim`, which can tell what fresh state is.
 
     Args:
         optimizer: The optimizer; its groups may have a ``frozen_until``, a `Duration` in text.
         steps: Returns how many steps the schedule has taken.
         horizon: Returns the length of the run; None as long as it is not known.
+
+    Raises:
+        ValueError: On starting: under FSDP2, with another package's optimizer.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(1))
@@ -59,10 +65,20 @@ class Freezing:
             param.requires_grad_(True)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
+        optimizer.register_state_dict_pre_hook(self._before_saving)
         _of[optimizer] = self
 
     def start(self) -> None:
         """Learns the length of the run, anew, and freezes what is to be frozen at the coming step."""
+        optimizer = self._optimizer()
+        for group, param in self._temporary():
+            if _is_dtensor(param) and not isinstance(optimizer, FusedOptimizer):
+                raise ValueError(
+                    f"The group {group.get('name')!r} is frozen until {group['frozen_until']!r} and its parameters are "
+                    f"in shards (FSDP2). A checkpoint of {type(optimizer).__name__} from that time could not be "
+                    "loaded: torch.distributed.checkpoint takes up no parameter without state. Use an optimizer of "
+                    "lightning_optim.optim, which can make it, or leave out frozen_until."
+                )
         horizon = self.horizon()
         if horizon is not None:
             names = {group["frozen_until"] for group, _ in self._temporary()}
@@ -115,6 +131,10 @@ class Freezing:
             param.grad = None
         return args, kwargs
 
+    def _before_saving(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, FusedOptimizer) and optimizer.state:
+            optimizer.make_state(param for _, param in self._temporary() if _is_dtensor(param))
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # The schedule counts this step in a moment, unless it was skipped; then one gradient more is computed and
         # dropped. What comes after it may be the first batch of an accumulation, so it cannot wait.
@@ -130,3 +150,7 @@ def freezing_of(optimizer: Optimizer) -> Freezing | None:
 def _is_distributed() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _is_dtensor(param: Tensor) -> bool:
+    return hasattr(param, "placements")

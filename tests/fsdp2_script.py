@@ -88,10 +88,26 @@ class Factory(Sharded):
         return lo.OptimizerFactory("adamw", lr=0.01, schedule="cosine", warmup="20%", weight_decay=0.1)(self)
 
 
-def fit_bare(extra: tuple = (), ckpt_path: Path | None = None, distributed_checkpoint: bool = False):
+class Frozen(Factory):
+    """Whose head stands still at first."""
+
+    optimizer = "adamw"
+
+    def configure_optimizers(self):
+        head = lo.ParamGroupRule(name="head", pattern="^head", frozen_until="4 steps")
+        return lo.OptimizerFactory(self.optimizer, lr=0.01, schedule="cosine", param_groups=[head])(self)
+
+
+class ForeignFrozen(Frozen):
+    """The same with torch's own optimizer."""
+
+    optimizer = "torch.optim.AdamW"
+
+
+def fit_bare(kind, extra: tuple = (), ckpt_path: Path | None = None, distributed_checkpoint: bool = False):
     """Final weights of a `Factory`, after one epoch of good batches."""
     trainer = make_trainer(extra, **sharding(distributed_checkpoint))
-    model = Factory(seed=7)
+    model = kind(seed=7)
     trainer.fit(model, StatefulLoader(BAD_STEP, []), ckpt_path=ckpt_path)
     return {"weights": whole_weights(model)}
 
@@ -146,12 +162,17 @@ def main(folder: Path) -> None:
         whole = fit(kind, "adagc", folder / "whole", True, (SaveAt(7, path),))
         torch.distributed.barrier()
         results[f"resumed-{kind}"] = {"whole": whole, "rest": fit(kind, "adagc", folder / "rest", True, ckpt_path=path)}
-    for distributed in (False, True):
-        path = folder / f"bare-{distributed}.ckpt"
-        whole = fit_bare((SaveAt(3, path),), distributed_checkpoint=distributed)
-        torch.distributed.barrier()
-        rest = fit_bare(ckpt_path=path, distributed_checkpoint=distributed)
-        results[f"resumed-bare-{distributed}"] = {"whole": whole, "rest": rest}
+    for kind in (Factory, Frozen):
+        for distributed in (False, True):
+            path = folder / f"{kind.__name__}-{distributed}.ckpt"
+            whole = fit_bare(kind, (SaveAt(3, path),), distributed_checkpoint=distributed)
+            torch.distributed.barrier()
+            rest = fit_bare(kind, ckpt_path=path, distributed_checkpoint=distributed)
+            results[f"resumed-{kind.__name__}-{distributed}"] = {"whole": whole, "rest": rest}
+    try:
+        fit_bare(ForeignFrozen)
+    except ValueError as error:
+        results["refused"] = str(error)
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
 
 

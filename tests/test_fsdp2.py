@@ -93,10 +93,20 @@ def test_a_sharded_run_resumed_in_the_middle_of_a_window_is_bit_for_bit_the_one_
 
 
 @pytest.mark.parametrize("distributed_checkpoint", [False, True])
-def test_so_is_one_without_callbacks_whose_length_is_known_only_once_the_data_are_set_up(runs, distributed_checkpoint):
+@pytest.mark.parametrize("kind", ["Factory", "Frozen"])
+def test_so_is_one_without_callbacks_whose_length_is_known_only_once_the_data_are_set_up(
+    runs, kind, distributed_checkpoint
+):
+    """Also if a group is frozen when it is saved."""
     for rank in runs[1]:
-        resumed = rank[f"resumed-bare-{distributed_checkpoint}"]
+        resumed = rank[f"resumed-{kind}-{distributed_checkpoint}"]
         assert bit_equal(resumed["rest"]["weights"], resumed["whole"]["weights"])
+
+
+def test_freezing_in_shards_is_refused_where_its_checkpoints_could_not_be_loaded(runs):
+    for rank in runs[1]:
+        for piece in ("'head'", "'4 steps'", "AdamW", "lightning_optim.optim"):
+            assert piece in rank["refused"]
 
 
 @pytest.mark.parametrize("kind", ["ours", "torch-fused", "torch"])

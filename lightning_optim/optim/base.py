@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -19,6 +19,7 @@ from lightning_optim.optim import low_precision
 from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.checkpoint import load_state_dict
 from lightning_optim.optim.hyperparameters import check_values, number, refuse_typos
+from lightning_optim.optim.state import complete_state
 from lightning_optim.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.stats import STEP_SUMS, StepStats
 from lightning_optim.transfer import upload
@@ -220,6 +221,18 @@ class FusedOptimizer(Optimizer):
         for name in rule.shared:
             value = torch.as_tensor(values[name], dtype=widest_dtype(device))
             group[name] = value.to(device, copy=True, non_blocking=True)
+
+    def make_state(self, params: Iterable[Tensor]) -> None:
+        """Give parameters the state that their first step would; what they have stays.
+
+        Args:
+            params: Some of this optimizer's.
+        """
+        wanted = {id(param) for param in params}
+        everything = [(param, group) for group in self.param_groups for param in group["params"]]
+        for position, (param, group) in enumerate(everything):
+            if id(param) in wanted:
+                complete_state(self.state[param], param, group, self.rule_of(group), position)
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
         """The rule that updates ``group``: its own choice, or this optimizer's."""

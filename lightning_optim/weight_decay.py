@@ -157,13 +157,9 @@ CHANGES: dict[str, Callable[..., Any]] = {
 }
 """By form: what is subtracted from a weight. `pull` also takes the state `INITIAL`; `rescale` takes `norm_factor`."""
 
-# What decay alone takes off a weight in such a change, for statistics. Not the change minus the update: of a decay of
-# 1e-8 beside an update of 1e-3 that would be rounding.
-
-
-def shrunk(param: Any, delta: Any, decay: Any) -> Any:
-    """Of `shrink`."""
-    return decay * param
+# What decay alone takes off a weight is, for statistics, `decay_factor` times one of these. Not the change minus the
+# update, which for a decay of 1e-8 beside an update of 1e-3 would be rounding. Nor the product itself: a compiler that
+# finds it twice multiplies and adds in another way, and a step that is measured must be bit for bit one that is not.
 
 
 def shrunk_to_zero(param: Any, delta: Any, decay: Any) -> Any:
@@ -174,28 +170,34 @@ def shrunk_to_zero(param: Any, delta: Any, decay: Any) -> Any:
 def shrunk_where_aligned(param: Any, delta: Any, decay: Any) -> Any:
     """Of `shrink_where_aligned`."""
     product = delta * param
-    return where(product == absolute(product), decay * param, param - param)
+    return where(product == absolute(product), param, param - param)
 
 
 def pulled(param: Any, delta: Any, decay: Any, initial: Any) -> Any:
     """Of `pull`."""
-    return decay * (param - initial)
+    return param - initial
 
 
 def rescaled(param: Any, delta: Any, decay: Any) -> Any:
     """Of `rescale`."""
-    moved = param - delta
-    return moved - decay * moved
+    return param - delta
 
 
 DECAYS: dict[str, Callable[..., Any]] = {
-    "shrink": shrunk,
     "shrink_to_zero": shrunk_to_zero,
     "shrink_where_aligned": shrunk_where_aligned,
     "pull": pulled,
     "rescale": rescaled,
 }
-"""By form, as `CHANGES`: the part of the change that is decay's."""
+"""By form, as `CHANGES`. Of `shrink` it is the weight, whose square sum is taken anyway."""
+
+
+def decay_factor(form: str, decay: Tensor) -> Tensor:
+    """What to multiply the value of `DECAYS` by, for what decay takes off; ``decay`` as `CHANGES` has it."""
+    if form == "rescale":
+        return 1 - decay
+    return torch.ones_like(decay) if form == "shrink_to_zero" else decay
+
 
 INITIAL = "initial_param"
 """The state that `pull` needs: the weight as it was at the optimizer's first step, in the parameter's dtype."""

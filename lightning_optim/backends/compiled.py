@@ -20,7 +20,7 @@ from lightning_optim.backends.scalars import commit, scalar_columns
 from lightning_optim.backends.shards import sum_over_shards
 from lightning_optim.rules import UpdateRule
 from lightning_optim.stats import STEP_SUMS
-from lightning_optim.weight_decay import norm_factor
+from lightning_optim.weight_decay import decay_factor, norm_factor
 
 DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16", "uint8")}
 """What can be loaded and stored, with the name kernels are built by."""
@@ -135,6 +135,9 @@ class CompiledBackend(Backend):
         commit(batch, columns, skip)
         if not collect:
             return None
+        if rule.decays_beside:
+            decaying = sums.get("decay_sq", sums["param_sq"])
+            sums["decay_sq"] = decaying * decay_factor(batch.decay_form, columns["decay"]).square()
         missing = torch.full((len(batch.params),), math.nan, dtype=torch.float64, device=batch.device)
         result = torch.stack([sums.get(name, missing) for name in STEP_SUMS], dim=1).float()
         return result if skip is None else result.masked_fill(skip != 0, math.nan)

@@ -75,7 +75,6 @@ def build(
         "__name__": __name__,  # numba looks for a cached function's module
         "rule_function": rebind(function, named, compiled),
         "change": rebind(CHANGES[decay_form], named, compiled),
-        "decayed": rebind(DECAYS[decay_form], named, compiled),
         "kahan_pending": compiled(kahan_pending),
         "kahan_rest": compiled(kahan_rest),
         "noise": rebind(noise, {}, compiled),
@@ -85,6 +84,9 @@ def build(
         "absolute": abs,
         "float": getattr(numba, wide),
     }
+    decayed = [DECAYS[decay_form]] if "decay_sq" in sums and decay_form in DECAYS else []
+    for part in decayed:
+        names["decayed"] = rebind(part, named, compiled)
     for slot, dtype in enumerate(dtypes):
         names[f"load_{slot}"] = load(dtype, slot, len(dtypes))
         names[f"store_{slot}"] = store(
@@ -97,7 +99,7 @@ def build(
         (
             function,
             CHANGES[decay_form],
-            *((DECAYS[decay_form],) if purpose == "step+sums" else ()),
+            *decayed,
             kahan_pending,
             kahan_rest,
             noise,
@@ -171,8 +173,8 @@ def source(
             initial = f", load_{slot + kahan}(address_{slot + kahan}, i)" if decay_form == "pull" else ""
             parts = f"(param, delta, {scalar['decay']}{initial})"
             change = f"change{parts}"
-            if purpose == "step+sums" and rule.decays_beside:
-                body.append(f"lost = decayed{parts}")  # before the parameter is written
+            if purpose == "step+sums" and decay_form in DECAYS and rule.decays_beside:
+                body.append(f"decaying = decayed{parts}")  # before the parameter is written
             if kahan:
                 body.append(f"pending = kahan_pending(load_{slot}(address_{slot}, i), {change})")
                 body.append("after = store_0(address_0, i, param + pending)")
@@ -180,6 +182,8 @@ def source(
             else:
                 body.append(f"after = store_0(address_0, i, param - {change}{random.get(0, '')})")
             terms = _step_terms(rule, scalar) if purpose == "step+sums" else {}
+            if purpose == "step+sums" and decay_form in DECAYS and rule.decays_beside:
+                terms["decay_sq"] = "decaying * decaying"
 
     totals = [f"total_{i}" for i in range(len(terms))]
     lines = ["def kernel(first, last, blocks, addresses, scalars, sums):", "    zero = float(0)"]
@@ -223,8 +227,6 @@ def _step_terms(rule: type[UpdateRule], scalar: dict[str, str]) -> dict[str, str
         "update_sq": "(after - param) * (after - param)",
         "zero_grad": "(float(1) if raw == zero else zero)",
     }
-    if rule.decays_beside:
-        terms["decay_sq"] = "lost * lost"
     if rule.first_moment is not None:
         slot = rule.state.index(rule.first_moment)
         terms["grad_exp_avg"] = f"raw * old_{slot}"

@@ -18,7 +18,7 @@ from lightning_optim.backends.shards import sum_over_shards
 from lightning_optim.rules import TensorRule, UpdateRule, rebind
 from lightning_optim.stats import STEP_SUMS
 from lightning_optim.transfer import upload
-from lightning_optim.weight_decay import CHANGES, DECAYS, INITIAL, norm_factor
+from lightning_optim.weight_decay import CHANGES, DECAYS, INITIAL, decay_factor, norm_factor
 
 NAMED: dict[str, Callable[..., Any]] = {
     "sqrt": torch.sqrt,
@@ -127,17 +127,16 @@ def _finish(
     on_host = batch.device.type == "cpu"
     if batch.cautious:
         steps = _cautious(batch, list(steps))
-    decay = columns["decay"].to(batch.dtype)
+    decays = columns["decay"]
     if batch.decay_form == "rescale":
         steps = list(steps)
         moved = [
             (_wide(p) - delta).square().sum(dtype=widest_dtype(batch.device))
             for p, (_, delta, _) in zip(batch.params, steps, strict=True)
         ]
-        decay = norm_factor(columns["decay"], sum_over_shards(torch.stack(moved), batch.wholes), whole_numel(batch)).to(
-            batch.dtype
-        )
-    change, part = rebound(CHANGES[batch.decay_form]), rebound(DECAYS[batch.decay_form])
+        decays = norm_factor(decays, sum_over_shards(torch.stack(moved), batch.wholes), whole_numel(batch))
+    decay = decays.to(batch.dtype)
+    change, decaying = rebound(CHANGES[batch.decay_form]), rebound(DECAYS.get(batch.decay_form, _param))
     sums = []
     for i, (_, delta, new_state) in enumerate(steps):
         param, state = batch.params[i], batch.states[i]
@@ -147,8 +146,7 @@ def _finish(
         new_param, new_state = _stored(batch, i, change(*terms), new_state)
         if collect:
             raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
-            decayed = part(*terms) if batch.rule.decays_beside else None
-            sums.append(_sums(batch, i, raw, new_param, moments, scalars[i], decayed))
+            sums.append(_sums(batch, i, raw, new_param, moments, scalars[i], decaying(*terms)))
         for old, new in [(param, new_param), *((state[name], new_state[name]) for name in new_state)]:
             if new is not old:
                 new = new.to(old.dtype)
@@ -156,8 +154,14 @@ def _finish(
     commit(batch, columns, skip)
     if not collect:
         return None
-    result = sum_over_shards(torch.stack(sums), batch.wholes).float()
+    result = sum_over_shards(torch.stack(sums), batch.wholes)
+    result[:, STEP_SUMS.index("decay_sq")] *= decay_factor(batch.decay_form, decays).square()
+    result = result.float()
     return result if on_host or skip is None else result.masked_fill(skip != 0, math.nan)
+
+
+def _param(param: Any, delta: Any, decay: Any) -> Any:
+    return param
 
 
 def _skipped_on_host(batch: Batch, skip: Tensor | None) -> bool:
@@ -269,7 +273,7 @@ def _sums(
     new_param: Tensor,
     new_state: dict[str, Tensor],
     scalars: dict[str, Tensor],
-    decayed: Tensor | None,
+    decaying: Tensor,
 ) -> Tensor:
     """One row of step sums, in float64 where the device has it."""
     rule, param = batch.rule, batch.params[i]
@@ -280,8 +284,8 @@ def _sums(
     sums["param_sq"] = before.square().sum()
     sums["update_sq"] = (new_param.to(dtype) - before).square().sum()
     sums["zero_grad"] = (grad == 0).sum().to(dtype)
-    if decayed is not None:
-        sums["decay_sq"] = decayed.to(dtype).square().sum()
+    if rule.decays_beside:
+        sums["decay_sq"] = decaying.to(dtype).square().sum()
     if rule.first_moment in new_state:
         momentum = _moment(batch, i, rule.first_moment).to(dtype)
         sums["grad_exp_avg"] = (grad * momentum).sum()

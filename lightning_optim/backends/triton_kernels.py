@@ -58,7 +58,8 @@ def build(
     assert len(sums) <= MOST_SUMS, f"{rule.__name__} has more than {MOST_SUMS} sums"
     function = rule.sums_update if purpose == "sums" else rule.update
     names = NAMED | {"rule_function": rebind(function, NAMED, jit), "change": rebind(CHANGES[decay_form], NAMED, jit)}
-    names["decayed"] = rebind(DECAYS[decay_form], NAMED, jit)
+    if decay_form in DECAYS:
+        names["decayed"] = rebind(DECAYS[decay_form], NAMED, jit)
     return Kernel(jit_text(text, "kernel", names, do_not_specialize=ARGUMENTS), columns, sums)
 
 
@@ -124,9 +125,9 @@ def source(
             for i in states:
                 body += _store(i + 2, dtypes[i + 2], new[i], new[i])
             parts = f"(param, delta, {scalar['decay']}{initial})"
-            if purpose == "step+sums" and rule.decays_beside:
-                body.append(f"lost = decayed{parts}")  # before the parameter is written
-                terms["decay_sq"] = "lost * lost"
+            if purpose == "step+sums" and decay_form in DECAYS and rule.decays_beside:
+                body.append(f"decaying = decayed{parts}")  # before the parameter is written
+                terms["decay_sq"] = "decaying * decaying"
             body += _store(0, dtypes[0], "after", f"param - change{parts}")
             if purpose == "step+sums":
                 body += _step_terms(rule, scalar, terms)

@@ -116,6 +116,22 @@ def test_each_kind_on_each_optimizer(case: Case, kind: str, backend: str) -> Non
             torch.testing.assert_close(sums, torch.stack(parts), rtol=1e-5, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", ["decoupled", *KINDS])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_is_measured_is_bit_for_bit_one_that_is_not(kind: str, backend: str) -> None:
+    finals = []
+    for collect in (False, True):
+        torch.manual_seed(0)
+        weight = torch.randn(5000, requires_grad=True)
+        optimizer = optim.AdamW([weight], lr=LR, weight_decay=WEIGHT_DECAY, weight_decay_kind=kind, backend=backend)
+        for _ in range(3):
+            weight.grad = torch.randn(5000)
+            optimizer.collect_step_stats = collect
+            optimizer.step()
+        finals.append(weight.detach())
+    assert torch.equal(*finals)
+
+
 @pytest.mark.parametrize("cautious", [False, True])
 def test_norm_keeps_the_root_mean_square(cautious: bool) -> None:
     params = [torch.randn(30, 20, requires_grad=True), torch.randn(7, requires_grad=True)]

@@ -30,6 +30,11 @@ FACTORY = [
     ({"optimizer": "torch.optim.AdamV"}, ValueError, ["'AdamV'", "'Adam'"]),
     ({"optimizer": "torch.optm.AdamW"}, ValueError, ["'torch.optm.AdamW'"]),
     ({"optimizer": "no_such_package.Optimizer"}, ValueError, ["no_such_package"]),
+    (
+        {"param_groups": [{"name": "head", "lr": 0.1}]},
+        TypeError,
+        ["Write ParamGroupRule(name='head', lr=0.1)"],
+    ),
     ({"optimizer": 3}, TypeError, ["3", "'adamw'"]),
     ({"optimizer": nn.Linear}, TypeError, ["Linear", "Optimizer"]),
     ({"optimizer": lambda params: None}, TypeError, ["None", "Optimizer"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -33,9 +33,12 @@ def check_rules(rules: Sequence[Entry]) -> None:
             if rule not in _PRESETS:
                 raise ValueError(f"Unknown parameter group preset {rule!r}. {nearest(rule, _PRESETS)}")
         elif not isinstance(rule, ParamGroupRule | LayerDecay | WidthScaling):
+            meant = ""
+            if isinstance(rule, Mapping):  # as it is written in YAML
+                meant = f" Write ParamGroupRule({', '.join(f'{key}={value!r}' for key, value in rule.items())})."
             raise TypeError(
                 f"A parameter group rule is a ParamGroupRule, a LayerDecay, a WidthScaling or the name of a preset "
-                f"({', '.join(_PRESETS)}), got {rule!r}."
+                f"({', '.join(_PRESETS)}), got {rule!r}.{meant}"
             )
     for kind in (LayerDecay, WidthScaling):
         if len(twice := [rule for rule in rules if isinstance(rule, kind)]) > 1:

@@ -33,9 +33,10 @@ def check_rules(rules: Sequence[Entry]) -> None:
             if rule not in _PRESETS:
                 raise ValueError(f"Unknown parameter group preset {rule!r}. {nearest(rule, _PRESETS)}")
         elif not isinstance(rule, ParamGroupRule | LayerDecay | WidthScaling):
+            given: Any = rule
             meant = ""
-            if isinstance(rule, Mapping):  # as it is written in YAML
-                meant = f" Write ParamGroupRule({', '.join(f'{key}={value!r}' for key, value in rule.items())})."
+            if isinstance(given, Mapping):  # as it is written in YAML
+                meant = f" Write ParamGroupRule({', '.join(f'{key}={value!r}' for key, value in given.items())})."
             raise TypeError(
                 f"A parameter group rule is a ParamGroupRule, a LayerDecay, a WidthScaling or the name of a preset "
                 f"({', '.join(_PRESETS)}), got {rule!r}.{meant}"

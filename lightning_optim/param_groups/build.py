@@ -33,13 +33,9 @@ def check_rules(rules: Sequence[Entry]) -> None:
             if rule not in _PRESETS:
                 raise ValueError(f"Unknown parameter group preset {rule!r}. {nearest(rule, _PRESETS)}")
         elif not isinstance(rule, ParamGroupRule | LayerDecay | WidthScaling):
-            given: Any = rule
-            meant = ""
-            if isinstance(given, Mapping):  # as it is written in YAML
-                meant = f" Write ParamGroupRule({', '.join(f'{key}={value!r}' for key, value in given.items())})."
             raise TypeError(
                 f"A parameter group rule is a ParamGroupRule, a LayerDecay, a WidthScaling or the name of a preset "
-                f"({', '.join(_PRESETS)}), got {rule!r}.{meant}"
+                f"({', '.join(_PRESETS)}), got {rule!r}.{_what_to_write(rule)}"
             )
     for kind in (LayerDecay, WidthScaling):
         if len(twice := [rule for rule in rules if isinstance(rule, kind)]) > 1:
@@ -47,6 +43,12 @@ def check_rules(rules: Sequence[Entry]) -> None:
     names = [rule if isinstance(rule, str) else rule.name for rule in rules if isinstance(rule, str | ParamGroupRule)]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Duplicate parameter group name {duplicates[0]!r}: each of {names} must be unique.")
+
+
+def _what_to_write(rule: Any) -> str:
+    if not isinstance(rule, Mapping):
+        return ""
+    return f" Write ParamGroupRule({', '.join(f'{key}={value!r}' for key, value in rule.items())})."  # as in YAML
 
 
 def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dict[str, Any]]:

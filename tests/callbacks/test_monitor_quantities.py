@@ -8,7 +8,12 @@ from tests.helpers import precision
 from tests.quantities import FAMILIES, MAX_NORM, compare, fit
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# One of each kind in the default run.
+MORE = ("adamw-large-eps", "nesterov", "adagrad", "nadam", "ademamix", "stableadamw", "normuon", "torch-adafactor")
+MORE += ("adamw-independent", "adamw-corrected", "adamw-l2_sp", "torch-rmsprop", "torch-adagrad", "torch-nadam", "lars")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in MORE)) for n in FAMILIES])
 def test_every_quantity_of_every_family_clipped(logger, name):
     rows, events = fit(logger, FAMILIES[name], True, precision="64-true")
     compare(rows, events)

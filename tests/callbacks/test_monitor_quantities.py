@@ -7,7 +7,6 @@ import pytest
 from tests.helpers import precision
 from tests.quantities import FAMILIES, MAX_NORM, compare, fit
 
-
 # One of each kind in the default run.
 MORE = ("adamw-large-eps", "nesterov", "adagrad", "nadam", "ademamix", "stableadamw", "normuon", "torch-adafactor")
 MORE += ("adamw-independent", "adamw-corrected", "adamw-l2_sp", "torch-rmsprop", "torch-adagrad", "torch-nadam", "lars")

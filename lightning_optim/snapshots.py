@@ -17,6 +17,9 @@ from torch.optim import Optimizer
 from lightning_optim.backends.shards import local
 from lightning_optim.messages import nearest
 
+_DOUBT = 16
+"""For so many steps after a skipped one no snapshot is called good: flags in a row are a new level after so many."""
+
 MEMORIES = ("device", "cpu", "disk")
 
 
@@ -148,11 +151,12 @@ class Snapshot:
         self._writing: threading.Thread | None = None
         self._arrived: torch.cuda.Event | None = None
         self.step = -1
+        self.returns = 0
 
     def take(self, parts: Iterable[Part], step: int) -> None:
         """Copies the state of ``parts`` as it is now; ``step`` is kept beside it."""
         self._wait()
-        self.step = step
+        self.step, self.returns = step, 0
         self._saved = [_copied(part.live(), old, self._memory) for part, old in _with_old(parts, self._saved)]
         if self._memory != "device" and torch.cuda.is_available():
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -161,8 +165,9 @@ class Snapshot:
             self._write()
 
     def put_back(self, parts: Iterable[Part]) -> None:
-        """Brings all parts back to that moment; more than once gives the same each time."""
+        """Brings all parts back to that moment; more than once gives the same each time, and is counted."""
         self._wait()
+        self.returns += 1
         saved = self._saved if self._file is None else torch.load(self._file, weights_only=False)
         for part, then in zip(parts, saved, strict=True):
             part.put_back(then)
@@ -218,6 +223,7 @@ class SnapshotPair:
         self._good = Snapshot(memory, folder)
         self._candidate = Snapshot(memory, folder)
         self._waits = False
+        self._doubted = -1
 
     @property
     def good(self) -> Snapshot | None:
@@ -236,9 +242,14 @@ class SnapshotPair:
 
     def passed(self, step: int) -> None:
         """Nothing was wrong up to ``step``."""
-        if self._waits and step - self._candidate.step >= self._clean:
+        due = max(self._candidate.step + self._clean, self._doubted + min(self._clean, _DOUBT))
+        if self._waits and step >= due:
             self._good, self._candidate = self._candidate, self._good
             self._waits = False
+
+    def doubt(self, step: int) -> None:
+        """A step was skipped at ``step``, which does no harm, but may be the first of many: that shows soon."""
+        self._doubted = step
 
     def trouble(self) -> None:
         """What is not proved yet never will be."""

@@ -198,7 +198,7 @@ class DivergenceGuard(HubCallback):
                 logger.log_metrics({"optim_health/skipped_steps": float(self._skipped)}, step)
         snapshots = self._snapshots
         if snapshots is not None:
-            snapshots.seen(step, trouble=bool(alarms))
+            snapshots.seen(step, [alarm for alarm, _ in alarms])
         if escalating := [(alarm, place) for alarm, place in alarms if alarm.escalates]:
             self._escalate(trainer, *escalating[0])
         elif snapshots is not None and stepped and not alarms:
@@ -263,8 +263,11 @@ class DivergenceGuard(HubCallback):
                 for alarm in guarded.judge.update(seen, guarded.names):
                     found.append((alarm, place))
                     self._tell(alarm, place, index, seen.skipped)
-            for alarm in guarded.looked(everything):  # which hurts nobody yet
-                self._tell(alarm, self._places.of(index, alarm.step), index, False)
+            for alarm in guarded.looked(everything):
+                place = self._places.of(index, alarm.step)
+                self._tell(alarm, place, index, False)
+                if alarm.escalates:  # others hurt nobody yet
+                    found.append((alarm, place))
         self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
         return found
 
@@ -280,7 +283,7 @@ class DivergenceGuard(HubCallback):
     def _escalate(self, trainer: L.Trainer, alarm: Alarm, place: Place) -> None:
         step = logging_step(trainer)
         back_to = None if self._snapshots is None else self._snapshots.back_to
-        action = self.ladder.act(step, can_roll_back=back_to is not None)
+        action = self.ladder.act(step, can_roll_back=back_to is not None, lost=alarm.lost)
         if action is None:
             return
         if action == "lr_cut":
@@ -304,9 +307,9 @@ class DivergenceGuard(HubCallback):
     def _roll_back(self) -> str:
         assert self._snapshots is not None
         assert self.rollback is not None
-        self._snapshots.go_back()
+        times = self._snapshots.go_back()
         self._skipped = self._count()
-        factor = self.rollback.lr_factor
+        factor = self.rollback.lr_factor**times
         if factor == 1:
             return ""
         for guarded in self._guarded:

@@ -56,9 +56,20 @@ class Guarded:
     def looked(self, everything: bool) -> list[Alarm]:
         """What has come of it, once it is known."""
         rows = self._looks.read(everything)
-        return [
-            a for row in rows for a in self.health.update(row.step, row.values.tolist(), *self._about.pop(row.step))
-        ]
+        alarms = []
+        for row in rows:
+            names, numel, groups, without = self._about.pop(row.step)
+            numbers = row.values.tolist()
+            alarms += self.health.update(row.step, numbers, names, numel, groups, without, self.watch.alive)
+        return [self.judge.look(alarm) for alarm in alarms]
+
+    def rolled_back(self) -> None:
+        """Forgets what was on its way and what belonged to weights that are gone."""
+        self.watch.drop()
+        self._looks.drop()
+        self._about.clear()
+        self.judge.rolled_back()
+        self.health.rolled_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors."""

@@ -10,7 +10,7 @@ import torch
 from lightning_optim.callbacks.guarded import Guarded
 from lightning_optim.callbacks.hub import Hub
 from lightning_optim.callbacks.lightning_private import averaged_models, logging_step
-from lightning_optim.divergence import Rollback
+from lightning_optim.divergence import SKIPPED, Alarm, Rollback
 from lightning_optim.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors
 
 
@@ -39,10 +39,12 @@ class RunSnapshots:
         good = self._pair.good
         return None if good is None else good.step
 
-    def seen(self, step: int, trouble: bool) -> None:
-        """Says whether something was wrong up to a step: what is not proved by then never will be."""
-        if trouble:
+    def seen(self, step: int, alarms: Sequence[Alarm]) -> None:
+        """Says what was wrong up to a step: what is not proved by then never will be."""
+        if any(alarm.kind not in SKIPPED for alarm in alarms):
             self._pair.trouble()
+        elif alarms:
+            self._pair.doubt(step)
         else:
             self._pair.passed(step)
 
@@ -51,8 +53,12 @@ class RunSnapshots:
         if (step + 1) % self._every == 0:
             self._pair.take(self._parts, step)
 
-    def go_back(self) -> None:
-        """Puts everything back to the last good one, and has schedules and judges know of it."""
+    def go_back(self) -> int:
+        """Puts everything back to the last good one, and has schedules and judges know of it.
+
+        Returns:
+            How many times this one has been returned to.
+        """
         good = self._pair.good
         assert good is not None
         if torch.cuda.is_available():
@@ -61,8 +67,8 @@ class RunSnapshots:
         self._pair.trouble()
         self._hub.hold_schedules()
         for guarded in self._guarded:
-            guarded.watch.drop()
-            guarded.judge.rolled_back()
+            guarded.rolled_back()
+        return good.returns
 
     def close(self) -> None:
         """Frees memory and files."""
@@ -72,12 +78,12 @@ class RunSnapshots:
 def _parts(trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[Guarded]) -> list[Part]:
     """All that a rollback brings back. The position in the data is not among it, nor the count of steps."""
     precision = trainer.precision_plugin
-    windows = [g.watch.spikes for g in guarded if g.watch.spikes is not None]
+    baselines = [own for g in guarded for own in (g.watch.spikes, g.judge.trend) if own is not None]
     return [
         Tensors(lambda: [pl_module, *averaged_models(trainer)]),
         *(OptimizerState(optimizer) for optimizer in trainer.optimizers),
         *(StateDict(c.scheduler.state_dict, c.scheduler.load_state_dict) for c in trainer.lr_scheduler_configs),
         StateDict(precision.state_dict, precision.load_state_dict),
         *(StateDict(pipeline.clip_state, pipeline.load_clip_state) for pipeline in hub.pipelines),
-        *(StateDict(window.state_dict, window.load_state_dict) for window in windows),
+        *(StateDict(baseline.state_dict, baseline.load_state_dict) for baseline in baselines),
     ]

@@ -6,7 +6,7 @@ the host, from rows of numbers that arrive a little later and that nobody waits 
 
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
 from lightning_optim.divergence.health import Health, HealthLimits
-from lightning_optim.divergence.judge import Alarm, Judge
+from lightning_optim.divergence.judge import SKIPPED, Alarm, Judge
 from lightning_optim.divergence.ladder import Ladder, LRCut, Rollback
 from lightning_optim.divergence.rate_cut import RateCut
 from lightning_optim.divergence.report import Report
@@ -17,6 +17,7 @@ from lightning_optim.divergence.watch import SIGNALS, StepSeen, Watch
 
 __all__ = [
     "SIGNALS",
+    "SKIPPED",
     "Alarm",
     "Detector",
     "Health",

@@ -76,6 +76,7 @@ class Health:
         numel: Sequence[int],
         groups: Sequence[tuple[str, float, int]],
         without: Sequence[str],
+        alive: Sequence[bool] = (),
     ) -> list[Alarm]:
         """Takes in what `pack` has gathered.
 
@@ -86,6 +87,7 @@ class Health:
             numel: Its number of elements.
             groups: Name, learning rate and number of tensors of each group.
             without: Names of parameters that have no gradient, though the optimizer has them.
+            alive: Which tensors had a gradient other than 0 at first; nothing if that is not known.
         """
         width = len(COLUMNS)
         rows = [dict(zip(COLUMNS, values[i * width : (i + 1) * width], strict=True)) for i in range(len(names))]
@@ -110,13 +112,16 @@ class Health:
             "stalled": "updates are too small to matter in",
             "exploding": f"the gradient norm is over {self.limits.exploding:g} times its median in",
         }
+        known = len(alive) == len(names)
+        died = [known and alive[i] and row["grad_sq"] == 0 for i, row in enumerate(rows)]
+        most = not all(died) and 2 * sum(n for n, dead in zip(numel, died, strict=True) if dead) > sum(numel)
         alarms = []
         for kind, which in found.items():
             new = [name for name in which if (kind, name) not in self._told]
             self._told = {(k, n) for k, n in self._told if k != kind} | {(kind, name) for name in which}
             if new:
                 shown = ", ".join(new[:8]) + (f" and {len(new) - 8} more" if len(new) > 8 else "")
-                alarms.append(Alarm(kind, step, f"{text[kind]} {shown}", tuple(new)))
+                alarms.append(Alarm(kind, step, f"{text[kind]} {shown}", tuple(new), most=most and kind == "dead"))
         return [*alarms, *self._advise(step, rows)]
 
     def _look(
@@ -154,6 +159,10 @@ class Health:
         new = {kind: text for kind, text in told.items() if (kind, "") not in self._told}
         self._told = {(k, n) for k, n in self._told if n != ""} | {(kind, "") for kind in told}
         return [Alarm(kind, step, text) for kind, text in new.items()]
+
+    def rolled_back(self) -> None:
+        """What was told of is so no more."""
+        self._told.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and text."""

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_optim.divergence.trend import SlowDivergence
+from lightning_optim.divergence.trend import SUSTAINED, SlowDivergence
 from lightning_optim.divergence.watch import StepSeen
-
-SUSTAINED = 2.0
-"""A level that has risen by this factor for good is no change of data or of what is trained: the weights are worse."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +15,14 @@ class Alarm:
     """Something that went wrong.
 
     Args:
-        kind: ``nonfinite``, ``spike``, ``new_level``, ``jump``, ``slow_divergence``, ``loss_scale_collapse``, or one of
-            `lightning_optim.divergence.health`.
+        kind: ``nonfinite``, ``spike``, ``new_level``, ``jump``, ``slow_divergence``, ``loss_scale_collapse``,
+            ``collapsed``, or one of `lightning_optim.divergence.health`.
         step: Optimizer steps until then, that one included.
         text: One sentence.
         names: Parameters or groups concerned, the worst first.
         escalates: Whether a skipped step does not mend it.
+        lost: Whether the weights are worse for it, so that a lower rate alone does not mend it either.
+        most: Whether what is concerned is most of the network, and was well before.
     """
 
     kind: str
@@ -31,10 +30,22 @@ class Alarm:
     text: str
     names: tuple[str, ...] = ()
     escalates: bool = False
+    lost: bool = False
+    most: bool = False
+
+
+SKIPPED = ("nonfinite", "spike")
+"""Alarms of which nothing is left once the step is skipped."""
+_DATA = 40
+"""For so many steps after it has turned out to be the data, a jump is theirs: a new level takes 16 flags."""
 
 
 class Judge:
     """Judges the steps of one optimizer, in order.
+
+    After a rollback the first loss tells whether it was the weights: if it is as high with those of the snapshot, it is
+    the data or the loss function that has changed, and going back once more would not help. Then the level is taken as
+    it is.
 
     Args:
         trend: What slow divergence is; None not to look for it.
@@ -55,6 +66,7 @@ class Judge:
         self.trend = trend
         self.patience, self.scaled, self.overflows = patience, scaled, overflows
         self._counts = {"skipped": 0, "overflows": 0, "bad_in_a_row": 0, "overflows_in_a_row": 0}
+        self._counts |= {"returned": 0, "data": 0}
 
     @property
     def overflow_steps(self) -> int:
@@ -76,6 +88,7 @@ class Judge:
         counts["overflows_in_a_row"] = 0
         if seen.bad_tensors or seen.bad_loss:
             return self._nonfinite(seen, worst)
+        counts["data"] = max(0, counts["data"] - 1)
         if not seen.spikes:
             counts["bad_in_a_row"] = 0
         return self._finite(seen, worst)
@@ -103,25 +116,41 @@ class Judge:
 
     def _finite(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
         alarms = []
+        if self._counts["returned"] and self.trend is not None:
+            self._counts["returned"] = 0
+            if self.trend.far(seen.values["loss"]):
+                self._counts["data"] = _DATA
+                self.trend.rebase()
+                text = "the loss is as high with the weights of the snapshot: it is the data, and its level from now on"
+                alarms.append(Alarm("new_level", seen.step, text))
         if seen.spikes:
             high = " and ".join(f"{_SAID[s]} {seen.values[s]:.3g} against {seen.medians[s]:.3g}" for s in seen.spikes)
             alarms.append(Alarm("spike", seen.step, f"{high}; the largest gradients are in {_listed(worst)}", worst))
         if self.trend is not None and not seen.skipped and self.trend.update(seen.values["loss"]):
-            text = f"the average loss has stayed above its best for {self.trend.patience} steps"
-            alarms.append(Alarm("slow_divergence", seen.step, text, escalates=True))
+            lost = self.trend.lost
+            text = "the loss stays at more than twice its best" if lost else "the loss is leaving its best"
+            alarms.append(Alarm("slow_divergence", seen.step, text, escalates=True, lost=lost))
         for signal, factor in seen.levels.items():
-            jumped = factor >= SUSTAINED
+            jumped = factor >= SUSTAINED and not self._counts["data"]
             text = f"{_SAID[signal]} stays {factor:.3g} times as high; that is its level from now on"
-            alarms.append(Alarm("jump" if jumped else "new_level", seen.step, text, escalates=jumped))
-            if self.trend is not None:
+            alarms.append(Alarm("jump" if jumped else "new_level", seen.step, text, escalates=jumped, lost=jumped))
+            if self.trend is not None and not jumped:
                 self.trend.rebase()
         return alarms
 
+    def look(self, alarm: Alarm) -> Alarm:
+        """Takes in what was seen of single parameters: a network that is mostly dead and has learned nothing is lost.
+
+        Not without asking the loss: experts that get no token have no gradient either, nor do layers that are left out.
+        """
+        if alarm.kind == "dead" and alarm.most and self.trend is not None and not self.trend.learned:
+            text = f"most of the network is dead, and the loss no better than at the start: {alarm.text}"
+            return Alarm("collapsed", alarm.step, text, alarm.names, escalates=True, lost=True)
+        return alarm
+
     def rolled_back(self) -> None:
         """What was in a row is so no more."""
-        self._counts |= {"bad_in_a_row": 0, "overflows_in_a_row": 0}
-        if self.trend is not None:
-            self.trend.rebase()
+        self._counts |= {"bad_in_a_row": 0, "overflows_in_a_row": 0, "returned": 1, "data": 0}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""

@@ -48,7 +48,9 @@ class Rollback:
         every: A snapshot is taken after so many steps.
         clean: It may be returned to once so many further steps have passed without an alarm.
         memory: Where snapshots are: ``"device"``, ``"cpu"`` or ``"disk"``.
-        lr_factor: By what the learning rate is multiplied for good after it; 1 to keep it.
+        lr_factor: By what the learning rate is multiplied for good after it; 1 to keep it. The second return in a row
+            to the same snapshot multiplies by its square, the third by its cube (1/2, then 1/8, then 1/64 in all),
+            because trouble that comes back needs more than a gentle answer.
         budget: How many times in a run.
 
     Raises:
@@ -58,7 +60,7 @@ class Rollback:
     every: int = 200
     clean: int = 100
     memory: str = "cpu"
-    lr_factor: float = 0.7
+    lr_factor: float = 0.5
     budget: int = 3
 
     def __post_init__(self) -> None:
@@ -73,8 +75,9 @@ class Rollback:
 class Ladder:
     """Chooses what to do about an alarm that skipping does not mend.
 
-    The lowest rung first; the next one if there is another such alarm within ``memory`` steps of the last action, or if
-    a rung's budget is used up. For ``cooldown`` steps after an action nothing is done, so that it can work.
+    The lowest rung first; the next one if there is another such alarm within ``memory`` steps of the last action, if a
+    rung's budget is used up, or if the weights are lost, which a lower rate does not bring back. For ``cooldown`` steps
+    after an action nothing is done, so that it can work.
 
     Args:
         lr_cut: Whether the first rung is there, and its budget.
@@ -111,18 +114,19 @@ class Ladder:
         """How often each rung has been used."""
         return dict(self._used)
 
-    def act(self, step: int, can_roll_back: bool) -> str | None:
+    def act(self, step: int, can_roll_back: bool, lost: bool = False) -> str | None:
         """What to do: ``"lr_cut"``, ``"rollback"``, ``"stop"``, or None.
 
         Args:
             step: Optimizer steps so far.
             can_roll_back: Whether there is a snapshot.
+            lost: Whether the weights are worse than they were.
         """
         since = math.inf if self._last is None else step - self._last[0]
         if since < self._cooldown:
             return None
         rungs = list(self._budgets)
-        if since < self._memory:  # the lower rung has just been tried, or was not enough before
+        if lost or since < self._memory:  # the lower rung would not do, has just been tried, or was not enough before
             rungs.append(rungs.pop(0))
         for rung in rungs:
             if self._used[rung] < self._budgets[rung] and (rung != "rollback" or can_roll_back):

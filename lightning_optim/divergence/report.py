@@ -26,6 +26,7 @@ _ADVICE = {
     "`lr_multiplier` for their group.",
     "exploding": "`GradientClipping`, per group or `{method: agc}`; normalisation in the layers named.",
     "dead": "Units that never fire get no gradient: a lower `lr`, another initialisation or activation.",
+    "collapsed": "A lower `lr`, a longer `warmup`; normalisation, or an activation with a gradient everywhere.",
     "stalled": "A smaller `eps`, or a larger `lr_multiplier` for the group: its updates are too small to matter.",
     "no_gradient": "Unfreeze the parameters named (`requires_grad_`), use them in the loss, or leave them out of the "
     "optimizer.",

@@ -1,4 +1,4 @@
-"""A loss that creeps away from its best, too slowly for any single step to stand out."""
+"""A loss that moves away from its best, too slowly or too noisily for any single step to stand out."""
 
 from __future__ import annotations
 
@@ -9,21 +9,30 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+SUSTAINED = 2.0
+"""A level that has risen by this factor for good is no change of data or of what is trained: the weights are worse."""
+
 _WINDOW = 128
-_WARMUP = 20
-"""Steps before there is a best: the length of the fast average."""
+_MOST = 7.0
+"""What one step can add to the evidence, so that it takes several."""
 
 
 class SlowDivergence:
-    """Alarms if an average of the loss stays clearly above its best.
+    """Alarms if there is enough evidence that the loss has left its best, by Page's cumulative sum.
 
-    Clearly is more than ``rise`` of the best and more than one standard deviation of the loss from step to step, for
-    ``patience`` steps in a row: such an average wanders by a sixth of that, so that noise alone does not do it. After
-    an alarm the present level is the new best: one alarm for one divergence, the next if it goes on.
+    The best is the lowest that an average of the loss has been. What counts as a rise is ``rise`` of it, or the noise
+    if that is more: the root mean square of the loss's change from step to step, over √2. Each step adds by how many
+    such units its loss is above the best, less one; nothing below 0 is kept, and no step adds more than 7. At
+    ``patience`` there is an alarm: after 50 steps two units above the best, after 8 steps far above it. On noise alone
+    the sum falls by a third of a unit a step or more, so that it does not get there (Page, 1954, "Continuous
+    inspection schemes"; measured by ``tests/divergence/test_detectors.py``).
+
+    After an alarm the present level is the new best: one alarm for one divergence, the next if it goes on. A level of
+    twice the best is no new best; if it stays there, there is another alarm, each time at twice the evidence.
 
     Args:
         rise: By what share of the best.
-        patience: For how many steps in a row.
+        patience: How much evidence, in steps that are two units above the best.
         decay: Of the average: 0.95 averages over the last 20 steps or so.
 
     Raises:
@@ -33,7 +42,7 @@ class SlowDivergence:
         >>> trend = SlowDivergence()
         >>> losses = [1.0] * 100 + [1.003**k for k in range(150)]
         >>> [step for step, loss in enumerate(losses) if trend.update(loss)]
-        [214]
+        [211]
     """
 
     def __init__(self, rise: float = 0.15, patience: int = 50, decay: float = 0.95) -> None:
@@ -44,57 +53,89 @@ class SlowDivergence:
         if not 0 <= decay < 1:
             raise ValueError(f"Invalid decay={decay!r}: it lies in [0, 1), for instance 0.95.")
         self.rise, self.patience, self.decay = rise, patience, decay
-        self._seen = 0
-        self._fast = 0.0
-        self._best = math.inf
-        self._above = 0
+        self._first = math.nan
+        self.rebase()
+
+    def rebase(self) -> None:
+        """The next level is a new one, of which nothing is known yet: after an alarm, or a jump that was adopted."""
+        self._seen, self._average, self._best, self._doubt = 0, 0.0, math.inf, 1.0
+        self._evidence = self._unit = 0.0
+        self._insisted = 0
         self._recent: deque[float] = deque(maxlen=_WINDOW)
+        self._last: deque[float] = deque(maxlen=int(_MOST) + 1)
 
     def update(self, loss: float) -> bool:
         """Takes in the loss of a step that was taken; whether to alarm."""
         if not math.isfinite(loss):
             return False
+        if math.isnan(self._first):
+            self._first = loss
+        self._last.append(loss)
+        loss = min(loss, self._best + (_MOST + 1) * self._unit)  # one huge loss is not to pass for noise from now on
+        self._recent.append(loss)
         self._seen += 1
         # A plain mean at first, so that the first loss does not linger.
         weight = max(1 - self.decay, 1 / self._seen)
-        self._fast += weight * (loss - self._fast)
-        self._recent.append(loss)
-        if self._seen < _WARMUP:
+        self._average += weight * (loss - self._average)
+        noise = self._noise()
+        doubt = 1 + 2 * math.sqrt(weight - (1 - self.decay))  # the mean of few losses may be luck
+        now, before = self._unit_of(self._average, doubt * noise), self._unit_of(self._best, self._doubt * noise)
+        if self._average + now < self._best + before:
+            self._best, self._doubt, before = self._average, doubt, now
+        self._unit = before
+        if self._unit > 0:
+            self._evidence = max(0.0, self._evidence + min(_MOST, (loss - self._best) / self._unit - 1))
+        if self._evidence < self.patience * 2**self._insisted:
             return False
-        if self._fast < self._best:
-            self._best, self._above = self._fast, 0
-            return False
-        higher = self._fast - self._best
-        clearly = higher > self.rise * abs(self._best) and higher > self._noise()
-        self._above = self._above + 1 if clearly else 0
-        if self._above < self.patience:
-            return False
-        self.rebase()
+        self._evidence = 0.0
+        self._insisted += 1
+        if not self.lost:
+            self.rebase()
         return True
 
-    def rebase(self) -> None:
-        """The next level is a new one, of which nothing is known yet: after an alarm, or a jump that was adopted."""
-        self._seen, self._fast, self._best, self._above = 0, 0.0, math.inf, 0
-        self._recent.clear()
+    def far(self, loss: float) -> bool:
+        """Whether a single loss is too far above the best to be noise: twice as high, and by four units or more."""
+        return self._best > 0 and self._unit > 0 and loss >= max(SUSTAINED * self._best, self._best + 4 * self._unit)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the last losses are twice the best: the weights are worse, which a lower rate alone does not mend."""
+        return bool(self._last) and self._best > 0 and statistics.median(self._last) >= SUSTAINED * self._best
+
+    @property
+    def learned(self) -> bool:
+        """Whether the loss is clearly below the very first: that of a network of which nothing is left is not."""
+        return not self._average >= 0.95 * self._first
+
+    def _unit_of(self, best: float, noise: float) -> float:
+        return max(self.rise * abs(best), noise)
 
     def _noise(self) -> float:
         """Standard deviation from step to step; from differences, which a drift does not enter."""
         values = list(self._recent)
-        steps = [abs(b - a) for a, b in itertools.pairwise(values)]
-        return 1.4826 * statistics.median(steps) / math.sqrt(2)
+        return math.sqrt(sum((b - a) ** 2 for a, b in itertools.pairwise(values)) / (2 * max(len(values) - 1, 1)))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         return {
+            "first": self._first,
             "seen": self._seen,
-            "fast": self._fast,
+            "average": self._average,
             "best": self._best,
-            "above": self._above,
+            "doubt": self._doubt,
+            "evidence": self._evidence,
+            "unit": self._unit,
+            "insisted": self._insisted,
             "recent": list(self._recent),
+            "last": list(self._last),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
-        self._seen, self._fast = state["seen"], state["fast"]
-        self._best, self._above = state["best"], state["above"]
-        self._recent = deque(state["recent"], maxlen=_WINDOW)
+        self.rebase()
+        self._first = state["first"]
+        self._seen, self._average, self._best = state["seen"], state["average"], state["best"]
+        self._doubt, self._evidence, self._unit = state["doubt"], state["evidence"], state["unit"]
+        self._insisted = state["insisted"]
+        self._recent.extend(state["recent"])
+        self._last.extend(state["last"])

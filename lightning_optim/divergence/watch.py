@@ -67,6 +67,9 @@ class Watch(NonFiniteGradient):
         loss: Returns the loss of the step, shape [], on any device; None if it is not known.
         rows: Where to write.
 
+    Attributes:
+        alive: Which tensors had a gradient other than 0 at the first step; nothing before the host knows.
+
     Example:
         >>> watch = Watch()
         >>> watch(GradStats(torch.tensor([1.0, float("inf")]), group_sizes=(2,)))
@@ -88,6 +91,7 @@ class Watch(NonFiniteGradient):
         self._skips = [signal in skip for signal in SIGNALS]
         self._loss = loss
         self.rows = rows or Rows()
+        self.alive: tuple[bool, ...] = ()
         self._steps = 0
         self._now: tuple[list[Tensor], _Layout] | None = None
         self._layouts: dict[int, _Layout] = {}
@@ -180,6 +184,7 @@ class Watch(NonFiniteGradient):
         norm_sq = rest[count : count + sum(layout.group_sizes)]
         places = rest[count + len(norm_sq) :] if layout.has_places else None
         bad = ~np.isfinite(norm_sq)
+        self.alive = self.alive or tuple((norm_sq > 0).tolist())
         bad_loss = layout.has_loss and not math.isfinite(values[1])
         medians, levels = [math.nan] * count, [0.0] * count
         if self.spikes is not None:

@@ -64,6 +64,26 @@ def test_the_batches_of_the_first_step_are_known_too():
     assert (entry.step, entry.batches) == (0, [0, 1, 2, 3])
 
 
+@pytest.mark.parametrize("lasting", [True, False])
+def test_weights_that_are_worse_are_rolled_back_and_data_that_are_different_are_not_rolled_back_twice(lasting):
+    class Changes(Faulty):
+        """Three times the loss from step 60 on: of other data, or until the weights are those of before."""
+
+        def training_step(self, batch, batch_idx):
+            spoilt = self.batch >= 60 and (lasting or not guard.rollback_count)
+            loss = super().training_step(batch, batch_idx)
+            return loss * 3 if spoilt else loss
+
+    guard = lo.DivergenceGuard(QUICK, rollback=Rollback(every=20, clean=10))
+    make_trainer([_configure(lr=1e-4), guard]).fit(Changes(lambda k: 1.0), batches(200, batch_size=1024))
+    (did,) = [entry for entry in guard.report.entries if entry.kind == "did"]
+    assert did.text.startswith("back to the state after step 39")
+    assert did.step < 80
+    told = [entry.text for entry in guard.report.entries if entry.kind == "new_level"]
+    assert any("with the weights of the snapshot" in text for text in told) is lasting
+    assert max(entry.step for entry in guard.report.entries) < 110
+
+
 @pytest.mark.parametrize("kind", ADAMWS)
 @pytest.mark.parametrize("memory", ["device", "cpu", "disk"])
 @pytest.mark.parametrize("name", PRECISIONS)

@@ -143,7 +143,7 @@ class RateTooHigh(GoesWrong):
 class AdamWRateTooHigh(RateTooHigh):
     """The same with AdamW."""
 
-    optimizer = (torch.optim.AdamW, {"lr": 3e-3})
+    optimizer = (torch.optim.AdamW, {"lr": 1e-2})
 
 
 class Perceptron(L.LightningModule):

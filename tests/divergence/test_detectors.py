@@ -7,7 +7,18 @@ import math
 import pytest
 import torch
 
-from lightning_optim.divergence import Judge, Rows, SlowDivergence, SpikeWindow, StepSeen, Watch
+from lightning_optim.divergence import (
+    Alarm,
+    Judge,
+    Ladder,
+    LRCut,
+    Rollback,
+    Rows,
+    SlowDivergence,
+    SpikeWindow,
+    StepSeen,
+    Watch,
+)
 from lightning_optim.stats import GradStats
 
 
@@ -270,3 +281,68 @@ def test_rows_come_in_order_and_once():
     other = Rows()
     other.load_state_dict(rows.state_dict())
     assert [(row.step, row.values.tolist()) for row in other.read()] == [(3, [3.0])]
+
+
+# What is more than a bad batch, and what it takes.
+
+
+def test_two_signals_that_stand_out_together_need_less_than_one_alone():
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.exp(0.4 * torch.randn(300, 1, generator=generator)) * torch.tensor([[1.0, 0.1]])  # small batches
+    window = SpikeWindow(signals=2)
+    _feed(window, wide)
+    highest = wide[-128:].amax(dim=0)
+    assert window.together == pytest.approx((2 * highest).tolist())
+    assert all(both < one for both, one in zip(window.together, window.alone, strict=True))
+
+
+def test_together_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"together=0\.5"):
+        SpikeWindow(signals=2, together=0.5)
+
+
+def test_a_loss_far_above_its_best_is_found_within_eight_steps_and_insisted_upon():
+    trend = SlowDivergence()
+    assert not any(trend.update(1.0 + 0.1 * (k % 3)) for k in range(100))
+    alarms = [k for k in range(60) if trend.update(50.0)]
+    assert alarms == [7, 22, 51]
+    assert trend.lost
+
+
+def test_a_loss_that_rises_by_half_is_one_alarm():
+    trend = SlowDivergence()
+    losses = [1.0 + 0.01 * (k % 3) for k in range(100)] + [1.5 + 0.01 * (k % 3) for k in range(400)]
+    assert sum(trend.update(loss) for loss in losses) == 1
+    assert not trend.lost
+
+
+def test_a_run_that_diverges_from_its_first_step_on_is_found():
+    trend = SlowDivergence()
+    assert any(trend.update(loss) for loss in [4.8, 4.0, 17.9, 8.3, 21.6, 27.4, *[28.0, 31.0] * 15])
+
+
+def test_one_huge_loss_is_neither_an_alarm_nor_noise():
+    trend = SlowDivergence()
+    losses = [1.0 + 0.1 * (k % 3) for k in range(100)]
+    assert not any(trend.update(loss) for loss in [*losses, 1e9, *losses])
+    assert any(trend.update(2.5) for _ in range(20))
+
+
+def test_lost_weights_need_no_lower_rate_first():
+    ladder = Ladder(LRCut(), Rollback(), cooldown=0)
+    assert ladder.act(10, can_roll_back=True, lost=True) == "rollback"
+    assert Ladder(LRCut(), Rollback()).act(10, can_roll_back=False, lost=True) == "lr_cut"
+    assert Ladder(LRCut(), Rollback()).act(10, can_roll_back=True) == "lr_cut"
+
+
+def test_a_network_that_is_mostly_dead_is_lost_unless_it_has_learned():
+    dead = Alarm("dead", 50, "the gradient is exactly 0 in a", ("a",), most=True)
+    judge = Judge(SlowDivergence())
+    for k in range(40):
+        judge.trend.update(2.3 + 0.01 * (k % 2))
+    assert judge.look(dead).kind == "collapsed"
+    assert judge.look(dead).lost
+    assert judge.look(Alarm("dead", 50, "", ("a",))).kind == "dead"
+    for _ in range(100):
+        judge.trend.update(1.0)
+    assert judge.look(dead) is dead

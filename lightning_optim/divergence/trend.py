@@ -13,6 +13,8 @@ SUSTAINED = 2.0
 """A level that has risen by this factor for good is no change of data or of what is trained: the weights are worse."""
 
 _WINDOW = 128
+_START = 20
+_LEARNED = 0.05
 _MOST = 7.0
 """What one step can add to the evidence, so that it takes several."""
 
@@ -21,11 +23,13 @@ class SlowDivergence:
     """Alarms if there is enough evidence that the loss has left its best, by Page's cumulative sum.
 
     The best is the lowest that an average of the loss has been. What counts as a rise is ``rise`` of it, or the noise
-    if that is more: the root mean square of the loss's change from step to step, over √2. Each step adds by how many
-    such units its loss is above the best, less one; nothing below 0 is kept, and no step adds more than 7. At
-    ``patience`` there is an alarm: after 50 steps two units above the best, after 8 steps far above it. On noise alone
-    the sum falls by a third of a unit a step or more, so that it does not get there (Page, 1954, "Continuous
-    inspection schemes"; measured by ``tests/divergence/test_detectors.py``).
+    if that is more: the root mean square of the loss's change from step to step, over √2. Nor is it less than a
+    twentieth of what has been learned, the median of the first 20 losses less the best: of a model that knows its data
+    by heart the loss wanders by any factor, down there. Each step adds by how many such units its loss is above the
+    best, less one; nothing below 0 is kept, and no step adds more than 7. At ``patience`` there is an alarm: after 50
+    steps two units above the best, after 8 steps far above it. On noise alone the sum falls by a third of a unit a step
+    or more, so that it does not get there (Page, 1954, "Continuous inspection schemes"; measured by
+    ``tests/divergence/test_detectors.py``).
 
     After an alarm the present level is the new best: one alarm for one divergence, the next if it goes on. A level of
     twice the best is no new best; if it stays there, there is another alarm, each time at twice the evidence.
@@ -53,7 +57,7 @@ class SlowDivergence:
         if not 0 <= decay < 1:
             raise ValueError(f"Invalid decay={decay!r}: it lies in [0, 1), for instance 0.95.")
         self.rise, self.patience, self.decay = rise, patience, decay
-        self._first = math.nan
+        self._first: list[float] = []
         self.rebase()
 
     def rebase(self) -> None:
@@ -68,8 +72,8 @@ class SlowDivergence:
         """Takes in the loss of a step that was taken; whether to alarm."""
         if not math.isfinite(loss):
             return False
-        if math.isnan(self._first):
-            self._first = loss
+        if len(self._first) < _START:
+            self._first.append(loss)
         self._last.append(loss)
         loss = min(loss, self._best + (_MOST + 1) * self._unit)  # one huge loss is not to pass for noise from now on
         self._recent.append(loss)
@@ -105,10 +109,10 @@ class SlowDivergence:
     @property
     def learned(self) -> bool:
         """Whether the loss is clearly below the very first: that of a network of which nothing is left is not."""
-        return not self._average >= 0.95 * self._first
+        return bool(self._first) and self._average < 0.95 * self._first[0]
 
     def _unit_of(self, best: float, noise: float) -> float:
-        return max(self.rise * abs(best), noise)
+        return max(self.rise * abs(best), noise, _LEARNED * (statistics.median(self._first) - best))
 
     def _noise(self) -> float:
         """Standard deviation from step to step; from differences, which a drift does not enter."""
@@ -118,7 +122,7 @@ class SlowDivergence:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         return {
-            "first": self._first,
+            "first": list(self._first),
             "seen": self._seen,
             "average": self._average,
             "best": self._best,
@@ -133,7 +137,7 @@ class SlowDivergence:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
         self.rebase()
-        self._first = state["first"]
+        self._first = list(state["first"])
         self._seen, self._average, self._best = state["seen"], state["average"], state["best"]
         self._doubt, self._evidence, self._unit = state["doubt"], state["evidence"], state["unit"]
         self._insisted = state["insisted"]

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lightning_optim.backends.scalars import widest_dtype
 
+_AT_ONCE = 64
+
 
 class Interval:
     """Count, mean and maximum of the finite values seen since they were last taken; the host never waits.
@@ -27,16 +29,27 @@ class Interval:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, dtype=widest_dtype(device), device=device)
         self._largest = torch.full((), -torch.inf, dtype=self._sums.dtype, device=device)
+        self._waiting: list[Tensor] = []
 
     def add(self, value: Tensor) -> None:
-        """Takes in one value, shape []; NaN and infinities are left out."""
-        value = value.detach().to(self._sums)
-        finite = value.isfinite()
-        self._sums += torch.stack([finite.to(value.dtype), torch.where(finite, value, 0.0)])
-        torch.maximum(self._largest, torch.where(finite, value, -torch.inf), out=self._largest)
+        """Takes in one value, shape [], which nobody may change afterwards; NaN and infinities are left out."""
+        # Every step does this, so what is computed is computed for many at once.
+        self._waiting.append(value.detach())
+        if len(self._waiting) == _AT_ONCE:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if not self._waiting:
+            return
+        values = torch.stack([value.to(self._sums) for value in self._waiting])
+        self._waiting.clear()
+        finite = values.isfinite()
+        self._sums += torch.stack([finite.to(values.dtype), torch.where(finite, values, 0.0)]).sum(dim=1)
+        torch.maximum(self._largest, torch.where(finite, values, -torch.inf).max(), out=self._largest)
 
     def take_sums(self) -> tuple[Tensor, Tensor]:
         """(count, sum), shape [2], and the maximum, shape []; starts anew. Both add up over ranks."""
+        self._add_up()
         sums, largest = self._sums.clone(), self._largest.clone()
         self._sums.zero_()
         self._largest.fill_(-torch.inf)

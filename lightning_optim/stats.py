@@ -116,7 +116,7 @@ class GradStats:
         if "finite" not in self._values:
             largest = self._values.get("largest")
             known = largest if largest is not None and "norm_sq" not in self._values else self.norm_sq
-            self._values["finite"] = known.isfinite().all()
+            self._values["finite"] = (known * 0 == 0).all()  # half the operations of isfinite
         finite: Tensor = self._values["finite"]
         return finite
 

@@ -211,13 +211,14 @@ class StepPipeline:
     def _close(self, step: _Step) -> None:
         self._steps += 1
         taken = None if step.skip is None else step.skip == 0
-        if taken is not None:
-            self._counts[1] += ~taken
         if self.clipper is not None:
             assert step.clip is not None
             accepted = step.stats.finite() if taken is None else step.stats.finite() & taken
             self.clipper.commit(accepted)
-            self._counts[0] += step.clip.flag() & accepted
+            clipped = step.clip.flag() & accepted
+            self._counts += torch.stack([clipped, torch.zeros_like(clipped) if taken is None else ~taken])
+        elif taken is not None:
+            self._counts[1] += ~taken
         for detector in self.detectors:
             assert step.skip is not None
             detector.commit(step.skip)

@@ -37,7 +37,7 @@ class LossHistory:
 
     def add(self, loss: Tensor) -> None:
         """Takes in one loss, shape []."""
-        self._interval.add(loss)
+        self._interval.add(loss.detach().clone())  # it may be a view of something large, or go on changing
         self._window[self._seen % WINDOW] = loss
         self._seen += 1
 

@@ -111,7 +111,7 @@ class Watch(NonFiniteGradient):
             values = torch.stack([norm, torch.full_like(norm, torch.nan)])
         else:
             values = torch.stack([norm, loss.detach().to(norm, non_blocking=True)])
-            skip = skip | ~values[1].isfinite()
+            skip = skip | (values[1] * 0 != 0)
         flags = torch.zeros_like(values, dtype=torch.bool)
         if self.spikes is not None:
             alone, together = self._limits_on(values.device, self.spikes).unbind()

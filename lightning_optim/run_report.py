@@ -6,8 +6,9 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ class Run:
         name: The run's folder, as short as the runs allow.
         scalars: Points by tag, in order of their steps.
         alarms: What monitor and guard have told, in Markdown.
+        heat_maps: The monitor's last images of all tensors, as PNG, by quantity.
     """
 
     name: str
     scalars: Mapping[str, Points]
     alarms: tuple[str, ...] = ()
+    heat_maps: Mapping[str, bytes] = field(default_factory=dict)
 
+
+_HEAT_MAP = r"^optim/(\d+\.)?tensors/"
 
 FIGURES: dict[str, tuple[str, ...]] = {
     "Learning curves": ("loss",),
@@ -39,7 +44,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "Effective learning rate": ("optim_lr/effective/[group]",),
     "Cosine of gradient and momentum": ("optim_grad/cosine/[group]",),
     "Gradient over second moment": ("optim_grad/over_second_moment/[group]",),
-    "Clipped, skipped": ("optim_health/clip_rate", "optim_health/skipped_steps"),
+    "Clipped, skipped": ("optim_health/clip_rate", "optim_health/skipped_steps", "optim_health/rollbacks"),
 }
 """What is drawn, in order; `[group]` stands for one part of a tag, and `loss` for all losses that a run has."""
 
@@ -68,11 +73,13 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     scalars = {
         tag: sorted((e.step, e.value, e.wall_time - start) for e in events.Scalars(tag)) for tag in tags["scalars"]
     }
-    texts = [
-        tag for tag in ("optim/alarms/text_summary", "optim_health/divergence/text_summary") if tag in tags["tensors"]
+    texts = [f"{tag}/text_summary" for tag in ("optim/alarms", "optim/advice", "optim_health/divergence")]
+    alarms = [
+        e.tensor_proto.string_val[0].decode() for tag in texts if tag in tags["tensors"] for e in events.Tensors(tag)
     ]
-    alarms = [e.tensor_proto.string_val[0].decode() for tag in texts for e in events.Tensors(tag)]
-    return Run(name or folder.name, scalars, tuple(alarms))
+    images = [tag for tag in tags["images"] if re.match(_HEAT_MAP, tag)]
+    heat_maps = {re.sub(_HEAT_MAP, r"\1", tag): events.Images(tag)[-1].encoded_image_string for tag in images}
+    return Run(name or folder.name, scalars, tuple(alarms), heat_maps)
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -163,15 +170,23 @@ def write_report(runs: Sequence[Run], folder: str | Path, targets: Sequence[floa
     for title, patterns in FIGURES.items():
         picture = _figure(title, runs, patterns)
         if picture is not None:
-            (folder / f"{title.lower().replace(' ', '_').replace(',', '')}.png").write_bytes(picture)
-            encoded = base64.b64encode(picture).decode()
-            parts += _section(title, f'<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
+            parts += _section(title, _saved(picture, title, folder))
     for run in runs:
+        for quantity, picture in run.heat_maps.items():
+            title = f"{quantity} of each tensor in {run.name}"
+            parts += _section(title, _saved(picture, title, folder))
         lines = "".join(f"<li><pre>{html.escape(alarm)}</pre></li>" for alarm in run.alarms)
         parts += _section(f"Alarms of {run.name}", f"<ul>{lines}</ul>" if lines else "<p>None.</p>")
     page = folder / "report.html"
     page.write_text(_PAGE.format(body="\n".join(parts)), encoding="utf-8")
     return page
+
+
+def _saved(picture: bytes, title: str, folder: Path) -> str:
+    """Writes a PNG into a folder, and gives it as a part of the page."""
+    (folder / f"{re.sub('[^a-z0-9]+', '_', title.lower())}.png").write_bytes(picture)
+    encoded = base64.b64encode(picture).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">'
 
 
 def _tags(run: Run, patterns: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import lightning_optim as lo
 from lightning_optim.cli import main
+from lightning_optim.diagnostics import PerTensor
 from lightning_optim.run_report import Run, convergence, generalisation, read_run, read_runs
 from tests.helpers import Net, batches, make_trainer, read_events
 
@@ -16,7 +17,8 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for name, lr in (("slow", 1e-4), ("fast", 1e-1)):
         logger = TensorBoardLogger(root, name=name, version="0")
-        parts = [lo.ConfigureOptimizers("adamw", lr=lr), lo.GradientClipping(1.0), lo.OptimizerMonitor()]
+        monitor = lo.OptimizerMonitor(per_tensor=PerTensor(heat_maps=["grad_norm"]) if name == "fast" else None)
+        parts = [lo.ConfigureOptimizers("adamw", lr=lr), lo.GradientClipping(1.0), monitor]
         model = Net(nan_batches=[5] if name == "fast" else [])
         make_trainer(parts, logger=logger, max_epochs=2).fit(model, batches(8), batches(2))
     return [root / "slow" / "0", root / "fast" / "0"]
@@ -33,7 +35,8 @@ def test_the_command_writes_one_page_that_needs_nothing_else(folders, tmp_path, 
     assert titles[:4] == ["Convergence", "Generalisation", "Learning curves", "Learning rate"]
     assert {"Update over parameters", "Cosine of gradient and momentum", "Alarms of fast/0"} <= set(titles)
     sources = re.findall('src="(.*?)"', text)
-    assert len(sources) == len(list((tmp_path / "out").glob("*.png"))) == 9
+    assert len(sources) == len(list((tmp_path / "out").glob("*.png"))) == 10
+    assert [title for title in titles if "of each tensor" in title] == ["grad_norm of each tensor in fast/0"]
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     assert "http" not in text
     assert "Step 5: 6 gradients are not finite" in text

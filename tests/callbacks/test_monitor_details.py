@@ -14,8 +14,9 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_optim as lo
-from lightning_optim.diagnostics import Histograms, PerTensor
+from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Histograms, PerTensor, Report
 from lightning_optim.diagnostics.magnitudes import EDGES, TAGS
+from lightning_optim.diagnostics.tensors import pack
 from lightning_optim.histograms import ABOVE, BELOW, COLUMNS, FIRST, KINDS, NOT_FINITE, ZERO, magnitudes
 from tests.helpers import ADAMWS, Net, batches, make_trainer, precision
 
@@ -79,7 +80,10 @@ def _rms(values):
 def test_a_table_of_the_tensors_that_stand_out(logger, kind):
     around = Around()
     events = _fit(
-        logger, parts=[around, lo.GradientClipping(0.5)], optimizer=ADAMWS[kind], per_tensor=PerTensor(worst=4, every=3)
+        logger,
+        parts=[around, lo.GradientClipping(0.5)],
+        optimizer=ADAMWS[kind],
+        per_tensor=PerTensor(worst=4, heat_maps=(), every=3),
     )
     tables = _tables(events)
     assert list(tables) == [2, 5, 7]
@@ -301,3 +305,49 @@ def test_without_tensorboard_nothing_is_counted(tmp_path, monkeypatch):
     logger = L.loggers.CSVLogger(tmp_path)
     parts = [lo.ConfigureOptimizers("adamw"), lo.OptimizerMonitor(per_tensor=PerTensor(), histograms=Histograms())]
     make_trainer(parts, logger=logger).fit(Net(), batches(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_counts_on_the_device_are_the_hosts_and_nobody_waits_for_them(dtype):
+    values = (torch.randn(70_000, generator=torch.Generator().manual_seed(0)) * 1e-3).to(dtype)
+    values[:5] = torch.tensor([0.0, math.nan, math.inf, 1e-30, 6e4])
+    on_device = values.cuda()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        counts = magnitudes(on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert counts.cpu().equal(magnitudes(values))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_reported_step_with_all_details_does_not_wait_for_the_device():
+    weights = [torch.nn.Parameter(torch.randn(300, 70, device="cuda")) for _ in range(3)]
+    optimizer = lo.optim.AdamW(weights, lr=1e-3, weight_decay=0.1)
+    reports = []
+
+    def send(record):
+        report = Report(record, DEFAULT_DIAGNOSTICS)
+        report.add_table("tensors", pack(record))
+        for kind, counts in record.histograms.items():
+            report.add_table(kind, counts)
+        reports.append(report.send())
+
+    pipeline = lo.StepPipeline(optimizer, on_report=send, histograms=lambda: KINDS)
+    for step in range(4):
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        if step == 3:  # kernels are compiled by then
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    pipeline.close()
+    values = reports[-1].read()
+    assert values["optim_update_norm/0"] > 0
+    assert reports[-1].tables["update"].sum() == 3 * 300 * 70
+    assert reports[-1].tables["tensors"].shape[0] == 3

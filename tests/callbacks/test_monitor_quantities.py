@@ -23,7 +23,7 @@ def test_every_quantity_of_every_family_clipped(logger, name):
     assert any(value > 0 for _, value in events["optim_grad/zero/head"])
 
 
-@pytest.mark.parametrize("name", ["adamw", "torch-adamw-fused", "torch-adamw", "torch-momentum"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "torch-adamw-fused", "torch-adamw", "torch-momentum"])
 @pytest.mark.parametrize(
     ("clips", "options"),
     [(False, {"precision": "64-true"}), (True, {"precision": "64-true", "accumulate_grad_batches": 4})],
@@ -33,7 +33,7 @@ def test_every_quantity_unclipped_and_accumulated(logger, name, clips, options):
     compare(*fit(logger, FAMILIES[name], clips, count=20, **options))
 
 
-@pytest.mark.parametrize("name", ["adamw", "torch-adamw-fused", "torch-adamw"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "lamb", "adafactor", "torch-adamw-fused", "torch-adamw"])
 def test_every_quantity_without_the_loss_scale_of_16_bits(logger, name):
     rows, events = fit(logger, FAMILIES[name], True, **precision("16-mixed"))
     compare(rows, events, rel=1e-3)

@@ -87,6 +87,10 @@ class OptimizerState:
             for key, value in then.items():
                 group[key] = _put(group.get(key), value)
 
+    def elements_without_state(self) -> int:
+        """How many elements of parameters have no state yet; of sharded ones, those that are here."""
+        return sum(local(param.detach()).numel() for param in self._params() if not self._state_of(param))
+
     def _params(self) -> list[Tensor]:
         return [param for group in self._optimizer.param_groups for param in group["params"]]
 
@@ -117,10 +121,10 @@ class StateDict:
 class Snapshot:
     """A copy of the state of all parts at one moment.
 
-    Taking it costs one copy of weights and optimizer state (AdamW in float32: 12 bytes for each parameter). On the
-    ``"device"`` that is a matter of its memory's bandwidth (tens of milliseconds for a billion parameters); to the
-    ``"cpu"`` the copy runs behind the training, into pinned memory that is kept for the next; to ``"disk"`` a thread
-    writes that, and nothing stays in memory.
+    Taking it costs one copy of weights and optimizer state (AdamW in float32: 12 bytes for each parameter), at the
+    speed of a copy within memory if training is there as well. From an accelerator to the ``"cpu"`` the copy runs
+    behind the training, into pinned memory that is kept for the next; to ``"disk"`` a thread writes a copy, which is
+    gone from memory then.
 
     Args:
         memory: ``"device"``, ``"cpu"`` or ``"disk"``.
@@ -207,6 +211,20 @@ class Snapshot:
         if self._arrived is not None:
             self._arrived.synchronize()
             self._arrived = None
+
+
+def bytes_needed(parts: Iterable[Part]) -> int:
+    """What a snapshot of these parts will take once every optimizer has its state.
+
+    Of a parameter that has none yet, as before the first step, two float32 numbers for each element are assumed.
+    """
+    needed = 0
+    for part in parts:
+        live = part.live()
+        needed += sum(tensor.nbytes for tensor in _tensors(live))
+        if isinstance(part, OptimizerState):
+            needed += 8 * part.elements_without_state()
+    return needed
 
 
 class SnapshotPair:

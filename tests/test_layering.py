@@ -23,7 +23,7 @@ LAYERS = [
     ("factory", "plan", "plan_report", "run_report"),
     ("optimizer_choice",),
     ("step", "resume", "diagnostics", "tensorboard", "training_length", "freezing", "late_groups", "foreign_decay"),
-    ("foreign_update", "histograms", "snapshots"),
+    ("foreign_update", "histograms", "snapshots", "room"),
     ("operands", "gradients", "measure", "flat_shards", "interval"),
     ("optim",),
     ("backends", "trial_step"),

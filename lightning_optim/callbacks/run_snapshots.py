@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_optim.callbacks.guarded import Guarded
 from lightning_optim.callbacks.hub import Hub
 from lightning_optim.callbacks.lightning_private import averaged_models, logging_step
 from lightning_optim.divergence import SKIPPED, Alarm, Rollback
-from lightning_optim.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors
+from lightning_optim.room import SHARE, fits, free_disk, free_memory, said
+from lightning_optim.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors, bytes_needed
 
 
 class RunSnapshots:
     """The snapshots of one fit. The first is the state that training starts from.
+
+    Two of them must fit into half of the memory that is free when training starts, shared among the machine's ranks;
+    otherwise they go to disk, with a warning.
 
     Args:
         config: When they are taken, and where they are.
@@ -23,6 +30,9 @@ class RunSnapshots:
         pl_module: Its module.
         hub: Its pipelines.
         guarded: What the guard has for each optimizer.
+
+    Raises:
+        MisconfigurationException: There is no room for them.
     """
 
     def __init__(
@@ -30,7 +40,7 @@ class RunSnapshots:
     ) -> None:
         self._hub, self._guarded, self._every = hub, guarded, config.every
         self._parts = _parts(trainer, pl_module, hub, guarded)
-        self._pair = SnapshotPair(config.memory, config.clean)
+        self._pair = SnapshotPair(_memory_for(config.memory, self._parts, trainer), config.clean)
         self._pair.first(self._parts, logging_step(trainer))
 
     @property
@@ -73,6 +83,30 @@ class RunSnapshots:
     def close(self) -> None:
         """Frees memory and files."""
         self._pair.close()
+
+
+def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
+    """Where two snapshots fit: where they are wanted, or on disk. All ranks decide alike."""
+    if wanted == "device":
+        return wanted
+    need, ranks = 2 * bytes_needed(parts), max(getattr(trainer.strategy, "num_processes", 1), 1)
+    agree = trainer.strategy.reduce_boolean_decision
+    taken = f"Two snapshots take {said(need)}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+    memory, disk = free_memory(), free_disk()
+    if wanted == "cpu":
+        if agree(fits(need, memory, ranks)):
+            return wanted
+        rank_zero_warn(
+            f"{taken}, which is more than {SHARE:.0%} of the {said(memory or 0)} of memory that are free. They go to "
+            f"disk, {tempfile.gettempdir()} (TMPDIR). `DivergenceGuard: {{rollback: {{memory: disk}}}}` says so from the "
+            "start, `rollback: null` does without them."
+        )
+    if not agree(need * ranks <= disk):
+        raise MisconfigurationException(
+            f"{taken}, and {tempfile.gettempdir()} has {said(disk)} free. Set TMPDIR to a disk that has room, take "
+            "`DivergenceGuard: {rollback: {memory: device}}` if the accelerator has, or `rollback: null`."
+        )
+    return "disk"
 
 
 def _parts(trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[Guarded]) -> list[Part]:

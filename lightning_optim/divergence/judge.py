@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,8 @@ class Judge:
         trend: What slow divergence is; None not to look for it.
         patience: After how many steps without a finite gradient in a row it is more than a bad batch.
         scaled: Whether gradients come out of a GradScaler: then one that is not finite, at a finite loss, is an
-            overflow, which is how the scaler finds its scale, and nothing to alarm about.
+            overflow, which is how the scaler finds its scale, and nothing to alarm about. So is one at an infinite
+            loss, which may be finite before scaling; if it is not, that many in a row collapse the scale.
         overflows: How many overflows in a row are a collapse of the loss scale. From its start at 2¹⁶ the scale falls
             below anything useful (2⁻⁴) within 20.
     """
@@ -83,7 +85,7 @@ class Judge:
         counts = self._counts
         counts["skipped"] += seen.skipped
         worst = tuple(names.get(place, f"parameter {place}") for place in seen.worst)
-        if seen.bad_tensors and self.scaled and not seen.bad_loss:
+        if seen.bad_tensors and self.scaled and (not seen.bad_loss or seen.values["loss"] == math.inf):
             return self._overflow(seen, worst)
         counts["overflows_in_a_row"] = 0
         if seen.bad_tensors or seen.bad_loss:

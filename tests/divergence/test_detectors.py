@@ -200,6 +200,16 @@ def test_an_overflow_of_the_scaler_is_no_alarm_until_it_goes_on():
     assert judge.overflow_steps == 20
 
 
+@pytest.mark.parametrize(
+    ("loss", "norm_sq", "overflow"),
+    [(math.inf, math.inf, True), (1.0, math.nan, True), (math.nan, math.inf, False), (math.inf, 1.0, False)],
+)
+def test_an_infinite_loss_with_infinite_gradients_may_be_the_scale(loss, norm_sq, overflow):
+    watch, judge = Watch(loss=lambda: torch.tensor(loss)), Judge(scaled=True)
+    alarms = judge.update(_step(watch, [norm_sq, 1.0]), {0: "a"})
+    assert (judge.overflow_steps, [alarm.kind for alarm in alarms]) == ((1, []) if overflow else (0, ["nonfinite"]))
+
+
 def test_bad_steps_in_a_row_escalate():
     watch, judge = Watch(), Judge(patience=5)
     alarms = [judge.update(_step(watch, [math.nan, 1.0]), {})[0].escalates for _ in range(10)]

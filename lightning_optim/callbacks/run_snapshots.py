@@ -98,8 +98,8 @@ def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
             return wanted
         rank_zero_warn(
             f"{taken}, which is more than {SHARE:.0%} of the {said(memory or 0)} of memory that are free. They go to "
-            f"disk, {tempfile.gettempdir()} (TMPDIR). `DivergenceGuard: {{rollback: {{memory: disk}}}}` says so from the "
-            "start, `rollback: null` does without them."
+            f"disk, {tempfile.gettempdir()} (TMPDIR). `DivergenceGuard: {{rollback: {{memory: disk}}}}` says so from "
+            "the start, `rollback: null` does without them."
         )
     if not agree(need * ranks <= disk):
         raise MisconfigurationException(

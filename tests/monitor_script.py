@@ -18,7 +18,7 @@ from tests import ranks
 from tests.helpers import Net, batches, make_trainer
 from tests.quantities import FAMILIES, train
 
-KINDS = ("adamw", "torch-adamw-fused", "torch-momentum", "muon")
+KINDS = ("adamw", "torch-adamw-fused", "muon")
 STEPS, BATCH, FEATURES = 60, 4, 16
 MEAN, SPREAD = 0.5, 2.0
 

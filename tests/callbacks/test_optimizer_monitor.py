@@ -114,8 +114,8 @@ class PerBatch(L.Callback):
     [
         ("ours", {}),
         ("torch-fused", {}),
-        ("ours", {"per_tensor": PerTensor(every=1), "histograms": Histograms(every=1)}),
-        ("torch-fused", {"per_tensor": PerTensor(every=1), "histograms": Histograms(every=1)}),
+        ("ours", {"per_tensor": PerTensor(heat_maps=(), every=1), "histograms": Histograms(every=1)}),
+        ("torch-fused", {"per_tensor": PerTensor(heat_maps=(), every=1), "histograms": Histograms(every=1)}),
     ],
     ids=["ours", "torch-fused", "ours-details", "torch-fused-details"],
 )

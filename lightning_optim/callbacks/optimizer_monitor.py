@@ -98,6 +98,7 @@ class OptimizerMonitor(HubCallback):
         super().on_train_start(trainer, pl_module)
         self._last = dict(enumerate(self.hub.counts()))
         self._meter = RunMeter(trainer) if trainer.loggers or self._bar(trainer) else None
+        self._batch_advice = BatchAdvice()
         self._details = MonitorDetails(trainer, self.per_tensor, self.histograms)
         if self._page is not None:
             self._page.start()
@@ -140,7 +141,7 @@ class OptimizerMonitor(HubCallback):
         self._meter.on_record(report, record)
         if not self._open:  # the first of this batch, which carries what belongs to the run
             health = self.hub.health_points()
-            report.add([f"optim_health/{name}" for name in health], list(health.values()))
+            report.add([f"optim_health/{name}" for name in health], list(health.values()), of_run=True)
         if self._details is not None:
             self._details.add(report, record)
         self._last[optimizer_index] = report
@@ -213,7 +214,7 @@ class OptimizerMonitor(HubCallback):
 
         def tag_of(tag: str) -> str:
             family, name = tag.split("/", 1)
-            return f"{family}/{index}.{name}" if several else tag
+            return f"{family}/{index}.{name}" if several and tag not in report.of_run else tag
 
         values = {tag_of(tag): value for tag, value in values.items()} | rest
         for logger in trainer.loggers:

@@ -89,7 +89,7 @@ class RunMeter:
         """The optimizer has stepped: adds what belongs to this step."""
         self._update_seconds = self.clock.end_update(self._device)
         if (scale := loss_scale(self._trainer)) is not None:
-            report.add(("optim_health/loss_scale",), scale.clone().reshape(1))
+            report.add(("optim_health/loss_scale",), scale.clone().reshape(1), of_run=True)
         if self._has_small and (self._micro_batches > 1 or self._trainer.world_size > 1):
             self._compare(report, record)
 
@@ -119,7 +119,7 @@ class RunMeter:
 
     def finish(self, report: Report) -> Callable[[], dict[str, float]]:
         """Adds what belongs to the interval; and what gives the rest, when the report has arrived."""
-        report.add(LossHistory.TAGS, self._loss.take(self._reduced))
+        report.add(LossHistory.TAGS, self._loss.take(self._reduced), of_run=True)
         steps = max(report.at + 1 - self._reported_at, 1)
         seconds = self.clock.take() / steps
         samples = self._samples * self._trainer.world_size / steps

@@ -40,6 +40,8 @@ class Report:
         self.clipped = 0
         self.culprit: str | None = None
         """Name of the first gradient with a NaN or an infinity, once read."""
+        self.of_run: set[str] = set()
+        """Tags of values that belong to the run."""
         self.tables: dict[str, np.ndarray] = {}
         """What `add_table` has taken, once read."""
         self._since: Report | StepCounts = since
@@ -69,14 +71,19 @@ class Report:
                 elif value is not None:
                     self._known[f"optim_{key}/{name}"] = float(value)
 
-    def add(self, tags: Sequence[str], values: Tensor | Sequence[float], shows_nan: bool = False) -> None:
+    def add(
+        self, tags: Sequence[str], values: Tensor | Sequence[float], shows_nan: bool = False, of_run: bool = False
+    ) -> None:
         """Adds values to the report, before it is sent.
 
         Args:
             tags: Their tags.
             values: One for each tag: a device tensor, or numbers that the host knows.
             shows_nan: Whether a NaN among them is worth a point.
+            of_run: Whether they belong to the run rather than to this optimizer.
         """
+        if of_run:
+            self.of_run |= set(tags)
         if isinstance(values, Tensor):
             device = self._columns[0].device if self._columns else values.device
             self._tags += tags

@@ -64,6 +64,41 @@ def test_the_screen_covers_all_tags_and_no_chart_is_empty(logger):
             assert any(re.search(pattern, tag) for tag in tags), pattern
 
 
+def test_the_screen_of_several_optimizers_shows_each_and_the_run_once(logger):
+    class Manual(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                loss = super().training_step(batch, batch_idx)
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
+
+        def configure_optimizers(self):
+            return [torch.optim.AdamW(layer.parameters(), lr=0.1) for layer in (self.body, self.head)]
+
+    make_trainer([lo.DivergenceGuard(), lo.OptimizerMonitor()], logger=logger).fit(Manual(), batches(6))
+    page = _page(logger)
+    tags = page.Tags()["scalars"]
+    found = {title: {t for p in ps for t in tags if re.search(p, t)} for title, ps in _charts(page).items()}
+    assert found["loss: mean and max"] == {"optim_loss/mean", "optim_loss/max"}
+    assert found["gradient norm of each group"] == {"optim_grad_norm/0.0", "optim_grad_norm/1.0"}
+    assert {"optim_grad_norm/0.total", "optim_grad_norm/1.total"} <= found["gradient norm"]
+    assert found["the guard: rollbacks, and its cut of the rate"] == {"optim_health/rollbacks", "optim_health/lr_cut"}
+    for title in (
+        "effective rate",
+        "cosine of gradient and momentum",
+        "share of weight decay",
+        "below eps, and exactly zero",
+    ):
+        assert {tag.split("/")[1].split(".")[0] for tag in found[title]} == {"0", "1"}, title
+    assert found["clipped, skipped, not finite"] >= {"optim_health/0.skipped_steps", "optim_health/1.skipped_steps"}
+
+
 @pytest.mark.filterwarnings("ignore:Resumed on the old curve")
 def test_the_screen_is_the_same_after_a_resume(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="run", version="0")

@@ -71,21 +71,60 @@ def test_a_second_moment_below_eps_is_told_of():
     assert "stalled" in {entry.kind for entry in guard.report.entries}
 
 
-def test_a_rate_too_high_or_too_low_is_told_of_once_and_a_good_one_is_not():
-    def looks(ratio, cosine, count=8):
-        health, alarms = Health(), []
-        numbers = {"grad_sq": 1.0, "param_sq": 1.0, "update_sq": ratio**2, "grad_exp_avg": cosine, "momentum_sq": 1.0}
-        row = [numbers.get(column, 0.0) for column in COLUMNS]
-        for look in range(count):
-            alarms += health.update(50 * (look + 1), row, ["w"], [1], [("all", 0.1, 1)], [])
-        return [alarm.kind for alarm in alarms]
+GRADUALLY = {"ratio": 1e-3, "cosine": 0.1, "rate": 0.1}
 
-    assert looks(0.3, 0.1) == ["lr_too_high"]
-    assert looks(0.01, -0.8) == ["lr_too_high"]
-    assert looks(1e-9, 0.1) == ["lr_too_low"]
-    assert looks(0.3, 0.1, count=4) == []
-    assert looks(1e-3, 0.1) == []
+
+def _looks(count=8, **quantities):
+    """What is told of after so many looks, at each of which quantities are numbers or functions of the look."""
+    health, alarms = Health(), []
+    for look in range(count):
+        at = {key: q(look) if callable(q) else q for key, q in {**GRADUALLY, **quantities}.items()}
+        numbers = {
+            "grad_sq": 1.0,
+            "clipped_sq": 0.25,  # as after clipping to half
+            "param_sq": 1.0,
+            "momentum_sq": 1.0,
+            "update_sq": at["ratio"] ** 2,
+            "grad_exp_avg": 0.5 * at["cosine"],
+        }
+        row = [numbers.get(column, 0.0) for column in COLUMNS]
+        alarms += health.update(50 * (look + 1), row, ["w"], [1], [("all", at["rate"], 1)], [])
+        other = Health()
+        other.load_state_dict(health.state_dict())
+        health = other
+    return [alarm.kind for alarm in alarms]
+
+
+@pytest.mark.parametrize(
+    ("quantities", "told"),
+    [
+        ({}, []),
+        ({"ratio": 0.3}, ["lr_too_high"]),
+        ({"ratio": 0.3, "count": 4}, []),
+        ({"cosine": -0.8}, ["lr_too_high"]),
+        ({"cosine": lambda look: -0.8 if look % 3 else -0.3}, ["lr_too_high"]),
+        ({"cosine": lambda look: -0.8 if look % 3 else 0.0}, []),
+        ({"cosine": -0.3}, []),
+        ({"ratio": 1e-9}, ["lr_too_low"]),
+        ({"cosine": 0.6}, ["lr_too_low"]),
+        ({"cosine": 0.6, "ratio": 0.02}, []),
+        ({"cosine": 0.6, "rate": lambda look: 0.1 * (look + 1)}, []),  # a warm-up
+        ({"ratio": 1e-9, "rate": lambda look: 0.1 if look < 3 else 0.001, "cosine": 0.0}, []),  # the end of a schedule
+    ],
+)
+def test_advice_on_the_learning_rate_is_given_once(quantities, told):
+    assert _looks(**quantities) == told
+
+
+def test_elements_without_a_gradient_are_not_those_that_eps_sets():
+    def told(zero):
+        sums = {"grad_sq": 1.0, "param_sq": 1.0, "update_sq": 1e-6, "below_eps": 98.0, "zero_grad": zero}
+        row = [sums.get(column, 0.0) for column in COLUMNS]
+        return [alarm.kind for alarm in Health().update(50, row, ["w"], [100], [("all", 0.1, 1)], [])]
+
+    assert told(zero=0.0) == ["stalled"]
+    assert told(zero=97.0) == []
 
 
 def test_a_healthy_run_is_told_nothing():
-    assert _told(Net(), every=5, steps=200) == {}
+    assert _told(Net(), every=5, steps=200, lr=0.01) == {}

@@ -184,7 +184,7 @@ def test_two_optimizers_are_guarded_apart():
         def configure_optimizers(self):
             return [torch.optim.Adam(part.parameters(), lr=1e-3) for part in (self.body, self.head)]
 
-    guard = lo.DivergenceGuard(QUICK)
+    guard = lo.DivergenceGuard(QUICK, health=None)
     make_trainer([guard]).fit(Two(), batches(60, batch_size=32))
     (entry,) = guard.report.entries
     assert (entry.kind, entry.step, entry.optimizer) == ("spike", 40, 1)

@@ -51,7 +51,7 @@ class GoesWrong(Fault):
         assert self.wrong_from <= did[0][0] <= self.wrong_from + 150
         assert did[0][1] == "back"
         guarded, unguarded = (sum(losses[-40:]) / 40 for losses in (seen.losses, seen.beside[0].losses))
-        assert guarded < 0.5 * unguarded or (math.isfinite(guarded) and math.isnan(unguarded))
+        assert guarded < 0.8 * unguarded or (math.isfinite(guarded) and math.isnan(unguarded))
 
 
 class CreepingUp(GoesWrong):

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 import lightning_optim as lo
 from lightning_optim import clipping
 from lightning_optim.diagnostics import Histograms, PerTensor
+from lightning_optim.divergence import Rollback
 from tests import ranks
 from tests.helpers import ADAMWS, Net, StatefulLoader, batches, make_trainer
 
@@ -139,6 +140,39 @@ def fit(kind: str, rule: str, folder: Path, sharded: bool, extra: tuple = (), ck
     }
 
 
+class RunsBad(Sharded):
+    """The loss of one rank is NaN at two steps in a row."""
+
+    def training_step(self, batch, batch_idx):
+        bad = self.global_rank == BAD_RANK and batch_idx in (7, 8)
+        return super().training_step(batch, batch_idx) * (float("nan") if bad else 1.0)
+
+
+class Shards(L.Callback):
+    """Copies what this rank holds of weights and optimizer state, after each batch."""
+
+    def __init__(self) -> None:
+        self.after = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        (optimizer,) = trainer.optimizers
+        held = [*pl_module.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
+        self.after.append([(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in held])
+
+
+def fit_back(kind: str):
+    """What the guard did, and what this rank held after each step."""
+    guard, shards = (
+        lo.DivergenceGuard(lr_cut=None, rollback=Rollback(every=4, clean=1, lr_factor=1.0), patience=2, cooldown=1),
+        Shards(),
+    )
+    trainer = make_trainer(
+        [lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01), guard, shards], max_steps=STEPS, **sharding()
+    )
+    trainer.fit(RunsBad(seed=7), batches(STEPS, batch_size=4))
+    return {"did": [(e.step, e.text) for e in guard.report.entries if e.kind == "did"], "after": shards.after}
+
+
 def whole_weights(model: L.LightningModule) -> list[torch.Tensor]:
     return [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
 
@@ -169,6 +203,7 @@ def main(folder: Path) -> None:
             torch.distributed.barrier()
             rest = fit_bare(kind, ckpt_path=path, distributed_checkpoint=distributed)
             results[f"resumed-{kind.__name__}-{distributed}"] = {"whole": whole, "rest": rest}
+    results |= {f"back-{kind}": fit_back(kind) for kind in ADAMWS}
     try:
         fit_bare(ForeignFrozen)
     except ValueError as error:

@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.fsdp2_script import BAD_STEP, RUNS, STEPS, fit
-from tests.helpers import bit_equal, read_events
+from tests.helpers import ADAMWS, bit_equal, read_events
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:Step .* skipped")
@@ -101,6 +101,19 @@ def test_so_is_one_without_callbacks_whose_length_is_known_only_once_the_data_ar
     for rank in runs[1]:
         resumed = rank[f"resumed-{kind}-{distributed_checkpoint}"]
         assert bit_equal(resumed["rest"]["weights"], resumed["whole"]["weights"])
+
+
+@pytest.mark.parametrize("kind", ADAMWS)
+def test_a_rollback_in_shards_is_bit_equal_to_the_snapshot_on_every_rank(runs, kind):
+    _, results = runs
+    assert results[0][f"back-{kind}"]["did"] == results[1][f"back-{kind}"]["did"]
+    for rank in (0, 1):
+        back = results[rank][f"back-{kind}"]
+        ((step, text),) = back["did"]
+        assert (step, text) == (8, "back to the state after step 3, on with the next batches")
+        assert bit_equal(back["after"][3], back["after"][8])
+        assert not bit_equal(back["after"][3], back["after"][7])
+        assert all(tensor.isfinite().all() for tensor in back["after"][-1])
 
 
 def test_freezing_in_shards_is_refused_where_its_checkpoints_could_not_be_loaded(runs):

@@ -128,3 +128,19 @@ def test_elements_without_a_gradient_are_not_those_that_eps_sets():
 
 def test_a_healthy_run_is_told_nothing():
     assert _told(Net(), every=5, steps=200, lr=0.01) == {}
+
+
+@pytest.mark.parametrize("kind", ADAMWS)
+def test_a_group_whose_gradient_explodes_is_named(kind):
+    class Explodes(Net):
+        def on_after_backward(self):
+            if self.trainer.global_step == 40:
+                self.head.weight.grad.mul_(1e4)
+
+    rules = [lo.ParamGroupRule(name="first", pattern="^body"), lo.ParamGroupRule(name="last", pattern="^head")]
+    guard = lo.DivergenceGuard(spikes=None)
+    make_trainer([lo.ConfigureOptimizers(**ADAMWS[kind], lr=1e-3, param_groups=rules), guard]).fit(
+        Explodes(), batches(60, batch_size=16)
+    )
+    (entry,) = (entry for entry in guard.report.entries if entry.kind == "exploding")
+    assert (entry.step, entry.names) == (40, ["group last"])

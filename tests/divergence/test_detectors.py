@@ -356,3 +356,8 @@ def test_a_network_that_is_mostly_dead_is_lost_unless_it_has_learned():
     for _ in range(100):
         judge.trend.update(1.0)
     assert judge.look(dead) is dead
+
+
+def test_nothing_is_done_within_the_cooldown():
+    ladder = Ladder(LRCut(), Rollback(), cooldown=10)
+    assert [ladder.act(step, can_roll_back=True) for step in (10, 19, 20)] == ["lr_cut", None, "rollback"]

@@ -113,7 +113,7 @@ class Judge:
         where = f", {seen.bad_tensors} of them, first of all {_listed(bad)}" if bad and not seen.bad_loss else ""
         row = counts["bad_in_a_row"]
         lasts = row % self.patience == 0
-        text = f"{what}{where}" + (f", the {row}th such step in a row" if lasts else "")
+        text = f"{what}{where}" + (f", for {row} steps in a row" if lasts and row > 1 else "")
         return [Alarm("nonfinite", seen.step, text, bad, escalates=lasts)]
 
     def _finite(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:

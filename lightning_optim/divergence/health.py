@@ -21,6 +21,8 @@ COLUMNS = ("grad_sq", "clipped_sq", *STEP_SUMS)
 _HISTORY = 10
 _LOOKS = 5
 """Over so many looks advice about the learning rate is given."""
+_APART = 10
+"""Steps between two such looks at least, as measured: neighbouring steps see much the same."""
 _NEAR_PEAK = 0.1
 """Below this share of its highest rate a schedule is about to end a run: updates are small on purpose."""
 _USUAL_RATIO = 0.01
@@ -90,6 +92,7 @@ class Health:
         self._ratios: deque[float] = deque(maxlen=_LOOKS)
         self._cosines: deque[float] = deque(maxlen=_LOOKS)
         self._rates: deque[float] = deque(maxlen=_LOOKS)
+        self._looked = -_APART
 
     def update(
         self,
@@ -174,6 +177,9 @@ class Health:
         return explodes
 
     def _advise(self, step: int, rows: list[dict[str, float]], groups: Sequence[tuple[str, float, int]]) -> list[Alarm]:
+        if step < self._looked + _APART:
+            return []
+        self._looked = step
         limits = self.limits
         total = {key: sum(row[key] for row in rows) for key in COLUMNS}  # NaN where a rule has no such quantity
         if total["param_sq"] > 0:
@@ -211,6 +217,7 @@ class Health:
             "cosines": list(self._cosines),
             "rates": list(self._rates),
             "peaks": dict(self._peaks),
+            "looked": self._looked,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,6 +228,7 @@ class Health:
         self._cosines.extend(state["cosines"])
         self._rates.extend(state["rates"])
         self._peaks = dict(state["peaks"])
+        self._looked = state["looked"]
 
 
 def _rms(square_sum: float, numel: int) -> float:

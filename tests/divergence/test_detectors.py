@@ -9,6 +9,7 @@ import torch
 
 from lightning_optim.divergence import (
     Alarm,
+    Health,
     Judge,
     Ladder,
     LRCut,
@@ -19,6 +20,7 @@ from lightning_optim.divergence import (
     StepSeen,
     Watch,
 )
+from lightning_optim.divergence.health import COLUMNS
 from lightning_optim.stats import GradStats
 
 
@@ -361,3 +363,13 @@ def test_a_network_that_is_mostly_dead_is_lost_unless_it_has_learned():
 def test_nothing_is_done_within_the_cooldown():
     ladder = Ladder(LRCut(), Rollback(), cooldown=10)
     assert [ladder.act(step, can_roll_back=True) for step in (10, 19, 20)] == ["lr_cut", None, "rollback"]
+
+
+@pytest.mark.parametrize(("every", "told"), [(1, []), (10, [70])])
+def test_advice_on_the_rate_wants_looks_that_are_apart(every, told):
+    against = {"grad_sq": 1.0, "clipped_sq": 1.0, "param_sq": 1.0, "update_sq": 1e-6, "momentum_sq": 1.0}
+    row = [(against | {"grad_exp_avg": -0.9}).get(column, 0.0) for column in COLUMNS]
+    health = Health()
+    looks = range(30, 30 + 5 * every, every)
+    alarms = [alarm for step in looks for alarm in health.update(step, row, ["w"], [1], [("g", 0.1, 1)], [])]
+    assert [alarm.step for alarm in alarms if alarm.kind == "lr_too_high"] == told

@@ -60,7 +60,7 @@ class ForeignUpdate:
 
     @torch.no_grad()
     def sums(self, clipped_norm_sq: Tensor) -> Tensor:
-        """The sums, shape [tensors, 7], after the update.
+        """The sums, shape [tensors, columns], after the update.
 
         Args:
             clipped_norm_sq: Square sum of each gradient as the update used it. The gradients that lie here may differ

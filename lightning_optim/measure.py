@@ -95,7 +95,7 @@ def _unit_norms(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def measure_update(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """The sums of an update of which only its effect is known, shape [tensors, 7]; overwrites ``before``.
+    """The sums of an update of which only its effect is known, shape [tensors, columns]; overwrites ``before``.
 
     For optimizers that do not collect them in their own pass: |p|² and |Δp|² are exact, the other columns NaN.
 

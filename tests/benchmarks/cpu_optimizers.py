@@ -64,7 +64,7 @@ def adamw_with_everything() -> str:
     grads = [p.grad for p in parameters]
     timings = interleave(
         {
-            "ours: clip + skip + seven sums": stepper(parameters, ours),
+            "ours: clip + skip + all sums": stepper(parameters, ours),
             "torch fused, clip_grad_norm_, no sums": stepper(parameters, torchs),
             "ours: update alone": stepper(parameters, lambda p: lo.optim.AdamW(p)),
             "torch fused: update alone": stepper(parameters, lambda p: torch.optim.AdamW(p, fused=True)),

@@ -93,7 +93,7 @@ def optimi(params: list[Tensor]) -> Step:
 CANDIDATES = (
     Candidate("ours", ours(clip=False, sums=False), STEP_BYTES),
     Candidate("ours, clip and skip", ours(clip=True, sums=False), STEP_BYTES + NORM_BYTES),
-    Candidate("ours, clip, skip and seven sums", ours(clip=True, sums=True), STEP_BYTES + NORM_BYTES),
+    Candidate("ours, clip, skip and all sums", ours(clip=True, sums=True), STEP_BYTES + NORM_BYTES),
     Candidate("torch fused after clip_grad_norm_", torch_fused(clip=True), STEP_BYTES + 3 * NORM_BYTES),
     Candidate("torch compiled", torch_compiled, STEP_BYTES),
     Candidate("optimi", optimi, STEP_BYTES),

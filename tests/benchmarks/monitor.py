@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import statistics
 import tempfile
-import threading
 import time
+import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,19 @@ import lightning_optim as lo
 from examples.char_lm import CharLM, stdlib_sources
 from tests.benchmarks.timing import table
 
-LAYERS, DIM, TIME, BATCH = 12, 128, 64, 8
-STEPS = 200
-"""In a row of each Trainer: as many as between two of the guard's snapshots, so that each turn pays for one."""
+LAYERS, DIM = 12, 128
+STEPS = 50
+"""In a row of each Trainer: one report. The guard's snapshot is in every fourth turn; it takes about 20 ms here."""
+WARMUP = 60
 
 
 class Text(Dataset[Tensor]):
     """Windows of the standard library's sources, as many as any run here wants."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int) -> None:
         files = (path.read_bytes() for _, path in stdlib_sources())
         text = b"".join(data for _, data in zip(range(40), files, strict=False))
-        self.windows = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().unfold(0, TIME + 1, TIME)
+        self.windows = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().unfold(0, length + 1, length)
 
     def __len__(self) -> int:
         return 10**6
@@ -60,30 +63,23 @@ class Recipe(Bare):
 
 
 class Turns(L.Callback):
-    """Lets several Trainers, each in its thread, train one after the other, and times each turn.
+    """Lets several Trainers train one after the other, and times each turn.
 
     Args:
-        mine: What says that it is this one's turn.
-        done: What says that its turn is over.
-        warmup: Steps before the first turn.
+        parent: Tells of each turn's seconds, and is told when the next one may begin.
     """
 
-    def __init__(self, mine: threading.Semaphore, done: threading.Semaphore, warmup: int = 60) -> None:
-        self.mine, self.done, self.warmup = mine, done, warmup
-        self.seconds: list[float] = []
+    def __init__(self, parent: Connection) -> None:
+        self._parent = parent
         self._start = 0.0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Ends a turn and awaits the next."""
-        turn, within = divmod(batch_idx - self.warmup, STEPS)
+        turn, within = divmod(batch_idx - WARMUP, STEPS)
         if turn < 0 or within:
             return
-        if turn > 0:
-            self.seconds.append(time.perf_counter() - self._start)
-        self.done.release()
-        self.mine.acquire()
+        self._parent.send(time.perf_counter() - self._start)
+        self._parent.recv()
         self._start = time.perf_counter()
 
 
@@ -123,56 +119,71 @@ CANDIDATES: dict[str, Callable[[Path], tuple[L.LightningModule, dict[str, Any]]]
 }
 
 
-def _in_turns(rounds: int) -> dict[str, list[float]]:
-    """Seconds of each turn of each candidate."""
-    text = Text()
-    with tempfile.TemporaryDirectory() as folder:
-        turns = {name: Turns(threading.Semaphore(0), threading.Semaphore(0)) for name in CANDIDATES}
-
-        def train(name: str) -> None:
-            torch.manual_seed(0)
-            module, options = CANDIDATES[name](Path(folder))
-            trainer = L.Trainer(
-                **{
-                    **options,
-                    "callbacks": [turns[name], *options.get("callbacks", [])],
-                    "accelerator": "cpu",
-                    "max_steps": turns[name].warmup + rounds * STEPS + 1,
-                    "enable_progress_bar": False,
-                    "enable_model_summary": False,
-                    "enable_checkpointing": False,
-                    "default_root_dir": folder,
-                }
-            )
-            trainer.fit(module, DataLoader(text, BATCH))
-            turns[name].done.release()
-
-        threads = {name: threading.Thread(target=train, args=(name,)) for name in CANDIDATES}
-        for name, thread in threads.items():  # each warms up alone
-            thread.start()
-            turns[name].done.acquire()
-        for _ in range(rounds):
-            for turn in turns.values():
-                turn.mine.release()
-                turn.done.acquire()
-        for name, thread in threads.items():
-            turns[name].mine.release()
-            thread.join()
-    return {name: turn.seconds for name, turn in turns.items()}
-
-
-def trainer_with_everything(rounds: int = 7) -> str:
-    """Five Trainers in turn, ratios of the time of each turn to the bare one's of the same round, medians."""
+def _train(name: str, parent: Connection, folder: str, rounds: int, shape: tuple[int, int]) -> None:
+    """One candidate, in a process of its own: threads of one process would share torch's."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    seconds = _in_turns(rounds)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    module, options = CANDIDATES[name](Path(folder))
+    trainer = L.Trainer(
+        **{
+            **options,
+            "callbacks": [Turns(parent), *options.get("callbacks", [])],
+            "accelerator": "cpu",
+            "max_steps": WARMUP + rounds * STEPS + 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "default_root_dir": folder,
+        }
+    )
+    windows, length = shape
+    trainer.fit(module, DataLoader(Text(length), windows))
+
+
+def _in_turns(rounds: int, shape: tuple[int, int]) -> dict[str, list[float]]:
+    """Seconds of each turn of each candidate."""
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {name: [] for name in CANDIDATES}
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {}
+        for name in CANDIDATES:  # each warms up alone
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_train, args=(name, theirs, folder, rounds, shape))
+            process.start()
+            mine.recv()
+            trainers[name] = mine, process
+        for _ in range(rounds):
+            for name, (mine, _) in trainers.items():
+                mine.send(None)
+                seconds[name].append(mine.recv())
+        for mine, process in trainers.values():
+            mine.send(None)
+            process.join()
+    return seconds
+
+
+def trainer_with_everything(rounds: int = 12, shape: tuple[int, int] = (8, 64)) -> str:
+    """Five Trainers in turn, ratios of the time of each turn to the bare one's of the same round, medians.
+
+    Args:
+        rounds: How many turns each gets.
+        shape: Windows in a batch, and bytes in a window.
+    """
+    seconds = _in_turns(rounds, shape)
     bare = next(iter(seconds.values()))
     parameters = sum(p.numel() for p in Bare(DIM, LAYERS).parameters())
     rows: list[list[object]] = [
         [name, statistics.median(took) / STEPS * 1e3, statistics.median(a / b for a, b in zip(took, bare, strict=True))]
         for name, took in seconds.items()
     ]
-    label = f"{LAYERS} layers, {parameters / 1e6:.1f} M parameters, {BATCH} x {TIME} bytes a batch"
+    label = f"{LAYERS} layers, {parameters / 1e6:.1f} M parameters, {shape[0]} x {shape[1]} bytes a batch"
     return table([label, "ms a step", "over the first"], rows)
 
 
-SECTIONS = (trainer_with_everything,)
+def trainer_with_the_demos_batches() -> str:
+    """The same with batches as large as in ``make demo``."""
+    return trainer_with_everything(rounds=5, shape=(16, 128))
+
+
+SECTIONS = (trainer_with_everything, trainer_with_the_demos_batches)

@@ -28,6 +28,9 @@ STEP_SUMS = (
 )
 """The columns of [`StepStats.sums`][lightning_optim.stats.StepStats], in order."""
 
+TENSOR_COLUMNS = ("grad_sq", "clipped_sq", *STEP_SUMS)
+"""The columns of [`StepRecord.per_tensor`][lightning_optim.stats.StepRecord.per_tensor], in order."""
+
 
 class GradStats:
     """What a step knows about its gradients, without any loss scale.
@@ -235,6 +238,13 @@ class StepRecord:
     param_names: tuple[str | None, ...] = ()
     norms: Tensor | None = None
     histograms: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def per_tensor(self) -> Tensor:
+        """Everything known about each tensor, on the device: shape [tensors, columns of `TENSOR_COLUMNS`]."""
+        sums = self.update.sums
+        norms = torch.stack([self.grad.norm_sq, self.clipped_norm_sq], dim=1)
+        dtype = torch.promote_types(norms.dtype, sums.dtype)
+        return torch.cat([norms.to(sums.device, dtype, non_blocking=True), sums.to(dtype)], dim=1)
 
 
 def sum_groups(values: Tensor, group_sizes: Sequence[int]) -> Tensor:

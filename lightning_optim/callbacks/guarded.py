@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.divergence import Alarm, Health, Judge, RateCut, Rows, Watch
-from lightning_optim.divergence.health import pack
 from lightning_optim.gradients import names_of
 from lightning_optim.stats import StepRecord
 
@@ -51,7 +50,7 @@ class Guarded:
         if len(names) != len(record.update.numel):  # flat shards, of which this rank may hold nothing
             return
         self._about[record.steps] = (names, record.update.numel, groups, without)
-        self._looks.write(record.steps, pack(record))
+        self._looks.write(record.steps, record.per_tensor().reshape(-1))
 
     def looked(self, everything: bool) -> list[Alarm]:
         """What has come of it, once it is known."""

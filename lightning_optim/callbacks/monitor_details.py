@@ -13,7 +13,7 @@ from lightning_optim.callbacks.hub import plain_name
 from lightning_optim.diagnostics import Report
 from lightning_optim.diagnostics.heat_map import HeatMap
 from lightning_optim.diagnostics.magnitudes import TAGS, Histograms, buckets
-from lightning_optim.diagnostics.tensors import PerTensor, TensorRows, pack, table_of
+from lightning_optim.diagnostics.tensors import PerTensor, TensorRows, table_of
 from lightning_optim.stats import StepRecord
 
 
@@ -46,7 +46,7 @@ class MonitorDetails:
         if not self._writers:
             return
         if self._per_tensor is not None:
-            report.add_table("tensors", pack(record))
+            report.add_table("tensors", record.per_tensor())
         for kind, counts in record.histograms.items():
             report.add_table(kind, counts)
 

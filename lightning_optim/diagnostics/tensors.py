@@ -6,14 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lightning_optim.messages import nearest
-from lightning_optim.stats import STEP_SUMS, StepRecord
-
-COLUMNS = ("grad_sq", "clipped_sq", *STEP_SUMS)
-"""What `pack` takes from a record, for each tensor."""
+from lightning_optim.stats import TENSOR_COLUMNS
 
 
 class TensorRows:
@@ -23,13 +18,13 @@ class TensorRows:
         names: Name of each tensor.
         groups: Name of each tensor's group.
         numel: Number of elements of each tensor.
-        sums: What `pack` gave, shape [tensors, columns].
+        sums: `StepRecord.per_tensor`, shape [tensors, columns].
     """
 
     def __init__(self, names: Sequence[str], groups: Sequence[str], numel: Sequence[int], sums: np.ndarray) -> None:
         self.names, self.groups = tuple(names), tuple(groups)
         self._numel = np.asarray(numel, dtype=np.float64)
-        self._sums: dict[str, np.ndarray] = dict(zip(COLUMNS, sums.T, strict=True))
+        self._sums: dict[str, np.ndarray] = dict(zip(TENSOR_COLUMNS, sums.T, strict=True))
 
     def quantity(self, name: str) -> np.ndarray:
         """One of `QUANTITIES`, shape [tensors]; NaN where there is no such quantity."""
@@ -38,7 +33,7 @@ class TensorRows:
         return values
 
     def sum(self, name: str) -> np.ndarray:
-        """One of `COLUMNS`, shape [tensors]."""
+        """One of `TENSOR_COLUMNS`, shape [tensors]."""
         return self._sums[name]
 
     def mean(self, name: str) -> np.ndarray:
@@ -94,13 +89,6 @@ class PerTensor:
             raise ValueError(f"Invalid worst={self.worst!r}: a whole number of at least 0 is needed; 0 for no text.")
         if self.every < 1:
             raise ValueError(f"Invalid every={self.every!r}: a whole number of at least 1 is needed, for instance 20.")
-
-
-def pack(record: StepRecord) -> Tensor:
-    """What `TensorRows` need, on the device, shape [tensors, columns]."""
-    sums = record.update.sums
-    own = torch.stack([record.grad.norm_sq, record.clipped_norm_sq], dim=1)
-    return torch.cat([own.to(sums.device, torch.float64, non_blocking=True), sums.double()], dim=1)
 
 
 def worst_first(rows: TensorRows, by: str) -> list[int]:

@@ -9,14 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lightning_optim.divergence.judge import Alarm
-from lightning_optim.stats import STEP_SUMS, StepRecord
-
-COLUMNS = ("grad_sq", "clipped_sq", *STEP_SUMS)
-"""What `Health` looks at for each tensor."""
+from lightning_optim.stats import TENSOR_COLUMNS
 
 _HISTORY = 10
 _LOOKS = 5
@@ -68,13 +62,6 @@ class HealthLimits:
     along: float = 0.4
 
 
-def pack(record: StepRecord) -> Tensor:
-    """The numbers of a step that `Health` looks at, on the device, shape [tensors · columns]."""
-    sums = record.update.sums
-    norms = torch.stack([record.grad.norm_sq, record.clipped_norm_sq], dim=1).to(sums)
-    return torch.cat([norms, sums], dim=1).reshape(-1)
-
-
 class Health:
     """Looks at the parameters of one optimizer.
 
@@ -104,19 +91,19 @@ class Health:
         without: Sequence[str],
         alive: Sequence[bool] = (),
     ) -> list[Alarm]:
-        """Takes in what `pack` has gathered.
+        """Takes in what a step's record knows of each tensor.
 
         Args:
             step: Optimizer steps so far.
-            values: From `pack`.
+            values: `StepRecord.per_tensor`, row by row.
             names: Name of each tensor.
             numel: Its number of elements.
             groups: Name, learning rate and number of tensors of each group.
             without: Names of parameters that have no gradient, though the optimizer has them.
             alive: Which tensors had a gradient other than 0 at first; nothing if that is not known.
         """
-        width = len(COLUMNS)
-        rows = [dict(zip(COLUMNS, values[i * width : (i + 1) * width], strict=True)) for i in range(len(names))]
+        width = len(TENSOR_COLUMNS)
+        rows = [dict(zip(TENSOR_COLUMNS, values[i * width : (i + 1) * width], strict=True)) for i in range(len(names))]
         if step < self.limits.warmup or not all(math.isfinite(row["grad_sq"]) for row in rows):
             return []
         found: dict[str, list[str]] = {"no_gradient": list(without), "dead": [], "vanishing": [], "stalled": []}
@@ -181,7 +168,8 @@ class Health:
             return []
         self._looked = step
         limits = self.limits
-        total = {key: sum(row[key] for row in rows) for key in COLUMNS}  # NaN where a rule has no such quantity
+        # NaN where a rule has no such quantity
+        total = {key: sum(row[key] for row in rows) for key in TENSOR_COLUMNS}
         if total["param_sq"] > 0:
             self._ratios.append(math.sqrt(total["update_sq"] / total["param_sq"]))
         if (scale := total["clipped_sq"] * total["momentum_sq"]) > 0:

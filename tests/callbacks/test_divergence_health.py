@@ -9,7 +9,7 @@ import torch
 
 import lightning_optim as lo
 from lightning_optim.divergence import Health
-from lightning_optim.divergence.health import COLUMNS
+from lightning_optim.stats import TENSOR_COLUMNS
 from tests.helpers import ADAMWS, Net, batches, make_trainer
 
 
@@ -87,7 +87,7 @@ def _looks(count=8, **quantities):
             "update_sq": at["ratio"] ** 2,
             "grad_exp_avg": 0.5 * at["cosine"],
         }
-        row = [numbers.get(column, 0.0) for column in COLUMNS]
+        row = [numbers.get(column, 0.0) for column in TENSOR_COLUMNS]
         alarms += health.update(50 * (look + 1), row, ["w"], [1], [("all", at["rate"], 1)], [])
         other = Health()
         other.load_state_dict(health.state_dict())
@@ -119,7 +119,7 @@ def test_advice_on_the_learning_rate_is_given_once(quantities, told):
 def test_elements_without_a_gradient_are_not_those_that_eps_sets():
     def told(zero):
         sums = {"grad_sq": 1.0, "param_sq": 1.0, "update_sq": 1e-6, "below_eps": 98.0, "zero_grad": zero}
-        row = [sums.get(column, 0.0) for column in COLUMNS]
+        row = [sums.get(column, 0.0) for column in TENSOR_COLUMNS]
         return [alarm.kind for alarm in Health().update(50, row, ["w"], [100], [("all", 0.1, 1)], [])]
 
     assert told(zero=0.0) == ["stalled"]

@@ -16,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lightning_optim as lo
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Histograms, PerTensor, Report
 from lightning_optim.diagnostics.magnitudes import EDGES, TAGS
-from lightning_optim.diagnostics.tensors import pack
 from lightning_optim.histograms import ABOVE, BELOW, COLUMNS, FIRST, KINDS, NOT_FINITE, ZERO, magnitudes
 from tests.helpers import ADAMWS, Net, batches, make_trainer, precision
 
@@ -331,7 +330,7 @@ def test_a_reported_step_with_all_details_does_not_wait_for_the_device():
 
     def send(record):
         report = Report(record, DEFAULT_DIAGNOSTICS)
-        report.add_table("tensors", pack(record))
+        report.add_table("tensors", record.per_tensor())
         for kind, counts in record.histograms.items():
             report.add_table(kind, counts)
         reports.append(report.send())

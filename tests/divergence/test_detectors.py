@@ -20,8 +20,7 @@ from lightning_optim.divergence import (
     StepSeen,
     Watch,
 )
-from lightning_optim.divergence.health import COLUMNS
-from lightning_optim.stats import GradStats
+from lightning_optim.stats import TENSOR_COLUMNS, GradStats
 
 
 def _feed(window: SpikeWindow, values) -> list[list[bool]]:
@@ -368,7 +367,7 @@ def test_nothing_is_done_within_the_cooldown():
 @pytest.mark.parametrize(("every", "told"), [(1, []), (10, [70])])
 def test_advice_on_the_rate_wants_looks_that_are_apart(every, told):
     against = {"grad_sq": 1.0, "clipped_sq": 1.0, "param_sq": 1.0, "update_sq": 1e-6, "momentum_sq": 1.0}
-    row = [(against | {"grad_exp_avg": -0.9}).get(column, 0.0) for column in COLUMNS]
+    row = [(against | {"grad_exp_avg": -0.9}).get(column, 0.0) for column in TENSOR_COLUMNS]
     health = Health()
     looks = range(30, 30 + 5 * every, every)
     alarms = [alarm for step in looks for alarm in health.update(step, row, ["w"], [1], [("g", 0.1, 1)], [])]

@@ -173,7 +173,9 @@ def source(
             initial = f", load_{slot + kahan}(address_{slot + kahan}, i)" if decay_form == "pull" else ""
             parts = f"(param, delta, {scalar['decay']}{initial})"
             change = f"change{parts}"
-            if purpose == "step+sums" and decay_form in DECAYS and rule.decays_beside:
+            measured = purpose == "step+sums"
+            decay_term = {"decay_sq": "decaying * decaying"} if decay_form in DECAYS and rule.decays_beside else {}
+            if measured and decay_term:
                 body.append(f"decaying = decayed{parts}")  # before the parameter is written
             if kahan:
                 body.append(f"pending = kahan_pending(load_{slot}(address_{slot}, i), {change})")
@@ -181,9 +183,7 @@ def source(
                 body.append(f"store_{slot}(address_{slot}, i, kahan_rest(pending, after, param))")
             else:
                 body.append(f"after = store_0(address_0, i, param - {change}{random.get(0, '')})")
-            terms = _step_terms(rule, scalar) if purpose == "step+sums" else {}
-            if purpose == "step+sums" and decay_form in DECAYS and rule.decays_beside:
-                terms["decay_sq"] = "decaying * decaying"
+            terms = _step_terms(rule, scalar) | decay_term if measured else {}
 
     totals = [f"total_{i}" for i in range(len(terms))]
     lines = ["def kernel(first, last, blocks, addresses, scalars, sums):", "    zero = float(0)"]

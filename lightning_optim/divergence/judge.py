@@ -67,7 +67,7 @@ class Judge:
     ) -> None:
         self.trend = trend
         self.patience, self.scaled, self.overflows = patience, scaled, overflows
-        self._counts = {"skipped": 0, "overflows": 0, "bad_in_a_row": 0, "overflows_in_a_row": 0}
+        self._counts = {"overflows": 0, "bad_in_a_row": 0, "overflows_in_a_row": 0}
         self._counts |= {"returned": 0, "data": 0}
 
     @property
@@ -83,7 +83,6 @@ class Judge:
             names: Name of each parameter of the optimizer, by its place.
         """
         counts = self._counts
-        counts["skipped"] += seen.skipped
         worst = tuple(names.get(place, f"parameter {place}") for place in seen.worst)
         if seen.bad_tensors and self.scaled and (not seen.bad_loss or seen.values["loss"] == math.inf):
             return self._overflow(seen, worst)

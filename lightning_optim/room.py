@@ -1,17 +1,35 @@
-"""How much memory and disk there is for something large, and which of them to use."""
+"""Where something large may be kept, and how much memory and disk there is for it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from lightning_optim.messages import nearest
+
+MEMORIES = ("device", "cpu", "disk")
 SHARE = 0.5
 """More of what is free is not taken: data loaders, caches and the peaks of training want some as well."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+
+
+def check_memory(memory: str, whose: str) -> None:
+    """Refuses what is none of `MEMORIES`.
+
+    Args:
+        memory: What was given.
+        whose: Of what it is, for the message.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if memory not in MEMORIES:
+        raise ValueError(f"Unknown memory={memory!r} of {whose}. {nearest(str(memory), MEMORIES)}")
 
 
 def free_memory() -> int | None:
@@ -49,19 +67,15 @@ def said(count: float) -> str:
 
 
 def _of_machine() -> int | None:
-    try:
+    with contextlib.suppress(OSError, ValueError):  # not Linux
         (line,) = (line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
         return int(line.split()[1]) * 1024
-    except (OSError, ValueError):  # not Linux
-        pass
-    try:
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
+    return None
 
 
 def _of_container() -> int | None:
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no limit, which is written "max", or none of this kind
         return int((_CGROUP / "memory.max").read_text()) - int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no limit, which is written "max", or none of this kind
-        return None
+    return None

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.backends.shards import local
-from lightning_optim.messages import nearest
+from lightning_optim.room import check_memory
 
 _DOUBT = 16
 """For so many steps after a skipped one no snapshot is called good: flags in a row are a new level after so many."""
-
-MEMORIES = ("device", "cpu", "disk")
 
 
 class Part(Protocol):
@@ -146,8 +144,7 @@ class Snapshot:
     """
 
     def __init__(self, memory: str = "cpu", folder: str | Path | None = None) -> None:
-        if memory not in MEMORIES:
-            raise ValueError(f"Unknown memory={memory!r} for snapshots. {nearest(str(memory), MEMORIES)}")
+        check_memory(memory, "Snapshot")
         self._memory = memory
         self._folder = folder
         self._file: Path | None = None

@@ -23,19 +23,19 @@ LAYERS = [
     ("factory", "plan", "plan_report", "run_report"),
     ("optimizer_choice",),
     ("step", "resume", "diagnostics", "tensorboard", "training_length", "freezing", "late_groups", "foreign_decay"),
-    ("foreign_update", "histograms", "snapshots", "room"),
+    ("foreign_update", "histograms", "snapshots"),
     ("operands", "gradients", "measure", "flat_shards", "interval"),
     ("optim",),
     ("backends", "trial_step"),
     ("clipping", "divergence", "schedules", "param_groups"),
-    ("weight_decay", "rules", "stats", "durations", "transfer", "closure"),
+    ("weight_decay", "rules", "stats", "durations", "transfer", "closure", "room"),
     ("imports",),
     ("messages", "_version"),
 ]
 # These import nothing of the package but what is named here.
 LEAVES = {
     "clipping": {"clipping", "messages", "stats", "transfer"},
-    "divergence": {"divergence", "messages", "stats", "transfer"},
+    "divergence": {"divergence", "messages", "room", "stats", "transfer"},
     "schedules": {"schedules", "durations", "imports", "messages"},
     "param_groups": {"param_groups", "durations", "messages", "schedules"},
     "weight_decay": {"messages", "rules"},
@@ -44,6 +44,7 @@ LEAVES = {
     "durations": set(),
     "transfer": set(),
     "imports": {"messages"},
+    "room": {"messages"},
     "messages": set(),
 }
 

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_optim.messages import nearest
-
-MEMORIES = ("device", "cpu", "disk")
+from lightning_optim.room import check_memory
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,7 @@ class Rollback:
     def __post_init__(self) -> None:
         _at_least("Rollback", 1, every=self.every, budget=self.budget)
         _at_least("Rollback", 0, clean=self.clean)
-        if self.memory not in MEMORIES:
-            raise ValueError(f"Unknown memory={self.memory!r} of Rollback. {nearest(str(self.memory), MEMORIES)}")
+        check_memory(self.memory, "Rollback")
         if not (math.isfinite(self.lr_factor) and 0 < self.lr_factor <= 1):
             raise ValueError(f"Invalid lr_factor={self.lr_factor!r} of Rollback: it lies in (0, 1]; 1 keeps the rate.")
 

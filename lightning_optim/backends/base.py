@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -69,6 +69,13 @@ class Batch:
     def counters(self) -> dict[str, list[np.ndarray]]:
         """On the CPU, the memory of `scalar_states` by name: to read and write thousands of numbers as numbers."""
         return {name: [state[name].numpy() for state in self.scalar_states] for name in self.scalar_states[0]}
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """The batch of some of the tensors."""
+        if len(rows) == len(self.params):
+            return self
+        lists = ("params", "grads", "states", "scalar_states", "groups", "wholes", "rounding_keys")
+        return replace(self, **{name: [full[row] for row in rows] for name in lists if (full := getattr(self, name))})
 
     @property
     def low_precision(self) -> bool:

@@ -106,6 +106,8 @@ class HiddenMatrixOptimizer(FusedOptimizer):
             raise ValueError(f"{cls.__name__}: ns_coefficients={coefficients!r}; needed are three numbers (a, b, c).")
         if not isinstance(steps, int) or not 1 <= steps < 100:
             raise ValueError(f"{cls.__name__}: ns_steps={steps!r}; needed is a whole number from 1 to 99.")
+        if not (group["flatten"] is None or isinstance(group["flatten"], bool)):
+            raise ValueError(f"{cls.__name__}: flatten={group['flatten']!r}; needed is None, True or False.")
         if adjust not in (None, "original", "match_rms_adamw"):
             raise ValueError(
                 f"{cls.__name__}: adjust_lr_fn={adjust!r}; needed is None, 'original' or 'match_rms_adamw'."

@@ -180,9 +180,10 @@ def _finish(
         _, delta, new_state = step
         param, state = batch.params[i], batch.states[i]
         moments = new_state
+        before = _wide(param)
         initial = [_wide(state[INITIAL])] if batch.decay_form == "pull" else []
-        terms = (_wide(param), delta, decay[i], *initial)
-        new_param, new_state = _stored(batch, i, change(*terms), new_state)
+        terms = (before, delta, decay[i], *initial)
+        new_param, new_state = _stored(batch, i, before, change(*terms), new_state)
         row = None
         if collect:
             raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
@@ -262,7 +263,8 @@ def _moment(batch: Batch, i: int, name: str) -> Tensor:
 
 def _grad(batch: Batch, i: int, scalars: dict[str, Tensor]) -> Tensor:
     """The gradient as the rule sees it: divided, negated for `maximize`, with the L2 term."""
-    return _wide(batch.grads[i]) * scalars["inverse_divisor"] + scalars["l2"] * _wide(batch.params[i])
+    scaled = _wide(batch.grads[i]) * scalars["inverse_divisor"]
+    return scaled.add_(scalars["l2"] * _wide(batch.params[i]))
 
 
 def _steps(batch: Batch, rule: UpdateRule, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
@@ -277,10 +279,11 @@ def _steps(batch: Batch, rule: UpdateRule, scalars: list[dict[str, Tensor]]) -> 
     return map(step, range(len(batch.params)))
 
 
-def _stored(batch: Batch, i: int, change: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Parameter and state after the step, the parameter in the dtype it is stored in."""
-    stored = batch.params[i]
-    param = _wide(stored)
+def _stored(
+    batch: Batch, i: int, param: Tensor, change: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Parameter (``param`` before it) and state after the step, the parameter in the dtype it is stored in."""
+    dtype = batch.params[i].dtype
     quantized = batch.quantized
     for name in batch.stochastic:
         if name in state:
@@ -292,11 +295,12 @@ def _stored(batch: Batch, i: int, change: Tensor, state: dict[str, Tensor]) -> t
                 state = state | {name: round_stochastically(state[name], key, slot)}
     if batch.kahan:
         pending = kahan_pending(_wide(batch.states[i]["kahan_comp"]), change)
-        after = (param + pending).to(stored.dtype)
+        del change
+        after = (param + pending).to(dtype)
         return after, state | {"kahan_comp": kahan_rest(pending, _wide(after), param)}
     if "param" in batch.stochastic:
         return round_stochastically(param - change, batch.rounding_keys[i], 0), state
-    return (param - change).to(stored.dtype), state
+    return (param - change).to(dtype), state
 
 
 def _cautious(batch: Batch, steps: list[Step]) -> Iterator[Step]:

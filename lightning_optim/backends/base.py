@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -74,8 +75,13 @@ class Batch:
         """The batch of some of the tensors."""
         if len(rows) == len(self.params):
             return self
-        lists = ("params", "grads", "states", "scalar_states", "groups", "wholes", "rounding_keys")
-        return replace(self, **{name: [full[row] for row in rows] for name in lists if (full := getattr(self, name))})
+        part = copy(self)
+        for name in ("arrays", "counters"):  # of all tensors, where they were asked for
+            part.__dict__.pop(name, None)
+        for name in ("params", "grads", "states", "scalar_states", "groups", "wholes", "rounding_keys"):
+            full = getattr(self, name)
+            object.__setattr__(part, name, [full[row] for row in rows] if full else [])
+        return part
 
     @property
     def low_precision(self) -> bool:

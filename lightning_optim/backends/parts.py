@@ -7,9 +7,9 @@ from collections.abc import Hashable, Iterator
 from lightning_optim.backends.base import Batch
 from lightning_optim.rules import TensorRule
 
-SHARE = 20
-"""A part is at most this fraction of a batch, by what it is stored in beside what the arithmetic runs in: temporaries
-of some four times a part in float32 then stay below 0.3 of the parameters."""
+SHARE = 32
+"""A part is at most this fraction of a float32 batch, and half of that of one in 16 bits, which the arithmetic widens:
+the seven copies of a part that the costliest step holds then stay below 0.3 of the parameters."""
 
 AT_LEAST = {"cpu": 2**18}
 """Elements that are worked on at once even in a small model, by device: a megabyte is worth no loop."""

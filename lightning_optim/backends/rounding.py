@@ -94,7 +94,7 @@ def round_stochastically(values: Tensor, key: Tensor, slot: int) -> Tensor:
     flat = values.float().contiguous().view(-1)
     result = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
     first = 0
-    for piece, rounded in zip(flat.split(size), result.view(-1).split(size), strict=True):
+    for piece, rounded in zip(torch.split(flat, size), torch.split(result.view(-1), size), strict=True):
         index = torch.arange(first, first + piece.numel(), device=values.device)
         bits = (noise(index, slot_key(key, slot)) & 0xFFFF).to(torch.int32)
         moved = ((piece.view(torch.int32) + bits) & -0x10000).view(torch.float32)

@@ -76,7 +76,7 @@ def orthogonalize_stack(
         counts = [x.shape[0] if x.dim() == 3 else 0 for x in wide]
         whole = [torch.cat([x if x.dim() == 3 else x[None] for x in wide])]
         wide.clear()
-        parts = _iterate(whole.pop(), coefficients, steps, eps).split([count or 1 for count in counts])
+        parts = _iterate(whole.pop(), coefficients, steps, eps).split_with_sizes([count or 1 for count in counts])
         done = [part if count else part[0] for part, count in zip(parts, counts, strict=True)]
     return [x.mT if was_tall else x for x, was_tall in zip(done, tall, strict=True)]
 

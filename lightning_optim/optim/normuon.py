@@ -61,7 +61,8 @@ class NorMuonRule(MuonRule):
 
 def _norm(matrix: Tensor) -> Tensor:
     """Frobenius norm of a matrix, or of each of a stack."""
-    return matrix.norm() if matrix.dim() == 2 else torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
+    return norm if matrix.dim() > 2 else norm.view(())
 
 
 class NorMuon(HiddenMatrixOptimizer):

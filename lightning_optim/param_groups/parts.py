@@ -82,9 +82,10 @@ def named_parameters(model: nn.Module) -> Iterator[NamedParameter]:
         reason = why_not_hidden(parameter, names, modules)
         seen.append(NamedParameter(parameter, names, modules, frozenset(_parts_of(names, modules)), reason))
     heads = output_layers(model)
-    last = None if heads else last_linear(model)
+    trained = any(one.parameter.requires_grad and not heads.isdisjoint(map(id, one.modules)) for one in seen)
+    last = None if trained else last_linear(model)  # what is frozen may be another model's, a teacher's
     if last is not None and any(one.not_hidden is None and one.parameter is not last.weight for one in seen):
-        heads = {id(last)}
+        heads = heads | {id(last)}
     undecayed = _named_undecayed(model)
     for one in seen:
         parts, reason = set(one.parts), one.not_hidden

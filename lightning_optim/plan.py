@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class GroupPlan:
         rule: Name of the optimizer whose update it uses.
         state_bytes: What the optimizer will keep for it, in bytes; None if that is not known before it steps.
         frozen_until: As the rule says it; None if it is trained from the start.
+        not_hidden: By name, what those are that an optimizer of hidden matrices has left to AdamW.
     """
 
     name: str
@@ -45,6 +46,7 @@ class GroupPlan:
     rule: str
     state_bytes: int | None
     frozen_until: str | None
+    not_hidden: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def plan_groups(optimizer: Optimizer) -> list[GroupPlan]:
                 rule=str(group.get("rule") or type(optimizer).__name__.lower()),
                 state_bytes=sum(known) if len(known) == len(sizes) else None,
                 frozen_until=group.get("frozen_until"),
+                not_hidden=dict(group.get("not_hidden", {})),
             )
         )
     return plans

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def format_plan(plan: Plan, parameters: bool = False, width: int = 72) -> str:
     ]
     if plan.groups:
         lines += ["", *_table(plan.groups, parameters)]
+        lines += [f"{group.name}: {_left_out(group.not_hidden)}." for group in plan.groups if group.not_hidden]
     for curve in plan.curves:
         lines += ["", *_plot(curve, total, max(width, 20))]
     lines += [f"\nNote: {note}" for note in plan.notes]
@@ -51,7 +52,10 @@ def _table(groups: Sequence[GroupPlan], parameters: bool) -> list[str]:
         row += ["-" if group.weight_decay is None else f"{group.weight_decay:g}", group.rule, _bytes(group.state_bytes)]
         rows.append([*row, group.frozen_until or "-"] if temporary else row)
         if parameters:
-            details[len(rows) - 1] = [f"    {name}  {list(shape)}" for name, shape in group.parameters]
+            details[len(rows) - 1] = [
+                f"    {name}  {list(shape)}" + (f"  ({group.not_hidden[name]})" if name in group.not_hidden else "")
+                for name, shape in group.parameters
+            ]
     sizes = [group.state_bytes for group in groups]
     known = [size for size in sizes if size is not None]
     last = ["total", f"{sum(len(group.parameters) for group in groups):,}", f"{sum(group.numel for group in groups):,}"]
@@ -67,6 +71,18 @@ def _table(groups: Sequence[GroupPlan], parameters: bool) -> list[str]:
             lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
         lines += details.get(number, [])
     return lines
+
+
+def _left_out(reasons: Mapping[str, str]) -> str:
+    """What is not orthogonalised, by kind; vectors are counted, and of matrices the first few are named."""
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in reasons.items():
+        by_kind.setdefault(kind, []).append(name)
+    parts = []
+    for kind, names in sorted(by_kind.items(), key=lambda item: item[0] != "vector"):
+        named = "" if kind == "vector" else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        parts.append(f"{len(names):,} {kind}{'s' if len(names) > 1 else ''}{named}")
+    return f"no hidden matrices, so {', '.join(parts)} go to AdamW"
 
 
 def _bytes(count: int | None) -> str:

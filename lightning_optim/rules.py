@@ -10,7 +10,7 @@ import builtins
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -147,8 +147,8 @@ class Rule:
         """
         return {}
 
-    def why_not(self, param: Tensor) -> str | None:
-        """Why this rule cannot update ``param``, as a sentence; None if it can."""
+    def why_not(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
+        """Why this rule cannot update ``param`` of ``group``, as a sentence; None if it can."""
         return None
 
     def decay(self, group: Mapping[str, Any], usual: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
@@ -242,6 +242,14 @@ class TensorRule(Rule):
     ranks are refused: a matrix's factors need the whole matrix.
     """
 
+    def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
+        """What must be equal for tensors to go through one call of `update`; None for each by itself.
+
+        Tensors that have it equal are handed over in parts, so that memory beyond weights, gradients and state is
+        needed for one part and not for the whole model.
+        """
+        return ()
+
     def update(
         self,
         params: Sequence[Tensor],
@@ -252,8 +260,9 @@ class TensorRule(Rule):
     ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
         """One step of several tensors: what to subtract from each, and its new state.
 
-        All at once so that matrices of one shape can be batched. Out of place: neither inputs nor state may be written,
-        since a skipped step must leave them as they are and only the device knows whether it is skipped. No host read.
+        Several at once so that matrices of one shape can be batched (`together`); the next come when these are stored.
+        Out of place: neither inputs nor state may be written, since a skipped step must leave them as they are and only
+        the device knows whether it is skipped. No host read.
 
         Args:
             params: Shape as the parameter, in the arithmetic dtype (float32, or float64 for float64 parameters).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -95,6 +96,18 @@ class Batch:
     def counters(self) -> dict[str, list[np.ndarray]]:
         """On the CPU, the memory of `scalar_states` by name: to read and write thousands of numbers as numbers."""
         return {name: [state[name].numpy() for state in self.scalar_states] for name in self.scalar_states[0]}
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """The batch of some of the tensors."""
+        if len(rows) == len(self.params):
+            return self
+        part = copy(self)
+        for name in ("arrays", "counters"):  # of all tensors, where they were asked for
+            part.__dict__.pop(name, None)
+        for name in ("params", "grads", "states", "scalar_states", "groups", "wholes", "rounding_keys"):
+            full = getattr(self, name)
+            object.__setattr__(part, name, [full[row] for row in rows] if full else [])
+        return part
 
     @property
     def low_precision(self) -> bool:

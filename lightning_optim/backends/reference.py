@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends.base import Backend, Batch
+from lightning_optim.backends.parts import parts
 from lightning_optim.backends.quantization import dequantize, quantize
 from lightning_optim.backends.rounding import kahan_pending, kahan_rest, round_stochastically
 from lightning_optim.backends.scalars import commit, is_set, scalar_columns, widest_dtype
@@ -68,7 +69,12 @@ class ReferenceBackend(Backend):
         if rule.sums and not rule.shared:
             columns |= rule.rescale(columns, _rule_sums(batch, rule, columns), whole_numel(batch))
         scalars = _rows(columns, batch.dtype)
-        return _finish(batch, _steps(batch, rule, scalars), columns, scalars, skip, collect)
+
+        def run(rows: list[int], part: Batch, decays: Tensor) -> Tensor | None:
+            numbers = [scalars[row] for row in rows]
+            return _finish(part, _steps(part, rule, numbers), decays, numbers, skip, collect)
+
+        return _in_parts(batch, columns, run, skip)
 
 
 def apply_tensor_rule(
@@ -96,29 +102,62 @@ def apply_tensor_rule(
     columns = scalar_columns(batch, divisor)
     scalars = _rows(columns, batch.dtype)
     as_given = _needs_no_scaling(columns) if batch.device.type == "cpu" else [False] * len(batch.params)
-    grads = [
-        _wide(grad) if as_it_is else _grad(batch, i, scalars[i])
-        for i, (grad, as_it_is) in enumerate(zip(batch.grads, as_given, strict=True))
-    ]
-    states = [
-        {n: _wide(tensor) for n, tensor in state.items() if n not in ("kahan_comp", INITIAL)} for state in batch.states
-    ]
-    deltas, new_states = update([_wide(p) for p in batch.params], grads, states, scalars, batch.groups)
     plain = batch.decay_form == "shrink" and not (batch.cautious or batch.low_precision)
-    if subtract is not None and plain and not collect:
-        subtract(batch, deltas, columns["decay"])
-        pairs = [(state[n], new[n]) for state, new in zip(batch.states, new_states, strict=True) for n in new]
+
+    def run(rows: list[int], part: Batch, decays: Tensor) -> Tensor | None:
+        numbers = [scalars[row] for row in rows]
+        grads = [_wide(part.grads[i]) if as_given[row] else _grad(part, i, scalars[row]) for i, row in enumerate(rows)]
+        states = [
+            {n: _wide(tensor) for n, tensor in state.items() if n not in ("kahan_comp", INITIAL)}
+            for state in part.states
+        ]
+        deltas, new_states = update([_wide(p) for p in part.params], grads, states, numbers, part.groups)
+        if subtract is None or not plain or collect:
+            return _finish(part, zip(grads, deltas, new_states, strict=True), decays, numbers, skip, collect)
+        subtract(part, deltas, decays)
+        pairs = [(state[n], new[n]) for state, new in zip(part.states, new_states, strict=True) for n in new]
         if pairs:
             torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
-        commit(batch, columns, skip)
         return None
-    return _finish(batch, zip(grads, deltas, new_states, strict=True), columns, scalars, skip, collect)
+
+    return _in_parts(batch, columns, run, skip)
+
+
+def _in_parts(
+    batch: Batch,
+    columns: dict[str, Tensor],
+    run: Callable[[list[int], Batch, Tensor], Tensor | None],
+    skip: Tensor | None,
+) -> Tensor | None:
+    """Update the batch part by part, each stored before the next begins; the step sums, if ``run`` gives such.
+
+    Args:
+        batch: What to update.
+        columns: The numbers of all its tensors.
+        run: Updates a part, given the places of its tensors, the part, and its share of the column `decay`.
+        skip: As for `Backend.apply`.
+    """
+    order: list[int] = []
+    sums: list[Tensor] = []
+    for rows in parts(batch):
+        whole = len(rows) == len(batch.params)
+        decays = columns["decay"] if whole else columns["decay"][upload(rows, batch.device)]
+        collected = run(rows, batch.take(rows), decays)
+        if collected is not None:
+            order += rows
+            sums.append(collected)
+    commit(batch, columns, skip)
+    if len(sums) < 2:
+        return sums[0] if sums else None
+    in_order = torch.empty(len(order), len(STEP_SUMS), device=batch.device)
+    in_order[upload(order, batch.device)] = torch.cat(sums)
+    return in_order
 
 
 def _finish(
     batch: Batch,
     steps: Iterable[Step],
-    columns: dict[str, Tensor],
+    decays: Tensor,
     scalars: list[dict[str, Tensor]],
     skip: Tensor | None,
     collect: bool,
@@ -127,7 +166,6 @@ def _finish(
     on_host = batch.device.type == "cpu"
     if batch.cautious:
         steps = _cautious(batch, list(steps))
-    decays = columns["decay"]
     if batch.decay_form == "rescale":
         steps = list(steps)
         moved = [
@@ -137,21 +175,27 @@ def _finish(
         decays = norm_factor(decays, sum_over_shards(torch.stack(moved), batch.wholes), whole_numel(batch))
     decay = decays.to(batch.dtype)
     change, decaying = rebound(CHANGES[batch.decay_form]), rebound(DECAYS.get(batch.decay_form, _param))
-    sums = []
-    for i, (_, delta, new_state) in enumerate(steps):
+
+    def write(i: int, step: Step) -> Tensor | None:
+        _, delta, new_state = step
         param, state = batch.params[i], batch.states[i]
         moments = new_state
+        before = _wide(param)
         initial = [_wide(state[INITIAL])] if batch.decay_form == "pull" else []
-        terms = (_wide(param), delta, decay[i], *initial)
-        new_param, new_state = _stored(batch, i, change(*terms), new_state)
+        terms = (before, delta, decay[i], *initial)
+        new_param, new_state = _stored(batch, i, before, change(*terms), new_state)
+        row = None
         if collect:
             raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
-            sums.append(_sums(batch, i, raw, new_param, moments, scalars[i], decaying(*terms)))
+            row = _sums(batch, i, raw, new_param, moments, scalars[i], decaying(*terms))
         for old, new in [(param, new_param), *((state[name], new_state[name]) for name in new_state)]:
             if new is not old:
                 new = new.to(old.dtype)
                 old.copy_(new if on_host or skip is None else torch.where(skip != 0, old, new))
-    commit(batch, columns, skip)
+        return row
+
+    # By `map`, and not in a loop, whose variables would keep one tensor's temporaries beside the next one's.
+    sums = [row for row in map(write, range(len(batch.params)), steps) if row is not None]
     if not collect:
         return None
     result = sum_over_shards(torch.stack(sums), batch.wholes)
@@ -219,22 +263,27 @@ def _moment(batch: Batch, i: int, name: str) -> Tensor:
 
 def _grad(batch: Batch, i: int, scalars: dict[str, Tensor]) -> Tensor:
     """The gradient as the rule sees it: divided, negated for `maximize`, with the L2 term."""
-    return _wide(batch.grads[i]) * scalars["inverse_divisor"] + scalars["l2"] * _wide(batch.params[i])
+    scaled = _wide(batch.grads[i]) * scalars["inverse_divisor"]
+    return scaled.add_(scalars["l2"] * _wide(batch.params[i]))
 
 
 def _steps(batch: Batch, rule: UpdateRule, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
     function, names = rebound(type(rule).update), rule.update_scalars()
-    for i, param in enumerate(batch.params):
+
+    def step(i: int) -> Step:
         grad = _grad(batch, i, scalars[i])
         state = [_moment(batch, i, name) for name in rule.state]
-        delta, *new = function(_wide(param), grad, *state, *(scalars[i][name] for name in names))
-        yield grad, delta, dict(zip(rule.state, new, strict=True))
+        delta, *new = function(_wide(batch.params[i]), grad, *state, *(scalars[i][name] for name in names))
+        return grad, delta, dict(zip(rule.state, new, strict=True))
+
+    return map(step, range(len(batch.params)))
 
 
-def _stored(batch: Batch, i: int, change: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Parameter and state after the step, the parameter in the dtype it is stored in."""
-    stored = batch.params[i]
-    param = _wide(stored)
+def _stored(
+    batch: Batch, i: int, param: Tensor, change: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Parameter (``param`` before it) and state after the step, the parameter in the dtype it is stored in."""
+    dtype = batch.params[i].dtype
     quantized = batch.quantized
     for name in batch.stochastic:
         if name in state:
@@ -246,11 +295,12 @@ def _stored(batch: Batch, i: int, change: Tensor, state: dict[str, Tensor]) -> t
                 state = state | {name: round_stochastically(state[name], key, slot)}
     if batch.kahan:
         pending = kahan_pending(_wide(batch.states[i]["kahan_comp"]), change)
-        after = (param + pending).to(stored.dtype)
+        del change
+        after = (param + pending).to(dtype)
         return after, state | {"kahan_comp": kahan_rest(pending, _wide(after), param)}
     if "param" in batch.stochastic:
         return round_stochastically(param - change, batch.rounding_keys[i], 0), state
-    return (param - change).to(stored.dtype), state
+    return (param - change).to(dtype), state
 
 
 def _cautious(batch: Batch, steps: list[Step]) -> Iterator[Step]:

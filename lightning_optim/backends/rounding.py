@@ -15,6 +15,11 @@ from torch import Tensor
 KEY_COLUMNS = ("rounding_key_high", "rounding_key_low")
 """Scalars of a tensor that is rounded stochastically: its key in two halves, which even a float32 holds exactly."""
 
+PIECE = {"cpu": 2**16}
+"""Elements that are rounded at once, by device: 64-bit random numbers take four times what they round."""
+
+PIECE_ELSEWHERE = 2**24
+
 
 def kahan_pending(rest: Any, change: Any) -> Any:
     """What is to be added to a parameter: minus the change, and what earlier steps could not store."""
@@ -85,8 +90,14 @@ def round_stochastically(values: Tensor, key: Tensor, slot: int) -> Tensor:
         key: The tensor's key, 0-d int64.
         slot: See `slot_key`.
     """
-    values = values.float()
-    index = torch.arange(values.numel(), device=values.device).view(values.shape)
-    bits = (noise(index, slot_key(key, slot)) & 0xFFFF).to(torch.int32)
-    rounded = ((values.contiguous().view(torch.int32) + bits) & -0x10000).view(torch.float32)
-    return torch.where(values.isnan(), values, rounded).to(torch.bfloat16)
+    size = PIECE.get(values.device.type, PIECE_ELSEWHERE)
+    flat = values.float().contiguous().view(-1)
+    result = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+    first = 0
+    for piece, rounded in zip(torch.split(flat, size), torch.split(result.view(-1), size), strict=True):
+        index = torch.arange(first, first + piece.numel(), device=values.device)
+        bits = (noise(index, slot_key(key, slot)) & 0xFFFF).to(torch.int32)
+        moved = ((piece.view(torch.int32) + bits) & -0x10000).view(torch.float32)
+        rounded.copy_(torch.where(piece.isnan(), piece, moved))
+        first += piece.numel()
+    return result

@@ -298,7 +298,7 @@ class FusedOptimizer(Optimizer):
                     f"{label} is a DTensor sharded over ranks, and {type(rule).__name__} needs whole tensors. Leave it "
                     "out of FSDP2, or choose an elementwise optimizer for it (a group with rule='adamw')."
                 )
-            reason = rule.why_not(param)
+            reason = rule.why_not(param, group)
             if reason is not None:
                 raise ValueError(f"{label}: {reason}")
             backends.choose(self.backend, param.device)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.param_groups import Entry, build_param_groups, is_hidden_matrix, named_parameters
+from lightning_optim.param_groups import Entry, NamedParameter, build_param_groups, named_parameters, why_not_hidden
+from lightning_optim.param_groups.parts import is_stack
 
 
 def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dict[str, Any]]:
     """Parameter groups of ``model`` for `Muon` or `NorMuon`: as `build_param_groups` makes them, each split in two.
 
-    What is no hidden matrix (`lightning_optim.param_groups.is_hidden_matrix`) goes to a second group, with
+    What is no hidden matrix (`lightning_optim.param_groups.why_not_hidden`) goes to a second group, with
     ``rule="adamw"``. The optimizer's constructor does the same, but knows embeddings by their names only; here the
     modules are seen, too. Groups whose rule says which update to use stay as they are.
 
@@ -30,26 +31,57 @@ def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dic
         default None ['body.weight']
         default_adamw adamw ['tokens.weight', 'body.bias', 'head.weight', 'head.bias']
     """
-    hidden = {id(found.parameter) for found in named_parameters(model) if "hidden_matrix" in found.parts}
-    return [
-        part
-        for group in build_param_groups(model, rules)
-        for part in (
-            [group] if "rule" in group else split_group(group, [id(param) in hidden for _, param in group["params"]])
-        )
-    ]
+    found = {id(one.parameter): one for one in named_parameters(model)}
+    groups: list[dict[str, Any]] = []
+    for group in build_param_groups(model, rules):
+        if "rule" in group:
+            groups.append(group)
+            continue
+        known = [found[id(param)] for _, param in group["params"]]
+        for part in split_group(group, [one.not_hidden for one in known]):
+            groups += [part] if "rule" in part else _split_by_form(part, found)
+    return groups
 
 
-def split_group(group: Mapping[str, Any], hidden: Sequence[bool]) -> list[dict[str, Any]]:
-    """``group`` without the parameters that are not ``hidden``, and a group of these for AdamW; empty ones left out."""
+def split_group(group: Mapping[str, Any], not_hidden: Sequence[str | None]) -> list[dict[str, Any]]:
+    """``group`` without what is no hidden matrix, and a group of this for AdamW; empty ones left out.
+
+    Args:
+        group: The group.
+        not_hidden: Of each parameter, what else it is than a hidden matrix. The group for AdamW keeps it by name, as
+            `not_hidden`, to be shown in plans.
+    """
     params = list(group["params"])
-    matrices = [param for param, is_hidden in zip(params, hidden, strict=True) if is_hidden]
-    others = [param for param, is_hidden in zip(params, hidden, strict=True) if not is_hidden]
+    matrices = [param for param, reason in zip(params, not_hidden, strict=True) if reason is None]
+    others = [(param, reason) for param, reason in zip(params, not_hidden, strict=True) if reason is not None]
     parts = [{**group, "params": matrices}] if matrices else []
     if others:
         name = {"name": f"{group['name']}_adamw"} if matrices and "name" in group else {}
-        parts.append({**group, **name, "params": others, "rule": "adamw"})
+        reasons = {param[0]: reason for param, reason in others if isinstance(param, tuple)}
+        because = {"not_hidden": reasons} if reasons else {}
+        parts.append({**group, **name, "params": [param for param, _ in others], "rule": "adamw", **because})
     return parts
+
+
+def _split_by_form(group: dict[str, Any], found: Mapping[int, NamedParameter]) -> Iterator[dict[str, Any]]:
+    """``group`` told whether its tensors of three and more dimensions are kernels or stacks, in two if it has both."""
+    forms: dict[bool, list[Any]] = {}
+    matrices = []
+    for name, param in group["params"]:
+        if param.dim() == 2:
+            matrices.append((name, param))
+        else:
+            forms.setdefault(not is_stack(param, found[id(param)].modules), []).append((name, param))
+    if "flatten" in group or not forms:
+        yield group
+        return
+    if len(forms) == 1:
+        yield {**group, "flatten": next(iter(forms))}
+        return
+    name = {"name": f"{group['name']}_stacks"} if "name" in group else {}
+    stacks = {id(param) for _, param in forms[False]}
+    yield {**group, "params": [entry for entry in group["params"] if id(entry[1]) not in stacks], "flatten": True}
+    yield {**group, **name, "params": forms[False], "flatten": False}
 
 
 class HiddenMatrixOptimizer(FusedOptimizer):
@@ -86,7 +118,7 @@ class HiddenMatrixOptimizer(FusedOptimizer):
             parts = [param_group]
         else:
             params = [params] if isinstance(params, Tensor) else list(params)
-            parts = split_group({**param_group, "params": params}, [_looks_hidden(entry) for entry in params])
+            parts = split_group({**param_group, "params": params}, [_looks_like(entry) for entry in params])
         count = len(self.param_groups)
         try:
             for part in parts or [param_group]:
@@ -106,12 +138,15 @@ class HiddenMatrixOptimizer(FusedOptimizer):
             raise ValueError(f"{cls.__name__}: ns_coefficients={coefficients!r}; needed are three numbers (a, b, c).")
         if not isinstance(steps, int) or not 1 <= steps < 100:
             raise ValueError(f"{cls.__name__}: ns_steps={steps!r}; needed is a whole number from 1 to 99.")
+        if not (group["flatten"] is None or isinstance(group["flatten"], bool)):
+            raise ValueError(f"{cls.__name__}: flatten={group['flatten']!r}; needed is None, True or False.")
         if adjust not in (None, "original", "match_rms_adamw"):
             raise ValueError(
                 f"{cls.__name__}: adjust_lr_fn={adjust!r}; needed is None, 'original' or 'match_rms_adamw'."
             )
 
 
-def _looks_hidden(entry: Any) -> bool:
+def _looks_like(entry: Any) -> str | None:
+    """What a parameter is if it is no hidden matrix, as far as its name and shape tell."""
     name, param = entry if isinstance(entry, tuple) else ("", entry)
-    return isinstance(param, Tensor) and is_hidden_matrix(param, [name])
+    return why_not_hidden(param, [name]) if isinstance(param, Tensor) else "unknown"

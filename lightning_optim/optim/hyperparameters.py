@@ -60,6 +60,7 @@ BEYOND = (
     "lr_multiplier",
     "weight_decay_multiplier",
     "rounding_seed",
+    "not_hidden",
 )
 """Group keys that are not hyperparameters but are known, and so never taken for misspelt ones."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
-from lightning_optim.optim.newton_schulz import COEFFICIENTS, orthogonalize_stack, stacks
+from lightning_optim.optim.newton_schulz import COEFFICIENTS, orthogonalize_stack
 from lightning_optim.rules import Scalar, TensorRule
 from lightning_optim.weight_decay import WeightDecayKind
 
@@ -23,11 +23,23 @@ class MuonRule(TensorRule):
     counts_steps: ClassVar[bool] = False
     first_moment: ClassVar[str | None] = "momentum_buffer"
 
-    def why_not(self, param: Tensor) -> str | None:
+    def why_not(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
         """See `Rule.why_not`."""
         if param.dim() < 2:
             return f"it has {param.dim()} dimensions, and only matrices can be orthogonalised. Give it rule='adamw'."
+        if param.dim() == 3 and group["flatten"] is None:
+            return (
+                f"its shape {tuple(param.shape)} may be a stack of matrices or the kernel of a 1-d convolution. Say "
+                "which in its group, flatten=False or flatten=True, or take the groups from "
+                "muon_param_groups(model), which looks at the modules; or give it rule='adamw'."
+            )
         return None
+
+    def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
+        """Matrices of one shape or its transpose, and of equal settings, are one stack."""
+        _, rows, columns = matrix_shape(param, group)
+        settings = (tuple(group["ns_coefficients"]), group["ns_steps"], group["eps"])
+        return min(rows, columns), max(rows, columns), settings
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """No momentum."""
@@ -46,7 +58,7 @@ class MuonRule(TensorRule):
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
         """See `TensorRule.update`."""
-        buffers, directions = directions_of(grads, states, scalars, groups, [group["eps"] for group in groups])
+        buffers, directions = directions_of(grads, states, scalars, groups, groups[0]["eps"])
 
         def deltas() -> Iterator[Tensor]:
             for grad, direction, numbers, group in zip(grads, directions, scalars, groups, strict=True):
@@ -62,32 +74,38 @@ def directions_of(
     states: Sequence[dict[str, Tensor]],
     scalars: Sequence[dict[str, Tensor]],
     groups: Sequence[Mapping[str, Any]],
-    eps: Sequence[float],
+    eps: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """New momentum; and the momentum orthogonalised, as matrices, in bfloat16 as published."""
-    buffers: dict[int, Tensor] = {}
-    directions: dict[int, Tensor] = {}
-    by_setting: dict[Any, list[int]] = {}
-    for i, group in enumerate(groups):
-        by_setting.setdefault((tuple(group["ns_coefficients"]), group["ns_steps"], eps[i]), []).append(i)
-    for setting, indices in by_setting.items():
-        for part in stacks([grads[i] for i in indices]):
-            # One stack after the other, so that what is between momentum and direction stays in the cache.
-            stack = [indices[k] for k in part]
-            matrices = []
-            for i in stack:
-                grad, numbers = grads[i], scalars[i]
-                buffers[i] = states[i]["momentum_buffer"].lerp(grad, numbers["one_minus_momentum"])
-                nesterov = groups[i]["nesterov"]
-                matrices.append((grad.lerp(buffers[i], numbers["momentum"]) if nesterov else buffers[i]).flatten(1))
-            directions.update(zip(stack, orthogonalize_stack(matrices, *setting), strict=True))
-    everything = range(len(grads))
-    return [buffers[i] for i in everything], [directions[i] for i in everything]
+    """New momentum; and the momentum orthogonalised, as matrices or stacks of them, in bfloat16 as published."""
+    buffers: list[Tensor] = []
+
+    def matrices() -> Iterator[Tensor]:
+        for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
+            buffer = state["momentum_buffer"].lerp(grad, numbers["one_minus_momentum"])
+            buffers.append(buffer)
+            lead, rows, columns = matrix_shape(grad, group)
+            matrix = grad.lerp(buffer, numbers["momentum"]) if group["nesterov"] else buffer
+            yield matrix.reshape(*lead, rows, columns)
+
+    coefficients = tuple(groups[0]["ns_coefficients"])
+    directions = orthogonalize_stack(matrices(), coefficients, groups[0]["ns_steps"], eps)
+    return buffers, directions
+
+
+def matrix_shape(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ...], int, int]:
+    """How a parameter is orthogonalised: [number of matrices] or [] for one, rows, columns.
+
+    Kernels of convolutions, and whatever else the group flattens, are output channels × the rest.
+    """
+    if param.dim() == 2 or group["flatten"] is not False:
+        return (), param.shape[0], param.shape[1:].numel()
+    *lead, rows, columns = param.shape
+    return (math.prod(lead),), rows, columns
 
 
 def step_ratio(matrix: Tensor, adjust_lr_fn: str | None) -> float:
-    """What the learning rate is multiplied by, for a matrix of this shape."""
-    rows, columns = matrix.shape
+    """What the learning rate is multiplied by, for a matrix of this shape, or each of a stack."""
+    rows, columns = matrix.shape[-2:]
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns))
@@ -122,6 +140,9 @@ class Muon(HiddenMatrixOptimizer):
         ns_steps: Iterations, 1 to 99; five bring singular values to between about 0.7 and 1.2.
         adjust_lr_fn: How the step depends on the shape: None or `original`, or `match_rms_adamw`, with which learning
             rate and weight decay tuned for AdamW fit (the second paper), and so one lr fits all groups.
+        flatten: What parameters of more than two dimensions are: True for kernels, flattened to output channels × the
+            rest; False for stacks of matrices, such as experts, each orthogonalised by itself. None takes four and more
+            dimensions for kernels and refuses three, which may be either; `muon_param_groups` looks at the modules.
         adamw_lr: Learning rate of the groups that go to AdamW; None for ``lr``.
         adamw_betas: Their betas; 0.95 rather than 0.999, as with Muon in language models.
         adamw_eps: Their ε.
@@ -164,6 +185,7 @@ class Muon(HiddenMatrixOptimizer):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
+        flatten: bool | None = None,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
@@ -187,6 +209,7 @@ class Muon(HiddenMatrixOptimizer):
                 "eps": eps,
                 "ns_steps": ns_steps,
                 "adjust_lr_fn": adjust_lr_fn,
+                "flatten": flatten,
                 "maximize": maximize,
                 "cautious": cautious,
                 "kahan_sum": kahan_sum,

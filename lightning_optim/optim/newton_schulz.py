@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +10,6 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic a·x + b·x³ + c·x⁵; chosen by Jordan et al. to raise small singular values as fast as possible.
 Singular values do not converge to 1 but land between about 0.7 and 1.2 after five steps, which serves as well."""
-
-LARGEST_STACK = {"cpu": 2**21}
-"""Elements in one stack, by device: as many as temporaries leave in the CPU's cache."""
-
-LARGEST_STACK_ELSEWHERE = 2**25
-"""64 MB in bfloat16: more gains no speed, and costs a few times that in temporaries."""
 
 
 def orthogonalize(
@@ -45,52 +39,46 @@ def orthogonalize(
         >>> bool((x.diagonal() > 0.6).all())
         True
     """
+    stacks: dict[tuple[int, int], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        stacks.setdefault((min(matrix.shape), max(matrix.shape)), []).append(i)
     results: dict[int, Tensor] = {}
-    for part in stacks(matrices):
-        done = orthogonalize_stack([matrices[i] for i in part], coefficients, steps, eps, dtype)
-        results.update(zip(part, done, strict=True))
+    for indices in stacks.values():
+        done = orthogonalize_stack([matrices[i] for i in indices], coefficients, steps, eps, dtype)
+        results.update(zip(indices, done, strict=True))
     return [results[i] for i in range(len(matrices))]
 
 
-def stacks(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of the matrices that are orthogonalised together: of one shape or its transpose, in stacks of some size.
-
-    Args:
-        matrices: Shapes and device are read only; of more dimensions, all but the first are one.
-    """
-    by_shape: dict[tuple[int, int], list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        rows = matrix.shape[0]
-        columns = matrix.shape[1:].numel()
-        by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append(i)
-    for (rows, columns), indices in by_shape.items():
-        largest = LARGEST_STACK.get(matrices[indices[0]].device.type, LARGEST_STACK_ELSEWHERE)
-        size = max(1, largest // max(rows * columns, 1))
-        yield from (indices[start : start + size] for start in range(0, len(indices), size))
-
-
 def orthogonalize_stack(
-    matrices: Sequence[Tensor],
+    matrices: Iterable[Tensor],
     coefficients: tuple[float, float, float],
     steps: int,
     eps: float,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Tensor]:
-    """`orthogonalize` for matrices of one shape or its transpose, all in one stack."""
-    wide = [_wide(matrix.to(dtype)) for matrix in matrices]
+    """`orthogonalize` for matrices of one shape or its transpose, all in one stack.
+
+    Args:
+        matrices: Shape [rows, columns], or [matrices, rows, columns] for several; each is let go of as it is converted.
+        coefficients: As for `orthogonalize`.
+        steps: As for `orthogonalize`.
+        eps: As for `orthogonalize`.
+        dtype: As for `orthogonalize`.
+    """
+    wide, tall = [], []
+    for matrix in matrices:
+        tall.append(matrix.shape[-2] > matrix.shape[-1])
+        converted = matrix.to(dtype)
+        wide.append(converted.mT if tall[-1] else converted)
     if len(wide) == 1:
-        done = [_iterate(wide[0], coefficients, steps, eps)]
+        done = [_iterate(wide.pop(), coefficients, steps, eps)]
     else:
-        done = list(_iterate(torch.stack(wide), coefficients, steps, eps).unbind())
-    return [x.mT if _is_tall(matrix) else x for x, matrix in zip(done, matrices, strict=True)]
-
-
-def _is_tall(matrix: Tensor) -> bool:
-    return matrix.shape[0] > matrix.shape[1]
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    return matrix.mT if _is_tall(matrix) else matrix
+        counts = [x.shape[0] if x.dim() == 3 else 0 for x in wide]
+        whole = [torch.cat([x if x.dim() == 3 else x[None] for x in wide])]
+        wide.clear()
+        parts = _iterate(whole.pop(), coefficients, steps, eps).split_with_sizes([count or 1 for count in counts])
+        done = [part if count else part[0] for part, count in zip(parts, counts, strict=True)]
+    return [x.mT if was_tall else x for x, was_tall in zip(done, tall, strict=True)]
 
 
 def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -101,5 +89,6 @@ def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, ep
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
-        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = add_product(gram, gram, gram, beta=b, alpha=c)
+        x = add_product(x, gram, x, beta=a)
     return x

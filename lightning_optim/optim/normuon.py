@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
-from lightning_optim.optim.muon import MuonRule, directions_of, step_ratio
+from lightning_optim.optim.muon import MuonRule, directions_of, matrix_shape, step_ratio
 from lightning_optim.optim.newton_schulz import COEFFICIENTS
 from lightning_optim.rules import Scalar, TensorRule
 from lightning_optim.weight_decay import WeightDecayKind
@@ -25,7 +26,8 @@ class NorMuonRule(MuonRule):
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """No momentum, and zero for each row."""
-        return super().init_state(param, group) | {"second_momentum_buffer": param.new_zeros(param.shape[0], 1)}
+        lead, rows, _ = matrix_shape(param, group)
+        return super().init_state(param, group) | {"second_momentum_buffer": param.new_zeros(*lead, rows, 1)}
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
         """As for Muon, and how much of the newest squares the rows take in."""
@@ -40,21 +42,27 @@ class NorMuonRule(MuonRule):
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """See `TensorRule.update`."""
-        buffers, directions = directions_of(grads, states, scalars, groups, [NEWTON_SCHULZ_EPS] * len(grads))
+        buffers, directions = directions_of(grads, states, scalars, groups, NEWTON_SCHULZ_EPS)
         deltas, new_states = [], []
         for i, (grad, group, numbers) in enumerate(zip(grads, groups, scalars, strict=True)):
             direction = directions[i].to(grad.dtype)
-            squares = direction.square().mean(1, keepdim=True)
+            squares = direction.square().mean(-1, keepdim=True)
             rows = states[i]["second_momentum_buffer"].lerp(squares, numbers["one_minus_beta2"])
             normalized = direction / (rows.sqrt() + group["eps"])
             if group["adjust_lr_fn"] == "match_rms_adamw":
-                size: Any = 0.2 * math.sqrt(direction.numel())
+                size: Any = 0.2 * math.sqrt(direction.shape[-2:].numel())
             else:
-                size = direction.norm() * step_ratio(direction, group["adjust_lr_fn"])
-            scale = numbers["lr"] * size / (normalized.norm() + group["eps"])
+                size = _norm(direction) * step_ratio(direction, group["adjust_lr_fn"])
+            scale = numbers["lr"] * size / (_norm(normalized) + group["eps"])
             deltas.append(normalized.mul_(scale).reshape(grad.shape))
             new_states.append({"momentum_buffer": buffers[i], "second_momentum_buffer": rows})
         return deltas, new_states
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """Frobenius norm of a matrix, or of each of a stack."""
+    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
+    return norm if matrix.dim() > 2 else norm.view(())
 
 
 class NorMuon(HiddenMatrixOptimizer):
@@ -85,6 +93,9 @@ class NorMuon(HiddenMatrixOptimizer):
         ns_steps: Iterations, 1 to 99; five bring singular values to between about 0.7 and 1.2.
         adjust_lr_fn: How the step depends on the shape: None or `original`, or `match_rms_adamw`, an RMS of 0.2·lr,
             with which learning rate and weight decay tuned for AdamW fit, and so one lr fits all groups.
+        flatten: What parameters of more than two dimensions are: True for kernels, flattened to output channels × the
+            rest; False for stacks of matrices, such as experts, each orthogonalised by itself. None takes four and more
+            dimensions for kernels and refuses three, which may be either; `muon_param_groups` looks at the modules.
         adamw_lr: Learning rate of the groups that go to AdamW; None for ``lr``.
         adamw_betas: Their betas; 0.95 rather than 0.999, as with Muon in language models.
         adamw_eps: Their ε.
@@ -126,6 +137,7 @@ class NorMuon(HiddenMatrixOptimizer):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
+        flatten: bool | None = None,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
@@ -150,6 +162,7 @@ class NorMuon(HiddenMatrixOptimizer):
                 "eps": eps,
                 "ns_steps": ns_steps,
                 "adjust_lr_fn": adjust_lr_fn,
+                "flatten": flatten,
                 "maximize": maximize,
                 "cautious": cautious,
                 "kahan_sum": kahan_sum,

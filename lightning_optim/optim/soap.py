@@ -53,6 +53,9 @@ class SOAPRule(TensorRule):
             "kept": 1 - decay if decay_form(group) == "shrink" else 1.0,
         }
 
+    def together(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Each by itself: bases are several times a matrix, and nothing is batched."""
+
     def update(
         self,
         params: Sequence[Tensor],

@@ -2,7 +2,13 @@
 
 from lightning_optim.param_groups.build import Entry, build_param_groups, check_rules, list_presets
 from lightning_optim.param_groups.depth import parameter_depths
-from lightning_optim.param_groups.parts import NamedParameter, is_hidden_matrix, list_parts, named_parameters
+from lightning_optim.param_groups.parts import (
+    NamedParameter,
+    is_hidden_matrix,
+    list_parts,
+    named_parameters,
+    why_not_hidden,
+)
 from lightning_optim.param_groups.rules import REST, ParamGroupRule
 from lightning_optim.param_groups.scalings import LayerDecay, WidthScaling, shapes_of
 
@@ -21,4 +27,5 @@ __all__ = [
     "named_parameters",
     "parameter_depths",
     "shapes_of",
+    "why_not_hidden",
 ]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-HEAD = r"(((lm|cls|mlm|classification)_)?heads?|classifier|logits|unembed)"
-NOT_HIDDEN = (
-    rf"(^|[._])(\w*embed(ding)?s?|embed_\w+|wte|wpe|{HEAD})([._]|$)"
-    r"|^((model|module|net|network|backbone)\.)*(fc|output|out)\."
-)
-"""Names of embeddings and of the layers that make the output: matrices, but not hidden ones."""
+from lightning_optim.param_groups.heads import is_head_name, last_linear, output_layers
 
-_NOT_HIDDEN = re.compile(NOT_HIDDEN, re.IGNORECASE)
-_HEAD = re.compile(rf"(^|\.){HEAD}\.|^((model|module|net|network|backbone)\.)*(fc|output|out)\.", re.IGNORECASE)
+NOT_HIDDEN = {
+    "embedding": r"(^|[._])(\w*embed(ding)?s?|embed_\w+|wte|wpe)([._]|$)|(^|\.)relative_attention_bias\.",
+    "table": r"(^|\.)(\w*_?table|(\w+_)?pos(itions?|itional)?(_?(emb\w*|enc\w*|bias\w*|[hw]))?|rel(ative)?_\w+|alibi\w*"
+    r"|\w*_?(tokens?|latents?|queries|prototypes?|codebooks?|prompts?)|query|\w*bias(es)?(_\w+)?)$",
+    "state space": r"(^|\.)((log_)?A(_?logs?|_real|_imag|_re|_im)|log_A\w*|Ds?|log_dt|inv_dt|dt_bias"
+    r"|time_(decay|first|faaaa|mix_\w+))$",
+}
+"""Names of matrices that are not hidden, by what they are. Tables and numbers of state spaces are parameters of their
+own, with no `.weight` after them."""
+
+_NOT_HIDDEN = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in NOT_HIDDEN.items()}
 _BIAS = re.compile(r"(^|[._])bias(_[^.]*)?$")  # bias, in_proj_bias, bias_ih_l0
 
 _PARTS = {
@@ -24,8 +28,10 @@ _PARTS = {
     "norm": "normalisation layers of any family, weights and biases",
     "embedding": "nn.Embedding and nn.EmbeddingBag",
     "head": "the layer that makes the output: what the model says itself (timm's get_classifier, Hugging Face's "
-    "get_output_embeddings), else what is called head, lm_head, classifier, fc or the like",
-    "hidden_matrix": "matrices and kernels between hidden activations: neither vectors nor embeddings nor the head",
+    "get_output_embeddings), else what is called head, lm_head, classifier, fc or the like, shares an "
+    "embedding's weight, or is the last linear layer at the top of the model",
+    "hidden_matrix": "matrices and kernels between hidden activations: neither vectors, embeddings and other tables, "
+    "depthwise kernels nor the head",
     "undecayed": "biases, norms, embeddings, and what the model names in timm's no_weight_decay()",
 }
 
@@ -39,12 +45,14 @@ class NamedParameter:
         names: Every name the model has for it, the first one first; a tied weight has several.
         modules: The modules that hold it, in the order of ``names``.
         parts: Which parts of the model it belongs to (`list_parts`).
+        not_hidden: What it is, in a word or two, if it is no hidden matrix.
     """
 
     parameter: nn.Parameter
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
     parts: frozenset[str] = field(default=frozenset())
+    not_hidden: str | None = None
 
     @property
     def name(self) -> str:
@@ -68,25 +76,33 @@ def named_parameters(model: nn.Module) -> Iterator[NamedParameter]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             found.setdefault(parameter, []).append((_join(prefix, name), module))
-    heads = _heads(model)
-    undecayed = _named_undecayed(model)
+    seen = []
     for parameter, places in found.items():
         names, modules = zip(*places, strict=True)
-        parts = set(_parts_of(parameter, names, modules))
-        if heads & {id(module) for module in modules} if heads else any(_HEAD.search(name) for name in names):
+        reason = why_not_hidden(parameter, names, modules)
+        seen.append(NamedParameter(parameter, names, modules, frozenset(_parts_of(names, modules)), reason))
+    heads = output_layers(model)
+    trained = any(one.parameter.requires_grad and not heads.isdisjoint(map(id, one.modules)) for one in seen)
+    last = None if trained else last_linear(model)  # what is frozen may be another model's, a teacher's
+    if last is not None and any(one.not_hidden is None and one.parameter is not last.weight for one in seen):
+        heads = heads | {id(last)}
+    undecayed = _named_undecayed(model)
+    for one in seen:
+        parts, reason = set(one.parts), one.not_hidden
+        if any(id(module) in heads for module in one.modules):
             parts.add("head")
-            parts.discard("hidden_matrix")
-        if undecayed.intersection(names):
+            reason = reason or "output layer"
+        if reason is None:
+            parts.add("hidden_matrix")
+        if undecayed.intersection(one.names):
             parts.add("undecayed")
-        yield NamedParameter(parameter, names, modules, frozenset(parts))
+        yield replace(one, parts=frozenset(parts), not_hidden=reason)
 
 
 def is_hidden_matrix(param: Tensor, names: Sequence[str] = (), modules: Sequence[nn.Module] = ()) -> bool:
     """Whether ``param`` maps hidden activations to hidden activations, and so may be orthogonalised.
 
-    Convolution kernels do, flattened to output channels × the rest. Vectors do not (biases, norms, and whatever has
-    more than one dimension but only one row or column, such as class tokens), nor embeddings and output layers, which
-    are known by the module that holds them or, without a model to look at, by name (`NOT_HIDDEN`).
+    See `why_not_hidden`, which says what else it is.
 
     Args:
         param: The parameter.
@@ -99,21 +115,70 @@ def is_hidden_matrix(param: Tensor, names: Sequence[str] = (), modules: Sequence
         >>> is_hidden_matrix(nn.Linear(4, 4).weight, ["head.weight"])
         False
     """
-    if param.dim() < 2 or min(param.shape[0], param.numel() // max(param.shape[0], 1)) < 2:
-        return False
-    if any(_is_embedding(module) for module in modules):
-        return False
-    return not any(_NOT_HIDDEN.search(name) for name in names)
+    return why_not_hidden(param, names, modules) is None
 
 
-def _parts_of(parameter: nn.Parameter, names: Sequence[str], modules: Sequence[nn.Module]) -> Iterator[str]:
+def why_not_hidden(param: Tensor, names: Sequence[str] = (), modules: Sequence[nn.Module] = ()) -> str | None:
+    """What ``param`` is if it is no hidden matrix; None if it is one.
+
+    Hidden matrices are the weights of linear layers and convolutions, and stacks of such. Vectors are none (biases,
+    norms, and whatever has more than one dimension but only one row or column, such as class tokens), nor depthwise
+    kernels, each of which sees one channel only; nor embeddings and output layers, tables of positions and tokens, and
+    the numbers of state spaces, which are known by the module that holds them or by name (`NOT_HIDDEN`, `heads.HEAD`).
+
+    Args:
+        param: The parameter.
+        names: Its names in the model, if known.
+        modules: The modules that hold it, if known.
+
+    Returns:
+        `vector`, `embedding`, `norm`, `depthwise kernel`, `table`, `state space` or `output layer`.
+
+    Example:
+        >>> why_not_hidden(nn.Embedding(4, 4).weight, ["words.weight"], [nn.Embedding(4, 4)])
+        'embedding'
+    """
+    rows, rest = (param.shape[0], param.shape[1:].numel()) if param.dim() else (1, 1)
+    if param.dim() < 2 or min(rows, rest) < 2 or (is_stack(param, modules) and min(param.shape[-2:]) < 2):
+        return "vector"
+    if any(map(_is_embedding, modules)):
+        return "embedding"
+    if any(map(_is_norm, modules)):
+        return "norm"
+    if any(map(_is_depthwise, modules)) if modules else param.dim() > 2 and param.shape[1] == 1:
+        return "depthwise kernel"
+    for kind, pattern in _NOT_HIDDEN.items():
+        if any(map(pattern.search, names)):
+            return kind
+    return "output layer" if any(map(is_head_name, names)) else None
+
+
+def is_stack(param: Tensor, modules: Sequence[nn.Module]) -> bool:
+    """Whether ``param`` holds several matrices, such as one for each expert, rather than the kernel of a convolution.
+
+    Args:
+        param: The parameter.
+        modules: The modules that hold it; if these are not known, nothing tells.
+    """
+    return param.dim() > 2 and bool(modules) and not any(map(_is_convolution, modules))
+
+
+def _parts_of(names: Sequence[str], modules: Sequence[nn.Module]) -> Iterator[str]:
     bias = any(_BIAS.search(name) for name in names)
     norm = any(_is_norm(module) for module in modules)
     embedding = any(_is_embedding(module) for module in modules)
     kinds = {"bias": bias, "norm": norm, "embedding": embedding, "undecayed": bias or norm or embedding}
     yield from (kind for kind, holds in kinds.items() if holds)
-    if is_hidden_matrix(parameter, names, modules):
-        yield "hidden_matrix"
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    # By name, too: libraries bring convolutions of their own that are no subclass of torch's.
+    named = any(re.search(r"Conv(Transpose)?\d?d", base.__name__) for base in type(module).__mro__)
+    return named or isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return _is_convolution(module) and 1 < getattr(module, "groups", 1) == getattr(module, "in_channels", None)
 
 
 def _is_embedding(module: nn.Module) -> bool:
@@ -123,20 +188,6 @@ def _is_embedding(module: nn.Module) -> bool:
 def _is_norm(module: nn.Module) -> bool:
     # By name, because every model family brings norms of its own (LlamaRMSNorm, LayerNorm2d, FrozenBatchNorm2d).
     return any(re.search(r"Norm(\dd)?$", base.__name__) for base in type(module).__mro__)
-
-
-def _heads(model: nn.Module) -> set[int]:
-    """The modules, by id, that the model itself, or its outermost part that has an opinion, says are its head."""
-    for _, module in model.named_modules():
-        for method in ("get_classifier", "get_output_embeddings"):
-            if not callable(getattr(module, method, None)):
-                continue
-            answer = getattr(module, method)()
-            given = answer if isinstance(answer, tuple | list) else [answer]
-            heads = {id(part) for head in given if isinstance(head, nn.Module) for part in head.modules()}
-            if heads:
-                return heads
-    return set()
 
 
 def _named_undecayed(model: nn.Module) -> set[str]:

@@ -10,8 +10,10 @@ from torch import nn
 
 import lightning_optim as lo
 from lightning_optim import optim
-from lightning_optim.optim.newton_schulz import LARGEST_STACK, orthogonalize
-from lightning_optim.param_groups import ParamGroupRule, is_hidden_matrix
+from lightning_optim.optim.newton_schulz import orthogonalize
+from lightning_optim.param_groups import ParamGroupRule, is_hidden_matrix, named_parameters
+from lightning_optim.plan import Plan, plan_groups
+from lightning_optim.plan_report import format_plan
 from tests.optim.cases import assert_same, copies, give, gradients
 
 both = pytest.mark.parametrize("optimizer_class", [optim.Muon, optim.NorMuon])
@@ -83,6 +85,30 @@ def test_rules_of_groups_are_kept_and_split_groups_are_named() -> None:
         ("model.heads.head.weight", (9, 4), False),
         ("classifier.1.weight", (9, 4), False),
         ("model.fc.weight", (9, 4), False),
+        ("cls.predictions.decoder.weight", (9, 4), False),
+        ("decoder.layers.0.self_attn.q_proj.weight", (4, 4), True),
+        ("score.weight", (3, 4), False),
+        ("qa_outputs.weight", (2, 4), False),
+        ("net.to_logits.weight", (9, 4), False),
+        ("decoder.output_projection.weight", (9, 4), False),
+        ("layers.0.attention.output_projection.weight", (4, 4), True),
+        ("proj_out.weight", (9, 4), False),
+        ("blocks.0.proj_out.weight", (4, 4), True),
+        ("h.0.mlp.fc_out.weight", (4, 8), True),
+        ("encoder.layer.0.output.dense.weight", (4, 8), True),
+        ("value_head.weight", (3, 4), False),
+        ("blocks.0.multi_head.q.weight", (4, 4), True),
+        ("layers.0.relative_position_bias_table", (169, 3), False),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 8), False),
+        ("positional_embedding", (77, 8), False),
+        ("pos_emb", (77, 8), False),
+        ("attn.rel_pos_h", (27, 8), False),
+        ("scale_shift_table", (6, 8), False),
+        ("latents", (16, 8), False),
+        ("layers.0.mixer.A_log", (16, 4), False),
+        ("layers.0.mixer.conv1d.weight", (16, 1, 4), False),
+        ("layers.0.mixer.in_proj.weight", (32, 8), True),
+        ("attn.W_query", (8, 8), True),
     ],
 )
 def test_without_a_model_names_and_shapes_decide(name: str, shape: tuple[int, ...], hidden: bool) -> None:
@@ -203,6 +229,128 @@ def test_a_factory_makes_it_from_its_name() -> None:
     }
 
 
+class Mixer(nn.Module):
+    """Depthwise and other convolutions, a stack of experts, numbers of a state space, a norm over two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv1d(6, 12, 3, groups=6)
+        self.narrow = nn.Conv1d(1, 6, 3)
+        self.grouped = nn.Conv1d(6, 6, 3, groups=2)
+        self.experts = nn.Parameter(torch.randn(3, 6, 5))
+        self.norm = nn.LayerNorm((6, 5))
+        self.A_log = nn.Parameter(torch.zeros(6, 4))
+
+
+def reasons_of(model: nn.Module) -> dict[str, str | None]:
+    return {one.name: one.not_hidden for one in named_parameters(model) if one.parameter.dim() > 1}
+
+
+def test_modules_tell_kernels_from_stacks_and_which_kernels_are_depthwise() -> None:
+    assert reasons_of(Mixer()) == {
+        "experts": None,
+        "A_log": "state space",
+        "depthwise.weight": "depthwise kernel",
+        "narrow.weight": None,
+        "grouped.weight": None,
+        "norm.weight": "norm",
+        "norm.bias": "norm",
+    }
+    groups = optim.muon_param_groups(Mixer())
+    found = [(g["name"], g.get("rule"), g.get("flatten"), len(g["params"])) for g in groups]
+    assert found[:2] == [("default", None, True, 2), ("default_stacks", None, False, 1)]
+    assert found[2:] == [("default_adamw", "adamw", None, 7)]
+    optim.Muon(groups)
+
+
+class Output(nn.Module):
+    """A body, and an output layer whose name tells nothing."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 8)
+        self.body = nn.Linear(8, 8)
+        self.up = nn.Linear(8, 50 if kind == "vocabulary" else 8)
+        if kind == "one memory":
+            self.up = nn.Linear(8, 50)
+            self.up.weight = nn.Parameter(self.words.weight.detach())
+        self.after = nn.Linear(8, 50) if kind == "two of that size" else nn.LayerNorm(8)
+        if kind == "two of that size":
+            self.up = nn.Linear(8, 50)
+
+
+@pytest.mark.parametrize(
+    ("kind", "output"),
+    [
+        ("vocabulary", ["up.weight"]),
+        ("one memory", ["up.weight"]),
+        ("nothing", []),
+        ("two of that size", ["after.weight"]),
+    ],
+)
+def test_the_output_layer_is_known_by_what_it_shares_with_the_embedding(kind: str, output: list[str]) -> None:
+    assert [name for name, reason in reasons_of(Output(kind)).items() if reason == "output layer"] == output
+
+
+def perceptron(*last: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3), *last)
+
+
+@pytest.mark.parametrize(
+    ("model", "output"),
+    [
+        (perceptron(), ["4.weight"]),
+        (perceptron(nn.Softmax(1)), ["4.weight"]),
+        (nn.ModuleDict({"net": perceptron(), "loss": nn.MSELoss()}), ["net.4.weight"]),
+        (
+            nn.ModuleDict({"net": perceptron(), "teacher": Tiny().requires_grad_(False)}),
+            ["net.4.weight", "teacher.head.weight"],
+        ),
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False), []),
+        (nn.Sequential(nn.Linear(4, 3)), []),
+        (nn.Linear(4, 3), []),
+    ],
+)
+def test_without_names_the_last_linear_layer_at_the_top_is_the_output(model: nn.Module, output: list[str]) -> None:
+    assert [name for name, reason in reasons_of(model).items() if reason == "output layer"] == output
+
+
+def test_a_plan_says_what_is_left_to_adamw() -> None:
+    optimizer, _ = lo.OptimizerFactory("muon", lr=1e-3).build(Tiny())
+    text = format_plan(Plan(groups=plan_groups(optimizer)), parameters=True)
+    assert "embedding (words.weight) go to AdamW" in text
+    assert "default_adamw: no hidden matrices, so 1 vector, 1 output layer (head.weight) go to AdamW." in text
+    assert "head.weight  [3, 6]  (output layer)" in text
+
+
+@both
+def test_three_dimensions_are_refused_until_somebody_says_what_they_are(optimizer_class: Any) -> None:
+    experts = nn.Parameter(torch.randn(3, 6, 4))
+    with pytest.raises(
+        ValueError, match=r"'w1': its shape \(3, 6, 4\) may be a stack .* flatten=False or flatten=True"
+    ):
+        optimizer_class([("w1", experts)])
+    with pytest.raises(ValueError, match="flatten=1; needed is None, True or False"):
+        optimizer_class([experts], flatten=1)
+
+
+@both
+@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
+def test_each_matrix_of_a_stack_moves_as_it_would_alone(optimizer_class: Any, adjust: str | None) -> None:
+    torch.manual_seed(0)
+    stack = torch.randn(2, 3, 6, 4, dtype=torch.float64).requires_grad_()
+    alone = [matrix.clone().requires_grad_() for matrix in stack.detach().flatten(0, 1)]
+    settings: dict[str, Any] = {"lr": 0.1, "adjust_lr_fn": adjust}
+    one, other = optimizer_class([stack], flatten=False, **settings), optimizer_class(alone, **settings)
+    for _ in range(3):
+        stack.grad = torch.randn_like(stack)
+        for param, grad in zip(alone, stack.grad.flatten(0, 1), strict=True):
+            param.grad = grad.clone()
+        one.step()
+        other.step()
+    torch.testing.assert_close(stack.detach().flatten(0, 1), torch.stack(alone).detach(), rtol=0, atol=1e-9)
+
+
 # Newton-Schulz
 
 
@@ -231,8 +379,7 @@ def test_transposing_commutes_and_scale_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_batched_is_one_by_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LARGEST_STACK, "cpu", 3 * 24)
+def test_batched_is_one_by_one(dtype: torch.dtype) -> None:
     shapes = [(6, 4), (4, 6), (5, 5), (6, 4), (4, 6), (6, 4), (5, 5), (3, 0), (1, 7)]
     matrices = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     together = orthogonalize(matrices, dtype=dtype)

@@ -1,0 +1,108 @@
+"""The layers that make a model's output: by what the model says, by their names, and by how it is built."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+_ATTENTION = r"(?!(multi|per|attn|attention|talking|num|n)_?heads?)"
+_ANYWHERE = rf"({_ATTENTION}(\w+_)?heads?|head_dist|(\w+_)?classifier|(to_)?logits|unembed)"
+_LEAF = r"(decoder|scores?|qa_outputs|seq_relationship|output_projection)"
+_OUTERMOST = (
+    r"(fc|fc_?out|out|outputs?|(out|output|last|final)_(layer|linear|proj|projection|fc)|final|proj_out|lin(ear)?_out"
+    r"|predict(or|ions?)|readout|regressor)"
+)
+_WRAPPERS = r"((model|module|net|network|backbone|transformer|decoder|_orig_mod)\.)*"
+
+HEAD = rf"(^|\.){_ANYWHERE}\.|^{_WRAPPERS}{_OUTERMOST}\.|^(?!.*\.\d+\.)(\w+\.)*{_LEAF}\.(weight|bias)$"
+"""Names of output layers: some wherever they stand, some only as the last part of a name outside of repeated blocks
+(`decoder` is a layer in one model, and a stack of blocks in another), and some only at the top of the model."""
+
+_HEAD = re.compile(HEAD, re.IGNORECASE)
+
+
+def is_head_name(name: str) -> bool:
+    """Whether a parameter of this name belongs to the output layer, as far as names tell.
+
+    Example:
+        >>> [is_head_name(name) for name in ("lm_head.weight", "decoder.weight", "decoder.layers.0.fc1.weight")]
+        [True, True, False]
+    """
+    return _HEAD.search(name) is not None
+
+
+def output_layers(model: nn.Module) -> set[int]:
+    """The modules, by id, that make the output of ``model``; empty if nothing tells.
+
+    What the model says itself decides (timm's `get_classifier`, Hugging Face's `get_output_embeddings`). Else it is
+    what is called so (`is_head_name`), linear layers that share an embedding's weight, and the only one with as many
+    outputs as the largest embedding has rows. Where there is none of these, see `last_linear`.
+    """
+    said = _said(model)
+    if said:
+        return said
+    found = {id(module) for name, module in model.named_modules() if _holds(module) and is_head_name(f"{name}.weight")}
+    return found | {id(module) for module in _sharing_an_embedding(model)}
+
+
+def _holds(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _said(model: nn.Module) -> set[int]:
+    """What the model itself, or its outermost part that has an opinion, says."""
+    for module in model.modules():
+        for method in ("get_classifier", "get_output_embeddings"):
+            if not callable(getattr(module, method, None)):
+                continue
+            answer = getattr(module, method)()
+            given = answer if isinstance(answer, tuple | list) else [answer]
+            heads = {id(part) for head in given if isinstance(head, nn.Module) for part in head.modules()}
+            if heads:
+                return heads
+    return set()
+
+
+def _sharing_an_embedding(model: nn.Module) -> Iterator[nn.Module]:
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    if not embeddings:
+        return
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    rows = max(embedding.num_embeddings for embedding in embeddings)
+    as_wide = [linear for linear in linears if linear.out_features == rows]
+    if len(as_wide) == 1:
+        yield from as_wide
+    yield from (linear for linear in linears if any(_same(linear.weight, table.weight) for table in embeddings))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two parameters are one memory; only plain tensors can be asked."""
+    if a is b:
+        return True
+    plain = {type(a), type(b)} <= {Tensor, nn.Parameter} and a.device == b.device and a.device.type != "meta"
+    return plain and a.dtype == b.dtype and a.numel() > 0 and a.is_set_to(b)
+
+
+def last_linear(model: nn.Module) -> nn.Linear | None:
+    """The last layer in the order of definition, if it is linear, looking into lists and into what holds one module.
+
+    What holds frozen parameters only (a teacher, an average of the weights) does not count, unless it is linear itself.
+    """
+    module, in_list = model, False
+    while True:
+        children = [m for m in module.children() if any(_is_linear(m) or p.requires_grad for p in m.parameters())]
+        if not children:
+            return None
+        last = children[-1]
+        if isinstance(last, nn.Linear):
+            return last
+        is_list = isinstance(last, nn.Sequential | nn.ModuleList)
+        if not is_list and (in_list or len(children) > 1):
+            return None
+        module, in_list = last, in_list or is_list

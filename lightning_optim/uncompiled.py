@@ -21,7 +21,8 @@ R = TypeVar("R")
 
 def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     """``function``, never traced, whoever calls it; for step hooks, which torch's compiled optimizers trace too."""
-    untraced: Callable[P, R] = torch.compiler.disable(function, reason="lightning_optim's steps are no graphs of torch")
+    reason = "the steps of lightning_optim are no graphs of torch"
+    untraced: Callable[P, R] = torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]
     return untraced
 
 
@@ -32,5 +33,5 @@ def leave_step_uncompiled(cls: type[Optimizer]) -> None:
         cls: A class of which an instance has been made: then torch has put the calls of the hooks into ``step``.
     """
     if not getattr(cls.step, "left_uncompiled", False):
-        cls.step = uncompiled(cls.step)  # type: ignore[method-assign]
+        cls.step = uncompiled(cls.step)  # type: ignore[assignment, method-assign]
         cls.step.left_uncompiled = True  # type: ignore[attr-defined]

@@ -271,8 +271,8 @@ class FusedOptimizer(Optimizer):
         load_state_dict(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's keeps defaults, state and groups alone. What shadows a method (a wrapped `step`) is of this object, and
-        # what GradScaler has set is of this step: nobody would remove it from a copy.
+        # torch's keeps defaults, state and groups alone. What shadows a method (a wrapped `step`) is of this object,
+        # and what GradScaler has set is of this step: nobody would remove it from a copy.
         own = {name for name in vars(self) if callable(getattr(type(self), name, None))} | {"grad_scale", "found_inf"}
         public = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in own}
         return super().__getstate__() | public

@@ -18,7 +18,7 @@ from lightning_optim.weight_decay import WeightDecayKind, decay_form, group_deca
 class ScheduleFreeAdamWRule(UpdateRule):
     """Moves z by Adam's step without momentum, and y towards z; their average x is never stored."""
 
-    state = ("z", "exp_avg_sq")
+    state: ClassVar[tuple[str, ...]] = ("z", "exp_avg_sq")
     scalar_state: ClassVar[Mapping[str, float]] = MappingProxyType({"weight_sum": 0.0, "lr_max": 0.0})
     second_moment = "exp_avg_sq"
     decays_beside = False

@@ -22,6 +22,7 @@ from lightning_optim.schedules.given import resolve_others, resolve_schedule
 from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
 from lightning_optim.training_length import horizon_of
 from lightning_optim.trial_step import is_trial_step
+from lightning_optim.uncompiled import uncompiled
 
 __all__ = ["OptimizerFactory"]
 
@@ -173,7 +174,7 @@ class OptimizerFactory:
         # Without a callback of ours on the Trainer, the first step is the first to come by after the data are set up.
         if freezing is not None:
             freezing.horizon = horizon
-        optimizer.register_step_pre_hook(before_step)
+        optimizer.register_step_pre_hook(uncompiled(before_step))
         if not isinstance(scheduler.schedule, ReduceOnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": config}
         observer = {

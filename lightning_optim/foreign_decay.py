@@ -15,6 +15,7 @@ from lightning_optim.closure import closure_of, run_closure
 from lightning_optim.messages import nearest
 from lightning_optim.optim import FusedOptimizer
 from lightning_optim.trial_step import is_trial_step
+from lightning_optim.uncompiled import uncompiled
 from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients
 
 _KINDS = (WeightDecayKind.DECOUPLED, WeightDecayKind.INDEPENDENT, WeightDecayKind.CORRECTED)
@@ -75,7 +76,7 @@ class ForeignDecay:
                 raise ValueError(f"{label} has no parameter group {name!r}. {nearest(name, names)}")
         self.weight_decays = {name: float((groups or {}).get(name, weight_decay)) for name in names}
         self.weight_decay = float(weight_decay)
-        self._handle = optimizer.register_step_pre_hook(self._before)
+        self._handle = optimizer.register_step_pre_hook(uncompiled(self._before))
 
     def close(self) -> None:
         """Leaves the optimizer as it was."""

@@ -14,6 +14,7 @@ from lightning_optim.closure import closure_of, run_closure
 from lightning_optim.durations import Duration, Horizon
 from lightning_optim.optim import FusedOptimizer
 from lightning_optim.trial_step import is_trial_step
+from lightning_optim.uncompiled import uncompiled
 
 _of: weakref.WeakKeyDictionary[Optimizer, Freezing] = weakref.WeakKeyDictionary()
 
@@ -63,8 +64,8 @@ class Freezing:
         # Until it is known how far the run is, too many gradients are better than too few: a step drops what it must.
         for _, param in self._temporary():
             param.requires_grad_(True)
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        optimizer.register_step_pre_hook(uncompiled(self._before_step))
+        optimizer.register_step_post_hook(uncompiled(self._after_step))
         optimizer.register_state_dict_pre_hook(self._before_saving)
         _of[optimizer] = self
 

@@ -118,7 +118,8 @@ def plan_curves(scheduler: Scheduler) -> list[Curve]:
     groups = scheduler.optimizer.param_groups
 
     def curve(label: str, base: float, schedule: Schedule) -> Curve:
-        return Curve(label, lambda step: base * schedule(step, horizon.total_steps, horizon.steps_per_epoch))
+        at_peak = schedule.for_peak(base)
+        return Curve(label, lambda step: base * at_peak(step, horizon.total_steps, horizon.steps_per_epoch))
 
     own = scheduler.group_schedules
     shared = [group for group in groups if group.get("name") not in own]

@@ -26,6 +26,7 @@ from lightning_optim.operands import StepSkipped, operands_for
 from lightning_optim.stats import GradStats, StepCounts, StepRecord, StepStats
 from lightning_optim.transfer import HostMirror, upload
 from lightning_optim.trial_step import is_trial_step
+from lightning_optim.uncompiled import uncompiled
 
 __all__ = ["StepPipeline"]
 
@@ -120,8 +121,8 @@ class StepPipeline:
             if self._operands.skips_for_free and not any(isinstance(d, NonFiniteGradient) for d in self.detectors):
                 self.detectors = (NonFiniteGradient(), *self.detectors)
         self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            optimizer.register_step_pre_hook(uncompiled(self._before)),
+            optimizer.register_step_post_hook(uncompiled(self._after)),
         ]
 
     def close(self) -> None:

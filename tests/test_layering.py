@@ -28,14 +28,14 @@ LAYERS = [
     ("optim",),
     ("backends", "trial_step"),
     ("clipping", "divergence", "schedules", "param_groups"),
-    ("weight_decay", "rules", "stats", "durations", "transfer", "closure", "room"),
+    ("weight_decay", "rules", "stats", "durations", "transfer", "closure", "room", "uncompiled"),
     ("imports",),
     ("messages", "_version"),
 ]
 # These import nothing of the package but what is named here.
 LEAVES = {
     "clipping": {"clipping", "messages", "stats", "transfer"},
-    "divergence": {"divergence", "messages", "room", "stats", "transfer"},
+    "divergence": {"divergence", "messages", "room", "stats", "transfer", "uncompiled"},
     "schedules": {"schedules", "durations", "imports", "messages"},
     "param_groups": {"param_groups", "durations", "messages", "schedules"},
     "weight_decay": {"messages", "rules"},
@@ -46,6 +46,7 @@ LEAVES = {
     "imports": {"messages"},
     "room": {"messages"},
     "messages": set(),
+    "uncompiled": set(),
 }
 
 

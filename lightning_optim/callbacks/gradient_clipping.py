@@ -58,6 +58,8 @@ class GradientClipping(HubCallback):
                 raise ValueError(f"max_norm={max_norm!r} given beside method_kwargs={kwargs!r}: write it once.")
             self.rule = make_clip_rule(method, kwargs if max_norm is None else {"max_norm": max_norm, **kwargs})
         self.schedule = get_schedule(schedule)() if isinstance(schedule, str) else schedule
+        if isinstance(self.schedule, Schedule):
+            self.schedule.check_no_rate("the limit of the gradients")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a second owner."""

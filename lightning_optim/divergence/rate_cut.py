@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.uncompiled import uncompiled
+
 
 class RateCut:
     """Multiplies an optimizer's learning rates by a factor in each step, and puts them back after it.
@@ -41,8 +43,8 @@ class RateCut:
         self._age = 0
         self._kept: list[Any] = []
         self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._cut()),
-            optimizer.register_step_post_hook(lambda *_: self._put_back()),
+            optimizer.register_step_pre_hook(uncompiled(lambda *_: self._cut())),
+            optimizer.register_step_post_hook(uncompiled(lambda *_: self._put_back())),
         ]
 
     @property

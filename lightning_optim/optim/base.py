@@ -25,6 +25,7 @@ from lightning_optim.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.stats import STEP_SUMS, StepStats
 from lightning_optim.transfer import upload
 from lightning_optim.trial_step import is_trial_step
+from lightning_optim.uncompiled import leave_step_uncompiled
 from lightning_optim.weight_decay import WeightDecayKind
 
 SHARED = ("lr", "weight_decay", "weight_decay_kind", "maximize", "cautious", *low_precision.DEFAULTS)
@@ -75,6 +76,7 @@ class FusedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str = "auto") -> None:
         self.backend = backend
         super().__init__(params, low_precision.DEFAULTS | defaults)
+        leave_step_uncompiled(type(self))
 
     @classmethod
     def __subclasses__(cls) -> list[type]:
@@ -275,7 +277,15 @@ class FusedOptimizer(Optimizer):
         load_state_dict(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"backend": self.backend}
+        # torch's keeps defaults, state and groups alone. What shadows a method (a wrapped `step`) is of this object,
+        # and what GradScaler has set is of this step: nobody would remove it from a copy.
+        own = {name for name in vars(self) if callable(getattr(type(self), name, None))} | {"grad_scale", "found_inf"}
+        public = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in own}
+        return super().__getstate__() | public
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        leave_step_uncompiled(type(self))
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         seen: set[int] = set()

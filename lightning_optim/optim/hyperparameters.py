@@ -29,7 +29,7 @@ NON_NEGATIVE = (
     "trust_coeff",
     "d_coef",
 )
-FRACTIONS = ("betas", "beta2", "beta3", "shampoo_beta")
+FRACTIONS = ("betas", "beta2", "beta3", "shampoo_beta", "inner_momentum")
 # Each in [0, 1): an average that never takes anything in, or never forgets, is a mistake.
 FLAGS = (
     "maximize",

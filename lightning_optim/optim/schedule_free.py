@@ -18,7 +18,7 @@ from lightning_optim.weight_decay import WeightDecayKind, decay_form, group_deca
 class ScheduleFreeAdamWRule(UpdateRule):
     """Moves z by Adam's step without momentum, and y towards z; their average x is never stored."""
 
-    state = ("z", "exp_avg_sq")
+    state: ClassVar[tuple[str, ...]] = ("z", "exp_avg_sq")
     scalar_state: ClassVar[Mapping[str, float]] = MappingProxyType({"weight_sum": 0.0, "lr_max": 0.0})
     second_moment = "exp_avg_sq"
     decays_beside = False
@@ -74,6 +74,45 @@ class ScheduleFreeAdamWRule(UpdateRule):
         return share * (param - z) + y_step * change, z - change, exp_avg_sq
 
 
+class InnerMomentumRule(ScheduleFreeAdamWRule):
+    """The same with Adam's first moment in z's step."""
+
+    state = ("z", "exp_avg", "exp_avg_sq")
+    first_moment = "exp_avg"
+
+    def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
+        """Those of `ScheduleFreeAdamWRule`, and the first moment's."""
+        beta = group["inner_momentum"]
+        own = {"beta_z": beta, "one_minus_beta_z": 1 - beta, "bias_correction_z": 1 - beta**step}
+        return super().scalars(group, step, **scalar_state) | own
+
+    @staticmethod
+    def update(  # type: ignore[override]
+        param: Any,
+        grad: Any,
+        z: Any,
+        exp_avg: Any,
+        exp_avg_sq: Any,
+        lr: Any,
+        own_decay: Any,
+        share: Any,
+        y_step: Any,
+        beta_z: Any,
+        one_minus_beta_z: Any,
+        bias_correction_z: Any,
+        beta2: Any,
+        one_minus_beta2: Any,
+        bias_correction2_sqrt: Any,
+        eps: Any,
+    ) -> Any:
+        """One element's step."""
+        exp_avg = beta_z * exp_avg + one_minus_beta_z * grad
+        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        step = lr * exp_avg / bias_correction_z
+        change = step / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps) + own_decay * param
+        return share * (param - z) + y_step * change, z - change, exp_avg, exp_avg_sq
+
+
 class ScheduleFreeAdamW(FusedOptimizer):
     """Schedule-Free AdamW: a constant learning rate, and weights as good as after a schedule at any time.
 
@@ -100,6 +139,8 @@ class ScheduleFreeAdamW(FusedOptimizer):
         warmup_steps: Steps over which lr rises linearly; 0 for none. Warmup is still worth having.
         r: Exponent ≥ 0 of t in the weights ω of the average; above 0 it forgets early steps faster.
         weight_lr_power: Exponent p of lr in ω, so that steps of the warmup weigh less.
+        inner_momentum: In [0, 1): Adam's own β₁ in the step of z, m̂ in place of g in ĝ, beside the β₁ that places y.
+            One more value per parameter; ``schedulefree.ScheduleFreeWrapper`` around AdamW, with its decay at y.
         maximize: Ascend instead of descend.
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
         backend: `auto`, or `reference`, `cpu`.
@@ -124,7 +165,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
     """
 
     when_to_use = "Runs of open length, and wherever a schedule is one thing too many to tune."
-    memory = "2 values (3 in evaluation mode)"
+    memory = "2 values (3 in evaluation mode; 1 more with inner_momentum)"
     paper = "https://arxiv.org/abs/2405.15682"
 
     def __init__(
@@ -138,6 +179,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
         r: float = 0.0,
         weight_lr_power: float = 2.0,
         *,
+        inner_momentum: float = 0.0,
         maximize: bool = False,
         weight_decay_kind: str | WeightDecayKind = "decoupled",
         backend: str = "auto",
@@ -152,6 +194,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
                 "warmup_steps": warmup_steps,
                 "r": r,
                 "weight_lr_power": weight_lr_power,
+                "inner_momentum": inner_momentum,
                 "train_mode": True,
                 "maximize": maximize,
                 "cautious": False,
@@ -186,7 +229,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
                 "ScheduleFreeAdamW: a step in evaluation mode would start from the averaged weights. Call "
                 "optimizer.train() first; in Lightning, the callback ScheduleFree does."
             )
-        return ScheduleFreeAdamWRule()
+        return InnerMomentumRule() if group["inner_momentum"] else ScheduleFreeAdamWRule()
 
     @torch.no_grad()
     def eval(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -69,6 +70,7 @@ class Schedule(ABC):
     """
 
     shape_needs_total = True
+    final_lr: float | None = None
 
     def __init__(
         self,
@@ -93,8 +95,60 @@ class Schedule(ABC):
             or any(duration.is_relative for duration in _durations(vars(self)))
         )
 
+    @property
+    def is_absolute(self) -> bool:
+        """Whether it names a learning rate (``final_lr``, ``start_lr``): a multiplier only of a peak that is known."""
+        return not (self.final_lr is None and self.cooldown.final_lr is None and self.warmup.start_lr is None)
+
+    def for_peak(self, peak: float) -> Schedule:
+        """This schedule for a group of this peak: what it names as a learning rate, as a multiplier.
+
+        Args:
+            peak: The group's peak learning rate.
+
+        Example:
+            >>> from lightning_optim.schedules import Cosine
+            >>> [Cosine(final_lr=1e-4).for_peak(peak)(100, 100) for peak in (1e-3, 4e-4)]
+            [0.1, 0.25]
+        """
+        if not self.is_absolute:
+            return self
+        peak = peak or 1.0  # nothing comes of 0, whatever the multiplier
+        twin = copy.copy(self)
+        twin.warmup, twin.cooldown = self.warmup.for_peak(peak), self.cooldown.for_peak(peak)
+        if self.final_lr is not None:
+            vars(twin).update(final=self.final_lr / peak, final_lr=None)
+        return twin
+
+    def check_peak(self, peak: float, label: str) -> None:
+        """Refuses a learning rate of this schedule that is not below the peak of the group called ``label``."""
+        rates = {
+            "final_lr": self.final_lr,
+            "final_lr of the cooldown": self.cooldown.final_lr,
+            "start_lr of the warmup": self.warmup.start_lr,
+        }
+        for name, rate in rates.items():
+            if rate is not None and (rate > peak or (rate == peak and name.startswith("start"))):
+                raise ValueError(
+                    f"{self}: {name}={rate:g} is not below the peak learning rate of {label}, {peak:g}. Give a lower "
+                    "one, or the group a schedule of its own."
+                )
+
+    def check_no_rate(self, label: str) -> None:
+        """Refuses a schedule that names a learning rate where ``label``, which is none, is to be multiplied."""
+        if self.is_absolute:
+            raise ValueError(
+                f"{self} names a learning rate, and is to drive {label}. Give multipliers: final, and start of a "
+                "Warmup, in place of final_lr and start_lr."
+            )
+
     def __call__(self, step: int, total_steps: int | None = None, steps_per_epoch: float | None = None) -> float:
         """The multiplier for the update that follows ``step`` updates; defined beyond ``total_steps``, too."""
+        if self.is_absolute:
+            raise ValueError(
+                f"{self} names a learning rate, so it is a multiplier of a known peak only: call for_peak(lr) first. "
+                "What is no learning rate takes multipliers: start and final."
+            )
         run = Horizon(total_steps, steps_per_epoch)
         phases = self.phases(run)
         if step < phases.warmup:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_optim.durations import Duration
-from lightning_optim.schedules.phases import Cooldown, Warmup
+from lightning_optim.durations import Duration, Horizon
+from lightning_optim.schedules.base import Phases, Position
+from lightning_optim.schedules.phases import DECAYS, Cooldown, Warmup
 from lightning_optim.schedules.shapes import Constant, Cosine
 
 
@@ -15,6 +16,13 @@ class OneCycle(Cosine):
         final: Multiplier reached at the end of the run.
         hold: How long to stay at the peak.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+        three_phase: Down to where the warmup started in as many steps as the warmup took, and from there to ``final``
+            in the rest of the run, as the paper has it and torch's ``OneCycleLR(three_phase=True)``.
+        final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
+
+    Raises:
+        ValueError: ``three_phase`` is to go back to a start that the warmup does not have; or (when called) the way
+            down is longer than what is left of the run.
 
     References:
         Smith & Topin, Super-Convergence, 2018, https://arxiv.org/abs/1708.07120. The momentum that goes down and up the
@@ -23,6 +31,8 @@ class OneCycle(Cosine):
     Example:
         >>> [round(OneCycle()(step, 100), 3) for step in (0, 15, 30, 65, 100)]
         [0.04, 0.52, 1.0, 0.5, 0.0]
+        >>> [round(OneCycle(three_phase=True)(step, 100), 3) for step in (0, 30, 60, 80, 100)]
+        [0.04, 1.0, 0.04, 0.02, 0.0]
     """
 
     def __init__(
@@ -31,10 +41,40 @@ class OneCycle(Cosine):
         final: float = 4e-6,
         hold: int | str | Duration = 0,
         cooldown: int | str | Duration | Cooldown = 0,
+        *,
+        three_phase: bool = False,
+        final_lr: float | None = None,
     ) -> None:
         if not isinstance(warmup, Warmup):
             warmup = Warmup(warmup, "cosine", start=0.04)
-        super().__init__(warmup, final, hold, cooldown)
+        super().__init__(warmup, final, hold, cooldown, final_lr=final_lr)
+        self.three_phase = three_phase
+        if three_phase and (not warmup.length or (warmup.start is None and warmup.start_lr is None)):
+            raise ValueError(
+                f"three_phase=True of OneCycle goes back to where the warmup started, in as many steps, got {warmup!r}."
+                " Give it a length and a start, for instance Warmup('30%', 'cosine', start=0.04)."
+            )
+
+    def phases(self, run: Horizon) -> Phases:
+        """See `Schedule.phases`; refuses a run that is too short for the second of three phases."""
+        phases = super().phases(run)
+        if self.three_phase and phases.shape < phases.warmup:
+            raise ValueError(
+                f"{self}: down again in the {phases.warmup} steps that the warmup took does not fit into the "
+                f"{phases.shape} steps left after it. Give a warmup of less than half of the run."
+            )
+        return phases
+
+    def shape(self, at: Position) -> float:
+        """One way down, or two."""
+        if not self.three_phase:
+            return super().shape(at)
+        start = self.warmup.start or 0.0
+        if at.step < at.warmup:
+            return start + (1 - start) * DECAYS["cosine"](at.step / at.warmup)
+        rest = at.length - at.warmup
+        left = DECAYS["cosine"]((at.step - at.warmup) / rest) if rest else 0.0
+        return self.final + (start - self.final) * left
 
 
 class WSD(Constant):

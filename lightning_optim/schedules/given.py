@@ -101,6 +101,8 @@ def resolve_others(
                 f"Invalid schedule of {name}: {given!r}. Give a name such as 'cosine' or a Schedule; only the schedule "
                 "of all learning rates can look at a metric."
             )
+    for name, given in resolved.items():
+        given.check_no_rate(name)
     if (resolved or groups) and not isinstance(schedule, Schedule):
         raise ValueError(
             f"The schedules of {', '.join([*resolved, *groups])} need a schedule of lightning_optim for the learning "

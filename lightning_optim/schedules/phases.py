@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_optim.durations import Duration
@@ -23,7 +24,8 @@ _EXPONENTIAL_START = 0.01
 
 class _Phase:
     def __repr__(self) -> str:
-        rest = [f"{key}={value!r}" for key, value in vars(self).items() if key != "length"]
+        absent = [key for key in ("start_lr", "final_lr") if vars(self).get(key) is None]
+        rest = [f"{key}={value!r}" for key, value in vars(self).items() if key not in ("length", *absent)]
         return f"{type(self).__name__}({', '.join([repr(str(vars(self)['length'])), *rest])})"
 
 
@@ -41,9 +43,10 @@ class Warmup(_Phase):
         shape: ``"linear"``, ``"cosine"``, ``"exponential"`` (equal ratios, from 0.01 if no start is given) or
             ``"constant"`` (stays at ``start``, then jumps).
         start: Fraction of the peak to start from, in [0, 1); None to start one step above zero.
+        start_lr: Learning rate to start from, the same for every group, in place of ``start``.
 
     Raises:
-        ValueError: The length cannot be read, the shape is unknown, or the start does not suit it.
+        ValueError: The length cannot be read, the shape is unknown, the start does not suit it or is given twice.
 
     Example:
         >>> [Warmup(4).multiplier(step, 4) for step in range(4)]
@@ -55,12 +58,22 @@ class Warmup(_Phase):
     length: int | str | Duration = 0
     shape: str = "linear"
     start: float | None = None
+    start_lr: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "length", Duration.parse(self.length))
         if self.shape not in _RISES:
             raise ValueError(f"Unknown warmup shape {self.shape!r}. {nearest(self.shape, _RISES)}")
-        if self.start is None:
+        check_rate(self, "start_lr")
+        if self.start_lr is not None:
+            if self.start is not None:
+                raise ValueError(
+                    f"Warmup takes start={self.start!r}, a fraction of the peak, or start_lr={self.start_lr!r}, a "
+                    "learning rate; not both."
+                )
+            if self.shape == "exponential" and not self.start_lr:
+                raise ValueError("Invalid start_lr=0 of an exponential warmup: equal ratios never leave 0.")
+        elif self.start is None:
             if self.shape == "constant":
                 raise ValueError("A constant warmup needs its start, a fraction of the peak, for instance start=0.1.")
         elif not 0 <= self.start < 1 or (self.shape == "exponential" and self.start == 0):
@@ -69,6 +82,13 @@ class Warmup(_Phase):
                 f"Invalid start={self.start!r} of a {self.shape} warmup: it is a fraction of the peak, so it must lie "
                 f"in {lowest}, 1)."
             )
+
+    def for_peak(self, peak: float) -> Warmup:
+        """This with ``start_lr`` as a fraction of ``peak``, which is above 0."""
+        if self.start_lr is None:
+            return self
+        start = min(self.start_lr / peak, math.nextafter(1.0, 0.0))  # from above: a late group of a small rate
+        return replace(self, start=start, start_lr=None)
 
     def multiplier(self, step: int, steps: int) -> float:
         """The fraction of the peak at ``step`` of a warmup of ``steps`` steps."""
@@ -91,9 +111,11 @@ class Cooldown(_Phase):
         length: How long it takes, counted back from the end of the run.
         shape: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``, the best of those compared in the reference.
         final: Multiplier of the peak reached at the end of the run, at least 0.
+        final_lr: Learning rate reached there, the same for every group, in place of ``final``.
 
     Raises:
-        ValueError: The length cannot be read, the shape is unknown, or ``final`` is negative or not finite.
+        ValueError: The length cannot be read, the shape is unknown, or ``final`` is negative or not finite or given
+            beside ``final_lr``.
 
     References:
         Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations, 2024,
@@ -107,6 +129,7 @@ class Cooldown(_Phase):
     length: int | str | Duration = 0
     shape: str = "1-sqrt"
     final: float = 0.0
+    final_lr: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "length", Duration.parse(self.length))
@@ -114,16 +137,37 @@ class Cooldown(_Phase):
             raise ValueError(f"Unknown cooldown shape {self.shape!r}. {nearest(self.shape, DECAYS)}")
         check_final(self)
 
+    def for_peak(self, peak: float) -> Cooldown:
+        """This with ``final_lr`` as a multiplier of ``peak``, which is above 0."""
+        return self if self.final_lr is None else replace(self, final=self.final_lr / peak, final_lr=None)
+
     def multiplier(self, stable: float, step: int, steps: int) -> float:
         """What becomes of the multiplier ``stable`` at ``step`` of a cooldown of ``steps`` steps."""
         return self.final + (stable - self.final) * DECAYS[self.shape](min(step / steps, 1.0))
 
 
 def check_final(owner: Any) -> None:
-    """Refuses an ``owner.final`` that is negative or not finite."""
+    """Refuses an ``owner.final`` or ``owner.final_lr`` that is negative or not finite, and both of them."""
     final = owner.final
+    check_rate(owner, "final_lr")
+    default = inspect.signature(type(owner)).parameters.get("final")
+    if owner.final_lr is not None and default is not None and final != default.default:
+        raise ValueError(
+            f"{type(owner).__name__} takes final={final!r}, a multiplier of the peak, or final_lr={owner.final_lr!r}, "
+            "a learning rate; not both."
+        )
     if not (math.isfinite(final) and final >= 0):
         raise ValueError(
             f"Invalid final={final!r} of {type(owner).__name__}: it is a multiplier of the peak, so it must be finite "
             "and at least 0; for a learning rate it lies in [0, 1]."
+        )
+
+
+def check_rate(owner: Any, name: str) -> None:
+    """Refuses an absolute learning rate that is negative or not finite; None is none."""
+    rate = getattr(owner, name)
+    if rate is not None and not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(
+            f"Invalid {name}={rate!r} of {type(owner).__name__}: it is a learning rate, so it must be finite and at "
+            "least 0."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,11 @@ class ReduceOnPlateau(Schedule):
         threshold: By what fraction of the best value a better one must differ from it.
         floor: Lowest multiplier of the peak.
         hold: How long what is seen does not count after the warmup, either.
-        cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+        cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none. torch's ``cooldown`` is ``grace``.
+        threshold_mode: ``"rel"`` as said; ``"abs"`` if ``threshold`` is a difference.
+        grace: How many looks after a reduction are not counted against patience.
+        min_lr: Lowest learning rate: of all groups, of each in their order, or by name (0 for those not named).
+        eps: A reduction by no more than this learning rate is left out.
 
     Raises:
         ValueError: Something is out of its range.
@@ -58,6 +63,11 @@ class ReduceOnPlateau(Schedule):
         floor: float = 0.0,
         hold: int | str | Duration = 0,
         cooldown: int | str | Duration | Cooldown = 0,
+        *,
+        threshold_mode: str = "rel",
+        grace: int = 0,
+        min_lr: float | Sequence[float] | Mapping[str, float] = 0.0,
+        eps: float = 1e-8,
     ) -> None:
         super().__init__(warmup, hold, cooldown)
         if not monitor:
@@ -70,6 +80,19 @@ class ReduceOnPlateau(Schedule):
             raise ValueError(f"Invalid patience={patience!r} of ReduceOnPlateau: it is at least 0.")
         if not (math.isfinite(threshold) and threshold >= 0):
             raise ValueError(f"Invalid threshold={threshold!r} of ReduceOnPlateau: it must be finite and at least 0.")
+        if threshold_mode not in ("rel", "abs"):
+            raise ValueError(
+                f"Unknown threshold_mode={threshold_mode!r} of ReduceOnPlateau. "
+                f"{nearest(threshold_mode, ('rel', 'abs'))}"
+            )
+        if grace < 0:
+            raise ValueError(f"Invalid grace={grace!r} of ReduceOnPlateau: it is at least 0.")
+        for name, rate in (("min_lr", min_lr), ("eps", eps)):
+            given = rate.values() if isinstance(rate, Mapping) else rate if isinstance(rate, Sequence) else [rate]
+            if not all(math.isfinite(each) and each >= 0 for each in given):
+                raise ValueError(
+                    f"Invalid {name}={rate!r} of ReduceOnPlateau: a learning rate is finite and at least 0."
+                )
         if not 0 <= floor <= 1:
             raise ValueError(f"Invalid floor={floor!r} of ReduceOnPlateau: a multiplier of the peak lies in [0, 1].")
         self.monitor = monitor
@@ -78,6 +101,35 @@ class ReduceOnPlateau(Schedule):
         self.patience = patience
         self.threshold = float(threshold)
         self.floor = float(floor)
+        self.threshold_mode = threshold_mode
+        self.grace = grace
+        self.min_lr = min_lr
+        self.eps = float(eps)
+
+    def min_lr_of(self, index: int, name: str | None) -> float:
+        """The lowest learning rate of a group."""
+        if isinstance(self.min_lr, Mapping):
+            return float(self.min_lr.get(str(index) if name is None else name, 0.0))
+        if isinstance(self.min_lr, Sequence):  # a group that was added later has none
+            return float(self.min_lr[index]) if index < len(self.min_lr) else 0.0
+        return float(self.min_lr)
+
+    def check_groups(self, names: Sequence[str | None]) -> None:
+        """Refuses a ``min_lr`` of more, fewer or other groups than there are.
+
+        Args:
+            names: Of all groups, None where one has no name.
+        """
+        if isinstance(self.min_lr, Mapping):
+            known = [str(index) if name is None else name for index, name in enumerate(names)]
+            for name in self.min_lr:
+                if name not in known:
+                    raise ValueError(f"{self}: min_lr names {name!r}, which is no group. {nearest(name, known)}")
+        elif isinstance(self.min_lr, Sequence) and len(self.min_lr) != len(names):
+            raise ValueError(
+                f"{self}: min_lr has {len(self.min_lr)} learning rates, and there are {len(names)} groups. Give one "
+                "for all, or one for each, or name the groups."
+            )
 
     def shape(self, at: Position) -> float:
         """Always 1; the level of `Plateau` multiplies it."""
@@ -90,25 +142,45 @@ class Plateau:
 
     Args:
         schedule: The schedule.
-        level: Multiplier of the peak at present.
+        reductions: How often the rates have been reduced.
         best: The best value so far; None before the first.
         bad: How many looks since.
+        grace: How many more looks are not counted.
     """
 
     schedule: ReduceOnPlateau
-    level: float = 1.0
+    reductions: int = 0
     best: float | None = None
     bad: int = 0
+    grace: int = 0
+
+    @property
+    def level(self) -> float:
+        """Multiplier of the peak at present, where `min_lr` and `eps` of the schedule do not matter."""
+        return max(self.schedule.factor**self.reductions, self.schedule.floor)
+
+    def rate(self, peak: float, min_lr: float) -> float:
+        """What has become of the learning rate ``peak``, which goes no lower than ``min_lr``."""
+        rate, lowest = peak, max(min_lr, peak * self.schedule.floor)
+        for _ in range(self.reductions):
+            lower = max(rate * self.schedule.factor, lowest)
+            if rate - lower <= self.schedule.eps:  # and so it stays, as in torch
+                break
+            rate = lower
+        return rate
 
     def observe(self, value: float) -> None:
         """Takes in the metric's new value."""
-        schedule = self.schedule
         if self._is_better(value):
             self.best, self.bad = value, 0
-            return
-        self.bad += 1
-        if self.bad > schedule.patience:
-            self.level = max(self.level * schedule.factor, schedule.floor)
+        else:
+            self.bad += 1
+        if self.grace > 0:
+            self.grace -= 1
+            self.bad = 0
+        if self.bad > self.schedule.patience:
+            self.reductions += 1
+            self.grace = self.schedule.grace
             self.bad = 0
 
     def _is_better(self, value: float) -> bool:
@@ -116,17 +188,21 @@ class Plateau:
             return False
         if self.best is None:
             return True
-        if self.schedule.mode == "min":
-            return value < self.best * (1 - self.schedule.threshold)
-        return value > self.best * (1 + self.schedule.threshold)
+        less, threshold = self.schedule.mode == "min", self.schedule.threshold
+        if self.schedule.threshold_mode == "rel":
+            limit = self.best * (1 - threshold if less else 1 + threshold)
+        else:
+            limit = self.best - threshold if less else self.best + threshold
+        return value < limit if less else value > limit
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {"level": self.level, "best": self.best, "bad": self.bad}
+        return {"reductions": self.reductions, "best": self.best, "bad": self.bad, "grace": self.grace}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
-        self.level, self.best, self.bad = state["level"], state["best"], state["bad"]
+        self.reductions, self.best, self.bad = state["reductions"], state["best"], state["bad"]
+        self.grace = state["grace"]
 
 
 class Observer(LRScheduler):

@@ -24,6 +24,7 @@ class CosineRestarts(Schedule):
         final: Multiplier at the end of each cycle.
         hold: How long to stay at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+        final_lr: Learning rate at the end of each cycle, the same for every group, in place of ``final``.
 
     Raises:
         ValueError: Both ``cycles`` and ``cycle`` are given, or something is out of its range.
@@ -46,6 +47,8 @@ class CosineRestarts(Schedule):
         final: float = 0.0,
         hold: int | str | Duration = 0,
         cooldown: int | str | Duration | Cooldown = 0,
+        *,
+        final_lr: float | None = None,
     ) -> None:
         super().__init__(warmup, hold, cooldown)
         if cycles is not None and cycle is not None:
@@ -66,6 +69,7 @@ class CosineRestarts(Schedule):
         self.length_multiplier = float(length_multiplier)
         self.peak_multiplier = float(peak_multiplier)
         self.final = float(final)
+        self.final_lr = final_lr
         check_final(self)
 
     @property

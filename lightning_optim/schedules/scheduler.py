@@ -14,6 +14,7 @@ from lightning_optim.durations import Horizon
 from lightning_optim.messages import nearest
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
+from lightning_optim.schedules.order import has_stepped, warn_of_order
 from lightning_optim.schedules.plateau import Plateau, ReduceOnPlateau
 
 _SAMPLES = 101
@@ -49,9 +50,13 @@ class Scheduler(LRScheduler):
             constant beyond its end, and another schedule is refused. With ``"config"`` this schedule goes on from the
             saved position, over the length of the present run.
         tell: Told what differs, and whether that is a warning.
+        last_epoch: How many steps have been taken, less one, where a run goes on without the scheduler's state; -1 for
+            none. The groups have to bring their peaks as ``initial_lr``, as those of a loaded optimizer do.
 
     Raises:
-        ValueError: A hyperparameter is unknown or would leave its range, or a schedule does not fit the run.
+        KeyError: The run goes on, and a group does not say what its peak was.
+        ValueError: A hyperparameter is unknown or would leave its range, a schedule does not fit the run, or names a
+            learning rate that is not below a group's peak.
 
     Example:
         >>> import torch
@@ -70,6 +75,7 @@ class Scheduler(LRScheduler):
         schedules: Mapping[str, Schedule] | None = None,
         on_resume: str = "checkpoint",
         tell: Callable[[str, bool], None] = _warn,
+        last_epoch: int = -1,
     ) -> None:
         if on_resume not in ("checkpoint", "config"):
             raise ValueError(f"Unknown on_resume={on_resume!r}. {nearest(str(on_resume), ('checkpoint', 'config'))}")
@@ -86,13 +92,20 @@ class Scheduler(LRScheduler):
         self._plateau = Plateau(schedule) if isinstance(schedule, ReduceOnPlateau) else None
         self.horizon = horizon
         self.asks_for_horizon = horizon is None
-        self._restored = False
-        self._skipped_steps: Callable[[], int] = lambda: 0
+        if last_epoch != -1:
+            self._check_resumable(optimizer, last_epoch)
+        self._check_rates(optimizer)
+        self._restored = last_epoch != -1
+        self._skipped_steps: Callable[[], int] | None = None
         self._skips_seen = 0
+        self._order_is_known = True  # the first call of `step` comes from the constructor
+        self._peaks: dict[int, tuple[Tensor, float]] = {}
+        self._at_peak: dict[tuple[str | None, float], Schedule] = {}
         self._applied = 0.0  # the multiplier of the rates as they are; 0 before there are any
         if horizon is not None:
             self._check(horizon, optimizer)
-        super().__init__(optimizer)
+        super().__init__(optimizer, last_epoch)
+        self._order_is_known = self._restored
 
     def resolve(self, horizon: Horizon) -> None:
         """Learns the length of the run and sets the rates of the coming step."""
@@ -110,12 +123,20 @@ class Scheduler(LRScheduler):
         self._skips_seen = skipped_steps()
 
     def step(self, epoch: int | None = None) -> None:
-        """Moves on by one step, less the steps found to have been skipped since the last call."""
+        """Moves on by one step, less the steps found to have been skipped since the last call.
+
+        Warns, once, if the optimizer has not stepped at all before it.
+        """
         if epoch is not None:
             raise ValueError(f"Scheduler.step() counts optimizer steps and takes no epoch, got epoch={epoch}.")
-        skipped = self._skipped_steps()
-        self.last_epoch += 1 - (skipped - self._skips_seen)
+        skipped = self._skips_seen if self._skipped_steps is None else self._skipped_steps()
+        moved = 1 - (skipped - self._skips_seen)
         self._skips_seen = skipped
+        if not self._order_is_known and moved > 0:
+            self._order_is_known = True
+            if not has_stepped(self.optimizer):
+                warn_of_order(stacklevel=2)
+        self.last_epoch += moved
         self._apply()
 
     def observe(self, value: float) -> None:
@@ -143,18 +164,39 @@ class Scheduler(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at the current step."""
-        return [LR.base(group) * self.multiplier(group.get("name")) for group in self.optimizer.param_groups]
+        return [self._rate(index, group) for index, group in enumerate(self.optimizer.param_groups)]
 
-    def multiplier(self, group: str | None = None) -> float:
-        """The present multiplier of the learning rate; 1 as long as the length of the run is not known.
+    def _rate(self, index: int, group: dict[str, Any]) -> float | Tensor:
+        own = self.group_schedules.get(group.get("name", ""))
+        schedule, base = self.schedule if own is None else own, LR.base(group)
+        if schedule.is_absolute:
+            schedule = self._for_peak(group.get("name"), self._peak(base))
+        if own is not None or self._plateau is None or not self._plateau.reductions:
+            return base * self.value(schedule)
+        lowest = self._plateau.schedule.min_lr_of(index, group.get("name"))
+        return self._plateau.rate(self._peak(base), lowest) * self.value(schedule)
 
-        Args:
-            group: Name of a group, which may have a schedule of its own.
-        """
+    def _multiplier(self) -> float:
+        """By what peaks are multiplied now; where rates are absolute, that of the first group."""
+        schedule = self.schedule
+        if schedule.is_absolute:
+            schedule = self._for_peak(None, self._peak(LR.base(self.optimizer.param_groups[0])))
+        return self.value(schedule) * (self._plateau.level if self._plateau is not None else 1.0)
+
+    def _peak(self, base: float | Tensor) -> float:
+        """``base`` on the host; a tensor is read once only."""
+        if not isinstance(base, Tensor):
+            return base
+        if self._peaks.get(id(base), (None,))[0] is not base:
+            self._peaks[id(base)] = (base, float(base))
+        return self._peaks[id(base)][1]
+
+    def _for_peak(self, group: str | None, peak: float) -> Schedule:
+        """The schedule of the group called so, for its peak."""
         own = self.group_schedules.get(group) if group is not None else None
-        if own is not None:
-            return self.value(own)
-        return self.value(self.schedule) * (self._plateau.level if self._plateau is not None else 1.0)
+        if (key := (None if own is None else group, peak)) not in self._at_peak:
+            self._at_peak[key] = (self.schedule if own is None else own).for_peak(peak)
+        return self._at_peak[key]
 
     def value(self, schedule: Schedule) -> float:
         """What any schedule says at the current step of this run; 1 as long as its length is not known."""
@@ -176,7 +218,7 @@ class Scheduler(LRScheduler):
                 self._join(group, self._applied)
         for group, lr in zip(groups, self.get_lr(), strict=True):
             LR.write(group, lr)
-        self._applied = self.multiplier()
+        self._applied = self._multiplier()
         for other, schedule in self._others.items():
             multiplier = self.value(schedule)
             for group in groups:
@@ -189,6 +231,36 @@ class Scheduler(LRScheduler):
         group["initial_lr"] = group["lr"] / multiplier
         if "peak_lr" in group:  # of our optimizers, for weight decay that refers to it
             group["peak_lr"] = float(group["initial_lr"])
+
+    def _check_resumable(self, optimizer: Optimizer, last_epoch: int) -> None:
+        if isinstance(last_epoch, bool) or not isinstance(last_epoch, int) or last_epoch < -1:
+            raise ValueError(f"Invalid last_epoch={last_epoch!r}: it is a whole number of steps, or -1 for none.")
+        if self._plateau is not None:
+            raise ValueError(
+                f"last_epoch={last_epoch} does not say how often {self.schedule!r} has reduced the rates. Save its "
+                "state_dict(), and load it."
+            )
+        for driven in (LR, *self._others):
+            for index, group in enumerate(optimizer.param_groups):
+                if driven.base_key not in group:
+                    raise KeyError(
+                        f"param '{driven.base_key}' is not specified in param_groups[{index}] when resuming with "
+                        f"last_epoch={last_epoch}: it is the value at the peak, which the present one is not. Load the "
+                        "optimizer's state first, or give the groups theirs."
+                    )
+
+    def _check_rates(self, optimizer: Optimizer) -> None:
+        """Refuses learning rates that a schedule names and no group or hyperparameter of these can have."""
+        groups = optimizer.param_groups
+        for other, schedule in self._others.items():
+            schedule.check_no_rate(other.name)
+        if self._plateau is not None:
+            self._plateau.schedule.check_groups([group.get("name") for group in groups])
+        for index, group in enumerate(groups):
+            schedule = self.group_schedules.get(group.get("name", ""), self.schedule)
+            if schedule.is_absolute:
+                peak = float(group.get("initial_lr", group["lr"]))
+                schedule.check_peak(peak, f"group {group.get('name', index)!r}")
 
     def _check(self, horizon: Horizon, optimizer: Optimizer) -> None:
         for schedule in (self.schedule, *self.group_schedules.values(), *self._others.values()):
@@ -227,6 +299,7 @@ class Scheduler(LRScheduler):
         if state_dict.get("total_steps") is not None:
             self._saved_horizon = Horizon(state_dict["total_steps"], state_dict["steps_per_epoch"])
         self._restored = True
+        self._order_is_known |= self.last_epoch > 0
         if self.horizon is not None:
             self.horizon = self._agreed(self.horizon)
         self._apply()

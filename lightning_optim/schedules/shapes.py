@@ -40,6 +40,7 @@ class Decay(Schedule):
             weight decay of DINO does.
         hold: How long to stay at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+        final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
     Raises:
         ValueError: ``final`` is negative or not finite.
@@ -51,9 +52,12 @@ class Decay(Schedule):
         final: float = 0.0,
         hold: int | str | Duration = 0,
         cooldown: int | str | Duration | Cooldown = 0,
+        *,
+        final_lr: float | None = None,
     ) -> None:
         super().__init__(warmup, hold, cooldown)
         self.final = float(final)
+        self.final_lr = final_lr
         check_final(self)
 
     def shape(self, at: Position) -> float:
@@ -73,6 +77,7 @@ class Linear(Decay):
         final: Multiplier reached at the end of the run.
         hold: How long to stay at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+        final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
     Example:
         >>> [Linear(final=0.5)(step, 100) for step in (0, 50, 100, 200)]
@@ -92,6 +97,7 @@ class Cosine(Decay):
         final: Multiplier reached at the end of the run. Language models are often trained to 0.1.
         hold: How long to stay at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+        final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
     References:
         Loshchilov & Hutter, SGDR, 2017, https://arxiv.org/abs/1608.03983, equation 5 without restarts.
@@ -117,6 +123,7 @@ class Polynomial(Decay):
         final: Multiplier reached at the end of the run.
         hold: How long to stay at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+        final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
     Raises:
         ValueError: ``power`` is not a finite number above 0.
@@ -133,8 +140,10 @@ class Polynomial(Decay):
         final: float = 0.0,
         hold: int | str | Duration = 0,
         cooldown: int | str | Duration | Cooldown = 0,
+        *,
+        final_lr: float | None = None,
     ) -> None:
-        super().__init__(warmup, final, hold, cooldown)
+        super().__init__(warmup, final, hold, cooldown, final_lr=final_lr)
         if not (math.isfinite(power) and power > 0):
             raise ValueError(f"Invalid power={power!r} of Polynomial: it must be finite and above 0; 1 is a line.")
         self.power = float(power)
@@ -152,6 +161,7 @@ class Exponential(Decay):
         final: Multiplier reached at the end of the run, above 0. torch's ``gamma`` over ``n`` steps is ``gamma ** n``.
         hold: How long to stay at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+        final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
     Raises:
         ValueError: ``final`` is not a finite number above 0.
@@ -167,10 +177,13 @@ class Exponential(Decay):
         final: float = 0.01,
         hold: int | str | Duration = 0,
         cooldown: int | str | Duration | Cooldown = 0,
+        *,
+        final_lr: float | None = None,
     ) -> None:
-        super().__init__(warmup, final, hold, cooldown)
-        if self.final == 0:
-            raise ValueError("Invalid final=0 of Exponential: equal ratios never reach 0; give a number above 0.")
+        super().__init__(warmup, final, hold, cooldown, final_lr=final_lr)
+        if 0 in (self.final, self.final_lr):
+            name = "final" if self.final == 0 else "final_lr"
+            raise ValueError(f"Invalid {name}=0 of Exponential: equal ratios never reach 0; give a number above 0.")
 
     def shape(self, at: Position) -> float:
         """final^progress."""
@@ -189,6 +202,7 @@ class REX(Decay):
         final: Multiplier reached at the end of the run.
         hold: How long to stay at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+        final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
     References:
         Chen et al., REX: Revisiting Budgeted Training with an Improved Schedule, 2021,
@@ -214,6 +228,7 @@ class Tanh(Decay):
         upper: Where to end; above ``lower``. The curve begins and ends as near to 1 and ``final`` as these are far out.
         hold: How long to stay at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
+        final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
     Raises:
         ValueError: ``upper`` is not above ``lower``.
@@ -235,8 +250,10 @@ class Tanh(Decay):
         upper: float = 3.0,
         hold: int | str | Duration = 0,
         cooldown: int | str | Duration | Cooldown = 0,
+        *,
+        final_lr: float | None = None,
     ) -> None:
-        super().__init__(warmup, final, hold, cooldown)
+        super().__init__(warmup, final, hold, cooldown, final_lr=final_lr)
         if not (math.isfinite(lower) and math.isfinite(upper) and lower < upper):
             raise ValueError(f"Invalid lower={lower!r} and upper={upper!r} of Tanh: upper must be above lower.")
         self.lower, self.upper = float(lower), float(upper)

@@ -110,6 +110,17 @@ def _schedule_free(*args: Any, **kwargs: Any) -> Optimizer:
     return optimizer
 
 
+def _schedule_free_around_adamw(*args: Any, momentum: float, weight_decay_at_y: float, **kwargs: Any) -> Any:
+    inner = torch.optim.AdamW(*args, weight_decay=0.0, **kwargs)
+    for param in (param for group in inner.param_groups for param in group["params"]):
+        # torch's makes its state where there is none, and the wrapper has put z there by then.
+        zeros = {name: torch.zeros_like(param, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        inner.state[param] = {"step": torch.tensor(0.0), **zeros}
+    optimizer = schedulefree.ScheduleFreeWrapper(inner, weight_decay_at_y=weight_decay_at_y, momentum=momentum)
+    optimizer.train()
+    return optimizer
+
+
 CASES = (
     Case(
         optim.AdamW,
@@ -277,6 +288,12 @@ CASES = (
             Setting("default", {"lr": 1e-2}),
             Setting("warmup", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-4, "warmup_steps": 7}),
             Setting("weighted", {"lr": 1e-2, "r": 1.5, "weight_lr_power": 1.0}),
+            Setting(
+                "inner_momentum",
+                {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "inner_momentum": 0.6},
+                {"lr": 1e-2, "weight_decay_at_y": 0.1, "momentum": 0.8, "betas": (0.6, 0.95)},
+                _schedule_free_around_adamw,
+            ),
         ),
     ),
     Case(

@@ -130,6 +130,12 @@ def refusals() -> list[Any]:
         (optim.AdEMAMix, [weight], {"betas": (0.0, 0.9, 0.9), "beta3_warmup": 9}, r"beta3_warmup needs 0 < betas\[0\]"),
         (optim.Adan, [weight], {"betas": (0.9, 0.99)}, r"has 2 numbers; needed are 3"),
         (optim.ScheduleFreeAdamW, [weight], {"betas": (0.0, 0.99)}, r"betas\[0\]=0 leaves no average"),
+        (
+            optim.ScheduleFreeAdamW,
+            [weight],
+            {"inner_momentum": 1.0},
+            r"inner_momentum=1.0 is out of range; needed is 0 <=",
+        ),
         (optim.ScheduleFreeAdamW, [{"params": [weight], "cautious": True}], {}, r"cautious=True is not offered"),
         (optim.AdamW, [{"params": [weight], "rule": "schedulefreeadamw"}], {}, r"cannot be the rule of a group"),
         (optim.SGD, [weight], {"nesterov": True}, r"nesterov=True needs momentum above 0 and dampening=0; given mom"),

@@ -94,6 +94,25 @@ TORCH = {
         OneCycle(WARMUP, final=1 / 25e4),
         lambda o: t.OneCycleLR(o, PEAK, TOTAL + 1, pct_start=(WARMUP + 1) / (TOTAL + 1), cycle_momentum=False),
     ),
+    "OneCycleLR-three-phases": (
+        OneCycle(WARMUP, final=1 / 25e4, three_phase=True),
+        lambda o: t.OneCycleLR(
+            o, PEAK, TOTAL + 1, pct_start=(WARMUP + 1) / (TOTAL + 1), three_phase=True, cycle_momentum=False
+        ),
+    ),
+    "OneCycleLR-three-phases-divided": (
+        OneCycle(Warmup(WARMUP, "cosine", start=0.1), final_lr=0.1 * PEAK / 50, three_phase=True).for_peak(PEAK),
+        lambda o: t.OneCycleLR(
+            o,
+            PEAK,
+            TOTAL + 1,
+            pct_start=(WARMUP + 1) / (TOTAL + 1),
+            div_factor=10,
+            final_div_factor=50,
+            three_phase=True,
+            cycle_momentum=False,
+        ),
+    ),
     "SequentialLR": (
         Linear(Warmup(WARMUP, start=0.25), final=0.2, hold=8),
         lambda o: t.SequentialLR(

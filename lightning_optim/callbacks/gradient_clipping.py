@@ -41,6 +41,8 @@ class GradientClipping(HubCallback):
         GradientClipping(BlockRMS(max_rms=0.01))
     """
 
+    role = "GradientClipping"
+
     def __init__(
         self,
         max_norm: float | None = None,
@@ -59,16 +61,14 @@ class GradientClipping(HubCallback):
             self.rule = make_clip_rule(method, kwargs if max_norm is None else {"max_norm": max_norm, **kwargs})
         self.schedule = get_schedule(schedule)() if isinstance(schedule, str) else schedule
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses a second owner."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.gradient_clip_val:
+        if trainer.gradient_clip_val:
             raise MisconfigurationException(
                 f"Gradients would be clipped twice: by Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) and by "
                 f"{self!r}. Remove one; the callback also works with fused optimizers in 16-bit precision."
             )
-
-        if stage == "fit" and has_engine(trainer):
+        if has_engine(trainer):
             self._hand_to_engine(trainer)
 
     def _hand_to_engine(self, trainer: L.Trainer) -> None:
@@ -101,4 +101,4 @@ class GradientClipping(HubCallback):
     def __repr__(self) -> str:
         plain = type(self.rule).__name__ == "GlobalNorm"
         rule = f"max_norm={self.rule.max_norm!r}" if plain else repr(self.rule)  # type: ignore[attr-defined]
-        return f"GradientClipping({rule}{'' if self.schedule is None else f', schedule={self.schedule!r}'})"
+        return f"{type(self).__name__}({rule}{'' if self.schedule is None else f', schedule={self.schedule!r}'})"

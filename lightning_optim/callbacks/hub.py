@@ -90,6 +90,7 @@ class HubCallback(L.Callback):
     # A fit as the hub passes it on; as Lightning's hooks of these names, unless told otherwise.
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None: ...
+    def _at_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None: ...
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None: ...
     def _at_save_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
 
@@ -223,6 +224,8 @@ class Hub(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Comes after `configure_optimizers`."""
         self.has_configured = True
+        for member in self.members:
+            member._at_fit_start(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Goes on from saved counts."""
@@ -266,9 +269,10 @@ class Hub(L.Callback):
         optimizer = bare(optimizer)
         if (index := self._optimizers.index(optimizer)) is None:
             raise MisconfigurationException(
-                f"{type(optimizer).__name__} is about to step, and it is none of the Trainer's optimizers "
+                f"{type(optimizer).__name__} is about to step, and this one is none of the Trainer's optimizers "
                 f"({', '.join(type(o).__name__ for o in trainer.optimizers) or 'it has none'}), so that nothing would "
-                "clip, guard or monitor it. Set `trainer.optimizers = [...]` before the batch in which it steps first."
+                "clip, guard or monitor it. Set `trainer.optimizers = [...]` before the batch in which it steps first; "
+                "changing the list in place does not reach Lightning."
             )
         pipeline = self._optimizers[index].pipeline
         pipeline.settle()  # the last one of this batch may have been left out by a GradScaler

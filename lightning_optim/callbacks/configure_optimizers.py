@@ -40,6 +40,10 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
                 "`Trainer(callbacks=[...])`, or add it in `configure_callbacks` or in another callback's `setup`."
             )
         present = vars(pl_module).get(_METHOD)
+        owner = _owner(present)
+        if isinstance(owner, HubCallback) and owner is not self and owner._hub not in (None, self._hub):
+            owner._hub.abandon()
+            present = vars(pl_module).get(_METHOD)
         if present is not None:
             if _owner(present) is not self:
                 raise MisconfigurationException(

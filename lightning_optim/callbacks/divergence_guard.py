@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_optim.callbacks.guarded import Guarded
-from lightning_optim.callbacks.hub import HubCallback, plain_name
-from lightning_optim.callbacks.lightning_private import logging_due, logging_step
+from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.callbacks.lightning_private import logging_due, logging_step, plain_name
 from lightning_optim.callbacks.places import Place, Places
 from lightning_optim.callbacks.run_snapshots import RunSnapshots
 from lightning_optim.divergence import (

@@ -72,6 +72,13 @@ class _Weak:
         return _Weak, ()
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers of its modules add."""
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name
+
+
 def logging_step(trainer: Trainer) -> int:
     """Where ``LightningModule.log`` puts the present batch on the loggers' axis.
 

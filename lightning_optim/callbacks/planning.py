@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim.callbacks import lightning_private
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
-from lightning_optim.callbacks.hub import Hub, HubCallback, is_ours
+from lightning_optim.callbacks.contributor import is_ours
+from lightning_optim.callbacks.hub import Hub, HubCallback
 from lightning_optim.durations import Duration, Horizon
 from lightning_optim.plan import Plan, plan_curves, plan_groups, replay
 from lightning_optim.schedules import Schedule, Scheduler

@@ -155,7 +155,7 @@ def test_an_optimizer_that_the_trainer_does_not_have_is_refused_when_it_steps(tm
 
 def test_one_that_is_put_into_the_list_behind_lightnings_back_is_refused(tmp_path):
     # Lightning goes on with the old one, and saves the new one in checkpoints.
-    with pytest.raises(MisconfigurationException, match="trainer.optimizers = "):
+    with pytest.raises(MisconfigurationException, match=r"trainer\.optimizers = "):
         make_trainer([*_parts(tmp_path), Swaps(_in_place)], max_epochs=2).fit(Own(), batches(4))
 
 
@@ -281,7 +281,7 @@ def test_the_mean_between_reports_is_over_the_optimizers_own_steps(logger):
         """The gradient of the generator's only tensor is the number of the batch, from 1."""
 
         def configure_optimizers(self):
-            first, second = super().configure_optimizers()[0]
+            first, _ = super().configure_optimizers()[0]
             self.bias = torch.nn.Parameter(torch.zeros(1))
             return [first, torch.optim.SGD([self.bias], lr=0.0)], []
 

@@ -16,7 +16,9 @@ from lightning_optim.optim import FusedOptimizer
 from lightning_optim.trial_step import is_trial_step
 from lightning_optim.uncompiled import uncompiled
 
-_of: weakref.WeakKeyDictionary[Optimizer, Freezing] = weakref.WeakKeyDictionary()
+_ATTRIBUTE = "_lightning_optim_freezing"
+"""Where an optimizer has its `Freezing`. Not in a table of them all: it knows the schedule, which knows the optimizer,
+so that neither would ever be freed."""
 
 
 class Freezing:
@@ -67,7 +69,7 @@ class Freezing:
         optimizer.register_step_pre_hook(uncompiled(self._before_step))
         optimizer.register_step_post_hook(uncompiled(self._after_step))
         optimizer.register_state_dict_pre_hook(self._before_saving)
-        _of[optimizer] = self
+        setattr(optimizer, _ATTRIBUTE, self)
 
     def start(self) -> None:
         """Learns the length of the run, anew, and freezes what is to be frozen at the coming step."""
@@ -145,7 +147,8 @@ class Freezing:
 
 def freezing_of(optimizer: Optimizer) -> Freezing | None:
     """The `Freezing` of an optimizer that has one."""
-    return _of.get(optimizer)
+    found: Freezing | None = vars(optimizer).get(_ATTRIBUTE)
+    return found
 
 
 def _is_distributed() -> bool:

@@ -31,7 +31,10 @@ class StepSkipped(Exception):  # noqa: N818 - control flow, not an error
     """Carries the closure's loss past an update that must not happen."""
 
     def __init__(self, loss: Any) -> None:
-        super().__init__("this step is skipped")
+        super().__init__(  # read by nobody but who put an optimizer in its place when its `step` was entered already
+            "This step has to be left out, and `step` was entered before it could be wrapped. Replace an optimizer "
+            "between two batches (in on_train_epoch_start, say), not within one."
+        )
         self.loss = loss
 
 

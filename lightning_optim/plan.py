@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.durations import Horizon
 from lightning_optim.optim import FusedOptimizer
-from lightning_optim.optim.state import complete_state
+from lightning_optim.optim.state import state_bytes
 from lightning_optim.schedules import Schedule, Scheduler
 
 _LONGEST_REPLAY = 200_000
@@ -81,8 +81,13 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def plan_groups(optimizer: Optimizer) -> list[GroupPlan]:
+def plan_groups(optimizer: Optimizer, try_out: bool = True) -> list[GroupPlan]:
     """The groups of an optimizer that has not stepped yet.
+
+    Args:
+        optimizer: The optimizer; it is not touched.
+        try_out: Whether to find the state of another package's optimizer by constructing one for each parameter and
+            stepping it. If not, its ``state_bytes`` are None.
 
     Example:
         >>> from lightning_optim import OptimizerFactory
@@ -93,7 +98,7 @@ def plan_groups(optimizer: Optimizer) -> list[GroupPlan]:
     plans = []
     for index, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-        sizes = [_state_bytes(optimizer, group, param) for param in group["params"]]
+        sizes = [_state_bytes(optimizer, group, param, try_out) for param in group["params"]]
         known = [size for size in sizes if size is not None]
         decay = group.get("weight_decay")
         plans.append(
@@ -169,22 +174,19 @@ def replay(scheduler: LRScheduler, horizon: Horizon, per_epoch: bool = False) ->
     return Curve(label, lambda step: rates[min(int(step / length), len(rates) - 1)])
 
 
-def _state_bytes(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> int | None:
+def _state_bytes(optimizer: Optimizer, group: dict[str, Any], param: Tensor, try_out: bool) -> int | None:
     """What an optimizer will keep for a parameter; of torch's by a step that is undone."""
-    state: dict[str, Any]
     if isinstance(optimizer, FusedOptimizer):
-        try:
-            state = complete_state({}, param, group, optimizer.rule_of(group), 0)
-        except KeyError:  # numbers shared by all groups, which come with the first step
-            return None
-    else:
-        twin = nn.Parameter(torch.zeros_like(param))
-        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        try:
-            copy = type(optimizer)([{**options, "params": [twin]}], lr=group["lr"])  # type: ignore[call-arg]
-            twin.grad = torch.zeros_like(twin)
-            copy.step()
-        except (TypeError, ValueError, RuntimeError):
-            return None  # an optimizer of somebody's that wants more than this
-        state = dict(copy.state.get(twin, {}))
+        return state_bytes(param, group, optimizer.rule_of(group))
+    if not try_out:
+        return None
+    twin = nn.Parameter(torch.zeros_like(param))
+    options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    try:
+        copy = type(optimizer)([{**options, "params": [twin]}], lr=group["lr"])  # type: ignore[call-arg]
+        twin.grad = torch.zeros_like(twin)
+        copy.step()
+    except (TypeError, ValueError, RuntimeError):
+        return None  # an optimizer of somebody's that wants more than this
+    state = dict(copy.state.get(twin, {}))
     return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))

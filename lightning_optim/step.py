@@ -137,6 +137,23 @@ class StepPipeline:
         self.settle()
         return StepCounts(self._steps, *map(int, self._counts_on_host.read()))
 
+    @property
+    def steps(self) -> int:
+        """Steps so far, skipped ones included; known without waiting."""
+        return self._steps
+
+    @property
+    def is_expecting(self) -> bool:
+        """Whether a step was announced that has not come."""
+        return self._expected
+
+    def load_counts(self, counts: StepCounts) -> None:
+        """Goes back, or on, to counts that `counts` gave."""
+        self._expected = False
+        self._steps = counts.steps
+        self._counts.copy_(torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64))
+        self._counts_on_host.push()
+
     def clip_state(self) -> dict[str, Any]:
         """What the clip rule remembers, as plain tensors for a checkpoint; empty if nothing."""
         return {} if self.clipper is None else self.clipper.state_dict()
@@ -193,10 +210,10 @@ class StepPipeline:
     def _open(self) -> _Step | None:
         """Measures and decides; None if there is no gradient, so that no step can happen."""
         scale, skip = self._operands.incoming()
-        reported = self.on_report is not None and self.report_due()
         gradients = Gradients(self.optimizer, scale, self._names, self._shards)
         if not gradients.grads:
             return None
+        reported = self.on_report is not None and self.report_due()
         step = _Step(gradients, reported)
         step.skip = skip
         if self.clipper is not None:

@@ -38,6 +38,6 @@ def horizon_of(trainer: Any, fresh: bool = False) -> Horizon:
 def _accumulation(trainer: Any, epoch: int) -> int:
     for callback in trainer.callbacks:
         # Duck-typed: lightning.pytorch.callbacks.GradientAccumulationScheduler, the one callback with this method.
-        if hasattr(callback, "get_accumulate_grad_batches"):
+        if hasattr(type(callback), "get_accumulate_grad_batches"):  # of the type: a mock has any
             return int(callback.get_accumulate_grad_batches(epoch))
     return int(trainer.accumulate_grad_batches)

@@ -132,7 +132,7 @@ def fit(kind: str, rule: str, folder: Path, sharded: bool, extra: tuple = (), ck
     model = (Sharded if sharded else Bad)(seed=7)
     loader = StatefulLoader(STEPS, []) if extra or ckpt_path else batches(STEPS, batch_size=4)
     trainer.fit(model, loader, ckpt_path=ckpt_path)
-    (state,) = trainer.callbacks[0]._kept_state.get("clip", [{}])
+    (state,) = trainer.callbacks[0]._kept["lightning_optim"].get("clip", [{}])
     return {
         "counts": deciding.counts,
         "weights": whole_weights(model),

@@ -30,12 +30,20 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
         ... )
     """
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    role = "ConfigureOptimizers"
+
+    def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the place of the module's method for the time of the fit."""
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
+        if self.hub.has_configured:
+            raise MisconfigurationException(
+                f"{self!r} came to the Trainer when its optimizers were made already. Give it to "
+                "`Trainer(callbacks=[...])`, or add it in `configure_callbacks` or in another callback's `setup`."
+            )
         present = vars(pl_module).get(_METHOD)
+        owner = _owner(present)
+        if isinstance(owner, HubCallback) and owner is not self and owner._hub not in (None, self._hub):
+            owner._hub.abandon()
+            present = vars(pl_module).get(_METHOD)
         if present is not None:
             if _owner(present) is not self:
                 raise MisconfigurationException(
@@ -52,8 +60,7 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
         (rank_zero_warn if warn else rank_zero_info)(message)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Undoes everything, and adds the way out to Lightning's message about a missing method."""
-        super().on_exception(trainer, pl_module, exception)
+        """Adds the way out to Lightning's message about a missing method."""
         # Lightning verifies the module before it calls any hook of a callback, so this is the first chance to help.
         missing = isinstance(exception, MisconfigurationException) and f"No `{_METHOD}()`" in str(exception)
         if missing and not is_overridden(_METHOD, pl_module):

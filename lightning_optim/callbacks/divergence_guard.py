@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,10 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_optim.callbacks.guarded import Guarded
-from lightning_optim.callbacks.hub import HubCallback, plain_name
-from lightning_optim.callbacks.lightning_private import logging_due, logging_step
+from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.callbacks.lightning_private import logging_due, logging_step, plain_name
 from lightning_optim.callbacks.places import Place, Places
 from lightning_optim.callbacks.run_snapshots import RunSnapshots
 from lightning_optim.divergence import (
@@ -34,9 +33,13 @@ from lightning_optim.divergence import (
 )
 from lightning_optim.divergence.report import Entry
 from lightning_optim.stats import StepRecord
+from lightning_optim.step import StepPipeline
 
 CHECKPOINT_KEY = "lightning_optim.divergence_guard"
 """Not as the callback's own state: of two callbacks that have some, Lightning says less than we do."""
+
+_MOST_FILES = 16
+"""So many steps' batches are saved at most."""
 
 
 class DivergenceGuard(HubCallback):
@@ -76,6 +79,8 @@ class DivergenceGuard(HubCallback):
         >>> trainer = L.Trainer(callbacks=[guard], logger=False, enable_checkpointing=False)
     """
 
+    role = "DivergenceGuard"
+
     def __init__(
         self,
         spikes: Spikes | None = Spikes(),  # noqa: B008 - frozen, as the others
@@ -97,12 +102,11 @@ class DivergenceGuard(HubCallback):
         self.report = Report()
         self._skipped = 0
         self._guarded: list[Guarded] = []
-        self._places = Places((), save_batches)
         self._snapshots: RunSnapshots | None = None
         self._loss: Tensor | None = None
         self._restored: dict[str, Any] = {}
         self._reduce: Any = None
-        self._overflows = 0
+        self._overflows = self._files = 0
         self._folder = Path()
 
     @property
@@ -137,60 +141,75 @@ class DivergenceGuard(HubCallback):
 
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
         """Has a look at each parameter, without waiting for it."""
-        if self.health is not None and logging_due(trainer):
-            self._guarded[optimizer_index].look(record)
+        self._guarded[optimizer_index].look(record)
 
     # The fit.
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes up where a resumed run was, and makes the first snapshot."""
-        super().on_train_start(trainer, pl_module)
-        names: dict[Tensor, str] = {param: plain_name(name) for name, param in pl_module.named_parameters()}
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        for pipeline in self.hub.pipelines:
-            (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, Watch))
-            judge = Judge(SlowDivergence(), self._patience, scaled)
-            health = Health(self.health)
-            self._guarded.append(Guarded(pipeline.optimizer, watch, judge, health, names))
+        self._guarded = [self._guard(pipeline, trainer, pl_module) for pipeline in self.hub.pipelines]
         self._loss = None
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
         log_dir = trainer.log_dir  # ranks agree on it, so all have to ask
         self._folder = Path(self._report_dir or beside or log_dir or trainer.default_root_dir)
         self._reduce = trainer.strategy.reduce if trainer.world_size > 1 else None
+        self._take_up()
+        if self.rollback is not None:
+            self._snapshots = RunSnapshots(self.rollback, trainer, pl_module, self.hub, self._guarded)
+
+    def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> Guarded:
+        names: dict[Tensor, str] = {param: plain_name(name) for name, param in pl_module.named_parameters()}
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, Watch))
+        judge, places = Judge(SlowDivergence(), self._patience, scaled), Places(watch.steps, self._save_batches)
+        return Guarded(pipeline.optimizer, watch, judge, Health(self.health), names, places)
+
+    def _take_up(self) -> None:
+        """Goes on from what a checkpoint had."""
         for guarded, state in zip(self._guarded, self._restored.get("optimizers", []), strict=False):
             guarded.load_state_dict(state)
-        self._places = Places([guarded.watch.steps for guarded in self._guarded], self._save_batches)
         if "ladder" in self._restored:
             self.ladder.load_state_dict(self._restored["ladder"])
         self._restored = {}
         self._skipped = self._count()
         self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
-        if self.rollback is not None:
+
+    def _at_new_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Guards those that have come, from the baselines of the place they take; snapshots begin anew with them."""
+        before, self._guarded = self._guarded, []
+        for index, pipeline in enumerate(self.hub.pipelines):
+            found = next((guarded for guarded in before if guarded.optimizer is pipeline.optimizer), None)
+            if found is None:
+                found = self._guard(pipeline, trainer, pl_module)
+                if index < len(before):
+                    found.load_state_dict(before[index].state_dict())
+            self._guarded.append(found)
+        for guarded in before:
+            if guarded not in self._guarded:
+                guarded.cut.close()
+        if self._snapshots is not None:
+            assert self.rollback is not None
+            self._snapshots.close()
             self._snapshots = RunSnapshots(self.rollback, trainer, pl_module, self.hub, self._guarded)
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+    def _at_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Adds up the loss of the micro-batches of a step, on the device."""
         loss = loss.detach().float()
         if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
             loss = loss / scaler.scale(torch.ones_like(loss))
         self._loss = loss if self._loss is None else self._loss + loss
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+    def _at_step(self, trainer: L.Trainer, optimizer_index: int) -> None:
         """A cut of the learning rate ages."""
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's own wrapper in manual optimization
-        for guarded, pipeline in zip(self._guarded, self.hub.pipelines, strict=True):
-            if pipeline.optimizer is inner:
-                guarded.cut.advance()
+        self._guarded[optimizer_index].cut.advance()
 
-    def on_train_batch_end(
+    def _at_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Judges what was seen, as soon as the host knows of it, and acts."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         step = logging_step(trainer)
-        counts = [guarded.watch.steps for guarded in self._guarded]
-        stepped = self._places.note(step, trainer.current_epoch, batch_idx, batch, counts)
+        where = step, trainer.current_epoch, batch_idx, batch
+        stepped = [guarded.places.note(*where, guarded.watch.steps) for guarded in self._guarded]
         skipped_before, self._skipped = self._skipped, self._count()
         alarms = self._new_alarms()
         if self._skipped > skipped_before and not self.hub.skips_are_told():
@@ -201,40 +220,37 @@ class DivergenceGuard(HubCallback):
             snapshots.seen(step, [alarm for alarm, _ in alarms])
         if escalating := [(alarm, place) for alarm, place in alarms if alarm.escalates]:
             self._escalate(trainer, *escalating[0])
-        elif snapshots is not None and stepped and not alarms:
+        elif snapshots is not None and any(stepped) and not alarms:
             snapshots.stepped(step)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judges what was still on its way, and writes the report if there is anything to tell."""
         self._new_alarms(everything=True)
         self._write_report(trainer)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Writes the report: what came before an error may explain it."""
         if self._guarded:
             self._write_report(trainer)
-        super().on_exception(trainer, pl_module, exception)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def _at_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Saves baselines, counts and budgets: plain numbers and tensors. Snapshots are not saved."""
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint[CHECKPOINT_KEY] = self._state()
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps them until training starts: there are no optimizers yet."""
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+    def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Keeps them until training starts: there are no optimizers yet. In a run, a tuner goes back after a trial."""
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
-
-    def _leave(self) -> None:
-        try:
-            self._restored = self._state()  # Lightning saves checkpoints on request after the fit, too
-        finally:
+        if self._guarded:
             for guarded in self._guarded:
-                guarded.cut.close()
-            if self._snapshots is not None:
-                self._snapshots.close()
-            self._guarded, self._snapshots, self._reduce = [], None, None
-            super()._leave()
+                guarded.forget_what_is_on_its_way()
+            self._take_up()
+
+    def _at_close(self) -> None:
+        for guarded in self._guarded:
+            guarded.cut.close()
+        if self._snapshots is not None:
+            self._snapshots.close()
+        self._guarded, self._snapshots, self._reduce, self._loss = [], None, None, None
 
     def _state(self) -> dict[str, Any]:
         if not self._guarded:
@@ -258,13 +274,13 @@ class DivergenceGuard(HubCallback):
         found = []
         for index, guarded in enumerate(self._guarded):
             for seen in guarded.watch.read(everything):
-                place = self._places.of(index, seen.step)
+                place = guarded.places.of(seen.step)
                 self.report.see(place.step, index, seen)
                 for alarm in guarded.judge.update(seen, guarded.names):
                     found.append((alarm, place))
                     self._tell(alarm, place, index, seen.skipped)
             for alarm in guarded.looked(everything):
-                place = self._places.of(index, alarm.step)
+                place = guarded.places.of(alarm.step)
                 self._tell(alarm, place, index, False)
                 if alarm.escalates:  # others hurt nobody yet
                     found.append((alarm, place))
@@ -276,7 +292,15 @@ class DivergenceGuard(HubCallback):
         skipped = f" skipped: {alarm.text} ({self._skipped} skipped so far)." if was_skipped else f": {alarm.text}."
         rank_zero_warn(f"Step {place.step}{skipped}")
         if was_skipped:
-            self._places.save(place, self._folder / "divergence_batches", self.hub.trainer.global_rank)
+            self._save_samples(place)
+
+    def _save_samples(self, place: Place) -> None:
+        """Saves the batches of a step, unless there are enough."""
+        if place.samples and self._files < _MOST_FILES:
+            self._files += 1
+            folder = self._folder / "divergence_batches"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(place.samples, folder / f"step{place.step}_rank{self.hub.trainer.global_rank}.pt")
 
     # What is done.
 

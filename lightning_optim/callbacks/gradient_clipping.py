@@ -6,7 +6,8 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_optim.callbacks.hub import HubCallback, has_engine
+from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.callbacks.pipelines import has_engine
 from lightning_optim.clipping import ClipRule, GlobalNorm, make_clip_rule
 from lightning_optim.durations import Horizon
 from lightning_optim.schedules import Schedule, get_schedule
@@ -41,6 +42,8 @@ class GradientClipping(HubCallback):
         GradientClipping(BlockRMS(max_rms=0.01))
     """
 
+    role = "GradientClipping"
+
     def __init__(
         self,
         max_norm: float | None = None,
@@ -61,16 +64,14 @@ class GradientClipping(HubCallback):
         if isinstance(self.schedule, Schedule):
             self.schedule.check_no_rate("the limit of the gradients")
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses a second owner."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.gradient_clip_val:
+        if trainer.gradient_clip_val:
             raise MisconfigurationException(
                 f"Gradients would be clipped twice: by Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) and by "
                 f"{self!r}. Remove one; the callback also works with fused optimizers in 16-bit precision."
             )
-
-        if stage == "fit" and has_engine(trainer):
+        if has_engine(trainer):
             self._hand_to_engine(trainer)
 
     def _hand_to_engine(self, trainer: L.Trainer) -> None:
@@ -103,4 +104,4 @@ class GradientClipping(HubCallback):
     def __repr__(self) -> str:
         plain = type(self.rule).__name__ == "GlobalNorm"
         rule = f"max_norm={self.rule.max_norm!r}" if plain else repr(self.rule)  # type: ignore[attr-defined]
-        return f"GradientClipping({rule}{'' if self.schedule is None else f', schedule={self.schedule!r}'})"
+        return f"{type(self).__name__}({rule}{'' if self.schedule is None else f', schedule={self.schedule!r}'})"

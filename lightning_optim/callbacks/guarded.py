@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.callbacks.places import Places
 from lightning_optim.divergence import Alarm, Health, Judge, RateCut, Rows, Watch
 from lightning_optim.gradients import names_of
 from lightning_optim.stats import StepRecord
@@ -22,12 +23,20 @@ class Guarded:
         judge: Judges each step afterwards.
         health: Looks at single parameters, when Lightning logs.
         names: Names of parameters.
+        places: Where each step was.
     """
 
     def __init__(
-        self, optimizer: Optimizer, watch: Watch, judge: Judge, health: Health, names: Mapping[Tensor, str]
+        self,
+        optimizer: Optimizer,
+        watch: Watch,
+        judge: Judge,
+        health: Health,
+        names: Mapping[Tensor, str],
+        places: Places,
     ) -> None:
         self.optimizer, self.watch, self.judge, self.health = optimizer, watch, judge, health
+        self.places = places
         self.cut = RateCut(optimizer)
         found = [name for group in optimizer.param_groups for name in names_of(group, names)]
         self.names = {place: name for place, name in enumerate(found) if name is not None}
@@ -64,11 +73,15 @@ class Guarded:
 
     def rolled_back(self) -> None:
         """Forgets what was on its way and what belonged to weights that are gone."""
+        self.forget_what_is_on_its_way()
+        self.judge.rolled_back()
+        self.health.rolled_back()
+
+    def forget_what_is_on_its_way(self) -> None:
+        """Of steps that do not count any more."""
         self.watch.drop()
         self._looks.drop()
         self._about.clear()
-        self.judge.rolled_back()
-        self.health.rolled_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors."""
@@ -85,3 +98,4 @@ class Guarded:
         self.judge.load_state_dict(state["judge"])
         self.cut.load_state_dict(state["cut"])
         self.health.load_state_dict(state["health"])
+        self.places.restart(self.watch.steps)

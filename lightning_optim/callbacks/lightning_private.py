@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from math import inf
 from typing import Any
+from weakref import WeakMethod
 
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -23,6 +24,59 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
 from torch import Tensor
 from torch.nn import Module
+
+
+class ModuleMethod:
+    """``callback.log`` or ``callback.log_dict``, a method of the module; tells the callback when a run begins.
+
+    Lightning sets both on every callback before it verifies the run and before any hook. So a callback hears of each
+    run even if a subclass overrides all of its hooks: its ``_attached(trainer)`` is called. The method is held weakly;
+    else a callback would keep the module, and with it the Trainer and the optimizer, alive after the fit.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Learns which of the two it is."""
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """The method of the module of the present run."""
+        if instance is None:
+            return self
+        held = vars(instance).get(self._name)
+        method = held() if isinstance(held, _Weak) else held
+        if method is None:
+            raise AttributeError(f"{type(instance).__name__}.{self._name} is there while a Trainer runs, not before")
+        return method
+
+    def __set__(self, instance: Any, method: Any) -> None:
+        """Takes what Lightning sets, or anything that a test of the user's does."""
+        module = getattr(method, "__self__", None)
+        if not isinstance(module, LightningModule):
+            vars(instance)[self._name] = method
+            return
+        vars(instance)[self._name] = _Weak(method)
+        if self._name == "log" and module._trainer is not None:
+            instance._attached(module._trainer)
+
+
+class _Weak:
+    """A weak reference to a bound method, which a copy of its holder does not have."""
+
+    def __init__(self, method: Any = None) -> None:
+        self._method = None if method is None else WeakMethod(method)
+
+    def __call__(self) -> Any:
+        return None if self._method is None else self._method()
+
+    def __reduce__(self) -> Any:
+        return _Weak, ()
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers of its modules add."""
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name
 
 
 def logging_step(trainer: Trainer) -> int:
@@ -50,7 +104,7 @@ def loss_scale(trainer: Trainer) -> Tensor | None:
 def averaged_models(trainer: Trainer) -> list[Module]:
     """The averages that Lightning's `WeightAveraging` callbacks keep beside the model, such as an EMA."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    found = [callback._average_model for callback in callbacks if isinstance(callback, WeightAveraging)]
+    found = [c._average_model for c in callbacks if issubclass(type(c), WeightAveraging)]  # type: ignore[attr-defined]
     return [model for model in found if model is not None]
 
 

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_optim import tensorboard
-from lightning_optim.callbacks.hub import plain_name
+from lightning_optim.callbacks.lightning_private import plain_name
 from lightning_optim.diagnostics import Report
 from lightning_optim.diagnostics.heat_map import HeatMap
 from lightning_optim.diagnostics.magnitudes import TAGS, Histograms, buckets

@@ -9,14 +9,18 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_optim import tensorboard
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
+from lightning_optim.callbacks.followed import bare
 from lightning_optim.callbacks.gradient_clipping import GradientClipping
 from lightning_optim.callbacks.lightning_private import logging_step
 from lightning_optim.durations import Horizon
 from lightning_optim.plan import plan_curves, plan_groups
 from lightning_optim.plan_report import draw_curves
+from lightning_optim.room import said
 from lightning_optim.schedules import Scheduler
 
 HP_METRICS = ("optim_loss/mean",)
@@ -37,6 +41,7 @@ class MonitorPage:
         self._metrics = metrics
         self._tags: set[str] = set()
         self._drawn = (0, 0.0)
+        self._awaits_state = False
         loggers = trainer.loggers if trainer.is_global_zero else []
         self._writers = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
@@ -53,19 +58,35 @@ class MonitorPage:
     def start(self) -> None:
         """Writes what is known before the first step, and forgets what a run wrote after the step it is resumed at."""
         step = logging_step(self._trainer)
-        header = ["group", "tensors", "parameters", "lr", "weight decay", "rule"]
-        rows = [
-            [g.name, len(g.parameters), f"{g.numel:,}", f"{g.lr:.4g}", g.weight_decay, g.rule]
-            for optimizer in self._trainer.optimizers
-            for g in plan_groups(optimizer)
-        ]
         for writer in self._writers:
             if step > 0:
                 tensorboard.purge_from(writer, step)
-            writer.add_text("optim/groups", tensorboard.markdown_table(header, rows), step)
+        self.show_groups()
+        for writer in self._writers:
             table = tensorboard.markdown_table(["setting", "value"], settings(self._trainer).items())
             writer.add_text("optim/configuration", table, step)
         self.show_schedule()
+
+    def show_groups(self) -> None:
+        """Writes the groups of all optimizers; again after the first report, if only the state itself tells its size.
+
+        Nothing is made to find it out: an optimizer of somebody's may draw random numbers, count its instances, or need
+        what it gets later.
+        """
+        if not self._writers:
+            return
+        header = ["group", "tensors", "parameters", "lr", "weight decay", "rule", "state"]
+        rows: list[list[Any]] = []
+        self._awaits_state = False
+        for optimizer in map(bare, self._trainer.optimizers):
+            for group, plan in zip(optimizer.param_groups, plan_groups(optimizer, try_out=False), strict=True):
+                size = plan.state_bytes if not optimizer.state else _bytes_kept(optimizer, group)
+                self._awaits_state |= size is None
+                shown = "after the first step" if size is None else said(size)
+                numbers = [f"{plan.numel:,}", f"{plan.lr:.4g}", plan.weight_decay]
+                rows.append([plan.name, len(plan.parameters), *numbers, plan.rule, shown])
+        for writer in self._writers:
+            writer.add_text("optim/groups", tensorboard.markdown_table(header, rows), logging_step(self._trainer))
 
     def show_schedule(self) -> None:
         """Draws the schedule and where in it the run is; nothing without matplotlib."""
@@ -81,6 +102,9 @@ class MonitorPage:
 
     def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str], advice: str | None) -> None:
         """A report has been written: shows the screen of all charts so far, new alarms, and advice."""
+        if self._awaits_state:
+            self.show_groups()
+            self._awaits_state = False  # an optimizer that has stepped and kept nothing keeps nothing
         if self._is_time_to_draw(step):
             self.show_schedule()
         new = values.keys() - self._tags  # some quantities need a past
@@ -124,9 +148,9 @@ def settings(trainer: L.Trainer) -> dict[str, Any]:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     found: dict[str, Any] = dict(trainer.lightning_module.hparams)
     for callback in callbacks:
-        if isinstance(callback, ConfigureOptimizers):
+        if issubclass(type(callback), ConfigureOptimizers):
             found |= {f"optim/{name}": value for name, value in callback.settings.items()}
-        if isinstance(callback, GradientClipping):
+        if issubclass(type(callback), GradientClipping):
             found["optim/clipping"] = repr(callback.clip_rule())
     found |= {
         "trainer/precision": str(trainer.precision),
@@ -136,6 +160,11 @@ def settings(trainer: L.Trainer) -> dict[str, Any]:
         "trainer/max_epochs": trainer.max_epochs,
     }
     return {key: _plain(value) for key, value in found.items() if value is not None}
+
+
+def _bytes_kept(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
+    values = [value for param in group["params"] for value in optimizer.state.get(param, {}).values()]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
 
 
 def _plain(value: Any) -> bool | float | str:

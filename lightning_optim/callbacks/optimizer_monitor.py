@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_optim.callbacks.hub import HubCallback
 from lightning_optim.callbacks.lightning_private import logging_due, logging_step
@@ -18,6 +17,7 @@ from lightning_optim.callbacks.run_meter import RunMeter
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histograms, PerTensor, Report
 from lightning_optim.diagnostics.advice import BatchAdvice
 from lightning_optim.stats import StepCounts, StepRecord
+from lightning_optim.step import StepPipeline
 
 
 class OptimizerMonitor(HubCallback):
@@ -54,6 +54,8 @@ class OptimizerMonitor(HubCallback):
         >>> trainer = L.Trainer(callbacks=[OptimizerMonitor()], logger=False, enable_checkpointing=False)
     """
 
+    role = "OptimizerMonitor"
+
     def __init__(
         self,
         diagnostics: Sequence[Diagnostic] | None = None,
@@ -76,51 +78,54 @@ class OptimizerMonitor(HubCallback):
         self.advice: list[str] = []
         self._open: list[tuple[int, Report]] = []
         self._pending: deque[_Sent] = deque()
-        self._last: dict[int, Report | StepCounts] = {}
+        self._last: dict[StepPipeline, Report | StepCounts] = {}
         self._batch_advice = BatchAdvice()
         self._meter: RunMeter | None = None
         self._page: MonitorPage | None = None
         self._details: MonitorDetails | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Declares the hyperparameters before Lightning does."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._page = MonitorPage(trainer, self.hp_metrics)
-            self._page.declare()
+        self._page = MonitorPage(trainer, self.hp_metrics)
+        self._page.declare()
 
     def report_due(self, trainer: L.Trainer) -> bool:
         """When Lightning logs, provided anything takes it."""
         return (bool(trainer.loggers) or self._bar(trainer)) and logging_due(trainer)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rates start here, also on a resume."""
-        super().on_train_start(trainer, pl_module)
-        self._last = dict(enumerate(self.hub.counts()))
+        self._last = dict(zip(self.hub.pipelines, self.hub.counts(), strict=True))
         self._meter = RunMeter(trainer) if trainer.loggers or self._bar(trainer) else None
         self._batch_advice = BatchAdvice()
         self._details = MonitorDetails(trainer, self.per_tensor, self.histograms)
         if self._page is not None:
             self._page.start()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any) -> None:
+    def _at_new_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Rates of a new optimizer start here."""
+        counts = dict(zip(self.hub.pipelines, self.hub.counts(), strict=True))
+        self._last = {pipeline: self._last.get(pipeline, counts[pipeline]) for pipeline in counts}
+        if self._page is not None:
+            self._page.show_groups()
+
+    def _at_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Counts samples."""
         if self._meter is not None:
             self._meter.begin_batch(batch)
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+    def _at_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Measures the gradient of this rank alone."""
         if self._meter is not None and self._meter.averages and self.report_due(trainer):
             self._meter.before_average()
 
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measures the gradient of the first of several accumulated batches."""
         if self._meter is not None:
             self._meter.after_backward(self.report_due(trainer))
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+    def _at_step(self, trainer: L.Trainer, optimizer_index: int) -> None:
         """Starts the clock of the update."""
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._meter is not None and self.report_due(trainer):
             self._meter.begin_update()
 
@@ -130,54 +135,57 @@ class OptimizerMonitor(HubCallback):
 
     def histograms_due(self, trainer: L.Trainer) -> Sequence[str]:
         """Now and then, if somebody shows them."""
-        due = self._details is not None and self.report_due(trainer)
-        return self._details.histograms_due() if due else ()  # type: ignore[union-attr]
+        return () if self._details is None else self._details.histograms_due()
 
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
         """Computes the diagnostics on the device."""
-        if self._meter is None:  # another callback has asked
+        if self._meter is None:
             return
-        report = Report(record, self.diagnostics, self._last[optimizer_index], at=logging_step(trainer))
+        pipeline = self.hub.pipelines[optimizer_index]
+        report = Report(record, self.diagnostics, self._last[pipeline], at=logging_step(trainer))
         self._meter.on_record(report, record)
         if not self._open:  # the first of this batch, which carries what belongs to the run
             health = self.hub.health_points()
             report.add([f"optim_health/{name}" for name in health], list(health.values()), of_run=True)
         if self._details is not None:
             self._details.add(report, record)
-        self._last[optimizer_index] = report
+        self._last[pipeline] = report
         self._open.append((optimizer_index, report))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
+    def _at_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Sends off what this batch has to report, and writes what has arrived, where it belongs."""
-        super().on_train_batch_end(trainer, pl_module, outputs, *args)
         if self._meter is not None:
             self._meter.end_batch(outputs)
         self._send()
         while self._pending and self._pending[0].report.ready():
             self._write(trainer)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validation is no part of the time of a step."""
         if self._meter is not None:
             self._meter.clock.pause()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training goes on."""
         if self._meter is not None:
             self._meter.clock.resume()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the rest."""
         self._flush(trainer)
         if self._page is not None:
             self._page.end()
-        self._meter = self._page = self._details = None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Writes the rest: the last steps before a crash are the ones that matter."""
         self._flush(trainer)
+
+    def _at_close(self) -> None:
         self._meter = self._page = self._details = None
-        super().on_exception(trainer, pl_module, exception)
+        self._open, self._last = [], {}
+        self._pending.clear()
 
     def _bar(self, trainer: L.Trainer) -> bool:
         return self.progress_bar and trainer.progress_bar_callback is not None

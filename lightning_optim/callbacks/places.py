@@ -1,18 +1,12 @@
-"""Where each optimizer step was: at which step of the run, in which batches."""
+"""Where each step of an optimizer was: at which step of the run, in which batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import torch
 
 _REMEMBERED = 64
 """Of so many steps it is known where they were; the host hears of a step at most 8 later."""
-_MOST_FILES = 16
-"""So many steps' batches are saved at most."""
 
 
 @dataclass
@@ -33,20 +27,24 @@ class Place:
 
 
 class Places:
-    """Collects the batches of each step, and knows them again by the optimizer's own number of the step.
+    """Collects the batches of each step of one optimizer, and knows them again by the optimizer's number of the step.
 
     Args:
-        counts: Steps of each optimizer so far; not 0 in a run that goes on from a checkpoint.
+        count: Steps so far; not 0 in a run that goes on from a checkpoint.
         keep_samples: Whether to keep the batches themselves, to be saved.
     """
 
-    def __init__(self, counts: Sequence[int], keep_samples: bool) -> None:
-        self._of: list[dict[int, Place]] = [{count: Place()} for count in counts]
+    def __init__(self, count: int, keep_samples: bool) -> None:
         self._keep = keep_samples
-        self._collecting = Place()
-        self._files = 0
+        self.restart(count)
 
-    def note(self, step: int, epoch: int, index: int, batch: Any, counts: Sequence[int]) -> bool:
+    def restart(self, count: int) -> None:
+        """Goes on from another number of steps."""
+        self._count = count
+        self._of: dict[int, Place] = {}
+        self._collecting = Place()
+
+    def note(self, step: int, epoch: int, index: int, batch: Any, count: int) -> bool:
         """Takes in a batch.
 
         Args:
@@ -54,7 +52,8 @@ class Places:
             epoch: Present epoch.
             index: Which batch of it.
             batch: The batch.
-            counts: Steps of each optimizer so far.
+            count: Steps of the optimizer so far: as many as before, if batches are accumulated; several more, if it
+                steps more than once per batch.
 
         Returns:
             Whether there was a step since the last batch.
@@ -64,21 +63,15 @@ class Places:
         place.batches.append(index)
         if self._keep:
             place.samples.append(batch)
-        stepped = [known for known, count in zip(self._of, counts, strict=True) if count not in known]
-        for known, count in zip(self._of, counts, strict=True):
-            known.setdefault(count, place)
-            known.pop(count - _REMEMBERED, None)
-        if stepped:
-            self._collecting = Place()
-        return bool(stepped)
+        if count == self._count:
+            return False
+        for old in [known for known in self._of if known <= self._count - _REMEMBERED]:
+            del self._of[old]
+        for number in range(self._count + 1, count + 1):
+            self._of[number] = place
+        self._count, self._collecting = count, Place()
+        return True
 
-    def of(self, optimizer: int, count: int) -> Place:
-        """Where an optimizer's step of that number was."""
-        return self._of[optimizer].get(count) or Place()
-
-    def save(self, place: Place, folder: Path, rank: int) -> None:
-        """Writes the batches of a step, unless there are enough."""
-        if place.samples and self._files < _MOST_FILES:
-            self._files += 1
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(place.samples, folder / f"step{place.step}_rank{rank}.pt")
+    def of(self, count: int) -> Place:
+        """Where the step of that number was; a step that no batch has ended with yet is where it is now."""
+        return self._of.get(count) or (self._collecting if count > self._count else Place())

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim.callbacks import lightning_private
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
-from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.callbacks.contributor import is_ours
+from lightning_optim.callbacks.hub import Hub, HubCallback
 from lightning_optim.durations import Duration, Horizon
 from lightning_optim.plan import Plan, plan_curves, plan_groups, replay
 from lightning_optim.schedules import Schedule, Scheduler
@@ -38,11 +39,13 @@ def make_plan(trainer: L.Trainer, model: L.LightningModule, datamodule: L.Lightn
     """
     plan = Plan()
     present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks = [callback for callback in present if isinstance(callback, HubCallback | BaseFinetuning)]
+    others = [callback for callback in present if issubclass(type(callback), BaseFinetuning)]
+    ours = [callback for callback in present if is_ours(callback)]
+    hub = Hub.of(trainer)
     try:
-        _walk(plan, trainer, model, datamodule, callbacks)
+        _walk(plan, trainer, model, datamodule, hub, ours, others)
     finally:
-        for callback in callbacks:
+        for callback in (hub, *others):
             callback.teardown(trainer, model, "fit")
     plan.conflicts = list(dict.fromkeys(plan.conflicts))
     return plan
@@ -53,7 +56,9 @@ def _walk(
     trainer: L.Trainer,
     model: L.LightningModule,
     datamodule: L.LightningDataModule | None,
-    callbacks: list[Any],
+    hub: Hub,
+    ours: list[HubCallback],
+    others: list[BaseFinetuning],
 ) -> None:
     attempt = _collector(plan.conflicts)
     lightning_private.enter_fit(trainer, model, datamodule)
@@ -66,9 +71,12 @@ def _walk(
         for part in (datamodule, model):
             if part is not None:
                 part.setup("fit")
-    for callback in callbacks:
+    for callback in ours:
         with attempt():
-            callback.setup(trainer, model, "fit")
+            hub.join(callback)
+    for other in others:
+        with attempt():
+            other.setup(trainer, model, "fit")
     with attempt():
         model.configure_model()
     with attempt():
@@ -80,17 +88,16 @@ def _walk(
     with attempt():
         lightning_private.configure_optimizers(trainer, model)
         configured = True
-    ours = next((callback for callback in callbacks if isinstance(callback, ConfigureOptimizers)), None)
+    supplier = next((callback for callback in ours if isinstance(callback, ConfigureOptimizers)), None)
     if not configured:
         # The rules do not fit, say; the schedule may not fit the run either.
-        if ours is not None and isinstance(ours.schedule, Schedule):
+        if supplier is not None and isinstance(supplier.schedule, Schedule):
             with attempt():
-                ours.schedule.phases(plan.horizon)
+                supplier.schedule.phases(plan.horizon)
         return
-    hubs = [callback for callback in callbacks if isinstance(callback, HubCallback) and callback.joined]
     with attempt():
-        if hubs:
-            hubs[0].on_train_start(trainer, model)
+        if ours:
+            hub.start()
     _describe(plan, trainer, attempt)
 
 

@@ -115,7 +115,7 @@ def _parts(trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: 
     baselines = [own for g in guarded for own in (g.watch.spikes, g.judge.trend) if own is not None]
     return [
         Tensors(lambda: [pl_module, *averaged_models(trainer)]),
-        *(OptimizerState(optimizer) for optimizer in trainer.optimizers),
+        *(OptimizerState(pipeline.optimizer) for pipeline in hub.pipelines),
         *(StateDict(c.scheduler.state_dict, c.scheduler.load_state_dict) for c in trainer.lr_scheduler_configs),
         StateDict(precision.state_dict, precision.load_state_dict),
         *(StateDict(pipeline.clip_state, pipeline.load_clip_state) for pipeline in hub.pipelines),

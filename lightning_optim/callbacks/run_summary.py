@@ -31,6 +31,8 @@ class RunSummary(HubCallback):
         ... )
     """
 
+    role = "RunSummary"
+
     def __init__(self, metrics: Mapping[str, str] | None = None) -> None:
         try:
             import rich  # noqa: F401
@@ -38,25 +40,23 @@ class RunSummary(HubCallback):
             raise ModuleNotFoundError("RunSummary needs rich: pip install 'lightning-optim[cli]'") from error
         self.metrics = metrics
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets the last fit: one that has nothing left to train never starts or ends training."""
-        super().setup(trainer, pl_module, stage)
         self._first_step, self._start, self._seconds = trainer.global_step, 0.0, 0.0
         self._counts: list[StepCounts] = []
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""
-        super().on_train_start(trainer, pl_module)
         self._first_step = trainer.global_step
         self._start = time.perf_counter()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops the clock, and collects what is gone after the fit."""
         self._seconds = time.perf_counter() - self._start
         self._counts = self.hub.counts()
 
     @rank_zero_only
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the tables, after the progress bar has closed."""
         from rich.console import Console
         from rich.table import Table

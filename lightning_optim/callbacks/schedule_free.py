@@ -5,10 +5,11 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_optim.callbacks.hub import HubCallback
 
 
-class ScheduleFree(L.Callback):
+class ScheduleFree(HubCallback):
     """Lets validation, checkpoints and the finished module see the averaged weights of a schedule-free optimizer.
 
     Such an optimizer trains at one point and is evaluated at another. This callback moves the parameters to the average
@@ -27,11 +28,13 @@ class ScheduleFree(L.Callback):
         >>> trainer = L.Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False)
     """
 
+    role = "ScheduleFree"
+
     def __init__(self) -> None:
         self._training = False
         self._undo: list[Callable[[], None]] = []
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Looks for the optimizer, and arranges for checkpoints."""
         if not self._optimizers(trainer):
             given = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
@@ -41,33 +44,32 @@ class ScheduleFree(L.Callback):
             )
         self._wrap_save_checkpoint(trainer)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """To the training point; a checkpoint that was just restored has the average."""
         self._train(trainer)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    _at_new_optimizers = _at_train_start
+
+    def _at_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """To the average. Outside a fit the parameters are the average already."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._eval(trainer)
+        self._eval(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Back to the training point."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._train(trainer)
+        self._train(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """To the average, for good."""
         self._eval(trainer)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """As at the end: Lightning calls neither `on_train_end` nor `teardown` after an exception."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._eval(trainer)
-        self._close()
+    def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """As at the end: Lightning does not call `on_train_end` after an exception."""
+        self._eval(trainer)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def _at_close(self) -> None:
         """Undoes what was arranged."""
-        self._close()
+        while self._undo:
+            self._undo.pop()()
 
     @staticmethod
     def _optimizers(trainer: L.Trainer) -> list[Any]:
@@ -111,7 +113,3 @@ class ScheduleFree(L.Callback):
 
         trainer.save_checkpoint = save_average  # type: ignore[method-assign]
         self._undo.append(undo)
-
-    def _close(self) -> None:
-        while self._undo:
-            self._undo.pop()()

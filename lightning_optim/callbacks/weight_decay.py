@@ -3,7 +3,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import lightning.pytorch as L
+from torch.optim import Optimizer
 
+from lightning_optim.callbacks.followed import bare
 from lightning_optim.callbacks.hub import HubCallback
 from lightning_optim.foreign_decay import ForeignDecay, check_decay
 from lightning_optim.weight_decay import WeightDecayKind
@@ -29,17 +31,29 @@ class WeightDecay(HubCallback):
         >>> trainer = L.Trainer(callbacks=[WeightDecay(0.1)], logger=False, enable_checkpointing=False)
     """
 
+    role = "WeightDecay"
+
     def __init__(
         self, weight_decay: float, kind: str | WeightDecayKind = "decoupled", groups: Mapping[str, float] | None = None
     ) -> None:
         self.weight_decay = weight_decay
         self.kind = check_decay(weight_decay, kind, groups)
         self.groups = groups
+        self._decays: dict[Optimizer, ForeignDecay] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hangs on to every optimizer, behind what decides whether a step is skipped."""
-        super().on_train_start(trainer, pl_module)
-        for optimizer in trainer.optimizers:
-            names = [group.get("name") for group in optimizer.param_groups]
-            groups = {"no_decay": 0.0} if self.groups is None and "no_decay" in names else self.groups
-            self.hub.on_close(ForeignDecay(optimizer, self.weight_decay, self.kind, groups).close)
+        optimizers = [bare(optimizer) for optimizer in trainer.optimizers]
+        for gone in self._decays.keys() - set(optimizers):
+            self._decays.pop(gone).close()
+        for optimizer in optimizers:
+            if optimizer not in self._decays:
+                names = [group.get("name") for group in optimizer.param_groups]
+                groups = {"no_decay": 0.0} if self.groups is None and "no_decay" in names else self.groups
+                self._decays[optimizer] = ForeignDecay(optimizer, self.weight_decay, self.kind, groups)
+
+    _at_new_optimizers = _at_train_start
+
+    def _at_close(self) -> None:
+        while self._decays:
+            self._decays.popitem()[1].close()

@@ -53,6 +53,22 @@ def complete_state(
     return state
 
 
+def state_bytes(param: Tensor, group: dict[str, Any], rule: Rule) -> int | None:
+    """Bytes of the state that ``rule`` will keep of a parameter, without making any; None if its shapes do not tell.
+
+    Args:
+        param: The parameter; only its shape and dtype are read.
+        group: Its group.
+        rule: What will update it.
+    """
+    shape_only = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    try:
+        state = complete_state({}, shape_only, group, rule, 0)
+    except (KeyError, RuntimeError):  # numbers shared by all groups, or by values, which come with the first step
+        return None
+    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+
+
 def tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the arrays in ``state`` that are the rule's own; a tensor rule's may differ between parameters."""
     if isinstance(rule, UpdateRule):

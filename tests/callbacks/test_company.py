@@ -21,11 +21,20 @@ REQUIRED = {callbacks.WeightDecay: {"weight_decay": 0.1}}  # arguments without a
 EVERY = [cls for cls in PUBLIC if inspect.isclass(cls) and issubclass(cls, HubCallback)]
 
 
+class Modes(torch.optim.SGD):
+    """With two modes that do not differ, which suits `ScheduleFree`, too."""
+
+    def train(self):
+        """Has nothing to do."""
+
+    eval = train
+
+
 class Own(Net):
-    """With an optimizer that one can keep. Not a local class, because Lightning hangs modules on callbacks."""
+    """With an optimizer that suits all of our callbacks."""
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return Modes(self.parameters(), lr=0.1)
 
 
 def _all():

@@ -1,0 +1,320 @@
+"""Our callbacks as members of a hub: subclasses, roles, mocks, and what a fit leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import weakref
+from unittest.mock import Mock
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+import lightning_optim as lo
+from lightning_optim import callbacks
+from lightning_optim.callbacks.hub import CHECKPOINT_KEY, Hub, HubCallback
+from tests.helpers import Net, batches, bit_equal, make_trainer
+
+PUBLIC = [getattr(callbacks, name) for name in callbacks.__all__]
+CLASSES = [cls for cls in PUBLIC if inspect.isclass(cls)]
+HOOKS = [
+    name
+    for name, method in vars(L.Callback).items()
+    if inspect.isfunction(method) and name not in ("state_dict", "load_state_dict")
+]
+LIMIT = 0.1
+
+
+class Keeps(Net):
+    """With an optimizer that serves all of our callbacks: schedule-free, and without a decay of its own."""
+
+    def __init__(self):
+        super().__init__(nan_batches=[1])
+
+    def configure_optimizers(self):
+        return _Foreign(self.parameters(), lr=0.1)
+
+
+class _Foreign(torch.optim.SGD):
+    def train(self):
+        """Has nothing to do."""
+
+    eval = train
+
+
+def _arguments(cls, report_dir):
+    return {
+        callbacks.ConfigureOptimizers: {"optimizer": _Foreign, "lr": 0.1},
+        callbacks.GradientClipping: {"max_norm": LIMIT},
+        callbacks.DivergenceGuard: {"report_dir": str(report_dir), "rollback": None},
+        callbacks.WeightDecay: {"weight_decay": 0.1},
+    }.get(cls, {})
+
+
+def _silenced(cls, hooks):
+    """A subclass that overrides hooks as users do, without ``super()``."""
+
+    def hook(self, *args, **kwargs):
+        vars(self).setdefault("heard", set()).add("")
+
+    return type(f"My{cls.__name__}", (cls,), dict.fromkeys(hooks, hook))
+
+
+def _parts(report_dir, silenced, hooks):
+    made = {}
+    for cls in CLASSES:
+        made[cls] = (_silenced(cls, hooks) if cls in silenced else cls)(**_arguments(cls, report_dir))
+    return made
+
+
+class Saves(L.Callback):
+    """Looks into a checkpoint in the middle of the run, and at what each update used."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            self.norm = torch.stack([p.grad.norm() for p in pl_module.parameters()]).norm()
+            self.checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+
+
+def _fit(parts):
+    model, saves = Keeps(), Saves()
+    trainer = make_trainer([*parts, saves], limit_val_batches=0)
+    trainer.fit(model, batches(3))
+    return trainer, model, saves
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """The weights after a fit with all of our callbacks as they come."""
+    with pytest.warns(UserWarning, match="Step 1 skipped"):
+        _, model, _ = _fit(_parts(tmp_path_factory.mktemp("report"), (), ()).values())
+    return dict(model.state_dict())
+
+
+def _assert_all_works(silenced, hooks, unchanged, tmp_path):
+    parts = _parts(tmp_path, silenced, hooks)
+    with pytest.warns(UserWarning, match="Step 1 skipped"):
+        trainer, model, saves = _fit(parts.values())
+    assert bit_equal(dict(model.state_dict()), unchanged)
+    assert saves.norm <= LIMIT * 1.001
+    assert parts[callbacks.DivergenceGuard].skipped_steps == 1
+    assert saves.checkpoint[CHECKPOINT_KEY]["counts"] == [[3, 2, 1]]
+    assert saves.checkpoint["lightning_optim.divergence_guard"]["optimizers"]
+    assert not any(isinstance(callback, Hub) for callback in trainer.callbacks)
+    (optimizer,) = trainer.optimizers
+    assert not optimizer._optimizer_step_post_hooks
+    assert "configure_optimizers" not in vars(model)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_subclass_that_overrides_every_hook_without_super_leaves_all_working(cls, unchanged, tmp_path):
+    _assert_all_works({cls}, HOOKS, unchanged, tmp_path)
+
+
+def test_subclasses_of_all_that_override_every_hook_without_super_work(unchanged, tmp_path):
+    _assert_all_works(set(CLASSES), HOOKS, unchanged, tmp_path)
+
+
+ONE_HOOK = [
+    "setup",
+    "on_fit_start",
+    "on_train_start",
+    "on_train_batch_start",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+    "on_train_end",
+    "teardown",
+    "on_exception",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("hook", ONE_HOOK)
+def test_a_subclass_that_overrides_one_hook_without_super_leaves_all_working(cls, hook, unchanged, tmp_path):
+    _assert_all_works({cls}, [hook], unchanged, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_subclasses_without_super_are_undone_after_an_exception_which_arrives(kind, tmp_path):
+    class Fails(L.Callback):
+        def on_train_batch_end(self, *args):
+            raise kind("mine")
+
+    parts, model = _parts(tmp_path, set(CLASSES), HOOKS), Keeps()
+    trainer = make_trainer([*parts.values(), Fails()])
+    with pytest.raises(SystemExit if kind is KeyboardInterrupt else kind):
+        trainer.fit(model, batches(2))
+    assert not any(isinstance(callback, Hub) for callback in trainer.callbacks)
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+    assert "configure_optimizers" not in vars(model)
+    assert all(part._hub is None for part in parts.values())
+
+
+def test_a_resumed_run_goes_on_from_counts_whatever_hooks_are_overridden(tmp_path):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                trainer.save_checkpoint(tmp_path / "mid.ckpt")
+
+    clips = _silenced(lo.GradientClipping, HOOKS)
+    make_trainer([clips(LIMIT), Save()]).fit(Keeps(), batches(2))
+    looks = []
+
+    class Look(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            looks.extend(trainer.callbacks[0].hub.counts())
+
+    make_trainer([clips(LIMIT), Look()], max_epochs=2).fit(Keeps(), batches(2), ckpt_path=tmp_path / "mid.ckpt")
+    assert [count.steps for count in looks] == [4]
+
+
+def test_what_our_own_closing_raises_does_not_replace_the_users_exception(tmp_path):
+    class Fails(Net):
+        def training_step(self, batch, batch_idx):
+            raise KeyError("mine")
+
+    class Leaky(lo.GradientClipping):
+        def _at_close(self):
+            raise RuntimeError("ours")
+
+    guard = lo.DivergenceGuard(report_dir=str(tmp_path))
+    trainer = make_trainer([Leaky(1.0), guard])
+    with pytest.warns(UserWarning, match="ours"), pytest.raises(KeyError, match="mine"):
+        trainer.fit(Fails(), batches(2))
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks
+    assert guard._hub is None
+
+
+# Roles.
+
+
+class MyClipping(lo.GradientClipping):
+    pass
+
+
+class Clips(HubCallback):
+    """Somebody's own clipper."""
+
+    def clip_rule(self):
+        return lo.clipping.GlobalNorm(0.5)
+
+
+class MyGuard(lo.DivergenceGuard):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "role"),
+    [
+        (lo.GradientClipping(1.0), MyClipping(2.0), "GradientClipping"),
+        (lo.GradientClipping(1.0), Clips(), "GradientClipping"),
+        (MyGuard(), lo.DivergenceGuard(), "DivergenceGuard"),
+        (lo.ConfigureOptimizers("sgd", lr=0.1), type("Mine", (lo.ConfigureOptimizers,), {})("adamw"), "ConfigureOptim"),
+        (lo.OptimizerMonitor(), type("Mine", (lo.OptimizerMonitor,), {})(), "OptimizerMonitor"),
+    ],
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_role_has_one_owner_whatever_the_types(one, two, role, swap):
+    model = Net()
+    with pytest.raises(MisconfigurationException, match=f"Two {role}") as caught:
+        make_trainer([two, one] if swap else [one, two]).fit(model, batches(1))
+    assert repr(one) in str(caught.value)
+    assert repr(two) in str(caught.value)
+    assert "configure_optimizers" not in vars(model)
+    assert one._hub is two._hub is None
+
+
+def test_a_supplier_of_optimizers_that_comes_too_late_is_refused():
+    class Late(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            trainer.callbacks.append(lo.ConfigureOptimizers("sgd", lr=0.1))
+
+    with pytest.raises(MisconfigurationException, match="optimizers were made already"):
+        make_trainer([lo.GradientClipping(), Late()]).fit(Net(), batches(1))
+
+
+# Callbacks of others.
+
+
+def test_mocks_and_duck_typed_callbacks_do_not_confuse_it():
+    class Duck:
+        state_key = "duck"
+
+        def state_dict(self):
+            return {}
+
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return lambda *args, **kwargs: None
+
+    mocks = [Mock(spec=L.Callback), Mock(spec=lo.GradientClipping), Mock(spec=lo.DivergenceGuard)]
+    for mock in mocks:
+        mock.state_dict.return_value = {}
+    guard = lo.DivergenceGuard(report_dir=".")
+    make_trainer([*mocks, lo.GradientClipping(LIMIT), Duck(), guard, lo.OptimizerMonitor()]).fit(Net(), batches(2))
+    assert all(mock.on_train_start.call_count == 1 for mock in mocks)
+
+
+def test_others_keep_their_place_and_come_before_checkpoints_are_saved(tmp_path):
+    seen = []
+
+    class First(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.extend(trainer.callbacks)
+
+    first, clip, last = First(), lo.GradientClipping(), L.callbacks.ModelCheckpoint(tmp_path)
+    trainer = make_trainer([last, first, clip], enable_checkpointing=True)
+    trainer.fit(Net(), batches(1))
+    assert [type(callback) for callback in seen] == [First, lo.GradientClipping, Hub, L.callbacks.ModelCheckpoint]
+    assert trainer.callbacks == [first, clip, last]
+
+
+def test_a_callback_that_passes_its_hooks_on_to_one_of_ours_joins_it():
+    class Wraps(L.Callback):
+        def __init__(self):
+            self.inner = lo.GradientClipping(LIMIT)
+
+        def setup(self, trainer, pl_module, stage):
+            self.inner.setup(trainer, pl_module, stage)
+
+    saves = Saves()
+    make_trainer([Wraps(), saves]).fit(Net(), batches(3))
+    assert saves.norm <= LIMIT * 1.001
+
+
+# What stays alive.
+
+
+def _frozen():
+    rules = [lo.ParamGroupRule(name="head", pattern="^head", frozen_until="1 steps")]
+    return lo.ConfigureOptimizers("adamw", lr=0.1, schedule="cosine", param_groups=rules)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("make", [*(cls for cls in CLASSES if cls is not lo.ConfigureOptimizers), _frozen])
+def test_callbacks_that_live_on_keep_nothing_of_a_fit_alive(make, fails, tmp_path):
+    class Fails(Keeps):
+        def training_step(self, batch, batch_idx):
+            if fails and batch_idx == 2:
+                raise RuntimeError("mine")
+            return super().training_step(batch, 0)
+
+    part = make() if make is _frozen else make(**_arguments(make, tmp_path))
+
+    def fit():
+        model, trainer = Fails(), make_trainer([part])
+        try:
+            trainer.fit(model, batches(3))
+        except RuntimeError:
+            assert fails
+        return [weakref.ref(each) for each in (trainer, model, trainer.optimizers[0])]
+
+    alive = fit()
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 3

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends.base import Backend, Batch
+from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.messages import nearest
 from lightning_optim.transfer import upload
@@ -93,12 +94,12 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
         grads: Gradients on one device.
 
     Returns:
-        Shape [tensors], float32 (float64 if any gradient is), on the gradients' device. Not finite where a gradient is
-        not.
+        Shape [tensors], on the gradients' device; float64 where it has that (not on MPS), as the square of a float32
+        may be more than a float32 can be. Not finite where a gradient is not.
 
     Example:
         >>> measure([torch.tensor([3.0, 4.0]), torch.zeros(2)])
-        tensor([25.,  0.])
+        tensor([25.,  0.], dtype=torch.float64)
     """
     if not grads:
         return torch.zeros(0)
@@ -110,10 +111,9 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
     if len(by_dtype) == 1:
         sums = backend.measure(tensors)
     else:
-        wide = torch.float64 if torch.float64 in by_dtype else torch.float32
-        sums = torch.empty(len(tensors), dtype=wide, device=tensors[0].device)
+        sums = torch.empty(len(tensors), dtype=widest_dtype(tensors[0].device), device=tensors[0].device)
         for indices in by_dtype.values():
-            sums[upload(indices, sums.device)] = backend.measure([tensors[i] for i in indices]).to(wide)
+            sums[upload(indices, sums.device)] = backend.measure([tensors[i] for i in indices])
     return sum_over_shards(sums, grads)
 
 

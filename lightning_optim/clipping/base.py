@@ -116,7 +116,8 @@ class Divisor(Clip):
 
     def apply_(self, grads: Sequence[Tensor], scale: Tensor | None) -> None:
         """One multiplication of each element; one launch in all for a single divisor, else one per tensor."""
-        factor = self.values.reciprocal()
+        wide = any(grad.dtype == torch.float64 for grad in grads)
+        factor = self.values.reciprocal().to(torch.float64 if wide else torch.float32)
         if factor.dim() == 0:
             torch._foreach_mul_(list(grads), factor)
         else:

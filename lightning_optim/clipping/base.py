@@ -149,7 +149,8 @@ class UnitDivisor(Clip):
     def apply_(self, grads: Sequence[Tensor], scale: Tensor | None) -> None:
         """One division of each element, one launch per tensor."""
         for grad, divisor in zip(grads, self.values, strict=True):
-            grad.div_(divisor.to(grad.device, non_blocking=True))
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            grad.div_(divisor.to(grad.device, wide, non_blocking=True))
 
 
 class Clamp(Clip):

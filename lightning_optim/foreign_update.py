@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.backends.scalars import read
+from lightning_optim.backends.scalars import read, widest_dtype
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.gradients import Gradients
 from lightning_optim.measure import measure_update
@@ -52,10 +52,10 @@ class ForeignUpdate:
                 dots.append(_nan(param))
                 squares.append(_nan(param))
             else:
-                old = local(momentum).to(wide.dtype)
+                old = local(momentum).to(widest_dtype(param.device))
                 dots.append((wide * old).sum() * (-1 if group.get("maximize") else 1))
                 squares.append(old.square().sum())
-            own.append(_nan(param) if wide is None else wide.square().sum())
+            own.append(_nan(param) if wide is None else _square_sum(wide))
         self._rows = {"grad_exp_avg": dots, "momentum_sq": squares, "grad_sq_before": own}
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class ForeignUpdate:
         for param, grad, group in zip(self._params, self._grads, self._groups, strict=True):
             wide, root = _wide(grad), self._second_moment_root(param, group)
             zeros.append(_nan(param) if wide is None else (wide == 0).sum())
-            own.append(_nan(param) if wide is None else wide.square().sum())
+            own.append(_nan(param) if wide is None else _square_sum(wide))
             if wide is not None and wide.numel() == 0:
                 ratios.append(_zero(param))
                 below.append(_zero(param))
@@ -131,6 +131,12 @@ def _wide(grad: Tensor) -> Tensor | None:
         return None
     part = local(grad.detach())
     return part.to(torch.promote_types(part.dtype, torch.float32))
+
+
+def _square_sum(wide: Tensor) -> Tensor:
+    """Finite wherever ``wide`` is, where the device has float64."""
+    norm: Tensor = torch.linalg.vector_norm(wide, dtype=widest_dtype(wide.device))
+    return norm.square()
 
 
 def _ratio(used: Tensor, found: Tensor) -> Tensor:

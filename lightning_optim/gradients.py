@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.backends.scalars import read
+from lightning_optim.backends.scalars import read, widest_dtype
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.flat_shards import FlatShards
 from lightning_optim.measure import measure_largest, measure_norm_sq, measure_units
@@ -150,32 +150,34 @@ class Gradients:
     def _read_grad_sq_over_exp_avg_sq(self) -> Tensor:
         """Σ g²/v̂ of each tensor, with v̂ after this step; one read of the gradients gives their square sums as well."""
         kept = {i for i, _ in self._states("exp_avg_sq", wanted="Clipping by the RMS of the update")}
-        device = self.grads[0].device
-        wide = torch.float64 if any(grad.dtype == torch.float64 for grad in self.grads) else torch.float32
+        device, wide = self.grads[0].device, widest_dtype(self.grads[0].device)
         sums = []
         for i, grad in enumerate(self.grads):
-            part = local(grad)
-            grad_sq = self._unscaled_sq(part.to(torch.promote_types(part.dtype, torch.float32)).square())
-            total = grad_sq.sum()
-            ratio = self._over_exp_avg_sq(grad_sq, self.params[i], self._groups[i], i in kept)
-            sums.append(torch.stack([total, ratio.to(total.dtype)]).to(device, wide, non_blocking=True))
+            size = local(grad).abs()
+            size = size.to(torch.promote_types(size.dtype, torch.float32))
+            size = size if self.scale is None else size / self.scale.to(size.device)
+            total = torch.linalg.vector_norm(size, dtype=wide).square()
+            ratio = self._over_exp_avg_sq(size, self.params[i], self._groups[i], i in kept)
+            sums.append(torch.stack([total, ratio.to(wide)]).to(device, non_blocking=True))
         both = self.sum_shards(sum_over_shards(torch.stack(sums), self.params))
         self._norm_sq = both[:, 0]
         return both[:, 1]
 
-    def _over_exp_avg_sq(self, grad_sq: Tensor, param: Tensor, group: Mapping[str, Any], kept: bool) -> Tensor:
-        """Σ g²/v̂ of one tensor. At its first step v̂ is g², and nothing stands out."""
+    def _over_exp_avg_sq(self, size: Tensor, param: Tensor, group: Mapping[str, Any], kept: bool) -> Tensor:
+        """Σ g²/v̂ of one tensor, of which ``size`` is |g|. At its first step v̂ is g², and nothing stands out."""
         step = self.optimizer.state[param]["step"] if kept else 0.0
         if isinstance(step, Tensor) and step.device.type == "cpu":
             step = read(step)
         if not isinstance(step, Tensor) and step == 0:
-            return (grad_sq > 0).sum()
+            return (size > 0).sum()
         beta2 = group["betas"][1]
-        exp_avg_sq = local(self.optimizer.state[param]["exp_avg_sq"]).to(grad_sq.dtype)
-        new = torch.lerp(grad_sq, exp_avg_sq, beta2).div_(1 - beta2 ** (step + 1))
-        # 0/0, where the gradient has always been 0, counts 0; eps² must not vanish in float32.
-        ratio = (grad_sq / new.clamp_(min=max(group["eps"], 1e-15) ** 2)).sum()
-        return torch.where(step > 0, ratio, (grad_sq > 0).sum()) if isinstance(step, Tensor) else ratio
+        old = local(self.optimizer.state[param]["exp_avg_sq"]).to(size.dtype)
+        # Roots throughout: the square of a finite gradient may be infinite.
+        root = torch.hypot(old.sqrt().mul_(beta2**0.5), size * (1 - beta2) ** 0.5)
+        root.div_((1 - beta2 ** (step + 1)) ** 0.5)
+        # 0/0, where the gradient has always been 0, counts 0; eps must not vanish in float32.
+        ratio = (size / root.clamp_(min=max(group["eps"], 1e-15))).square_().sum()
+        return torch.where(step > 0, ratio, (size > 0).sum()) if isinstance(step, Tensor) else ratio
 
 
 def group_names_of(optimizer: Optimizer) -> tuple[str, ...]:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_optim import backends
+from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.backends.shards import local, max_over_shards, sum_over_shards, sum_split_units
 from lightning_optim.stats import STEP_SUMS, UnitNorms
 
 
 @torch.no_grad()
 def measure_norm_sq(tensors: Sequence[Tensor]) -> Tensor:
-    """Square sum of each tensor, in one read, shape [tensors]; float32, or float64 if any tensor is.
+    """Square sum of each tensor, in one read, shape [tensors]; float64 where the device has it.
 
     Args:
         tensors: At least one, of any shapes, dtypes and devices; sparse or sharded ones too, the sums of a sharded one
@@ -71,7 +72,7 @@ def measure_units(grads: Sequence[Tensor], params: Sequence[Tensor], scale: Tens
         scale: What the gradients are divided by first, shape [].
     """
     device = grads[0].device
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in grads) else torch.float32
+    wide = widest_dtype(device)
     shapes = tuple((local(p).shape[0], *[1] * (p.dim() - 1)) if p.dim() > 1 else () for p in params)
     local_sq, params_sq = (
         torch.cat([_unit_norms(t, wide).to(device, non_blocking=True) for t in tensors]).square()

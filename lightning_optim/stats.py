@@ -40,8 +40,9 @@ class GradStats:
     no more than its rules and reports need.
 
     Args:
-        norm_sq: Square sum of each gradient, shape [tensors], float32 (float64 for float64 gradients), on the
-            gradients' device; or what reads it. Not finite where a gradient has a NaN or an infinity.
+        norm_sq: Square sum of each gradient, shape [tensors], on the gradients' device; or what reads it. In float64
+            where the device has that, because a gradient of 2e19 is finite, and its square in float32 is not. Not
+            finite where, and only where, a gradient has a NaN or an infinity.
         group_sizes: How many tensors each parameter group has; sums to ``tensors``.
         group_names: Name of each parameter group.
         numel: Number of elements of each tensor, over all shards.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_optim.backends import plain
 from lightning_optim.backends.base import Backend, Batch
+from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.messages import nearest
 from lightning_optim.transfer import upload
@@ -97,12 +98,12 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
         grads: Gradients on one device.
 
     Returns:
-        Shape [tensors], float32 (float64 if any gradient is), on the gradients' device. Not finite where a gradient is
-        not.
+        Shape [tensors], on the gradients' device; float64 where it has that (not on MPS), as the square of a float32
+        may be more than a float32 can be. Not finite where a gradient is not.
 
     Example:
         >>> measure([torch.tensor([3.0, 4.0]), torch.zeros(2)])
-        tensor([25.,  0.])
+        tensor([25.,  0.], dtype=torch.float64)
     """
     if not grads:
         return torch.zeros(0)
@@ -117,10 +118,9 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
     for i, tensor in enumerate(tensors):
         backend = automatic if _for_kernels(tensor, i) else get_backend("reference")
         kinds.setdefault((tensor.dtype, backend), []).append(i)
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    sums = torch.empty(len(tensors), dtype=wide, device=device)
+    sums = torch.empty(len(tensors), dtype=widest_dtype(device), device=device)
     for (_, backend), indices in kinds.items():
-        sums[upload(indices, device)] = backend.measure([tensors[i] for i in indices]).to(wide)
+        sums[upload(indices, device)] = backend.measure([tensors[i] for i in indices]).to(sums.dtype)
     return sum_over_shards(sums, grads)
 
 

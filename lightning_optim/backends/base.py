@@ -130,6 +130,11 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def largest(dtype: torch.dtype) -> float:
+    """The most that a second moment can be, with arithmetic in ``dtype``: finite in bfloat16 as well."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.bfloat16).max
+
+
 class Backend(ABC):
     """Runs rules over tensors.
 
@@ -168,7 +173,10 @@ class Backend(ABC):
 
     @abstractmethod
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
-        """Square sum of each of ``grads`` (dense, real, local, one device and dtype), [tensors], float32 or float64."""
+        """Square sum of each of ``grads`` (dense, real, local, one device and dtype), [tensors].
+
+        In float64 where the device has it, and finite wherever a gradient is: 1e20² is beyond float32.
+        """
 
     @abstractmethod
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:

@@ -101,7 +101,7 @@ class CompiledBackend(Backend):
         dtype = grads[0].dtype
         addresses = np.array(list(map(Tensor.data_ptr, grads)), dtype=np.int64)[:, None]
         operands = Operands(grads[0].device, (DTYPES[dtype],), tuple(map(Tensor.numel, grads)), addresses)
-        return self.run_measure(operands).to(arithmetic_dtype(dtype))
+        return self.run_measure(operands)
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """See `Backend`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +13,11 @@ from torch import Tensor
 from lightning_optim.backends.base import Batch
 from lightning_optim.backends.compiled import DTYPES, CompiledBackend, Operands, operands_of, scalar_table, split
 from lightning_optim.backends.cpu_factored import Scaled
-from lightning_optim.backends.cpu_kernels import Kernel, build, build_measure
+from lightning_optim.backends.cpu_kernels import Kernel, build, build_measure, build_subtraction
 from lightning_optim.backends.cpu_threads import run_blocks
 from lightning_optim.backends.reference import apply_tensor_rule
 from lightning_optim.backends.scalars import is_set
-from lightning_optim.rules import TensorRule, UpdateRule
+from lightning_optim.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.stats import STEP_SUMS
 
 BLOCK = 65536
@@ -94,21 +93,11 @@ class CpuBackend(CompiledBackend):
                 continue
             part = slice(first, i + 1)
             nothing: list[dict[str, Tensor]] = [{} for _ in some]
-            only = Batch(_Subtraction(), batch.params[part], some, nothing, nothing, [], batch.wholes[part], False)
-            c = decay[part]
-            columns = {"inverse_divisor": torch.ones_like(c), "l2": torch.zeros_like(c), "decay": c}
+            only = Batch(Rule(), batch.params[part], some, nothing, nothing, [], batch.wholes[part], False)
             with operands_of(only) as operands:
-                self.run(operands, _Subtraction, "step", False, columns, None)
+                kernel = build_subtraction(operands.dtypes)
+                _run(kernel, operands, scalar_table({"decay": decay[part]}, kernel.scalars, operands.dtype).numpy())
             some, first = [], i + 1
-
-
-class _Subtraction(UpdateRule):
-    """What is given for the gradient is what is subtracted."""
-
-    @staticmethod
-    def update(param: Any, grad: Any) -> Any:
-        """One element's step."""
-        return (grad,)
 
 
 def _run(kernel: Kernel, operands: Operands, scalars: npt.NDArray[np.floating]) -> Tensor:

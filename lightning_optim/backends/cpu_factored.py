@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends import cpu_cache
-from lightning_optim.backends.cpu_memory import FAST_SUMS, load, named_functions, store
+from lightning_optim.backends.base import largest
+from lightning_optim.backends.cpu_memory import compiled, load, named_functions, store, sum_functions
 from lightning_optim.backends.cpu_threads import run_blocks
+from lightning_optim.rules import rebind
+from lightning_optim.weight_decay import CHANGES
 
 BLOCK = 65536
 """Elements per block, about; at least 16 rows, so that column sums of blocks stay small beside the tensor."""
@@ -37,7 +40,7 @@ def kernel(first, last, blocks, shapes, addresses, scalars, sums):
         rows, columns, parts = shapes[tensor, 1], shapes[tensor, 2], shapes[tensor, 3]
         grad, row_means, column_means = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
         for matrix in range(start, end):
-            column = (matrix * parts + part) * columns
+            column, exact = (matrix * parts + part) * columns, False
             for i in range(columns):
                 store_2(column_means, column + i, zero)
             for row in range(matrix * rows + top, matrix * rows + bottom):
@@ -46,12 +49,24 @@ def kernel(first, last, blocks, shapes, addresses, scalars, sums):
                     row_sum = zero
                     for i in range(chunk, min(chunk + CHUNK, columns)):
                         x = load_0(grad, row * columns + i)
-                        store_2(column_means, column + i, load_2(column_means, column + i) + x * x)
-                        row_sum += x * x
+                        store_2(column_means, column + i, add_product(load_2(column_means, column + i), x, x))
+                        row_sum = add_product(row_sum, x, x)
                     total += row_sum
-                store_1(row_means, row, float(total / columns))
+                if total - total != 0.0:  # not finite, or squares beyond float32
+                    total, exact = 0.0, True
+                    for i in range(columns):
+                        wide_x = double(load_0(grad, row * columns + i))
+                        total += wide_x * wide_x
+                store_1(row_means, row, float(minimum(total / columns, LARGEST)))
             for i in range(columns):
                 store_2(column_means, column + i, load_2(column_means, column + i) / float(rows))
+            if exact:
+                for i in range(columns):
+                    total = 0.0
+                    for row in range(matrix * rows + top, matrix * rows + bottom):
+                        wide_x = double(load_0(grad, row * columns + i))
+                        total += wide_x * wide_x
+                    store_2(column_means, column + i, float(minimum(total / rows, LARGEST)))
 """
 
 _SCALED_SQUARES = """
@@ -70,7 +85,7 @@ def kernel(first, last, blocks, shapes, addresses, scalars, sums):
                     for i in range(chunk, min(chunk + CHUNK, columns)):
                         y = minimum(factor * load_2(column_factors, matrix * columns + i), ceiling)
                         y *= load_0(grad, row * columns + i)
-                        row_sum += y * y
+                        row_sum = add_product(row_sum, y, y)
                     total += row_sum
         sums[block] = total
 """
@@ -95,7 +110,7 @@ _SCALED_DELTAS = _SCALED.replace("RESULT", "store_3(result, row * columns + i, y
 _SUBTRACTED = _SCALED.replace(
     "RESULT",
     "x = load_3(result, row * columns + i)\n"
-    "                    store_3(result, row * columns + i, x - (y + decay * x))",
+    "                    store_3(result, row * columns + i, x - change(x, y, decay))",
 )
 
 _KERNELS = {
@@ -107,13 +122,18 @@ _KERNELS = {
 
 
 def mean_squares(grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean of g² over the last dimension and over the last but one, shapes [..., rows, 1] and [..., 1, columns]."""
+    """Mean of g² over the last dimension and over the last but one, shapes [..., rows, 1] and [..., 1, columns].
+
+    What state cannot hold counts as the `largest` that it can.
+    """
     blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads))
     row_means = [grad.new_empty(*grad.shape[:-1], 1) for grad in grads]
     parts = shapes[:, 3].tolist()
     column_means = [g.new_empty(*g.shape[:-2], part, g.shape[-1]) for g, part in zip(grads, parts, strict=True)]
     _run("mean_squares", blocks, shapes, (grads, row_means, column_means), _no_scalars(grads))
-    return row_means, [m if m.shape[-2] == 1 else m.sum(-2, keepdim=True) for m in column_means]
+    most = largest(grads[0].dtype)
+    column_means = [m if m.shape[-2] == 1 else m.sum(-2, keepdim=True).clamp_(max=most) for m in column_means]
+    return row_means, column_means
 
 
 def scaled_squares(
@@ -224,16 +244,20 @@ def _build(name: str, dtype: str, slots: int) -> Any:
         "__name__": __name__,
         "CHUNK": CHUNK,
         "zero": np.dtype(dtype).type(0),
+        "LARGEST": largest(getattr(torch, dtype)),
         "float": getattr(numba, dtype),
+        "double": numba.float64,
         "minimum": named["minimum"],
-    }
+        "change": rebind(CHANGES["shrink"], named, compiled),
+    } | sum_functions()
     for slot in range(slots):
         names[f"load_{slot}"] = load(dtype, slot, slots)
         names[f"store_{slot}"] = store(dtype, slot, slots)
     exec(compile(text, f"<{name}>", "exec"), names)
-    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy", fastmath=FAST_SUMS)
-    cpu_cache.keep_on_disk(dispatcher, f"{name}-{cpu_cache.fingerprint(f'{text}{dtype}{slots}{CHUNK}', ())}")
-    with cpu_cache.SaysIfSlow(lambda: f"Compiling the CPU kernel {name} for {dtype}; this happens once."):
+    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy")
+    print_of = cpu_cache.fingerprint(f"{text}{dtype}{slots}{CHUNK}{names['LARGEST']}", (CHANGES["shrink"],))
+    cpu_cache.keep_on_disk(dispatcher, f"{name}-{print_of}")
+    with cpu_cache.SaysIfSlow(lambda: f"Compiling the CPU kernel {name} for {dtype}{cpu_cache.kept_where()}"):
         table = "int64[:, ::1]"
         dispatcher.compile(f"void(int64, int64, {table}, {table}, {table}, {dtype}[:, ::1], float64[::1])")
     return dispatcher

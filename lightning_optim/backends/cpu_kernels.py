@@ -16,7 +16,7 @@ import numpy as np
 
 from lightning_optim.backends import cpu_cache, cpu_quantized
 from lightning_optim.backends.compiled import scalar_names
-from lightning_optim.backends.cpu_memory import FAST_SUMS, compiled, load, named_functions, store
+from lightning_optim.backends.cpu_memory import compiled, load, named_functions, store, sum_functions
 from lightning_optim.backends.quantization import BLOCK
 from lightning_optim.backends.rounding import KEY_COLUMNS, kahan_pending, kahan_rest, noise, slot_key
 from lightning_optim.rules import UpdateRule, rebind
@@ -24,6 +24,10 @@ from lightning_optim.weight_decay import CHANGES, DECAYS
 
 CHUNK = 4096
 """Elements summed in the arithmetic dtype before their sum joins a float64 total: bounds rounding, keeps the speed."""
+
+
+Terms = dict[str, tuple[str, ...]]
+"""What one element adds to each sum, as an expression or as two factors."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +75,23 @@ def build(
     function = rule.sums_update if purpose == "sums" else rule.update
     wide = "float64" if dtypes[0] == "float64" else "float32"
     named = named_functions(wide)
-    names: dict[str, Any] = (cpu_quantized.names() if quantized else {}) | {
-        "__name__": __name__,  # numba looks for a cached function's module
-        "rule_function": rebind(function, named, compiled),
-        "change": rebind(CHANGES[decay_form], named, compiled),
-        "kahan_pending": compiled(kahan_pending),
-        "kahan_rest": compiled(kahan_rest),
-        "noise": rebind(noise, {}, compiled),
-        "slot_key": rebind(slot_key, {}, compiled),
-        "sqrt": named["sqrt"],
-        "maximum": named["maximum"],
-        "absolute": abs,
-        "float": getattr(numba, wide),
-    }
+    names: dict[str, Any] = (
+        (cpu_quantized.names() if quantized else {})
+        | sum_functions()
+        | {
+            "__name__": __name__,  # numba looks for a cached function's module
+            "rule_function": rebind(function, named, compiled),
+            "change": rebind(CHANGES[decay_form], named, compiled),
+            "kahan_pending": compiled(kahan_pending),
+            "kahan_rest": compiled(kahan_rest),
+            "noise": rebind(noise, {}, compiled),
+            "slot_key": rebind(slot_key, {}, compiled),
+            "sqrt": named["sqrt"],
+            "maximum": named["maximum"],
+            "absolute": abs,
+            "float": getattr(numba, wide),
+        }
+    )
     decayed = [DECAYS[decay_form]] if "decay_sq" in sums and decay_form in DECAYS else []
     for part in decayed:
         names["decayed"] = rebind(part, named, compiled)
@@ -92,8 +100,6 @@ def build(
         names[f"store_{slot}"] = store(
             dtype, slot, len(dtypes), slot in _slots(rule, stochastic) and dtype == "bfloat16"
         )
-    exec(compile(text, f"<{rule.__name__}>", "exec"), names)
-    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy", fastmath=FAST_SUMS)
     fingerprint = cpu_cache.fingerprint(
         text + repr(dtypes),
         (
@@ -107,16 +113,21 @@ def build(
             *(cpu_quantized.SOURCES if quantized else ()),
         ),
     )
-    cpu_cache.keep_on_disk(dispatcher, f"{rule.__name__}-{fingerprint}")
-    signature = f"void(int64, int64, int64[:, ::1], int64[:, ::1], {wide}[:, ::1], float64[:, ::1])"
+    name = f"{rule.__name__}-{fingerprint}"
+    return Kernel(_compile(rule.__name__, text, names, name, dtypes), columns, sums)
+
+
+def _compile(what: str, text: str, names: dict[str, Any], kept_as: str, dtypes: tuple[str, ...]) -> Any:
+    """The function ``kernel`` of ``text``, with the signature that `Kernel.run` has, from disk if it is there."""
+    exec(compile(text, f"<{what}>", "exec"), names)
+    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy")
+    cpu_cache.keep_on_disk(dispatcher, kept_as)
+    wide = "float64" if dtypes[0] == "float64" else "float32"
     with cpu_cache.SaysIfSlow(
-        lambda: (
-            f"Compiling the CPU kernel of {rule.__name__} for {', '.join(dict.fromkeys(dtypes))}; "
-            f"this happens once, the result is kept in {cpu_cache.directory()}."
-        )
+        lambda: f"Compiling the CPU kernel of {what} for {', '.join(dict.fromkeys(dtypes))}{cpu_cache.kept_where()}"
     ):
-        dispatcher.compile(signature)
-    return Kernel(dispatcher, columns, sums)
+        dispatcher.compile(f"void(int64, int64, int64[:, ::1], int64[:, ::1], {wide}[:, ::1], float64[:, ::1])")
+    return dispatcher
 
 
 def _slots(rule: type[UpdateRule], names: tuple[str, ...]) -> list[int]:
@@ -150,18 +161,20 @@ def source(
     for i in states:
         value = f"load_{i + 2}(address_{i + 2}, i)"
         body.append(f"{old[i]} = {codes[i]}[{value}] * scale_{i}" if i in codes else f"{old[i]} = {value}")
+    terms: Terms = {}
     if purpose == "sums":
-        terms = {name: f"term_{i}" for i, name in enumerate(rule.sums)}
-        body.append(f"{', '.join(terms.values())}, = rule_function({arguments})")
+        terms = {name: (f"term_{i}",) for i, name in enumerate(rule.sums)}
+        body.append(f"{', '.join(term for (term,) in terms.values())}, = rule_function({arguments})")
     else:
         body.append(f"{', '.join(['delta', *new])}{'' if new else ','} = rule_function({arguments})")
         agrees = "float(1) if delta * grad > zero else zero"
         if cautious:
-            body.append(f"delta = delta * {scalar['mask_scale']} if delta * grad > zero else zero")
+            body.append(f"delta = delta * ({scalar['mask_scale']} if delta * grad > zero else zero)  # NaN stays NaN")
         if purpose == "agreement":
-            terms = {"agreement": agrees}
+            terms = {"agreement": (agrees,)}
         elif purpose == "moved_sq":
-            terms = {"moved_sq": "(param - delta) * (param - delta)"}
+            body.append("moved = param - delta")
+            terms = {"moved_sq": ("moved", "moved")}
         else:
             random = {slot: f", noise(i, key_{slot})" for slot in rounded}
             for i in states:
@@ -174,16 +187,17 @@ def source(
             parts = f"(param, delta, {scalar['decay']}{initial})"
             change = f"change{parts}"
             measured = purpose == "step+sums"
-            decay_term = {"decay_sq": "decaying * decaying"} if decay_form in DECAYS and rule.decays_beside else {}
-            if measured and decay_term:
+            if measured and decay_form in DECAYS and rule.decays_beside:
                 body.append(f"decaying = decayed{parts}")  # before the parameter is written
+                terms["decay_sq"] = ("decaying", "decaying")
             if kahan:
                 body.append(f"pending = kahan_pending(load_{slot}(address_{slot}, i), {change})")
                 body.append("after = store_0(address_0, i, param + pending)")
                 body.append(f"store_{slot}(address_{slot}, i, kahan_rest(pending, after, param))")
             else:
                 body.append(f"after = store_0(address_0, i, param - {change}{random.get(0, '')})")
-            terms = _step_terms(rule, scalar) | decay_term if measured else {}
+            if measured:
+                body += _step_terms(rule, scalar, terms)
 
     totals = [f"total_{i}" for i in range(len(terms))]
     lines = ["def kernel(first, last, blocks, addresses, scalars, sums):", "    zero = float(0)"]
@@ -197,7 +211,7 @@ def source(
     lines += [f"        {total} = 0.0" for total in totals]
     lines += [f"        for chunk in range(start, end, {CHUNK}):"]
     lines += [f"            sum_{i} = zero" for i in range(len(terms))]
-    body += [f"sum_{i} += {term}" for i, term in enumerate(terms.values())]
+    body += [_added(f"sum_{i}", term) for i, term in enumerate(terms.values())]
     if codes:
         lines[2:2] = [f"    buffer_{i} = np.empty({BLOCK}, np.float32)" for i in codes]
         lines += [f"            for tile in range(chunk, min(chunk + {CHUNK}, end), {BLOCK}):"]
@@ -209,6 +223,7 @@ def source(
             sign = codes[i].removeprefix("codes_")
             tables = f"codes_{sign}, guesses_{sign}"
             code = f"encode_{sign}(buffer_{i}[i - tile], max_{i}, noise(i, key_{i + 2}), {tables})"
+            lines += [f"                max_{i} += max_{i} * zero  # NaN if not finite"]
             lines += [f"                store_{scales[i]}(address_{scales[i]}, tile // {BLOCK}, max_{i})"]
             lines += [f"                for i in range(tile, min(tile + {BLOCK}, end)):"]
             lines += [f"                    store_{i + 2}(address_{i + 2}, i, {code})"]
@@ -220,24 +235,50 @@ def source(
     return "\n".join(lines) + "\n", tuple(terms)
 
 
-def _step_terms(rule: type[UpdateRule], scalar: dict[str, str]) -> dict[str, str]:
-    """What one element adds to each of the step sums that the rule has."""
-    terms = {
-        "param_sq": "param * param",
-        "update_sq": "(after - param) * (after - param)",
-        "zero_grad": "(float(1) if raw == zero else zero)",
-    }
+def _added(total: str, term: tuple[str, ...]) -> str:
+    return f"{total} = {'add' if len(term) == 1 else 'add_product'}({total}, {', '.join(term)})"
+
+
+def _step_terms(rule: type[UpdateRule], scalar: dict[str, str], terms: Terms) -> list[str]:
+    """Fill ``terms`` with what one element adds to each of the step sums that the rule has; lines they need first."""
+    lines = ["moved = after - param"]
+    terms["param_sq"] = ("param", "param")
+    terms["update_sq"] = ("moved", "moved")
+    terms["zero_grad"] = ("(float(1) if raw == zero else zero)",)
     if rule.first_moment is not None:
         slot = rule.state.index(rule.first_moment)
-        terms["grad_exp_avg"] = f"raw * old_{slot}"
-        terms["momentum_sq"] = f"old_{slot} * old_{slot}"
+        terms["grad_exp_avg"] = ("raw", f"old_{slot}")
+        terms["momentum_sq"] = (f"old_{slot}", f"old_{slot}")
     if rule.second_moment is not None:
-        root = f"(sqrt(new_{rule.state.index(rule.second_moment)}) / {scalar['bias_correction2_sqrt']})"
+        lines.append(f"root = sqrt(new_{rule.state.index(rule.second_moment)}) / {scalar['bias_correction2_sqrt']}")
         # Where v̂ is 0 the gradient has always been 0, and the term is 0 rather than 0/0.
-        ratio = f"(raw / maximum({root}, float(1e-18)))"
-        terms["grad_sq_over_exp_avg_sq"] = f"{ratio} * {ratio}"
-        terms["below_eps"] = f"(float(1) if {root} < {scalar['eps']} else zero)"
-    return terms
+        lines.append("ratio = raw / maximum(root, float(1e-18))")
+        terms["grad_sq_over_exp_avg_sq"] = ("ratio", "ratio")
+        terms["below_eps"] = (f"(float(1) if root < {scalar['eps']} else zero)",)
+    return lines
+
+
+@cache
+def build_subtraction(dtypes: tuple[str, ...]) -> Kernel:
+    """The loop of `shrink` for deltas that are made already: parameters and deltas of ``dtypes``."""
+    wide = "float64" if dtypes[0] == "float64" else "float32"
+    text = """def kernel(first, last, blocks, addresses, scalars, sums):
+    for block in range(first, last):
+        tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+        address_0, address_1, decay = addresses[tensor, 0], addresses[tensor, 1], scalars[tensor, 0]
+        for i in range(start, end):
+            param = load_0(address_0, i)
+            store_0(address_0, i, param - change(param, load_1(address_1, i), decay))
+"""
+    names: dict[str, Any] = {
+        "__name__": __name__,
+        "change": rebind(CHANGES["shrink"], named_functions(wide), compiled),
+        "load_0": load(dtypes[0], 0, 2),
+        "load_1": load(dtypes[1], 1, 2),
+        "store_0": store(dtypes[0], 0, 2),
+    }
+    name = f"subtraction-{cpu_cache.fingerprint(text + repr(dtypes), (CHANGES['shrink'],))}"
+    return Kernel(_compile("subtraction", text, names, name, dtypes), ("decay",), ())
 
 
 @cache
@@ -252,15 +293,17 @@ def build_measure(dtype: str) -> Kernel:
             sum = zero
             for i in range(chunk, min(chunk + {CHUNK}, end)):
                 x = load_0(address, i)
-                sum += x * x
-            total += sum
+                sum = add_product(sum, x, x)
+            if sum - sum == zero:
+                total += sum
+            else:  # not finite, or squares beyond float32
+                for i in range(chunk, min(chunk + {CHUNK}, end)):
+                    wide_x = double(load_0(address, i))
+                    total = add_product(total, wide_x, wide_x)
         sums[block, 0] = total
 """
     wide = "float64" if dtype == "float64" else "float32"
-    names: dict[str, Any] = {"__name__": __name__, "load_0": load(dtype, 0, 1), "zero": np.dtype(wide).type(0)}
-    exec(compile(text, "<measure>", "exec"), names)
-    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy", fastmath=FAST_SUMS)
-    cpu_cache.keep_on_disk(dispatcher, f"measure-{cpu_cache.fingerprint(text + dtype, ())}")
-    with cpu_cache.SaysIfSlow(lambda: f"Compiling the CPU kernel of gradient norms for {dtype}; this happens once."):
-        dispatcher.compile(f"void(int64, int64, int64[:, ::1], int64[:, ::1], {wide}[:, ::1], float64[:, ::1])")
-    return Kernel(dispatcher, (), ("norm_sq",))
+    names: dict[str, Any] = {"__name__": __name__, "load_0": load(dtype, 0, 1), "double": numba.float64}
+    names |= sum_functions() | {"zero": np.dtype(wide).type(0)}
+    name = f"measure-{cpu_cache.fingerprint(text + dtype, ())}"
+    return Kernel(_compile("gradient norms", text, names, name, (dtype,)), (), ("norm_sq",))

@@ -17,11 +17,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-# Everything but nnan and ninf: sums may be reordered so that they vectorise, NaN and infinity keep their meaning.
-FAST_SUMS = {"reassoc", "contract", "arcp", "nsz"}
-# Of the update itself only products and sums fuse, and x / y may be x · (1 / y), which moves a division by a scalar out
-# of the loop: reordering would undo a compensated summation.
-FAST_UPDATE = {"contract", "nsz", "arcp"}
+# An update is computed as IEEE 754 says, operation by operation: no flag. Every flag lets the compiler choose by what
+# surrounds an expression, and a step that is measured must be bit for bit one that is not; the sign of zero, too, is
+# then torch's. Sums alone may be reordered and fused, so that they vectorise; NaN and infinity keep their meaning.
+FAST_SUMS = {"reassoc", "contract", "nsz"}
 
 STORAGE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "uint8": 1}
 """Element types that can be loaded and stored, with their size in bytes."""
@@ -145,8 +144,21 @@ def _upper_half(builder: Any, value: Any, rounded: Any) -> Any:
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """A helper compiled into the kernel that calls it."""
-    return numba.njit(function, error_model="numpy", fastmath=FAST_UPDATE, inline="never")
+    """A helper compiled into the kernel that calls it, exact."""
+    return numba.njit(function, error_model="numpy", inline="never")
+
+
+def _add(total: Any, term: Any) -> Any:
+    return total + term
+
+
+def _add_product(total: Any, x: Any, y: Any) -> Any:
+    return total + x * y
+
+
+def sum_functions() -> dict[str, Any]:
+    """How kernels add up: flags belong to a function's own operations, so these are apart from everything else."""
+    return {f.__name__[1:]: numba.njit(f, error_model="numpy", fastmath=FAST_SUMS) for f in (_add, _add_product)}
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:

@@ -46,7 +46,7 @@ def quantize(values: Tensor, signed: bool, key: Tensor, slot: int) -> tuple[Tens
     """Codes (uint8, shape of ``values``) and scales (float32, [blocks]).
 
     Args:
-        values: Row-major order makes the blocks. A NaN makes its whole block NaN.
+        values: Row-major order makes the blocks. A NaN or an infinity makes its whole block NaN.
         signed: Which `code_map`.
         key: Of the random numbers, 0-d int64.
         slot: See `rounding.slot_key`.
@@ -55,6 +55,7 @@ def quantize(values: Tensor, signed: bool, key: Tensor, slot: int) -> tuple[Tens
     flat = values.float().reshape(-1)
     padded = functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     scales = padded.abs().amax(1) if len(padded) else padded.new_zeros(0)
+    scales = scales + scales * 0  # an infinity leaves nothing of the others: NaN, too
     unit = torch.where(scales[:, None] > 0, padded / scales[:, None], 0.0).view(-1)[: flat.numel()]
     lower = (torch.bucketize(unit, codes, right=True) - 1).clamp(0, 254)
     below = codes[lower]

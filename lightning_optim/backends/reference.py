@@ -49,8 +49,7 @@ class ReferenceBackend(Backend):
 
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         """Square sums through torch's multi-tensor norm."""
-        dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-        return torch.stack(torch._foreach_norm(list(grads), 2, dtype=dtype)).square()
+        return torch.stack(torch._foreach_norm(list(grads), 2, dtype=widest_dtype(grads[0].device))).square()
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """See `Backend`."""

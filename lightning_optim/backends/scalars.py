@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.backends.base import Batch
+from lightning_optim.backends.base import Batch, largest
 from lightning_optim.backends.rounding import advance, key_columns
 from lightning_optim.rules import Scalar
 from lightning_optim.transfer import upload
@@ -34,7 +34,7 @@ def scalar_columns(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
     """Every number the update of a tensor needs, by name, each [tensors], float64, on the batch's device.
 
     What `rule.scalars` returns, `new_<name>` for what the rule shares, and `inverse_divisor` (negative for `maximize`),
-    `decay`, `l2`, `eps` and `bias_correction2_sqrt`, which the backends and the step sums use.
+    `decay`, `l2`, `eps` and `bias_correction2_sqrt`, which the backends and the step sums use; `largest`, for rules.
     """
     columns = _host_columns(batch) if batch.device.type == "cpu" else _device_columns(batch)
     if batch.rounding_keys:
@@ -79,7 +79,7 @@ def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> 
     others = {name: value for name, value in old.items() if name != "step"}
     decay, l2 = batch.rule.decay(group, group_decay(group))
     shared = {"inverse_divisor": -1.0 if group["maximize"] else 1.0, "decay": decay, "l2": l2}
-    shared |= {"eps": group.get("eps", 0.0), "bias_correction2_sqrt": 1.0}
+    shared |= {"eps": group.get("eps", 0.0), "bias_correction2_sqrt": 1.0, "largest": largest(batch.dtype)}
     return shared | batch.rule.scalars(group, step, **others)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_optim.backends.base import Batch
 from lightning_optim.backends.compiled import CompiledBackend, Operands, scalar_table, split
-from lightning_optim.backends.triton_functions import add_blocks
-from lightning_optim.backends.triton_kernels import THREADS, Kernel, build, build_measure
+from lightning_optim.backends.triton_functions import add_blocks, add_squares
+from lightning_optim.backends.triton_kernels import OPTIONS, THREADS, Kernel, build, build_measure
 from lightning_optim.rules import UpdateRule
 from lightning_optim.transfer import upload
 
@@ -67,12 +67,12 @@ class TritonBackend(CompiledBackend):
         with _current(operands.device):
             kernel = build_measure(operands.dtypes[0], _aligned(operands))
             zero = _flag(None, operands.device)
-            return _run(kernel, operands, zero, zero)[:, 0]
+            return _run(kernel, operands, zero, zero, squares=True)[:, 0]
 
 
 def launch(function: Any, programs: int, device: torch.device, *arguments: Any) -> None:
     """Run ``programs`` instances of a jit function on the current device."""
-    function[(programs,)](*arguments, num_warps=THREADS // _threads_per_warp(device))
+    function[(programs,)](*arguments, num_warps=THREADS // _threads_per_warp(device), **OPTIONS)
 
 
 @lru_cache(maxsize=16)
@@ -80,17 +80,19 @@ def _threads_per_warp(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).warp_size) if device.type == "cuda" else 32
 
 
-def _run(kernel: Kernel, operands: Operands, scalars: Tensor, skip: Tensor) -> Tensor:
-    """Launch over all blocks, and add each tensor's block sums: [tensors, sums], float64."""
+def _run(kernel: Kernel, operands: Operands, scalars: Tensor, skip: Tensor, squares: bool = False) -> Tensor:
+    """Launch over all blocks, and add each tensor's block sums: [tensors, sums], float64; of ``squares``, one."""
     device = operands.device
     tensors, width = len(operands.numel), len(kernel.sums)
     blocks, offsets = _block_table(operands.numel, device, _stream(device))
     sums = torch.empty(len(blocks), width, dtype=operands.dtype, device=device)
-    totals = torch.empty(tensors, width, dtype=torch.float64, device=device)
+    totals = torch.empty(tensors, 1 if squares else width, dtype=torch.float64, device=device)
     if len(blocks):
         addresses = _address_table(operands.addresses.tobytes(), device, _stream(device))
         launch(kernel.function, len(blocks), device, blocks, addresses, scalars, skip, sums)
-    if width:
+    if squares:
+        launch(add_squares, tensors, device, sums, offsets, totals)
+    elif width:
         launch(add_blocks, tensors, device, sums, offsets, totals, width)
     return totals
 

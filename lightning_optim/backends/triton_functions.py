@@ -91,6 +91,30 @@ NAMED = {
 """The named functions of rules. NaN as `rules` says."""
 
 
+SMALL = 2.0**-72
+"""What `add_squares` expects the elements of its second sum to be multiplied by: their squares are floats again."""
+
+
+@jit
+def add_squares(sums: Any, offsets: Any, totals: Any) -> Any:
+    """Add each tensor's square sums as `add_blocks` does, those beyond float32 from sums of small multiples.
+
+    `sums` [blocks, 2] of x² and of (x·`SMALL`)², `offsets` and `totals` as there.
+    """
+    tensor = tl.program_id(0)
+    block = tl.load(offsets + tensor)
+    end = tl.load(offsets + tensor + 1)
+    rows = tl.arange(0, 512)
+    total = tl.zeros([512], tl.float64)
+    while block < end:
+        mask = rows < end - block
+        plain = tl.load(sums + (block + rows) * 2, mask=mask, other=0).to(tl.float64)
+        small = tl.load(sums + (block + rows) * 2 + 1, mask=mask, other=0).to(tl.float64)
+        total += tl.where(plain - plain == 0, plain, small * 2.2300745198530623e43)  # 2¹⁴⁴
+        block += 512
+    tl.store(totals + tensor, tl.sum(total))
+
+
 MOST_SUMS = 8
 """Columns that `add_blocks` can add."""
 

@@ -12,12 +12,15 @@ from functools import cache
 from typing import Any
 
 from lightning_optim.backends.compiled import scalar_names
-from lightning_optim.backends.triton_functions import MOST_SUMS, NAMED, jit, jit_text
+from lightning_optim.backends.triton_functions import MOST_SUMS, NAMED, SMALL, jit, jit_text
 from lightning_optim.rules import UpdateRule, rebind
 from lightning_optim.weight_decay import CHANGES, DECAYS
 
 THREADS = 128
 """Of one program."""
+OPTIONS = {"enable_fp_fusion": False}
+"""Of every launch. Which multiply-adds fuse depends on what else a kernel computes, and a step that is measured must be
+bit for bit one that is not; all wait for memory, so that this costs nothing."""
 ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 ARGUMENTS = ("blocks", "addresses", "scalars", "skip", "sums")
 
@@ -65,10 +68,11 @@ def build(
 
 @cache
 def build_measure(dtype: str, aligned: bool) -> Kernel:
-    """The kernel that sums squares of tensors of ``dtype``; it has no scalars."""
-    body = [f"raw = {_load(0, dtype)}"]
-    text = _kernel_text((dtype,), (), body, {"norm_sq": "raw * raw"}, aligned)
-    return Kernel(jit_text(text, "kernel", {}, do_not_specialize=ARGUMENTS), (), ("norm_sq",))
+    """The kernel that sums squares of tensors of ``dtype`` for `add_squares`; it has no scalars."""
+    body = [f"raw = {_load(0, dtype)}", f"small = raw * {SMALL!r}"]
+    terms = {"norm_sq": "raw * raw", "small_sq": "small * small"}
+    text = _kernel_text((dtype,), (), body, terms, aligned)
+    return Kernel(jit_text(text, "kernel", {}, do_not_specialize=ARGUMENTS), (), tuple(terms))
 
 
 def block_shape(dtypes: tuple[str, ...]) -> tuple[int, int]:

@@ -116,7 +116,8 @@ class Divisor(Clip):
 
     def apply_(self, grads: Sequence[Tensor], scale: Tensor | None) -> None:
         """One multiplication of each element; one launch in all for a single divisor, else one per tensor."""
-        factor = self.values.reciprocal()
+        wide = any(grad.dtype == torch.float64 for grad in grads)
+        factor = self.values.reciprocal().to(torch.float64 if wide else torch.float32)
         if factor.dim() == 0:
             torch._foreach_mul_(list(grads), factor)
         else:
@@ -148,7 +149,8 @@ class UnitDivisor(Clip):
     def apply_(self, grads: Sequence[Tensor], scale: Tensor | None) -> None:
         """One division of each element, one launch per tensor."""
         for grad, divisor in zip(grads, self.values, strict=True):
-            grad.div_(divisor.to(grad.device, non_blocking=True))
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            grad.div_(divisor.to(grad.device, wide, non_blocking=True))
 
 
 class Clamp(Clip):

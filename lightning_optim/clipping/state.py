@@ -55,7 +55,8 @@ class Clipper:
     def commit(self, accepted: Tensor) -> None:
         """Ends the step: the state moves on, or stays if the step is not ``accepted`` (bool, shape [])."""
         for name, new in self._next.items():
-            self._state[name] = torch.where(accepted, new, self._state[name])
+            old = self._state[name]
+            self._state[name] = torch.where(accepted, new.to(old.dtype), old)
         self._next = {}
 
     def state_dict(self) -> dict[str, Any]:

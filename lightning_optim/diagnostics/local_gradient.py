@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_optim.backends.scalars import widest_dtype
+
 
 class LocalGradient:
     """Square sums of the gradients of one backward pass as this rank computes them.
@@ -45,7 +47,7 @@ class LocalGradient:
         def hook(grad: Tensor) -> None:
             self._twice |= param in self._found
             if grad.layout == torch.strided:
-                wide = torch.promote_types(grad.dtype, torch.float32)
+                wide = widest_dtype(grad.device)
                 self._found[param] = torch.linalg.vector_norm(grad.detach(), dtype=wide).square()
 
         return hook

@@ -130,7 +130,8 @@ class Watch(NonFiniteGradient):
         assert self._now is not None
         (columns, layout), self._now = self._now, None
         self._steps += 1
-        row = torch.cat([column.to(torch.float32) for column in ((skip != 0).reshape(1), *columns)])
+        dtype = columns[0].dtype
+        row = torch.cat([column.to(dtype) for column in ((skip != 0).reshape(1), *columns)])
         self._layouts[self._steps] = layout
         self.rows.write(self._steps, row)
         self._learn()

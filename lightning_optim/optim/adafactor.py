@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.backends.base import largest
+from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.rules import Scalar, TensorRule, minimum, sqrt
 from lightning_optim.weight_decay import WeightDecayKind
@@ -46,20 +48,20 @@ class AdafactorRule(TensorRule):
         for param, grad, state, numbers, group in zip(params, grads, states, scalars, groups, strict=True):
             eps1 = _eps1(param, group)
             weight = numbers["one_minus_beta2"]
+            most = largest(grad.dtype)
             if grad.dim() < 2:
-                variance = state["variance"].lerp(grad.square(), weight)
+                variance = state["variance"].lerp(grad.square().clamp_(max=most), weight)
                 new_states.append({"variance": variance})
+                inverse_root = variance.rsqrt()
             else:
-                squares = grad.square()
-                row_var = state["row_var"].lerp(squares.mean(-1, keepdim=True), weight)
-                col_var = state["col_var"].lerp(squares.mean(-2, keepdim=True), weight)
+                row_var = state["row_var"].lerp(_mean_square(grad, -1).clamp_(max=most), weight)
+                col_var = state["col_var"].lerp(_mean_square(grad, -2).clamp_(max=most), weight)
                 new_states.append({"row_var": row_var, "col_var": col_var})
-                variance = _row_factor(row_var, eps1) * col_var
-            delta = grad * variance.clamp(min=eps1**2).rsqrt()
-            numel = max(param.numel(), 1)
+                inverse_root = _row_factor(row_var, eps1).rsqrt() * col_var.rsqrt()
+            delta = inverse_root.clamp_(max=1 / eps1 if eps1 else math.inf).mul_(grad)
             scale = _scale(
-                (param.square().sum() / numel).sqrt(),
-                (delta.square().sum() / numel).sqrt(),
+                _rms(param),
+                _rms(delta),
                 numbers["relative_step"],
                 group["eps"][1],
                 group["d"],
@@ -113,9 +115,23 @@ def _eps1(param: Tensor, group: Mapping[str, Any]) -> float:
     return torch.finfo(param.dtype).eps if given is None else given
 
 
+def _mean_square(grad: Tensor, dim: int) -> Tensor:
+    """Mean of g² over a dimension, which is kept; a finite gradient's square may be infinite, its mean need not be."""
+    wide = widest_dtype(grad.device)
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=wide)
+    return (norm.square_() / grad.shape[dim]).to(grad.dtype)
+
+
+def _rms(tensor: Tensor) -> Tensor:
+    """Root mean square, finite where the tensor is; 0 of no element."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=widest_dtype(tensor.device))
+    return (norm / max(tensor.numel(), 1) ** 0.5).to(tensor.dtype)
+
+
 def _row_factor(row_var: Tensor, eps1: float) -> Tensor:
     """Rows over their mean, so that row times column is the second moment."""
-    return row_var / row_var.mean(-2, keepdim=True).clamp(min=eps1)
+    mean = row_var.mean(-2, keepdim=True, dtype=widest_dtype(row_var.device))
+    return row_var / mean.clamp(min=eps1).to(row_var.dtype)
 
 
 def _scale(param_rms: Tensor, delta_rms: Tensor, relative_step: Tensor, eps2: Any, d: Any) -> Tensor:

@@ -64,7 +64,7 @@ class RAdamRule(UpdateRule):
         """One element's step."""
         exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
         exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
-        delta = step_size * exp_avg / (adaptive * (sqrt(exp_avg_sq) + eps) + plain)
+        delta = step_size * exp_avg / where(adaptive > plain, sqrt(exp_avg_sq) + eps, plain)
         return delta, exp_avg, exp_avg_sq
 
 

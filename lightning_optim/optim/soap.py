@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.backends.base import largest
 from lightning_optim.backends.scalars import read
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.rules import Scalar, TensorRule, sqrt, where
@@ -69,7 +70,9 @@ class SOAPRule(TensorRule):
         for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
             bases: Bases = [state.get(f"Q_{dim}") for dim in range(grad.dim())]
             exp_avg = state["exp_avg"].lerp(grad, numbers["one_minus_beta1"])
-            exp_avg_sq = state["exp_avg_sq"].lerp(_rotated(grad, bases).square(), numbers["one_minus_beta2"])
+            most = largest(grad.dtype)  # a finite gradient's square may be infinite, and would be for ever
+            squares = _rotated(grad, bases).square().clamp_(max=most)
+            exp_avg_sq = state["exp_avg_sq"].lerp(squares, numbers["one_minus_beta2"])
             direction = _rotated(exp_avg, bases) / (exp_avg_sq.sqrt() + group["eps"])
             deltas.append(_rotated(direction, bases, back=True) * (numbers["step_size"] * numbers["kept"]))
             new_state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -77,7 +80,8 @@ class SOAPRule(TensorRule):
             for dim, basis in enumerate(bases):
                 if basis is None:
                     continue
-                gram = state[f"GG_{dim}"].lerp(_gram(grad, dim), numbers["one_minus_shampoo_beta"])
+                products = _gram(grad, dim).clamp_(-most, most)
+                gram = state[f"GG_{dim}"].lerp(products, numbers["one_minus_shampoo_beta"])
                 new_state[f"GG_{dim}"] = gram
                 if count == 1:
                     new_state[f"Q_{dim}"] = _eigenvectors(gram)
@@ -115,8 +119,14 @@ def _gram(grad: Tensor, dim: int) -> Tensor:
     return rows @ rows.mT
 
 
+def _moderate(gram: Tensor) -> Tensor:
+    """``gram`` times a power of two that leaves room for sums of its products: its vectors are the same."""
+    return gram * torch.where(gram.abs().amax() > 2.0**100, 2.0**-100, 1.0)
+
+
 def _eigenvectors(gram: Tensor) -> Tensor:
     """Eigenvectors as columns, that of the largest eigenvalue first."""
+    gram = _moderate(gram)
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     finite = gram.isfinite().all()
     vectors: Tensor = torch.linalg.eigh(torch.where(finite, gram, identity) + 1e-30 * identity).eigenvectors
@@ -126,7 +136,7 @@ def _eigenvectors(gram: Tensor) -> Tensor:
 
 def _power_iteration(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """A basis nearer to the eigenvectors, and the order into which the old one's vectors were brought for it."""
-    product = gram @ basis
+    product = _moderate(gram) @ basis
     order = (basis * product).sum(0).argsort(descending=True)
     # In float32 as the authors have it: orthogonal enough, and the dtype that every device has.
     return torch.linalg.qr(product[:, order].float()).Q.to(gram.dtype), order

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.rules import Scalar, UpdateRule, maximum, sqrt, where
+from lightning_optim.rules import Scalar, UpdateRule, maximum, minimum, sqrt, where
 from lightning_optim.weight_decay import WeightDecayKind, decay_form
 
 
-def _new_square(grad: Any, exp_avg_sq: Any, beta2_hat: Any, one_minus_beta2_hat: Any) -> Any:
-    return beta2_hat * exp_avg_sq + one_minus_beta2_hat * grad * grad
+def _new_square(grad: Any, exp_avg_sq: Any, beta2_hat: Any, one_minus_beta2_hat: Any, largest: Any) -> Any:
+    # Bounded, as no infinity would ever leave an average: from then on this weight would stand still.
+    return minimum(beta2_hat * exp_avg_sq + one_minus_beta2_hat * grad * grad, largest)
 
 
 class StableAdamWRule(UpdateRule):
@@ -48,10 +49,12 @@ class StableAdamWRule(UpdateRule):
         beta2_hat: Any,
         one_minus_beta2_hat: Any,
         eps_sq: Any,
+        largest: Any,
     ) -> Any:
         """g²/v, with the new v."""
-        exp_avg_sq = _new_square(grad, exp_avg_sq, beta2_hat, one_minus_beta2_hat)
-        return (grad * grad / maximum(exp_avg_sq, eps_sq),)
+        exp_avg_sq = _new_square(grad, exp_avg_sq, beta2_hat, one_minus_beta2_hat, largest)
+        ratio = grad / sqrt(maximum(exp_avg_sq, eps_sq))  # squared last: g² of a finite g may be infinite
+        return (ratio * ratio,)
 
     def rescale(self, scalars: dict[str, Tensor], sums: dict[str, Tensor], numel: Tensor) -> dict[str, Tensor]:
         """Learning rate and decay over max(1, RMS)."""
@@ -71,10 +74,11 @@ class StableAdamWRule(UpdateRule):
         beta2_hat: Any,
         one_minus_beta2_hat: Any,
         eps: Any,
+        largest: Any,
     ) -> Any:
         """One element's step."""
         exp_avg = beta1_hat * exp_avg + one_minus_beta1_hat * grad
-        exp_avg_sq = _new_square(grad, exp_avg_sq, beta2_hat, one_minus_beta2_hat)
+        exp_avg_sq = _new_square(grad, exp_avg_sq, beta2_hat, one_minus_beta2_hat, largest)
         return lr * exp_avg / (sqrt(exp_avg_sq) + eps), exp_avg, exp_avg_sq
 
 

@@ -101,7 +101,7 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
         tensor([25.,  0.])
     """
     if not grads:
-        return torch.zeros(0)
+        return torch.zeros(0, device="cpu")
     tensors = [_plain(grad) for grad in grads]
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, tensor in enumerate(tensors):

@@ -88,4 +88,4 @@ class Rows:
 
     def load_state_dict(self, state: list[list[float]]) -> None:
         """Takes up rows that another run had on their way."""
-        self._pending = deque((int(row[0]), torch.tensor(row[1:]), None) for row in state)
+        self._pending = deque((int(row[0]), torch.tensor(row[1:], device="cpu"), None) for row in state)

@@ -14,6 +14,7 @@ from lightning_optim.backends.scalars import is_set
 from lightning_optim.closure import closure_of, run_closure
 from lightning_optim.messages import nearest
 from lightning_optim.optim import FusedOptimizer
+from lightning_optim.peak_lr import follow_peak, say_peak, start_peak
 from lightning_optim.trial_step import is_trial_step
 from lightning_optim.uncompiled import uncompiled
 from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients
@@ -76,6 +77,7 @@ class ForeignDecay:
                 raise ValueError(f"{label} has no parameter group {name!r}. {nearest(name, names)}")
         self.weight_decays = {name: float((groups or {}).get(name, weight_decay)) for name in names}
         self.weight_decay = float(weight_decay)
+        self._peak_said = False
         self._handle = optimizer.register_step_pre_hook(uncompiled(self._before))
 
     def close(self) -> None:
@@ -97,7 +99,7 @@ class ForeignDecay:
         params: list[Tensor] = []
         factors: list[float] = []
         for index, group in enumerate(optimizer.param_groups):
-            decay = self._coefficient(group, str(group.get("name", index)))
+            decay = self._coefficient(group, str(group.get("name", index)), type(optimizer).__name__)
             taking_part = [param for param in group["params"] if param.grad is not None]
             if not taking_part or (decay == 0 and not isinstance(decay, Tensor)):
                 continue
@@ -111,10 +113,16 @@ class ForeignDecay:
             torch._foreach_mul_(params, factors)
         return args, kwargs
 
-    def _coefficient(self, group: dict[str, Any], name: str) -> Any:
-        peak = group.setdefault("peak_lr", float(group.get("initial_lr", group["lr"])))
+    def _coefficient(self, group: dict[str, Any], name: str, label: str) -> Any:
         weight_decay = self.weight_decays.get(name, self.weight_decay)
-        return decay_coefficients(self.kind, group["lr"], weight_decay, peak)[0] if weight_decay else 0.0
+        if not weight_decay:
+            return 0.0
+        if self.kind.needs_peak and "peak_lr_from" not in group:
+            start_peak(group, float(group["lr"]))
+        if self.kind.needs_peak and follow_peak(group) and not self._peak_said:
+            self._peak_said = True
+            say_peak(label, group | {"weight_decay_kind": self.kind.value})
+        return decay_coefficients(self.kind, group["lr"], weight_decay, group.get("peak_lr", 0.0))[0]
 
 
 def check_decay(

@@ -98,7 +98,7 @@ class OptimizerChoice:
 
 def _trial_params() -> list[nn.Parameter]:
     """A matrix and a vector: some optimizers treat them differently."""
-    return [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))]
+    return [nn.Parameter(torch.zeros(2, 2, device="cpu")), nn.Parameter(torch.zeros(1, device="cpu"))]
 
 
 _Make = Callable[[Iterable[Any]], Optimizer]

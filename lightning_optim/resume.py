@@ -76,7 +76,7 @@ class OptimizerResume:
             for key in group.keys() - {"params"} - source.keys():
                 merged[key] = group[key]
             if self._from_config:
-                gone = {k for k in merged if k.startswith("initial_") or k == "frozen_until"} - configured.keys()
+                gone = {k for k in merged if _is_scheduled(k) or k == "frozen_until"} - configured.keys()
                 merged = {k: v for k, v in merged.items() if k not in gone}
                 merged |= configured
             names = {key: group[key] for key in ("name", "param_names") if key in group}
@@ -173,9 +173,15 @@ def _configured(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any
     if group.get("rule") is not None:
         names |= optim.get_optimizer_class(group["rule"]).hyperparameters().keys()
     names -= {"params", "name", "param_names"}
-    values = {key: value for key, value in group.items() if key in names or key == "peak_lr"}
-    values |= {key: value for key, value in group.items() if key.startswith("initial_")}
+    values = {key: value for key, value in group.items() if key in names or _is_scheduled(key)}
+    if "peak_lr" in group and (group.get("peak_lr_from") == "given" or not {"initial_lr", "max_lr"} & group.keys()):
+        values["peak_lr"] = group["peak_lr"]
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
+
+
+def _is_scheduled(key: str) -> bool:
+    """Whether a scheduler, ours or torch's, keeps its own numbers under ``key`` of a group."""
+    return key.startswith("initial_") or key in ("max_lr", "min_lr")
 
 
 def _changes(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> Iterator[str]:

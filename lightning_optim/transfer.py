@@ -22,7 +22,7 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) 
     Raises:
         RuntimeError: A CUDA graph is being captured: it would copy again, at each replay, what is long gone.
     """
-    host = torch.tensor(values, dtype=dtype)
+    host = torch.tensor(values, dtype=dtype, device="cpu")
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(

@@ -33,7 +33,8 @@ class WeightDecayKind(str, Enum):
     """w ← w - u - c·w with c = lr·λ, as torch's AdamW."""
     INDEPENDENT = "independent"
     """The same with c = lr/peak·λ: λ is the fraction lost per step at peak, whatever the peak, and far smaller (1e-4,
-    say). The peak of a schedule of lr is kept in each parameter group as `peak_lr`."""
+    say). The peak of a schedule of lr is kept in each parameter group as `peak_lr`; `lightning_optim.peak_lr` says what
+    it is under which scheduler."""
     CORRECTED = "corrected"
     """The same with c = lr²·λ/peak: keeps the ratio of gradient norm to weight norm steady as lr falls."""
     L2 = "l2"
@@ -83,9 +84,10 @@ def decay_coefficients(kind: WeightDecayKind, lr: T, weight_decay: Any, peak_lr:
     """
     if kind is WeightDecayKind.L2:
         return 0.0, weight_decay
-    if kind is WeightDecayKind.INDEPENDENT:
-        return lr / peak_lr * weight_decay, 0.0  # type: ignore[operator]
-    if kind is WeightDecayKind.CORRECTED:
+    if kind.needs_peak:
+        peak_lr = where(peak_lr != 0, peak_lr, 1.0)  # a peak of 0, so far, is of rates of 0
+        if kind is WeightDecayKind.INDEPENDENT:
+            return lr / peak_lr * weight_decay, 0.0  # type: ignore[operator]
         return lr * lr * weight_decay / peak_lr, 0.0  # type: ignore[operator]
     if kind is WeightDecayKind.NORM:
         return weight_decay, 0.0

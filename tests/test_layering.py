@@ -28,7 +28,7 @@ LAYERS = [
     ("optim",),
     ("backends", "trial_step"),
     ("clipping", "divergence", "schedules", "param_groups"),
-    ("weight_decay", "rules", "stats", "durations", "transfer", "closure", "room", "uncompiled"),
+    ("weight_decay", "peak_lr", "rules", "stats", "durations", "transfer", "closure", "room", "uncompiled"),
     ("imports",),
     ("messages", "_version"),
 ]
@@ -39,6 +39,7 @@ LEAVES = {
     "schedules": {"schedules", "durations", "imports", "messages"},
     "param_groups": {"param_groups", "durations", "messages", "schedules"},
     "weight_decay": {"messages", "rules"},
+    "peak_lr": {"messages", "rules", "weight_decay"},
     "stats": set(),
     "rules": set(),
     "durations": set(),

@@ -106,7 +106,7 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
         tensor([25.,  0.], dtype=torch.float64)
     """
     if not grads:
-        return torch.zeros(0)
+        return torch.zeros(0, device="cpu")
     tensors = [_numbers(grad) for grad in grads]
     device = tensors[0].device
     automatic = _automatic(device.type)

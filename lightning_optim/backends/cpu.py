@@ -48,7 +48,7 @@ class CpuBackend(CompiledBackend):
             update = batch.rule.update_on_cpu
             return apply_tensor_rule(batch, update, subtract, divisor=divisor, skip=skip, collect=collect)
         if is_set(skip):
-            return torch.full((len(batch.params), len(STEP_SUMS)), math.nan) if collect else None
+            return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
         return super().apply(batch, divisor=divisor, skip=None, collect=collect)
 
     def run(

@@ -34,7 +34,7 @@ def code_map(signed: bool) -> Tensor:
         values += [10.0 ** (decade - 6) * middle for middle in middles]
     if signed:
         values += [-value for value in values if 0.0 < value < 1.0]
-    return torch.tensor(sorted(values), dtype=torch.float64).float()
+    return torch.tensor(sorted(values), dtype=torch.float64, device="cpu").float()
 
 
 def blocks(numel: int) -> int:

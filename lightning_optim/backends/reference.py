@@ -62,7 +62,7 @@ class ReferenceBackend(Backend):
         if isinstance(rule, TensorRule):
             return apply_tensor_rule(batch, rule.update, divisor=divisor, skip=skip, collect=collect)
         if _skipped_on_host(batch, skip):
-            return torch.full((len(batch.params), len(STEP_SUMS)), math.nan) if collect else None
+            return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
         assert isinstance(rule, UpdateRule)
         columns = scalar_columns(batch, divisor)
         if rule.sums and not rule.shared:
@@ -97,7 +97,7 @@ def apply_tensor_rule(
         collect: As for `Backend.apply`.
     """
     if _skipped_on_host(batch, skip):
-        return torch.full((len(batch.params), len(STEP_SUMS)), math.nan) if collect else None
+        return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
     columns = scalar_columns(batch, divisor)
     scalars = _rows(columns, batch.dtype)
     as_given = _needs_no_scaling(columns) if batch.device.type == "cpu" else [False] * len(batch.params)

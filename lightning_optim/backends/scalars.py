@@ -79,7 +79,9 @@ def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> 
     others = {name: value for name, value in old.items() if name != "step"}
     decay, l2 = batch.rule.decay(group, group_decay(group))
     shared = {"inverse_divisor": -1.0 if group["maximize"] else 1.0, "decay": decay, "l2": l2}
-    shared |= {"eps": group.get("eps", 0.0), "bias_correction2_sqrt": 1.0, "largest": largest(batch.dtype)}
+    # Without a second moment `eps` is another optimizer's, in a group that only borrows this rule.
+    eps = group.get("eps", 0.0) if batch.rule.second_moment else 0.0
+    shared |= {"eps": eps, "bias_correction2_sqrt": 1.0, "largest": largest(batch.dtype)}
     return shared | batch.rule.scalars(group, step, **others)
 
 
@@ -93,7 +95,7 @@ def _host_columns(batch: Batch) -> dict[str, Tensor]:
         _numbers(batch, _readable(group), dict(zip(states, key[1:], strict=True))) for key, group in groups.items()
     ]
     names = list(numbers[0])
-    table = torch.tensor([[float(row[name]) for row in numbers] for name in names], dtype=torch.float64)
+    table = torch.tensor([[float(row[name]) for row in numbers] for name in names], dtype=torch.float64, device="cpu")
     if len(numbers) == 1:
         return dict(zip(names, table.expand(-1, len(keys)), strict=True))
     number_of = {key: number for number, key in enumerate(groups)}

@@ -59,8 +59,8 @@ class AdaGC(ClipRule):
     def init_state(self, parameters: int) -> dict[str, Tensor]:
         """Each parameter's γ, infinite as long as it has had no gradient, and how often in a row it was clipped."""
         return {
-            "gamma": torch.full((parameters,), torch.inf),
-            "flags": torch.zeros(parameters, dtype=torch.int64),
+            "gamma": torch.full((parameters,), torch.inf, device="cpu"),
+            "flags": torch.zeros(parameters, dtype=torch.int64, device="cpu"),
         }
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:

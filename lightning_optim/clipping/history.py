@@ -46,7 +46,7 @@ class AutoClip(ClipRule):
 
     def init_state(self, parameters: int) -> dict[str, Tensor]:
         """An empty window."""
-        return {"norms": torch.full((self.window,), torch.inf)}
+        return {"norms": torch.full((self.window,), torch.inf, device="cpu")}
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
         """The divisor, shape []."""
@@ -112,10 +112,10 @@ class ZClip(ClipRule):
     def init_state(self, parameters: int) -> dict[str, Tensor]:
         """An empty window; the flagged values since the last that was not, and how many they are."""
         return {
-            "logs": torch.full((self.window,), torch.inf),
-            "known": torch.zeros((), dtype=torch.int64),
-            "flagged": torch.full((self.patience,), torch.inf),
-            "flags": torch.zeros((), dtype=torch.int64),
+            "logs": torch.full((self.window,), torch.inf, device="cpu"),
+            "known": torch.zeros((), dtype=torch.int64, device="cpu"),
+            "flagged": torch.full((self.patience,), torch.inf, device="cpu"),
+            "flags": torch.zeros((), dtype=torch.int64, device="cpu"),
         }
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:

@@ -26,7 +26,7 @@ class _Released(ClipRule):
 
     def init_state(self, parameters: int) -> dict[str, Tensor]:
         """How often in a row each parameter's gradient has been above its limit, as far as that matters."""
-        return {"flags": torch.zeros(parameters, dtype=torch.int64)}
+        return {"flags": torch.zeros(parameters, dtype=torch.int64, device="cpu")}
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
         """The divisor of each tensor, shape [tensors]."""

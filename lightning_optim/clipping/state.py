@@ -82,7 +82,7 @@ class Clipper:
         fresh = self.rule.init_state(parameters)
         if not fresh:
             return
-        fresh["steps"] = torch.zeros((), dtype=torch.int64)
+        fresh["steps"] = torch.zeros((), dtype=torch.int64, device="cpu")
         if known is not None:
             if self._fits(known, fresh):
                 for name, value in fresh.items():

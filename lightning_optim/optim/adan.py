@@ -154,12 +154,6 @@ class Adan(FusedOptimizer):
         )
 
     @classmethod
-    def check(cls, group: Mapping[str, Any]) -> None:
-        """See `FusedOptimizer.check`."""
-        if len(group["betas"]) != 3:
-            raise ValueError(f"Adan: betas={group['betas']} has {len(group['betas'])} numbers; needed are 3.")
-
-    @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
         """See `FusedOptimizer.rule`."""
         return AdanRule()

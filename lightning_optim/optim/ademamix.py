@@ -156,8 +156,6 @@ class AdEMAMix(FusedOptimizer):
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
         """See `FusedOptimizer.check`."""
-        if len(group["betas"]) != 3:
-            raise ValueError(f"AdEMAMix: betas={group['betas']} has {len(group['betas'])} numbers; needed are 3.")
         if group["beta3_warmup"] and not 0 < group["betas"][0] <= group["betas"][2]:
             raise ValueError(f"AdEMAMix: beta3_warmup needs 0 < betas[0] <= betas[2]; given betas={group['betas']}.")
 

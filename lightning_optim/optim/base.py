@@ -19,8 +19,17 @@ from lightning_optim.backends.shards import is_sharded
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.checkpoint import load_state_dict
-from lightning_optim.optim.hyperparameters import check_values, number, refuse_typos
-from lightning_optim.optim.state import complete_state
+from lightning_optim.optim.hyperparameters import (
+    check_lengths,
+    check_values,
+    number,
+    own_tensors,
+    plain_numbers,
+    refuse_typos,
+)
+from lightning_optim.optim.state import complete_state, tensor_names
+from lightning_optim.optim.widening import say, widen
+from lightning_optim.peak_lr import NEED_PEAK, follow_peak, say_peak, start_peak
 from lightning_optim.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.stats import STEP_SUMS, StepStats
 from lightning_optim.transfer import upload
@@ -28,6 +37,7 @@ from lightning_optim.trial_step import is_trial_step
 from lightning_optim.uncompiled import leave_step_uncompiled
 from lightning_optim.weight_decay import WeightDecayKind
 
+NOT_NUMBERS = {"params", "param_names"}
 SHARED = ("lr", "weight_decay", "weight_decay_kind", "maximize", "cautious", *low_precision.DEFAULTS)
 """What a group with a `rule` of its own takes from the optimizer, where it says nothing itself."""
 
@@ -48,7 +58,9 @@ class FusedOptimizer(Optimizer):
     - `collect_step_stats`: also fill `step_stats`, in the same pass. NaN where a step was skipped.
 
     `p.grad` is never written. Parameter groups may override every hyperparameter, and hold any further keys; a group's
-    `rule` names another optimizer whose update to use for it (`{"params": ..., "rule": "lion"}`).
+    `rule` names another optimizer whose update to use for it (`{"params": ..., "rule": "lion"}`). Of a tensor lr that
+    several groups are given, the first keeps the tensor itself and each other a copy, so that what drives one
+    (schedulers fill tensors in place) leaves the others alone.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -69,13 +81,14 @@ class FusedOptimizer(Optimizer):
     collect_step_stats: bool = False
     step_stats: StepStats | None = None
 
+    _peak_said: bool = False  # that a peak of the learning rate was exceeded
     _batches: Batches | None = None  # of the last step; not part of the state
 
     _step_supports_amp_scaling = True
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str = "auto") -> None:
         self.backend = backend
-        super().__init__(params, low_precision.DEFAULTS | defaults)
+        super().__init__(params, plain_numbers(low_precision.DEFAULTS | defaults))
         leave_step_uncompiled(type(self))
 
     @classmethod
@@ -98,7 +111,7 @@ class FusedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as torch's optimizers do; wrong values are refused before anything changes."""
-        group = dict(param_group)
+        group = {**param_group, **plain_numbers({k: v for k, v in param_group.items() if k not in NOT_NUMBERS})}
         owner = type(self)
         if group.get("rule") is not None:
             owner = _class_of_rule(group["rule"])
@@ -107,9 +120,10 @@ class FusedOptimizer(Optimizer):
         filled = self.defaults | group
         filled["weight_decay_kind"] = WeightDecayKind.parse(filled["weight_decay_kind"]).value
         group["weight_decay_kind"] = filled["weight_decay_kind"]
-        group.setdefault("peak_lr", group.get("initial_lr", number(owner.__name__, filled, "lr")))
+        start_peak(group, number(owner.__name__, filled, "lr"))
         filled["peak_lr"] = group["peak_lr"]
-        refuse_typos(type(self).__name__, group, filled.keys() - (group.keys() - self.defaults.keys()))
+        refuse_typos(type(self).__name__, param_group, self.defaults.keys() | owner.hyperparameters().keys())
+        check_lengths(owner.__name__, filled, owner.hyperparameters())
         check_values(owner.__name__, filled)
         owner.check(filled)
         low_precision.check(owner.__name__, filled, self.rule_of(filled))
@@ -117,6 +131,7 @@ class FusedOptimizer(Optimizer):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
             super().add_param_group(group)
+        own_tensors(self.param_groups, filled.keys() - NOT_NUMBERS)
         try:
             self._check_params(self.param_groups[-1])
         except Exception:
@@ -157,6 +172,9 @@ class FusedOptimizer(Optimizer):
         rule = self.rule_of(group)
         if count and rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
             group["calls"] = group.get("calls", 0) + 1
+        if count and group["weight_decay_kind"] in NEED_PEAK and follow_peak(group) and not self._peak_said:
+            self._peak_said = True
+            say_peak(type(self).__name__, group)
         if _shares(rule) and group["params"]:
             self._init_shared(group, rule)
 
@@ -196,7 +214,7 @@ class FusedOptimizer(Optimizer):
         for kind, rule in rules.items():
             assert isinstance(rule, UpdateRule)
             members = [(b, rows) for b, rows in zip(sorted_.batches, sorted_.rows, strict=True) if type(b.rule) is kind]
-            groups = [g for g in self.param_groups if rule.shared[0] in g and type(self.rule_of(g)) is kind]
+            groups = [g for g in self.param_groups if _has_shared(g, rule) and type(self.rule_of(g)) is kind]
             device = members[0][0].device
             skip = _on(getattr(self, "found_inf", None), device)
             totals: dict[str, Tensor] = {}
@@ -222,13 +240,16 @@ class FusedOptimizer(Optimizer):
     def _init_shared(self, group: dict[str, Any], rule: UpdateRule) -> None:
         """Give ``group`` the values of `shared`, where it lacks them: those of another group, else the first ones."""
         device = group["params"][0].device
-        if rule.shared[0] in group and group[rule.shared[0]].device == device:
+        first = group.get(rule.shared[0])  # a number there is another optimizer's hyperparameter of that name
+        if isinstance(first, Tensor) and first.device == device:
             return
-        given = [g for g in self.param_groups if rule.shared[0] in g and type(self.rule_of(g)) is type(rule)]
+        given = [g for g in self.param_groups if _has_shared(g, rule) and type(self.rule_of(g)) is type(rule)]
         values = given[0] if given else rule.init_shared(group)
         for name in rule.shared:
-            value = torch.as_tensor(values[name], dtype=widest_dtype(device))
-            group[name] = value.to(device, copy=True, non_blocking=True)
+            value = values[name]
+            if not isinstance(value, Tensor):
+                value = upload(value, device, widest_dtype(device))
+            group[name] = value.to(device, widest_dtype(device), copy=True, non_blocking=True)
 
     def make_state(self, params: Iterable[Tensor]) -> None:
         """Give parameters the state that their first step would; what they have stays.
@@ -270,11 +291,18 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of torch's optimizer of the same name.
 
-        Unlike torch's: state keeps the dtype it was saved in, so float32 moments of bf16 parameters stay float32;
-        tensors are copied, so the dict is not changed by later steps; and where both sides name their parameters,
-        these are matched by name, whatever their order and grouping.
+        Unlike torch's: moments of bf16 parameters stay in float32, or come to it, with a warning, where the state dict
+        has them in bf16 (16- and 8-bit state of our own stays); tensors are copied, so the dict is not changed by later
+        steps; and where both sides name their parameters, these are matched by name, whatever their order and grouping.
         """
         load_state_dict(self, state_dict)
+        changes = set()
+        for group in self.param_groups:
+            rule = self.rule_of(group | {"train_mode": True})  # averaged weights can be loaded, too
+            for param in group["params"]:
+                if state := self.state.get(param):
+                    changes |= widen(state, tensor_names(rule, state), param, group, rule)
+        say(changes)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's keeps defaults, state and groups alone. What shadows a method (a wrapped `step`) is of this object,
@@ -331,6 +359,10 @@ def _class_of_rule(name: str) -> type[FusedOptimizer]:
 
 def _shares(rule: Rule) -> TypeGuard[UpdateRule]:
     return isinstance(rule, UpdateRule) and bool(rule.shared)
+
+
+def _has_shared(group: Mapping[str, Any], rule: UpdateRule) -> bool:
+    return isinstance(group.get(rule.shared[0]), Tensor)
 
 
 def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:

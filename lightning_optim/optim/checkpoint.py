@@ -28,7 +28,7 @@ def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) ->
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = pre_hook(optimizer, state_dict) or state_dict
-    saved_groups = deepcopy(state_dict["param_groups"])
+    saved_groups = [deepcopy(group) for group in state_dict["param_groups"]]  # each its own tensors
     by_position = _same_order(optimizer.param_groups, saved_groups)
     ids = (
         _ids_by_position(optimizer.param_groups, saved_groups) if by_position else _ids_by_name(optimizer, saved_groups)
@@ -105,9 +105,9 @@ def _check(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> None:
 
 
 def _copied(param: Tensor, key: str, value: Any) -> Any:
-    """``value`` on the parameter's device, in the dtype it was saved in."""
+    """``value`` on the parameter's device, in the dtype it was saved in; `widening` changes that where need be."""
     if key == "step":  # a number in checkpoints of old; torch keeps it on the CPU unless fused
-        value = torch.as_tensor(value)
+        value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         value = value.reshape(()) if value.numel() == 1 else value
         dtype = value.dtype if value.is_floating_point() else torch.float32
         return value.to(device=param.device, dtype=dtype, copy=True)

@@ -133,9 +133,7 @@ class HiddenMatrixOptimizer(FusedOptimizer):
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
         """See `FusedOptimizer.check`."""
-        coefficients, steps, adjust = group["ns_coefficients"], group["ns_steps"], group["adjust_lr_fn"]
-        if len(coefficients) != 3:
-            raise ValueError(f"{cls.__name__}: ns_coefficients={coefficients!r}; needed are three numbers (a, b, c).")
+        steps, adjust = group["ns_steps"], group["adjust_lr_fn"]
         if not isinstance(steps, int) or not 1 <= steps < 100:
             raise ValueError(f"{cls.__name__}: ns_steps={steps!r}; needed is a whole number from 1 to 99.")
         if not (group["flatten"] is None or isinstance(group["flatten"], bool)):

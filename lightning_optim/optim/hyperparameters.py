@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -56,13 +57,51 @@ BEYOND = (
     "param_names",
     "rule",
     "peak_lr",
+    "peak_lr_from",
     "initial_lr",
+    "max_lr",
+    "min_lr",
     "lr_multiplier",
     "weight_decay_multiplier",
     "rounding_seed",
     "not_hidden",
 )
 """Group keys that are not hyperparameters but are known, and so never taken for misspelt ones."""
+
+
+def plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with every real scalar, numpy's or a fraction, as the int or float that checkpoints can hold."""
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
+        return type(value)(_plain(part) for part in value)
+    if type(value) in (int, float, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def own_tensors(groups: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
+    """Give the last of ``groups`` a copy of each tensor among ``names`` that one before it has, too."""
+    last = groups[-1]
+    for name in names:
+        value = last.get(name)
+        if isinstance(value, Tensor) and any(group.get(name) is value for group in groups[:-1]):
+            last[name] = value.detach().clone()
+
+
+def check_lengths(owner: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError if a hyperparameter that is a tuple by default is none, or one of another length."""
+    for name, default in defaults.items():
+        if not isinstance(default, tuple):
+            continue
+        given = group[name]
+        if not isinstance(given, tuple | list):
+            raise ValueError(f"{_where(owner, group)}{name}={given!r}; needed are {len(default)} numbers.")
+        if len(given) != len(default):
+            have = f"{len(given)} number" + "s" * (len(given) != 1)
+            raise ValueError(f"{_where(owner, group)}{name}={given} has {have}; needed are {len(default)}.")
 
 
 def number(owner: str, group: Mapping[str, Any], name: str) -> float:
@@ -75,7 +114,7 @@ def number(owner: str, group: Mapping[str, Any], name: str) -> float:
                 f"{_where(owner, group)}{name} has shape {shape}; needed is a number or a one-element tensor."
             )
         return float(value.detach())
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{_where(owner, group)}{name}={value!r} is a {type(value).__name__}; needed is a number.")
     return float(value)
 
@@ -99,7 +138,7 @@ def check_values(owner: str, group: Mapping[str, Any]) -> None:
     if group["weight_decay_kind"] in ("independent", "corrected") and group["weight_decay"] and not group["peak_lr"]:
         raise ValueError(
             f"{where}weight_decay_kind={group['weight_decay_kind']!r} divides by the peak learning rate, which is "
-            "lr at construction, here 0. Give the group its 'peak_lr'."
+            "lr at construction, here 0, unless something else is known. Give the group its 'peak_lr'."
         )
 
 

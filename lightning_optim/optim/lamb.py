@@ -128,7 +128,8 @@ class LAMB(FusedOptimizer):
         decoupled_decay: Decay the weights apart from u and before it, as AdamW does.
         maximize: Ascend instead of descend.
         cautious: Leave out components of Adam's direction that point against the gradient
-            (https://arxiv.org/abs/2411.16085); the ratio is that of the whole u.
+            (https://arxiv.org/abs/2411.16085); the ratio is that of the whole u, where timm's is that of
+            what is left.
         weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
             `WeightDecayKind`.
         kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.

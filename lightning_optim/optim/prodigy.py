@@ -33,18 +33,21 @@ class ProdigyRule(UpdateRule):
         return {"d": group["d0"], "d_max": group["d0"], "d_numerator": 0.0, "k": 0.0}
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """Betas, and the learning rate times d as it was before this step."""
+        """Betas, and the learning rate times d as it was before this step; at a rate of 0 nothing moves or counts."""
         beta1, beta2 = group["betas"]
         d, step_size = group["d"], self._step_size(group)
+        moving = group["lr"] != 0
         return {
             "step_size": step_size,
-            "beta1": beta1,
-            "grad_weight": d * (1 - beta1),
-            "beta2": beta2,
-            "grad_sq_weight": d * d * (1 - beta2),
-            "beta3": _beta3(group),
-            "s_weight": d / group["d0"] * (d if group["safeguard_warmup"] else step_size),
+            "beta1": where(moving, beta1, 1.0),
+            "grad_weight": where(moving, d * (1 - beta1), 0.0),
+            "beta2": where(moving, beta2, 1.0),
+            "grad_sq_weight": where(moving, d * d * (1 - beta2), 0.0),
+            "beta3": where(moving, _beta3(group), 1.0),
+            "s_weight": where(moving, d / group["d0"] * (d if group["safeguard_warmup"] else step_size), 0.0),
             "progress_weight": d / group["d0"] * step_size,
+            "moves": where(moving, 1.0, 0.0),
+            "zero": 0.0,
             "eps": group["eps"],
         }
 
@@ -77,20 +80,25 @@ class ProdigyRule(UpdateRule):
         beta3: Any,
         s_weight: Any,
         progress_weight: Any,
+        moves: Any,
+        zero: Any,
     ) -> Any:
-        """How far the gradient says we have come, and |s| with the new s."""
-        return progress_weight * grad * (p0 - param), absolute(beta3 * s + s_weight * grad)
+        """How far the gradient says we have come, and |s| with the new s; 0 of what is frozen, whatever it holds."""
+        progress = progress_weight * grad * (p0 - param)
+        s_abs = absolute(beta3 * s + s_weight * grad)
+        return where(moves > zero, progress, zero), where(moves > zero, s_abs, zero)
 
     def share(self, group: Mapping[str, Any], sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The new d, from progress and path over all parameters."""
+        """The new d, from progress and path over all parameters that are not frozen."""
         d, d_max = group["d"], group["d_max"]
         numerator = _beta3(group) * group["d_numerator"] + sums["progress"]
-        # No gradient so far: no estimate.
-        estimate = where(sums["s_abs"] > 0, group["d_coef"] * numerator / sums["s_abs"], d)
-        d = where(d == group["d0"], maximum(d, estimate), d)
-        d_max = maximum(d_max, estimate)
-        d = minimum(d_max, d * group["growth_rate"])
-        return {"d": d, "d_max": d_max, "d_numerator": numerator, "k": group["k"] + 1}
+        estimate = group["d_coef"] * numerator / sums["s_abs"]
+        new_d = where(d == group["d0"], maximum(d, estimate), d)
+        new_d_max = maximum(d_max, estimate)
+        new_d = minimum(new_d_max, new_d * group["growth_rate"])
+        new = {"d": new_d, "d_max": new_d_max, "d_numerator": numerator, "k": group["k"] + 1}
+        # No gradient so far, or all rates 0: no estimate, and no step of the ones that bias correction counts.
+        return {name: where(sums["s_abs"] != 0, value, group[name]) for name, value in new.items()}
 
     @staticmethod
     def update(
@@ -137,6 +145,11 @@ class Prodigy(FusedOptimizer):
     enters r and s with its own. `d` is a tensor in every parameter group, ``optimizer.param_groups[0]["d"]``, never
     read on the host here. Under FSDP2 it is that of the whole model; FSDP1's flat parameters are summed per rank only,
     so use FSDP2.
+
+    A group whose lr is 0 is frozen: it enters neither r nor s, and its state waits. There ours differs from the
+    authors' code, which steps such a group with the others' lr: its weights decay, and drift on old momentum. And the
+    authors take betas, β₃, d_coef and growth_rate of all groups from the first; here only those of d (β₃ of r, d_coef,
+    growth_rate) are the first group's.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.

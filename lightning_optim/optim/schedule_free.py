@@ -21,6 +21,7 @@ class ScheduleFreeAdamWRule(UpdateRule):
     state: ClassVar[tuple[str, ...]] = ("z", "exp_avg_sq")
     scalar_state: ClassVar[Mapping[str, float]] = MappingProxyType({"weight_sum": 0.0, "lr_max": 0.0})
     second_moment = "exp_avg_sq"
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg_sq": False}  # z is weights, and stays wide
     decays_beside = False
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
@@ -143,6 +144,9 @@ class ScheduleFreeAdamW(FusedOptimizer):
             One more value per parameter; ``schedulefree.ScheduleFreeWrapper`` around AdamW, with its decay at y.
         maximize: Ascend instead of descend.
         weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
+        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of v; z, being weights, keeps 32. See the page on low precision.
         backend: `auto`, or `reference`, `cpu`.
 
     References:
@@ -181,6 +185,9 @@ class ScheduleFreeAdamW(FusedOptimizer):
         *,
         inner_momentum: float = 0.0,
         maximize: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+        state_bits: int = 32,
         weight_decay_kind: str | WeightDecayKind = "decoupled",
         backend: str = "auto",
     ) -> None:
@@ -198,6 +205,9 @@ class ScheduleFreeAdamW(FusedOptimizer):
                 "train_mode": True,
                 "maximize": maximize,
                 "cautious": False,
+                "kahan_sum": kahan_sum,
+                "stochastic_rounding": stochastic_rounding,
+                "state_bits": state_bits,
                 "weight_decay_kind": weight_decay_kind,
             },
             backend=backend,
@@ -245,6 +255,8 @@ class ScheduleFreeAdamW(FusedOptimizer):
                     if "z" in state:
                         state["y"] = param.detach().clone(memory_format=torch.preserve_format)
                         wide = param.to(state["z"].dtype)
+                        if "kahan_comp" in state:
+                            wide = wide + state["kahan_comp"]
                         param.copy_(torch.lerp(wide, state["z"], 1 - 1 / group["betas"][0]))
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_optim.backends.base import arithmetic_dtype
 from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.optim import low_precision
+from lightning_optim.optim.widening import say, widen
 from lightning_optim.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.weight_decay import INITIAL, decay_form
 
@@ -28,6 +29,8 @@ def complete_state(
         position: Its place among all parameters of the optimizer.
     """
     begun = rule.state[0] in state if rule.state else isinstance(rule, TensorRule) and bool(tensor_names(rule, state))
+    if state:
+        say(widen(state, tensor_names(rule, state), param, group, rule))
     if low_precision.uses(group):
         low_precision.complete(state, param, group, rule, position)
     if decay_form(group) == "pull" and INITIAL not in state:

@@ -218,7 +218,7 @@ class Observer(LRScheduler):
 
     def step(self, metric: Any = None) -> None:
         """Takes in the metric, averaged over ranks: all must decide alike."""
-        value = metric.detach().clone() if isinstance(metric, Tensor) else torch.tensor(float(metric))
+        value = metric.detach().clone() if isinstance(metric, Tensor) else torch.tensor(float(metric), device="cpu")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(value)
             value = value / torch.distributed.get_world_size()

@@ -229,7 +229,7 @@ class Scheduler(LRScheduler):
     def _join(self, group: dict[str, Any], multiplier: float) -> None:
         """Gives a group that was added in the middle of the run its peak: the rate it came with is that moment's."""
         group["initial_lr"] = group["lr"] / multiplier
-        if "peak_lr" in group:  # of our optimizers, for weight decay that refers to it
+        if group.get("peak_lr_from", "given") != "given":  # of our optimizers, for weight decay that refers to it
             group["peak_lr"] = float(group["initial_lr"])
 
     def _check_resumable(self, optimizer: Optimizer, last_epoch: int) -> None:

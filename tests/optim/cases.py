@@ -60,6 +60,7 @@ class Case:
         shapes: Shapes of parameters in the comparison; Muon and SOAP take matrices only, say.
         elementwise: Whether the rule is an `UpdateRule`.
         one_lr: Whether the published one refuses groups that differ in learning rate.
+        decays_frozen: Whether the published one decays the weights of a group whose learning rate is 0.
         group_steps: Whether the published one counts steps by group, where ours counts them for each parameter.
     """
 
@@ -71,6 +72,7 @@ class Case:
     shapes: tuple[tuple[int, ...], ...] = ((7, 5), (3,), (2, 3, 4), (11,))
     elementwise: bool = True
     one_lr: bool = False
+    decays_frozen: bool = False
     group_steps: bool = False
 
 
@@ -90,10 +92,18 @@ def _prodigy(*args: Any, **kwargs: Any) -> Optimizer:
     return optimizer
 
 
+class _NorMuon(pytorch_optimizer.NorMuon):  # type: ignore[misc]
+    """With its defaults in groups that join late, which it forgets."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        first = self.param_groups[0] if self.param_groups else {}
+        super().add_param_group({k: v for k, v in first.items() if k not in ("params", "step")} | param_group)
+
+
 def _normuon(params: Any, **kwargs: Any) -> Optimizer:
     groups = params if isinstance(params[0], dict) else [{"params": params}]
     groups = [{"lr": kwargs["lr"], **group, "use_muon": True} for group in groups]
-    return pytorch_optimizer.NorMuon(groups, foreach=False, **kwargs)
+    return _NorMuon(groups, foreach=False, **kwargs)
 
 
 def _torch_nadam(*args: Any, **kwargs: Any) -> Optimizer:
@@ -146,6 +156,11 @@ CASES = (
             Setting("default", {"lr": 1e-2}),
             Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-4}),
             Setting("amsgrad", {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True, "maximize": True}),
+            Setting(
+                "decoupled",
+                {"lr": 1e-2, "weight_decay": 0.1, "weight_decay_kind": "decoupled"},
+                {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True},
+            ),
         ),
         torch_twin=torch.optim.Adam,
     ),
@@ -169,8 +184,8 @@ CASES = (
             Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.95, 0.98)}),
             Setting(
                 "cautious",
-                {"lr": 1e-2, "weight_decay": 0.1, **_CAUTIOUS},
-                {"lr": 1e-2, "weight_decay": 0.1, "caution": True, "foreach": False},
+                {"lr": 1e-2, "weight_decay": 0.1, "maximize": True, **_CAUTIOUS},
+                {"lr": 1e-2, "weight_decay": 0.1, "maximize": True, "caution": True, "foreach": False},
                 lambda *args, **kwargs: published.timm("lion").Lion(*args, **kwargs),
             ),
         ),
@@ -260,7 +275,11 @@ CASES = (
         lambda *args, **kwargs: pytorch_optimizer.AdEMAMix(*args, weight_decouple=True, **kwargs),
         (
             Setting("default", {"lr": 1e-2}),
-            Setting("decay", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95, 0.99), "eps": 1e-4, "alpha": 3.0}),
+            Setting(
+                "decay",
+                {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95, 0.99), "eps": 1e-4, "alpha": 3.0}
+                | {"maximize": True},
+            ),
             Setting(
                 "warmup",
                 {"lr": 1e-2, "weight_decay": 0.1, "alpha_warmup": 20, "beta3_warmup": 20},
@@ -274,6 +293,7 @@ CASES = (
         (
             Setting("default", {"lr": 1e-2}),
             Setting("proximal", {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.8, 0.95), "eps": 1e-4}),
+            # No maximize: the published one turns the first gradient around, but not what it takes a difference from.
             Setting(
                 "no_prox",
                 {"lr": 1e-2, "weight_decay": 0.1, "no_prox": True},
@@ -319,6 +339,11 @@ CASES = (
             Setting("always_adapt", {"lr": 1e-2, "weight_decay": 0.0, "always_adapt": True}),
             Setting("trust_clip", {"lr": 1e-2, "weight_decay": 0.3, "trust_clip": True, "betas": (0.8, 0.95)}),
             Setting("decoupled", {"lr": 1e-2, "weight_decay": 0.3, "decoupled_decay": True}),
+            Setting(  # without a trust ratio, before which the published one masks
+                "cautious",
+                {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-3, **_CAUTIOUS},
+                {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-3, "caution": True},
+            ),
         ),
         group_steps=True,
     ),
@@ -329,7 +354,7 @@ CASES = (
             Setting("default", {"lr": 0.1}),
             Setting("decay", {"lr": 0.1, "weight_decay": 0.1, "trust_coeff": 0.1}),
             Setting("momentum", {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1}),
-            Setting("dampening", {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "dampening": 0.3}),
+            Setting("dampening", {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "dampening": 0.3, "eps": 0.1}),
             Setting(
                 "nesterov", {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True, "trust_coeff": 0.02}
             ),
@@ -351,9 +376,11 @@ CASES = (
                 {"lr": 0.5, "weight_decay": 0.1, "weight_decay_kind": "l2", "d_coef": 2.0, "d0": 1e-2},
                 {"lr": 0.5, "weight_decay": 0.1, "decouple": False, "d_coef": 2.0, "d0": 1e-2},
             ),
+            Setting("safeguard_warmup", {"lr": 1.0, "safeguard_warmup": True, "d0": 1e-2, "eps": 1e-3}),
             Setting("growth_rate", {"lr": 1.0, "growth_rate": 1.1, "beta3": 0.9, "d0": 1e-2}),
         ),
         one_lr=True,
+        decays_frozen=True,
         group_steps=True,
     ),
     Case(
@@ -373,8 +400,11 @@ CASES = (
         torch.optim.Muon,
         (
             Setting("default", {"lr": 1e-2}),
-            Setting("plain", {"lr": 1e-2, "nesterov": False, "momentum": 0.8, "weight_decay": 0.0}),
-            Setting("match_rms", {"lr": 1e-2, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 3}),
+            Setting("plain", {"lr": 1e-2, "nesterov": False, "momentum": 0.8, "weight_decay": 0.0, "eps": 0.1}),
+            Setting(
+                "match_rms",
+                {"lr": 1e-2, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 3, "ns_coefficients": (2.0, -1.5, 0.5)},
+            ),
         ),
         torch_twin=torch.optim.Muon,
         shapes=_MATRICES,
@@ -453,10 +483,20 @@ def copies(params: list[Tensor]) -> list[Tensor]:
     return [param.detach().clone().requires_grad_() for param in params]
 
 
-def groups_of(params: list[Tensor], lr: float, one_lr: bool = False) -> list[dict[str, Any]]:
-    """Two parameter groups, the second with a learning rate of its own unless ``one_lr``."""
-    half = len(params) // 2
-    return [{"params": params[:half]}, {"params": params[half:], "lr": lr if one_lr else lr / 2}]
+def groups_of(params: list[Tensor], lr: float, case: Case | None = None) -> list[dict[str, Any]]:
+    """Two parameter groups, the second with a learning rate of its own.
+
+    With a ``case``, four, as far as its published optimizer can: of the given rate, another one, 0, and the first.
+    """
+    if case is None:
+        half = len(params) // 2
+        return [{"params": params[:half]}, {"params": params[half:], "lr": lr / 2}]
+    rates = [lr, lr if case.one_lr else lr / 2, 0.0, lr]
+    groups: list[dict[str, Any]] = [{"params": [p], "lr": rate} for p, rate in zip(params[:3], rates, strict=False)]
+    groups.append({"params": params[3:], "lr": rates[3]})
+    if case.decays_frozen:
+        groups[2]["weight_decay"] = 0.0
+    return groups
 
 
 def gradients(params: list[Tensor], steps: int, seed: int = 1) -> Iterator[list[Tensor]]:

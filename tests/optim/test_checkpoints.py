@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from copy import deepcopy
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from lightning_optim import optim
 from tests.optim.cases import (
+    BACKENDS,
     CASES,
     Case,
     Setting,
@@ -107,6 +109,91 @@ def test_float32_state_beside_bf16_parameters_survives_loading(case: Case, setti
     fresh.load_state_dict(optimizer.state_dict())
     dtypes = {v.dtype for state in fresh.state.values() for v in state.values() if v.dim() > 0}
     assert dtypes <= {torch.float32}
+
+
+def half_state(case: Case, setting: Setting, dtype: torch.dtype) -> tuple[list[torch.Tensor], Any]:
+    """Parameters, and torch's state of them, which torch keeps in their dtype."""
+    assert case.torch_twin is not None
+    params = parameters(case, dtype)
+    twin = case.torch_twin(params, **setting.arguments)
+    run(twin, params, 2)
+    return params, twin.state_dict()
+
+
+@with_twin
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moments_that_torch_kept_in_16_bits_are_widened_and_that_is_said_once(
+    case: Case, setting: Setting, dtype: torch.dtype
+) -> None:
+    params, saved = half_state(case, setting, dtype)
+    optimizer = case.optimizer(copies(params), **setting.arguments)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(saved)
+    low = any(v.dtype == dtype for state in saved["state"].values() for v in state.values() if torch.is_tensor(v))
+    assert [str(w.message)[:46] for w in told] == [
+        f"Optimizer state that was kept in {str(dtype)[6:]} goes on"[:46]
+    ] * low
+    arrays = [v for state in optimizer.state.values() for n, v in state.items() if n != "step"]
+    assert {v.dtype for v in arrays if v.dim() > 0} <= {torch.float32}
+    for (_, old), new in zip(saved["state"].items(), optimizer.state.values(), strict=True):
+        assert_same({n: old[n].float() for n in new}, {n: v.float() for n, v in new.items()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_moment_loaded_in_bf16_falls(backend: str) -> None:
+    weight = torch.ones(64, dtype=torch.bfloat16, requires_grad=True)
+    twin = torch.optim.AdamW([weight], lr=0.0)
+    weight.grad = torch.ones_like(weight)
+    twin.step()
+    optimizer = optim.AdamW([weight], lr=0.0, backend=backend)
+    with pytest.warns(UserWarning, match="kept in bfloat16 goes on in float32"):
+        optimizer.load_state_dict(twin.state_dict())
+    before = optimizer.state[weight]["exp_avg_sq"].clone()
+    weight.grad = torch.zeros_like(weight)
+    for _ in range(100):
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], before * 0.999**100, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_moments_that_our_own_kept_in_fewer_bits_stay(bits: int) -> None:
+    weight = torch.ones(5000, requires_grad=True)
+    first, second = optim.AdamW([weight], state_bits=bits), optim.AdamW([weight])
+    run(first, [weight], 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.load_state_dict(first.state_dict())
+        run(second, [weight], 1)
+    assert second.state[weight]["exp_avg"].dtype == {16: torch.bfloat16, 8: torch.uint8}[bits]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.optimizer.__name__)
+@pytest.mark.parametrize(
+    ("before", "after"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=["wider", "narrower"]
+)
+@pytest.mark.filterwarnings("ignore:Optimizer state that was kept in float64")
+def test_a_run_goes_on_in_another_precision(case: Case, before: torch.dtype, after: torch.dtype, backend: str) -> None:
+    """Loaded, and in place, as `module.double()` does it; the same as a run that was in that precision all along."""
+    arguments = {"lr": 1e-2, "backend": backend} | (
+        {"momentum": 0.9} if case.optimizer in (optim.SGD, optim.LARS) else {}
+    )
+    params = parameters(case, before)
+    optimizer = case.optimizer(params, **arguments)
+    run(optimizer, params, 2)
+    others = [p.detach().to(after).requires_grad_() for p in params]
+    fresh = case.optimizer(others, **arguments)
+    fresh.load_state_dict(optimizer.state_dict())
+    for param in params:
+        param.data, param.grad = param.data.to(after), None
+    run(optimizer, params, 2)
+    run(fresh, others, 2)
+    assert_same(params, others)
+    for a, b in zip(params, others, strict=True):
+        assert_same(optimizer.state[a], fresh.state[b])
+        arrays = [v for n, v in fresh.state[b].items() if n != "step" and v.dim() > 0]
+        assert {v.dtype for v in arrays if v.is_floating_point()} <= {after}
 
 
 @each

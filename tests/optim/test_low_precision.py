@@ -35,6 +35,12 @@ def weights(dtype: torch.dtype = torch.bfloat16, n: int = 20_000, seed: int = 0)
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
+def test_every_optimizer_takes_the_flags() -> None:
+    for name in optim.list_optimizers():
+        taken = optim.get_optimizer_class(name).hyperparameters()
+        assert {"kahan_sum", "stochastic_rounding", "state_bits"} <= taken.keys(), name
+
+
 @each_backend
 @each_optimizer
 @pytest.mark.parametrize(

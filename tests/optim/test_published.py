@@ -19,20 +19,29 @@ from tests.optim.cases import (
 )
 
 STEPS = 30
+LATE, THAWED = 7, 13
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("case", "setting"), each_setting())
 def test_equals_the_published_optimizer_step_by_step(case: Case, setting: Setting, backend: str) -> None:
+    """Of three groups, one at a rate of 0 until late, and a fourth that joins late."""
     ours, theirs = parameters(case, torch.float64), parameters(case, torch.float64)
     lr = setting.arguments["lr"]
-    optimizer = case.optimizer(groups_of(ours, lr, case.one_lr), **setting.arguments, backend=backend)
+    (*groups, late), (*their_groups, their_late) = (groups_of(params, lr, case) for params in (ours, theirs))
+    optimizer = case.optimizer(groups, **setting.arguments, backend=backend)
     arguments = setting.arguments if setting.theirs is None else setting.theirs
-    reference = (setting.reference or case.reference)(groups_of(theirs, lr, case.one_lr), **arguments)
+    reference = (setting.reference or case.reference)(their_groups, **arguments)
 
     for step, grads in enumerate(gradients(ours, STEPS)):
         give(ours, grads)
         give(theirs, grads)
+        if step == LATE:
+            now = {"lr": optimizer.param_groups[0]["lr"]}
+            optimizer.add_param_group(late | now)
+            reference.add_param_group(their_late | now)
+        if step == THAWED:
+            optimizer.param_groups[2]["lr"] = optimizer.param_groups[0]["lr"]
         for mine, other in zip(optimizer.param_groups, reference.param_groups, strict=True):
             mine["lr"] = mine["lr"] * (0.9 if step % 3 else 1.1)
             other["lr"] = mine["lr"]

@@ -304,3 +304,22 @@ def test_training_reaches_the_accuracy_of_float32_state(make: Any) -> None:
 def test_what_cannot_work_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(weights())
+
+
+@each_backend
+@pytest.mark.parametrize(("bits", "lowest", "highest"), [(16, 0.98, 1.02), (8, 0.0, 0.1)])
+def test_what_an_outlier_costs_its_block_is_what_the_docs_say(
+    bits: int, lowest: float, highest: float, backend: str
+) -> None:
+    """AdamW beside a gradient of 1e5: eight bits keep the neighbours from moving, sixteen do not."""
+    moved = []
+    for kept in (32, bits):
+        generator = torch.Generator().manual_seed(1)
+        weight = torch.zeros(4096, requires_grad=True)
+        optimizer = optim.AdamW([weight], lr=1e-3, weight_decay=0.0, state_bits=kept, backend=backend)
+        for _ in range(60):
+            weight.grad = torch.randn(4096, generator=generator) + 0.3
+            weight.grad[::256] = 1e5
+            optimizer.step()
+        moved.append(float(weight.detach().view(-1, 256)[:, 1:].mean()))
+    assert lowest <= moved[1] / moved[0] <= highest

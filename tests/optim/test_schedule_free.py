@@ -8,9 +8,51 @@ import torch
 from torch import Tensor
 
 from lightning_optim import optim
-from tests.optim.cases import Case, assert_same, copies, give, gradients, parameters, run
+from tests.optim.cases import BACKENDS, Case, assert_same, copies, give, gradients, parameters, run
 
 CASE = Case(optim.ScheduleFreeAdamW, schedulefree.AdamWScheduleFree, ())
+
+
+@pytest.mark.parametrize("flags", [{"kahan_sum": True}, {"stochastic_rounding": True}], ids=["kahan", "stochastic"])
+def test_small_changes_of_bf16_weights_survive(flags: dict[str, bool]) -> None:
+    """y follows that of float32 weights and is restored bit for bit; x is rounded once, not from a rounded y."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(4000, generator=generator).bfloat16().float().requires_grad_()
+    narrow = wide.detach().bfloat16().requires_grad_()
+    plain = narrow.detach().clone().requires_grad_()
+    made = [
+        optim.ScheduleFreeAdamW([weight], lr=1e-4, weight_decay=0.1, **extra)
+        for weight, extra in ((wide, {}), (narrow, flags), (plain, {}))
+    ]
+    for _ in range(200):
+        for weight, optimizer in zip((wide, narrow, plain), made, strict=True):
+            weight.grad = torch.full_like(weight, 0.5)
+            optimizer.step()
+    moved = [float((weight.detach().float() - wide.detach()).mean().abs()) for weight in (narrow, plain)]
+    assert moved[0] < 0.05 * moved[1]
+    y = narrow.detach().clone()
+    made[0].eval()
+    made[1].eval()
+    if "kahan_sum" in flags:
+        assert float((narrow != wide.bfloat16()).float().mean()) < 0.1
+    made[1].train()
+    assert torch.equal(narrow, y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_second_moment_in_fewer_bits_steps_alike(bits: int, backend: str) -> None:
+    sets = [parameters(CASE, shapes=((100, 50),)) for _ in range(2)]
+    for params, kept in zip(sets, (32, bits), strict=True):
+        optimizer = optim.ScheduleFreeAdamW(params, lr=1e-2, state_bits=kept, backend=backend)
+        before = params[0].detach().clone()
+        run(optimizer, params, 20)
+        params[0] = params[0].detach() - before
+        dtypes = {name: tensor.dtype for name, tensor in next(iter(optimizer.state.values())).items()}
+        assert dtypes["z"] == torch.float32
+        assert dtypes["exp_avg_sq"] == {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8}[kept]
+    (full,), (low,) = sets
+    assert float((full - low).norm() / full.norm()) < 0.05
 
 
 def values(params: list[Tensor]) -> list[Tensor]:

@@ -5,14 +5,29 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
 from lightning_optim import optim
-from tests.optim.cases import CASES, Case, Setting, each_case, each_setting, give, gradients, parameters, run
+from tests.optim.cases import (
+    CASES,
+    Case,
+    Setting,
+    assert_same,
+    copies,
+    each_case,
+    each_setting,
+    give,
+    gradients,
+    parameters,
+    run,
+)
+from tests.optim.test_checkpoints import through_a_file
 
 SCHEDULERS: dict[str, Any] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
@@ -127,6 +142,24 @@ def refusals() -> list[Any]:
         (optim.RMSprop, [weight], {"alpha": 1.0}, r"alpha=1.0 is out of range; needed is 0 <= alpha < 1"),
         (optim.ADOPT, [weight], {"clip_exp": -1.0}, r"clip_exp=-1.0 is out of range; needed is .* or None"),
         (optim.AdEMAMix, [weight], {"betas": (0.9, 0.99)}, r"has 2 numbers; needed are 3"),
+        (optim.AdamW, [weight], {"betas": (0.9,)}, r"AdamW: betas=\(0.9,\) has 1 number; needed are 2"),
+        (optim.Lion, [weight], {"betas": [0.9, 0.99, 0.999]}, r"has 3 numbers; needed are 2"),
+        (optim.Prodigy, [weight], {"betas": 0.9}, r"betas=0.9; needed are 2 numbers"),
+        (
+            optim.SOAP,
+            [{"params": [weight], "name": "a", "betas": ()}],
+            {},
+            r"SOAP, group 'a': betas=\(\) has 0 numbers",
+        ),
+        (optim.AdamW, [{"params": [weight], "rule": "adan", "betas": (0.9, 0.9)}], {}, r"Adan: betas=.* needed are 3"),
+        (optim.Adafactor, [weight], {"eps": (1e-3,)}, r"eps=\(0.001,\) has 1 number; needed are 2"),
+        (optim.Adafactor, [weight], {"eps": 1e-3}, r"eps=0.001; needed are 2 numbers"),
+        (
+            optim.Muon,
+            [torch.ones(2, 2)],
+            {"ns_coefficients": (1.0, 2.0)},
+            r"ns_coefficients=.* has 2 numbers; needed are 3",
+        ),
         (optim.AdEMAMix, [weight], {"betas": (0.0, 0.9, 0.9), "beta3_warmup": 9}, r"beta3_warmup needs 0 < betas\[0\]"),
         (optim.Adan, [weight], {"betas": (0.9, 0.99)}, r"has 2 numbers; needed are 3"),
         (optim.ScheduleFreeAdamW, [weight], {"betas": (0.0, 0.99)}, r"betas\[0\]=0 leaves no average"),
@@ -147,6 +180,56 @@ def refusals() -> list[Any]:
 def test_wrong_input_is_refused_at_construction(optimizer: Any, params: Any, arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         optimizer(params, **arguments)
+
+
+@pytest.mark.parametrize("case", each_case())
+@pytest.mark.parametrize("real", [np.float32, np.float64, np.float16, Fraction, torch.tensor])
+def test_every_kind_of_real_number_will_do(case: Case, real: Any) -> None:
+    values = {"lr": 0.25, "weight_decay": 0.5, "eps": 0.125, "momentum": 0.5, "alpha": 0.5, "d_coef": 2.0, "r": 1.0}
+    defaults = case.optimizer.hyperparameters()
+    plain: dict[str, Any] = {name: v for name, v in values.items() if isinstance(defaults.get(name), int | float)}
+    given = {name: real(value) for name, value in plain.items()}
+    if isinstance(defaults.get("betas"), tuple) and real is not torch.tensor:
+        plain["betas"] = (0.5,) * len(defaults["betas"])
+        given["betas"] = tuple(map(real, plain["betas"]))
+    first = parameters(case)
+    second = copies(first)
+    one, other = case.optimizer(first, **plain), case.optimizer([{"params": second, **given}])
+    run(one, first, 2)
+    run(other, second, 2)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    if real is not torch.tensor:
+        assert {n: type(other.param_groups[0][n]) for n in plain} == {n: type(v) for n, v in plain.items()}
+        assert_same(one.state_dict(), through_a_file(other.state_dict()))
+
+
+def test_whole_numbers_of_numpy_stay_whole() -> None:
+    weight = torch.ones(5, 4, requires_grad=True)
+    optimizer = optim.SOAP([weight], precondition_frequency=np.int64(3), lr=np.float32(0.5))
+    assert (type(optimizer.defaults["precondition_frequency"]), optimizer.defaults["lr"]) == (int, 0.5)
+    assert type(optimizer.param_groups[0]["precondition_frequency"]) is int
+
+
+@pytest.mark.parametrize("case", each_case())
+def test_groups_with_one_tensor_rate_have_schedules_of_their_own(case: Case) -> None:
+    lr = torch.tensor(0.5, dtype=torch.float64)
+    params = parameters(case)
+    optimizer = case.optimizer([{"params": params[:1]}, {"params": params[1:]}], lr=lr)
+    factors = [lambda step: 1 / (step + 1), lambda step: 1 / (step + 1) ** 2]
+    scheduler = lr_scheduler.LambdaLR(optimizer, factors)
+    run(optimizer, params, 1)
+    scheduler.step()
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25, 0.125]
+    assert optimizer.param_groups[0]["lr"] is lr
+    others = copies(params)
+    resumed = case.optimizer([{"params": others[:1]}, {"params": others[1:]}], lr=0.1)
+    shared = optimizer.state_dict()
+    for group in shared["param_groups"]:
+        group["lr"] = lr
+    resumed.load_state_dict(shared)
+    resumed.param_groups[0]["lr"].fill_(1.0)
+    assert float(resumed.param_groups[1]["lr"]) == 0.25
 
 
 @pytest.mark.parametrize("case", each_case())

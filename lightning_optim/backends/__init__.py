@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends.base import Backend, Batch
+from lightning_optim.backends.placements import PLAIN, added_up
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.messages import nearest
 from lightning_optim.transfer import upload
@@ -87,7 +88,7 @@ def _automatic(device_type: str) -> Backend:
 def measure(grads: Sequence[Tensor]) -> Tensor:
     """Square sum of each gradient, in one read, without waiting for the device.
 
-    For any optimizer's gradients: strided or sparse, complex, DTensor (summed over shards), of several dtypes.
+    For any optimizer's gradients: strided or sparse, complex, DTensor (of the whole), of several dtypes.
 
     Args:
         grads: Gradients on one device.
@@ -102,6 +103,8 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
     """
     if not grads:
         return torch.zeros(0)
+    if not set(map(type, grads)).issubset(PLAIN):
+        grads = [added_up(grad) for grad in grads]
     tensors = [_plain(grad) for grad in grads]
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, tensor in enumerate(tensors):

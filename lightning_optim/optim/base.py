@@ -13,8 +13,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_optim import backends
 from lightning_optim.backends import Backend, Batch
+from lightning_optim.backends.placements import is_partial, is_sharded, partial_refused
 from lightning_optim.backends.scalars import widest_dtype
-from lightning_optim.backends.shards import is_sharded
 from lightning_optim.optim import low_precision
 from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.checkpoint import load_state_dict
@@ -285,10 +285,13 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(f"{label} is in the group twice; needed is each parameter once.")
             seen.add(id(param))
             low_precision.check_param(label, group, param)
+            if is_partial(param):
+                raise ValueError(partial_refused(label, param))
             if isinstance(rule, TensorRule) and is_sharded(param):
                 raise ValueError(
                     f"{label} is a DTensor sharded over ranks, and {type(rule).__name__} needs whole tensors. Leave it "
-                    "out of FSDP2, or choose an elementwise optimizer for it (a group with rule='adamw')."
+                    "out of FSDP2 and tensor parallelism, or choose an elementwise optimizer for it (a group with "
+                    "rule='adamw')."
                 )
             reason = rule.why_not(param)
             if reason is not None:

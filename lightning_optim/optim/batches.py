@@ -7,6 +7,7 @@ of tensors.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends import Batch
-from lightning_optim.backends.shards import PLAIN, local
+from lightning_optim.backends.placements import PLAIN, gradient_of
+from lightning_optim.backends.shards import local
 from lightning_optim.optim import low_precision
 from lightning_optim.optim.state import complete_state, tensor_names
 from lightning_optim.rules import Rule
@@ -64,7 +66,7 @@ class Batches:
             first = len(numel)
             for index, param in enumerate(group["params"]):
                 position += 1
-                grad = param.grad
+                grad = gradient_of(param, functools.partial(optimizer.label, group, index))
                 if grad is None:
                     continue
                 if grad.layout != torch.strided:
@@ -124,9 +126,10 @@ class Batches:
         if not self._kept:
             return False
         same, equal, grads = _look(optimizer)
+        if not set(map(type, grads)).issubset(PLAIN):
+            return False
         if equal != self._equal or len(same) != len(self._same) or not all(map(operator.is_, same, self._same)):
             return False
-        grads = list(map(local, grads))
         for batch, rows in zip(self.batches, self.rows, strict=True):
             batch.grads.extend(map(grads.__getitem__, rows))
         return True

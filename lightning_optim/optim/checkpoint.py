@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from lightning_optim.backends.placements import placed_as
 from lightning_optim.messages import nearest
 
 
@@ -88,5 +89,7 @@ def _copied(param: Tensor, key: str, value: Any) -> Any:
         dtype = value.dtype if value.is_floating_point() else torch.float32
         return value.to(device=param.device, dtype=dtype, copy=True)
     if isinstance(value, Tensor):
-        return value.detach().to(param.device, copy=True)
+        value = value.detach().to(param.device, copy=True)
+        # torch's SGD makes its momentum of the first gradient, whose placements may have been other ones.
+        return placed_as(value, param)
     return deepcopy(value)

@@ -54,6 +54,9 @@ def test_over_ranks_as_on_one_device(runs, data_parallel_size, kind, rule, tmp_p
         assert bit_equal(rank[name]["weights"], ranks[0][name]["weights"])
     torch.testing.assert_close(ranks[0][name]["weights"], whole["weights"], rtol=1e-4, atol=1e-5)
     events = read_events(folder / name / "0")
+    speeds = (events[f"optim_speed/{what}_per_second"] for what in ("samples", "steps"))
+    for (_, samples), (_, steps) in zip(*speeds, strict=True):  # each group of tensor parallelism has a batch of 4
+        assert samples / steps == pytest.approx(4 * data_parallel_size, rel=1e-4)
     for tag, points in read_events(tmp_path / name / "0").items():
         if tag.startswith("optim_") and not tag.startswith(EACH_ITS_OWN):
             found = events[tag]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.backends.placements import placed_as
 from lightning_optim.backends.scalars import read, widest_dtype
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.gradients import Gradients
@@ -35,7 +36,7 @@ class ForeignUpdate:
         self._params, self._grads, self._sum_shards = gradients.params, gradients.grads, gradients.sum_shards
         sizes = zip(optimizer.param_groups, gradients.group_sizes, strict=True)
         self._groups = [group for group, size in sizes for _ in range(size)]
-        self._before = [param.detach().clone() for param in self._params]
+        self._before = [local(param.detach()).clone() for param in self._params]
         self._rows: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
@@ -105,7 +106,9 @@ class ForeignUpdate:
     def _momentum(self, param: Tensor) -> Tensor | None:
         state = self._optimizer.state.get(param, {})
         found = (state.get(name) for name in _FIRST_MOMENTS)
-        return next((m for m in found if isinstance(m, Tensor) and m.is_floating_point()), None)
+        momentum = next((m for m in found if isinstance(m, Tensor) and m.is_floating_point()), None)
+        # torch's SGD makes its buffer of the first gradient, which may have been placed otherwise.
+        return None if momentum is None else placed_as(momentum, param)
 
     def _second_moment_root(self, param: Tensor, group: Mapping[str, Any]) -> Tensor | None:
         """√v̂ as the update has just used it."""

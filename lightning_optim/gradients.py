@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.backends.placements import PLAIN, gradient_of
 from lightning_optim.backends.scalars import read, widest_dtype
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.flat_shards import FlatShards
@@ -53,6 +54,8 @@ class Gradients:
         self.group_sizes = tuple(len(group) for group in groups)
         self.parameters = sum(len(group["params"]) for group in optimizer.param_groups)
         self._names = names
+        if not {*map(type, self.params), *map(type, grads)}.issubset(PLAIN):
+            self._redistribute()
         self._norm_sq: Tensor | None = None
         self.stats = GradStats(
             self._read_norm_sq,
@@ -84,6 +87,17 @@ class Gradients:
 
     def _takes_part(self, param: Tensor) -> bool:
         return param.grad is not None or (self.shards is not None and param in self.shards and param.requires_grad)
+
+    def _redistribute(self) -> None:
+        """Sees to it that each gradient lies as its parameter does: everything below reads what is on this rank."""
+        for i, param in enumerate(self.params):
+            grad = gradient_of(param, partial(self._label, i))
+            if grad is not None:  # flat shards, of which this rank may hold nothing
+                self.grads[i] = grad
+
+    def _label(self, index: int) -> str:
+        name = self._read_names()[index]
+        return f"parameter {name!r}" if name else f"a parameter of shape {tuple(self.params[index].shape)}"
 
     def _places(self) -> Tensor | None:
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]

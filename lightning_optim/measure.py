@@ -101,12 +101,12 @@ def measure_update(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     For optimizers that do not collect them in their own pass: |p|² and |Δp|² are exact, the other columns NaN.
 
     Args:
-        before: Copies of the parameters from before the update.
+        before: Copies of this rank's parts of the parameters from before the update.
         after: The parameters after it.
     """
-    param_sq = measure_norm_sq(before)
-    torch._foreach_sub_(list(before), list(after))
+    param_sq = sum_over_shards(measure_norm_sq(before), after)
+    torch._foreach_sub_(list(before), [local(tensor.detach()) for tensor in after])
     sums = torch.full((len(before), len(STEP_SUMS)), torch.nan, dtype=param_sq.dtype, device=param_sq.device)
     sums[:, STEP_SUMS.index("param_sq")] = param_sq
-    sums[:, STEP_SUMS.index("update_sq")] = measure_norm_sq(before)
+    sums[:, STEP_SUMS.index("update_sq")] = sum_over_shards(measure_norm_sq(before), after)
     return sums

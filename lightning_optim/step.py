@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_optim.backends.shards import max_over_ranks
 from lightning_optim.clipping import Clip, Clipper, ClipRule, Divisor
 from lightning_optim.closure import closure_of, run_closure
 from lightning_optim.divergence import Detector, NonFiniteGradient
@@ -221,6 +222,8 @@ class StepPipeline:
         for detector in self.detectors:
             flag = detector(step.stats).to(torch.float32)
             step.skip = flag if step.skip is None else torch.maximum(step.skip, flag)
+        if step.skip is not None:
+            step.skip = max_over_ranks(step.skip, gradients.params)
         if step.reported:
             step.watch_update(self.optimizer, self.histograms())
             _ = step.stats.norm_sq  # before clipping rewrites the gradients

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.backends.placements import gradient_of
 from lightning_optim.backends.shards import local, sum_over_shards
 
 
@@ -41,7 +42,8 @@ def is_trial_step(optimizer: Optimizer, closure: Any = None) -> bool:
         return False
     if not all(_is_zero(group["lr"]) for group in optimizer.param_groups if "lr" in group):
         return False
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    found = (gradient_of(param) for group in optimizer.param_groups for param in group["params"])
+    grads = [grad for grad in found if grad is not None]
     return bool(grads) and not any(_has_value(grad) for grad in grads)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_optim.backends import plain
 from lightning_optim.backends.base import Backend, Batch
+from lightning_optim.backends.placements import PLAIN, added_up
 from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.messages import nearest
@@ -92,7 +93,7 @@ def _automatic(device_type: str) -> Backend:
 def measure(grads: Sequence[Tensor]) -> Tensor:
     """Square sum of each gradient, in one read, without waiting for the device.
 
-    For any optimizer's gradients: strided or sparse, complex, DTensor (summed over shards), of several dtypes.
+    For any optimizer's gradients: strided or sparse, complex, DTensor (of the whole), of several dtypes.
 
     Args:
         grads: Gradients on one device.
@@ -107,6 +108,8 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
     """
     if not grads:
         return torch.zeros(0, device="cpu")
+    if not set(map(type, grads)).issubset(PLAIN):
+        grads = [added_up(grad) for grad in grads]
     tensors = [_numbers(grad) for grad in grads]
     device = tensors[0].device
     automatic = _automatic(device.type)

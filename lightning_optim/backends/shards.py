@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.backends.placements import PLAIN, is_split
 from lightning_optim.transfer import upload
-
-PLAIN = (Tensor, torch.nn.Parameter)
-"""Nearly always; and to ask for an attribute that is missing takes far longer than to look here first."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -20,28 +18,42 @@ def local(tensor: Tensor) -> Tensor:
     if type(tensor) in PLAIN:
         return tensor
     to_local = getattr(tensor, "to_local", None)  # asks for no import of torch.distributed
-    return tensor if to_local is None else to_local()
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether ranks hold different parts of ``tensor``."""
-    return any(placement.is_shard() for placement in getattr(tensor, "placements", ()))
+    part: Tensor = tensor if to_local is None else to_local()
+    if type(part) in PLAIN:
+        return part
+    wait = getattr(part, "wait", None)  # of what a collective has still to deliver, which has no memory yet
+    return part if wait is None else wait()
 
 
 def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Add per-tensor ``sums`` ([tensors] or [tensors, columns]) over the ranks among which each tensor is sharded.
 
-    One all-reduce per mesh dimension and kind of placement; nothing is done, and nothing copied, for plain tensors.
-    Square sums add across shards; norms do not.
+    One all-reduce per mesh dimension; nothing is done, and nothing copied, for plain tensors. Square sums add across
+    shards; norms do not. Of what several ranks hold alike one rank's sums count, but a NaN of any: so the result is the
+    same on all ranks, bit for bit, even if a replica has gone wrong, and all decide alike.
     """
     return _reduce(sums, tensors, "SUM")
 
 
 def max_over_shards(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The largest of per-tensor ``values``, else as `sum_over_shards`; NaN if any rank has one."""
-    # MAX may drop a NaN, depending on the library that communicates, but none drops an infinity.
-    largest = _reduce(values.nan_to_num(nan=torch.inf, posinf=torch.inf), tensors, "MAX")
-    return torch.where(values.isnan(), values, largest)
+    """The largest of per-tensor ``values``, else as `sum_over_shards`; infinite where a rank's shard has a NaN."""
+    return _reduce(values, tensors, "MAX")
+
+
+def max_over_ranks(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The largest ``flag`` ([]) of the ranks that hold ``tensors``, where some of these are plain beside DTensors.
+
+    What is computed from DTensors is the same on all ranks already (`sum_over_shards`). The gradient of a plain tensor
+    should be, but a NaN in it may have come up on one rank alone; what they decide from it has to be the same still.
+    """
+    kinds = set(map(type, tensors))
+    if kinds.isdisjoint(PLAIN) or kinds.issubset(PLAIN):
+        return flag
+    flag = flag.clone()
+    for mesh in dict.fromkeys(t.device_mesh for t in tensors if hasattr(t, "device_mesh")):
+        for dim in range(mesh.ndim):
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, mesh.get_group(dim))
+    return flag
 
 
 def sum_split_units(sums: Tensor, tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> Tensor:
@@ -57,7 +69,7 @@ def sum_split_units(sums: Tensor, tensors: Sequence[Tensor], shapes: Sequence[tu
     kinds: dict[tuple[Any, int], list[int]] = {}
     for i, tensor in enumerate(tensors):
         for dim, placement in enumerate(getattr(tensor, "placements", ())):
-            if placement.is_shard() and (tensor.dim() <= 1 or placement.dim != 0):
+            if is_split(placement) and (tensor.dim() <= 1 or placement.dim != 0):
                 kinds.setdefault((tensor.device_mesh, dim), []).append(i)  # type: ignore[attr-defined]
     if not kinds:
         return sums
@@ -71,22 +83,30 @@ def sum_split_units(sums: Tensor, tensors: Sequence[Tensor], shapes: Sequence[tu
 
 
 def _reduce(sums: Tensor, tensors: Sequence[Tensor], operation: str) -> Tensor:
-    kinds: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
+    if set(map(type, tensors)).issubset(PLAIN):
+        return sums
+    meshes: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        if type(tensor) in PLAIN:
-            continue
         mesh = getattr(tensor, "device_mesh", None)
-        if mesh is not None:
-            sharded = tuple(dim for dim, placement in enumerate(tensor.placements) if placement.is_shard())  # type: ignore[attr-defined]
-            if sharded:
-                kinds.setdefault((mesh, sharded), []).append(i)
-    if not kinds:
+        if mesh is not None and mesh.get_coordinate() is not None:  # else it lies on other ranks altogether
+            meshes.setdefault(mesh, []).append(i)
+    if not meshes:
         return sums
     sums = sums.clone()
-    for (mesh, dims), indices in kinds.items():
+    for mesh, indices in meshes.items():
         rows = upload(indices, sums.device)
         part = sums[rows]
-        for dim in dims:
+        if operation == "MAX":  # it may drop a NaN, depending on the library that communicates, but no infinity
+            part = part.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        elif copies := [place for place, i in enumerate(indices) if _is_copy(tensors[i])]:
+            part[upload(copies, sums.device)] *= 0  # NaN and infinities stay, as NaN
+        for dim in range(mesh.ndim):
             torch.distributed.all_reduce(part, getattr(torch.distributed.ReduceOp, operation), mesh.get_group(dim))
         sums[rows] = part
     return sums
+
+
+def _is_copy(tensor: Any) -> bool:
+    """Whether another rank has the same part of ``tensor`` and comes first."""
+    where = zip(tensor.placements, tensor.device_mesh.get_coordinate(), strict=True)
+    return any(place and not is_split(placement) for placement, place in where)

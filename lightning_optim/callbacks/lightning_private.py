@@ -92,6 +92,15 @@ def logging_due(trainer: Trainer) -> bool:
     return trainer._logger_connector.should_update_logs
 
 
+def data_parallel_size(trainer: Trainer) -> int:
+    """Among how many ranks batches are shared out; ranks of a tensor-parallel group all compute on the same ones.
+
+    Lightning gives it as what a sampler needs; strategies on one device have nothing to say.
+    """
+    sampling = trainer.distributed_sampler_kwargs
+    return trainer.world_size if sampling is None else int(sampling["num_replicas"])
+
+
 def loss_scale(trainer: Trainer) -> Tensor | None:
     """By what the GradScaler of 16-bit training multiplies the loss, on the device; None without one.
 

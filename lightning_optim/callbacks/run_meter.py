@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_optim.backends.scalars import widest_dtype
-from lightning_optim.backends.shards import is_sharded
-from lightning_optim.callbacks.lightning_private import logging_step, loss_scale
+from lightning_optim.callbacks.lightning_private import data_parallel_size, logging_step, loss_scale
 from lightning_optim.diagnostics import Report
 from lightning_optim.diagnostics.clock import StepClock
 from lightning_optim.diagnostics.local_gradient import LocalGradient
@@ -53,7 +52,8 @@ class RunMeter:
         self._automatic = self._module.automatic_optimization
         # Gradients of sharded parameters are summed over ranks before anybody sees those of one micro-batch.
         model = trainer.strategy.model
-        cut = any(is_sharded(p) for p in self._module.parameters()) or FlatShards.of(model or self._module) is not None
+        cut = any(hasattr(p, "device_mesh") for p in self._module.parameters())
+        cut = cut or FlatShards.of(model or self._module) is not None
         self._compares = self._automatic and not cut
         self.averages = self._compares and self._accumulated == 1 and isinstance(model, DistributedDataParallel)
         """Whether ranks average what each has computed in one pass."""
@@ -122,7 +122,7 @@ class RunMeter:
         report.add(LossHistory.TAGS, self._loss.take(self._reduced), of_run=True)
         steps = max(report.at + 1 - self._reported_at, 1)
         seconds = self.clock.take() / steps
-        samples = self._samples * self._trainer.world_size / steps
+        samples = self._samples * data_parallel_size(self._trainer) / steps
         self._reported_at, self._samples = report.at + 1, 0
         update_seconds, self._update_seconds = self._update_seconds, None
 

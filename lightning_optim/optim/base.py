@@ -14,8 +14,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_optim import backends
 from lightning_optim.backends import Backend, Batch
+from lightning_optim.backends.placements import is_partial, is_sharded, partial_refused
 from lightning_optim.backends.scalars import is_set, widest_dtype
-from lightning_optim.backends.shards import is_sharded
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.checkpoint import load_state_dict
@@ -57,10 +57,11 @@ class FusedOptimizer(Optimizer):
       gradient, in the order of `param_groups`.
     - `collect_step_stats`: also fill `step_stats`, in the same pass. NaN where a step was skipped.
 
-    `p.grad` is never written. Parameter groups may override every hyperparameter, and hold any further keys; a group's
-    `rule` names another optimizer whose update to use for it (`{"params": ..., "rule": "lion"}`). Of a tensor lr that
-    several groups are given, the first keeps the tensor itself and each other a copy, so that what drives one
-    (schedulers fill tensors in place) leaves the others alone.
+    `p.grad` is never written; a DTensor that lies otherwise than its parameter is replaced by the same gradient,
+    redistributed (`backends.placements.gradient_of`). Parameter groups may override every hyperparameter, and hold any
+    further keys; a group's `rule` names another optimizer whose update to use for it
+    (`{"params": ..., "rule": "lion"}`). Of a tensor lr that several groups are given, the first keeps the tensor itself
+    and each other a copy, so that what drives one (schedulers fill tensors in place) leaves the others alone.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -331,10 +332,13 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(f"{label} is in the group twice; needed is each parameter once.")
             seen.add(id(param))
             low_precision.check_param(label, group, param)
+            if is_partial(param):
+                raise ValueError(partial_refused(label, param))
             if isinstance(rule, TensorRule) and is_sharded(param):
                 raise ValueError(
                     f"{label} is a DTensor sharded over ranks, and {type(rule).__name__} needs whole tensors. Leave it "
-                    "out of FSDP2, or choose an elementwise optimizer for it (a group with rule='adamw')."
+                    "out of FSDP2 and tensor parallelism, or choose an elementwise optimizer for it (a group with "
+                    "rule='adamw')."
                 )
             reason = rule.why_not(param, group)
             if reason is not None:

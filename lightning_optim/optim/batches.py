@@ -7,6 +7,7 @@ of tensors.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends import Batch
+from lightning_optim.backends.placements import PLAIN, gradient_of
 from lightning_optim.backends.plain import resolved, storage_bytes
-from lightning_optim.backends.shards import PLAIN, local
+from lightning_optim.backends.shards import local
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.admission import GRADIENT, Owned, Ruled, Subject
 from lightning_optim.optim.state import complete_state, tensor_names
@@ -56,7 +58,7 @@ class Batches:
             first = len(numel)
             for index, param in enumerate(group["params"]):
                 position += 1
-                if param.grad is None:
+                if gradient_of(param, functools.partial(optimizer.label, group, index)) is None:
                     continue
                 subject = Subject(optimizer, group, index)
                 state = optimizer.state[param]
@@ -136,6 +138,8 @@ class Batches:
         if not self._kept:
             return False
         same, equal, grads = _look(optimizer)
+        if not set(map(type, grads)).issubset(PLAIN):
+            return False
         if equal != self._equal or len(same) != len(self._same) or not all(map(operator.is_, same, self._same)):
             return False
         # An object may have been given other memory (`weight.data = ...`, `set_`, `resize_`; new memory is asked for

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_optim.backends.placements import placed_as
 from lightning_optim.backends.shards import local
 from lightning_optim.messages import nearest
 from lightning_optim.optim.admission import Ruled, Subject, check_state
@@ -112,5 +113,7 @@ def _copied(param: Tensor, key: str, value: Any) -> Any:
         dtype = value.dtype if value.is_floating_point() else torch.float32
         return value.to(device=param.device, dtype=dtype, copy=True)
     if isinstance(value, Tensor):
-        return value.detach().to(param.device, copy=True)
+        value = value.detach().to(param.device, copy=True)
+        # torch's SGD makes its momentum of the first gradient, whose placements may have been other ones.
+        return placed_as(value, param)
     return deepcopy(value)

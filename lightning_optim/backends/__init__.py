@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from lightning_optim.backends import plain
 from lightning_optim.backends.base import Backend, Batch
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.messages import nearest
 from lightning_optim.transfer import upload
+
+_DTYPE = operator.attrgetter("dtype")
 
 logger = logging.getLogger(__name__)
 
@@ -102,22 +106,24 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
     """
     if not grads:
         return torch.zeros(0)
-    tensors = [_plain(grad) for grad in grads]
-    by_dtype: dict[torch.dtype, list[int]] = {}
+    tensors = [_numbers(grad) for grad in grads]
+    device = tensors[0].device
+    automatic = _automatic(device.type)
+    dtypes = set(map(_DTYPE, tensors))
+    if len(dtypes) == 1 and dtypes <= plain.FLOATS and plain.all_usual(tensors):
+        return sum_over_shards(automatic.measure(tensors), grads)
+    kinds: dict[tuple[torch.dtype, Backend], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        by_dtype.setdefault(tensor.dtype, []).append(i)
-    backend = _automatic(tensors[0].device.type)
-    if len(by_dtype) == 1:
-        sums = backend.measure(tensors)
-    else:
-        wide = torch.float64 if torch.float64 in by_dtype else torch.float32
-        sums = torch.empty(len(tensors), dtype=wide, device=tensors[0].device)
-        for indices in by_dtype.values():
-            sums[upload(indices, sums.device)] = backend.measure([tensors[i] for i in indices]).to(wide)
+        backend = automatic if _for_kernels(tensor, i) else get_backend("reference")
+        kinds.setdefault((tensor.dtype, backend), []).append(i)
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    sums = torch.empty(len(tensors), dtype=wide, device=device)
+    for (_, backend), indices in kinds.items():
+        sums[upload(indices, device)] = backend.measure([tensors[i] for i in indices]).to(wide)
     return sum_over_shards(sums, grads)
 
 
-def _plain(grad: Tensor) -> Tensor:
+def _numbers(grad: Tensor) -> Tensor:
     """The numbers of a gradient as one dense, real, local tensor."""
     if type(grad) is Tensor and grad.layout is torch.strided and not grad.is_complex():
         return grad  # nearly always
@@ -126,3 +132,11 @@ def _plain(grad: Tensor) -> Tensor:
         # Duplicate indices of an uncoalesced gradient add before they are squared.
         grad = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad.values()
     return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+
+
+def _for_kernels(tensor: Tensor, index: int) -> bool:
+    """Whether kernels may read ``tensor``, lazily negated or not; refused if nothing may."""
+    reason = plain.why_unsafe(tensor, written=False)
+    if reason is not None:
+        raise RuntimeError(f"The gradient of shape {tuple(tensor.shape)}, number {index} of those measured, {reason}.")
+    return tensor.dtype in plain.FLOATS and plain.is_plain(tensor)

@@ -34,6 +34,7 @@ class Batch:
         cautious: Whether components of the update that point against the gradient are left out.
         kahan: Whether `kahan_comp` is among the states, in the parameter's dtype, and takes up what a step leaves out.
         stochastic: Names of the arrays ("param", states) that are rounded stochastically, to bfloat16 or to codes.
+        plain: Whether kernels may run on it. Else some tensor is more than its memory, and torch's operations may.
         rounding_keys: If there are such: their random numbers' key, 0-d int64.
         shared: New values of the rule's `shared`, [] each, on the device; filled in before `apply`.
     """
@@ -49,6 +50,7 @@ class Batch:
     decay_form: str = "shrink"
     kahan: bool = False
     stochastic: tuple[str, ...] = ()
+    plain: bool = True
     rounding_keys: list[Tensor] = field(default_factory=list)
     shared: dict[str, Tensor] = field(default_factory=dict)
 
@@ -64,6 +66,30 @@ class Batch:
         names += [INITIAL] if self.decay_form == "pull" else []
         names += [f"{name}_scale" for name in self.quantized]
         return [[state[name] for state in self.states] for name in names]
+
+    @cached_property
+    def written(self) -> list[Tensor]:
+        """What a step writes by elements, as autograd knows it."""
+        shards = [param for param, whole in zip(self.params, self.wholes, strict=True) if param is not whole]
+        return [*self.wholes, *shards, *(tensor for state in self.states for tensor in state.values())]
+
+    @cached_property
+    def numel(self) -> tuple[int, ...]:
+        """Elements of each tensor here."""
+        return tuple(map(Tensor.numel, self.params))
+
+    @cached_property
+    def addresses(self) -> np.ndarray | None:
+        """Of parameters, gradients and states, [tensors, slots], the gradients' left open; None if one has gaps.
+
+        They hold as long as the batch does: whoever keeps one compares addresses and strides before each use.
+        """
+        columns = [self.params, *self.arrays]
+        if not all(all(map(Tensor.is_contiguous, column)) for column in columns):
+            return None
+        rows = [list(map(Tensor.data_ptr, column)) for column in columns]
+        rows.insert(1, [0] * len(self.params))
+        return np.ascontiguousarray(np.array(rows, dtype=np.int64).T)
 
     @cached_property
     def counters(self) -> dict[str, list[np.ndarray]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends.base import Backend, Batch, arithmetic_dtype
+from lightning_optim.backends.plain import is_dense
 from lightning_optim.backends.reference import whole_numel
 from lightning_optim.backends.scalars import commit, scalar_columns
 from lightning_optim.backends.shards import sum_over_shards
@@ -155,7 +156,7 @@ def operands_of(batch: Batch) -> Iterator[Operands]:
     yield Operands(
         batch.device,
         tuple(DTYPES[column[0].dtype] for column in slots(batch)),
-        tuple(map(Tensor.numel, batch.params)),
+        batch.numel,
         addresses,
         batch.decay_form,
         batch.kahan,
@@ -172,42 +173,30 @@ def slots(batch: Batch) -> list[list[Tensor]]:
     return [batch.params, batch.grads, *batch.arrays]
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one run of memory, in whatever order."""
-    if tensor.is_contiguous():
-        return True
-    sizes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
-    expected = 1
-    for stride, size in sizes:
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
 def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor]], list[Tensor]]:
     """Addresses [tensors, slots]; copies to be written back; and all copies, to be kept alive meanwhile.
 
     Elements of one index must lie at one offset. Where strides differ, or leave gaps, the odd one is copied to a
     contiguous tensor first. Random numbers follow the row-major index, so they need contiguous tensors in any case.
     """
-    columns = slots(batch)
+    if batch.addresses is not None and all(map(Tensor.is_contiguous, batch.grads)):
+        addresses = batch.addresses.copy()
+        addresses[:, 1] = list(map(Tensor.data_ptr, batch.grads))
+        return addresses, [], []
+    columns = [list(column) for column in slots(batch)]
     write_back: list[tuple[Tensor, Tensor]] = []
     keep: list[Tensor] = []
-    if not all(all(map(Tensor.is_contiguous, column)) for column in columns):
-        columns = [list(column) for column in columns]
-        for i in range(len(batch.params)):
-            tensors = [column[i] for column in columns]
-            strides = tensors[0].stride()
-            alike = is_dense(tensors[0]) and all(tensor.stride() == strides for tensor in tensors)
-            if batch.stochastic or not alike:
-                for slot, tensor in enumerate(tensors):
-                    if not tensor.is_contiguous():
-                        columns[slot][i] = copy = tensor.contiguous()
-                        keep.append(copy)
-                        if slot != 1:
-                            write_back.append((tensor, copy))
+    for i in range(len(batch.params)):
+        tensors = [column[i] for column in columns]
+        strides = tensors[0].stride()
+        alike = is_dense(tensors[0]) and all(tensor.stride() == strides for tensor in tensors)
+        if batch.stochastic or not alike:
+            for slot, tensor in enumerate(tensors):
+                if not tensor.is_contiguous():
+                    columns[slot][i] = copy = tensor.contiguous()
+                    keep.append(copy)
+                    if slot != 1:
+                        write_back.append((tensor, copy))
     addresses = np.array([list(map(Tensor.data_ptr, column)) for column in columns], dtype=np.int64)
     return np.ascontiguousarray(addresses.T), write_back, keep
 

@@ -84,6 +84,11 @@ class CpuBackend(CompiledBackend):
         some: list[Tensor] = []
         first = 0
         for i, delta in enumerate(deltas):
+            if delta.shape != batch.params[i].shape:
+                raise ValueError(
+                    f"{type(batch.rule).__name__} gave an update of shape {tuple(delta.shape)} for a parameter of "
+                    f"shape {tuple(batch.params[i].shape)}; needed is one like the parameter."
+                )
             some.append(delta)
             if sum(map(Tensor.numel, some)) < SUBTRACTED_AT_ONCE and i + 1 < len(batch.params):
                 continue

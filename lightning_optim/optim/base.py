@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -13,9 +14,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_optim import backends
 from lightning_optim.backends import Backend, Batch
-from lightning_optim.backends.scalars import widest_dtype
+from lightning_optim.backends.scalars import is_set, widest_dtype
 from lightning_optim.backends.shards import is_sharded
-from lightning_optim.optim import low_precision
+from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.checkpoint import load_state_dict
 from lightning_optim.optim.hyperparameters import check_values, number, refuse_typos
@@ -28,6 +29,9 @@ from lightning_optim.weight_decay import WeightDecayKind
 
 SHARED = ("lr", "weight_decay", "weight_decay_kind", "maximize", "cautious", *low_precision.DEFAULTS)
 """What a group with a `rule` of its own takes from the optimizer, where it says nothing itself."""
+
+
+_AS_IT_IS = nullcontext()
 
 
 class FusedOptimizer(Optimizer):
@@ -164,12 +168,12 @@ class FusedOptimizer(Optimizer):
         new_shared = self._share(sorted_)
         collected: list[Tensor] = []
         for batch, rows in zip(sorted_.batches, sorted_.rows, strict=True):
-            sums = self._backend_of(batch).apply(
-                batch,
-                divisor=self._divisor(rows, batch.device),
-                skip=_on(getattr(self, "found_inf", None), batch.device),
-                collect=self.collect_step_stats,
-            )
+            skip = _on(getattr(self, "found_inf", None), batch.device)
+            backend, divisor = self._backend_of(batch), self._divisor(rows, batch.device)
+            with _AS_IT_IS if batch.plain else admission.by_name(self, batch.wholes):
+                sums = backend.apply(batch, divisor=divisor, skip=skip, collect=self.collect_step_stats)
+            if not (batch.device.type == "cpu" and is_set(skip)):  # elsewhere only the device knows
+                torch.autograd.graph.increment_version(batch.written)
             if sums is not None:
                 collected.append(sums)
         for old, new in new_shared:
@@ -178,7 +182,8 @@ class FusedOptimizer(Optimizer):
 
     def _backend_of(self, batch: Batch) -> Backend:
         backend = backends.choose(self.backend, batch.device)
-        if (batch.low_precision and not backend.low_precision) or not backend.supports(batch):
+        able = batch.plain and backend.supports(batch)
+        if not able or (batch.low_precision and not backend.low_precision):
             return backends.get_backend("reference")
         return backend
 
@@ -194,7 +199,8 @@ class FusedOptimizer(Optimizer):
             skip = _on(getattr(self, "found_inf", None), device)
             totals: dict[str, Tensor] = {}
             for batch, rows in members:
-                sums = self._backend_of(batch).sums(batch, self._divisor(rows, batch.device))
+                with _AS_IT_IS if batch.plain else admission.by_name(self, batch.wholes):
+                    sums = self._backend_of(batch).sums(batch, self._divisor(rows, batch.device))
                 for name, column in sums.items():
                     total = column.sum().to(device, non_blocking=True)
                     totals[name] = totals[name] + total if name in totals else total
@@ -281,6 +287,8 @@ class FusedOptimizer(Optimizer):
                     f"{label} has dtype {param.dtype}; needed is a real floating-point one. Frozen "
                     "integers belong in buffers; view complex parameters as real."
                 )
+            if param.layout is not torch.strided:
+                raise ValueError(f"{label} has the layout {param.layout}; needed is torch.strided (dense).")
             if id(param) in seen:  # torch warns; here two threads would update the same memory
                 raise ValueError(f"{label} is in the group twice; needed is each parameter once.")
             seen.add(id(param))

@@ -10,33 +10,23 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping
-from typing import Any, Protocol
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_optim.backends import Batch
+from lightning_optim.backends.plain import resolved, storage_bytes
 from lightning_optim.backends.shards import PLAIN, local
-from lightning_optim.optim import low_precision
+from lightning_optim.optim import admission, low_precision
+from lightning_optim.optim.admission import GRADIENT, Owned, Ruled, Subject
 from lightning_optim.optim.state import complete_state, tensor_names
+from lightning_optim.optim.tensor_form import Form
 from lightning_optim.rules import Rule
 from lightning_optim.weight_decay import decay_form
 
-
-class Ruled(Protocol):
-    """What is needed of an optimizer to sort its parameters."""
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]: ...  # noqa: D102 - torch's own
-
-    @property
-    def state(self) -> Any: ...  # noqa: D102
-
-    def rule_of(self, group: dict[str, Any]) -> Rule:
-        """How a group's parameters are updated."""
-
-    def label(self, group: dict[str, Any], index: int) -> str:
-        """How messages call a parameter."""
+_AS_IT_IS = nullcontext()
 
 
 class Batches:
@@ -55,6 +45,8 @@ class Batches:
     def __init__(self, optimizer: Ruled) -> None:
         self.batches: list[Batch] = []
         self.rows: list[list[int]] = []
+        self._written: list[Owned] = []
+        self._read: list[Owned] = []
         sizes: list[int] = []
         numel: list[int] = []
         by_key: dict[Any, int] = {}
@@ -64,60 +56,80 @@ class Batches:
             first = len(numel)
             for index, param in enumerate(group["params"]):
                 position += 1
-                grad = param.grad
-                if grad is None:
+                if param.grad is None:
                     continue
-                if grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(optimizer).__name__}: the gradient of {optimizer.label(group, index)} is sparse "
-                        f"({grad.layout}). It needs dense gradients: create the layer with sparse=False, or use "
-                        "torch.optim.SparseAdam."
-                    )
-                state = complete_state(optimizer.state[param], param, group, rule, position)
-                number = self._place(by_key, param, grad, state, group, rule)
+                subject = Subject(optimizer, group, index)
+                state = optimizer.state[param]
+                admission.check_state(subject, local(param), rule, {n: local(v) for n, v in state.items()})
+                with _AS_IT_IS if type(local(param)) in PLAIN else admission.by_name(optimizer, [param]):
+                    complete_state(state, param, group, rule, position)
+                number = self._place(by_key, subject, param, state, rule)
                 self.rows[number].append(len(numel))
                 numel.append(param.numel())
             sizes.append(len(numel) - first)
+        admission.check_apart(self._written, self._read)
         self.group_sizes = tuple(sizes)
         self.numel = tuple(numel)
-        self._same, self._equal, _ = _look(optimizer)
-        # What FSDP2 makes of a DTensor's shard between two steps is its own affair.
-        self._kept = all(type(whole) in PLAIN for batch in self.batches for whole in batch.wholes)
+        self._remember(optimizer)
 
-    def _place(
-        self,
-        by_key: dict[Any, int],
-        param: Tensor,
-        grad: Tensor,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        rule: Rule,
-    ) -> int:
+    def _place(self, by_key: dict[Any, int], subject: Subject, param: Tensor, state: dict[str, Any], rule: Rule) -> int:
         """Enter one parameter; returns the number of its batch."""
-        tensors = {name: local(state[name]) for name in tensor_names(rule, state)}
-        dtypes = [tensor.dtype for tensor in tensors.values()]
-        tensors |= {name: local(state[name]) for name in low_precision.companions(state)}
+        group = subject.group
+        own = {name: local(state[name]) for name in tensor_names(rule, state)}
+        arrays = own | {name: local(state[name]) for name in low_precision.companions(state)}
+        scalar_names = ("step", *rule.scalar_state) if rule.counts_steps else tuple(rule.scalar_state)
+        scalars = {name: state[name] for name in scalar_names}
         form = decay_form(group)
         kahan = False
         stochastic: tuple[str, ...] = ()
-        if low_precision.uses(group) or torch.uint8 in dtypes:
+        if low_precision.uses(group) or any(tensor.dtype == torch.uint8 for tensor in own.values()):
             kahan, stochastic = low_precision.storage(group, param, rule, state)
-        key = (type(rule), group["cautious"], form, kahan, stochastic, param.device, param.dtype, grad.dtype, *dtypes)
+        keys = {"rounding_key": state["rounding_key"]} if stochastic else {}
+        grad = admission.grad_of(subject, param)
+        plain = self._admit(subject, {"": local(param), **arrays, **scalars, **keys}, grad)
+        dtypes = [(name, tensor.dtype) for name, tensor in arrays.items()]
+        key = (
+            *(type(rule), group["cautious"], form, kahan, stochastic),
+            *(plain, param.device, param.dtype, grad.dtype, *dtypes),
+        )
         if key not in by_key:
             by_key[key] = len(self.batches)
-            self.batches.append(Batch(rule, [], [], [], [], [], [], group["cautious"], form, kahan, stochastic))
+            self.batches.append(Batch(rule, [], [], [], [], [], [], group["cautious"], form, kahan, stochastic, plain))
             self.rows.append([])
         batch = self.batches[by_key[key]]
         batch.params.append(local(param))
-        batch.grads.append(local(grad))
-        batch.states.append(tensors)
-        scalar_names = ("step", *rule.scalar_state) if rule.counts_steps else tuple(rule.scalar_state)
-        batch.scalar_states.append({name: state[name] for name in scalar_names})
+        batch.grads.append(grad)
+        batch.states.append(arrays)
+        batch.scalar_states.append(scalars)
         batch.groups.append(group)
         batch.wholes.append(param)
-        if stochastic:
-            batch.rounding_keys.append(state["rounding_key"])
+        batch.rounding_keys.extend(keys.values())
         return by_key[key]
+
+    def _admit(self, subject: Subject, written: dict[str, Tensor], grad: Tensor) -> bool:
+        """Whether kernels may run on one parameter's tensors."""
+        plain = admission.check_memory(subject, {**written, GRADIENT: grad})
+        if plain:
+            self._written += [(tensor, subject, role) for role, tensor in written.items()]
+            self._read.append((grad, subject, GRADIENT))
+        return plain
+
+    def _remember(self, optimizer: Ruled) -> None:
+        """Note everything that was asked above, to see at the next step whether it still holds."""
+        self._same, self._equal, grads = _look(optimizer)
+        # What FSDP2 makes of a DTensor's shard between two steps is its own affair.
+        self._kept = all(
+            batch.plain and all(type(tensor) in PLAIN for tensor in (*batch.wholes, *batch.grads))
+            for batch in self.batches
+        )
+        if self._kept:
+            self._held = [tensor for tensor, _, role in self._written]
+            self._addresses = list(map(Tensor.data_ptr, self._held))
+            self._form = Form(self._held)
+            self._grad_form = Form(grads)
+            self._grad_bytes = storage_bytes(grads)
+            self._lazy = [i for i, grad in enumerate(grads) if grad.is_neg() or grad._is_zerotensor()]
+        self._written, self._read = [], []
 
     def refill(self, optimizer: Ruled) -> bool:
         """Take the gradients of another step. False if something else has changed: then sort anew."""
@@ -126,7 +138,15 @@ class Batches:
         same, equal, grads = _look(optimizer)
         if equal != self._equal or len(same) != len(self._same) or not all(map(operator.is_, same, self._same)):
             return False
-        grads = list(map(local, grads))
+        # An object may have been given other memory (`weight.data = ...`, `set_`, `resize_`; new memory is asked for
+        # before the old is let go, so it has another address), or another form (`t_`, and `resize_` to less).
+        # Gradients are new at nearly each step.
+        if list(map(Tensor.data_ptr, self._held)) != self._addresses or not self._form.fits(self._held):
+            return False
+        if not self._grad_form.fits(grads) or storage_bytes(grads) != self._grad_bytes:
+            return False
+        for i in self._lazy:
+            grads[i] = resolved(grads[i])
         for batch, rows in zip(self.batches, self.rows, strict=True):
             batch.grads.extend(map(grads.__getitem__, rows))
         return True
@@ -145,19 +165,16 @@ def _look(optimizer: Ruled) -> tuple[list[object], list[object], list[Tensor]]:
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     given = list(map(_GRAD, params))
-    grads = [grad for grad in given if grad is not None]
     states = optimizer.state.values()
     same = [*params, *states, *itertools.chain.from_iterable(map(dict.values, states))]
     equal = [
         [_kind(group, optimizer.rule_of(group)) for group in optimizer.param_groups],
         [grad is None for grad in given],
-        *(list(map(attribute, params)) for attribute in (_DTYPE, _DEVICE)),
-        *(list(map(attribute, grads)) for attribute in (_DTYPE, _LAYOUT)),
     ]
-    return same, equal, grads
+    return same, equal, [grad for grad in given if grad is not None]
 
 
-_GRAD, _DTYPE, _DEVICE, _LAYOUT = map(operator.attrgetter, ("grad", "dtype", "device", "layout"))
+_GRAD = operator.attrgetter("grad")
 
 
 def _kind(group: Mapping[str, Any], rule: Rule) -> tuple[Any, ...]:

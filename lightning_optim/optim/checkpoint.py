@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
+from lightning_optim.backends.shards import local
 from lightning_optim.messages import nearest
+from lightning_optim.optim.admission import Ruled, Subject, check_state
+
+if TYPE_CHECKING:
+    from lightning_optim.optim.base import FusedOptimizer
+
+ADVICE = (
+    "Nothing has been loaded. Drop the state of parameters that are new or of another shape from the state dict, and "
+    "they begin anew"
+)
 
 
-def load_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Load ``state_dict`` into ``optimizer``; see `FusedOptimizer.load_state_dict`."""
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
@@ -25,23 +34,27 @@ def load_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None
         _ids_by_position(optimizer.param_groups, saved_groups) if by_position else _ids_by_name(optimizer, saved_groups)
     )
 
+    owners = {saved: group for group in saved_groups for saved in group["params"]}
+    sources = []
+    for i, ids_of_group in enumerate(ids):
+        source = owners[ids_of_group[0]] if ids_of_group else saved_groups[i] if i < len(saved_groups) else {}
+        # Names stay: they say which parameters this group has now. What torch does not save keeps its value.
+        sources.append({k: v for k, v in source.items() if k != "params" and (k != "param_names" or by_position)})
     known = {saved for ids_of_group in ids for saved in ids_of_group}
     state: defaultdict[Any, Any] = defaultdict(dict)
     for saved, entry in state_dict["state"].items():
         if saved not in known:
             state[saved] = deepcopy(entry)  # not of a parameter
-    for group, ids_of_group in zip(optimizer.param_groups, ids, strict=True):
-        for param, saved in zip(group["params"], ids_of_group, strict=True):
+    for group, ids_of_group, source in zip(optimizer.param_groups, ids, sources, strict=True):
+        for index, (param, saved) in enumerate(zip(group["params"], ids_of_group, strict=True)):
             if saved in state_dict["state"]:
                 entry = state_dict["state"][saved].items()
                 # torch writes None for a momentum that is not there yet.
                 state[param] = {key: _copied(param, key, value) for key, value in entry if value is not None}
+                _check(Subject(optimizer, group | source, index), param, state[param])
 
-    owners = {saved: group for group in saved_groups for saved in group["params"]}
-    for i, (group, ids_of_group) in enumerate(zip(optimizer.param_groups, ids, strict=True)):
-        source = owners[ids_of_group[0]] if ids_of_group else saved_groups[i] if i < len(saved_groups) else {}
-        # Names stay: they say which parameters this group has now. What torch does not save keeps its value.
-        group.update({k: v for k, v in source.items() if k != "params" and (k != "param_names" or by_position)})
+    for group, source in zip(optimizer.param_groups, sources, strict=True):  # nothing has been changed before this
+        group.update(source)
     optimizer.__setstate__({"state": state})
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
@@ -64,7 +77,7 @@ def _ids_by_position(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mappin
     return [list(group["params"]) for group in saved]
 
 
-def _ids_by_name(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+def _ids_by_name(optimizer: Ruled, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     ids = {name: i for group in saved for name, i in zip(group["param_names"], group["params"], strict=True)}
     wanted = [name for group in optimizer.param_groups for name in group["param_names"]]
     missing = [name for name in wanted if name not in ids]
@@ -81,10 +94,21 @@ def _ids_by_name(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> li
     return [[ids[name] for name in group["param_names"]] for group in optimizer.param_groups]
 
 
+def _check(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> None:
+    """Refuse state that ``param`` cannot go on with; of a DTensor as a whole, where the state is DTensors, too."""
+    rule = subject.optimizer.rule_of(subject.group)
+    whole = {key: value for key, value in state.items() if hasattr(value, "placements")}
+    here = {key: value for key, value in state.items() if key not in whole}
+    for part, tensor in ((whole, param), (here, local(param))):
+        if part:
+            check_state(subject, tensor, rule, part, ADVICE)
+
+
 def _copied(param: Tensor, key: str, value: Any) -> Any:
     """``value`` on the parameter's device, in the dtype it was saved in."""
     if key == "step":  # a number in checkpoints of old; torch keeps it on the CPU unless fused
         value = torch.as_tensor(value)
+        value = value.reshape(()) if value.numel() == 1 else value
         dtype = value.dtype if value.is_floating_point() else torch.float32
         return value.to(device=param.device, dtype=dtype, copy=True)
     if isinstance(value, Tensor):

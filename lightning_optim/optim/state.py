@@ -74,8 +74,10 @@ def _complete_elementwise(state: dict[str, Any], param: Tensor, group: Mapping[s
         value = first.get(name, 0.0)
         if isinstance(value, Tensor):
             state[name] = value.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
-        else:
-            state[name] = torch.full_like(param, value, dtype=dtype)
+        else:  # as torch's optimizers make it: classes of tensors know zeros_like, and hardly full_like
+            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            if value:
+                state[name] += value
 
 
 def _step_count(value: float, param: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
     if len(dtypes) == 1 and dtypes <= plain.FLOATS and plain.all_usual(tensors):
         return sum_over_shards(automatic.measure(tensors), grads)
     kinds: dict[tuple[torch.dtype, Backend], list[int]] = {}
+    tensors = list(map(plain.resolved, tensors))
     for i, tensor in enumerate(tensors):
         backend = automatic if _for_kernels(tensor, i) else get_backend("reference")
         kinds.setdefault((tensor.dtype, backend), []).append(i)

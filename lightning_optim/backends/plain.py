@@ -74,9 +74,8 @@ def is_plain(tensor: Tensor) -> bool:
 
 def _adds_nothing(kind: type[Tensor]) -> bool:
     """Whether a subclass leaves the meaning of all operations to torch."""
-    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
-    usual = (Tensor.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)
-    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in usual
+    functions = [getattr(one.__torch_function__, "__func__", one.__torch_function__) for one in (kind, *PLAIN)]
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and functions[0] in functions[1:]
 
 
 def why_unsafe(tensor: Tensor, *, written: bool) -> str | None:

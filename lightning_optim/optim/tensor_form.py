@@ -8,7 +8,7 @@ Python. ``tests/optim/test_admission.py`` says what is relied on.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,16 @@ except ImportError:  # a torch that has moved it
     TensorGuards = None  # type: ignore[assignment,misc]
 
 _LAYOUT, _DTYPE, _DEVICE, _SHAPE = map(operator.attrgetter, ("layout", "dtype", "device", "shape"))
-_ATTRIBUTES = (type, _LAYOUT, _DTYPE, _DEVICE, _SHAPE, Tensor.stride, Tensor.is_neg, Tensor.is_inference)
+_ATTRIBUTES: tuple[Callable[[Tensor], Any], ...] = (
+    type,
+    _LAYOUT,
+    _DTYPE,
+    _DEVICE,
+    _SHAPE,
+    Tensor.stride,
+    Tensor.is_neg,
+    Tensor.is_inference,
+)
 
 
 class Form:
@@ -35,11 +44,9 @@ class Form:
             self._guards: Any = None
             self._seen = [list(map(attribute, tensors)) for attribute in _ATTRIBUTES]
         else:
-            self._guards = TensorGuards(
-                *tensors,
-                dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-                dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
-            )
+            sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+            strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors`` have it, each that of the one in its place. In doubt not: if one is there twice, say."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends import plain, quantization
-from lightning_optim.backends.shards import local
+from lightning_optim.backends.scalars import read
+from lightning_optim.backends.shards import PLAIN, local
 from lightning_optim.rules import Rule, UpdateRule
 from lightning_optim.weight_decay import INITIAL
 
@@ -96,6 +97,10 @@ def _shapes_of_tensor_rule(param: Tensor, group: Mapping[str, Any], rule: Rule) 
     return {name: value.shape for name, value in first.items() if isinstance(value, Tensor)}
 
 
+_SCALARS = {"step": (torch.float32, torch.float64, torch.int64), "rounding_key": (torch.int64,)}
+"""Dtypes of 0-d state: a half-precision count would stand still at 256."""
+
+
 def check_state(subject: Subject, param: Tensor, rule: Rule, state: Mapping[str, Any], advice: str = ADVICE) -> None:
     """Raise `RefusedError` if something in ``state`` has not the shape, or the form, that ``param`` needs.
 
@@ -106,7 +111,11 @@ def check_state(subject: Subject, param: Tensor, rule: Rule, state: Mapping[str,
         state: What there is; what is missing, or unknown, does not matter.
         advice: What to do, as a sentence without its full stop.
     """
+    check_memory(subject, {"": param})  # state that is made is made of the weights
     own = {} if isinstance(rule, UpdateRule) or not state else _shapes_of_tensor_rule(param, subject.group, rule)
+    missing = sorted(own.keys() - state.keys())
+    if missing and own.keys() & state.keys():
+        raise subject.refuse(missing[0], f"is missing, and others of {type(rule).__name__} are there. {advice}")
     for name, value in state.items():
         shape = _shape_of(name, param, rule, own)
         if shape is None:
@@ -119,6 +128,17 @@ def check_state(subject: Subject, param: Tensor, rule: Rule, state: Mapping[str,
                 f"has shape {tuple(value.shape)}; needed is {tuple(shape)}, for the parameter has shape "
                 f"{tuple(param.shape)}. {advice}",
             )
+        if value.is_meta and not param.is_meta:
+            raise subject.refuse(name, "is on the meta device, and has no numbers. " + advice)
+        reason = plain.why_unsafe(value, written=True)
+        if reason is not None:
+            raise subject.refuse(name, reason)
+        if name in own or name in ("kahan_comp", INITIAL):
+            _check_form(subject, name, value, None)
+        elif name in _SCALARS or name in rule.scalar_state:
+            needed = _SCALARS.get(name, _SCALARS["step"][:2])
+            if value.dtype not in needed:
+                raise subject.refuse(name, f"is {value.dtype}; needed is {' or '.join(map(str, needed))}")
     if isinstance(rule, UpdateRule):
         for name in rule.state:
             if name in state:
@@ -180,6 +200,13 @@ def check_memory(subject: Subject, tensors: Mapping[str, Tensor]) -> bool:
         if tensor.device != device:
             raise subject.refuse(role, f"is on {tensor.device}, and the parameter on {device}. Needed is one device")
     return usual or all(map(plain.is_plain, tensors.values()))
+
+
+def check_counts(subject: Subject, scalars: Mapping[str, Tensor]) -> None:
+    """Raise `RefusedError` if a count of steps, which the host can read, is none."""
+    step = scalars.get("step")
+    if step is not None and step.device.type == "cpu" and type(step) in PLAIN and not 0 <= read(step) < 2**53:
+        raise subject.refuse("step", f"is {read(step)}; needed is the number of steps taken")
 
 
 Owned = tuple[Tensor, Subject, str]

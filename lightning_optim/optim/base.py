@@ -16,6 +16,7 @@ from lightning_optim import backends
 from lightning_optim.backends import Backend, Batch
 from lightning_optim.backends.placements import is_partial, is_sharded, partial_refused
 from lightning_optim.backends.scalars import is_set, widest_dtype
+from lightning_optim.backends.shards import local
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.checkpoint import load_state_dict
@@ -259,10 +260,14 @@ class FusedOptimizer(Optimizer):
             params: Some of this optimizer's.
         """
         wanted = {id(param) for param in params}
-        everything = [(param, group) for group in self.param_groups for param in group["params"]]
-        for position, (param, group) in enumerate(everything):
+        everything = [(group, index) for group in self.param_groups for index in range(len(group["params"]))]
+        for position, (group, index) in enumerate(everything):
+            param = group["params"][index]
             if id(param) in wanted:
-                complete_state(self.state[param], param, group, self.rule_of(group), position)
+                rule, state = self.rule_of(group), self.state[param]
+                here = {name: local(value) for name, value in state.items()}
+                admission.check_state(admission.Subject(self, group, index), local(param), rule, here)
+                complete_state(state, param, group, rule, position)
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
         """The rule that updates ``group``: its own choice, or this optimizer's."""
@@ -358,7 +363,10 @@ class FusedOptimizer(Optimizer):
 def _class_of_rule(name: str) -> type[FusedOptimizer]:
     from lightning_optim.optim import get_optimizer_class  # the subclasses import this module
 
-    return get_optimizer_class(name)
+    try:
+        return get_optimizer_class(name)
+    except ValueError as error:
+        raise ValueError(f"A parameter group has rule={name!r}: {error}") from None
 
 
 def _shares(rule: Rule) -> TypeGuard[UpdateRule]:

@@ -89,6 +89,7 @@ class Batches:
         keys = {"rounding_key": state["rounding_key"]} if stochastic else {}
         grad = admission.grad_of(subject, param)
         plain = self._admit(subject, {"": local(param), **arrays, **scalars, **keys}, grad)
+        admission.check_counts(subject, scalars)
         dtypes = [(name, tensor.dtype) for name, tensor in arrays.items()]
         key = (
             *(type(rule), group["cautious"], form, kahan, stochastic),

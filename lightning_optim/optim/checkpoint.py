@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_optim.backends import plain
 from lightning_optim.backends.placements import placed_as
 from lightning_optim.backends.shards import local
 from lightning_optim.messages import nearest
@@ -97,7 +98,7 @@ def _ids_by_name(optimizer: Ruled, saved: Sequence[Mapping[str, Any]]) -> list[l
 
 def _check(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> None:
     """Refuse state that ``param`` cannot go on with; of a DTensor as a whole, where the state is DTensors, too."""
-    rule = subject.optimizer.rule_of(subject.group)
+    rule = subject.optimizer.rule_of({**subject.group, "train_mode": True})  # averaged weights can be loaded, too
     whole = {key: value for key, value in state.items() if hasattr(value, "placements")}
     here = {key: value for key, value in state.items() if key not in whole}
     for part, tensor in ((whole, param), (here, local(param))):
@@ -106,8 +107,14 @@ def _check(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> None:
 
 
 def _copied(param: Tensor, key: str, value: Any) -> Any:
-    """``value`` on the parameter's device, in the dtype it was saved in; `widening` changes that where need be."""
-    if key == "step":  # a number in checkpoints of old; torch keeps it on the CPU unless fused
+    """``value`` on the parameter's device, in the dtype it was saved in; as it is where `check_state` refuses it.
+
+    `widening` changes the dtype where need be.
+    """
+    if isinstance(value, Tensor) and (value.is_meta or plain.why_unsafe(local(value), written=False)):
+        return value
+    if key == "step" and isinstance(value, Tensor | int | float):
+        # A number in checkpoints of old; torch keeps it on the CPU unless fused.
         value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         value = value.reshape(()) if value.numel() == 1 else value
         dtype = value.dtype if value.is_floating_point() else torch.float32

@@ -92,6 +92,11 @@ def storage(
     return group["kahan_sum"] and param.dtype in HALF, tuple(rounded)
 
 
+def has_codes(state: Mapping[str, Any], rule: Rule) -> bool:
+    """Whether some of ``state`` is in 8 bits, whatever the flags say now."""
+    return any(name in state and state[name].dtype == torch.uint8 for name in rule.compressible)
+
+
 def companions(state: Mapping[str, Any]) -> list[str]:
     """Names of the arrays in ``state`` that are not the rule's own: compensation, scales, initial weights."""
     return [name for name in state if name in ("kahan_comp", INITIAL) or name.endswith("_scale")]
@@ -110,6 +115,6 @@ def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rul
     if group["kahan_sum"] and param.dtype in HALF and "kahan_comp" not in state:
         state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
     random = group["stochastic_rounding"] and param.dtype == torch.bfloat16
-    if (random or compressed(group, param, rule)) and "rounding_key" not in state:
+    if (random or compressed(group, param, rule) or has_codes(state, rule)) and "rounding_key" not in state:
         key = first_key(int(group.get("rounding_seed", 0)), position)
         state["rounding_key"] = torch.full((), key, dtype=torch.int64, device=param.device)

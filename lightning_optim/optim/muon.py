@@ -108,7 +108,7 @@ def step_ratio(matrix: Tensor, adjust_lr_fn: str | None) -> float:
     rows, columns = matrix.shape[-2:]
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
+    return math.sqrt(max(1.0, rows / max(columns, 1)))
 
 
 class Muon(HiddenMatrixOptimizer):

@@ -31,7 +31,7 @@ def complete_state(
     begun = rule.state[0] in state if rule.state else isinstance(rule, TensorRule) and bool(tensor_names(rule, state))
     if state:
         say(widen(state, tensor_names(rule, state), param, group, rule))
-    if low_precision.uses(group):
+    if low_precision.uses(group) or low_precision.has_codes(state, rule):
         low_precision.complete(state, param, group, rule, position)
     if decay_form(group) == "pull" and INITIAL not in state:
         state[INITIAL] = param.detach().clone(memory_format=torch.preserve_format)

@@ -410,3 +410,14 @@ def test_groups_with_different_settings_are_each_treated_by_theirs(optimizer_cla
             optimizer.step()
     for a, b in zip(params, alone, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0.02)  # bfloat16, batched and not
+
+
+@pytest.mark.parametrize("rule", ["muon", "normuon"])
+@pytest.mark.parametrize("shape", [(2, 0), (0, 2), (0, 0)])
+def test_a_matrix_without_elements_is_no_obstacle(shape: tuple[int, int], rule: str) -> None:
+    params = [torch.zeros(shape, requires_grad=True), torch.ones(2, 2, requires_grad=True)]
+    optimizer = optim.AdamW([{"params": params, "rule": rule}], lr=0.1)
+    give(params, [torch.zeros(shape), torch.eye(2)])
+    optimizer.step()
+    assert params[1].isfinite().all()
+    assert not torch.equal(params[1], torch.ones(2, 2))

@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_optim import optim
+from lightning_optim.factory import OptimizerFactory
 from lightning_optim.foreign_decay import ForeignDecay
 
 STEPS, DECAY = 12, 0.1
@@ -173,3 +174,26 @@ def test_the_rates_of_a_device_are_never_read_on_the_host() -> None:
     assert group["peak_lr"].device.type == "meta"
     group["lr"] = 0.3
     assert not follow_peak(group)
+
+
+def test_a_resume_with_another_configuration_takes_its_peak() -> None:
+    def build(max_lr: float) -> tuple[Any, Any]:
+        return OptimizerFactory(
+            optimizer="sgd",
+            lr=1e-3,
+            weight_decay=DECAY,
+            optimizer_kwargs={"weight_decay_kind": "independent"},
+            schedule=lambda o: lr_scheduler.OneCycleLR(o, max_lr, STEPS, cycle_momentum=False),
+            on_resume="config",
+        ).build(torch.nn.Linear(3, 2, bias=False))
+
+    optimizer, scheduler = build(0.1)
+    for _ in range(8):
+        optimizer.step()
+        scheduler.step()
+    resumed, again = build(0.2)
+    resumed.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(scheduler.state_dict())
+    resumed.step()
+    (group,) = resumed.param_groups
+    assert (group["peak_lr"], group["lr"]) == (0.2, pytest.approx(2 * optimizer.param_groups[0]["lr"]))

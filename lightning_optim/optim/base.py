@@ -43,8 +43,9 @@ class FusedOptimizer(Optimizer):
     - `collect_step_stats`: also fill `step_stats`, in the same pass. NaN where a step was skipped.
 
     `p.grad` is never written; a DTensor that lies otherwise than its parameter is replaced by the same gradient,
-    redistributed (`backends.placements.gradient_of`). Parameter groups may override every hyperparameter, and hold any further keys; a group's
-    `rule` names another optimizer whose update to use for it (`{"params": ..., "rule": "lion"}`).
+    redistributed (`backends.placements.gradient_of`). Parameter groups may override every hyperparameter, and hold any
+    further keys; a group's `rule` names another optimizer whose update to use for it
+    (`{"params": ..., "rule": "lion"}`).
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.

@@ -124,7 +124,8 @@ class Muon(HiddenMatrixOptimizer):
     As the reference of the first paper below and `torch.optim.Muon`, whose state dicts load here and back.
 
     Hidden matrices only are to be orthogonalised. Convolution kernels are, flattened to output channels × the rest;
-    vectors, embeddings and output layers go to AdamW, in groups of their own that this constructor makes, with
+    vectors, embeddings and other tables, depthwise kernels and output layers go to AdamW, in groups of their own that
+    this constructor makes, with
     ``rule="adamw"``. Embeddings and output layers are known by their names: pass `model.named_parameters()` rather than
     `model.parameters()`, or better `muon_param_groups(model)`, which also looks at the modules. A group's `rule`,
     "muon" or the name of another optimizer, decides for all its parameters.

@@ -131,7 +131,8 @@ def _rms(tensor: Tensor) -> Tensor:
 def _row_factor(row_var: Tensor, eps1: float) -> Tensor:
     """Rows over their mean, so that row times column is the second moment."""
     mean = row_var.mean(-2, keepdim=True, dtype=widest_dtype(row_var.device))
-    return row_var / mean.clamp(min=eps1).to(row_var.dtype)
+    factor: Tensor = row_var / mean.clamp(min=eps1).to(row_var.dtype)
+    return factor
 
 
 def _scale(param_rms: Tensor, delta_rms: Tensor, relative_step: Tensor, eps2: Any, d: Any) -> Tensor:

@@ -125,7 +125,8 @@ def _mean_square(grad: Tensor, dim: int) -> Tensor:
 def _rms(tensor: Tensor) -> Tensor:
     """Root mean square, finite where the tensor is; 0 of no element."""
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=widest_dtype(tensor.device))
-    return (norm / max(tensor.numel(), 1) ** 0.5).to(tensor.dtype)
+    result: Tensor = norm / math.sqrt(max(tensor.numel(), 1))
+    return result.to(tensor.dtype)
 
 
 def _row_factor(row_var: Tensor, eps1: float) -> Tensor:

@@ -125,13 +125,15 @@ def _mean_square(grad: Tensor, dim: int) -> Tensor:
 def _rms(tensor: Tensor) -> Tensor:
     """Root mean square, finite where the tensor is; 0 of no element."""
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=widest_dtype(tensor.device))
-    return (norm / max(tensor.numel(), 1) ** 0.5).to(tensor.dtype)
+    result: Tensor = norm / math.sqrt(max(tensor.numel(), 1))
+    return result.to(tensor.dtype)
 
 
 def _row_factor(row_var: Tensor, eps1: float) -> Tensor:
     """Rows over their mean, so that row times column is the second moment."""
     mean = row_var.mean(-2, keepdim=True, dtype=widest_dtype(row_var.device))
-    return row_var / mean.clamp(min=eps1).to(row_var.dtype)
+    factor: Tensor = row_var / mean.clamp(min=eps1).to(row_var.dtype)
+    return factor
 
 
 def _scale(param_rms: Tensor, delta_rms: Tensor, relative_step: Tensor, eps2: Any, d: Any) -> Tensor:

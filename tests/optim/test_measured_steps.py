@@ -20,9 +20,9 @@ from tests.optim.cases import BACKENDS
 from tests.optim.test_special_values import FLAGS
 
 USUAL = {
-    "SGD": ("plain", "l2", "l2_sp"),
-    "AdamW": ("plain", "l2", "l2_sp", "kahan", "bits8", "bfloat16"),
-    "Lion": ("cautious_cautious",),
+    "SGD": ("plain", "decay_l2", "decay_l2_sp"),
+    "AdamW": ("plain", "decay_l2", "decay_l2_sp", "kahan", "bits8", "bfloat16"),
+    "Lion": ("decay_cautious_masked",),
     "Adafactor": ("plain", "bfloat16"),
 }
 """What is tried by default; the rest is slow."""
@@ -105,7 +105,7 @@ def test_watching_changes_nothing(name: str, clip: float | None) -> None:
 
     def make() -> Any:
         ours = optimizer_of(
-            optim.get_optimizer_class(name.removeprefix("torch_").replace("fused", "adamw")), "l2", "cpu"
+            optim.get_optimizer_class(name.removeprefix("torch_").replace("fused", "adamw")), "decay_l2", "cpu"
         )
         assert ours is not None
         if not name.startswith("torch"):

@@ -30,7 +30,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "bits16": {"state_bits": 16},
     "bits8": {"state_bits": 8},
     **{
-        f"{kind}{'_cautious' if cautious else ''}": {
+        f"decay_{kind}{'_masked' if cautious else ''}": {
             "weight_decay_kind": kind,
             "weight_decay": 0.1,
             **({"cautious": True} if cautious else {}),
@@ -111,6 +111,8 @@ def assert_alike(got: Tensor, expected: Tensor, coarse: bool) -> None:
     assert torch.equal(got.signbit()[zero], expected.signbit()[zero])
     if not coarse:
         tolerance = 16 * torch.finfo(got.dtype).eps
+        usual = expected.abs() < 1e18  # beyond, what cancels leaves rounding of any size
+        got, expected = got[usual], expected[usual]
         torch.testing.assert_close(got, expected, rtol=max(tolerance, 1e-4), atol=tolerance, equal_nan=True)
 
 
@@ -119,7 +121,8 @@ def check(cls: type[FusedOptimizer], flags: str, backend: str) -> None:
     first = optimizer_of(cls, flags, "reference")
     assert first is not None
     rule = first.rule(first.param_groups[0])
-    alone = not isinstance(rule, UpdateRule) or bool(rule.sums) or "cautious" in flags or flags == "norm"
+    alone = not isinstance(rule, UpdateRule) or bool(rule.sums)
+    alone = alone or FLAGS[flags].get("cautious", False) or FLAGS[flags].get("weight_decay_kind") == "norm"
     give(first, 0)
     first.step()
     for place in places(first):

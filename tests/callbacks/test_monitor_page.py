@@ -241,10 +241,10 @@ def test_the_table_of_groups_makes_and_steps_no_optimizer_and_is_filled_in_from_
         def configure_optimizers(self):
             return Counted(self.parameters(), lr=0.1)
 
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # from now on torch calls hooks within super().step(), too
     Counted.made = Counted.steps = 0
     make_trainer([lo.OptimizerMonitor()], logger=logger).fit(Own(), batches(4))
     assert (Counted.made, Counted.steps) == (1, 4)
-    print(_texts(_page(logger), "optim/groups"))
     (_, before), (step, after) = _texts(_page(logger), "optim/groups")
     numel = sum(p.numel() for p in Net().parameters())
     assert "| after the first step |" in before

@@ -41,8 +41,8 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
             )
         present = vars(pl_module).get(_METHOD)
         owner = _owner(present)
-        if isinstance(owner, HubCallback) and owner is not self and owner._hub not in (None, self._hub):
-            owner._hub.abandon()
+        if isinstance(owner, ConfigureOptimizers) and owner._hub is not None and owner._hub is not self._hub:
+            owner._hub.abandon()  # of a fit that ended where no hook told of it
             present = vars(pl_module).get(_METHOD)
         if present is not None:
             if _owner(present) is not self:

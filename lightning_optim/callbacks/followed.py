@@ -26,7 +26,7 @@ class Followed:
 
     def __init__(self, optimizer: Optimizer, pipeline: StepPipeline) -> None:
         self.optimizer, self.pipeline = optimizer, pipeline
-        self._reported_at: dict[int, int] = {}
+        self._reported_at: dict[int, tuple[int, int]] = {}
         self._owed: set[int] = set()
 
     @property
@@ -40,11 +40,15 @@ class Followed:
         An optimizer steps once per batch, or never, or more than once. So whoever asked in a batch without a step is
         owed one, and whoever had one in this batch gets no second, at the same place on the loggers' axis.
         """
-        now, asking = logging_step(trainer), []
+        now, step = logging_step(trainer), self.pipeline.steps
+        asking = []
         for member in members:
             key = id(member)
-            if self._reported_at.get(key) != now and (key in self._owed or member.report_due(trainer)):
-                self._reported_at[key] = now
+            batch, reported = self._reported_at.get(key, (-1, -1))
+            # The same step may ask twice: torch calls the hooks anew for a `super().step()` within a step.
+            wants = reported == step if batch == now else key in self._owed or member.report_due(trainer)
+            if wants:
+                self._reported_at[key] = now, step
                 self._owed.discard(key)
                 asking.append(member)
         return asking
@@ -52,7 +56,7 @@ class Followed:
     def owe(self, asking: Sequence[Any], trainer: Trainer) -> None:
         """Called at the end of a batch, with those for whom it was due."""
         now = logging_step(trainer)
-        self._owed |= {id(member) for member in asking if self._reported_at.get(id(member)) != now}
+        self._owed |= {id(member) for member in asking if self._reported_at.get(id(member), (-1, -1))[0] != now}
 
 
 class FollowedOptimizers:

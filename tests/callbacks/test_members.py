@@ -318,3 +318,57 @@ def test_callbacks_that_live_on_keep_nothing_of_a_fit_alive(make, fails, tmp_pat
     alive = fit()
     gc.collect()
     assert [ref() for ref in alive] == [None] * 3
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_an_error_in_the_trial_of_a_tuner_which_no_hook_tells_of_does_not_reach_the_next_fit(same, tmp_path):
+    class Fails(Net):
+        fails, lr = True, 0.1
+
+        def training_step(self, batch, batch_idx):
+            if self.fails:
+                raise KeyError("mine")
+            return super().training_step(batch, batch_idx)
+
+    def parts():
+        return [lo.ConfigureOptimizers("sgd", lr=0.1), lo.GradientClipping(LIMIT)]
+
+    finder = L.callbacks.LearningRateFinder(num_training_steps=2)
+    model, first = Fails(), parts()
+    with pytest.raises(KeyError, match="mine"):
+        make_trainer([*first, finder], default_root_dir=tmp_path).fit(model, batches(2))
+    model.fails = False
+    second = first if same else parts()
+    make_trainer(second).fit(model, batches(2))
+    assert second[1]._kept[CHECKPOINT_KEY]["counts"] == [[2, 2, 0]]
+    assert "configure_optimizers" not in vars(model)
+
+
+def test_lightning_sets_the_modules_log_on_a_callback_before_any_hook_of_each_run():
+    """How a callback of ours hears of a run whatever a subclass overrides."""
+    events = []
+
+    class Hears(L.Callback):
+        def setup(self, trainer, pl_module, stage):
+            events.append(stage)
+
+        def __setattr__(self, name, value):
+            if name == "log":
+                events.append((name, value.__self__.trainer.state.fn))
+            super().__setattr__(name, value)
+
+    trainer = make_trainer([Hears()])
+    trainer.fit(Net(), batches(1))
+    trainer.validate(Net(), batches(1), verbose=False)
+    assert events == [("log", "fit"), "fit", ("log", "validate"), "validate"]
+
+
+def test_a_subclass_logs_as_every_callback_does(logger):
+    class Logs(lo.GradientClipping):
+        def on_train_batch_end(self, *args):
+            self.log("mine", 1.0)
+            self.log_dict({"yours": 2.0})
+
+    trainer = make_trainer([Logs()], logger=logger)
+    trainer.fit(Net(), batches(1))
+    assert trainer.callback_metrics == {"mine": 1.0, "yours": 2.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -217,3 +218,56 @@ def test_a_logger_of_ones_own_gets_what_log_metrics_gets(tmp_path):
         logger.save()
     assert list(read_events(own.log_dir)) == ["mine/a"]
     assert list(read_events(prefixed.log_dir)) == ["p-a"]
+
+
+class Counted(torch.optim.AdamW):
+    """Draws random numbers in its steps, and must not be made or stepped by anybody else."""
+
+    made = steps = 0
+
+    def __init__(self, *args, **kwargs):
+        type(self).made += 1
+        super().__init__(*args, **kwargs)
+
+    def step(self, closure=None):
+        type(self).steps += 1
+        loss = super().step(closure)
+        torch.rand(1)
+        return loss
+
+
+def test_the_table_of_groups_makes_and_steps_no_optimizer_and_is_filled_in_from_the_real_state(logger):
+    class Own(Net):
+        def configure_optimizers(self):
+            return Counted(self.parameters(), lr=0.1)
+
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # from now on torch calls hooks within super().step(), too
+    Counted.made = Counted.steps = 0
+    make_trainer([lo.OptimizerMonitor()], logger=logger).fit(Own(), batches(4))
+    assert (Counted.made, Counted.steps) == (1, 4)
+    (_, before), (step, after) = _texts(_page(logger), "optim/groups")
+    numel = sum(p.numel() for p in Net().parameters())
+    assert "| after the first step |" in before
+    assert step <= 2
+    assert f"| {8 * numel + 4 * 6} B |" in after  # two moments, and a step count for each of six tensors
+
+
+def test_the_state_of_ours_is_told_before_it_is_made(logger, monkeypatch):
+    from lightning_optim.optim import state
+
+    sizes, original = [], state.torch.full_like
+
+    def full_like(param, *args, **kwargs):
+        sizes.append((param.device.type, kwargs.get("dtype")))
+        return original(param, *args, **kwargs)
+
+    class Looks(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                assert {device for device, _ in sizes} == {"meta"}
+                assert not trainer.optimizers[0].state
+
+    monkeypatch.setattr(state.torch, "full_like", full_like)
+    make_trainer([*_callbacks(), Looks()], logger=logger).fit(Net(), batches(2))
+    ((_, groups),) = _texts(_page(logger), "optim/groups")
+    assert "| head | 2 | 18 | 0.1 | 0.2 | adamw | 152 B |" in groups

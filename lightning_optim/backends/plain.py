@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_optim.backends.shards import PLAIN
+from lightning_optim.backends.placements import PLAIN
 
 FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 """What kernels load as real numbers."""

@@ -119,7 +119,8 @@ def _mean_square(grad: Tensor, dim: int) -> Tensor:
     """Mean of g² over a dimension, which is kept; a finite gradient's square may be infinite, its mean need not be."""
     wide = widest_dtype(grad.device)
     norm: Tensor = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=wide)
-    return (norm.square_() / grad.shape[dim]).to(grad.dtype)
+    mean: Tensor = norm.square_() / grad.shape[dim]
+    return mean.to(grad.dtype)
 
 
 def _rms(tensor: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_optim.backends import plain, quantization
 from lightning_optim.backends.scalars import read
-from lightning_optim.backends.shards import PLAIN, local
+from lightning_optim.backends.placements import PLAIN
+from lightning_optim.backends.shards import local
 from lightning_optim.rules import Rule, UpdateRule
 from lightning_optim.weight_decay import INITIAL
 
@@ -78,7 +79,7 @@ def _shape_of(name: str, param: Tensor, rule: Rule, own: Mapping[str, torch.Size
     """
     if name in own:
         return own[name]
-    if name in ("kahan_comp", INITIAL) or (name in rule.state and isinstance(rule, UpdateRule)):
+    if name in ("kahan_comp", INITIAL, *rule.set_aside) or (name in rule.state and isinstance(rule, UpdateRule)):
         return param.shape
     if name in ("step", "rounding_key") or name in rule.scalar_state:
         return torch.Size(())

@@ -24,6 +24,8 @@ class ScheduleFreeAdamWRule(UpdateRule):
     compressible: ClassVar[Mapping[str, bool]] = {"exp_avg_sq": False}  # z is weights, and stays wide
     decays_beside = False
 
+    set_aside: ClassVar[tuple[str, ...]] = ("y",)
+
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
         """All three sequences start at the weights."""
         return {"z": param}
@@ -234,12 +236,15 @@ class ScheduleFreeAdamW(FusedOptimizer):
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
         """See `FusedOptimizer.rule`."""
-        if not group.get("train_mode", True):
+        return InnerMomentumRule() if group["inner_momentum"] else ScheduleFreeAdamWRule()
+
+    def _prepare(self, group: dict[str, Any], *, count: bool) -> None:
+        if group.get("rule") is None and not group["train_mode"]:
             raise RuntimeError(
                 "ScheduleFreeAdamW: a step in evaluation mode would start from the averaged weights. Call "
                 "optimizer.train() first; in Lightning, the callback ScheduleFree does."
             )
-        return InnerMomentumRule() if group["inner_momentum"] else ScheduleFreeAdamWRule()
+        super()._prepare(group, count=count)
 
     @torch.no_grad()
     def eval(self) -> None:

@@ -102,6 +102,9 @@ class Rule:
     keyword and returns the new one under the same name. Kept in float64, so that products and sums over a million steps
     keep moving."""
 
+    set_aside: ClassVar[tuple[str, ...]] = ()
+    """Further state that a parameter may have, of its shape, and that steps do not see."""
+
     counts_calls: ClassVar[bool] = False
     """Whether the host counts calls of `step`, skipped or not, in ``group["calls"]``: for rules that must decide on the
     host what a step does, on devices whose memory it must not read. On the CPU a rule may read `step` instead."""

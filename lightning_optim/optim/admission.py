@@ -78,7 +78,7 @@ def _shape_of(name: str, param: Tensor, rule: Rule, own: Mapping[str, torch.Size
     """
     if name in own:
         return own[name]
-    if name in ("kahan_comp", INITIAL) or (name in rule.state and isinstance(rule, UpdateRule)):
+    if name in ("kahan_comp", INITIAL, *rule.set_aside) or (name in rule.state and isinstance(rule, UpdateRule)):
         return param.shape
     if name in ("step", "rounding_key") or name in rule.scalar_state:
         return torch.Size(())

@@ -23,6 +23,8 @@ class ScheduleFreeAdamWRule(UpdateRule):
     second_moment = "exp_avg_sq"
     decays_beside = False
 
+    set_aside: ClassVar[tuple[str, ...]] = ("y",)
+
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
         """All three sequences start at the weights."""
         return {"z": param}
@@ -181,12 +183,15 @@ class ScheduleFreeAdamW(FusedOptimizer):
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
         """See `FusedOptimizer.rule`."""
-        if not group.get("train_mode", True):
+        return ScheduleFreeAdamWRule()
+
+    def _prepare(self, group: dict[str, Any], *, count: bool) -> None:
+        if group.get("rule") is None and not group["train_mode"]:
             raise RuntimeError(
                 "ScheduleFreeAdamW: a step in evaluation mode would start from the averaged weights. Call "
                 "optimizer.train() first; in Lightning, the callback ScheduleFree does."
             )
-        return ScheduleFreeAdamWRule()
+        super()._prepare(group, count=count)
 
     @torch.no_grad()
     def eval(self) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim.backends import plain, quantization
-from lightning_optim.backends.scalars import read
 from lightning_optim.backends.placements import PLAIN
+from lightning_optim.backends.scalars import read
 from lightning_optim.backends.shards import local
 from lightning_optim.rules import Rule, UpdateRule
 from lightning_optim.weight_decay import INITIAL

@@ -19,7 +19,8 @@ from lightning_optim.backends import plain, quantization
 from lightning_optim.backends.placements import PLAIN
 from lightning_optim.backends.scalars import read
 from lightning_optim.backends.shards import local
-from lightning_optim.rules import Rule, UpdateRule
+from lightning_optim.optim.state import tensor_names
+from lightning_optim.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.weight_decay import INITIAL
 
 
@@ -115,8 +116,9 @@ def check_state(subject: Subject, param: Tensor, rule: Rule, state: Mapping[str,
     check_memory(subject, {"": param})  # state that is made is made of the weights
     own = {} if isinstance(rule, UpdateRule) or not state else _shapes_of_tensor_rule(param, subject.group, rule)
     missing = sorted(own.keys() - state.keys())
-    if missing and own.keys() & state.keys():
-        raise subject.refuse(missing[0], f"is missing, and others of {type(rule).__name__} are there. {advice}")
+    there = [name for name in tensor_names(rule, state) if isinstance(rule, TensorRule)]
+    if missing and there:  # of parts, or made for another shape
+        raise subject.refuse(missing[0], f"is missing beside {', '.join(map(repr, there))}. {advice}")
     for name, value in state.items():
         shape = _shape_of(name, param, rule, own)
         if shape is None:

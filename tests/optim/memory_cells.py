@@ -137,7 +137,7 @@ FLAGS: tuple[dict[str, Any], ...] = (
 def accepted(cell: Cell) -> bool:
     """Whether the optimizer can be made at all."""
     try:
-        make(cell, (((4,), "plain"),))
+        make(cell, (((4,), "plain"), ((4, 4), "plain")))
     except (TypeError, ValueError):
         return False
     return True

@@ -41,6 +41,12 @@ def _put(key: str, change: Callable[[Tensor], Any]) -> Callable[[dict[str, Any]]
 
 TAMPERED = [
     pytest.param(optim.Adafactor, _without("row_var"), "'row_var'.*is missing", id="part_of_a_tensor_rule"),
+    pytest.param(
+        optim.Adafactor,
+        lambda state: state.update(variance=state.pop("row_var") @ state.pop("col_var")),
+        "'col_var'.*is missing beside 'variance'",
+        id="of_a_vector",
+    ),
     pytest.param(optim.NorMuon, _without("second_momentum_buffer"), "second_momentum.*is missing", id="muons_state"),
     pytest.param(optim.Muon, _put("momentum_buffer", lambda s: s.long()), "is torch.int64; needed", id="integers"),
     pytest.param(optim.AdamW, _put("step", lambda s: s.bfloat16()), "'step'.*is torch.bfloat16", id="half_count"),

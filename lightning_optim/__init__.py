@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from lightning_optim.callbacks import WeightDecay as WeightDecay
     from lightning_optim.callbacks import attach as attach
     from lightning_optim.cli import OptimCLI as OptimCLI
-    from lightning_optim.durations import Duration as Duration
-    from lightning_optim.durations import Horizon as Horizon
+    from lightning_optim.core.durations import Duration as Duration
+    from lightning_optim.core.durations import Horizon as Horizon
     from lightning_optim.factory import OptimizerFactory as OptimizerFactory
     from lightning_optim.param_groups import LayerDecay as LayerDecay
     from lightning_optim.param_groups import ParamGroupRule as ParamGroupRule

@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
 from lightning_optim.callbacks.planning import make_plan
-from lightning_optim.plan_report import format_plan, save_plot
-from lightning_optim.run_report import read_runs, write_report
+from lightning_optim.diagnostics.run_report import read_runs, write_report
+from lightning_optim.factory.plan_text import format_plan, save_plot
 
 
 class PlanningTrainer(L.Trainer):

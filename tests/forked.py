@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-_PRELOAD = ["lightning_optim.callbacks", "lightning_optim.backends.cpu", "tests.helpers"]
+_PRELOAD = ["lightning_optim.callbacks", "lightning_optim.kernels.cpu.backend", "tests.helpers"]
 
 
 def _context() -> ForkServerContext:
@@ -126,7 +126,7 @@ def _quiet() -> None:
 
 
 def _end() -> None:
-    """Without the interpreter's usual end; see `tests.ranks.leave`."""
+    """Without the interpreter's usual end; see `tests.distributed.ranks.leave`."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -12,7 +12,7 @@ from torch import nn
 
 import lightning_optim as lo
 from lightning_optim import optim, schedules
-from lightning_optim.durations import Horizon
+from lightning_optim.core.durations import Horizon
 from lightning_optim.factory import OptimizerFactory
 
 NAN, INF = math.nan, math.inf

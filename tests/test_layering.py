@@ -126,7 +126,7 @@ STATEMENTS = (
     "import lightning_optim.optim",
     "lightning_optim.optim.AdamW",
     "from lightning_optim import StepPipeline, build_param_groups, schedules, OptimizerFactory",
-    "import lightning_optim.step, lightning_optim.diagnostics, lightning_optim.training_length",
+    "import lightning_optim.step, lightning_optim.diagnostics, lightning_optim.factory.run_length",
 )
 
 

@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.factory import OptimizerFactory
 
 _METHOD = "configure_optimizers"

@@ -10,11 +10,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_optim.callbacks.guarded import Guarded
-from lightning_optim.callbacks.hub import HubCallback
-from lightning_optim.callbacks.lightning_private import logging_due, logging_step, plain_name
-from lightning_optim.callbacks.places import Place, Places
-from lightning_optim.callbacks.run_snapshots import RunSnapshots
+from lightning_optim.callbacks._guard.guarded import Guarded
+from lightning_optim.callbacks._guard.places import Place, Places
+from lightning_optim.callbacks._guard.snapshots import RunSnapshots
+from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.callbacks._lightning import logging_due, logging_step, plain_name
+from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import (
     SIGNALS,
     Alarm,
@@ -32,7 +33,6 @@ from lightning_optim.divergence import (
     Watch,
 )
 from lightning_optim.divergence.report import Entry
-from lightning_optim.stats import StepRecord
 from lightning_optim.step import StepPipeline
 
 CHECKPOINT_KEY = "lightning_optim.divergence_guard"

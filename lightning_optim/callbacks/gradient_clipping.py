@@ -6,10 +6,10 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_optim.callbacks.hub import HubCallback
-from lightning_optim.callbacks.pipelines import has_engine
+from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.callbacks._pipelines import has_engine
 from lightning_optim.clipping import ClipRule, GlobalNorm, make_clip_rule
-from lightning_optim.durations import Horizon
+from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import Schedule, get_schedule
 
 

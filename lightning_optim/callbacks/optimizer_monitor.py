@@ -9,14 +9,14 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_optim.callbacks.hub import HubCallback
-from lightning_optim.callbacks.lightning_private import logging_due, logging_step
-from lightning_optim.callbacks.monitor_details import MonitorDetails
-from lightning_optim.callbacks.monitor_page import HP_METRICS, MonitorPage, log_scalars
-from lightning_optim.callbacks.run_meter import RunMeter
+from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.callbacks._lightning import logging_due, logging_step
+from lightning_optim.callbacks._monitor.details import MonitorDetails
+from lightning_optim.callbacks._monitor.meter import RunMeter
+from lightning_optim.callbacks._monitor.page import HP_METRICS, MonitorPage, log_scalars
+from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histograms, PerTensor, Report
 from lightning_optim.diagnostics.advice import BatchAdvice
-from lightning_optim.stats import StepCounts, StepRecord
 from lightning_optim.step import StepPipeline
 
 

@@ -11,15 +11,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_optim.callbacks import lightning_private
+from lightning_optim.callbacks import _lightning as lightning_private
+from lightning_optim.callbacks._contributor import is_ours
+from lightning_optim.callbacks._hub import Hub, HubCallback
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
-from lightning_optim.callbacks.contributor import is_ours
-from lightning_optim.callbacks.hub import Hub, HubCallback
-from lightning_optim.durations import Duration, Horizon
-from lightning_optim.plan import Plan, plan_curves, plan_groups, replay
+from lightning_optim.core.durations import Duration, Horizon
+from lightning_optim.factory.plan import Plan, plan_curves, plan_groups, replay
+from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.schedules import Schedule, Scheduler
 from lightning_optim.schedules.plateau import Observer
-from lightning_optim.training_length import horizon_of
 
 
 def make_plan(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> Plan:

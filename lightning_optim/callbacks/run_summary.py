@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_optim.callbacks.hub import HubCallback
-from lightning_optim.stats import StepCounts
+from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.core.stats import StepCounts
 
 
 class RunSummary(HubCallback):

@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.callbacks._hub import HubCallback
 
 
 class ScheduleFree(HubCallback):

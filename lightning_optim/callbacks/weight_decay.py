@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import lightning.pytorch as L
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks.followed import bare
-from lightning_optim.callbacks.hub import HubCallback
-from lightning_optim.foreign_decay import ForeignDecay, check_decay
-from lightning_optim.weight_decay import WeightDecayKind
+from lightning_optim.callbacks._followed import bare
+from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.kernels.weight_decay import WeightDecayKind
+from lightning_optim.step.foreign_decay import ForeignDecay, check_decay
 
 
 class WeightDecay(HubCallback):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, put, take, whole
-from lightning_optim.stats import GradStats
+from lightning_optim.core.stats import GradStats
 
 
 class AdaGC(ClipRule):

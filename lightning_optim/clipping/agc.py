@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 import torch
 
 from lightning_optim.clipping.base import STATELESS, ClipRule, State, UnitDivisor, above_zero
-from lightning_optim.messages import nearest
-from lightning_optim.stats import GradStats, UnitNorms
+from lightning_optim.core.stats import GradStats, UnitNorms
+from lightning_optim.core.suggest import nearest
 
 
 class AGC(ClipRule):

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.stats import GradStats
+from lightning_optim.core.stats import GradStats
 
 State = Mapping[str, Tensor]
 """What a rule remembers, by name; on the device."""

@@ -12,7 +12,7 @@ from lightning_optim.clipping.base import ClipRule
 from lightning_optim.clipping.history import AutoClip, ZClip
 from lightning_optim.clipping.limits import BlockRMS, GlobalNorm, GroupNorm, Value
 from lightning_optim.clipping.moments import MomentumRatio, UpdateRMS
-from lightning_optim.messages import nearest
+from lightning_optim.core.suggest import nearest
 
 _RULES: dict[str, type[ClipRule]] = {
     "adagc": AdaGC,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, whole
-from lightning_optim.stats import GradStats
+from lightning_optim.core.stats import GradStats
 
 SMALLEST = 1e-30
 """Stands for a norm of 0, which has no logarithm and cannot be divided by."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_optim.clipping.base import STATELESS, Clamp, ClipRule, State, above_zero
-from lightning_optim.messages import nearest
-from lightning_optim.stats import GradStats
-from lightning_optim.transfer import upload
+from lightning_optim.core.stats import GradStats
+from lightning_optim.core.suggest import nearest
+from lightning_optim.core.transfer import upload
 
 
 class GlobalNorm(ClipRule):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, State, above_zero, put, take, whole
-from lightning_optim.stats import GradStats
-from lightning_optim.transfer import upload
+from lightning_optim.core.stats import GradStats
+from lightning_optim.core.transfer import upload
 
 
 class _Released(ClipRule):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.clipping.base import Clip, ClipRule, Divisor
-from lightning_optim.stats import GradStats
+from lightning_optim.core.stats import GradStats
 
 logger = logging.getLogger(__name__)
 

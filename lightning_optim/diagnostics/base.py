@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from lightning_optim.stats import StepRecord
+from lightning_optim.core.stats import StepRecord
 
 
 class Diagnostic(ABC):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_optim.core.stats import StepRecord, sum_groups
 from lightning_optim.diagnostics.base import Diagnostic
-from lightning_optim.stats import StepRecord, sum_groups
 
 
 class GradNorm(Diagnostic):

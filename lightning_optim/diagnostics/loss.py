@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_optim.interval import Interval, summarise
+from lightning_optim.core.interval import Interval, summarise
 
 WINDOW = 128
 _TO_SIGMA = 1.4826  # of a normal distribution: standard deviation over median absolute deviation

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_optim.core.stats import StepCounts, StepRecord
+from lightning_optim.core.transfer import PendingValues
 from lightning_optim.diagnostics.base import Diagnostic
-from lightning_optim.stats import StepCounts, StepRecord
-from lightning_optim.transfer import PendingValues
 
 _HYPERPARAMETERS = ("lr", "weight_decay")
 _START = StepCounts()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_optim.messages import nearest
-from lightning_optim.stats import TENSOR_COLUMNS
+from lightning_optim.core.stats import TENSOR_COLUMNS
+from lightning_optim.core.suggest import nearest
 
 
 class TensorRows:

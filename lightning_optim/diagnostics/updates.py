@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.core.stats import StepRecord
 from lightning_optim.diagnostics.base import Diagnostic
-from lightning_optim.stats import StepRecord
-from lightning_optim.weight_decay import WeightDecayKind
+from lightning_optim.kernels.weight_decay import WeightDecayKind
 
 
 class ParamNorm(Diagnostic):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from lightning_optim.stats import GradStats
+from lightning_optim.core.stats import GradStats
 
 
 class Detector(ABC):

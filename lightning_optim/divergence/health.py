@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_optim.core.stats import TENSOR_COLUMNS
 from lightning_optim.divergence.judge import Alarm
-from lightning_optim.stats import TENSOR_COLUMNS
 
 _HISTORY = 10
 _LOOKS = 5

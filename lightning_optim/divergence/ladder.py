@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_optim.room import check_memory
+from lightning_optim.divergence.memory import check_memory
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.uncompiled import uncompiled
+from lightning_optim.core.uncompiled import uncompiled
 
 
 class RateCut:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_optim.core.stats import GradStats
+from lightning_optim.core.transfer import upload
 from lightning_optim.divergence.base import NonFiniteGradient
 from lightning_optim.divergence.rows import Rows
 from lightning_optim.divergence.spikes import SpikeWindow
-from lightning_optim.stats import GradStats
-from lightning_optim.transfer import upload
 
 SIGNALS = ("grad_norm", "loss")
 """What spikes are looked for in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from lightning_optim.messages import nearest
+from lightning_optim.core.suggest import nearest
 from lightning_optim.optim.adafactor import Adafactor
 from lightning_optim.optim.adagrad import Adagrad
 from lightning_optim.optim.adam import Adam

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_optim.backends.base import largest
-from lightning_optim.backends.scalars import widest_dtype
+from lightning_optim.kernels.base import largest
+from lightning_optim.kernels.rules import Scalar, TensorRule, minimum, sqrt
+from lightning_optim.kernels.scalars import widest_dtype
+from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.rules import Scalar, TensorRule, minimum, sqrt
-from lightning_optim.weight_decay import WeightDecayKind
 
 
 class AdafactorRule(TensorRule):
@@ -81,12 +81,13 @@ class AdafactorRule(TensorRule):
 
         g/√max(r·c, ε²) is g·min(1/√r · 1/√c, 1/ε): a root for each row and column, and none for each element.
         """
-        from lightning_optim.backends import cpu_factored, measure  # needs numba, which the cpu backend has
+        from lightning_optim.kernels import measure
+        from lightning_optim.kernels.cpu import factored
 
         shapes = [grad.shape for grad in grads]
         grads = [(grad if grad.dim() >= 2 else grad.reshape(1, -1)).contiguous() for grad in grads]
         weights = [numbers["one_minus_beta2"] for numbers in scalars]
-        row_means, col_means = cpu_factored.mean_squares(grads)
+        row_means, col_means = factored.mean_squares(grads)
         new_states, rows, columns, ceilings = [], [], [], []
         for i, state in enumerate(states):
             eps1 = _eps1(params[i], groups[i])
@@ -102,12 +103,12 @@ class AdafactorRule(TensorRule):
                 rows.append(_row_factor(row_var, eps1).rsqrt().contiguous())
                 columns.append(col_var.rsqrt().contiguous())
                 new_states.append({"row_var": row_var, "col_var": col_var})
-        delta_sq = cpu_factored.scaled_squares(grads, rows, columns, ceilings)
+        delta_sq = factored.scaled_squares(grads, rows, columns, ceilings)
         numel = delta_sq.new_tensor([max(param.numel(), 1) for param in params])
         eps2, d = delta_sq.new_tensor([[group["eps"][1], group["d"]] for group in groups]).unbind(1)
         relative_step = torch.stack([numbers["relative_step"] for numbers in scalars])
         scales = _scale((measure(params) / numel).sqrt(), (delta_sq / numel).sqrt(), relative_step, eps2, d)
-        return cpu_factored.Scaled(shapes, grads, rows, columns, ceilings, scales.tolist()), new_states
+        return factored.Scaled(shapes, grads, rows, columns, ceilings, scales.tolist()), new_states
 
 
 def _eps1(param: Tensor, group: Mapping[str, Any]) -> float:

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_optim.backends import plain, quantization
-from lightning_optim.backends.placements import PLAIN
-from lightning_optim.backends.scalars import read
-from lightning_optim.backends.shards import local
+from lightning_optim.core.placements import PLAIN
+from lightning_optim.core.sharding import local
+from lightning_optim.kernels import plain, quantization
+from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
+from lightning_optim.kernels.scalars import read
+from lightning_optim.kernels.weight_decay import INITIAL
 from lightning_optim.optim.state import tensor_names
-from lightning_optim.rules import Rule, TensorRule, UpdateRule
-from lightning_optim.weight_decay import INITIAL
 
 
 class Ruled(Protocol):

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.kernels.rules import Scalar, UpdateRule, maximum, minimum, sqrt, where
+from lightning_optim.kernels.weight_decay import WeightDecayKind, group_decay
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.rules import Scalar, UpdateRule, maximum, minimum, sqrt, where
-from lightning_optim.weight_decay import WeightDecayKind, group_decay
 
 
 class ADOPTRule(UpdateRule):

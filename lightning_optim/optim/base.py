@@ -12,11 +12,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_optim import backends
-from lightning_optim.backends import Backend, Batch
-from lightning_optim.backends.placements import is_partial, is_sharded, partial_refused
-from lightning_optim.backends.scalars import is_set, widest_dtype
-from lightning_optim.backends.shards import local
+from lightning_optim import kernels
+from lightning_optim.core.placements import is_partial, is_sharded, partial_refused
+from lightning_optim.core.sharding import local
+from lightning_optim.core.stats import STEP_SUMS, StepStats
+from lightning_optim.core.transfer import upload
+from lightning_optim.core.trial_step import is_trial_step
+from lightning_optim.core.uncompiled import leave_step_uncompiled
+from lightning_optim.kernels import Backend, Batch
+from lightning_optim.kernels.peak_lr import NEED_PEAK, follow_peak, say_peak, start_peak
+from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
+from lightning_optim.kernels.scalars import is_set, widest_dtype
+from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.checkpoint import load_state_dict
@@ -30,13 +37,6 @@ from lightning_optim.optim.hyperparameters import (
 )
 from lightning_optim.optim.state import complete_state, tensor_names
 from lightning_optim.optim.widening import say, widen
-from lightning_optim.peak_lr import NEED_PEAK, follow_peak, say_peak, start_peak
-from lightning_optim.rules import Rule, TensorRule, UpdateRule
-from lightning_optim.stats import STEP_SUMS, StepStats
-from lightning_optim.transfer import upload
-from lightning_optim.trial_step import is_trial_step
-from lightning_optim.uncompiled import leave_step_uncompiled
-from lightning_optim.weight_decay import WeightDecayKind
 
 NOT_NUMBERS = {"params", "param_names"}
 SHARED = ("lr", "weight_decay", "weight_decay_kind", "maximize", "cautious", *low_precision.DEFAULTS)
@@ -59,7 +59,7 @@ class FusedOptimizer(Optimizer):
     - `collect_step_stats`: also fill `step_stats`, in the same pass. NaN where a step was skipped.
 
     `p.grad` is never written; a DTensor that lies otherwise than its parameter is replaced by the same gradient,
-    redistributed (`backends.placements.gradient_of`). Parameter groups may override every hyperparameter, and hold any
+    redistributed (`kernels.placements.gradient_of`). Parameter groups may override every hyperparameter, and hold any
     further keys; a group's `rule` names another optimizer whose update to use for it
     (`{"params": ..., "rule": "lion"}`). Of a tensor lr that several groups are given, the first keeps the tensor itself
     and each other a copy, so that what drives one (schedulers fill tensors in place) leaves the others alone.
@@ -203,10 +203,10 @@ class FusedOptimizer(Optimizer):
         self.step_stats = self._stats(sorted_, collected) if self.collect_step_stats else None
 
     def _backend_of(self, batch: Batch) -> Backend:
-        backend = backends.choose(self.backend, batch.device)
+        backend = kernels.choose(self.backend, batch.device)
         able = batch.plain and backend.supports(batch)
         if not able or (batch.low_precision and not backend.low_precision):
-            return backends.get_backend("reference")
+            return kernels.get_backend("reference")
         return backend
 
     def _share(self, sorted_: Batches) -> list[tuple[Tensor, Tensor]]:
@@ -348,7 +348,7 @@ class FusedOptimizer(Optimizer):
             reason = rule.why_not(param, group)
             if reason is not None:
                 raise ValueError(f"{label}: {reason}")
-            backends.choose(self.backend, param.device)
+            kernels.choose(self.backend, param.device)
 
     def label(self, group: Mapping[str, Any], index: int) -> str:
         """How messages call a parameter: by its name, or by its place and shape."""

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.backends import Batch
-from lightning_optim.backends.placements import PLAIN, gradient_of
-from lightning_optim.backends.plain import resolved, storage_bytes
-from lightning_optim.backends.shards import local
+from lightning_optim.core.placements import PLAIN, gradient_of
+from lightning_optim.core.sharding import local
+from lightning_optim.kernels import Batch
+from lightning_optim.kernels.plain import resolved, storage_bytes
+from lightning_optim.kernels.rules import Rule
+from lightning_optim.kernels.weight_decay import decay_form
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.admission import GRADIENT, Owned, Ruled, Subject
 from lightning_optim.optim.state import complete_state, tensor_names
 from lightning_optim.optim.tensor_form import Form
-from lightning_optim.rules import Rule
-from lightning_optim.weight_decay import decay_form
 
 _AS_IT_IS = nullcontext()
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_optim.backends import plain
-from lightning_optim.backends.placements import placed_as
-from lightning_optim.backends.shards import local
-from lightning_optim.messages import nearest
+from lightning_optim.core.placements import placed_as
+from lightning_optim.core.sharding import local
+from lightning_optim.core.suggest import nearest
+from lightning_optim.kernels import plain
 from lightning_optim.optim.admission import Ruled, Subject, check_state
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_optim.messages import nearest
+from lightning_optim.core.suggest import nearest
 
 NON_NEGATIVE = (
     "lr",

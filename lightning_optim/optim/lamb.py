@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.kernels.rules import Scalar, UpdateRule, absolute, minimum, sqrt, where
+from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_form
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.rules import Scalar, UpdateRule, absolute, minimum, sqrt, where
-from lightning_optim.weight_decay import WeightDecayKind, decay_form
 
 
 def _moments(

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.backends import quantization
-from lightning_optim.backends.rounding import first_key
-from lightning_optim.rules import Rule, UpdateRule
-from lightning_optim.weight_decay import INITIAL
+from lightning_optim.kernels import quantization
+from lightning_optim.kernels.rounding import first_key
+from lightning_optim.kernels.rules import Rule, UpdateRule
+from lightning_optim.kernels.weight_decay import INITIAL
 
 DEFAULTS = {"kahan_sum": False, "stochastic_rounding": False, "state_bits": 32}
 """In the defaults of every optimizer, whether its constructor names them or not, so groups may always set them."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.kernels.rules import Scalar, TensorRule
+from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
 from lightning_optim.optim.newton_schulz import COEFFICIENTS, orthogonalize_stack
-from lightning_optim.rules import Scalar, TensorRule
-from lightning_optim.weight_decay import WeightDecayKind
 
 
 class MuonRule(TensorRule):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.kernels.rules import Scalar, TensorRule
+from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
 from lightning_optim.optim.muon import MuonRule, directions_of, matrix_shape, step_ratio
 from lightning_optim.optim.newton_schulz import COEFFICIENTS
-from lightning_optim.rules import Scalar, TensorRule
-from lightning_optim.weight_decay import WeightDecayKind
 
 NEWTON_SCHULZ_EPS = 1e-7  # `eps` is for the rows
 

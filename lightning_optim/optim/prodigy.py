@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.kernels.rules import Scalar, UpdateRule, absolute, maximum, minimum, sqrt, where
+from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.rules import Scalar, UpdateRule, absolute, maximum, minimum, sqrt, where
-from lightning_optim.weight_decay import WeightDecayKind
 
 
 class ProdigyRule(UpdateRule):

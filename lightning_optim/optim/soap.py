@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_optim.backends.base import largest
-from lightning_optim.backends.scalars import read
+from lightning_optim.kernels.base import largest
+from lightning_optim.kernels.rules import Scalar, TensorRule, sqrt, where
+from lightning_optim.kernels.scalars import read
+from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_coefficients, decay_form
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.rules import Scalar, TensorRule, sqrt, where
-from lightning_optim.weight_decay import WeightDecayKind, decay_coefficients, decay_form
 
 Bases = list[Tensor | None]  # one per dimension; None for one that is left as it is
 

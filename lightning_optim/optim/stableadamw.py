@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.kernels.rules import Scalar, UpdateRule, maximum, minimum, sqrt, where
+from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_form
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.rules import Scalar, UpdateRule, maximum, minimum, sqrt, where
-from lightning_optim.weight_decay import WeightDecayKind, decay_form
 
 
 def _new_square(grad: Any, exp_avg_sq: Any, beta2_hat: Any, one_minus_beta2_hat: Any, largest: Any) -> Any:

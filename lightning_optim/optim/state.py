@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.backends.base import arithmetic_dtype
-from lightning_optim.backends.scalars import widest_dtype
+from lightning_optim.kernels.base import arithmetic_dtype
+from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
+from lightning_optim.kernels.scalars import widest_dtype
+from lightning_optim.kernels.weight_decay import INITIAL, decay_form
 from lightning_optim.optim import low_precision
 from lightning_optim.optim.widening import say, widen
-from lightning_optim.rules import Rule, TensorRule, UpdateRule
-from lightning_optim.weight_decay import INITIAL, decay_form
 
 
 def complete_state(

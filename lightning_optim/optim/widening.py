@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.backends.base import arithmetic_dtype
-from lightning_optim.backends.quantization import dequantize
-from lightning_optim.rules import Rule
-from lightning_optim.weight_decay import INITIAL
+from lightning_optim.kernels.base import arithmetic_dtype
+from lightning_optim.kernels.quantization import dequantize
+from lightning_optim.kernels.rules import Rule
+from lightning_optim.kernels.weight_decay import INITIAL
 
 
 def widen(state: dict[str, Any], names: Iterable[str], param: Tensor, group: Mapping[str, Any], rule: Rule) -> set[str]:

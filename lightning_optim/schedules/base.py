@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_optim.durations import Duration, Horizon
+from lightning_optim.core.durations import Duration, Horizon
 from lightning_optim.schedules.phases import Cooldown, Warmup
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_optim.durations import Duration, Horizon
+from lightning_optim.core.durations import Duration, Horizon
 from lightning_optim.schedules.base import Phases, Position
 from lightning_optim.schedules.phases import DECAYS, Cooldown, Warmup
 from lightning_optim.schedules.shapes import Constant, Cosine

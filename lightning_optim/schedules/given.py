@@ -10,9 +10,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_optim.durations import Duration
-from lightning_optim.imports import import_object
-from lightning_optim.messages import nearest
+from lightning_optim.core.durations import Duration
+from lightning_optim.core.imports import import_object
+from lightning_optim.core.suggest import nearest
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.function import FromFunction
 from lightning_optim.schedules.hyperparameters import hyperparameter

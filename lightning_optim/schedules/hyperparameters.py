@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_optim.messages import nearest
+from lightning_optim.core.suggest import nearest
 
 _IN_BETAS = {"momentum": 0, "beta1": 0, "beta2": 1, "beta3": 2}
 """Names for parts of ``betas``; ``momentum`` as torch's OneCycleLR has it."""

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_optim.durations import Duration
-from lightning_optim.messages import nearest
+from lightning_optim.core.durations import Duration
+from lightning_optim.core.suggest import nearest
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,

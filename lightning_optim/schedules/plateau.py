@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_optim.durations import Duration
-from lightning_optim.messages import nearest
+from lightning_optim.core.durations import Duration
+from lightning_optim.core.suggest import nearest
 from lightning_optim.schedules.base import Position, Schedule
 from lightning_optim.schedules.phases import Cooldown, Warmup
 

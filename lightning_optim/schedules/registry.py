@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_optim.messages import nearest
+from lightning_optim.core.suggest import nearest
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.compositions import WSD, OneCycle
 from lightning_optim.schedules.plateau import ReduceOnPlateau

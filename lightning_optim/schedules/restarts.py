@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_optim.durations import Duration
+from lightning_optim.core.durations import Duration
 from lightning_optim.schedules.base import Position, Schedule
 from lightning_optim.schedules.phases import DECAYS, Cooldown, Warmup, check_final
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_optim.durations import Horizon
-from lightning_optim.messages import nearest
+from lightning_optim.core.durations import Horizon
+from lightning_optim.core.suggest import nearest
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
 from lightning_optim.schedules.order import has_stepped, warn_of_order

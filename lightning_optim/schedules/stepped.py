@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_optim.durations import Duration
+from lightning_optim.core.durations import Duration
 from lightning_optim.schedules.base import Position, Schedule
 from lightning_optim.schedules.phases import Cooldown, Warmup
 

@@ -22,9 +22,9 @@ import lightning.pytorch as L
 import torch
 
 import lightning_optim as lo
-from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.core.stats import STEP_SUMS, StepRecord
 from lightning_optim.divergence import HealthLimits
-from lightning_optim.stats import STEP_SUMS, StepRecord
 from tests.benchmarks.timing import table
 from tests.divergence.trainings import TRAININGS, train
 

@@ -61,7 +61,7 @@ def global_norm_and_torchs() -> str:
     rule = get_clip_rule("global_norm")()
 
     def ours() -> object:
-        norm_sq = lo.backends.measure(grads)
+        norm_sq = lo.kernels.measure(grads)
         return rule(lo.stats.GradStats(norm_sq, (len(grads),)))
 
     timings = interleave(

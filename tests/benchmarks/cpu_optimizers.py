@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lightning_optim as lo
-from lightning_optim.rules import UpdateRule
+from lightning_optim.kernels.rules import UpdateRule
 from tests.benchmarks.models import cut, matrices, transformer
 from tests.benchmarks.peers import peers
 from tests.benchmarks.timing import interleave, memory_copy, table
@@ -43,7 +43,7 @@ def adamw_with_everything() -> str:
         optimizer.found_inf = torch.zeros(())
 
         def measure_and_clip(*_: object) -> None:
-            norm_sq = lo.backends.measure([p.grad for p in params])
+            norm_sq = lo.kernels.measure([p.grad for p in params])
             optimizer.divisor = norm_sq.sum().sqrt().clamp(min=1.0)
 
         optimizer.register_step_pre_hook(measure_and_clip)
@@ -70,7 +70,7 @@ def adamw_with_everything() -> str:
             "torch fused: update alone": stepper(parameters, lambda p: torch.optim.AdamW(p, fused=True)),
             "copy of 32 bytes per parameter": memory_copy(32 * count),
             "copy of 28 bytes per parameter": memory_copy(28 * count),
-            "ours: norms of the gradients": lambda: lo.backends.measure(grads),
+            "ours: norms of the gradients": lambda: lo.kernels.measure(grads),
             "torch clip_grad_norm_": clip,
         }
     )

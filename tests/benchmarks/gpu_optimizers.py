@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim import backends, optim
+from lightning_optim import kernels, optim
 
 LR, MAX_NORM = 1e-4, 1.0
 STEP_BYTES = 28  # per float32 parameter: read weight, gradient and two moments, write all but the gradient
@@ -52,7 +52,7 @@ def ours(clip: bool, sums: bool) -> Callable[[list[Tensor]], Step]:
 
         def step() -> None:
             if clip:
-                norm = backends.measure([p.grad for p in params if p.grad is not None]).sum().sqrt()
+                norm = kernels.measure([p.grad for p in params if p.grad is not None]).sum().sqrt()
                 optimizer.divisor = (norm / MAX_NORM).clamp(min=1.0)
                 optimizer.found_inf = (~norm.isfinite()).float()
             optimizer.step()
@@ -169,7 +169,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("There is no CUDA device here, and this script measures nothing else. Run it on a machine with a GPU.")
-    reason = backends.why_not("triton", torch.device("cuda"))
+    reason = kernels.why_not("triton", torch.device("cuda"))
     if reason is not None:
         sys.exit(f"The triton backend cannot run here: {reason}")
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_optim as lo
-from lightning_optim.callbacks.hub import CHECKPOINT_KEY
+from lightning_optim.callbacks._hub import CHECKPOINT_KEY
 from lightning_optim.clipping import GroupNorm, list_clip_rules
-from tests.fsdp2_script import RULES
+from tests.distributed.fsdp2_script import RULES
 from tests.helpers import (
     ADAMWS,
     PRECISIONS,

@@ -13,7 +13,7 @@ from lightning.pytorch.tuner import Tuner
 
 import lightning_optim as lo
 from lightning_optim import callbacks
-from lightning_optim.callbacks.hub import HubCallback
+from lightning_optim.callbacks._hub import HubCallback
 from tests.helpers import Net, Recorder, batches, make_trainer, read_events
 
 PUBLIC = [getattr(callbacks, name) for name in callbacks.__all__]

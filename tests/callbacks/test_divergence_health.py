@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import lightning_optim as lo
+from lightning_optim.core.stats import TENSOR_COLUMNS
 from lightning_optim.divergence import Health
-from lightning_optim.stats import TENSOR_COLUMNS
 from tests.helpers import ADAMWS, Net, batches, make_trainer
 
 

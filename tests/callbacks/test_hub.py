@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import lightning_optim as lo
-from lightning_optim.callbacks.hub import Hub
+from lightning_optim.callbacks._hub import Hub
 from lightning_optim.diagnostics import Diagnostic
 from lightning_optim.schedules import Cosine, Linear, Scheduler
 from tests.helpers import ADAMWS, BareNet, Net, Recorder, batches, bit_equal, make_trainer, precision, read_events
@@ -49,7 +49,7 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path):
 
 
 def test_the_gradients_are_read_once_per_step(monkeypatch, logger):
-    from lightning_optim import gradients
+    from lightning_optim.step import gradients
 
     reads = []
     original = gradients.measure_norm_sq

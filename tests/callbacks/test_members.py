@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_optim as lo
 from lightning_optim import callbacks
-from lightning_optim.callbacks.hub import CHECKPOINT_KEY, Hub, HubCallback
+from lightning_optim.callbacks._hub import CHECKPOINT_KEY, Hub, HubCallback
 from tests.helpers import Net, batches, bit_equal, make_trainer
 
 PUBLIC = [getattr(callbacks, name) for name in callbacks.__all__]

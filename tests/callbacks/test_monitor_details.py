@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lightning_optim as lo
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Histograms, PerTensor, Report
 from lightning_optim.diagnostics.magnitudes import EDGES, TAGS
-from lightning_optim.histograms import ABOVE, BELOW, COLUMNS, FIRST, KINDS, NOT_FINITE, ZERO, magnitudes
+from lightning_optim.step.histograms import ABOVE, BELOW, COLUMNS, FIRST, KINDS, NOT_FINITE, ZERO, magnitudes
 from tests.helpers import ADAMWS, Net, batches, make_trainer, precision
 
 RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
@@ -193,7 +193,7 @@ def test_counts_are_numpys(dtype):
 
 
 def test_counts_of_more_than_one_chunk(monkeypatch):
-    monkeypatch.setattr("lightning_optim.histograms._CHUNK", 3)
+    monkeypatch.setattr("lightning_optim.step.histograms._CHUNK", 3)
     assert magnitudes(torch.full((10,), 1.0))[1 - FIRST + BELOW] == 10
 
 
@@ -300,7 +300,7 @@ def test_from_yaml():
 
 
 def test_without_tensorboard_nothing_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_optim.histograms.magnitudes", lambda tensor: pytest.fail("counted for nobody"))
+    monkeypatch.setattr("lightning_optim.step.histograms.magnitudes", lambda tensor: pytest.fail("counted for nobody"))
     logger = L.loggers.CSVLogger(tmp_path)
     parts = [lo.ConfigureOptimizers("adamw"), lo.OptimizerMonitor(per_tensor=PerTensor(), histograms=Histograms())]
     make_trainer(parts, logger=logger).fit(Net(), batches(2))

@@ -13,9 +13,9 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 import lightning_optim as lo
-from lightning_optim.callbacks.monitor_page import log_scalars
+from lightning_optim.callbacks._monitor.page import log_scalars
+from tests.distributed.monitor_script import Drift, drifting
 from tests.helpers import Net, batches, make_trainer, read_events
-from tests.monitor_script import Drift, drifting
 
 RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
 
@@ -171,8 +171,8 @@ def test_the_schedule_is_drawn_at_its_start_and_end(logger):
 
 
 def test_in_a_long_run_the_schedule_is_drawn_now_and_then(logger, monkeypatch):
-    monkeypatch.setattr("lightning_optim.callbacks.monitor_page.REDRAW_SECONDS", 0.0)
-    monkeypatch.setattr("lightning_optim.callbacks.monitor_page.REDRAW_SHARE", 0.5)
+    monkeypatch.setattr("lightning_optim.callbacks._monitor.page.REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr("lightning_optim.callbacks._monitor.page.REDRAW_SHARE", 0.5)
     make_trainer(_callbacks(), logger=logger).fit(Net(), batches(12))
     assert [image.step for image in _page(logger).Images("optim/schedule")] == [0, 6, 12]
 

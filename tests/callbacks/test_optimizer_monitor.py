@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_optim as lo
-from lightning_optim import transfer
+from lightning_optim.core import transfer
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histograms, PerTensor
 from lightning_optim.divergence import LRCut, Rollback
 from tests.helpers import ADAMWS, Net, batches, make_trainer, precision, read_events

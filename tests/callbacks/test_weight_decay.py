@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lightning_optim as lo
-from lightning_optim.foreign_decay import ForeignDecay
+from lightning_optim.step.foreign_decay import ForeignDecay
 from tests.helpers import Net, Recorder, batches, bit_equal, make_trainer, precision
 
 LR, WEIGHT_DECAY, STEPS = 0.1, 0.3, 8

@@ -279,10 +279,10 @@ class Ops(TorchDispatchMode):
 @EVERY
 @KINDS
 def test_gradients_are_read_once_and_written_at_most_once_and_nothing_waits(name, kind, monkeypatch):
-    from lightning_optim import backends
+    from lightning_optim import kernels
 
-    reference = backends.get_backend("reference")  # in torch's operations, which can be counted
-    monkeypatch.setattr(backends, "_automatic", lambda device_type: reference)
+    reference = kernels.get_backend("reference")  # in torch's operations, which can be counted
+    monkeypatch.setattr(kernels, "_automatic", lambda device_type: reference)
     run = Run(RULES[name], kind).steps(range(8))
     set_gradients(run.parameters, 3, 5.0)
     grads = [p.grad for p in run.parameters]

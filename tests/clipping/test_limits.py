@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lightning_optim.clipping import GlobalNorm
+from lightning_optim.core.stats import STEP_SUMS, GradStats, StepStats, sum_groups
 from lightning_optim.divergence import NonFiniteGradient
-from lightning_optim.measure import measure_norm_sq, measure_update
-from lightning_optim.stats import STEP_SUMS, GradStats, StepStats, sum_groups
+from lightning_optim.step.measure import measure_norm_sq, measure_update
 
 
 def _stats(*norms, groups=None):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from lightning_optim.core.stats import TENSOR_COLUMNS, GradStats
 from lightning_optim.divergence import (
     Alarm,
     Health,
@@ -20,7 +21,6 @@ from lightning_optim.divergence import (
     StepSeen,
     Watch,
 )
-from lightning_optim.stats import TENSOR_COLUMNS, GradStats
 
 
 def _feed(window: SpikeWindow, values) -> list[list[bool]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.backends import quantization
+from lightning_optim.kernels import quantization
 from lightning_optim.optim import FusedOptimizer, get_optimizer_class, low_precision
 from tests.canaries import Memory, bits, move_into, temporaries_in
 from tests.optim.cases import CASES

@@ -41,7 +41,7 @@ def main(journal: Journal, cells: list[Cell]) -> None:
 
 def plant_fault() -> None:
     """Let blocks of the CPU backend end, or begin, one element outside."""
-    from lightning_optim.backends import cpu
+    from lightning_optim.kernels.cpu import backend as cpu
 
     split = cpu.split
 

@@ -28,12 +28,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_optim import StepPipeline, clipping, optim
-from lightning_optim.backends import measure
-from lightning_optim.backends.placements import gradient_of, is_split
-from lightning_optim.backends.shards import local, max_over_shards, sum_over_shards, sum_split_units
+from lightning_optim.core.placements import gradient_of, is_split
+from lightning_optim.core.sharding import local, max_over_shards, sum_over_shards, sum_split_units
+from lightning_optim.core.stats import STEP_SUMS, StepRecord
 from lightning_optim.divergence import NonFiniteGradient
-from lightning_optim.histograms import KINDS
-from lightning_optim.stats import STEP_SUMS, StepRecord
+from lightning_optim.kernels import measure
+from lightning_optim.step.histograms import KINDS
 
 STEPS = 3
 WHOLE_TENSORS = ("adafactor", "muon", "normuon", "soap")

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_optim import backends, optim
-from lightning_optim.backends import cpu_factored, measure, plain
-from lightning_optim.backends.compiled import CompiledBackend
+from lightning_optim import kernels, optim
+from lightning_optim.kernels import measure, plain
+from lightning_optim.kernels.compiled import CompiledBackend
+from lightning_optim.kernels.cpu import factored
+from lightning_optim.kernels.weight_decay import INITIAL
 from lightning_optim.optim import tensor_form
 from lightning_optim.optim.admission import RefusedError
 from lightning_optim.optim.tensor_form import Form
-from lightning_optim.weight_decay import INITIAL
 from tests.optim.cases import BACKENDS
 
 SHAPE = (4, 6)
@@ -29,7 +30,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every kernel that is started, by its purpose."""
     seen: list[str] = []
     for name in BACKENDS:
-        kind = type(backends.get_backend(name))
+        kind = type(kernels.get_backend(name))
         if issubclass(kind, CompiledBackend):
             original = kind.run
 
@@ -38,13 +39,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 return _original(self, *args)
 
             monkeypatch.setattr(kind, "run", run)
-    original_run = cpu_factored._run
+    original_run = factored._run
 
-    def factored(name: str, *args: Any) -> Any:
+    def run_factored(name: str, *args: Any) -> Any:
         seen.append(name)
         return original_run(name, *args)
 
-    monkeypatch.setattr(cpu_factored, "_run", factored)
+    monkeypatch.setattr(factored, "_run", run_factored)
     return seen
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_optim.stats import STEP_SUMS
+from lightning_optim.core.stats import STEP_SUMS
 from tests.optim.cases import BACKENDS, Case, Setting, each_case, each_setting, give, gradients, parameters
 
 OTHERS = [name for name in BACKENDS if name != "reference"]

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_optim.backends import compiled, cpu, cpu_factored
+from lightning_optim.kernels import compiled
+from lightning_optim.kernels.cpu import backend as cpu
+from lightning_optim.kernels.cpu import factored
 from tests.canaries import Canaries
 from tests.optim.memory_cells import SIZES, Cell, quick, run
 
@@ -80,7 +82,7 @@ def test_blocks_are_a_partition_of_each_tensor(numel: list[int], size: int) -> N
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 700), st.integers(1, 700)), min_size=1, max_size=4))
 def test_blocks_of_factored_tensors_are_a_partition_of_their_rows(shapes: list[tuple[int, int, int]]) -> None:
-    blocks, with_parts = cpu_factored._blocks(tuple(shapes))
+    blocks, with_parts = factored._blocks(tuple(shapes))
     rows = [
         (tensor, matrix * shapes[tensor][1] + top, matrix * shapes[tensor][1] + bottom)
         for tensor, start, end, top, bottom, _ in blocks.tolist()

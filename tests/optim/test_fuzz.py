@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_optim.backends.cpu import CpuBackend
+from lightning_optim.kernels.cpu.backend import CpuBackend
 from lightning_optim.optim import FusedOptimizer
 from lightning_optim.optim.batches import Batches
 from tests.optim.fuzz import check

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lightning_optim import optim
 from lightning_optim.clipping import list_clip_rules, make_clip_rule
+from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import NonFiniteGradient
 from lightning_optim.divergence.watch import Watch
-from lightning_optim.histograms import ABOVE, KINDS, NOT_FINITE
-from lightning_optim.stats import StepRecord
 from lightning_optim.step import StepPipeline
+from lightning_optim.step.histograms import ABOVE, KINDS, NOT_FINITE
 from tests.optim.cases import BACKENDS
 
 SHAPES = ((24, 40), (9,))

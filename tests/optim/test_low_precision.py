@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim import optim
-from lightning_optim.backends import rounding
+from lightning_optim.kernels import rounding
 from tests.optim.cases import BACKENDS, assert_same, copies, give, gradients, run
 from tests.optim.test_checkpoints import through_a_file
 
@@ -266,7 +266,7 @@ def test_what_cannot_work_is_refused(dtype: torch.dtype, arguments: Any, message
 
 
 def test_a_backend_that_does_not_know_the_flags_leaves_them_to_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_optim.backends.cpu import CpuBackend
+    from lightning_optim.kernels.cpu.backend import CpuBackend
 
     monkeypatch.setattr(CpuBackend, "low_precision", False)
     monkeypatch.setattr(CpuBackend, "apply", None)

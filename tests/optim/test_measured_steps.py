@@ -13,9 +13,9 @@ from lightning_optim.clipping import GlobalNorm
 from lightning_optim.divergence import NonFiniteGradient
 from lightning_optim.divergence.spikes import SpikeWindow
 from lightning_optim.divergence.watch import Watch
-from lightning_optim.histograms import KINDS
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.step import StepPipeline
+from lightning_optim.step.histograms import KINDS
 from tests.optim.cases import BACKENDS
 from tests.optim.test_special_values import FLAGS
 

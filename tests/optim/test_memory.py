@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_optim import optim
-from lightning_optim.backends import parts, rounding
+from lightning_optim.kernels import parts, rounding
 from tests.live_bytes import peak_bytes
 from tests.optim.cases import assert_same, copies, give, gradients
 

@@ -10,10 +10,10 @@ from torch import nn
 
 import lightning_optim as lo
 from lightning_optim import optim
+from lightning_optim.factory.plan import Plan, plan_groups
+from lightning_optim.factory.plan_text import format_plan
 from lightning_optim.optim.newton_schulz import orthogonalize
 from lightning_optim.param_groups import ParamGroupRule, is_hidden_matrix, named_parameters
-from lightning_optim.plan import Plan, plan_groups
-from lightning_optim.plan_report import format_plan
 from tests.optim.cases import assert_same, copies, give, gradients
 
 both = pytest.mark.parametrize("optimizer_class", [optim.Muon, optim.NorMuon])

@@ -12,7 +12,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from lightning_optim import optim
 from lightning_optim.factory import OptimizerFactory
-from lightning_optim.foreign_decay import ForeignDecay
+from lightning_optim.step.foreign_decay import ForeignDecay
 
 STEPS, DECAY = 12, 0.1
 KINDS = ("independent", "corrected")
@@ -167,7 +167,7 @@ def test_a_scheduler_that_moves_its_peak_takes_the_decay_along() -> None:
 
 
 def test_the_rates_of_a_device_are_never_read_on_the_host() -> None:
-    from lightning_optim.peak_lr import follow_peak
+    from lightning_optim.kernels.peak_lr import follow_peak
 
     group: dict[str, Any] = {"lr": torch.full((), 0.2, device="meta"), "peak_lr": 0.1, "peak_lr_from": None}
     assert not follow_peak(group)

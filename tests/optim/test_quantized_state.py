@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim import optim
-from lightning_optim.backends import quantization, rounding
+from lightning_optim.kernels import quantization, rounding
 from lightning_optim.optim import FusedOptimizer
 from tests.optim.cases import BACKENDS, assert_same, copies, give, gradients, run
 from tests.optim.test_checkpoints import through_a_file

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_optim import optim
-from lightning_optim.backends.base import Batch
-from lightning_optim.backends.scalars import _device_columns, _host_columns
+from lightning_optim.kernels.base import Batch
+from lightning_optim.kernels.rules import NAMED_FUNCTIONS, Scalar, TensorRule, UpdateRule, rebind, sqrt, where
+from lightning_optim.kernels.scalars import _device_columns, _host_columns
 from lightning_optim.optim import FusedOptimizer
 from lightning_optim.optim.adam import AdamRule
 from lightning_optim.optim.batches import Batches
-from lightning_optim.rules import NAMED_FUNCTIONS, Scalar, TensorRule, UpdateRule, rebind, sqrt, where
 from tests.optim.cases import (
     BACKENDS,
     CASES,
@@ -180,7 +180,7 @@ def test_numbers_of_the_device_are_in_the_order_of_the_tensors() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.optimizer.__name__)
 def test_no_literal_makes_a_compiled_rule_compute_in_float64(case: Case) -> None:
     numba = pytest.importorskip("numba")
-    from lightning_optim.backends.cpu_memory import compiled, named_functions
+    from lightning_optim.kernels.cpu.memory import compiled, named_functions
 
     for setting in case.settings:
         group = case.optimizer.hyperparameters() | setting.arguments

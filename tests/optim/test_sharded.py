@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.distributed.ranks import run_ranks
 
 RANK = """
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_optim import optim
-from lightning_optim.backends import measure
+from lightning_optim.kernels import measure
 
 shapes = [(6, 5), (7,), (1, 3)]  # uneven, and one shard empty
 torch.manual_seed(0)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim import optim
+from lightning_optim.kernels.rules import UpdateRule
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.rules import UpdateRule
 from tests.optim.cases import BACKENDS
 
 OTHERS = [name for name in BACKENDS if name != "reference"]

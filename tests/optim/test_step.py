@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_optim import optim
-from lightning_optim.stats import STEP_SUMS
+from lightning_optim.core.stats import STEP_SUMS
 from tests.optim.cases import (
     BACKENDS,
     Case,

@@ -14,10 +14,10 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_optim import optim
-from lightning_optim.backends.placements import is_split
+from lightning_optim.core.placements import is_split
+from tests.distributed.ranks import run_ranks
 from tests.optim.cases import BACKENDS
 from tests.optim.tensor_parallel_checks import ADAMWS, RULES, WHOLE_TENSORS, elementwise
-from tests.ranks import run_ranks
 
 SCRIPT = """
 from pathlib import Path

@@ -12,8 +12,8 @@ from torch import nn
 
 from lightning_optim import optim
 from lightning_optim.optim import soap
+from tests.distributed.ranks import run_ranks
 from tests.optim.cases import BACKENDS, assert_same, copies, give, gradients, run
-from tests.ranks import run_ranks
 
 # Prodigy: one number for all parameters.
 

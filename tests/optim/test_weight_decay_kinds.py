@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim import optim
-from lightning_optim.stats import STEP_SUMS
+from lightning_optim.core.stats import STEP_SUMS
 from tests.optim.cases import BACKENDS, CASES, Case, copies, give, gradients, parameters, run
 
 LR, WEIGHT_DECAY, STEPS = 0.02, 0.3, 4

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_optim import optim
-from lightning_optim.durations import Horizon
+from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import Cosine, Linear, ReduceOnPlateau, Scheduler
 
 

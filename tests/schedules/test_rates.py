@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler as t
 
 import lightning_optim as lo
-from lightning_optim.durations import Horizon
+from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import (
     REX,
     WSD,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_optim.durations import Horizon
+from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import Cosine, Linear, ReduceOnPlateau, Scheduler
-from tests.ranks import run_ranks
+from tests.distributed.ranks import run_ranks
 
 
 def _cosine(step, total, warmup, final):
@@ -277,7 +277,7 @@ def test_who_has_the_say_is_one_of_two():
 
 
 _PLATEAU_ON_RANKS = """
-from lightning_optim.durations import Horizon
+from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import ReduceOnPlateau, Scheduler
 from lightning_optim.schedules.plateau import Observer
 optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_optim import schedules
-from lightning_optim.durations import Horizon
+from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import (
     REX,
     WSD,

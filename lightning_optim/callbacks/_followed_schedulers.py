@@ -1,0 +1,89 @@
+"""The schedulers that a Trainer has at present: told how long the run is, and held on steps that did not happen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from lightning_optim.callbacks._followed import FollowedOptimizers, bare
+from lightning_optim.factory.run_length import horizon_of
+from lightning_optim.schedules import Scheduler
+from lightning_optim.schedules.plateau import Observer
+from lightning_optim.step import StepPipeline
+
+
+class FollowedSchedulers:
+    """Matches schedulers by identity, because they change as optimizers do.
+
+    Args:
+        optimizers: The optimizers followed.
+    """
+
+    def __init__(self, optimizers: FollowedOptimizers) -> None:
+        self._optimizers = optimizers
+        self._known: list[Any] = []
+        self._held: list[tuple[Scheduler, StepPipeline]] = []
+
+    def follows(self, trainer: Trainer) -> bool:
+        """Whether these are the schedulers of the last `update`."""
+        present = trainer.lr_scheduler_configs
+        return len(present) == len(self._known) and all(
+            config.scheduler is known for config, known in zip(present, self._known, strict=True)
+        )
+
+    def update(self, trainer: Trainer) -> None:
+        """Takes in the schedulers there are.
+
+        Raises:
+            MisconfigurationException: Two of them set the rates of one optimizer, and one is ours.
+        """
+        present: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+        _check(present)
+        before, self._known = self._known, present
+        for scheduler in present:
+            new = not any(scheduler is known for known in before)
+            if new and isinstance(scheduler, Scheduler) and scheduler.asks_for_horizon:
+                # Again, if a tuner has run a shorter fit before this one.
+                scheduler.resolve(horizon_of(trainer, fresh=scheduler.is_fresh))
+        held, self._held = self._held, []
+        for scheduler, pipeline in self._pairs():
+            self._held.append((scheduler, pipeline))
+            if not any(scheduler is one and pipeline is other for one, other in held):
+                _hold(scheduler, pipeline)
+
+    def hold(self) -> None:
+        """Has our schedulers stand still for the steps that will be skipped from now on."""
+        for scheduler, pipeline in self._held:
+            _hold(scheduler, pipeline)
+
+    def _pairs(self) -> list[tuple[Scheduler, StepPipeline]]:
+        found = []
+        for scheduler in self._known:
+            if isinstance(scheduler, Scheduler):
+                index = self._optimizers.index(bare(scheduler.optimizer))
+                if index is not None:
+                    found.append((scheduler, self._optimizers[index].pipeline))
+        return found
+
+
+def _hold(scheduler: Scheduler, pipeline: StepPipeline) -> None:
+    scheduler.hold_on(lambda: pipeline.counts().skipped)
+
+
+def _check(schedulers: list[Any]) -> None:
+    owners: dict[int, Any] = {}
+    for scheduler in schedulers:
+        if isinstance(scheduler, Observer) or not hasattr(scheduler, "optimizer"):  # sets nothing itself
+            continue
+        other = owners.setdefault(id(scheduler.optimizer), scheduler)
+        if other is not scheduler and isinstance(scheduler, Scheduler) | isinstance(other, Scheduler):
+            raise MisconfigurationException(
+                f"Two schedules for one optimizer: {_describe(other)} and {_describe(scheduler)}. Each would "
+                "overwrite the other's learning rates, so remove one."
+            )
+
+
+def _describe(scheduler: Any) -> str:
+    return repr(scheduler.schedule) if isinstance(scheduler, Scheduler) else type(scheduler).__name__

@@ -1,0 +1,123 @@
+"""What of a Lightning run goes into a snapshot, when one is taken, and the way back."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+
+import lightning.pytorch as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_optim.callbacks._guard.guarded import Guarded
+from lightning_optim.callbacks._hub import Hub
+from lightning_optim.callbacks._lightning import averaged_models, logging_step
+from lightning_optim.divergence import SKIPPED, Alarm, Rollback
+from lightning_optim.divergence.memory import SHARE, fits, free_disk, free_memory, said
+from lightning_optim.divergence.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors, bytes_needed
+
+
+class RunSnapshots:
+    """The snapshots of one fit. The first is the state that training starts from.
+
+    Two of them must fit into half of the memory that is free when training starts, shared among the machine's ranks;
+    otherwise they go to disk, with a warning.
+
+    Args:
+        config: When they are taken, and where they are.
+        trainer: The Trainer, at the start of training.
+        pl_module: Its module.
+        hub: Its pipelines.
+        guarded: What the guard has for each optimizer.
+
+    Raises:
+        MisconfigurationException: There is no room for them.
+    """
+
+    def __init__(
+        self, config: Rollback, trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[Guarded]
+    ) -> None:
+        self._hub, self._guarded, self._every = hub, guarded, config.every
+        self._parts = _parts(trainer, pl_module, hub, guarded)
+        self._pair = SnapshotPair(_memory_for(config.memory, self._parts, trainer), config.clean)
+        self._pair.first(self._parts, logging_step(trainer))
+
+    @property
+    def back_to(self) -> int | None:
+        """After which step one would be."""
+        good = self._pair.good
+        return None if good is None else good.step
+
+    def seen(self, step: int, alarms: Sequence[Alarm]) -> None:
+        """Says what was wrong up to a step: what is not proved by then never will be."""
+        if any(alarm.kind not in SKIPPED for alarm in alarms):
+            self._pair.trouble()
+        elif alarms:
+            self._pair.doubt(step)
+        else:
+            self._pair.passed(step)
+
+    def stepped(self, step: int) -> None:
+        """Takes one if it is time. Called after a step at which nothing was wrong."""
+        if (step + 1) % self._every == 0:
+            self._pair.take(self._parts, step)
+
+    def go_back(self) -> int:
+        """Puts everything back to the last good one, and has schedules and judges know of it.
+
+        Returns:
+            How many times this one has been returned to.
+        """
+        good = self._pair.good
+        assert good is not None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # skips that are still on their way belong to before
+        good.put_back(self._parts)
+        self._pair.trouble()
+        self._hub.hold_schedules()
+        for guarded in self._guarded:
+            guarded.rolled_back()
+        return good.returns
+
+    def close(self) -> None:
+        """Frees memory and files."""
+        self._pair.close()
+
+
+def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
+    """Where two snapshots fit: where they are wanted, or on disk. All ranks decide alike."""
+    if wanted == "device":
+        return wanted
+    need, ranks = 2 * bytes_needed(parts), max(getattr(trainer.strategy, "num_processes", 1), 1)
+    agree = trainer.strategy.reduce_boolean_decision
+    taken = f"Two snapshots take {said(need)}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+    memory, disk = free_memory(), free_disk()
+    if wanted == "cpu":
+        if agree(fits(need, memory, ranks)):
+            return wanted
+        rank_zero_warn(
+            f"{taken}, which is more than {SHARE:.0%} of the {said(memory or 0)} of memory that are free. They go to "
+            f"disk, {tempfile.gettempdir()} (TMPDIR). `DivergenceGuard: {{rollback: {{memory: disk}}}}` says so from "
+            "the start, `rollback: null` does without them."
+        )
+    if not agree(need * ranks <= disk):
+        raise MisconfigurationException(
+            f"{taken}, and {tempfile.gettempdir()} has {said(disk)} free. Set TMPDIR to a disk that has room, take "
+            "`DivergenceGuard: {rollback: {memory: device}}` if the accelerator has, or `rollback: null`."
+        )
+    return "disk"
+
+
+def _parts(trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[Guarded]) -> list[Part]:
+    """All that a rollback brings back. The position in the data is not among it, nor the count of steps."""
+    precision = trainer.precision_plugin
+    baselines = [own for g in guarded for own in (g.watch.spikes, g.judge.trend) if own is not None]
+    return [
+        Tensors(lambda: [pl_module, *averaged_models(trainer)]),
+        *(OptimizerState(pipeline.optimizer) for pipeline in hub.pipelines),
+        *(StateDict(c.scheduler.state_dict, c.scheduler.load_state_dict) for c in trainer.lr_scheduler_configs),
+        StateDict(precision.state_dict, precision.load_state_dict),
+        *(StateDict(pipeline.clip_state, pipeline.load_clip_state) for pipeline in hub.pipelines),
+        *(StateDict(baseline.state_dict, baseline.load_state_dict) for baseline in baselines),
+    ]

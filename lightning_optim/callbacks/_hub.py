@@ -1,0 +1,288 @@
+"""Where all our callbacks of one Trainer meet: one private callback, which gets Lightning's hooks in place of them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.callbacks._contributor import Contributor, Hears, is_ours
+from lightning_optim.callbacks._lightning import ModuleMethod
+from lightning_optim.callbacks._pipelines import Pipelines
+from lightning_optim.core.stats import StepCounts
+from lightning_optim.step import StepPipeline
+
+CHECKPOINT_KEY = "lightning_optim"
+
+
+class HubCallback(Contributor):
+    """A contributor that finds its Trainer's hub."""
+
+    log = ModuleMethod()
+    log_dict = ModuleMethod()
+
+    _hub: Hub | None = None
+    _kept: Mapping[str, Any] = {}
+    """What the last fit would save: Lightning saves checkpoints on request after the fit, too."""
+
+    def _attached(self, trainer: L.Trainer) -> None:
+        """A run begins, before any hook (`ModuleMethod`): a subclass may override them all."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            Hub.of(trainer)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Joins the Trainer's hub, if that has not found it yet: a callback of somebody's passes its hooks on, say."""
+        if stage == "fit":
+            Hub.of(trainer).join(self)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Saves, after a fit, what that fit would have saved."""
+        if self._hub is None:
+            checkpoint.update(self._kept)
+
+    @property
+    def hub(self) -> Hub:
+        """The Trainer's hub, from `setup` to the end of the fit."""
+        assert self._hub is not None, "only between setup and teardown of a fit"
+        return self._hub
+
+
+class Hub(Hears):
+    """The pipelines of one Trainer's fit and the callbacks that contribute to them.
+
+    It stands in ``trainer.callbacks`` for the time of the fit, right behind the first of ours: there it comes before
+    checkpoint callbacks, and what it does is done where users have put us among their own.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._trainer = weakref.ref(trainer)
+        self.members: list[HubCallback] = []
+        self._undo = ExitStack()
+        self._pipelines = Pipelines(trainer, self.members, self._undo)
+        self._is_closed = self.has_configured = False
+        """Whether the optimizers have been made."""
+
+    @staticmethod
+    def of(trainer: L.Trainer) -> Hub:
+        """The hub of a Trainer that fits, which begins with the first call."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        hub = next((callback for callback in callbacks if type(callback) is Hub), None)
+        if hub is None:
+            hub = Hub(trainer)
+            first = next((i for i, callback in enumerate(callbacks) if is_ours(callback)), len(callbacks))
+            callbacks.insert(first + 1, hub)
+        return hub
+
+    @property
+    def trainer(self) -> L.Trainer:
+        """The Trainer, which outlives its hub."""
+        trainer = self._trainer()
+        assert trainer is not None
+        return trainer
+
+    @property
+    def pipelines(self) -> list[StepPipeline]:
+        """One for each of the Trainer's optimizers, in their order."""
+        return self._pipelines.present
+
+    # Members.
+
+    def join(self, callback: HubCallback) -> None:
+        """Takes a contributor in; refuses a second one in its role, because both would own the same thing."""
+        if any(member is callback for member in self.members):
+            return
+        if callback._hub is not None:  # of a fit that broke off where no hook told of it, in a tuner's trial
+            callback._hub.abandon()
+        for other in self.members:
+            if shared := _roles(other) & _roles(callback):
+                raise MisconfigurationException(
+                    f"Two {min(shared)} callbacks on one Trainer: {other!r} and {callback!r}. Both would do the same "
+                    "thing to every step, so remove one."
+                )
+        self.members.append(callback)
+        callback._hub, callback._kept = self, {}
+        callback._at_setup(self.trainer, self.trainer.lightning_module)
+
+    def on_close(self, undo: Callable[[], object]) -> None:
+        """Registers something to be undone at the end of the fit, however it ends; newest first."""
+        self._undo.callback(undo)
+
+    def _join_all(self) -> None:
+        for callback in list(self.trainer.callbacks):  # type: ignore[attr-defined]
+            if is_ours(callback):
+                self.join(callback)
+
+    # Lightning's hooks.
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Takes in all of ours."""
+        if stage == "fit":
+            self._join_all()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Comes after `configure_optimizers`."""
+        self.has_configured = True
+        for member in self.members:
+            member._at_fit_start(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Goes on from saved counts."""
+        self._pipelines.load_state_dict(checkpoint.get(CHECKPOINT_KEY, {}))
+        for member in self.members:
+            member._at_load_checkpoint(checkpoint)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Saves the counts of all pipelines, and what members have."""
+        self._save(checkpoint)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the pipelines: optimizers are restored and the length of the run is known by now."""
+        self._join_all()  # those that came after `setup`
+        self._pipelines.start()
+        for member in self.members:
+            member._at_train_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Follows optimizers that have been replaced."""
+        self._pipelines.follow()
+        for member in self.members:
+            member._at_batch_start(trainer, pl_module, batch)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Passes it on."""
+        for member in self.members:
+            member._at_before_backward(trainer, pl_module, loss)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Passes it on."""
+        for member in self.members:
+            member._at_after_backward(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """The step is announced."""
+        self._pipelines.announce(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Accounts for announced steps that did not come, and passes it on."""
+        self._pipelines.settle()
+        for member in self.members:
+            member._at_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._pipelines.owe_reports()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Passes it on."""
+        for member in self.members:
+            member._at_validation_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Passes it on."""
+        for member in self.members:
+            member._at_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Passes it on."""
+        for member in self.members:
+            member._at_train_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Passes it on."""
+        for member in self.members:
+            member._at_fit_end(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Undoes everything: Lightning does not call `teardown` after an exception. That one must arrive, not ours."""
+        failed: list[str] = []
+        told = [partial(member._at_exception, trainer, pl_module, exception) for member in self.members]
+        undo: list[Callable[[], None]] = [*told, self.close]
+        for do in undo:
+            try:
+                do()
+            except Exception as error:
+                failed.append(f"{type(error).__name__}: {error}")
+        if failed:
+            rank_zero_warn(f"After {type(exception).__name__}, while our callbacks were closed: {'; '.join(failed)}.")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Undoes everything."""
+        if stage == "fit":
+            self.close()
+
+    # What members ask.
+
+    def start(self) -> None:
+        """Starts the pipelines, for whoever needs them before the hub's turn comes; once."""
+        self._pipelines.start()
+
+    def hold_schedules(self) -> None:
+        """Has our schedulers stand still for the steps that will be skipped from now on."""
+        self._pipelines.hold_schedules()
+
+    def health_points(self) -> dict[str, float]:
+        """What all members know of the run's health, by name."""
+        return {name: value for member in self.members for name, value in member.health_points().items()}
+
+    def skips_are_told(self) -> bool:
+        """Whether one of the members writes ``optim_health/skipped_steps`` at this step."""
+        return any(member.tells_skips(self.trainer) for member in self.members)
+
+    def counts(self) -> list[StepCounts]:
+        """The counts of each optimizer."""
+        return self._pipelines.counts()
+
+    # The end.
+
+    def close(self) -> None:
+        """Undoes everything, newest first, and once; every part, whatever another one raises."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with ExitStack() as stack:
+            stack.callback(self._leave)
+            stack.push(self._undo)
+            for member in self.members:
+                stack.callback(member._at_close)
+            kept: dict[str, Any] = {}
+            for member in self.members:
+                member._kept = kept
+            # Reading counts can fail after an error on the device.
+            self._save(kept)
+
+    def abandon(self) -> None:
+        """Closes what is left of a fit that ended where no hook told of it; nobody waits for an error of that."""
+        with suppress(Exception):
+            self.close()
+
+    def _save(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = self._pipelines.state_dict()
+        for member in self.members:
+            member._at_save_checkpoint(checkpoint)
+
+    def _leave(self) -> None:
+        for member in self.members:
+            member._hub = None
+        self.members.clear()
+        if (trainer := self._trainer()) is not None:
+            # A new list: Lightning may be going through the old one, and would leave out the next callback.
+            present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            trainer.callbacks = [callback for callback in present if callback is not self]  # type: ignore[attr-defined]
+
+
+def _roles(callback: HubCallback) -> set[str]:
+    roles = {callback.role} if callback.role is not None else set()
+    return roles | {"GradientClipping"} if callback.clip_rule() is not None else roles

@@ -1,0 +1,120 @@
+"""What OptimizerMonitor shows on request: single tensors, and histograms. On TensorBoard only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_optim.callbacks._lightning import plain_name
+from lightning_optim.core.stats import StepRecord
+from lightning_optim.diagnostics import Report, tensorboard
+from lightning_optim.diagnostics.heat_map import HeatMap
+from lightning_optim.diagnostics.magnitudes import TAGS, Histograms, buckets
+from lightning_optim.diagnostics.tensors import PerTensor, TensorRows, table_of
+
+
+class MonitorDetails:
+    """Adds to reports what the details need, and writes them when they have arrived.
+
+    Args:
+        trainer: The Trainer.
+        per_tensor: What to show of single tensors; None for nothing.
+        histograms: Of what to show histograms; None for nothing.
+    """
+
+    def __init__(self, trainer: L.Trainer, per_tensor: PerTensor | None, histograms: Histograms | None) -> None:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        self._per_tensor = per_tensor if loggers else None
+        self._histograms = histograms if loggers else None
+        self._writers = [logger.experiment for logger in loggers] if trainer.is_global_zero else []
+        names = trainer.lightning_module.named_parameters()
+        self._order = {plain_name(name): place for place, (name, _) in enumerate(names)}
+        self._batches = 0
+        self._shown: dict[int, _Shown] = {}
+
+    def histograms_due(self) -> Sequence[str]:
+        """What the coming report shall count; all ranks say the same."""
+        wanted = self._histograms
+        return wanted.of if wanted is not None and self._batches % wanted.every == 0 else ()
+
+    def add(self, report: Report, record: StepRecord) -> None:
+        """Adds tables to a report before it is sent."""
+        if not self._writers:
+            return
+        if self._per_tensor is not None:
+            report.add_table("tensors", record.per_tensor())
+        for kind, counts in record.histograms.items():
+            report.add_table(kind, counts)
+
+    def next_batch(self) -> None:
+        """The reports of a batch are sent."""
+        self._batches += 1
+
+    def write(self, report: Report, index: int, tag_of: Callable[[str], str]) -> None:
+        """Writes what has come with a report.
+
+        Args:
+            report: One that has been read.
+            index: Of which optimizer.
+            tag_of: Makes a tag that of this optimizer.
+        """
+        for kind, tag in TAGS.items():
+            for group, counts in zip(report.group_names, report.tables.get(kind, ()), strict=False):
+                if (found := buckets(counts)) is not None:
+                    for writer in self._writers:
+                        tensorboard.add_histogram(writer, tag_of(f"{tag}/{group}"), *found, report.at)
+        if self._per_tensor is not None and "tensors" in report.tables:
+            shown = self._shown.setdefault(index, _Shown(self._per_tensor, tag_of, self._order))
+            shown.add(report)
+            if shown.due():
+                shown.write(self._writers)
+
+    def end(self) -> None:
+        """Writes the last state of text and images."""
+        for shown in self._shown.values():
+            shown.write(self._writers)
+
+
+class _Shown:
+    """Text and images about the tensors of one optimizer."""
+
+    def __init__(self, detail: PerTensor, tag_of: Callable[[str], str], order: Mapping[str, int]) -> None:
+        self._detail, self._tag_of, self._order = detail, tag_of, order
+        self._heat_maps = {name: HeatMap() for name in detail.heat_maps}
+        self._reports = 0
+        self._step = self._written = -1
+        self._rows: TensorRows | None = None
+
+    def add(self, report: Report) -> None:
+        self._rows = rows = TensorRows(*report.tensors, report.tables["tensors"])
+        self._step = report.at
+        self._reports += 1
+        for name, heat_map in self._heat_maps.items():
+            heat_map.add(report.at, rows.names, rows.quantity(name))
+
+    def due(self) -> bool:
+        return self._reports % self._detail.every == 0
+
+    def write(self, writers: Sequence[Any]) -> None:
+        if self._rows is None or self._written == self._step:
+            return
+        self._written = self._step
+        if self._detail.worst:
+            table = tensorboard.markdown_table(*table_of(self._rows, self._detail))
+            for writer in writers:
+                writer.add_text(self._tag_of("optim/tensors"), table, self._step)
+        for name, heat_map in self._heat_maps.items():
+            if (image := _drawn(heat_map, name, self._order)) is not None:
+                for writer in writers:
+                    tag = self._tag_of(f"optim/tensors/{name}")
+                    writer.add_image(tag, image, self._step, dataformats="HWC")
+
+
+def _drawn(heat_map: HeatMap, title: str, order: Mapping[str, int]) -> Any:
+    try:
+        return heat_map.draw(title, order)
+    except ModuleNotFoundError:
+        return None

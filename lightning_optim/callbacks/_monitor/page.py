@@ -1,0 +1,182 @@
+"""What OptimizerMonitor puts on a run's page of TensorBoard beside its scalars."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.callbacks._followed import bare
+from lightning_optim.callbacks._lightning import logging_step
+from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
+from lightning_optim.callbacks.gradient_clipping import GradientClipping
+from lightning_optim.core.durations import Horizon
+from lightning_optim.diagnostics import tensorboard
+from lightning_optim.divergence.memory import said
+from lightning_optim.factory.plan import plan_curves, plan_groups
+from lightning_optim.factory.plan_text import draw_curves
+from lightning_optim.schedules import Scheduler
+
+HP_METRICS = ("optim_loss/mean",)
+REDRAW_SECONDS, REDRAW_SHARE = 60.0, 1 / 20
+"""So much time, and so much of the run, is between two images of the schedule; drawing one takes 0.2 to 0.5 s."""
+
+
+class MonitorPage:
+    """Groups, configuration, schedule, alarms, hyperparameters and the screen of charts, in each TensorBoardLogger.
+
+    Args:
+        trainer: The Trainer, on the rank that logs.
+        metrics: Tags by which runs are compared on the page of hyperparameters.
+    """
+
+    def __init__(self, trainer: L.Trainer, metrics: Sequence[str] = HP_METRICS) -> None:
+        self._trainer = trainer
+        self._metrics = metrics
+        self._tags: set[str] = set()
+        self._drawn = (0, 0.0)
+        self._awaits_state = False
+        loggers = trainer.loggers if trainer.is_global_zero else []
+        self._writers = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+    def declare(self) -> None:
+        """Writes the hyperparameters; of several, TensorBoard takes the first, and Lightning's compare nothing."""
+        from torch.utils.tensorboard.summary import hparams
+
+        flat = {key: value for key, value in settings(self._trainer).items() if isinstance(value, bool | float | str)}
+        experiment, session, self._session_end = hparams(flat, dict.fromkeys(self._metrics, 0.0))  # type: ignore[no-untyped-call]
+        for writer in self._writers:
+            writer._get_file_writer().add_summary(experiment)
+            writer._get_file_writer().add_summary(session)
+
+    def start(self) -> None:
+        """Writes what is known before the first step, and forgets what a run wrote after the step it is resumed at."""
+        step = logging_step(self._trainer)
+        for writer in self._writers:
+            if step > 0:
+                tensorboard.purge_from(writer, step)
+        self.show_groups()
+        for writer in self._writers:
+            table = tensorboard.markdown_table(["setting", "value"], settings(self._trainer).items())
+            writer.add_text("optim/configuration", table, step)
+        self.show_schedule()
+
+    def show_groups(self) -> None:
+        """Writes the groups of all optimizers; again after the first report, if only the state itself tells its size.
+
+        Nothing is made to find it out: an optimizer of somebody's may draw random numbers, count its instances, or need
+        what it gets later.
+        """
+        if not self._writers:
+            return
+        header = ["group", "tensors", "parameters", "lr", "weight decay", "rule", "state"]
+        rows: list[list[Any]] = []
+        self._awaits_state = False
+        for optimizer in map(bare, self._trainer.optimizers):
+            for group, plan in zip(optimizer.param_groups, plan_groups(optimizer, try_out=False), strict=True):
+                size = plan.state_bytes if not optimizer.state else _bytes_kept(optimizer, group)
+                self._awaits_state |= size is None
+                shown = "after the first step" if size is None else said(size)
+                numbers = [f"{plan.numel:,}", f"{plan.lr:.4g}", plan.weight_decay]
+                rows.append([plan.name, len(plan.parameters), *numbers, plan.rule, shown])
+        for writer in self._writers:
+            writer.add_text("optim/groups", tensorboard.markdown_table(header, rows), logging_step(self._trainer))
+
+    def show_schedule(self) -> None:
+        """Draws the schedule and where in it the run is; nothing without matplotlib."""
+        self._drawn = (logging_step(self._trainer), time.monotonic())
+        schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
+        for scheduler in schedulers:
+            if isinstance(scheduler, Scheduler) and scheduler.horizon is not None and self._writers:
+                step = logging_step(self._trainer)
+                image = _drawn(scheduler, scheduler.horizon, step)
+                for writer in self._writers:
+                    if image is not None:
+                        writer.add_image("optim/schedule", image, step, dataformats="HWC")
+
+    def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str], advice: str | None) -> None:
+        """A report has been written: shows the screen of all charts so far, new alarms, and advice."""
+        if self._awaits_state:
+            self.show_groups()
+            self._awaits_state = False  # an optimizer that has stepped and kept nothing keeps nothing
+        if self._is_time_to_draw(step):
+            self.show_schedule()
+        new = values.keys() - self._tags  # some quantities need a past
+        self._tags |= new
+        for writer in self._writers:
+            if new:
+                writer.add_custom_scalars(tensorboard.screen(self._tags))
+            for alarm in alarms:
+                writer.add_text("optim/alarms", alarm, step)
+            if advice is not None:
+                writer.add_text("optim/advice", advice, step)
+
+    def _is_time_to_draw(self, step: int) -> bool:
+        last, when = self._drawn
+        if time.monotonic() - when < REDRAW_SECONDS:
+            return False
+        horizons = [getattr(config.scheduler, "horizon", None) for config in self._trainer.lr_scheduler_configs]
+        lengths = [horizon.total_steps for horizon in horizons if horizon is not None]
+        return any(length is not None and step - last >= length * REDRAW_SHARE for length in lengths)
+
+    def end(self) -> None:
+        """The schedule as far as it went, and the end of the session."""
+        self.show_schedule()
+        for writer in self._writers:
+            writer._get_file_writer().add_summary(self._session_end)
+            writer.flush()
+
+
+@rank_zero_only
+def log_scalars(logger: Logger, values: dict[str, float], step: int) -> None:
+    """As ``logger.log_metrics``, in one record where that is TensorBoard's own."""
+    own = isinstance(logger, TensorBoardLogger) and type(logger).log_metrics is TensorBoardLogger.log_metrics
+    if own and isinstance(logger, TensorBoardLogger) and not logger._prefix:
+        tensorboard.add_scalars(logger.experiment, values, step)
+    else:
+        logger.log_metrics(values, step)
+
+
+def settings(trainer: L.Trainer) -> dict[str, Any]:
+    """What the run was told, in one flat dictionary of plain values."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    found: dict[str, Any] = dict(trainer.lightning_module.hparams)
+    for callback in callbacks:
+        if issubclass(type(callback), ConfigureOptimizers):
+            found |= {f"optim/{name}": value for name, value in callback.settings.items()}
+        if issubclass(type(callback), GradientClipping):
+            found["optim/clipping"] = repr(callback.clip_rule())
+    found |= {
+        "trainer/precision": str(trainer.precision),
+        "trainer/accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer/world_size": trainer.world_size,
+        "trainer/max_steps": trainer.max_steps,
+        "trainer/max_epochs": trainer.max_epochs,
+    }
+    return {key: _plain(value) for key, value in found.items() if value is not None}
+
+
+def _bytes_kept(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
+    values = [value for param in group["params"] for value in optimizer.state.get(param, {}).values()]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+
+
+def _plain(value: Any) -> bool | float | str:
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    return value.__name__ if isinstance(value, type) else str(value)
+
+
+def _drawn(scheduler: Scheduler, horizon: Horizon, step: int) -> Any:
+    try:
+        return draw_curves(plan_curves(scheduler), horizon, step)
+    except ModuleNotFoundError:
+        return None

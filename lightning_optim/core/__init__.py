@@ -1,0 +1,1 @@
+"""Helpers over torch alone that two folders or more use."""

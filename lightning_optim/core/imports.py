@@ -1,0 +1,34 @@
+"""Things given by their import path."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lightning_optim.core.suggest import nearest
+
+
+def import_object(path: str, what: str, base: type | tuple[type, ...]) -> Any:
+    """What ``path`` names.
+
+    Args:
+        path: A full import path, ``torch.optim.AdamW``.
+        what: What it is wanted for, for messages.
+        base: Classes whose subclasses are suggested if the name is unknown.
+
+    Raises:
+        ValueError: The module cannot be imported, or has no such name; the message names the nearest.
+
+    Example:
+        >>> import_object("math.pi", "number", object)
+        3.141592653589793
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"Cannot import the {what} {path!r}: {error}.") from error
+    if not hasattr(module, name):
+        options = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
+        raise ValueError(f"{module_name} has no {name!r}. {nearest(name, options)}")
+    return getattr(module, name)

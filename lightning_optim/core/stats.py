@@ -1,0 +1,256 @@
+"""What one optimizer step measures: packed device tensors and the meaning of their columns.
+
+Square sums rather than norms, because square sums add, over tensors, groups and shards; norms do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STEP_SUMS = (
+    "param_sq",  # Σ p², before the step
+    "update_sq",  # Σ (p_after − p_before)²
+    "grad_exp_avg",  # Σ g·m, with the first moment m as it was before the step
+    "momentum_sq",  # Σ m², before the step
+    "grad_sq_over_exp_avg_sq",  # Σ g²/v̂, v̂ the bias-corrected second moment after the step
+    "below_eps",  # number of elements with √v̂ < eps
+    "zero_grad",  # number of elements with g == 0
+    "decay_sq",  # Σ of the square of what weight decay alone took off
+)
+"""The columns of [`StepStats.sums`][lightning_optim.core.stats.StepStats], in order."""
+
+TENSOR_COLUMNS = ("grad_sq", "clipped_sq", *STEP_SUMS)
+"""The columns of [`StepRecord.per_tensor`][lightning_optim.core.stats.StepRecord.per_tensor], in order."""
+
+
+class GradStats:
+    """What a step knows about its gradients, without any loss scale.
+
+    Tensors are in the order of the optimizer's groups, and within a group in the order of its parameters; parameters
+    without a gradient are left out. Quantities are read when they are first asked for, and kept, so that a step reads
+    no more than its rules and reports need.
+
+    Args:
+        norm_sq: Square sum of each gradient, shape [tensors], on the gradients' device; or what reads it. In float64
+            where the device has that, because a gradient of 2e19 is finite, and its square in float32 is not. Not
+            finite where, and only where, a gradient has a NaN or an infinity.
+        group_sizes: How many tensors each parameter group has; sums to ``tensors``.
+        group_names: Name of each parameter group.
+        numel: Number of elements of each tensor, over all shards.
+        places: Where each tensor stands among all parameters of the optimizer, int64, shape [tensors]; None if all
+            have a gradient.
+        reads: What else can be read, by name: ``largest``, ``units``, ``names``, ``momentum_norm_sq`` and
+            ``grad_sq_over_exp_avg_sq``; see `lightning_optim.step.gradients`.
+
+    Example:
+        >>> GradStats(torch.tensor([9.0, 16.0]), group_sizes=(1, 1)).total_norm()
+        tensor(5.)
+    """
+
+    def __init__(
+        self,
+        norm_sq: Tensor | Callable[[], Tensor],
+        group_sizes: tuple[int, ...],
+        *,
+        group_names: tuple[str, ...] = (),
+        numel: tuple[int, ...] | None = None,
+        places: Tensor | None = None,
+        reads: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
+    ) -> None:
+        self.group_sizes = group_sizes
+        self.group_names = group_names
+        self.places = places
+        self._reads = reads
+        self._values: dict[str, Any] = {} if numel is None else {"numel": numel}
+        if isinstance(norm_sq, Tensor):
+            self._values["norm_sq"] = norm_sq
+        else:
+            self._reads = {**reads, "norm_sq": norm_sq}
+
+    def read(self, what: str) -> Any:
+        """The quantity called ``what``, from memory if it has been read before."""
+        if what not in self._values:
+            self._values[what] = self._reads[what]()
+        return self._values[what]
+
+    @property
+    def norm_sq(self) -> Tensor:
+        """Square sum of each gradient, shape [tensors]."""
+        values: Tensor = self.read("norm_sq")
+        return values
+
+    @property
+    def numel(self) -> tuple[int, ...]:
+        """Number of elements of each tensor, over all shards."""
+        sizes: tuple[int, ...] = self.read("numel")
+        return sizes
+
+    @property
+    def names(self) -> tuple[str | None, ...]:
+        """Name of each tensor, as far as known."""
+        known: tuple[str | None, ...] = self.read("names")
+        return known
+
+    def has(self, what: str) -> bool:
+        """Whether the quantity called ``what`` has been read already."""
+        return what in self._values
+
+    def total_norm(self) -> Tensor:
+        """Norm over all gradients as one vector, shape []."""
+        if "total_norm" not in self._values:
+            self._values["total_norm"] = self.norm_sq.sum().sqrt()
+        total: Tensor = self._values["total_norm"]
+        return total
+
+    def group_norms(self) -> Tensor:
+        """Norm of each parameter group's gradients, shape [groups]."""
+        return sum_groups(self.norm_sq, self.group_sizes).sqrt()
+
+    def finite(self) -> Tensor:
+        """Whether no gradient has a NaN or an infinity, bool, shape []; from what has been read already."""
+        if "finite" not in self._values:
+            largest = self._values.get("largest")
+            known = largest if largest is not None and "norm_sq" not in self._values else self.norm_sq
+            self._values["finite"] = (known * 0 == 0).all()  # half the operations of isfinite
+        finite: Tensor = self._values["finite"]
+        return finite
+
+
+@dataclass(frozen=True)
+class UnitNorms:
+    """Norms of each output unit (row, filter; all of a vector) of gradients and weights, tensor after tensor.
+
+    Args:
+        grads: Norm of each unit's gradient, over all shards, shape [units].
+        params: Norm of its weights, shape [units].
+        shapes: For each tensor, the shape in which its units' numbers spread over it: [rows, 1, 1], or [].
+        sum_shards: From the square sums of local parts, [tensors], to those over all shards.
+        local_sq: Square sum of this rank's part of each unit's gradient, shape [units].
+    """
+
+    grads: Tensor
+    params: Tensor
+    shapes: tuple[tuple[int, ...], ...]
+    local_sq: Tensor
+    sum_shards: Callable[[Tensor], Tensor]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many units each tensor has."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    def shaped(self, values: Tensor) -> list[Tensor]:
+        """Numbers of units, [units], as one tensor for each gradient."""
+        return [part.view(shape) for part, shape in zip(torch.split(values, self.counts), self.shapes, strict=True)]
+
+    def norm_sq(self, divisors: Tensor | None = None) -> Tensor:
+        """Square sum of each gradient, with units divided by ``divisors`` ([units]), shape [tensors]."""
+        parts = self.local_sq if divisors is None else self.local_sq / divisors.square()
+        return self.sum_shards(sum_groups(parts, self.counts))
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one update did, collected on logging steps only.
+
+    Args:
+        sums: One row per tensor, one column per name in `STEP_SUMS`, shape [tensors, columns], float32. A column is NaN
+            where the rule has no such quantity (a first moment in plain SGD, say).
+        group_sizes: How many tensors each parameter group has.
+        numel: Number of elements of each tensor, in the order of the rows.
+    """
+
+    sums: Tensor
+    group_sizes: tuple[int, ...]
+    numel: tuple[int, ...]
+
+    def groups(self, name: str) -> Tensor:
+        """The sum called ``name`` over each parameter group, shape [groups]."""
+        return self._by_group[:, STEP_SUMS.index(name)]
+
+    def means(self, name: str) -> Tensor:
+        """The sum called ``name`` over the number of elements, for each parameter group, shape [groups]."""
+        return self._means_by_group[:, STEP_SUMS.index(name)]
+
+    @cached_property
+    def _by_group(self) -> Tensor:
+        """All sums at once, because most are asked for: shape [groups, columns]."""
+        return sum_groups(self.sums, self.group_sizes)
+
+    @cached_property
+    def _means_by_group(self) -> Tensor:
+        ends = list(accumulate(self.group_sizes))
+        numel = [sum(self.numel[end - size : end]) for end, size in zip(ends, self.group_sizes, strict=True)]
+        return torch.stack([sums / (n or math.nan) for sums, n in zip(self._by_group.unbind(), numel, strict=True)])
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Steps so far, as far as the host knows.
+
+    Args:
+        steps: Optimizer steps, skipped ones included.
+        clipped: Steps whose gradients were scaled down.
+        skipped: Steps that did not happen.
+    """
+
+    steps: int = 0
+    clipped: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Everything known about one step; the tensors are on the device.
+
+    Args:
+        group_names: Name of each parameter group that has gradients.
+        hyperparameters: Those groups' ``lr``, ``weight_decay`` and so on, as this step used them.
+        grad: The gradients before clipping, without any loss scale.
+        clipped_norm_sq: Square sum of each gradient as the update used it, shape [tensors].
+        skip: 1.0 if the step did not happen, else 0.0, shape [].
+        update: What the update did to the parameters.
+        steps: Optimizer steps so far, this one included.
+        counts: Of those, the clipped and the skipped ones, int64, shape [2].
+        param_names: Name of each tensor of ``grad``, where it is known.
+        norms: Count, mean and maximum of the gradient norm over the steps since the last record whose gradients were
+            read and finite, shape [3].
+        histograms: How large elements are, by kind, shape [groups, columns], where asked for; see
+            `lightning_optim.step.histograms`.
+    """
+
+    group_names: tuple[str, ...]
+    hyperparameters: tuple[dict[str, Any], ...]
+    grad: GradStats
+    clipped_norm_sq: Tensor
+    skip: Tensor
+    update: StepStats
+    steps: int
+    counts: Tensor
+    param_names: tuple[str | None, ...] = ()
+    norms: Tensor | None = None
+    histograms: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def per_tensor(self) -> Tensor:
+        """Everything known about each tensor, on the device: shape [tensors, columns of `TENSOR_COLUMNS`]."""
+        sums = self.update.sums
+        norms = torch.stack([self.grad.norm_sq, self.clipped_norm_sq], dim=1)
+        dtype = torch.promote_types(norms.dtype, sums.dtype)
+        return torch.cat([norms.to(sums.device, dtype, non_blocking=True), sums.to(dtype)], dim=1)
+
+
+def sum_groups(values: Tensor, group_sizes: Sequence[int]) -> Tensor:
+    """Sums of consecutive runs of ``values`` (shape [tensors, ...]), one per group, shape [groups, ...].
+
+    Plain sums over slices, in a fixed order: a scatter would use atomics on CUDA and give another result every run.
+    """
+    return torch.stack([part.sum(dim=0) for part in torch.split(values, list(group_sizes))])

@@ -1,0 +1,59 @@
+"""Recognizes the step that `torch.distributed.checkpoint` takes to have an optimizer make its state.
+
+To save or load an optimizer in shards it needs tensors to load into, and so, where there is no state yet, fills
+`p.grad` with zeros, sets every `lr` to 0 and calls ``step(closure=None)``. That is no step of the training: weights
+must stay as they are, nothing counts it, and on a resume it comes before the data are set up, with the weights already
+loaded. Whatever sets rates, decays or counts from a hook asks here first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.core.placements import gradient_of
+from lightning_optim.core.sharding import local, sum_over_shards
+
+
+def is_trial_step(optimizer: Optimizer, closure: Any = None) -> bool:
+    """Whether the step about to happen only makes state: none is there, and all rates and gradients are 0.
+
+    A step of the training that looks the same, say the first of a warmup from 0 with a gradient of 0, would change
+    nothing but step counts. Gradients are read, and the host waits for them, only where all else agrees already.
+
+    Args:
+        optimizer: The optimizer, with its gradients in place.
+        closure: What its ``step`` has been given; with one, gradients are still to come and it is no trial.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = torch.optim.AdamW([weight], lr=0.0)
+        >>> weight.grad = torch.zeros(1)
+        >>> is_trial_step(optimizer)
+        True
+        >>> optimizer.step()
+        >>> is_trial_step(optimizer)
+        False
+    """
+    if closure is not None or optimizer.state:
+        return False
+    if not all(_is_zero(group["lr"]) for group in optimizer.param_groups if "lr" in group):
+        return False
+    found = (gradient_of(param) for group in optimizer.param_groups for param in group["params"])
+    grads = [grad for grad in found if grad is not None]
+    return bool(grads) and not any(_has_value(grad) for grad in grads)
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    """Without waiting for a device: a rate there is not the one that the trial step puts in its place."""
+    return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0
+
+
+def _has_value(grad: Tensor) -> bool:
+    """Whether any element differs from 0; of a sharded gradient on any rank, so that all ranks say the same."""
+    here = local(grad)
+    count = torch.count_nonzero(here.coalesce().values() if here.is_sparse else here)
+    return bool(sum_over_shards(count.reshape(1), [grad]))

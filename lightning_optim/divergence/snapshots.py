@@ -1,0 +1,320 @@
+"""Copies of a run's state in memory, taken while it trains, and put back in place."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_optim.core.sharding import local
+from lightning_optim.divergence.memory import check_memory
+
+_DOUBT = 16
+"""For so many steps after a skipped one no snapshot is called good: flags in a row are a new level after so many."""
+
+
+class Part(Protocol):
+    """Something that a snapshot covers."""
+
+    def live(self) -> Any:
+        """Its present state: nested containers with the tensors themselves, not copies."""
+
+    def put_back(self, saved: Any) -> None:
+        """Goes back to a state of that form, copying out of it."""
+
+
+class Tensors:
+    """The tensors of modules: parameters and buffers, of sharded ones what this rank holds.
+
+    Args:
+        modules: Returns the modules.
+    """
+
+    def __init__(self, modules: Callable[[], Iterable[nn.Module]]) -> None:
+        self._modules = modules
+
+    def live(self) -> list[Tensor]:
+        """Parameters, then buffers."""
+        found = {id(t): t for m in self._modules() for t in (*m.parameters(), *m.buffers())}
+        return [local(tensor.detach()) for tensor in found.values()]
+
+    def put_back(self, saved: list[Tensor]) -> None:
+        """In place, so that whoever holds the tensors need not know."""
+        for tensor, value in zip(self.live(), saved, strict=True):
+            tensor.copy_(value)
+
+
+class OptimizerState:
+    """State and hyperparameters of an optimizer, of sharded state what this rank holds.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def live(self) -> dict[str, Any]:
+        """State of each parameter, and each group without its parameters."""
+        return {
+            "state": [self._state_of(param) for param in self._params()],
+            "groups": [_without_params(group) for group in self._optimizer.param_groups],
+        }
+
+    def put_back(self, saved: Mapping[str, Any]) -> None:
+        """In place where there is a tensor of that size; what was not there then is dropped."""
+        state = self._optimizer.state
+        for param, then in zip(self._params(), saved["state"], strict=False):
+            if not then:
+                state.pop(param, None)
+                continue
+            now = state[param]
+            for key in now.keys() - then.keys():
+                del now[key]
+            for key, value in then.items():
+                now[key] = _put(now.get(key), value)
+        for group, then in zip(self._optimizer.param_groups, saved["groups"], strict=False):
+            for key, value in then.items():
+                group[key] = _put(group.get(key), value)
+
+    def elements_without_state(self) -> int:
+        """How many elements of parameters have no state yet; of sharded ones, those that are here."""
+        return sum(local(param.detach()).numel() for param in self._params() if not self._state_of(param))
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self._optimizer.param_groups for param in group["params"]]
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
+        return dict(self._optimizer.state.get(param) or {})
+
+
+class StateDict:
+    """Anything that has a state dict.
+
+    Args:
+        get: Returns it.
+        load: Takes it up.
+    """
+
+    def __init__(self, get: Callable[[], Any], load: Callable[[Any], Any]) -> None:
+        self._get, self._load = get, load
+
+    def live(self) -> Any:
+        """The state dict."""
+        return self._get()
+
+    def put_back(self, saved: Any) -> None:
+        """A copy is handed over: some go on writing into what they are given."""
+        self._load(copy.deepcopy(saved))
+
+
+class Snapshot:
+    """A copy of the state of all parts at one moment.
+
+    Taking it costs one copy of weights and optimizer state (AdamW in float32: 12 bytes for each parameter), at the
+    speed of a copy within memory if training is there as well. From an accelerator to the ``"cpu"`` the copy runs
+    behind the training, into pinned memory that is kept for the next; to ``"disk"`` a thread writes a copy, which is
+    gone from memory then.
+
+    Args:
+        memory: ``"device"``, ``"cpu"`` or ``"disk"``.
+        folder: Where files go; None for a temporary folder.
+
+    Raises:
+        ValueError: The memory is unknown.
+
+    Example:
+        >>> weight = nn.Linear(1, 1, bias=False)
+        >>> parts = [Tensors(lambda: [weight])]
+        >>> snapshot = Snapshot("cpu")
+        >>> snapshot.take(parts, step=0)
+        >>> before = weight.weight.item()
+        >>> _ = weight.weight.data.zero_()
+        >>> snapshot.put_back(parts)
+        >>> weight.weight.item() == before
+        True
+    """
+
+    def __init__(self, memory: str = "cpu", folder: str | Path | None = None) -> None:
+        check_memory(memory, "Snapshot")
+        self._memory = memory
+        self._folder = folder
+        self._file: Path | None = None
+        self._saved: Any = None
+        self._writing: threading.Thread | None = None
+        self._arrived: torch.cuda.Event | None = None
+        self.step = -1
+        self.returns = 0
+
+    def take(self, parts: Iterable[Part], step: int) -> None:
+        """Copies the state of ``parts`` as it is now; ``step`` is kept beside it."""
+        self._wait()
+        self.step, self.returns = step, 0
+        self._saved = [_copied(part.live(), old, self._memory) for part, old in _with_old(parts, self._saved)]
+        if self._memory != "device" and torch.cuda.is_available():
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+        if self._memory == "disk":
+            self._write()
+
+    def put_back(self, parts: Iterable[Part]) -> None:
+        """Brings all parts back to that moment; more than once gives the same each time, and is counted."""
+        self._wait()
+        self.returns += 1
+        saved = self._saved if self._file is None else torch.load(self._file, weights_only=False)
+        for part, then in zip(parts, saved, strict=True):
+            part.put_back(then)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that its tensors take, wherever they are; 0 on disk."""
+        return sum(t.nbytes for t in _tensors(self._saved))
+
+    def close(self) -> None:
+        """Removes its file."""
+        self._wait()
+        self._saved = None
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+            self._file = None
+
+    def _write(self) -> None:
+        if self._file is None:
+            handle, name = tempfile.mkstemp(suffix=".snapshot", dir=self._folder)
+            os.close(handle)
+            self._file = Path(name)
+        saved, self._saved, path = self._saved, None, self._file
+
+        def write() -> None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            torch.save(saved, path)
+
+        self._writing = threading.Thread(target=write, name="snapshot")
+        self._writing.start()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+            self._arrived = None
+
+
+def bytes_needed(parts: Iterable[Part]) -> int:
+    """What a snapshot of these parts will take once every optimizer has its state.
+
+    Of a parameter that has none yet, as before the first step, two float32 numbers for each element are assumed.
+    """
+    needed = 0
+    for part in parts:
+        live = part.live()
+        needed += sum(tensor.nbytes for tensor in _tensors(live))
+        if isinstance(part, OptimizerState):
+            needed += 8 * part.elements_without_state()
+    return needed
+
+
+class SnapshotPair:
+    """The last snapshot that is known to be good, and one that has still to prove itself.
+
+    Args:
+        memory: Where they are; see `Snapshot`.
+        clean: After how many steps without trouble a snapshot is good.
+        folder: Where files go.
+    """
+
+    def __init__(self, memory: str, clean: int, folder: str | Path | None = None) -> None:
+        self._clean = clean
+        self._good = Snapshot(memory, folder)
+        self._candidate = Snapshot(memory, folder)
+        self._waits = False
+        self._doubted = -1
+
+    @property
+    def good(self) -> Snapshot | None:
+        """Where one can go back to."""
+        return self._good if self._good.step >= 0 else None
+
+    def first(self, parts: Iterable[Part], step: int) -> None:
+        """The state that a run starts from is good without proof."""
+        self._good.take(parts, step)
+
+    def take(self, parts: Iterable[Part], step: int) -> None:
+        """A new candidate, unless the last one still waits."""
+        if not self._waits:
+            self._candidate.take(parts, step)
+            self._waits = True
+
+    def passed(self, step: int) -> None:
+        """Nothing was wrong up to ``step``."""
+        due = max(self._candidate.step + self._clean, self._doubted + min(self._clean, _DOUBT))
+        if self._waits and step >= due:
+            self._good, self._candidate = self._candidate, self._good
+            self._waits = False
+
+    def doubt(self, step: int) -> None:
+        """A step was skipped at ``step``, which does no harm, but may be the first of many: that shows soon."""
+        self._doubted = step
+
+    def trouble(self) -> None:
+        """What is not proved yet never will be."""
+        self._waits = False
+
+    def close(self) -> None:
+        """Frees memory and files."""
+        self._good.close()
+        self._candidate.close()
+
+
+def _with_old(parts: Iterable[Part], saved: Any) -> list[tuple[Part, Any]]:
+    parts = list(parts)
+    return list(zip(parts, saved if saved is not None else [None] * len(parts), strict=False))
+
+
+def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _copied(value: Any, old: Any, memory: str) -> Any:
+    """A copy of nested containers, into the tensors of an older copy where they fit."""
+    if isinstance(value, Tensor):
+        value = local(value.detach())
+        if not (isinstance(old, Tensor) and old.shape == value.shape and old.dtype == value.dtype):
+            away = memory != "device" and value.device.type == "cuda"
+            old = torch.empty_like(value, device="cpu", pin_memory=True) if away else torch.empty_like(value)
+        return old.copy_(value, non_blocking=True)
+    if isinstance(value, dict):
+        olds = old if isinstance(old, dict) else {}
+        return {key: _copied(item, olds.get(key), memory) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        before = old if isinstance(old, list | tuple) and len(old) == len(value) else [None] * len(value)
+        return type(value)([_copied(item, was, memory) for item, was in zip(value, before, strict=True)])
+    return copy.deepcopy(value)
+
+
+def _put(now: Any, then: Any) -> Any:
+    """A copy of ``then``, in the tensor ``now`` if it fits."""
+    if isinstance(then, Tensor):
+        target = local(now) if isinstance(now, Tensor) else None
+        if target is not None and target.shape == then.shape and target.dtype == then.dtype:
+            target.copy_(then)
+            return now
+        return then.clone()
+    return copy.deepcopy(then)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in _tensors(item)]

@@ -1,0 +1,197 @@
+"""From a model and a configuration to parameter groups, an optimizer and a scheduler."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_optim.core.closure import closure_of
+from lightning_optim.core.durations import Horizon
+from lightning_optim.core.suggest import nearest
+from lightning_optim.core.trial_step import is_trial_step
+from lightning_optim.core.uncompiled import uncompiled
+from lightning_optim.factory.added_groups import welcome_late_groups
+from lightning_optim.factory.freezing import Freezing, freezing_of
+from lightning_optim.factory.optimizer_spec import OptimizerChoice
+from lightning_optim.factory.resume import OptimizerResume, resume_scheduler
+from lightning_optim.factory.run_length import horizon_of
+from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
+from lightning_optim.schedules import Schedule, Scheduler, Warmup
+from lightning_optim.schedules.given import resolve_others, resolve_schedule
+from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
+
+__all__ = ["OptimizerFactory"]
+
+_ON_RESUME = ("checkpoint", "config")
+
+
+class OptimizerFactory:
+    r"""Makes the optimizer of a model: groups by rules, fused where it can be, and a schedule per optimizer step.
+
+    Args:
+        optimizer: Which optimizer: a name (`lightning_optim.optim.list_optimizers`), an import path, a class, a mapping
+            with ``class_path`` and ``init_args`` as in YAML, or any callable from parameter groups to an optimizer.
+        lr: Peak learning rate of the groups without a multiplier, above 0. None for the optimizer's default. Not with a
+            callable or ``init_args``, which bring their own.
+        weight_decay: Weight decay of the groups without their own, at least 0. None for the optimizer's default.
+        optimizer_kwargs: Further arguments of the optimizer, for instance ``{"betas": (0.9, 0.95)}``.
+        schedule: A name (`lightning_optim.schedules.list_schedules`), a `Schedule`, a function from the step to a
+            multiplier, or a torch ``LRScheduler``: a class, a mapping with ``class_path`` and ``init_args``, or a
+            callable from the optimizer to one. None keeps the rate constant, after the warmup if there is one.
+        warmup: Length of the warmup for a schedule given by name: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``;
+            or a `Warmup`, which has a shape and a start, too.
+        param_groups: Rules and presets, the first match wins. None means the preset ``no_decay``: no weight decay on
+            biases, norms and embeddings, which is nearly always what is wanted. An empty list means one group.
+        schedules: Schedules of other hyperparameters by name, each a name or a `Schedule`: a key of the optimizer's
+            groups (``weight_decay``), or ``momentum``, ``beta1``, ``beta2``. They multiply each group's own value.
+        on_resume: Who has the say when a checkpoint is loaded. ``"checkpoint"``: the run goes on bit for bit as it was,
+            and what differs in the configuration is warned of. ``"config"``: learning rate, weight decay, schedule, its
+            length, ``fused`` and all else are the configuration's; moments and steps stay, and what changed is printed.
+
+    Raises:
+        ValueError: Anything unknown, out of range or given twice; the message says what is near.
+
+    Example:
+        In a module, ``return OptimizerFactory("adamw", lr=3e-4, schedule="cosine", warmup="5%")(self)`` in
+        ``configure_optimizers``. In a plain loop:
+
+        >>> factory = OptimizerFactory("sgd", lr=0.1, schedule="cosine", warmup=10)
+        >>> optimizer, scheduler = factory.build(nn.Linear(2, 2), Horizon(total_steps=100))
+        >>> [(group["name"], round(group["lr"], 3)) for group in optimizer.param_groups]
+        [('no_decay', 0.01), ('default', 0.01)]
+    """
+
+    def __init__(
+        self,
+        optimizer: str | Callable[[Iterable[Any]], Optimizer] | Mapping[str, Any] = "adamw",
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        schedule: str | Schedule | Callable[[Any], Any] | Mapping[str, Any] | None = None,
+        warmup: int | str | Warmup | None = None,
+        param_groups: Sequence[Entry] | None = None,
+        schedules: Mapping[str, str | Schedule] | None = None,
+        on_resume: str = "checkpoint",
+    ) -> None:
+        if on_resume not in _ON_RESUME:
+            raise ValueError(f"Unknown on_resume={on_resume!r}. {nearest(str(on_resume), _ON_RESUME)}")
+        self._on_resume = on_resume
+        given = {"lr": lr, "weight_decay": weight_decay}
+        given = {key: value for key, value in given.items() if value is not None}
+        self._optimizer = OptimizerChoice(optimizer, optimizer_kwargs or {}, given)
+        self._rules: Sequence[Entry] = ("no_decay",) if param_groups is None else param_groups
+        check_rules(self._rules)
+        self._optimizer.check_rules(self._rules)
+        trial = self._optimizer.trial()
+        self._schedule = resolve_schedule("constant" if schedule is None else schedule, warmup, trial)
+        of_groups = {rule.name: rule.schedule for rule in self._rules if isinstance(rule, ParamGroupRule)}
+        own = {name: own for name, own in of_groups.items() if isinstance(own, Schedule)}
+        self._schedules = resolve_others(self._schedule, schedules or {}, own, trial)
+
+    @property
+    def schedule(self) -> Any:
+        """The `Schedule`, or what makes another scheduler from the optimizer."""
+        return self._schedule
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The optimizer's class and its hyperparameters, defaults included, and the schedule, for tables of runs."""
+        defaults = self._optimizer.trial().defaults
+        return {"optimizer": self._optimizer.cls.__name__, **defaults, "schedule": repr(self._schedule)}
+
+    def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Any]:
+        """Makes the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
+
+        Args:
+            model: The model to optimize.
+            horizon: Length of the run; None if `Scheduler.resolve` will be told before the first step.
+
+        Returns:
+            The optimizer, and a `Scheduler` or whatever scheduler the callable given as ``schedule`` has made.
+
+        Raises:
+            ValueError: The rules do not fit the model, or the schedule the length of the run.
+        """
+        # Muon, for one, treats parts of a group differently, and sees which from the modules.
+        groups_of = getattr(self._optimizer.cls, "groups_of", build_param_groups)
+        optimizer = self._optimizer.make(groups_of(model, self._rules))
+        for group in optimizer.param_groups:
+            for key in {"lr", "peak_lr"} & group.keys():
+                group[key] = group[key] * group["lr_multiplier"]
+        scheduler: Any
+        if isinstance(self._schedule, Schedule):
+            scheduler = Scheduler(optimizer, self._schedule, horizon, self._schedules, self._on_resume, self._tell)
+        else:
+            scheduler = self._schedule(optimizer)
+            resume_scheduler(scheduler, self._on_resume == "config", self._tell)
+        welcome_late_groups(optimizer, model)
+        if any(group.get("frozen_until") is not None for group in optimizer.param_groups):
+            Freezing(
+                optimizer,
+                steps=lambda: scheduler.last_epoch,
+                horizon=lambda: getattr(scheduler, "horizon", horizon),
+            )
+        OptimizerResume(optimizer, self._on_resume == "config", self._tell)
+        return optimizer, scheduler
+
+    def __call__(self, module: Any) -> Any:
+        """What Lightning wants from ``configure_optimizers``; the length of the run is asked of the Trainer later.
+
+        Args:
+            module: The LightningModule.
+        """
+        optimizer, scheduler = self.build(module)
+        config = {"scheduler": scheduler, "interval": "step"}
+        freezing = freezing_of(optimizer)
+        if not isinstance(scheduler, Scheduler):
+            if monitor := getattr(scheduler, "monitor", None):  # Lightning's ReduceLROnPlateau
+                config |= {"interval": "epoch", "monitor": monitor}
+            if freezing is not None:
+                if monitor:
+                    raise ValueError(
+                        f"frozen_until counts the schedule's steps, and {type(scheduler).__name__} takes none but at "
+                        "the end of an epoch. Needed is a schedule per step, for instance ReduceOnPlateau of ours."
+                    )
+                freezing.horizon = lambda: horizon_of(module.trainer)
+            return {"optimizer": optimizer, "lr_scheduler": config}
+
+        def resolve() -> None:
+            if scheduler.horizon is None:
+                scheduler.resolve(horizon_of(module.trainer, fresh=scheduler.is_fresh))
+
+        def before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+            if scheduler.horizon is None and not is_trial_step(optimizer, closure_of(args, kwargs)):
+                resolve()
+
+        def horizon() -> Horizon | None:
+            resolve()
+            return scheduler.horizon
+
+        # Without a callback of ours on the Trainer, the first step is the first to come by after the data are set up.
+        if freezing is not None:
+            freezing.horizon = horizon
+        optimizer.register_step_pre_hook(uncompiled(before_step))
+        if not isinstance(scheduler.schedule, ReduceOnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": config}
+        observer = {
+            "scheduler": Observer(scheduler),
+            "interval": "epoch",
+            "frequency": module.trainer.check_val_every_n_epoch or 1,
+            "reduce_on_plateau": True,
+            "monitor": scheduler.schedule.monitor,
+        }
+        return [optimizer], [config, observer]
+
+    def _tell(self, message: str, warn: bool) -> None:
+        """Says what differs between a checkpoint and the configuration."""
+        if warn:
+            warnings.warn(message, stacklevel=2)
+        else:
+            print(message)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._optimizer!r}, {self._schedule!r})"

@@ -1,0 +1,195 @@
+"""Which optimizer: a name, a class, an import path or a callable, tried out before there is a model."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_optim import optim
+from lightning_optim.core.imports import import_object
+from lightning_optim.core.suggest import nearest
+from lightning_optim.param_groups import Entry, ParamGroupRule
+
+_BEYOND = ("params", "name", "param_names", "lr_multiplier", "peak_lr", "initial_lr", "frozen_until", "rule")
+"""Keys of groups that are no hyperparameters."""
+
+
+class OptimizerChoice:
+    """An optimizer that is decided on but not made: its class, its arguments, and how to make it from groups.
+
+    Args:
+        given: A name, an import path, a class, a mapping with ``class_path`` and ``init_args``, or a callable from
+            parameter groups to an optimizer.
+        kwargs: Further arguments of the optimizer.
+        beside: Arguments that were given by themselves (lr, weight decay); none may be in ``kwargs``, too.
+
+    Raises:
+        TypeError: ``given`` is no optimizer.
+        ValueError: An argument is unknown, out of range or given twice.
+
+    Example:
+        >>> choice = OptimizerChoice("adamw", {"betas": (0.9, 0.95)}, {"lr": 0.1})
+        >>> choice, choice.cls.__name__
+        (AdamW(betas=(0.9, 0.95), lr=0.1), 'AdamW')
+    """
+
+    def __init__(self, given: Any, kwargs: Mapping[str, Any] | None = None, beside: Mapping[str, Any] | None = None):
+        self.kwargs = _merge(kwargs or {}, beside or {})
+        self.make, trial = _resolve_optimizer(given, self.kwargs)
+        self.cls = type(trial)
+        self._hyperparameters = {key for group in trial.param_groups for key in group.keys() - set(_BEYOND)}
+        self._betas = next((group["betas"] for group in trial.param_groups if "betas" in group), ())
+
+    def trial(self) -> Optimizer:
+        """One of the kind, of two small parameters."""
+        return self.make([{"params": _trial_params()}])
+
+    def check_rules(self, rules: Sequence[Entry]) -> None:
+        """Refuses rules that set what the optimizer has not, or values that it does not take.
+
+        Raises:
+            ValueError: All that is wrong, a line for each rule.
+        """
+        problems = []
+        for rule in rules:
+            if isinstance(rule, ParamGroupRule):
+                try:
+                    self._check_rule(rule)
+                except (ValueError, TypeError) as error:
+                    problems.append(f"ParamGroupRule {rule.name!r}: {error}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _check_rule(self, rule: ParamGroupRule) -> None:
+        known = self._hyperparameters
+        settings = {key: value for key, value in rule.settings().items() if key != "frozen_until"}
+        if rule.rule is not None:
+            if not issubclass(self.cls, optim.FusedOptimizer):
+                raise ValueError(
+                    f"rule={rule.rule!r} needs an optimizer from lightning_optim.optim, and {self.cls.__name__} is "
+                    f"{self.cls.__module__}'s. {nearest(self.cls.__name__.lower(), optim.list_optimizers())}"
+                )
+            known = known | optim.get_optimizer_class(rule.rule).hyperparameters().keys()
+        for key in sorted(settings.keys() - {"rule"}):
+            # Without decay is what an optimizer without the option is.
+            if key not in known and not (key == "weight_decay" and not settings[key]):
+                raise ValueError(
+                    f"it sets {key}={settings[key]!r}, but {self.cls.__name__} has no such option. "
+                    f"{nearest(key, known)}"
+                )
+        betas = self._betas if rule.rule is None else optim.get_optimizer_class(rule.rule).hyperparameters()["betas"]
+        if rule.betas is not None and len(rule.betas) != len(betas):
+            raise ValueError(f"betas={list(rule.betas)} are {len(rule.betas)}; needed are {len(betas)}, as {betas}.")
+        if issubclass(self.cls, optim.FusedOptimizer):  # torch's own check the values of defaults only
+            self.make([{"params": [param], **settings} for param in _trial_params()])
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.kwargs.items())
+        return f"{self.cls.__name__}({options})"
+
+
+def _trial_params() -> list[nn.Parameter]:
+    """A matrix and a vector: some optimizers treat them differently."""
+    return [nn.Parameter(torch.zeros(2, 2, device="cpu")), nn.Parameter(torch.zeros(1, device="cpu"))]
+
+
+_Make = Callable[[Iterable[Any]], Optimizer]
+
+
+def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, Optimizer]:
+    """A function from parameter groups to an optimizer, and what it made of two small parameters."""
+    if isinstance(given, Mapping):
+        if unknown := sorted(set(given) - {"class_path", "init_args"}):
+            raise ValueError(
+                f"Unknown key {unknown[0]!r} in optimizer={dict(given)!r}: it takes class_path and init_args."
+            )
+        if "class_path" not in given:
+            raise ValueError(f"optimizer={dict(given)!r} has no class_path, for instance torch.optim.AdamW.")
+        kwargs = _merge(given.get("init_args") or {}, kwargs)
+        given = given["class_path"]
+    if isinstance(given, str):
+        given = import_object(given, "optimizer", Optimizer) if "." in given else optim.get_optimizer_class(given)
+    if isinstance(given, type):
+        if not issubclass(given, Optimizer):
+            raise TypeError(f"Invalid optimizer={given!r}: the class is no torch.optim.Optimizer.")
+        _check_kwargs(given, kwargs)
+        make, label = _FusedIfPossible(partial(given, **kwargs)), given.__name__
+    elif callable(given):
+        if kwargs:
+            raise ValueError(
+                f"{', '.join(sorted(kwargs))} cannot be passed on to the optimizer callable {given!r}. Set it there, "
+                "or give the optimizer as a name or a class."
+            )
+        # LightningCLI makes a partial of `class_path` and `init_args`.
+        make = _FusedIfPossible(given) if isinstance(given, partial) else given
+        label = getattr(given, "__name__", repr(given))
+    else:
+        raise TypeError(
+            f"Invalid optimizer={given!r}: give a name such as 'adamw', a subclass of torch.optim.Optimizer, an import "
+            "path, or a callable from parameter groups to an optimizer."
+        )
+    trial = make([{"params": _trial_params()}])  # refuses bad values now, not in the middle of fit
+    if not isinstance(trial, Optimizer):
+        raise TypeError(f"The optimizer callable {label} returned {trial!r}, which is no torch.optim.Optimizer.")
+    if "lr" in trial.defaults:
+        _check_number(type(trial).__name__, "lr", trial.defaults["lr"], above_zero=True)
+    return make, trial
+
+
+_FUSED_DEVICES = ("cpu", "cuda")
+"""Where torch has fused kernels worth having; torch checks this only in the first step."""
+
+
+class _FusedIfPossible:
+    """Makes the optimizer in its fused form where torch has one for these parameters, unless told otherwise."""
+
+    def __init__(self, make: partial[Optimizer]) -> None:
+        self._make = make
+        options = inspect.signature(make.func).parameters.keys() | make.keywords.keys()
+        forms = ("fused", "foreach", "capturable", "differentiable")
+        undecided = make.keywords.get("fused") is None and not any(make.keywords.get(form) for form in forms)
+        self._try_fused = "fused" in options and undecided
+
+    def __call__(self, groups: Iterable[Any]) -> Optimizer:
+        groups = list(groups)
+        params = [param[-1] if isinstance(param, tuple) else param for group in groups for param in group["params"]]
+        if self._try_fused and all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for p in params):
+            with contextlib.suppress(RuntimeError):  # torch has no fused form of it for these parameters
+                return self._make([{**group} for group in groups], fused=True)
+        return self._make(groups)
+
+
+def _merge(given: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
+    if twice := sorted(given.keys() & beside.keys()):
+        raise ValueError(f"{twice[0]!r} is given twice: in the optimizer's own arguments and beside them.")
+    return {**given, **beside}
+
+
+def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(cls).parameters
+    # A class that takes anything says itself what it cannot use.
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    options = [name for name in parameters if name not in ("self", "params")]
+    for key, value in kwargs.items():
+        if key not in options and not takes_all:
+            raise ValueError(f"{cls.__name__} has no option {key!r}. {nearest(key, options)}")
+        if key in ("lr", "weight_decay"):
+            _check_number(cls.__name__, key, value, above_zero=key == "lr")
+
+
+def _check_number(label: str, key: str, value: Any, above_zero: bool) -> None:
+    needed = f"finite and {'above' if above_zero else 'at least'} 0"
+    try:
+        good = math.isfinite(value) and (value > 0 or (value == 0 and not above_zero))
+    except TypeError:
+        raise TypeError(f"Invalid {key}={value!r} of {label}: it must be a number, {needed}.") from None
+    if not good:
+        raise ValueError(f"Invalid {key}={float(value)!r} of {label}: it must be {needed}.")

@@ -1,0 +1,192 @@
+"""What a run is going to do: its parameter groups, its schedule and its length."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_optim.core.durations import Horizon
+from lightning_optim.optim import FusedOptimizer
+from lightning_optim.optim.state import state_bytes
+from lightning_optim.schedules import Schedule, Scheduler
+
+_LONGEST_REPLAY = 200_000
+"""Steps that take a second or so."""
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A parameter group before training.
+
+    Args:
+        name: Its name, or its number.
+        parameters: Name and shape of each tensor.
+        numel: Numbers in all of them.
+        lr: Peak learning rate.
+        weight_decay: None if the optimizer has none.
+        rule: Name of the optimizer whose update it uses.
+        state_bytes: What the optimizer will keep for it, in bytes; None if that is not known before it steps.
+        frozen_until: As the rule says it; None if it is trained from the start.
+        not_hidden: By name, what those are that an optimizer of hidden matrices has left to AdamW.
+    """
+
+    name: str
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    numel: int
+    lr: float
+    weight_decay: float | None
+    rule: str
+    state_bytes: int | None
+    frozen_until: str | None
+    not_hidden: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A hyperparameter over the run.
+
+    Args:
+        label: What it is, and whose.
+        values: Its value for the update that follows ``step`` updates.
+    """
+
+    label: str
+    values: Callable[[int], float]
+
+
+@dataclass
+class Plan:
+    """Everything that is known about a run before it starts.
+
+    Args:
+        horizon: Its length.
+        groups: All parameter groups, of each optimizer.
+        curves: What its schedules do.
+        conflicts: What stands against it, a sentence each; it can run if there is none.
+        notes: What is worth knowing.
+    """
+
+    horizon: Horizon = field(default_factory=Horizon)
+    groups: list[GroupPlan] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_groups(optimizer: Optimizer, try_out: bool = True) -> list[GroupPlan]:
+    """The groups of an optimizer that has not stepped yet.
+
+    Args:
+        optimizer: The optimizer; it is not touched.
+        try_out: Whether to find the state of another package's optimizer by constructing one for each parameter and
+            stepping it. If not, its ``state_bytes`` are None.
+
+    Example:
+        >>> from lightning_optim import OptimizerFactory
+        >>> optimizer, _ = OptimizerFactory("adamw", lr=0.1).build(nn.Linear(3, 2))
+        >>> [(group.name, group.numel, group.state_bytes) for group in plan_groups(optimizer)]
+        [('no_decay', 2, 20), ('default', 6, 52)]
+    """
+    plans = []
+    for index, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+        sizes = [_state_bytes(optimizer, group, param, try_out) for param in group["params"]]
+        known = [size for size in sizes if size is not None]
+        decay = group.get("weight_decay")
+        plans.append(
+            GroupPlan(
+                name=str(group.get("name", index)),
+                parameters=tuple((n, tuple(p.shape)) for n, p in zip(names, group["params"], strict=True)),
+                numel=sum(param.numel() for param in group["params"]),
+                lr=float(group.get("initial_lr", group["lr"])),
+                weight_decay=None if decay is None else float(decay),
+                rule=str(group.get("rule") or type(optimizer).__name__.lower()),
+                state_bytes=sum(known) if len(known) == len(sizes) else None,
+                frozen_until=group.get("frozen_until"),
+                not_hidden=dict(group.get("not_hidden", {})),
+            )
+        )
+    return plans
+
+
+def plan_curves(scheduler: Scheduler) -> list[Curve]:
+    """What a scheduler does to the rate of its largest group, to groups with a schedule of their own, and beyond."""
+    horizon = scheduler.horizon or Horizon()
+    groups = scheduler.optimizer.param_groups
+
+    def curve(label: str, base: float, schedule: Schedule) -> Curve:
+        at_peak = schedule.for_peak(base)
+        return Curve(label, lambda step: base * at_peak(step, horizon.total_steps, horizon.steps_per_epoch))
+
+    own = scheduler.group_schedules
+    shared = [group for group in groups if group.get("name") not in own]
+    curves = []
+    if shared:
+        largest = max(shared, key=lambda group: sum(param.numel() for param in group["params"]))
+        label = f"lr of group {largest['name']!r}" if "name" in largest else "lr"
+        curves.append(curve(label, float(largest["initial_lr"]), scheduler.schedule))
+    for group in groups:
+        if (schedule := own.get(group.get("name", ""))) is not None:
+            curves.append(curve(f"lr of group {group['name']!r}", float(group["initial_lr"]), schedule))
+    for hyperparameter, schedule in scheduler.others.items():
+        base = max(float(hyperparameter.base(group)) for group in groups)
+        curves.append(curve(hyperparameter.name, base, schedule))
+    return curves
+
+
+def replay(scheduler: LRScheduler, horizon: Horizon, per_epoch: bool = False) -> Curve:
+    """What a scheduler of torch's does to the largest group, found by running through it; afterwards it is used up.
+
+    Args:
+        scheduler: One that follows from the step alone.
+        horizon: Length of the run.
+        per_epoch: Whether it moves at the end of each epoch, not after each step.
+
+    Raises:
+        ValueError: The run has no end, is too long to be run through, or its epochs have no length; or the scheduler
+            refuses to go so far.
+    """
+    total, length = horizon.total_steps, 1.0
+    if per_epoch:
+        if horizon.steps_per_epoch is None:
+            raise ValueError("the length of an epoch is not known")
+        length = horizon.steps_per_epoch
+    if total is None or total / length > _LONGEST_REPLAY:
+        raise ValueError("the run has no end" if total is None else f"the run has {total:,} steps")
+    groups = scheduler.optimizer.param_groups
+    index = max(range(len(groups)), key=lambda i: sum(param.numel() for param in groups[i]["params"]))
+    rates = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)")  # no optimizer step came before
+        for _ in range(math.ceil(total / length)):
+            rates.append(float(groups[index]["lr"]))
+            if len(rates) < total / length:
+                scheduler.step()
+    label = f"lr of group {groups[index].get('name', index)!r} ({type(scheduler).__name__})"
+    return Curve(label, lambda step: rates[min(int(step / length), len(rates) - 1)])
+
+
+def _state_bytes(optimizer: Optimizer, group: dict[str, Any], param: Tensor, try_out: bool) -> int | None:
+    """What an optimizer will keep for a parameter; of torch's by a step that is undone."""
+    if isinstance(optimizer, FusedOptimizer):
+        return state_bytes(param, group, optimizer.rule_of(group))
+    if not try_out:
+        return None
+    twin = nn.Parameter(torch.zeros_like(param))
+    options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    try:
+        copy = type(optimizer)([{**options, "params": [twin]}], lr=group["lr"])  # type: ignore[call-arg]
+        twin.grad = torch.zeros_like(twin)
+        copy.step()
+    except (TypeError, ValueError, RuntimeError):
+        return None  # an optimizer of somebody's that wants more than this
+    state = dict(copy.state.get(twin, {}))
+    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))

@@ -1,0 +1,165 @@
+"""The plan of a run as text, and its schedule as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_optim.core.durations import Horizon
+from lightning_optim.factory.plan import Curve, GroupPlan, Plan
+
+_UNBOUNDED = 1000
+"""Steps that are plotted of a run that nothing bounds."""
+
+
+def format_plan(plan: Plan, parameters: bool = False, width: int = 72) -> str:
+    """The plan as text: length, groups, schedule, notes and conflicts.
+
+    Args:
+        plan: The plan.
+        parameters: Whether to list every parameter under its group.
+        width: Columns of the plot, at least 20.
+    """
+    total, per_epoch = plan.horizon.total_steps, plan.horizon.steps_per_epoch
+    lines = [
+        f"Optimizer steps: {'unbounded' if total is None else f'{total:,}'}"
+        + ("" if per_epoch is None else f" ({per_epoch:,g} per epoch)")
+    ]
+    if plan.groups:
+        lines += ["", *_table(plan.groups, parameters)]
+        lines += [f"{group.name}: {_left_out(group.not_hidden)}." for group in plan.groups if group.not_hidden]
+    for curve in plan.curves:
+        lines += ["", *_plot(curve, total, max(width, 20))]
+    lines += [f"\nNote: {note}" for note in plan.notes]
+    if plan.conflicts:
+        lines += ["", f"{len(plan.conflicts)} conflict{'s' if len(plan.conflicts) > 1 else ''}:"]
+        lines += [f"  {number}. {conflict}" for number, conflict in enumerate(plan.conflicts, 1)]
+    else:
+        lines += ["", "No conflicts."]
+    return "\n".join(lines)
+
+
+def _table(groups: Sequence[GroupPlan], parameters: bool) -> list[str]:
+    temporary = any(group.frozen_until is not None for group in groups)
+    header = ["group", "tensors", "parameters", "peak lr", "weight decay", "rule", "state"]
+    rows: list[list[str]] = [[*header, "frozen until"] if temporary else header]
+    details: dict[int, list[str]] = {}
+    for group in groups:
+        row = [group.name, f"{len(group.parameters):,}", f"{group.numel:,}", f"{group.lr:.4g}"]
+        row += ["-" if group.weight_decay is None else f"{group.weight_decay:g}", group.rule, _bytes(group.state_bytes)]
+        rows.append([*row, group.frozen_until or "-"] if temporary else row)
+        if parameters:
+            details[len(rows) - 1] = [
+                f"    {name}  {list(shape)}" + (f"  ({group.not_hidden[name]})" if name in group.not_hidden else "")
+                for name, shape in group.parameters
+            ]
+    sizes = [group.state_bytes for group in groups]
+    known = [size for size in sizes if size is not None]
+    last = ["total", f"{sum(len(group.parameters) for group in groups):,}", f"{sum(group.numel for group in groups):,}"]
+    last += ["", "", "", _bytes(sum(known) if len(known) == len(sizes) else None)]
+    rows.append([*last, ""] if temporary else last)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+        if number in (0, len(rows) - 2):
+            lines += details.pop(number, [])
+            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
+        lines += details.get(number, [])
+    return lines
+
+
+def _left_out(reasons: Mapping[str, str]) -> str:
+    """What is not orthogonalised, by kind; vectors are counted, and of matrices the first few are named."""
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in reasons.items():
+        by_kind.setdefault(kind, []).append(name)
+    parts = []
+    for kind, names in sorted(by_kind.items(), key=lambda item: item[0] != "vector"):
+        named = "" if kind == "vector" else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        parts.append(f"{len(names):,} {kind}{'s' if len(names) > 1 else ''}{named}")
+    return f"no hidden matrices, so {', '.join(parts)} go to AdamW"
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.4g} {unit}"
+
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+_ROWS = 8
+
+
+def _plot(curve: Curve, total_steps: int | None, width: int) -> list[str]:
+    """The curve as an area of block characters, an eighth of a line exact."""
+    steps = _steps(total_steps, width)
+    values = [curve.values(step) for step in steps]
+    top = max(*values, 0.0)
+    heights = [round(value / top * _ROWS * 8) if top > 0 else 0 for value in values]
+    margin = max(len(f"{top:.4g}"), 1)
+    lines = [f"{curve.label}:"]
+    for row in reversed(range(_ROWS)):
+        label = f"{top:.4g}" if row == _ROWS - 1 else "0" if row == 0 else ""
+        area = "".join(_BLOCKS[min(max(height - 8 * row, 0), 8)] for height in heights)
+        lines.append(f"{label.rjust(margin)} |{area}".rstrip())
+    lines.append(f"{' ' * margin} 0{f'step {steps[-1]:,}'.rjust(len(steps))}")
+    return lines
+
+
+def _steps(total_steps: int | None, count: int) -> list[int]:
+    """Steps that take part, evenly spread, the first and the last among them."""
+    last = max((_UNBOUNDED if total_steps is None else total_steps) - 1, 0)
+    return sorted({round(index * last / (count - 1)) for index in range(count)})
+
+
+def save_plot(curves: Iterable[Curve], horizon: Horizon, path: str | Path) -> None:
+    """Draws the curves into a PNG, each over the steps of the run.
+
+    Args:
+        curves: What to draw.
+        horizon: Length of the run.
+        path: Where to write it.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    _figure(curves, horizon).savefig(path, format="png", dpi=120)
+
+
+def draw_curves(curves: Iterable[Curve], horizon: Horizon, step: int) -> Any:
+    """The same as pixels, uint8 [height, width, 3], with a line at ``step``."""
+    figure = _figure(curves, horizon)
+    for panel in figure.axes:
+        panel.axvline(step, color="tab:red", linewidth=1)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def _figure(curves: Iterable[Curve], horizon: Horizon) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("A plot as PNG needs matplotlib: pip install 'lightning-optim[plot]'") from error
+    curves = list(curves)
+    figure = Figure(figsize=(7, 2.4 * max(len(curves), 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    steps = _steps(horizon.total_steps, 1000)
+    panels = figure.subplots(max(len(curves), 1), 1, squeeze=False, sharex=True)[:, 0]
+    for panel, curve in zip(panels, curves, strict=False):
+        panel.plot(steps, [curve.values(step) for step in steps])
+        panel.set_title(curve.label, fontsize=10)
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    panels[-1].set_xlabel("optimizer step")
+    return figure

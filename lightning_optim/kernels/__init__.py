@@ -1,0 +1,146 @@
+"""How a rule runs over many tensors. Each backend's module is imported only when it is chosen."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.placements import PLAIN, added_up
+from lightning_optim.core.sharding import local, sum_over_shards
+from lightning_optim.core.suggest import nearest
+from lightning_optim.core.transfer import upload
+from lightning_optim.kernels import plain
+from lightning_optim.kernels.base import Backend, Batch
+from lightning_optim.kernels.scalars import widest_dtype
+
+_DTYPE = operator.attrgetter("dtype")
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Backend", "Batch", "choose", "get_backend", "measure"]
+
+NAMES = ("reference", "cpu", "triton")
+AUTOMATIC = {
+    "cpu": "cpu",
+    "cuda": "triton",
+}  # device type -> backend; reference where there is none, or where it cannot run
+
+
+@cache
+def get_backend(name: str) -> Backend:
+    """The backend called ``name``; an unknown name is refused with the nearest.
+
+    Raises:
+        ImportError: It needs a package that is not installed.
+    """
+    if name == "reference":
+        from lightning_optim.kernels.reference import ReferenceBackend
+
+        return ReferenceBackend()
+    if name == "cpu":
+        from lightning_optim.kernels.cpu.backend import CpuBackend
+
+        return CpuBackend()
+    if name == "triton":
+        from lightning_optim.kernels.triton.backend import TritonBackend
+
+        return TritonBackend()
+    raise ValueError(f"backend={name!r} is unknown. {nearest(name, ('auto', *NAMES))}")
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why backend ``name`` cannot run on ``device`` here, as a sentence; None if it can."""
+    try:
+        return get_backend(name).why_not(device)
+    except ImportError as error:
+        return f"it needs a package that cannot be imported: {error}. Try `pip install lightning-optim[{name}]`."
+
+
+def choose(name: str, device: torch.device) -> Backend:
+    """The backend for tensors on ``device``.
+
+    Args:
+        name: `auto`: the fastest that can run there; a backend's name: that one, or an error.
+        device: Where the parameters are.
+
+    Raises:
+        ValueError: The backend asked for does not exist, or cannot run on ``device``; the message says why.
+    """
+    if name == "auto":
+        return _automatic(device.type)
+    if name not in NAMES:
+        get_backend(name)
+    reason = why_not(name, device)
+    if reason is not None:
+        raise ValueError(f"backend={name!r} cannot run on {device}: {reason}")
+    return get_backend(name)
+
+
+@cache
+def _automatic(device_type: str) -> Backend:
+    name = AUTOMATIC.get(device_type, "reference")
+    reason = why_not(name, torch.device(device_type))
+    if reason is not None:
+        logger.info("On %s the backend is reference, the slower one. Not %s: %s", device_type, name, reason)
+    return get_backend("reference" if reason else name)
+
+
+def measure(grads: Sequence[Tensor]) -> Tensor:
+    """Square sum of each gradient, in one read, without waiting for the device.
+
+    For any optimizer's gradients: strided or sparse, complex, DTensor (of the whole), of several dtypes.
+
+    Args:
+        grads: Gradients on one device.
+
+    Returns:
+        Shape [tensors], on the gradients' device; float64 where it has that (not on MPS), as the square of a float32
+        may be more than a float32 can be. Not finite where a gradient is not.
+
+    Example:
+        >>> measure([torch.tensor([3.0, 4.0]), torch.zeros(2)])
+        tensor([25.,  0.], dtype=torch.float64)
+    """
+    if not grads:
+        return torch.zeros(0, device="cpu")
+    if not set(map(type, grads)).issubset(PLAIN):
+        grads = [added_up(grad) for grad in grads]
+    tensors = [_numbers(grad) for grad in grads]
+    device = tensors[0].device
+    automatic = _automatic(device.type)
+    dtypes = set(map(_DTYPE, tensors))
+    if len(dtypes) == 1 and dtypes <= plain.FLOATS and plain.all_usual(tensors):
+        return sum_over_shards(automatic.measure(tensors), grads)
+    kinds: dict[tuple[torch.dtype, Backend], list[int]] = {}
+    tensors = list(map(plain.resolved, tensors))
+    for i, tensor in enumerate(tensors):
+        backend = automatic if _for_kernels(tensor, i) else get_backend("reference")
+        kinds.setdefault((tensor.dtype, backend), []).append(i)
+    sums = torch.empty(len(tensors), dtype=widest_dtype(device), device=device)
+    for (_, backend), indices in kinds.items():
+        sums[upload(indices, device)] = backend.measure([tensors[i] for i in indices]).to(sums.dtype)
+    return sum_over_shards(sums, grads)
+
+
+def _numbers(grad: Tensor) -> Tensor:
+    """The numbers of a gradient as one dense, real, local tensor."""
+    if type(grad) is Tensor and grad.layout is torch.strided and not grad.is_complex():
+        return grad  # nearly always
+    grad = local(grad.detach())
+    if grad.layout != torch.strided:
+        # Duplicate indices of an uncoalesced gradient add before they are squared.
+        grad = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad.values()
+    return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+
+
+def _for_kernels(tensor: Tensor, index: int) -> bool:
+    """Whether kernels may read ``tensor``, lazily negated or not; refused if nothing may."""
+    reason = plain.why_unsafe(tensor, written=False)
+    if reason is not None:
+        raise RuntimeError(f"The gradient of shape {tuple(tensor.shape)}, number {index} of those measured, {reason}.")
+    return tensor.dtype in plain.FLOATS and plain.is_plain(tensor)

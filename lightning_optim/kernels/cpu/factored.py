@@ -1,0 +1,263 @@
+"""Compiled loops for second moments kept as row and column factors, as Adafactor does.
+
+torch needs some fifteen passes over memory for what these do in three: the mean squares of rows and columns in one read
+of the gradients, the size of the update in a second, and the update in a third. Each runs over all tensors at once.
+
+Tensors are read as ``matrices`` × ``rows`` × ``columns``, the last two dimensions being the factored ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_optim.kernels.base import largest
+from lightning_optim.kernels.cpu import disk_cache
+from lightning_optim.kernels.cpu.memory import compiled, load, named_functions, store, sum_functions
+from lightning_optim.kernels.cpu.threads import run_blocks
+from lightning_optim.kernels.rules import rebind
+from lightning_optim.kernels.weight_decay import CHANGES
+
+BLOCK = 65536
+"""Elements per block, about; at least 16 rows, so that column sums of blocks stay small beside the tensor."""
+
+CHUNK = 4096
+"""Elements of a row summed in the arithmetic dtype before their sum joins a float64 total."""
+
+Shape = tuple[int, int, int]
+
+_MEAN_SQUARES = """
+def kernel(first, last, blocks, shapes, addresses, scalars, sums):
+    for block in range(first, last):
+        tensor, start, end, top, bottom, part = blocks[block]
+        rows, columns, parts = shapes[tensor, 1], shapes[tensor, 2], shapes[tensor, 3]
+        grad, row_means, column_means = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
+        for matrix in range(start, end):
+            column, exact = (matrix * parts + part) * columns, False
+            for i in range(columns):
+                store_2(column_means, column + i, zero)
+            for row in range(matrix * rows + top, matrix * rows + bottom):
+                total = 0.0
+                for chunk in range(0, columns, CHUNK):
+                    row_sum = zero
+                    for i in range(chunk, min(chunk + CHUNK, columns)):
+                        x = load_0(grad, row * columns + i)
+                        store_2(column_means, column + i, add_product(load_2(column_means, column + i), x, x))
+                        row_sum = add_product(row_sum, x, x)
+                    total += row_sum
+                if total - total != 0.0:  # not finite, or squares beyond float32
+                    total, exact = 0.0, True
+                    for i in range(columns):
+                        wide_x = double(load_0(grad, row * columns + i))
+                        total += wide_x * wide_x
+                store_1(row_means, row, float(minimum(total / columns, LARGEST)))
+            for i in range(columns):
+                store_2(column_means, column + i, load_2(column_means, column + i) / float(rows))
+            if exact:
+                for i in range(columns):
+                    total = 0.0
+                    for row in range(matrix * rows + top, matrix * rows + bottom):
+                        wide_x = double(load_0(grad, row * columns + i))
+                        total += wide_x * wide_x
+                    store_2(column_means, column + i, float(minimum(total / rows, LARGEST)))
+"""
+
+_SCALED_SQUARES = """
+def kernel(first, last, blocks, shapes, addresses, scalars, sums):
+    for block in range(first, last):
+        tensor, start, end, top, bottom, part = blocks[block]
+        rows, columns = shapes[tensor, 1], shapes[tensor, 2]
+        grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
+        ceiling = scalars[tensor, 0]
+        total = 0.0
+        for matrix in range(start, end):
+            for row in range(matrix * rows + top, matrix * rows + bottom):
+                factor = load_1(row_factors, row)
+                for chunk in range(0, columns, CHUNK):
+                    row_sum = zero
+                    for i in range(chunk, min(chunk + CHUNK, columns)):
+                        y = minimum(factor * load_2(column_factors, matrix * columns + i), ceiling)
+                        y *= load_0(grad, row * columns + i)
+                        row_sum = add_product(row_sum, y, y)
+                    total += row_sum
+        sums[block] = total
+"""
+
+_SCALED = """
+def kernel(first, last, blocks, shapes, addresses, scalars, sums):
+    for block in range(first, last):
+        tensor, start, end, top, bottom, part = blocks[block]
+        rows, columns = shapes[tensor, 1], shapes[tensor, 2]
+        grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
+        result = addresses[tensor, 3]
+        ceiling, scale, decay = scalars[tensor, 0], scalars[tensor, 1], scalars[tensor, 2]
+        for matrix in range(start, end):
+            for row in range(matrix * rows + top, matrix * rows + bottom):
+                factor = load_1(row_factors, row)
+                for i in range(columns):
+                    y = minimum(factor * load_2(column_factors, matrix * columns + i), ceiling)
+                    y = scale * (load_0(grad, row * columns + i) * y)
+                    RESULT
+"""
+_SCALED_DELTAS = _SCALED.replace("RESULT", "store_3(result, row * columns + i, y)")
+_SUBTRACTED = _SCALED.replace(
+    "RESULT",
+    "x = load_3(result, row * columns + i)\n"
+    "                    store_3(result, row * columns + i, x - change(x, y, decay))",
+)
+
+_KERNELS = {
+    "mean_squares": _MEAN_SQUARES,
+    "scaled_squares": _SCALED_SQUARES,
+    "scaled": _SCALED_DELTAS,
+    "subtracted": _SUBTRACTED,
+}
+
+
+def mean_squares(grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Mean of g² over the last dimension and over the last but one, shapes [..., rows, 1] and [..., 1, columns].
+
+    What state cannot hold counts as the `largest` that it can.
+    """
+    blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads))
+    row_means = [grad.new_empty(*grad.shape[:-1], 1) for grad in grads]
+    parts = shapes[:, 3].tolist()
+    column_means = [g.new_empty(*g.shape[:-2], part, g.shape[-1]) for g, part in zip(grads, parts, strict=True)]
+    _run("mean_squares", blocks, shapes, (grads, row_means, column_means), _no_scalars(grads))
+    most = largest(grads[0].dtype)
+    column_means = [m if m.shape[-2] == 1 else m.sum(-2, keepdim=True).clamp_(max=most) for m in column_means]
+    return row_means, column_means
+
+
+def scaled_squares(
+    grads: Sequence[Tensor], rows: Sequence[Tensor], columns: Sequence[Tensor], ceilings: Sequence[float]
+) -> Tensor:
+    """Σ (g·min(row·column, ceiling))² of each tensor, [tensors], float64."""
+    blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads))
+    scalars = np.array([ceilings], dtype=_numpy(grads)).T.copy()
+    sums = _run("scaled_squares", blocks, shapes, (grads, rows, columns), scalars)
+    totals = np.zeros(len(grads))
+    np.add.at(totals, blocks[:, 0], sums)
+    return torch.from_numpy(totals)
+
+
+class Scaled:
+    """The updates scale·g·min(row·column, ceiling), to be made one after the other or subtracted without being made."""
+
+    def __init__(
+        self,
+        shapes: Sequence[torch.Size],
+        grads: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        columns: Sequence[Tensor],
+        ceilings: Sequence[float],
+        scales: Sequence[float],
+    ) -> None:
+        self._shapes = shapes
+        self._factors = (grads, rows, columns)
+        self._scalars = np.array([ceilings, scales, [0.0] * len(grads)], dtype=_numpy(grads)).T.copy()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for i, grad in enumerate(self._factors[0]):
+            delta = torch.empty_like(grad)
+            one = tuple(factor[i : i + 1] for factor in self._factors)
+            _run("scaled", *_blocks((_shape(grad),)), (*one, [delta]), self._scalars[i : i + 1])
+            yield delta.view(self._shapes[i])
+
+    def subtract_from(self, params: Sequence[Tensor], decay: Tensor) -> None:
+        """Subtract all of them, and the decay, in one pass.
+
+        Args:
+            params: Contiguous, in the dtype of the gradients.
+            decay: Part of each parameter that is subtracted too, [tensors].
+        """
+        blocks, shapes = _blocks(tuple(_shape(grad) for grad in self._factors[0]))
+        scalars = self._scalars.copy()
+        scalars[:, 2] = decay.numpy()
+        _run("subtracted", blocks, shapes, (*self._factors, params), scalars)
+
+
+def _shape(grad: Tensor) -> Shape:
+    rows, columns = grad.shape[-2:]
+    return grad.shape[:-2].numel(), rows, columns
+
+
+def _numpy(tensors: Sequence[Tensor]) -> Any:
+    return np.float64 if tensors[0].dtype == torch.float64 else np.float32
+
+
+def _no_scalars(tensors: Sequence[Tensor]) -> npt.NDArray[Any]:
+    return np.zeros((len(tensors), 1), dtype=_numpy(tensors))
+
+
+@lru_cache(maxsize=64)
+def _blocks(shapes: tuple[Shape, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Blocks [blocks, 6]: tensor, first and end matrix, first and end row, part; and shapes [tensors, 4], with parts.
+
+    A block is some rows of one matrix, or some whole matrices where these are small. ``part`` counts the blocks of a
+    matrix.
+    """
+    blocks: list[tuple[int, ...]] = []
+    parts = []
+    for tensor, (matrices, rows, columns) in enumerate(shapes):
+        height = max(16, BLOCK // max(columns, 1))
+        parts.append(max(1, -(-rows // height)))
+        if rows > height:
+            for matrix in range(matrices):
+                tops = range(0, rows, height)
+                blocks += [(tensor, matrix, matrix + 1, t, min(t + height, rows), t // height) for t in tops]
+        else:
+            count = max(1, BLOCK // max(rows * columns, 1))
+            starts = range(0, matrices, count)
+            blocks += [(tensor, start, min(start + count, matrices), 0, rows, 0) for start in starts]
+    with_parts = [(*shape, part) for shape, part in zip(shapes, parts, strict=True)]
+    return np.array(blocks, dtype=np.int64).reshape(-1, 6), np.array(with_parts, dtype=np.int64)
+
+
+def _run(
+    name: str,
+    blocks: npt.NDArray[np.int64],
+    shapes: npt.NDArray[np.int64],
+    slots: Sequence[Sequence[Tensor]],
+    scalars: npt.NDArray[Any],
+) -> npt.NDArray[np.float64]:
+    """Run kernel ``name`` over all blocks; one sum per block. ``slots`` are contiguous tensors."""
+    kernel = _build(name, "float64" if slots[0][0].dtype == torch.float64 else "float32", len(slots))
+    addresses = np.array([[tensor.data_ptr() for tensor in slot] for slot in slots], dtype=np.int64).T.copy()
+    sums = np.zeros(len(blocks))
+    run_blocks(lambda first, last: kernel(first, last, blocks, shapes, addresses, scalars, sums), len(blocks))
+    return sums
+
+
+@cache
+def _build(name: str, dtype: str, slots: int) -> Any:
+    text = _KERNELS[name]
+    named = named_functions(dtype)
+    names: dict[str, Any] = {
+        "__name__": __name__,
+        "CHUNK": CHUNK,
+        "zero": np.dtype(dtype).type(0),
+        "LARGEST": largest(getattr(torch, dtype)),
+        "float": getattr(numba, dtype),
+        "double": numba.float64,
+        "minimum": named["minimum"],
+        "change": rebind(CHANGES["shrink"], named, compiled),
+    } | sum_functions()
+    for slot in range(slots):
+        names[f"load_{slot}"] = load(dtype, slot, slots)
+        names[f"store_{slot}"] = store(dtype, slot, slots)
+    exec(compile(text, f"<{name}>", "exec"), names)
+    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy")
+    print_of = disk_cache.fingerprint(f"{text}{dtype}{slots}{CHUNK}{names['LARGEST']}", (CHANGES["shrink"],))
+    disk_cache.keep_on_disk(dispatcher, f"{name}-{print_of}")
+    with disk_cache.SaysIfSlow(lambda: f"Compiling the CPU kernel {name} for {dtype}{disk_cache.kept_where()}"):
+        table = "int64[:, ::1]"
+        dispatcher.compile(f"void(int64, int64, {table}, {table}, {table}, {dtype}[:, ::1], float64[::1])")
+    return dispatcher

@@ -1,0 +1,81 @@
+"""Eight bits per value of optimizer state: blocks of 256, each with its own scale, and a code that is finest near zero.
+
+Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022, https://arxiv.org/abs/2110.02861, with two
+differences. Values are rounded to one of the two nearest codes at random, in proportion: a second moment changes by a
+thousandth per step, the codes lie a hundredth apart, and rounding to the nearest would let it rise (one large gradient
+suffices) but not fall. And a second moment above 0 never becomes 0, because steps are divided by its root.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_optim.kernels.rounding import noise, slot_key
+
+BLOCK = 256
+"""Values that share a scale, the largest magnitude among them."""
+
+
+@cache
+def code_map(signed: bool) -> Tensor:
+    """The values of the 256 codes, ascending, float32, in [-1, 1] or, for second moments, in [0, 1].
+
+    Seven decades below 1, from 10⁻⁶ up; each has twice the codes of the one below, at the middles of equal parts of
+    its upper nine tenths. With 0 and 1 (but no -1) that makes 256 either way.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        parts = 2**decade if signed else 2 ** (decade + 1)
+        middles = [0.1 + 0.9 * (part + 0.5) / parts for part in range(parts)]
+        values += [10.0 ** (decade - 6) * middle for middle in middles]
+    if signed:
+        values += [-value for value in values if 0.0 < value < 1.0]
+    return torch.tensor(sorted(values), dtype=torch.float64, device="cpu").float()
+
+
+def blocks(numel: int) -> int:
+    """How many scales ``numel`` values have."""
+    return -(-numel // BLOCK)
+
+
+def quantize(values: Tensor, signed: bool, key: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+    """Codes (uint8, shape of ``values``) and scales (float32, [blocks]).
+
+    Args:
+        values: Row-major order makes the blocks. A NaN or an infinity makes its whole block NaN.
+        signed: Which `code_map`.
+        key: Of the random numbers, 0-d int64.
+        slot: See `rounding.slot_key`.
+    """
+    codes = code_map(signed).to(values.device)
+    flat = values.float().reshape(-1)
+    padded = functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    scales = padded.abs().amax(1) if len(padded) else padded.new_zeros(0)
+    scales = scales + scales * 0  # an infinity leaves nothing of the others: NaN, too
+    unit = torch.where(scales[:, None] > 0, padded / scales[:, None], 0.0).view(-1)[: flat.numel()]
+    lower = (torch.bucketize(unit, codes, right=True) - 1).clamp(0, 254)
+    below = codes[lower]
+    fraction = (unit - below) / (codes[lower + 1] - below)
+    index = torch.arange(flat.numel(), device=values.device)
+    random = (noise(index, slot_key(key, slot)) & 0xFFFF).float() * (1 / 65536)
+    chosen = lower + (random < fraction)
+    if not signed:
+        chosen = torch.where(flat > 0, chosen.clamp(min=1), chosen)
+    return chosen.to(torch.uint8).view(values.shape), scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """The values that ``codes`` and ``scales`` stand for, float32."""
+    values = code_map(signed).to(codes.device)[codes.reshape(-1).int()]
+    return (values * scales.repeat_interleave(BLOCK)[: values.numel()]).view(codes.shape)
+
+
+def zeros(param: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a state of ``param`` that is 0."""
+    zero = int((code_map(signed) == 0).nonzero())
+    codes = torch.full(param.shape, zero, dtype=torch.uint8, device=param.device)
+    return codes, torch.zeros(blocks(param.numel()), dtype=torch.float32, device=param.device)

@@ -1,0 +1,347 @@
+"""The readable backend: one tensor after the other, in torch operations. The oracle for the others, on any device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.sharding import sum_over_shards
+from lightning_optim.core.stats import STEP_SUMS
+from lightning_optim.core.transfer import upload
+from lightning_optim.kernels.base import Backend, Batch
+from lightning_optim.kernels.parts import parts
+from lightning_optim.kernels.quantization import dequantize, quantize
+from lightning_optim.kernels.rounding import kahan_pending, kahan_rest, round_stochastically
+from lightning_optim.kernels.rules import TensorRule, UpdateRule, rebind
+from lightning_optim.kernels.scalars import commit, is_set, scalar_columns, widest_dtype
+from lightning_optim.kernels.weight_decay import CHANGES, DECAYS, INITIAL, decay_factor, norm_factor
+
+NAMED: dict[str, Callable[..., Any]] = {
+    "sqrt": torch.sqrt,
+    "absolute": torch.abs,
+    "sign": torch.sign,
+    "where": torch.where,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+}
+
+Step = tuple[Tensor, Tensor, dict[str, Tensor]]  # gradient, delta, new state
+
+
+class ReferenceBackend(Backend):
+    """Runs everything, elementwise and tensor rules alike, in plain torch."""
+
+    name = "reference"
+    low_precision = True
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Never a reason."""
+        return None
+
+    def supports(self, batch: Batch) -> bool:
+        """Always."""
+        return True
+
+    def measure(self, grads: Sequence[Tensor]) -> Tensor:
+        """Square sums through torch's multi-tensor norm."""
+        return torch.stack(torch._foreach_norm(list(grads), 2, dtype=widest_dtype(grads[0].device))).square()
+
+    def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
+        """See `Backend`."""
+        assert isinstance(batch.rule, UpdateRule)
+        return _rule_sums(batch, batch.rule, scalar_columns(batch, divisor))
+
+    def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
+        """See `Backend`."""
+        rule = batch.rule
+        if isinstance(rule, TensorRule):
+            return apply_tensor_rule(batch, rule.update, divisor=divisor, skip=skip, collect=collect)
+        if _skipped_on_host(batch, skip):
+            return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
+        assert isinstance(rule, UpdateRule)
+        columns = scalar_columns(batch, divisor)
+        if rule.sums and not rule.shared:
+            columns |= rule.rescale(columns, _rule_sums(batch, rule, columns), whole_numel(batch))
+        scalars = _rows(columns, batch.dtype)
+
+        def run(rows: list[int], part: Batch, decays: Tensor) -> Tensor | None:
+            numbers = [scalars[row] for row in rows]
+            return _finish(part, _steps(part, rule, numbers), decays, numbers, skip, collect)
+
+        return _in_parts(batch, columns, run, skip)
+
+
+def apply_tensor_rule(
+    batch: Batch,
+    update: Callable[..., Any],
+    subtract: Callable[[Batch, Iterable[Tensor], Tensor], None] | None = None,
+    *,
+    divisor: Tensor | None,
+    skip: Tensor | None,
+    collect: bool,
+) -> Tensor | None:
+    """`Backend.apply` for a tensor rule.
+
+    Args:
+        batch: What to update.
+        update: The rule's `update`, or what a backend has in its place.
+        subtract: A backend's faster way to subtract deltas, and decay ([tensors]) of the plain form, from parameters,
+            for steps that need no more than that.
+        divisor: As for `Backend.apply`.
+        skip: As for `Backend.apply`.
+        collect: As for `Backend.apply`.
+    """
+    if _skipped_on_host(batch, skip):
+        return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
+    columns = scalar_columns(batch, divisor)
+    scalars = _rows(columns, batch.dtype)
+    as_given = _needs_no_scaling(columns) if batch.device.type == "cpu" else [False] * len(batch.params)
+    plain = batch.decay_form == "shrink" and not (batch.cautious or batch.low_precision)
+
+    def run(rows: list[int], part: Batch, decays: Tensor) -> Tensor | None:
+        numbers = [scalars[row] for row in rows]
+        grads = [_wide(part.grads[i]) if as_given[row] else _grad(part, i, scalars[row]) for i, row in enumerate(rows)]
+        states = [
+            {n: _wide(tensor) for n, tensor in state.items() if n not in ("kahan_comp", INITIAL)}
+            for state in part.states
+        ]
+        deltas, new_states = update([_wide(p) for p in part.params], grads, states, numbers, part.groups)
+        if subtract is None or not plain or collect:
+            return _finish(part, zip(grads, deltas, new_states, strict=True), decays, numbers, skip, collect)
+        subtract(part, deltas, decays)
+        pairs = [(state[n], new[n]) for state, new in zip(part.states, new_states, strict=True) for n in new]
+        if pairs:
+            torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+        return None
+
+    return _in_parts(batch, columns, run, skip)
+
+
+def _in_parts(
+    batch: Batch,
+    columns: dict[str, Tensor],
+    run: Callable[[list[int], Batch, Tensor], Tensor | None],
+    skip: Tensor | None,
+) -> Tensor | None:
+    """Update the batch part by part, each stored before the next begins; the step sums, if ``run`` gives such.
+
+    Args:
+        batch: What to update.
+        columns: The numbers of all its tensors.
+        run: Updates a part, given the places of its tensors, the part, and its share of the column `decay`.
+        skip: As for `Backend.apply`.
+    """
+    order: list[int] = []
+    sums: list[Tensor] = []
+    for rows in parts(batch):
+        whole = len(rows) == len(batch.params)
+        decays = columns["decay"] if whole else columns["decay"][upload(rows, batch.device)]
+        collected = run(rows, batch.take(rows), decays)
+        if collected is not None:
+            order += rows
+            sums.append(collected)
+    commit(batch, columns, skip)
+    if len(sums) < 2:
+        return sums[0] if sums else None
+    in_order = torch.empty(len(order), len(STEP_SUMS), device=batch.device)
+    in_order[upload(order, batch.device)] = torch.cat(sums)
+    return in_order
+
+
+def _finish(
+    batch: Batch,
+    steps: Iterable[Step],
+    decays: Tensor,
+    scalars: list[dict[str, Tensor]],
+    skip: Tensor | None,
+    collect: bool,
+) -> Tensor | None:
+    """Mask, decay, write and sum; see (5) to (8) of `Backend`."""
+    on_host = batch.device.type == "cpu"
+    if batch.cautious:
+        steps = _cautious(batch, list(steps))
+    if batch.decay_form == "rescale":
+        steps = list(steps)
+        moved = [
+            (_wide(p) - delta).square().sum(dtype=widest_dtype(batch.device))
+            for p, (_, delta, _) in zip(batch.params, steps, strict=True)
+        ]
+        decays = norm_factor(decays, sum_over_shards(torch.stack(moved), batch.wholes), whole_numel(batch))
+    decay = decays.to(batch.dtype)
+    change, decaying = rebound(CHANGES[batch.decay_form]), rebound(DECAYS.get(batch.decay_form, _param))
+
+    def write(i: int, step: Step) -> Tensor | None:
+        _, delta, new_state = step
+        param, state = batch.params[i], batch.states[i]
+        moments = new_state
+        before = _wide(param)
+        initial = [_wide(state[INITIAL])] if batch.decay_form == "pull" else []
+        terms = (before, delta, decay[i], *initial)
+        new_param, new_state = _stored(batch, i, before, change(*terms), new_state)
+        row = None
+        if collect:
+            raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
+            row = _sums(batch, i, raw, new_param, moments, scalars[i], decaying(*terms))
+        for old, new in [(param, new_param), *((state[name], new_state[name]) for name in new_state)]:
+            if new is not old:
+                new = new.to(old.dtype)
+                old.copy_(new if on_host or skip is None else torch.where(skip != 0, old, new))
+        return row
+
+    # By `map`, and not in a loop, whose variables would keep one tensor's temporaries beside the next one's.
+    sums = [row for row in map(write, range(len(batch.params)), steps) if row is not None]
+    if not collect:
+        return None
+    result = sum_over_shards(torch.stack(sums), batch.wholes)
+    result[:, STEP_SUMS.index("decay_sq")] *= decay_factor(batch.decay_form, decays).square()
+    result = result.float()
+    return result if on_host or skip is None else result.masked_fill(skip != 0, math.nan)
+
+
+def _param(param: Any, delta: Any, decay: Any) -> Any:
+    return param
+
+
+def _skipped_on_host(batch: Batch, skip: Tensor | None) -> bool:
+    return batch.device.type == "cpu" and is_set(skip)
+
+
+def _needs_no_scaling(columns: dict[str, Tensor]) -> list[bool]:
+    """Which gradients, on the CPU, are used as they are: saves a pass over memory."""
+    factors, l2 = columns["inverse_divisor"].tolist(), columns["l2"].tolist()
+    return [factor == 1 and weight == 0 for factor, weight in zip(factors, l2, strict=True)]
+
+
+def _rule_sums(batch: Batch, rule: UpdateRule, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    function = rebound(type(rule).sums_update)
+    names = rule.sums_scalars()
+    scalars = _rows(columns, batch.dtype)
+    rows = []
+    for i, param in enumerate(batch.params):
+        state = [_moment(batch, i, name) for name in rule.state]
+        terms = function(_wide(param), _grad(batch, i, scalars[i]), *state, *(scalars[i][name] for name in names))
+        rows.append(torch.stack([term.sum(dtype=widest_dtype(batch.device)) for term in terms]))
+    sums = sum_over_shards(torch.stack(rows), batch.wholes)
+    return dict(zip(rule.sums, sums.unbind(1), strict=True))
+
+
+@cache
+def rebound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` over torch tensors."""
+    return rebind(function, NAMED)  # type: ignore[no-any-return]
+
+
+def whole_numel(batch: Batch) -> Tensor:
+    """Number of elements of each tensor, over all its shards, [tensors], float64."""
+    return upload([t.numel() for t in batch.wholes], batch.device, widest_dtype(batch.device))
+
+
+def _rows(columns: dict[str, Tensor], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """The scalars of each tensor, 0-d."""
+    values = zip(*(column.to(dtype).unbind() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in values]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In the dtype of the arithmetic; integers (indices, counters of a tensor rule) as they are."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _moment(batch: Batch, i: int, name: str) -> Tensor:
+    """A state in the dtype of the arithmetic, codes as the values they stand for."""
+    state = batch.states[i]
+    if name in batch.quantized:
+        return dequantize(state[name], state[f"{name}_scale"], batch.rule.compressible[name])
+    return _wide(state[name])
+
+
+def _grad(batch: Batch, i: int, scalars: dict[str, Tensor]) -> Tensor:
+    """The gradient as the rule sees it: divided, negated for `maximize`, with the L2 term."""
+    scaled = _wide(batch.grads[i]) * scalars["inverse_divisor"]
+    return scaled.add_(scalars["l2"] * _wide(batch.params[i]))
+
+
+def _steps(batch: Batch, rule: UpdateRule, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
+    function, names = rebound(type(rule).update), rule.update_scalars()
+
+    def step(i: int) -> Step:
+        grad = _grad(batch, i, scalars[i])
+        state = [_moment(batch, i, name) for name in rule.state]
+        delta, *new = function(_wide(batch.params[i]), grad, *state, *(scalars[i][name] for name in names))
+        return grad, delta, dict(zip(rule.state, new, strict=True))
+
+    return map(step, range(len(batch.params)))
+
+
+def _stored(
+    batch: Batch, i: int, param: Tensor, change: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Parameter (``param`` before it) and state after the step, the parameter in the dtype it is stored in."""
+    dtype = batch.params[i].dtype
+    quantized = batch.quantized
+    for name in batch.stochastic:
+        if name in state:
+            key, slot = batch.rounding_keys[i], 2 + batch.rule.state.index(name)
+            if name in quantized:
+                codes, scales = quantize(state[name], batch.rule.compressible[name], key, slot)
+                state = state | {name: codes, f"{name}_scale": scales}
+            else:
+                state = state | {name: round_stochastically(state[name], key, slot)}
+    if batch.kahan:
+        pending = kahan_pending(_wide(batch.states[i]["kahan_comp"]), change)
+        del change
+        after = (param + pending).to(dtype)
+        return after, state | {"kahan_comp": kahan_rest(pending, _wide(after), param)}
+    if "param" in batch.stochastic:
+        return round_stochastically(param - change, batch.rounding_keys[i], 0), state
+    return (param - change).to(dtype), state
+
+
+def _cautious(batch: Batch, steps: list[Step]) -> Iterator[Step]:
+    """Updates without the components that point against the gradient (Liang et al., https://arxiv.org/abs/2411.16085).
+
+    Rescaled to keep the mean step length, at most a thousandfold, as the authors' code does.
+    """
+    masks = [(delta * grad > 0).to(delta.dtype) for grad, delta, _ in steps]
+    counts = sum_over_shards(torch.stack([mask.sum() for mask in masks]), batch.wholes)
+    numel = whole_numel(batch).to(counts.dtype)
+    scale = numel / counts.maximum(numel * 1e-3)
+    for i, (grad, delta, state) in enumerate(steps):
+        yield grad, delta * masks[i] * scale[i], state
+
+
+def _sums(
+    batch: Batch,
+    i: int,
+    grad: Tensor,
+    new_param: Tensor,
+    new_state: dict[str, Tensor],
+    scalars: dict[str, Tensor],
+    decaying: Tensor,
+) -> Tensor:
+    """One row of step sums, in float64 where the device has it."""
+    rule, param = batch.rule, batch.params[i]
+    dtype = widest_dtype(batch.device)
+    nan = torch.full((), math.nan, dtype=dtype, device=batch.device)
+    sums = dict.fromkeys(STEP_SUMS, nan)
+    grad, before = grad.to(dtype), param.to(dtype)
+    sums["param_sq"] = before.square().sum()
+    sums["update_sq"] = (new_param.to(dtype) - before).square().sum()
+    sums["zero_grad"] = (grad == 0).sum().to(dtype)
+    if rule.decays_beside:
+        sums["decay_sq"] = decaying.to(dtype).square().sum()
+    if rule.first_moment in new_state:
+        momentum = _moment(batch, i, rule.first_moment).to(dtype)
+        sums["grad_exp_avg"] = (grad * momentum).sum()
+        sums["momentum_sq"] = momentum.square().sum()
+    if rule.second_moment in new_state:
+        root = new_state[rule.second_moment].to(dtype).sqrt() / scalars["bias_correction2_sqrt"]
+        # Where v̂ is 0 the gradient has always been 0, and the term is 0 rather than 0/0.
+        sums["grad_sq_over_exp_avg_sq"] = (grad / root.clamp(min=1e-18)).square().sum()
+        sums["below_eps"] = (root < scalars["eps"]).sum().to(dtype)
+    return torch.stack([sums[name] for name in STEP_SUMS])

@@ -1,0 +1,1 @@
+"""One launch for all tensors, through Triton."""

@@ -1,0 +1,145 @@
+"""Decoupled weight decay for optimizers that have none, or only one that passes through their moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.core.closure import closure_of, run_closure
+from lightning_optim.core.suggest import nearest
+from lightning_optim.core.trial_step import is_trial_step
+from lightning_optim.core.uncompiled import uncompiled
+from lightning_optim.kernels.peak_lr import follow_peak, say_peak, start_peak
+from lightning_optim.kernels.scalars import is_set
+from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_coefficients
+from lightning_optim.optim import FusedOptimizer
+
+_KINDS = (WeightDecayKind.DECOUPLED, WeightDecayKind.INDEPENDENT, WeightDecayKind.CORRECTED)
+
+
+class ForeignDecay:
+    """Shrinks the parameters of an optimizer of another package right before each of its updates.
+
+    All parameters in one foreach call: w ← (1 - c)·w, which on `torch.optim.AdamW` without a decay of its own gives bit
+    for bit what it does with one. Parameters without a gradient stay as they are, and so does everything on a skipped
+    step.
+
+    Args:
+        optimizer: The optimizer; none of `lightning_optim.optim`, which have every kind built in.
+        weight_decay: λ, above 0.
+        kind: `decoupled`, `independent` or `corrected`; see `WeightDecayKind`.
+        groups: λ of single parameter groups by their ``name``.
+
+    Raises:
+        ValueError: The kind does not act beside the update, a value is out of range, the optimizer decays already, or
+            ``groups`` names none of its groups.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.full((1,), 2.0))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> decay = ForeignDecay(optimizer, weight_decay=0.5)
+        >>> weight.grad = torch.zeros(1)
+        >>> optimizer.step()
+        >>> weight.item()
+        1.899999976158142
+        >>> decay.close()
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        weight_decay: float,
+        kind: str | WeightDecayKind = "decoupled",
+        groups: Mapping[str, float] | None = None,
+    ) -> None:
+        self.kind = check_decay(weight_decay, kind, groups)
+        label = type(optimizer).__name__
+        if isinstance(optimizer, FusedOptimizer):
+            raise ValueError(
+                f"{label} decays weights itself, in every kind and in the same pass. Set its weight_decay and "
+                "weight_decay_kind, and leave this out."
+            )
+        for index, group in enumerate(optimizer.param_groups):
+            if group.get("weight_decay"):
+                raise ValueError(
+                    f"Weights would decay twice: {label} has weight_decay={group['weight_decay']} in group "
+                    f"{group.get('name', index)!r}, and decays by {weight_decay} more were asked for. Give the "
+                    "optimizer weight_decay=0."
+                )
+        names = [str(group.get("name", index)) for index, group in enumerate(optimizer.param_groups)]
+        for name in groups or {}:
+            if name not in names:
+                raise ValueError(f"{label} has no parameter group {name!r}. {nearest(name, names)}")
+        self.weight_decays = {name: float((groups or {}).get(name, weight_decay)) for name in names}
+        self.weight_decay = float(weight_decay)
+        self._peak_said = False
+        self._handle = optimizer.register_step_pre_hook(uncompiled(self._before))
+
+    def close(self) -> None:
+        """Leaves the optimizer as it was."""
+        self._handle.remove()
+
+    @torch.no_grad()
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        if is_trial_step(optimizer, closure_of(args, kwargs)):
+            return args, kwargs
+        args, kwargs, _ = run_closure(args, kwargs)
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if is_set(found_inf):
+                return args, kwargs
+            found_inf = None
+        params: list[Tensor] = []
+        factors: list[float] = []
+        for index, group in enumerate(optimizer.param_groups):
+            decay = self._coefficient(group, str(group.get("name", index)), type(optimizer).__name__)
+            taking_part = [param for param in group["params"] if param.grad is not None]
+            if not taking_part or (decay == 0 and not isinstance(decay, Tensor)):
+                continue
+            if isinstance(decay, Tensor) or found_inf is not None:  # numbers that only the device knows
+                kept = 1 - (decay if found_inf is None else decay * (found_inf == 0))
+                torch._foreach_mul_(taking_part, kept.to(taking_part[0].dtype))
+            else:
+                params += taking_part
+                factors += [1 - decay] * len(taking_part)
+        if params:
+            torch._foreach_mul_(params, factors)
+        return args, kwargs
+
+    def _coefficient(self, group: dict[str, Any], name: str, label: str) -> Any:
+        weight_decay = self.weight_decays.get(name, self.weight_decay)
+        if not weight_decay:
+            return 0.0
+        if self.kind.needs_peak and "peak_lr_from" not in group:
+            start_peak(group, float(group["lr"]))
+        if self.kind.needs_peak and follow_peak(group) and not self._peak_said:
+            self._peak_said = True
+            say_peak(label, group | {"weight_decay_kind": self.kind.value})
+        return decay_coefficients(self.kind, group["lr"], weight_decay, group.get("peak_lr", 0.0))[0]
+
+
+def check_decay(
+    weight_decay: float, kind: str | WeightDecayKind, groups: Mapping[str, float] | None
+) -> WeightDecayKind:
+    """The kind; refuses, without an optimizer, what can be refused."""
+    parsed = WeightDecayKind.parse(kind)
+    if parsed not in _KINDS:
+        raise ValueError(
+            f"weight_decay_kind={parsed.value!r} needs the update itself, which other packages' optimizers do not "
+            f"show. Needed is {', '.join(repr(kind.value) for kind in _KINDS)}; or an optimizer of "
+            "lightning_optim.optim."
+        )
+    given = {"weight_decay": weight_decay, **{f"groups[{name!r}]": value for name, value in (groups or {}).items()}}
+    for label, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0 or (label == "weight_decay" and value == 0):
+            least = "above 0" if label == "weight_decay" else "at least 0"
+            raise ValueError(f"Invalid {label}={value!r}: it must be a finite number {least}.")
+    return parsed

@@ -1,0 +1,155 @@
+"""What a step of an optimizer that measures nothing itself did, read off its parameters, gradients and state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.core.placements import placed_as
+from lightning_optim.core.sharding import local, sum_over_shards
+from lightning_optim.core.stats import STEP_SUMS
+from lightning_optim.kernels.scalars import read, widest_dtype
+from lightning_optim.step.gradients import Gradients
+from lightning_optim.step.measure import measure_update
+
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+
+
+class ForeignUpdate:
+    """Measures the `STEP_SUMS` around the update of an optimizer of torch or another package.
+
+    One copy of the parameters and one pass over gradients and state, on reported steps only. The momentum is found by
+    its name in the optimizer's state; the second moment for those of torch's optimizers that are known here. A column
+    is NaN where there is nothing to find.
+
+    Args:
+        optimizer: The optimizer.
+        gradients: The gradients of the step.
+    """
+
+    def __init__(self, optimizer: Optimizer, gradients: Gradients) -> None:
+        self._optimizer = optimizer
+        self._params, self._grads, self._sum_shards = gradients.params, gradients.grads, gradients.sum_shards
+        sizes = zip(optimizer.param_groups, gradients.group_sizes, strict=True)
+        self._groups = [group for group, size in sizes for _ in range(size)]
+        self._before = [local(param.detach()).clone() for param in self._params]
+        self._rows: dict[str, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Called when the gradients are what the update will find, up to factors: momentum is read before it moves."""
+        dots, squares, own = [], [], []
+        for param, grad, group in zip(self._params, self._grads, self._groups, strict=True):
+            momentum = self._momentum(param)
+            wide = _wide(grad)
+            if wide is not None and wide.numel() == 0:  # a shard of which other ranks have all
+                dots.append(_zero(param))
+                squares.append(_zero(param))
+            elif wide is None or momentum is None:
+                dots.append(_nan(param))
+                squares.append(_nan(param))
+            else:
+                old = local(momentum).to(widest_dtype(param.device))
+                dots.append((wide * old).sum() * (-1 if group.get("maximize") else 1))
+                squares.append(old.square().sum())
+            own.append(_nan(param) if wide is None else _square_sum(wide))
+        self._rows = {"grad_exp_avg": dots, "momentum_sq": squares, "grad_sq_before": own}
+
+    @torch.no_grad()
+    def sums(self, clipped_norm_sq: Tensor) -> Tensor:
+        """The sums, shape [tensors, columns], after the update.
+
+        Args:
+            clipped_norm_sq: Square sum of each gradient as the update used it. The gradients that lie here may differ
+                from that by a factor, for loss scale and clipping may have been operands of the kernel.
+        """
+        device, dtype = clipped_norm_sq.device, clipped_norm_sq.dtype
+        if not self._rows:  # the step was left out before anything was read
+            return torch.full((len(self._params), len(STEP_SUMS)), torch.nan, dtype=dtype, device=device)
+        zeros, ratios, below, own = [], [], [], []
+        for param, grad, group in zip(self._params, self._grads, self._groups, strict=True):
+            wide, root = _wide(grad), self._second_moment_root(param, group)
+            zeros.append(_nan(param) if wide is None else (wide == 0).sum())
+            own.append(_nan(param) if wide is None else _square_sum(wide))
+            if wide is not None and wide.numel() == 0:
+                ratios.append(_zero(param))
+                below.append(_zero(param))
+            elif wide is None or root is None:
+                ratios.append(_nan(param))
+                below.append(_nan(param))
+            else:
+                root = root.to(wide.dtype)
+                ratios.append((wide / root.clamp(min=1e-18)).square().sum())
+                below.append((root < group["eps"]).sum())
+        columns = {
+            **self._rows,
+            "zero_grad": zeros,
+            "grad_sq_over_exp_avg_sq": ratios,
+            "below_eps": below,
+            "grad_sq_after": own,
+        }
+        packed = torch.stack(
+            [torch.stack([v.to(device, dtype, non_blocking=True) for v in column]) for column in columns.values()], 1
+        )
+        sums = dict(zip(columns, self._sum_shards(sum_over_shards(packed, self._params)).unbind(1), strict=True))
+        # torch's fused kernels divide the gradients in memory, so these may not be now what they were before.
+        sums["grad_exp_avg"] = sums["grad_exp_avg"] * _ratio(clipped_norm_sq, sums["grad_sq_before"]).sqrt()
+        after = _ratio(clipped_norm_sq, sums["grad_sq_after"])
+        sums["grad_sq_over_exp_avg_sq"] = sums["grad_sq_over_exp_avg_sq"] * after
+        effect = self._sum_shards(measure_update(self._before, self._params)).to(device, dtype)
+        return torch.stack([sums.get(name, effect[:, i]) for i, name in enumerate(STEP_SUMS)], dim=1)
+
+    def _momentum(self, param: Tensor) -> Tensor | None:
+        state = self._optimizer.state.get(param, {})
+        found = (state.get(name) for name in _FIRST_MOMENTS)
+        momentum = next((m for m in found if isinstance(m, Tensor) and m.is_floating_point()), None)
+        # torch's SGD makes its buffer of the first gradient, which may have been placed otherwise.
+        return None if momentum is None else placed_as(momentum, param)
+
+    def _second_moment_root(self, param: Tensor, group: Mapping[str, Any]) -> Tensor | None:
+        """√v̂ as the update has just used it."""
+        state = self._optimizer.state.get(param, {})
+        if isinstance(self._optimizer, torch.optim.RMSprop):
+            return None if group["centered"] or "square_avg" not in state else local(state["square_avg"]).sqrt()
+        if isinstance(self._optimizer, torch.optim.Adagrad):
+            return local(state["sum"]).sqrt() if "sum" in state else None
+        if not isinstance(self._optimizer, torch.optim.Adam | torch.optim.NAdam | torch.optim.RAdam):
+            return None  # torch's AdamW is an Adam
+        second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+        if second is None:
+            return None
+        step = state["step"]
+        step = read(step) if step.device.type == "cpu" else step
+        correction: Any = 1 - group["betas"][1] ** step
+        return local(second).sqrt() / (correction.sqrt() if isinstance(correction, Tensor) else correction**0.5)
+
+
+def _wide(grad: Tensor) -> Tensor | None:
+    """This rank's part of a gradient, in a dtype whose squares are exact enough; None if it is sparse."""
+    if grad.layout != torch.strided:
+        return None
+    part = local(grad.detach())
+    return part.to(torch.promote_types(part.dtype, torch.float32))
+
+
+def _square_sum(wide: Tensor) -> Tensor:
+    """Finite wherever ``wide`` is, where the device has float64."""
+    norm: Tensor = torch.linalg.vector_norm(wide, dtype=widest_dtype(wide.device))
+    return norm.square()
+
+
+def _ratio(used: Tensor, found: Tensor) -> Tensor:
+    """1 for a gradient of zeros."""
+    return torch.where((used == 0) & (found == 0), 1.0, used / found)
+
+
+def _zero(param: Tensor) -> Tensor:
+    return torch.zeros((), device=param.device)
+
+
+def _nan(param: Tensor) -> Tensor:
+    return torch.full((), torch.nan, device=param.device)

@@ -1,0 +1,210 @@
+"""The gradients of one step, and what can be read off them and the optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.core.flat_shards import FlatShards
+from lightning_optim.core.placements import PLAIN, gradient_of
+from lightning_optim.core.sharding import local, sum_over_shards
+from lightning_optim.core.stats import GradStats, UnitNorms
+from lightning_optim.core.transfer import upload
+from lightning_optim.kernels.scalars import read, widest_dtype
+from lightning_optim.step.measure import measure_largest, measure_norm_sq, measure_units
+
+_NO_NAMES: Mapping[Tensor, str] = {}
+
+
+class Gradients:
+    """All gradients that a step of an optimizer is about to use.
+
+    Args:
+        optimizer: The optimizer.
+        scale: The loss scale that is still in them, shape [], or None.
+        names: Names of parameters that the optimizer itself does not know.
+        shards: If parameters are flat shards: then all of those belong to the step, because this rank having no part of
+            one does not mean that others have none.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        scale: Tensor | None = None,
+        names: Mapping[Tensor, str] = _NO_NAMES,
+        shards: FlatShards | None = None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.scale = scale
+        self.shards = shards
+        # Once per step over perhaps thousands of parameters, so without a call for each.
+        if shards is None:
+            groups = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
+            grads = [p.grad for group in groups for p in group]
+        else:
+            groups = [[p for p in group["params"] if self._takes_part(p)] for group in optimizer.param_groups]
+            grads = [p.new_empty(0) if p.grad is None else p.grad for group in groups for p in group]
+        self.params: list[Tensor] = [p for group in groups for p in group]
+        self.grads: list[Tensor] = grads
+        self.group_sizes = tuple(len(group) for group in groups)
+        self.parameters = sum(len(group["params"]) for group in optimizer.param_groups)
+        self._names = names
+        if not {*map(type, self.params), *map(type, grads)}.issubset(PLAIN):
+            self._redistribute()
+        self._norm_sq: Tensor | None = None
+        self.stats = GradStats(
+            self._read_norm_sq,
+            self.group_sizes,
+            group_names=group_names_of(optimizer),
+            places=None if len(self.params) == self.parameters else self._places(),
+            reads={
+                "numel": lambda: tuple(p.numel() if shards is None else shards.numel(p) for p in self.params),
+                "names": self._read_names,
+                "largest": self._read_largest,
+                "units": self._read_units,
+                "momentum_norm_sq": self._read_momentum_norm_sq,
+                "grad_sq_over_exp_avg_sq": self._read_grad_sq_over_exp_avg_sq,
+            },
+        )
+
+    def norm_sq_now(self) -> Tensor:
+        """Another read: square sums of the gradients as they are at this moment."""
+        return self._unscaled_sq(self.sum_shards(measure_norm_sq(self.grads)))
+
+    def present(self) -> list[int] | None:
+        """Which of the tensors have a gradient on this rank; None if all."""
+        held = [i for i, param in enumerate(self.params) if param.grad is not None]
+        return None if len(held) == len(self.params) else held
+
+    def sum_shards(self, values: Tensor) -> Tensor:
+        """Values of flat shards ([tensors] or [tensors, columns]) as those of whole tensors."""
+        return values if self.shards is None else self.shards.sum(values, self.params)
+
+    def _takes_part(self, param: Tensor) -> bool:
+        return param.grad is not None or (self.shards is not None and param in self.shards and param.requires_grad)
+
+    def _redistribute(self) -> None:
+        """Sees to it that each gradient lies as its parameter does: everything below reads what is on this rank."""
+        for i, param in enumerate(self.params):
+            grad = gradient_of(param, partial(self._label, i))
+            if grad is not None:  # flat shards, of which this rank may hold nothing
+                self.grads[i] = grad
+
+    def _label(self, index: int) -> str:
+        name = self._read_names()[index]
+        return f"parameter {name!r}" if name else f"a parameter of shape {tuple(self.params[index].shape)}"
+
+    def _places(self) -> Tensor | None:
+        everything = [p for group in self.optimizer.param_groups for p in group["params"]]
+        places = [place for place, p in enumerate(everything) if self._takes_part(p)]
+        return upload(places, self.params[0].device, torch.int64) if places else None
+
+    def _unscaled_sq(self, values: Tensor) -> Tensor:
+        return values if self.scale is None else values / self.scale.to(values.device).square()
+
+    def _read_norm_sq(self) -> Tensor:
+        return self.norm_sq_now() if self._norm_sq is None else self._norm_sq
+
+    def _read_names(self) -> tuple[str | None, ...]:
+        groups = [(group["params"], names_of(group, self._names)) for group in self.optimizer.param_groups]
+        known = {param: name for params, names in groups for param, name in zip(params, names, strict=True)}
+        return tuple(known[p] for p in self.params)
+
+    def _read_largest(self) -> Tensor:
+        largest = measure_largest(self.grads)
+        largest = largest if self.shards is None else self.shards.max(largest, self.params)
+        return largest if self.scale is None else largest / self.scale.to(largest.device)
+
+    def _read_units(self) -> UnitNorms:
+        units = measure_units(self.grads, self.params, self.scale)
+        self._norm_sq = units.norm_sq()
+        return units
+
+    @cached_property
+    def _groups(self) -> list[dict[str, Any]]:
+        """The group of each tensor."""
+        groups = zip(self.optimizer.param_groups, self.group_sizes, strict=True)
+        return [group for group, size in groups for _ in range(size)]
+
+    def _states(self, *names: str, wanted: str) -> list[tuple[int, str]]:
+        """Which tensors have one of the states called ``names``, and which; refuses an optimizer that keeps none."""
+        found = []
+        for index, param in enumerate(self.params):
+            state = self.optimizer.state.get(param)  # asks for nothing to be made
+            name = next((name for name in names if state and isinstance(state.get(name), Tensor)), None)
+            if name is not None and not state[name].is_floating_point():  # type: ignore[index]
+                raise ValueError(f"{wanted} cannot read state in 8 bits: use state_bits of 16 or 32.")
+            if name is not None:
+                found.append((index, name))
+            elif state:
+                raise ValueError(
+                    f"{wanted} needs an optimizer that keeps {' or '.join(map(repr, names))}; "
+                    f"{type(self.optimizer).__name__} keeps {', '.join(map(repr, state))}."
+                )
+        return found
+
+    def _read_momentum_norm_sq(self) -> Tensor:
+        """Square sum of each first moment, as an average of gradients; 0 where there is none yet."""
+        found = self._states("exp_avg", "momentum_buffer", wanted="Clipping by the ratio to the momentum")
+        norm_sq = torch.zeros_like(self.stats.norm_sq)
+        if not found:
+            return self.sum_shards(norm_sq)
+        device = norm_sq.device
+        measured = measure_norm_sq([self.optimizer.state[self.params[i]][name] for i, name in found])
+        share = [1.0 if name == "exp_avg" else _share(self._groups[i]) for i, name in found]
+        rows = upload([i for i, _ in found], device, torch.int64)
+        weight = upload(share, device, norm_sq.dtype).square()
+        return self.sum_shards(norm_sq.scatter(0, rows, measured.to(norm_sq.dtype) * weight))
+
+    def _read_grad_sq_over_exp_avg_sq(self) -> Tensor:
+        """Σ g²/v̂ of each tensor, with v̂ after this step; one read of the gradients gives their square sums as well."""
+        kept = {i for i, _ in self._states("exp_avg_sq", wanted="Clipping by the RMS of the update")}
+        device, wide = self.grads[0].device, widest_dtype(self.grads[0].device)
+        sums = []
+        for i, grad in enumerate(self.grads):
+            size = local(grad).abs()
+            size = size.to(torch.promote_types(size.dtype, torch.float32))
+            size = size if self.scale is None else size / self.scale.to(size.device)
+            total = torch.linalg.vector_norm(size, dtype=wide).square()
+            ratio = self._over_exp_avg_sq(size, self.params[i], self._groups[i], i in kept)
+            sums.append(torch.stack([total, ratio.to(wide)]).to(device, non_blocking=True))
+        both = self.sum_shards(sum_over_shards(torch.stack(sums), self.params))
+        self._norm_sq = both[:, 0]
+        return both[:, 1]
+
+    def _over_exp_avg_sq(self, size: Tensor, param: Tensor, group: Mapping[str, Any], kept: bool) -> Tensor:
+        """Σ g²/v̂ of one tensor, of which ``size`` is |g|. At its first step v̂ is g², and nothing stands out."""
+        step = self.optimizer.state[param]["step"] if kept else 0.0
+        if isinstance(step, Tensor) and step.device.type == "cpu":
+            step = read(step)
+        if not isinstance(step, Tensor) and step == 0:
+            return (size > 0).sum()
+        beta2 = group["betas"][1]
+        old = local(self.optimizer.state[param]["exp_avg_sq"]).to(size.dtype)
+        # Roots throughout: the square of a finite gradient may be infinite.
+        root = torch.hypot(old.sqrt().mul_(beta2**0.5), size * (1 - beta2) ** 0.5)
+        root.div_((1 - beta2 ** (step + 1)) ** 0.5)
+        # 0/0, where the gradient has always been 0, counts 0; eps must not vanish in float32.
+        ratio = (size / root.clamp_(min=max(group["eps"], 1e-15))).square_().sum()
+        return torch.where(step > 0, ratio, (size > 0).sum()) if isinstance(step, Tensor) else ratio
+
+
+def group_names_of(optimizer: Optimizer) -> tuple[str, ...]:
+    """Name of each parameter group, or its number where it has none."""
+    return tuple(str(group.get("name", index)) for index, group in enumerate(optimizer.param_groups))
+
+
+def names_of(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[str | None]:
+    """Name of each parameter of a group, as far as the optimizer or the caller knows it."""
+    own: list[str | None] = group.get("param_names") or [None] * len(group["params"])
+    return [names.get(param, name) for param, name in zip(group["params"], own, strict=True)]
+
+
+def _share(group: Mapping[str, Any]) -> float:
+    """What part of SGD's momentum buffer is an average of gradients."""
+    return float((1 - group.get("momentum", 0)) / max(1 - group.get("dampening", 0), 1e-3))

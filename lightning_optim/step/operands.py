@@ -1,0 +1,187 @@
+"""How a divisor and a skip flag reach an optimizer's update, whichever optimizer it is.
+
+Two ways. An optimizer that declares ``_step_supports_amp_scaling`` takes both as device tensors in its kernel, through
+the attributes ``grad_scale`` (gradients are divided by it) and ``found_inf`` (non-zero: nothing changes, moments and
+step counters included): torch's protocol for GradScaler. Our own optimizers take the divisor apart from the loss scale,
+as ``divisor``, and one for each tensor if need be. Every other optimizer gets its gradients scaled in place, and its
+``step`` not called; and what no kernel takes (a divisor for each tensor in torch's, for each row, a limit on elements)
+is done to the gradients in place, too. This is the one place that relies on the protocol.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.clipping import Clip, Divisor
+from lightning_optim.core.sharding import local
+from lightning_optim.core.transfer import PendingValues
+
+_ATTRIBUTES = ("grad_scale", "found_inf", "divisor")
+
+
+class StepSkipped(Exception):  # noqa: N818 - control flow, not an error
+    """Carries the closure's loss past an update that must not happen."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__(  # read by nobody but who put an optimizer in its place when its `step` was entered already
+            "This step has to be left out, and `step` was entered before it could be wrapped. Replace an optimizer "
+            "between two batches (in on_train_epoch_start, say), not within one."
+        )
+        self.loss = loss
+
+
+class Operands(ABC):
+    """Hands one step's clipping and skip flag to an optimizer."""
+
+    skips_for_free: bool
+    """Whether a step can be skipped without the host waiting for the device."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def incoming(self) -> tuple[Tensor | None, Tensor | None]:
+        """The loss scale still in the gradients and the overflow flag that a GradScaler has set, or None."""
+        return getattr(self.optimizer, "grad_scale", None), getattr(self.optimizer, "found_inf", None)
+
+    @abstractmethod
+    def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
+        """Called right before the update. May raise `StepSkipped`."""
+
+    def restore(self) -> None:  # noqa: B027 - nothing to do unless a subclass says so
+        """Called right after the update, or after it broke off; more than once does no harm."""
+
+    def close(self) -> None:  # noqa: B027
+        """Undoes what was done to the optimizer."""
+
+
+def operands_for(optimizer: Optimizer, may_skip: bool) -> Operands:
+    """The cheapest exact way for this optimizer.
+
+    Args:
+        optimizer: The optimizer.
+        may_skip: Whether steps can be skipped at all, other than by a GradScaler.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and not _skip_forgets_momentum(optimizer):
+        return InKernel(optimizer)
+    return AroundStep(optimizer, may_skip)
+
+
+class InKernel(Operands):
+    """Operands of the optimizer's own kernel: no pass over memory, no synchronisation."""
+
+    skips_for_free = True
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+        self._found: dict[str, Any] | None = None
+
+    def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
+        """Sets the attributes; a loss scale that is already there stays in."""
+        attributes = vars(self.optimizer)
+        self._found = {key: attributes[key] for key in _ATTRIBUTES if key in attributes}
+        scale = self._found.get("grad_scale")
+        if isinstance(clip, Divisor) and hasattr(self.optimizer, "divisor"):  # ours: for each tensor, in any precision
+            attributes["divisor"] = clip.values
+        elif isinstance(clip, Divisor) and clip.values.dim() == 0:
+            # torch's kernels read float32, whatever the parameters are.
+            attributes["grad_scale"] = (clip.values if scale is None else scale * clip.values).to(torch.float32)
+        elif clip is not None:
+            clip.apply_([local(grad) for grad in grads], scale)
+        if skip is not None:
+            _allocate_momentum(self.optimizer)
+            attributes["found_inf"] = skip
+
+    def restore(self) -> None:
+        """Puts back what was found: a GradScaler deletes its attributes itself after the step."""
+        if self._found is None:
+            return
+        attributes = vars(self.optimizer)
+        for key in _ATTRIBUTES:
+            attributes.pop(key, None)
+        attributes.update(self._found)
+        self._found = None
+
+
+class AroundStep(Operands):
+    """For optimizers without operands: gradients scaled in place, and ``step`` left out to skip.
+
+    Leaving out the call is exact whatever the optimizer keeps count of, but the host has to know the flag: free on the
+    CPU, one synchronisation per step on an accelerator. So there it happens only if something was asked to skip.
+    """
+
+    def __init__(self, optimizer: Optimizer, may_skip: bool) -> None:
+        super().__init__(optimizer)
+        # One that takes operands, and is here for another reason, is called by a GradScaler even on an overflow.
+        self.skips_for_free = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
+        self._may_skip = may_skip = (
+            may_skip or self.skips_for_free or getattr(optimizer, "_step_supports_amp_scaling", False)
+        )
+        self._closed = False
+        if may_skip:
+            self._had = vars(optimizer).get("step")
+            self._patch = _catch_skip(optimizer, self)
+            optimizer.step = self._patch  # type: ignore[method-assign]
+
+    def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
+        """Scales the gradients in place, or raises `StepSkipped`."""
+        if self._may_skip and skip is not None and PendingValues(skip.reshape(1)).read()[0]:
+            raise StepSkipped(loss)
+        if clip is not None:
+            clip.apply_([local(grad) for grad in grads], None)
+
+    def close(self) -> None:
+        """Removes the wrapper around ``step``; if somebody has wrapped it again, it stays and lets all through."""
+        self._closed = True
+        if self._may_skip and vars(self.optimizer).get("step") is self._patch:
+            if self._had is None:
+                del self.optimizer.step
+            else:
+                self.optimizer.step = self._had  # type: ignore[method-assign]
+
+
+def _catch_skip(optimizer: Optimizer, operands: AroundStep) -> types.MethodType:
+    inner = optimizer.step
+
+    # `wraps` keeps the marks that torch's schedulers put on `step`, a bound method because they look for `__func__`.
+    @functools.wraps(inner)
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return inner(*args, **kwargs)
+        except StepSkipped as skipped:
+            return skipped.loss
+
+    return types.MethodType(step, optimizer)
+
+
+def _is_fused_momentum_sgd(group: dict[str, Any]) -> bool:
+    return bool(group.get("fused")) and group.get("momentum", 0) != 0
+
+
+def _skip_forgets_momentum(optimizer: Optimizer) -> bool:
+    # torch's fused SGD starts the buffer with the undamped gradient, which a buffer of zeros cannot reproduce.
+    return isinstance(optimizer, torch.optim.SGD) and any(
+        _is_fused_momentum_sgd(group) and group["dampening"] != 0 for group in optimizer.param_groups
+    )
+
+
+def _allocate_momentum(optimizer: Optimizer) -> None:
+    """Gives torch's fused SGD momentum buffers of zeros before its first step.
+
+    torch 2.13 allocates them uninitialised and fills them in the kernel, which does nothing on a skipped step: after a
+    skip of the first step the next one takes garbage for momentum. Without dampening, zeros give the same first step.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if _is_fused_momentum_sgd(group):
+            for param in group["params"]:
+                if param.grad is not None and optimizer.state[param].get("momentum_buffer") is None:
+                    optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param.grad)

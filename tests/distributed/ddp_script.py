@@ -1,0 +1,95 @@
+"""Two processes on the CPU train; one of them meets a NaN. Run by test_ddp.py: ``python ddp_script.py FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+import lightning_optim as lo
+from tests import ranks
+from tests.distributed.fsdp2_script import RULES
+from tests.distributed.fsdp2_script import Deciding as Counts
+from tests.helpers import ADAMWS, Net, Snapshots, batches, make_trainer
+
+BAD_STEP, BAD_RANK = 2, 1
+KINDS = ("ours", "torch")
+STEPS = 50
+
+
+class OneBadRank(Net):
+    """Its loss is NaN on one rank at one step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if (batch_idx, self.global_rank) == (BAD_STEP, BAD_RANK) else loss
+
+
+class Deciding(L.Callback):
+    """Notes how often this rank has skipped after each batch."""
+
+    def __init__(self, guard: lo.DivergenceGuard) -> None:
+        self.guard, self.skipped = guard, []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.skipped.append(self.guard.skipped_steps)
+
+
+def fit(folder: Path, kind: str) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    guard, snapshots = lo.DivergenceGuard(), Snapshots()
+    deciding = Deciding(guard)
+    configure = lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01, schedule="cosine", warmup=2)
+    trainer = make_trainer(
+        [configure, lo.GradientClipping(0.5), guard, lo.OptimizerMonitor(), deciding, snapshots],
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        logger=L.loggers.TensorBoardLogger(folder, name="run", version="0"),
+    )
+    model = OneBadRank(seed=7)
+    trainer.fit(model, batches(12))  # six for each rank
+    torch.save(
+        {
+            "skipped": deciding.skipped,
+            "before": snapshots.before[BAD_STEP],
+            "after": snapshots.after[BAD_STEP],
+            "final": snapshots.after[-1],
+            "start": snapshots.before[0],
+        },
+        folder / f"rank{trainer.global_rank}.pt",
+    )
+
+
+def fit_with(rule: str, folder: Path) -> None:
+    """Fifty steps with a clip rule, NaN on one rank in one of them."""
+    deciding = Counts()
+    trainer = make_trainer(
+        [
+            lo.ConfigureOptimizers("adamw", lr=0.01),
+            lo.GradientClipping(method=RULES[rule]()),
+            lo.DivergenceGuard(),
+            deciding,
+        ],
+        max_steps=STEPS,
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+    )
+    model = OneBadRank(seed=7)
+    trainer.fit(model, batches(20))  # ten for each rank
+    torch.save(
+        {"counts": deciding.counts, "weights": [p.detach() for p in model.parameters()]},
+        folder / f"{rule}-{trainer.global_rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    for kind in KINDS:
+        fit(Path(sys.argv[1], kind), kind)
+    for rule in RULES:
+        fit_with(rule, Path(sys.argv[1]))
+    ranks.leave()

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.ddp_script import BAD_STEP, KINDS, STEPS
+from tests.distributed.fsdp2_script import RULES
+from tests.helpers import bit_equal, read_events
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One launch for all kinds of optimizers, because starting the processes takes longer than training."""
+    folder = tmp_path_factory.mktemp("ddp")
+    ignored = ("SLURM", "PL_", "LOCAL_RANK", "MASTER_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ignored)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "distributed" / "ddp_script.py", folder],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_on_one_rank_is_skipped_by_all_and_weights_stay_identical(runs, kind):
+    ranks = [torch.load(runs / kind / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for rank in ranks:
+        assert rank["skipped"] == [0, 0, 1, 1, 1, 1]
+        assert bit_equal(rank["before"], rank["after"])
+        assert not bit_equal(rank["start"]["parameters"], rank["final"]["parameters"])
+        assert all(tensor.isfinite().all() for tensor in rank["final"]["parameters"].values())
+        assert [state["last_epoch"] for state in rank["final"]["schedulers"]] == [5]
+    assert bit_equal(ranks[0]["final"], ranks[1]["final"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_log_of_the_rank_that_met_no_nan_shows_the_skip(runs, kind):
+    skipped = dict(read_events(runs / kind / "run" / "0")["optim_health/skipped_steps"])
+    assert skipped[BAD_STEP - 1] == 0
+    assert skipped[BAD_STEP] == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_way_to_clip_decides_alike_on_all_ranks_and_weights_stay_identical(runs, rule):
+    first, second = (torch.load(runs / f"{rule}-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["counts"] == second["counts"]
+    assert bit_equal(first["weights"], second["weights"])
+    steps, clipped, skipped = first["counts"][-1]
+    assert (steps, skipped) == (STEPS, 5)  # once in each of five epochs
+    assert clipped > 0

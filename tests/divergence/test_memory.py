@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+import lightning_optim as lo
+from lightning_optim.callbacks._guard import snapshots as run_snapshots
+from lightning_optim.divergence import Rollback
+from lightning_optim.divergence import memory as room
+from lightning_optim.divergence.snapshots import OptimizerState, Tensors, bytes_needed
+from tests.helpers import Net, batches, make_trainer
+
+
+def test_free_memory_is_that_of_the_machine_or_of_the_container(tmp_path, monkeypatch):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  100 kB\nMemAvailable:   64 kB\n")
+    monkeypatch.setattr(room, "_MEMINFO", meminfo)
+    monkeypatch.setattr(room, "_CGROUP", tmp_path)
+    assert room.free_memory() == 64 * 1024
+    (tmp_path / "memory.max").write_text("10000\n")
+    (tmp_path / "memory.current").write_text("4000\n")
+    assert room.free_memory() == 6000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert room.free_memory() == 64 * 1024
+    meminfo.unlink()
+    assert (room.free_memory() or 1) > 0  # from sysconf, where there is one
+
+
+def test_what_is_needed_counts_the_state_to_come():
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    parts = [Tensors(lambda: [net]), OptimizerState(optimizer)]
+    count = sum(p.numel() for p in net.parameters())
+    before = bytes_needed(parts)
+    assert before == 12 * count
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert before <= bytes_needed(parts) <= before + 4 * len(list(net.parameters()))  # a step count each
+
+
+def _fit(rollback=Rollback(every=2)):  # noqa: B008
+    guard, kept = lo.DivergenceGuard(rollback=rollback), []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, *args):
+            kept.append(guard._snapshots._pair._good._file)
+
+    make_trainer([lo.ConfigureOptimizers("adamw", lr=0.01), guard, Look()]).fit(Net(), batches(3))
+    return kept[-1]
+
+
+def test_snapshots_that_do_not_fit_into_memory_go_to_disk_with_a_warning(monkeypatch):
+    assert _fit() is None
+    monkeypatch.setattr(run_snapshots, "free_memory", lambda: 2000)
+    with pytest.warns(UserWarning, match=r"Two snapshots take .* kB.*more than 50% of the 2 kB.*memory: disk"):
+        assert _fit() is not None
+
+
+def test_snapshots_that_fit_nowhere_are_refused_before_training(monkeypatch):
+    monkeypatch.setattr(run_snapshots, "free_disk", lambda: 1000)
+    with pytest.raises(MisconfigurationException, match=r"has 1 kB free. Set TMPDIR.*rollback: null"):
+        _fit(Rollback(memory="disk"))

@@ -1,0 +1,152 @@
+"""Which backend runs, what an impossible wish is told, and what is kept on disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_optim import kernels, optim
+from lightning_optim.kernels.cpu.threads import run_blocks
+
+
+def test_automatic_choice_is_by_device() -> None:
+    assert kernels.choose("auto", torch.device("cpu")).name == "cpu"
+    assert kernels.choose("auto", torch.device("meta")).name == "reference"
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    with pytest.raises(ValueError, match="backend='cpu' cannot run on meta: it updates tensors in the CPU's memory"):
+        optim.AdamW([torch.ones(1, device="meta", requires_grad=True)], backend="cpu")
+
+
+def test_everything_works_without_numba() -> None:
+    code = """
+import sys
+sys.modules["numba"] = None
+import torch
+from lightning_optim import optim, kernels
+weight = torch.ones(4, requires_grad=True)
+weight.grad = torch.ones(4)
+optim.AdamW([weight]).step()
+print(kernels.measure([weight.grad]).tolist(), weight[0].item() < 1)
+try:
+    optim.AdamW([weight], backend="cpu")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == "[4.0] True"
+    assert "backend='cpu' cannot run on cpu: it needs a package" in done.stdout
+    assert "pip install lightning-optim[cpu]" in done.stdout
+
+
+TIMED = """
+import time, torch
+from lightning_optim.kernels.cpu.codegen import build
+from lightning_optim.optim.adam import AdamRule
+import numba
+start = time.perf_counter()
+kernel = build(AdamRule, ("float32",) * 4, "step")
+print(len(kernel.run.stats.cache_hits))
+"""
+
+
+def test_compiled_kernels_are_kept_on_disk(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    hits = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", TIMED], capture_output=True, text=True, check=True, env=environment
+        )
+        hits.append(done.stdout.strip())
+    assert hits == ["0", "1"]
+    assert list((tmp_path / "lightning_optim").glob("AdamRule*.nbc"))
+    for file in (tmp_path / "lightning_optim").glob("*.nbc"):
+        file.write_bytes(b"damaged")
+    done = subprocess.run([sys.executable, "-c", TIMED], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "0"
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(blocked)}
+    done = subprocess.run([sys.executable, "-c", TIMED], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "0"
+
+
+def test_what_takes_long_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    from lightning_optim.kernels.cpu.disk_cache import SaysIfSlow
+
+    with caplog.at_level(logging.WARNING):
+        with SaysIfSlow(lambda: "quick", seconds=5.0):
+            pass
+        with SaysIfSlow(lambda: "slow", seconds=0.01):
+            time.sleep(0.2)
+    assert [record.message for record in caplog.records] == ["slow"]
+
+
+def test_blocks_are_each_run_once() -> None:
+    for blocks in (1, 2, 7, 100):
+        seen: list[int] = []
+        lock = threading.Lock()
+
+        def kernel(first: int, last: int, seen: list[int] = seen, lock: threading.Lock = lock) -> None:
+            with lock:
+                seen.extend(range(first, last))
+
+        run_blocks(kernel, blocks)
+        assert sorted(seen) == list(range(blocks))
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    def kernel(first: int, last: int) -> None:
+        raise ArithmeticError("block")
+
+    with pytest.raises(ArithmeticError):
+        run_blocks(kernel, 10)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_steps_in_a_forked_process() -> None:
+    """A data loader's worker, say, is forked after training has begun, without the threads of its parent."""
+    code = """
+import os, torch
+torch.set_num_threads(2)
+from lightning_optim.kernels import measure
+grads = [torch.ones(1_000_000)]
+assert measure(grads).item() == 1e6
+child = os.fork()
+if child == 0:
+    os._exit(0 if measure(grads).item() == 1e6 else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "0"
+
+
+def test_two_threads_may_step_at_once() -> None:
+    params = [torch.ones(300_000, requires_grad=True) for _ in range(4)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizers = [optim.SGD([param], lr=0.1) for param in params]
+
+    def work(optimizer: optim.SGD) -> None:
+        for _ in range(20):
+            optimizer.step()
+
+    threads = [threading.Thread(target=work, args=(o,)) for o in optimizers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for param in params:
+        torch.testing.assert_close(param.detach(), torch.full_like(param, 1 - 2.0))

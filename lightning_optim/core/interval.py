@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_optim.kernels.scalars import widest_dtype
+from lightning_optim.core.host import widest_dtype
 
 _AT_ONCE = 64
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_optim.kernels.scalars import widest_dtype
+from lightning_optim.core.host import widest_dtype
 
 
 class LocalGradient:

@@ -10,13 +10,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.placements import PLAIN, added_up
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels import plain
 from lightning_optim.kernels.base import Backend, Batch
-from lightning_optim.kernels.scalars import widest_dtype
 
 _DTYPE = operator.attrgetter("dtype")
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.core.host import is_set, widest_dtype
 from lightning_optim.core.sharding import sum_over_shards
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.core.transfer import upload
@@ -18,7 +19,7 @@ from lightning_optim.kernels.parts import parts
 from lightning_optim.kernels.quantization import dequantize, quantize
 from lightning_optim.kernels.rounding import kahan_pending, kahan_rest, round_stochastically
 from lightning_optim.kernels.rules import TensorRule, UpdateRule, rebind
-from lightning_optim.kernels.scalars import commit, is_set, scalar_columns, widest_dtype
+from lightning_optim.kernels.scalars import commit, scalar_columns
 from lightning_optim.kernels.weight_decay import CHANGES, DECAYS, INITIAL, decay_factor, norm_factor
 
 NAMED: dict[str, Callable[..., Any]] = {

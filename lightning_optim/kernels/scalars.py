@@ -8,26 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.core.host import is_set, read, widest_dtype
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.base import Batch, largest
 from lightning_optim.kernels.rounding import advance, key_columns
 from lightning_optim.kernels.rules import Scalar
 from lightning_optim.kernels.weight_decay import group_decay
-
-
-def read(tensor: Tensor) -> float:
-    """The value of a one-element CPU tensor, from its memory: no operator is dispatched, so nothing is synchronised."""
-    return float(tensor.detach().numpy().reshape(()))
-
-
-def is_set(skip: Tensor | None) -> bool:
-    """Whether ``skip`` (on the CPU) asks for nothing to change."""
-    return skip is not None and read(skip) != 0
-
-
-def widest_dtype(device: torch.device) -> torch.dtype:
-    """Float64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def scalar_columns(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.core.host import widest_dtype
 from lightning_optim.kernels.base import largest
 from lightning_optim.kernels.rules import Scalar, TensorRule, minimum, sqrt
-from lightning_optim.kernels.scalars import widest_dtype
 from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.base import FusedOptimizer
 

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_optim.core.host import read
 from lightning_optim.core.placements import PLAIN
 from lightning_optim.core.sharding import local
 from lightning_optim.kernels import plain, quantization
 from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
-from lightning_optim.kernels.scalars import read
 from lightning_optim.kernels.weight_decay import INITIAL
 from lightning_optim.optim.state import tensor_names
 

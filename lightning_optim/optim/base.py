@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_optim import kernels
+from lightning_optim.core.host import is_set, widest_dtype
 from lightning_optim.core.placements import is_partial, is_sharded, partial_refused
 from lightning_optim.core.sharding import local
 from lightning_optim.core.stats import STEP_SUMS, StepStats
@@ -22,7 +23,6 @@ from lightning_optim.core.uncompiled import leave_step_uncompiled
 from lightning_optim.kernels import Backend, Batch
 from lightning_optim.kernels.peak_lr import NEED_PEAK, follow_peak, say_peak, start_peak
 from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
-from lightning_optim.kernels.scalars import is_set, widest_dtype
 from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.batches import Batches

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.core.host import read
 from lightning_optim.kernels.base import largest
 from lightning_optim.kernels.rules import Scalar, TensorRule, sqrt, where
-from lightning_optim.kernels.scalars import read
 from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_coefficients, decay_form
 from lightning_optim.optim.base import FusedOptimizer
 

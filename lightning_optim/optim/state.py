@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.core.host import widest_dtype
 from lightning_optim.kernels.base import arithmetic_dtype
 from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
-from lightning_optim.kernels.scalars import widest_dtype
 from lightning_optim.kernels.weight_decay import INITIAL, decay_form
 from lightning_optim.optim import low_precision
 from lightning_optim.optim.widening import say, widen

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.core.host import read, widest_dtype
 from lightning_optim.core.placements import placed_as
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import STEP_SUMS
-from lightning_optim.kernels.scalars import read, widest_dtype
 from lightning_optim.step.gradients import Gradients
 from lightning_optim.step.measure import measure_update
 

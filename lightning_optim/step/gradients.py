@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.core.flat_shards import FlatShards
+from lightning_optim.core.host import read, widest_dtype
 from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import GradStats, UnitNorms
 from lightning_optim.core.transfer import upload
-from lightning_optim.kernels.scalars import read, widest_dtype
 from lightning_optim.step.measure import measure_largest, measure_norm_sq, measure_units
 
 _NO_NAMES: Mapping[Tensor, str] = {}

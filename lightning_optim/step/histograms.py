@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import sum_groups
-from lightning_optim.kernels.scalars import widest_dtype
 from lightning_optim.step.gradients import Gradients
 
 KINDS = ("grad", "param", "update")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_optim import kernels
+from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.sharding import local, max_over_shards, sum_over_shards, sum_split_units
 from lightning_optim.core.stats import STEP_SUMS, UnitNorms
-from lightning_optim.kernels.scalars import widest_dtype
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_optim.callbacks._lightning import data_parallel_size, logging_step, loss_scale
 from lightning_optim.core.flat_shards import FlatShards
+from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.diagnostics import Report
 from lightning_optim.diagnostics.clock import StepClock
 from lightning_optim.diagnostics.local_gradient import LocalGradient
 from lightning_optim.diagnostics.loss import LossHistory
 from lightning_optim.diagnostics.noise_scale import NoiseScale
-from lightning_optim.kernels.scalars import widest_dtype
 from lightning_optim.step.measure import measure_norm_sq
 
 

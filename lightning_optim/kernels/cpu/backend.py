@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_optim.core.host import is_set
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.compiled import DTYPES, CompiledBackend, Operands, operands_of, scalar_table, split
@@ -18,7 +19,6 @@ from lightning_optim.kernels.cpu.factored import Scaled
 from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.reference import apply_tensor_rule
 from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
-from lightning_optim.kernels.scalars import is_set
 
 BLOCK = 65536
 """Elements per block: 256 KB of float32, so that a block's few arrays stream while threads stay evenly loaded."""

@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_optim.core.closure import closure_of
 from lightning_optim.core.durations import Horizon
+from lightning_optim.core.step_hooks import closure_of, is_trial_step
 from lightning_optim.core.suggest import nearest
-from lightning_optim.core.trial_step import is_trial_step
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.factory.added_groups import welcome_late_groups
 from lightning_optim.factory.freezing import Freezing, freezing_of

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.core.closure import closure_of, run_closure
 from lightning_optim.core.durations import Duration, Horizon
-from lightning_optim.core.trial_step import is_trial_step
+from lightning_optim.core.step_hooks import closure_of, is_trial_step, run_closure
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.optim import FusedOptimizer
 

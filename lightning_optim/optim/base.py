@@ -17,8 +17,8 @@ from lightning_optim.core.host import is_set, widest_dtype
 from lightning_optim.core.placements import is_partial, is_sharded, partial_refused
 from lightning_optim.core.sharding import local
 from lightning_optim.core.stats import STEP_SUMS, StepStats
+from lightning_optim.core.step_hooks import is_trial_step
 from lightning_optim.core.transfer import upload
-from lightning_optim.core.trial_step import is_trial_step
 from lightning_optim.core.uncompiled import leave_step_uncompiled
 from lightning_optim.kernels import Backend, Batch
 from lightning_optim.kernels.peak_lr import NEED_PEAK, follow_peak, say_peak, start_peak

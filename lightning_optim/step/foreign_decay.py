@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.core.closure import closure_of, run_closure
 from lightning_optim.core.host import is_set
+from lightning_optim.core.step_hooks import closure_of, is_trial_step, run_closure
 from lightning_optim.core.suggest import nearest
-from lightning_optim.core.trial_step import is_trial_step
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.kernels.peak_lr import follow_peak, say_peak, start_peak
 from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_coefficients

@@ -15,13 +15,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_optim.clipping import Clip, Clipper, ClipRule, Divisor
-from lightning_optim.core.closure import closure_of, run_closure
 from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.interval import Interval
 from lightning_optim.core.sharding import max_over_ranks
 from lightning_optim.core.stats import GradStats, StepCounts, StepRecord, StepStats
+from lightning_optim.core.step_hooks import closure_of, is_trial_step, run_closure
 from lightning_optim.core.transfer import HostMirror, upload
-from lightning_optim.core.trial_step import is_trial_step
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.divergence import Detector, NonFiniteGradient
 from lightning_optim.step.foreign_stats import ForeignUpdate

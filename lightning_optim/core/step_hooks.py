@@ -1,9 +1,12 @@
-"""Recognizes the step that `torch.distributed.checkpoint` takes to have an optimizer make its state.
+"""What every hook around `Optimizer.step` needs: gradients that exist, and to know a step that is none.
 
-To save or load an optimizer in shards it needs tensors to load into, and so, where there is no state yet, fills
-`p.grad` with zeros, sets every `lr` to 0 and calls ``step(closure=None)``. That is no step of the training: weights
-must stay as they are, nothing counts it, and on a resume it comes before the data are set up, with the weights already
-loaded. Whatever sets rates, decays or counts from a hook asks here first.
+torch calls step pre-hooks before the closure, so a hook that needs gradients runs the closure itself.
+
+`torch.distributed.checkpoint` takes a trial step to have an optimizer make its state: to save or load an optimizer in
+shards it needs tensors to load into, and so, where there is no state yet, fills `p.grad` with zeros, sets every `lr` to
+0 and calls ``step(closure=None)``. That is no step of the training: weights must stay as they are, nothing counts it,
+and on a resume it comes before the data are set up, with the weights already loaded. Whatever sets rates, decays or
+counts from a hook asks `is_trial_step` first.
 """
 
 from __future__ import annotations
@@ -16,6 +19,28 @@ from torch.optim import Optimizer
 
 from lightning_optim.core.placements import gradient_of
 from lightning_optim.core.sharding import local, sum_over_shards
+
+
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The closure among the arguments of ``step``, as a pre-hook gets them, the optimizer first; None without one."""
+    return kwargs.get("closure", args[1] if len(args) > 1 else None)
+
+
+def run_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Runs the closure now, because gradients exist only afterwards, and leaves one that returns the known loss.
+
+    Args:
+        args: Positional arguments of ``step``, the optimizer first.
+        kwargs: Its keyword arguments.
+    """
+    closure = closure_of(args, kwargs)
+    if closure is None:
+        return args, kwargs, None
+    with torch.enable_grad():
+        loss = closure()
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": lambda: loss}, loss
+    return (args[0], lambda: loss, *args[2:]), kwargs, loss
 
 
 def is_trial_step(optimizer: Optimizer, closure: Any = None) -> bool:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import lightning_optim as lo
 from lightning_optim import clipping, optim
-from lightning_optim.core.trial_step import is_trial_step
+from lightning_optim.core.step_hooks import is_trial_step
 from lightning_optim.factory.freezing import freezing_of
 from lightning_optim.step.foreign_decay import ForeignDecay
 from tests.helpers import ADAMWS, bit_equal

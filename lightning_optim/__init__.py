@@ -35,9 +35,9 @@ _MODULES = ("optim", "schedules")
 _NAMES = {
     "ConfigureOptimizers": "callbacks",
     "DivergenceGuard": "callbacks",
-    "Duration": "durations",
+    "Duration": "core.durations",
     "GradientClipping": "callbacks",
-    "Horizon": "durations",
+    "Horizon": "core.durations",
     "LayerDecay": "param_groups",
     "OptimCLI": "cli",
     "OptimizerFactory": "factory",

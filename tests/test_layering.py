@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import pkgutil
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,50 +17,40 @@ import lightning_optim
 
 ROOT = Path(lightning_optim.__file__).parent
 
-# From the top to the bottom; a module imports from its own layer or those below.
-LAYERS = [
-    ("cli",),
-    ("callbacks",),
-    ("factory", "plan", "plan_report", "run_report"),
-    ("optimizer_choice",),
-    ("step", "resume", "diagnostics", "tensorboard", "training_length", "freezing", "late_groups", "foreign_decay"),
-    ("foreign_update", "histograms", "snapshots"),
-    ("operands", "gradients", "measure", "flat_shards", "interval"),
-    ("optim",),
-    ("backends", "trial_step"),
-    ("clipping", "divergence", "schedules", "param_groups"),
-    ("weight_decay", "peak_lr", "rules", "stats", "durations", "transfer", "closure", "room", "uncompiled"),
-    ("imports",),
-    ("messages", "_version"),
-]
-# These import nothing of the package but what is named here.
-LEAVES = {
-    "clipping": {"clipping", "messages", "stats", "transfer"},
-    "divergence": {"divergence", "messages", "room", "stats", "transfer", "uncompiled"},
-    "schedules": {"schedules", "durations", "imports", "messages"},
-    "param_groups": {"param_groups", "durations", "messages", "schedules"},
-    "weight_decay": {"messages", "rules"},
-    "peak_lr": {"messages", "rules", "weight_decay"},
-    "stats": set(),
-    "rules": set(),
-    "durations": set(),
-    "transfer": set(),
-    "imports": {"messages"},
-    "room": {"messages"},
-    "messages": set(),
-    "uncompiled": set(),
+ROOMS = {
+    "cli": {"callbacks", "diagnostics", "factory"},
+    "callbacks": {"clipping", "core", "diagnostics", "divergence", "factory", "kernels", "schedules", "step"},
+    "diagnostics": {"core", "kernels", "step"},
+    "step": {"clipping", "core", "divergence", "kernels", "optim"},
+    "factory": {"core", "optim", "param_groups", "schedules"},
+    "optim": {"core", "kernels", "param_groups"},
+    "param_groups": {"core", "schedules"},
+    "clipping": {"core"},
+    "divergence": {"core"},
+    "schedules": {"core"},
+    "kernels": {"core"},
+    "core": set(),
 }
+"""What each folder, or file of the root, imports of the others, from the top down. docs/architecture.md draws the same.
+`__init__` and `_version` aside: the one imports names on their first use, the other nothing."""
+
+OUTSIDE = {
+    "lightning": ("callbacks.", "cli"),
+    "pytorch_lightning": (),
+    "numba": ("kernels.cpu.",),
+    "triton": ("kernels.triton.",),
+}
+"""Which modules may load what, when they are imported; Lightning not even later."""
 
 
 def _modules() -> dict[str, Path]:
-    """Every module by its name below the package."""
+    """Every module by its name below the package, `__init__` of a folder included."""
     paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
-    return {name.removesuffix(".__init__"): path for name, path in paths.items() if name != "__init__"}
+    return {name: path for name, path in paths.items() if name not in ("__init__", "_version")}
 
 
 def _imports(path: Path, *, lazy: bool = True) -> set[str]:
     """Full names of what a file imports; without ``lazy`` only what it imports when it is loaded."""
-    tree = ast.parse(path.read_text())
     found = set()
 
     def visit(node):
@@ -76,45 +67,63 @@ def _imports(path: Path, *, lazy: bool = True) -> set[str]:
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(tree)
+    visit(ast.parse(path.read_text()))
     return found
 
 
-def _ours(path: Path) -> set[str]:
-    """Which top-level modules of the package a file imports."""
-    modules = _modules()
-    names = {name.split(".", 1)[1] for name in _imports(path) if name.startswith("lightning_optim.")}
-    return {name.split(".")[0] for name in names if name.split(".")[0] in modules}
+def _ours(path: Path, *, lazy: bool = True) -> set[str]:
+    """Modules of the package that a file imports, by their names below it."""
+    known = _modules()
+    names = {name.removeprefix("lightning_optim.") for name in _imports(path, lazy=lazy) if "lightning_optim." in name}
+    return {name for name in names if name in known} | {f"{n}.__init__" for n in names if f"{n}.__init__" in known}
 
 
-def _layer(name: str) -> int:
-    for depth, names in enumerate(LAYERS):
-        if name.split(".")[0] in names:
-            return depth
-    raise AssertionError(f"{name} is in no layer: put it into one, here and in docs/architecture.md")
+def test_every_module_is_in_a_room():
+    assert {name.split(".")[0] for name in _modules()} == set(ROOMS)
 
 
-@pytest.mark.parametrize("name", sorted(_modules()))
-def test_imports_point_down(name):
-    upward = {other for other in _ours(_modules()[name]) if _layer(other) < _layer(name)}
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_the_map_says(room):
+    files = {name: path for name, path in _modules().items() if name.split(".")[0] == room}
+    seen = {other.split(".")[0] for path in files.values() for other in _ours(path)}
+    assert seen - {room} == ROOMS[room]
+
+
+def test_arrows_point_down():
+    below = list(ROOMS)
+    upward = [
+        (room, other) for room, others in ROOMS.items() for other in others if below.index(other) < below.index(room)
+    ]
     assert not upward
 
 
-@pytest.mark.parametrize("name", sorted(_modules()))
-def test_only_callbacks_and_cli_know_lightning(name):
-    known = {other for other in _imports(_modules()[name]) if other.split(".")[0] in ("lightning", "pytorch_lightning")}
-    assert not known or name.split(".")[0] in ("callbacks", "cli")
+def test_no_circle_not_even_inside_a_room():
+    graph = {name: _ours(path, lazy=False) - {name} for name, path in _modules().items()}
+    # A folder's own `__init__` has been entered before any of its files; names are imported from the files themselves.
+    inside = {
+        name: {n for n in others if not name.startswith(n.removesuffix("__init__"))} for name, others in graph.items()
+    }
+    TopologicalSorter(inside).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(_modules()) if name.split(".")[0] in LEAVES])
-def test_leaves_import_nothing_above_them(name):
-    assert _ours(_modules()[name]) <= LEAVES[name.split(".")[0]]
+@pytest.mark.parametrize("package", OUTSIDE)
+def test_only_some_modules_know(package):
+    lazy = "lightning" in package
+    knowing = {n for n, p in _modules().items() for o in _imports(p, lazy=lazy) if o.split(".")[0] == package}
+    assert all(name.startswith(OUTSIDE[package]) for name in knowing)
 
 
-@pytest.mark.parametrize("name", sorted(_modules()))
-def test_numba_and_triton_are_loaded_by_their_backends_alone(name):
-    known = {other.split(".")[0] for other in _imports(_modules()[name], lazy=False)} & {"numba", "triton"}
-    assert not known or name.startswith("backends.")
+def test_core_holds_only_what_two_rooms_need():
+    files = {name for name in _modules() if name.startswith("core.") and name != "core.__init__"}
+    users = {file: {n.split(".")[0] for n, path in _modules().items() if file in _ours(path)} for file in files}
+    assert {file for file, rooms in users.items() if len(rooms) < 2} == set()
+
+
+def test_the_drawing_in_the_docs_is_the_map():
+    text = (ROOT.parent / "docs" / "architecture.md").read_text()
+    drawn = re.search(r"```mermaid\ngraph TD\n(.*?)```", text, re.DOTALL)
+    arrows = {tuple(re.findall(r"\w+", line)) for line in drawn.group(1).splitlines() if "-->" in line}
+    assert arrows == {(room, other) for room, others in ROOMS.items() for other in others if other != "core"}
 
 
 HEAVY = ("lightning", "pytorch_lightning", "triton", "numba", "tensorboard", "jsonargparse", "rich", "torchmetrics")
@@ -165,32 +174,31 @@ def test_an_unknown_name_is_an_attribute_error():
         lightning_optim.nothing  # noqa: B018
 
 
-def _public_modules():
-    return [
-        info.name
-        for info in pkgutil.walk_packages(lightning_optim.__path__, "lightning_optim.")
-        if "backends" not in info.name
-    ]
+def _loaded(room):
+    """The modules of a room that this machine can import; the backends' compilers may be missing."""
+    for name in _modules():
+        if name.split(".")[0] == room and not name.startswith(("kernels.cpu", "kernels.triton")):
+            yield importlib.import_module("lightning_optim." + name.removesuffix(".__init__"))
 
 
-@pytest.mark.parametrize("name", _public_modules())
-def test_every_public_class_function_and_method_is_documented(name):
-    module = importlib.import_module(name)
-    for key, thing in vars(module).items():
-        if key.startswith("_") or getattr(thing, "__module__", None) != name:
-            continue
-        if inspect.isclass(thing) or inspect.isfunction(thing):
-            assert inspect.getdoc(thing), f"{name}.{key}"
-        if inspect.isclass(thing):
-            for method, function in vars(thing).items():
-                if inspect.isfunction(function) and not method.startswith("_"):
-                    assert inspect.getdoc(getattr(thing, method)), f"{name}.{key}.{method}"
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_class_function_and_method_is_documented(room):
+    for module in _loaded(room):
+        for key, thing in vars(module).items():
+            if key.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
+                continue
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                assert inspect.getdoc(thing), f"{module.__name__}.{key}"
+            if inspect.isclass(thing):
+                for method, function in vars(thing).items():
+                    if inspect.isfunction(function) and not method.startswith("_"):
+                        assert inspect.getdoc(getattr(thing, method)), f"{module.__name__}.{key}.{method}"
 
 
-@pytest.mark.parametrize("name", _public_modules())
-def test_all_names_exist(name):
-    module = importlib.import_module(name)
-    assert all(hasattr(module, key) for key in getattr(module, "__all__", ()))
+@pytest.mark.parametrize("room", ROOMS)
+def test_all_names_exist(room):
+    for module in _loaded(room):
+        assert all(hasattr(module, key) for key in getattr(module, "__all__", ()))
 
 
 def test_the_version_has_one_source():

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_optim.cli import OptimCLI as OptimCLI
     from lightning_optim.core.durations import Duration as Duration
     from lightning_optim.core.durations import Horizon as Horizon
+    from lightning_optim.core.registry import register as register
     from lightning_optim.factory import OptimizerFactory as OptimizerFactory
     from lightning_optim.param_groups import LayerDecay as LayerDecay
     from lightning_optim.param_groups import ParamGroupRule as ParamGroupRule
@@ -50,6 +51,7 @@ _NAMES = {
     "WidthScaling": "param_groups",
     "attach": "callbacks",
     "build_param_groups": "param_groups",
+    "register": "core.registry",
 }
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +11,9 @@ from lightning_optim.clipping.base import ClipRule
 from lightning_optim.clipping.history import AutoClip, ZClip
 from lightning_optim.clipping.limits import BlockRMS, GlobalNorm, GroupNorm, Value
 from lightning_optim.clipping.moments import MomentumRatio, UpdateRMS
-from lightning_optim.core.suggest import nearest
+from lightning_optim.core.registry import Registry
 
-_RULES: dict[str, type[ClipRule]] = {
+_BUILT_IN: dict[str, type[ClipRule]] = {
     "adagc": AdaGC,
     "agc": AGC,
     "autoclip": AutoClip,
@@ -28,9 +27,16 @@ _RULES: dict[str, type[ClipRule]] = {
 }
 
 
+CLIP_RULES: Registry[ClipRule] = Registry("clipping method", ClipRule)
+"""Clip rules by name; `lightning_optim.register` adds a user's own."""
+
+for _name, _cls in _BUILT_IN.items():
+    CLIP_RULES.add(_cls, _name)
+
+
 def list_clip_rules() -> list[str]:
     """The names that `get_clip_rule` knows."""
-    return sorted(_RULES)
+    return CLIP_RULES.names()
 
 
 def get_clip_rule(name: str) -> type[ClipRule]:
@@ -39,10 +45,7 @@ def get_clip_rule(name: str) -> type[ClipRule]:
     Raises:
         ValueError: There is none; the message names the nearest.
     """
-    key = name.lower().replace("-", "_")
-    if key not in _RULES:
-        raise ValueError(f"Unknown clipping method {name!r}. {nearest(name, _RULES)}")
-    return _RULES[key]
+    return CLIP_RULES.get(name)
 
 
 def make_clip_rule(name: str, arguments: Mapping[str, Any]) -> ClipRule:
@@ -55,9 +58,4 @@ def make_clip_rule(name: str, arguments: Mapping[str, Any]) -> ClipRule:
         >>> make_clip_rule("value", {"max_value": 0.5})
         Value(max_value=0.5)
     """
-    rule = get_clip_rule(name)
-    known = list(inspect.signature(rule).parameters)
-    for argument in arguments:
-        if argument not in known:
-            raise ValueError(f"Clipping method {name!r} takes no {argument!r}. {nearest(argument, known)}")
-    return rule(**arguments)
+    return CLIP_RULES.make(name, arguments)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_optim import optim
 from lightning_optim.core.imports import import_object
 from lightning_optim.core.suggest import nearest
+from lightning_optim.optim.base import class_of_rule
 from lightning_optim.param_groups import Entry, ParamGroupRule
 
 _BEYOND = ("params", "name", "param_names", "lr_multiplier", "peak_lr", "initial_lr", "frozen_until", "rule")
@@ -77,7 +78,7 @@ class OptimizerChoice:
                     f"rule={rule.rule!r} needs an optimizer from lightning_optim.optim, and {self.cls.__name__} is "
                     f"{self.cls.__module__}'s. {nearest(self.cls.__name__.lower(), optim.list_optimizers())}"
                 )
-            known = known | optim.get_optimizer_class(rule.rule).hyperparameters().keys()
+            known = known | class_of_rule(rule.rule).hyperparameters().keys()
         for key in sorted(settings.keys() - {"rule"}):
             # Without decay is what an optimizer without the option is.
             if key not in known and not (key == "weight_decay" and not settings[key]):
@@ -85,7 +86,7 @@ class OptimizerChoice:
                     f"it sets {key}={settings[key]!r}, but {self.cls.__name__} has no such option. "
                     f"{nearest(key, known)}"
                 )
-        betas = self._betas if rule.rule is None else optim.get_optimizer_class(rule.rule).hyperparameters()["betas"]
+        betas = self._betas if rule.rule is None else class_of_rule(rule.rule).hyperparameters()["betas"]
         if rule.betas is not None and len(rule.betas) != len(betas):
             raise ValueError(f"betas={list(rule.betas)} are {len(rule.betas)}; needed are {len(betas)}, as {betas}.")
         if issubclass(self.cls, optim.FusedOptimizer):  # torch's own check the values of defaults only

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_optim import optim
+from lightning_optim.optim.base import class_of_rule
 
 Tell = Callable[[str, bool], None]
 """Takes a message, and whether it is a warning: that what is configured does not hold."""
@@ -171,7 +171,7 @@ def _configured(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any
     """What of a group is configuration; the rest is state, or says which parameters are in it."""
     names = {*inspect.signature(type(optimizer)).parameters, *_ALWAYS}
     if group.get("rule") is not None:
-        names |= optim.get_optimizer_class(group["rule"]).hyperparameters().keys()
+        names |= class_of_rule(group["rule"]).hyperparameters().keys()
     names -= {"params", "name", "param_names"}
     values = {key: value for key, value in group.items() if key in names or _is_scheduled(key)}
     if "peak_lr" in group and (group.get("peak_lr_from") == "given" or not {"initial_lr", "max_lr"} & group.keys()):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
+import inspect
 
-from lightning_optim.core.suggest import nearest
+from torch.optim import Optimizer
+
 from lightning_optim.optim.adafactor import Adafactor
 from lightning_optim.optim.adagrad import Adagrad
 from lightning_optim.optim.adam import Adam
@@ -12,7 +13,7 @@ from lightning_optim.optim.adamw import AdamW
 from lightning_optim.optim.adan import Adan
 from lightning_optim.optim.ademamix import AdEMAMix
 from lightning_optim.optim.adopt import ADOPT
-from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.base import OPTIMIZERS, FusedOptimizer
 from lightning_optim.optim.hidden_matrices import muon_param_groups
 from lightning_optim.optim.lamb import LAMB
 from lightning_optim.optim.lars import LARS
@@ -58,13 +59,10 @@ __all__ = [
 ]
 
 
-def _classes() -> dict[str, type[FusedOptimizer]]:
-    exported = {name.lower(): globals()[name] for name in __all__}
-    return {
-        name: value
-        for name, value in sorted(exported.items())
-        if isinstance(value, type) and issubclass(value, FusedOptimizer) and value is not FusedOptimizer
-    }
+for _name in __all__:
+    _exported = globals().get(_name)
+    if isinstance(_exported, type) and _exported is not FusedOptimizer:
+        OPTIMIZERS.add(_exported, _name)
 
 
 def list_optimizers(pattern: str = "*") -> dict[str, str]:
@@ -77,18 +75,23 @@ def list_optimizers(pattern: str = "*") -> dict[str, str]:
         >>> print(*list_optimizers("*adam"))
         adam nadam radam
     """
-    lines = {name: f"{c.when_to_use} State: {c.memory} per parameter. {c.paper}" for name, c in _classes().items()}
-    return {name: line for name, line in lines.items() if fnmatchcase(name, pattern.lower())}
+    return {name: _line(cls) for name, cls in OPTIMIZERS.items(pattern)}
 
 
-def get_optimizer_class(name: str) -> type[FusedOptimizer]:
-    """The class called ``name``, in any case.
+def _line(cls: type[Optimizer]) -> str:
+    if issubclass(cls, FusedOptimizer):
+        return f"{cls.when_to_use} State: {cls.memory} per parameter. {cls.paper}"
+    return (inspect.getdoc(cls) or "").partition("\n")[0]  # a user's own
+
+
+def get_optimizer_class(name: str) -> type[Optimizer]:
+    """The class called ``name``, in any case; those of `lightning_optim.register`, too.
+
+    Raises:
+        ValueError: There is none; the message names the nearest.
 
     Example:
         >>> get_optimizer_class("adamw").__name__
         'AdamW'
     """
-    classes = _classes()
-    if name.lower() not in classes:
-        raise ValueError(f"optimizer {name!r} is unknown. {nearest(name, classes)}")
-    return classes[name.lower()]
+    return OPTIMIZERS.get(name)

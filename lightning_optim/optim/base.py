@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_optim import kernels
 from lightning_optim.core.host import is_set, widest_dtype
 from lightning_optim.core.placements import is_partial, is_sharded, partial_refused
+from lightning_optim.core.registry import Registry
 from lightning_optim.core.sharding import local
 from lightning_optim.core.stats import STEP_SUMS, StepStats
 from lightning_optim.core.step_hooks import is_trial_step
@@ -42,6 +43,9 @@ NOT_NUMBERS = {"params", "param_names"}
 SHARED = ("lr", "weight_decay", "weight_decay_kind", "maximize", "cautious", *low_precision.DEFAULTS)
 """What a group with a `rule` of its own takes from the optimizer, where it says nothing itself."""
 
+
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", Optimizer)
+"""Optimizers by name; `lightning_optim.register` adds a user's own."""
 
 _AS_IT_IS = nullcontext()
 
@@ -116,7 +120,7 @@ class FusedOptimizer(Optimizer):
         group = {**param_group, **plain_numbers({k: v for k, v in param_group.items() if k not in NOT_NUMBERS})}
         owner = type(self)
         if group.get("rule") is not None:
-            owner = _class_of_rule(group["rule"])
+            owner = class_of_rule(group["rule"])
             own = {name: value for name, value in owner.hyperparameters().items() if name not in SHARED}
             group = own | group
         filled = self.defaults | group
@@ -272,7 +276,7 @@ class FusedOptimizer(Optimizer):
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
         """The rule that updates ``group``: its own choice, or this optimizer's."""
         name = group.get("rule")
-        return self.rule(group) if name is None else _class_of_rule(name).rule(group)
+        return self.rule(group) if name is None else class_of_rule(name).rule(group)
 
     def _divisor(self, rows: list[int], device: torch.device) -> Tensor | None:
         """What the gradients in ``rows`` are divided by: [] or [rows], on ``device``."""
@@ -360,13 +364,19 @@ class FusedOptimizer(Optimizer):
         )
 
 
-def _class_of_rule(name: str) -> type[FusedOptimizer]:
-    from lightning_optim.optim import get_optimizer_class  # the subclasses import this module
+def class_of_rule(name: str) -> type[FusedOptimizer]:
+    """The class whose update a group's `rule` names.
 
+    Raises:
+        ValueError: There is none of that name, or it is not one of ours, whose update can be taken by itself.
+    """
     try:
-        return get_optimizer_class(name)
+        cls = OPTIMIZERS.get(name)
     except ValueError as error:
         raise ValueError(f"A parameter group has rule={name!r}: {error}") from None
+    if not issubclass(cls, FusedOptimizer):
+        raise ValueError(f"Invalid rule={name!r} of a group: {cls.__name__} must be a FusedOptimizer, and is not.")
+    return cls
 
 
 def _shares(rule: Rule) -> TypeGuard[UpdateRule]:

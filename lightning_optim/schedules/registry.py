@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_optim.core.suggest import nearest
+from lightning_optim.core.registry import Registry
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.compositions import WSD, OneCycle
 from lightning_optim.schedules.plateau import ReduceOnPlateau
@@ -10,7 +10,7 @@ from lightning_optim.schedules.restarts import CosineRestarts
 from lightning_optim.schedules.shapes import REX, Constant, Cosine, Exponential, InverseSqrt, Linear, Polynomial, Tanh
 from lightning_optim.schedules.stepped import MultiStep, Step
 
-_SCHEDULES: dict[str, type[Schedule]] = {
+_BUILT_IN: dict[str, type[Schedule]] = {
     "constant": Constant,
     "cosine": Cosine,
     "cosine_restarts": CosineRestarts,
@@ -41,9 +41,16 @@ _ALIASES = {  # names in transformers' get_scheduler and in timm
 }
 
 
+SCHEDULES: Registry[Schedule] = Registry("schedule", Schedule, _ALIASES)
+"""Schedules by name; `lightning_optim.register` adds a user's own."""
+
+for _name, _cls in _BUILT_IN.items():
+    SCHEDULES.add(_cls, _name)
+
+
 def list_schedules() -> list[str]:
     """The names of the schedules; `get_schedule` also knows those of Hugging Face and timm."""
-    return sorted(_SCHEDULES)
+    return SCHEDULES.names()
 
 
 def get_schedule(name: str) -> type[Schedule]:
@@ -56,7 +63,4 @@ def get_schedule(name: str) -> type[Schedule]:
         >>> get_schedule("warmup_stable_decay").__name__
         'WSD'
     """
-    key = _ALIASES.get(name.lower(), name.lower())
-    if key not in _SCHEDULES:
-        raise ValueError(f"Unknown schedule {name!r}. {nearest(name, [*_SCHEDULES, *_ALIASES])}")
-    return _SCHEDULES[key]
+    return SCHEDULES.get(name)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step, plain_name
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import (
+    DETECTORS,
     SIGNALS,
     Alarm,
     Detector,
@@ -70,9 +72,12 @@ class DivergenceGuard(HubCallback):
         report_dir: Where the report goes; None for the folder of the checkpoints, or else of the logs.
         save_batches: Whether the batches of skipped steps are saved beside the report, to be looked at; of at most 16
             steps, ``divergence_batches/step<step>_rank<rank>.pt``.
+        detectors: Further detectors, which may ask for steps to be skipped; each such step is reported with the
+            detector's `reason`. Instances, or names given by `lightning_optim.register`.
 
     Raises:
-        ValueError: A threshold is out of range.
+        ValueError: A threshold is out of range, or a detector's name is unknown.
+        TypeError: A detector is none.
 
     Example:
         >>> guard = DivergenceGuard(lr_cut=LRCut(factor=0.3), rollback=Rollback(memory="disk"))
@@ -92,12 +97,14 @@ class DivergenceGuard(HubCallback):
         health: HealthLimits | None = HealthLimits(),  # noqa: B008
         report_dir: str | None = None,
         save_batches: bool = False,
+        detectors: Sequence[Detector | str] = (),
     ) -> None:
         if patience < 1:
             raise ValueError(f"Invalid patience={patience!r}: a whole number of at least 1 is needed, for instance 5.")
         self.spikes, self.lr_cut, self.rollback, self.health = spikes, lr_cut, rollback, health
         self._patience = patience
         self._report_dir, self._save_batches = report_dir, save_batches
+        self.extra_detectors = tuple(_detector(given) for given in detectors)
         self.ladder = Ladder(lr_cut, rollback, stop, cooldown)
         self.report = Report()
         self._skipped = 0
@@ -130,10 +137,11 @@ class DivergenceGuard(HubCallback):
         return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0)}
 
     def detectors(self) -> Sequence[Detector]:
-        """A `Watch`."""
+        """One `Watch` for each optimizer, with detectors of its own."""
         spikes = self.spikes
         window: SpikeWindow | None = None if spikes is None else spikes.window_of(len(SIGNALS))
-        return (Watch(window, SIGNALS if spikes is not None and spikes.skip else (), self._take_loss),)
+        skip = SIGNALS if spikes is not None and spikes.skip else ()
+        return (Watch(window, skip, self._take_loss, detectors=copy.deepcopy(self.extra_detectors)),)
 
     def report_due(self, trainer: L.Trainer) -> bool:
         """When Lightning logs."""
@@ -348,3 +356,14 @@ class DivergenceGuard(HubCallback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("optim_health/divergence", self.report.markdown(), logging_step(trainer))
         return path
+
+
+def _detector(given: Any) -> Detector:
+    if isinstance(given, str):
+        return DETECTORS.make(given, {})
+    if not isinstance(given, Detector):
+        raise TypeError(
+            f"Invalid detectors=[{given!r}] of DivergenceGuard: each must be an instance of "
+            "lightning_optim.divergence.Detector, or the name of a registered one."
+        )
+    return given

@@ -4,9 +4,10 @@ What must be known before the update is decided on the device (`Watch`): whether
 the host, from rows of numbers that arrive a little later and that nobody waits for.
 """
 
-from lightning_optim.divergence.base import Detector, NonFiniteGradient
+from lightning_optim.divergence.alarms import ALARM_KINDS, Alarm, AlarmKind
+from lightning_optim.divergence.base import DETECTORS, Detector, NonFiniteGradient
 from lightning_optim.divergence.health import Health, HealthLimits
-from lightning_optim.divergence.judge import SKIPPED, Alarm, Judge
+from lightning_optim.divergence.judge import Judge
 from lightning_optim.divergence.ladder import Ladder, LRCut, Rollback
 from lightning_optim.divergence.rate_cut import RateCut
 from lightning_optim.divergence.report import Report
@@ -16,9 +17,11 @@ from lightning_optim.divergence.trend import SlowDivergence
 from lightning_optim.divergence.watch import SIGNALS, StepSeen, Watch
 
 __all__ = [
+    "ALARM_KINDS",
+    "DETECTORS",
     "SIGNALS",
-    "SKIPPED",
     "Alarm",
+    "AlarmKind",
     "Detector",
     "Health",
     "HealthLimits",

@@ -3,21 +3,67 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
+from lightning_optim.core.registry import Registry, snake_case
 from lightning_optim.core.stats import GradStats
 
 
 class Detector(ABC):
-    """Decides, without asking the host, whether the coming update may happen."""
+    """Decides, without asking the host, whether the coming update may happen.
+
+    To add one, subclass, define `__call__`, and hand it to ``DivergenceGuard(detectors=[...])``, or to
+    `StepPipeline` in a plain loop. The guard reports each step that it flags, under `name` and with `reason`.
+
+    Example:
+        >>> import torch
+        >>> class TooSmall(Detector):
+        ...     reason = "the gradient norm is below 1e-12"
+        ...     def __call__(self, stats):
+        ...         return stats.total_norm() < 1e-12
+        >>> TooSmall()(GradStats(torch.zeros(2), group_sizes=(2,)))
+        tensor(True)
+    """
+
+    reason: str = ""
+    """One clause that says what it has found, for reports."""
+
+    @property
+    def name(self) -> str:
+        """How reports and checkpoints call it: its class in lower case with underscores."""
+        return snake_case(type(self).__name__)
 
     @abstractmethod
     def __call__(self, stats: GradStats) -> Tensor:
-        """True if the step must be skipped: a bool tensor, shape [], on the device of ``stats``."""
+        """Whether the step must be skipped.
+
+        Args:
+            stats: One read of the gradients: square sum of each tensor, shape [tensors], on the device.
+
+        Returns:
+            True if so: a bool tensor, shape []; on the device of ``stats``, or on the CPU.
+        """
 
     def commit(self, skip: Tensor) -> None:  # noqa: B027 - most remember nothing
-        """Ends the step, which happened unless ``skip`` (shape [], non-zero for yes), whoever asked for that."""
+        """End the step.
+
+        Args:
+            skip: Non-zero if the step did not happen, whoever asked for that; shape [].
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, as plain numbers and tensors for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most remember nothing
+        """Restore the state returned by `state_dict`."""
+
+
+DETECTORS: Registry[Detector] = Registry("detector", Detector)
+"""Detectors by name; `lightning_optim.register` adds a user's own."""
 
 
 class NonFiniteGradient(Detector):
@@ -32,6 +78,11 @@ class NonFiniteGradient(Detector):
         tensor(True)
     """
 
+    reason = "a gradient is not finite"
+
     def __call__(self, stats: GradStats) -> Tensor:
         """True unless all are finite, shape []."""
         return ~stats.finite()
+
+
+DETECTORS.add(NonFiniteGradient, "non_finite_gradient")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_optim.core.stats import TENSOR_COLUMNS
-from lightning_optim.divergence.judge import Alarm
+from lightning_optim.divergence.alarms import Alarm, alarm
 
 _HISTORY = 10
 _LOOKS = 5
@@ -135,7 +135,7 @@ class Health:
             self._told = {(k, n) for k, n in self._told if k != kind} | {(kind, name) for name in which}
             if new:
                 shown = ", ".join(new[:8]) + (f" and {len(new) - 8} more" if len(new) > 8 else "")
-                alarms.append(Alarm(kind, step, f"{text[kind]} {shown}", tuple(new), most=most and kind == "dead"))
+                alarms.append(alarm(kind, step, f"{text[kind]} {shown}", tuple(new), most=most and kind == "dead"))
         return [*alarms, *self._advise(step, rows, groups)]
 
     def _look(
@@ -190,7 +190,7 @@ class Health:
             told["lr_too_low"] = "gradients keep pointing along the momentum, so a longer step would go on descending"
         new = {kind: text for kind, text in told.items() if (kind, "") not in self._told}
         self._told = {(k, n) for k, n in self._told if n != ""} | {(kind, "") for kind in told}
-        return [Alarm(kind, step, text) for kind, text in new.items()]
+        return [alarm(kind, step, text) for kind, text in new.items()]
 
     def rolled_back(self) -> None:
         """What was told of is so no more."""

@@ -4,39 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from lightning_optim.divergence.alarms import Alarm, alarm
 from lightning_optim.divergence.trend import SUSTAINED, SlowDivergence
 from lightning_optim.divergence.watch import StepSeen
 
-
-@dataclass(frozen=True)
-class Alarm:
-    """Something that went wrong.
-
-    Args:
-        kind: ``nonfinite``, ``spike``, ``new_level``, ``jump``, ``slow_divergence``, ``loss_scale_collapse``,
-            ``collapsed``, or one of `lightning_optim.divergence.health`.
-        step: Optimizer steps until then, that one included.
-        text: One sentence.
-        names: Parameters or groups concerned, the worst first.
-        escalates: Whether a skipped step does not mend it.
-        lost: Whether the weights are worse for it, so that a lower rate alone does not mend it either.
-        most: Whether what is concerned is most of the network, and was well before.
-    """
-
-    kind: str
-    step: int
-    text: str
-    names: tuple[str, ...] = ()
-    escalates: bool = False
-    lost: bool = False
-    most: bool = False
-
-
-SKIPPED = ("nonfinite", "spike")
-"""Alarms of which nothing is left once the step is skipped."""
 _DATA = 40
 """For so many steps after it has turned out to be the data, a jump is theirs: a new level takes 16 flags."""
 
@@ -90,9 +63,10 @@ class Judge:
         if seen.bad_tensors or seen.bad_loss:
             return self._nonfinite(seen, worst)
         counts["data"] = max(0, counts["data"] - 1)
-        if not seen.spikes:
+        found = self._detected(seen, worst)
+        if not (seen.spikes or found):
             counts["bad_in_a_row"] = 0
-        return self._finite(seen, worst)
+        return found + self._finite(seen, worst)
 
     def _overflow(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
         counts = self._counts
@@ -102,7 +76,7 @@ class Judge:
             return []
         row = counts["overflows_in_a_row"]
         text = f"{row} overflows in a row, in {_listed(worst[: seen.bad_tensors])}: the loss scale has collapsed"
-        return [Alarm("loss_scale_collapse", seen.step, text, worst[: seen.bad_tensors], escalates=True)]
+        return [alarm("loss_scale_collapse", seen.step, text, worst[: seen.bad_tensors])]
 
     def _nonfinite(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
         counts = self._counts
@@ -113,7 +87,20 @@ class Judge:
         row = counts["bad_in_a_row"]
         lasts = row % self.patience == 0
         text = f"{what}{where}" + (f", for {row} steps in a row" if lasts and row > 1 else "")
-        return [Alarm("nonfinite", seen.step, text, bad, escalates=lasts)]
+        return [alarm("nonfinite", seen.step, text, bad, escalates=lasts)]
+
+    def _detected(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
+        """What detectors of the user's found; that many in a row are more than a bad batch, as for the others."""
+        found = seen.detected
+        if seen.skipped and not (found or seen.spikes):  # one that was put on the pipeline beside the watch
+            found = ("another detector of the step asked for it",)
+        if not found:
+            return []
+        self._counts["bad_in_a_row"] += 1
+        row = self._counts["bad_in_a_row"]
+        lasts = row % self.patience == 0
+        lasting = f", for {row} steps in a row" if lasts and row > 1 else ""
+        return [alarm("detected", seen.step, text + lasting, worst, escalates=lasts) for text in found]
 
     def _finite(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
         alarms = []
@@ -123,31 +110,31 @@ class Judge:
                 self._counts["data"] = _DATA
                 self.trend.rebase()
                 text = "the loss is as high with the weights of the snapshot: it is the data, and its level from now on"
-                alarms.append(Alarm("new_level", seen.step, text))
+                alarms.append(alarm("new_level", seen.step, text))
         if seen.spikes:
             high = " and ".join(f"{_SAID[s]} {seen.values[s]:.3g} against {seen.medians[s]:.3g}" for s in seen.spikes)
-            alarms.append(Alarm("spike", seen.step, f"{high}; the largest gradients are in {_listed(worst)}", worst))
+            alarms.append(alarm("spike", seen.step, f"{high}; the largest gradients are in {_listed(worst)}", worst))
         if self.trend is not None and not seen.skipped and self.trend.update(seen.values["loss"]):
             lost = self.trend.lost
             text = "the loss stays at more than twice its best" if lost else "the loss is leaving its best"
-            alarms.append(Alarm("slow_divergence", seen.step, text, escalates=True, lost=lost))
+            alarms.append(alarm("slow_divergence", seen.step, text, lost=lost))
         for signal, factor in seen.levels.items():
             jumped = factor >= SUSTAINED and not self._counts["data"]
             text = f"{_SAID[signal]} stays {factor:.3g} times as high; that is its level from now on"
-            alarms.append(Alarm("jump" if jumped else "new_level", seen.step, text, escalates=jumped, lost=jumped))
+            alarms.append(alarm("jump" if jumped else "new_level", seen.step, text))
             if self.trend is not None and not jumped:
                 self.trend.rebase()
         return alarms
 
-    def look(self, alarm: Alarm) -> Alarm:
+    def look(self, found: Alarm) -> Alarm:
         """Takes in what was seen of single parameters: a network that is mostly dead and has learned nothing is lost.
 
         Not without asking the loss: experts that get no token have no gradient either, nor do layers that are left out.
         """
-        if alarm.kind == "dead" and alarm.most and self.trend is not None and not self.trend.learned:
-            text = f"most of the network is dead, and the loss no better than at the start: {alarm.text}"
-            return Alarm("collapsed", alarm.step, text, alarm.names, escalates=True, lost=True)
-        return alarm
+        if found.kind == "dead" and found.most and self.trend is not None and not self.trend.learned:
+            text = f"most of the network is dead, and the loss no better than at the start: {found.text}"
+            return alarm("collapsed", found.step, text, found.names)
+        return found
 
     def rolled_back(self) -> None:
         """What was in a row is so no more."""

@@ -9,30 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_optim.divergence.alarms import ALARM_KINDS
 from lightning_optim.divergence.watch import StepSeen
-
-_ADVICE = {
-    "nonfinite": "Look at the batches listed: a NaN in the data, a logarithm or division of 0, an overflow in 16 bits. "
-    "`GradientClipping: {max_norm: 1.0}` does not help against NaN; `precision: bf16-mixed` helps against overflow.",
-    "spike": "`GradientClipping: {method: zclip}` or `{max_norm: ...}` at about the usual gradient norm clips "
-    "such steps instead of skipping them; if there are many, a longer `warmup` or AdamW's `betas: [0.9, 0.95]`.",
-    "new_level": "A change of data, of the loss or of what is trained? If it was a skipped stretch of a healthy run, "
-    "`DivergenceGuard: {spikes: {threshold: 12}}`.",
-    "jump": "The weights have left the good region: a lower `lr`, a longer `warmup`, clipping.",
-    "slow_divergence": "A lower peak `lr`, or a schedule that falls earlier.",
-    "loss_scale_collapse": "`precision: bf16-mixed` in place of `16-mixed`, or a loss without very large intermediate "
-    "values.",
-    "vanishing": "Another activation, normalisation or residual connections before the parameters named; a larger "
-    "`lr_multiplier` for their group.",
-    "exploding": "`GradientClipping`, per group or `{method: agc}`; normalisation in the layers named.",
-    "dead": "Units that never fire get no gradient: a lower `lr`, another initialisation or activation.",
-    "collapsed": "A lower `lr`, a longer `warmup`; normalisation, or an activation with a gradient everywhere.",
-    "stalled": "A smaller `eps`, or a larger `lr_multiplier` for the group: its updates are too small to matter.",
-    "no_gradient": "Unfreeze the parameters named (`requires_grad_`), use them in the loss, or leave them out of the "
-    "optimizer.",
-    "lr_too_high": "A lower `lr`.",
-    "lr_too_low": "A higher `lr`.",
-}
 
 
 @dataclass
@@ -107,7 +85,7 @@ class Report:
             lines.append(f"\n{self._left_out} entries in the middle are left out.")
         kinds = list(dict.fromkeys(entry.kind for entry in self.entries))
         lines += ["", "## What to change", ""]
-        lines += [f"- **{kind}**: {_ADVICE[kind]}" for kind in kinds if kind in _ADVICE]
+        lines += [f"- **{kind}**: {ALARM_KINDS[kind].advice}" for kind in kinds if kind in ALARM_KINDS]
         lines += ["", "## The last steps", ""]
         lines += ["| step | optimizer | loss | gradient norm | median norm | groups' norms | skipped |"]
         lines += ["|---|---|---|---|---|---|---|"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
-from lightning_optim.divergence.base import NonFiniteGradient
+from lightning_optim.divergence.base import Detector, NonFiniteGradient
 from lightning_optim.divergence.rows import Rows
 from lightning_optim.divergence.spikes import SpikeWindow
 
@@ -33,6 +33,7 @@ class StepSeen:
         bad_tensors: How many gradients had a NaN or an infinity.
         bad_loss: Whether the loss was not finite.
         spikes: Which of `SIGNALS` stood out.
+        detected: What further detectors found, a clause for each that asked for the step to be skipped.
         levels: By what factor a signal's baseline moved at this step, for those that did.
         values: Gradient norm and loss; NaN for a loss that is unknown.
         medians: What they were compared with; infinite before the first.
@@ -46,6 +47,7 @@ class StepSeen:
     bad_tensors: int
     bad_loss: bool
     spikes: tuple[str, ...]
+    detected: tuple[str, ...]
     levels: dict[str, float]
     values: dict[str, float]
     medians: dict[str, float]
@@ -66,6 +68,7 @@ class Watch(NonFiniteGradient):
         skip: Which of `SIGNALS` make a step be skipped when they stand out.
         loss: Returns the loss of the step, shape [], on any device; None if it is not known.
         rows: Where to write.
+        detectors: Further ones, which may ask for a skip, too.
 
     Attributes:
         alive: Which tensors had a gradient other than 0 at the first step; nothing before the host knows.
@@ -86,11 +89,13 @@ class Watch(NonFiniteGradient):
         skip: tuple[str, ...] = SIGNALS,
         loss: Callable[[], Tensor | None] = lambda: None,
         rows: Rows | None = None,
+        detectors: Sequence[Detector] = (),
     ) -> None:
         self.spikes = spikes
         self._skips = [signal in skip for signal in SIGNALS]
         self._loss = loss
         self.rows = rows or Rows()
+        self.detectors = tuple(detectors)
         self.alive: tuple[bool, ...] = ()
         self._steps = 0
         self._now: tuple[list[Tensor], _Layout] | None = None
@@ -121,6 +126,10 @@ class Watch(NonFiniteGradient):
             else:
                 for flag, skips in zip(flags.unbind(), self._skips, strict=True):
                     skip = skip | flag if skips else skip
+        if self.detectors:
+            found = [d(stats).reshape(()).to(skip, non_blocking=True) for d in self.detectors]
+            flags = torch.cat([flags, torch.stack(found)])
+            skip = skip | flags[len(SIGNALS) :].any()
         columns = [values, flags, stats.norm_sq, *([] if stats.places is None else [stats.places])]
         self._now = columns, _Layout(stats.group_sizes, loss is not None, stats.places is not None)
         return skip
@@ -130,6 +139,8 @@ class Watch(NonFiniteGradient):
         assert self._now is not None
         (columns, layout), self._now = self._now, None
         self._steps += 1
+        for detector in self.detectors:
+            detector.commit(skip)
         dtype = columns[0].dtype
         row = torch.cat([column.to(dtype) for column in ((skip != 0).reshape(1), *columns)])
         self._layouts[self._steps] = layout
@@ -155,6 +166,7 @@ class Watch(NonFiniteGradient):
             "steps": self._steps,
             "spikes": {} if self.spikes is None else self.spikes.state_dict(),
             "rows": self.rows.state_dict(),
+            "detectors": {detector.name: state for detector in self.detectors if (state := detector.state_dict())},
             "layouts": {step: [list(x.group_sizes), x.has_loss, x.has_places] for step, x in self._layouts.items()},
         }
 
@@ -165,6 +177,10 @@ class Watch(NonFiniteGradient):
         self._layouts = {step: _Layout(tuple(sizes), *rest) for step, (sizes, *rest) in state["layouts"].items()}
         if self.spikes is not None and state["spikes"]:
             self.spikes.load_state_dict(state["spikes"])
+        known = state.get("detectors", {})  # checkpoints of 0.1 have none
+        for detector in self.detectors:
+            if detector.name in known:
+                detector.load_state_dict(known[detector.name])
 
     def _limits_on(self, device: torch.device, spikes: SpikeWindow) -> Tensor:
         """Shape [2, signals]; uploaded if they have changed."""
@@ -182,8 +198,10 @@ class Watch(NonFiniteGradient):
         count = len(SIGNALS)
         skipped, values, rest = bool(row[0]), row[1 : 1 + count].tolist(), row[1 + count :]
         flags = [bool(flag) and math.isfinite(value) for flag, value in zip(rest[:count], values, strict=True)]
-        norm_sq = rest[count : count + sum(layout.group_sizes)]
-        places = rest[count + len(norm_sq) :] if layout.has_places else None
+        others, rest = rest[count : count + len(self.detectors)], rest[count + len(self.detectors) :]
+        detected = tuple(_found(d) for d, flag in zip(self.detectors, others, strict=True) if flag)
+        norm_sq = rest[: sum(layout.group_sizes)]
+        places = rest[len(norm_sq) :] if layout.has_places else None
         bad = ~np.isfinite(norm_sq)
         self.alive = self.alive or tuple((norm_sq > 0).tolist())
         bad_loss = layout.has_loss and not math.isfinite(values[1])
@@ -191,13 +209,14 @@ class Watch(NonFiniteGradient):
         if self.spikes is not None:
             medians = self.spikes.medians
             levels = self.spikes.update(values, flags, not skipped, behind=len(self.rows))
-        wrong = skipped or bad_loss or any(flags) or bool(bad.any())
+        wrong = skipped or bad_loss or any(flags) or bool(detected) or bool(bad.any())
         return StepSeen(
             step=step,
             skipped=skipped,
             bad_tensors=int(bad.sum()),
             bad_loss=bad_loss,
             spikes=tuple(signal for signal, flag in zip(SIGNALS, flags, strict=True) if flag),
+            detected=detected,
             levels={signal: level for signal, level in zip(SIGNALS, levels, strict=True) if level},
             values=dict(zip(SIGNALS, values, strict=True)),
             medians=dict(zip(SIGNALS, medians, strict=True)),
@@ -213,6 +232,10 @@ class _Layout:
     group_sizes: tuple[int, ...]
     has_loss: bool
     has_places: bool
+
+
+def _found(detector: Detector) -> str:
+    return f"{detector.name}: {detector.reason}" if detector.reason else f"{detector.name} asked for it"
 
 
 def _worst(norm_sq: np.ndarray, bad: np.ndarray, places: np.ndarray | None) -> tuple[int, ...]:

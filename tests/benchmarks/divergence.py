@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_optim as lo
-from lightning_optim.divergence import SKIPPED
+from lightning_optim.divergence import ALARM_KINDS
 from tests.helpers import make_trainer
 
 STEPS = 1000
@@ -204,7 +204,8 @@ def run(fault: str, guard: str, seed: int) -> Outcome:
         if isinstance(callback, lo.DivergenceGuard):
             told = [e for e in callback.report.entries if e.kind in ALARMS]
             acted += sorted({entry.step for entry in told})
-            lost += len({e.step for e in told if e.kind in SKIPPED and not is_bad(fault, e.step)})
+            skipped = [e.step for e in told if ALARM_KINDS[e.kind].skip_mends]
+            lost += len({at for at in skipped if not is_bad(fault, at)})
             back = [e for e in callback.report.entries if e.text.startswith("back to")]
             lost += sum(max(0, min(e.step, AT) - int(re.findall(r"after step (\d+)", e.text)[0])) for e in back)
         elif isinstance(callback, Told):

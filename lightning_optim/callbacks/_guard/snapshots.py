@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_optim.callbacks._guard.guarded import Guarded
 from lightning_optim.callbacks._hub import Hub
 from lightning_optim.callbacks._lightning import averaged_models, logging_step
-from lightning_optim.divergence import SKIPPED, Alarm, Rollback
+from lightning_optim.divergence import Alarm, Rollback
 from lightning_optim.divergence.memory import SHARE, fits, free_disk, free_memory, said
 from lightning_optim.divergence.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors, bytes_needed
 
@@ -51,7 +51,7 @@ class RunSnapshots:
 
     def seen(self, step: int, alarms: Sequence[Alarm]) -> None:
         """Says what was wrong up to a step: what is not proved by then never will be."""
-        if any(alarm.kind not in SKIPPED for alarm in alarms):
+        if any(not alarm.skip_mends for alarm in alarms):
             self._pair.trouble()
         elif alarms:
             self._pair.doubt(step)

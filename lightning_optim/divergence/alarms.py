@@ -1,0 +1,167 @@
+"""What can go wrong: the kinds of alarm, what each means and what to change, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class AlarmKind:
+    """One kind of trouble.
+
+    Args:
+        name: How reports and logs call it.
+        advice: What to change, one or two sentences.
+        skip_mends: Whether nothing is left of it once the step is skipped.
+        escalates: Whether skipping the step does not mend it, so that the guard has to act.
+        lost: Whether the weights are worse for it, so that a lower rate alone does not mend it either.
+    """
+
+    name: str
+    advice: str
+    skip_mends: bool = False
+    escalates: bool = False
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that went wrong.
+
+    Args:
+        kind: Name of an `AlarmKind`.
+        step: Optimizer steps until then, that one included.
+        text: One sentence.
+        names: Parameters or groups concerned, the worst first.
+        escalates: Whether a skipped step does not mend it.
+        lost: Whether the weights are worse for it, so that a lower rate alone does not mend it either.
+        most: Whether what is concerned is most of the network, and was well before.
+    """
+
+    kind: str
+    step: int
+    text: str
+    names: tuple[str, ...] = ()
+    escalates: bool = False
+    lost: bool = False
+    most: bool = False
+
+    @property
+    def skip_mends(self) -> bool:
+        """Whether nothing is left of it once the step is skipped."""
+        return ALARM_KINDS[self.kind].skip_mends
+
+
+_KINDS = (
+    AlarmKind(
+        "nonfinite",
+        "Look at the batches listed: a NaN in the data, a logarithm or division of 0, an overflow "
+        "in 16 bits. `GradientClipping: {max_norm: 1.0}` does not help against NaN; `precision: "
+        "bf16-mixed` helps against overflow.",
+        skip_mends=True,
+    ),
+    AlarmKind(
+        "spike",
+        "`GradientClipping: {method: zclip}` or `{max_norm: ...}` at about the usual gradient "
+        "norm clips such steps instead of skipping them; if there are many, a longer `warmup` or "
+        "AdamW's `betas: [0.9, 0.95]`.",
+        skip_mends=True,
+    ),
+    AlarmKind(
+        "new_level",
+        "A change of data, of the loss or of what is trained? If it was a skipped stretch of a "
+        "healthy run, `DivergenceGuard: {spikes: {threshold: 12}}`.",
+    ),
+    AlarmKind(
+        "jump",
+        "The weights have left the good region: a lower `lr`, a longer `warmup`, clipping.",
+        escalates=True,
+        lost=True,
+    ),
+    AlarmKind(
+        "slow_divergence",
+        "A lower peak `lr`, or a schedule that falls earlier.",
+        escalates=True,
+    ),
+    AlarmKind(
+        "loss_scale_collapse",
+        "`precision: bf16-mixed` in place of `16-mixed`, or a loss without very large intermediate values.",
+        escalates=True,
+    ),
+    AlarmKind(
+        "vanishing",
+        "Another activation, normalisation or residual connections before the parameters named; a "
+        "larger `lr_multiplier` for their group.",
+    ),
+    AlarmKind(
+        "exploding",
+        "`GradientClipping`, per group or `{method: agc}`; normalisation in the layers named.",
+    ),
+    AlarmKind(
+        "dead",
+        "Units that never fire get no gradient: a lower `lr`, another initialisation or activation.",
+    ),
+    AlarmKind(
+        "collapsed",
+        "A lower `lr`, a longer `warmup`; normalisation, or an activation with a gradient everywhere.",
+        escalates=True,
+        lost=True,
+    ),
+    AlarmKind(
+        "stalled",
+        "A smaller `eps`, or a larger `lr_multiplier` for the group: its updates are too small to matter.",
+    ),
+    AlarmKind(
+        "no_gradient",
+        "Unfreeze the parameters named (`requires_grad_`), use them in the loss, or leave them out of the optimizer.",
+    ),
+    AlarmKind(
+        "lr_too_high",
+        "A lower `lr`.",
+    ),
+    AlarmKind(
+        "lr_too_low",
+        "A higher `lr`.",
+    ),
+    AlarmKind(
+        "detected",
+        "A detector of your own asked for the step to be skipped: its `reason` says why.",
+        skip_mends=True,
+    ),
+)
+
+ALARM_KINDS: Mapping[str, AlarmKind] = MappingProxyType({kind.name: kind for kind in _KINDS})
+"""All kinds by name. Detectors of one's own raise ``detected``."""
+
+
+def alarm(
+    kind: str,
+    step: int,
+    text: str,
+    names: tuple[str, ...] = (),
+    *,
+    escalates: bool | None = None,
+    lost: bool | None = None,
+    most: bool = False,
+) -> Alarm:
+    """An `Alarm` of a kind of the table, which says whether it escalates unless the caller does.
+
+    Raises:
+        KeyError: There is no such kind.
+
+    Example:
+        >>> alarm("jump", 3, "the loss stays three times as high").escalates
+        True
+    """
+    table = ALARM_KINDS[kind]
+    return Alarm(
+        kind,
+        step,
+        text,
+        names,
+        escalates=table.escalates if escalates is None else escalates,
+        lost=table.lost if lost is None else lost,
+        most=most,
+    )

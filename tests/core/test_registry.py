@@ -1,0 +1,115 @@
+"""Names are open: to users' classes, in every place that takes the package's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_optim as lo
+from lightning_optim.clipping import GlobalNorm
+from lightning_optim.clipping.choice import CLIP_RULES
+from lightning_optim.core.registry import Registry, snake_case
+from lightning_optim.divergence import DETECTORS, Detector
+from lightning_optim.optim.base import OPTIMIZERS
+from lightning_optim.schedules.registry import SCHEDULES
+
+
+class Halved(lo.schedules.Constant):
+    """Half of the peak."""
+
+    def shape(self, at):
+        return 0.5
+
+
+class Twice(GlobalNorm):
+    """Another global norm."""
+
+
+class Plain(torch.optim.SGD):
+    """Not one of ours."""
+
+
+class Ours(lo.optim.SGD):
+    """One of ours."""
+
+
+class Never(Detector):
+    def __call__(self, stats):
+        return torch.tensor(False)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    for registry in (SCHEDULES, CLIP_RULES, OPTIMIZERS, DETECTORS):
+        for name in ("halved", "twice", "plain", "ours", "never", "mine"):
+            registry.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("cls", "registry"),
+    [(Halved, SCHEDULES), (Twice, CLIP_RULES), (Plain, OPTIMIZERS), (Ours, OPTIMIZERS), (Never, DETECTORS)],
+)
+def test_a_class_of_ones_own_is_found_by_name(cls, registry):
+    assert lo.register(cls) is cls
+    assert registry.get(cls.__name__.upper()) is cls
+    assert cls.__name__.lower() in registry.names()
+    assert registry.name_of(cls) == cls.__name__.lower()
+
+
+def test_a_name_may_be_given_and_taken_again_by_the_same_class():
+    for _ in range(2):  # a cell of a notebook, run twice
+        lo.register(name="mine")(Halved)
+    assert lo.schedules.get_schedule("mine") is Halved
+
+
+def test_a_name_belongs_to_one_class():
+    with pytest.raises(ValueError, match=r"schedule name 'Cosine' belongs to .*Cosine: choose another for .*Halved"):
+        lo.register(Halved, name="Cosine")
+    with pytest.raises(ValueError, match="'rsqrt' belongs to"):  # an alias
+        lo.register(Halved, name="rsqrt")
+
+
+@pytest.mark.parametrize("thing", [dict, nn.Linear, lambda: 0])
+def test_what_is_of_no_kind_is_refused(thing):
+    with pytest.raises(TypeError, match=r"derives from none of .*Optimizer"):
+        lo.register(thing)
+
+
+def test_a_registry_refuses_another_kind_and_unknown_arguments():
+    registry = Registry("rule of clipping", GlobalNorm)
+    try:
+        with pytest.raises(TypeError, match="needed is a GlobalNorm class"):
+            registry.add(Halved, "halved")
+        registry.add(GlobalNorm, "global_norm")
+        with pytest.raises(ValueError, match=r"takes no .max_nrom.\. Did you mean .max_norm."):
+            registry.make("global-norm", {"max_nrom": 1.0})
+    finally:
+        registry.close()
+
+
+def test_names_in_python_reach_the_factory_groups_clipping_and_guard():
+    for cls in (Halved, Twice, Ours, Plain, Never):
+        lo.register(cls)
+    model = nn.Linear(2, 2)
+    optimizer, _ = lo.OptimizerFactory(optimizer="plain", lr=0.1, schedule="halved").build(model)
+    assert isinstance(optimizer, Plain)
+    grouped = lo.optim.AdamW([{"params": [model.weight], "rule": "ours"}, {"params": [model.bias]}])
+    model(torch.ones(1, 2)).sum().backward()
+    before = model.weight.detach().clone()
+    grouped.step()
+    torch.testing.assert_close(before - model.weight.detach(), 1e-3 * torch.ones(2, 2))  # SGD's step, at its lr
+    assert isinstance(lo.GradientClipping(method="twice", max_norm=1.0).clip_rule(), Twice)
+    assert isinstance(lo.DivergenceGuard(detectors=["never"]).extra_detectors[0], Never)
+
+
+def test_a_rule_that_is_no_fused_optimizer_is_refused_for_a_group():
+    lo.register(Plain)
+    with pytest.raises(ValueError, match="rule='plain' of a group: Plain must be a FusedOptimizer"):
+        lo.optim.AdamW([{"params": [nn.Parameter(torch.ones(1))], "rule": "plain"}])
+
+
+@pytest.mark.parametrize(("name", "snake"), [("WSD", "wsd"), ("OneCycle", "one_cycle"), ("AdaGCRule", "ada_gc_rule")])
+def test_snake_case(name, snake):
+    assert snake_case(name) == snake

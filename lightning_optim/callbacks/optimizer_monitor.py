@@ -15,7 +15,7 @@ from lightning_optim.callbacks._monitor.details import MonitorDetails
 from lightning_optim.callbacks._monitor.meter import RunMeter
 from lightning_optim.callbacks._monitor.page import HP_METRICS, MonitorPage, log_scalars
 from lightning_optim.core.stats import StepCounts, StepRecord
-from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histograms, PerTensor, Report
+from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, DIAGNOSTICS, Diagnostic, Histograms, PerTensor, Report
 from lightning_optim.diagnostics.advice import BatchAdvice
 from lightning_optim.step import StepPipeline
 
@@ -58,13 +58,13 @@ class OptimizerMonitor(HubCallback):
 
     def __init__(
         self,
-        diagnostics: Sequence[Diagnostic] | None = None,
+        diagnostics: Sequence[Diagnostic | str] | None = None,
         hp_metrics: Sequence[str] = HP_METRICS,
         progress_bar: bool = True,
         per_tensor: PerTensor | None = None,
         histograms: Histograms | None = None,
     ) -> None:
-        self.diagnostics = DEFAULT_DIAGNOSTICS if diagnostics is None else tuple(diagnostics)
+        self.diagnostics = DEFAULT_DIAGNOSTICS if diagnostics is None else tuple(map(_diagnostic, diagnostics))
         names = [diagnostic.name for diagnostic in self.diagnostics]
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
@@ -249,3 +249,14 @@ class _Sent:
     index: int
     report: Report
     rest: Callable[[], dict[str, float]]
+
+
+def _diagnostic(given: Any) -> Diagnostic:
+    if isinstance(given, str):
+        return DIAGNOSTICS.make(given, {})
+    if not isinstance(given, Diagnostic):
+        raise TypeError(
+            f"Invalid diagnostics=[{given!r}] of OptimizerMonitor: each must be an instance of "
+            "lightning_optim.diagnostics.Diagnostic, or the name of a registered one."
+        )
+    return given

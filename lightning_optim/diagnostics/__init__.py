@@ -1,5 +1,6 @@
 """Named quantities computed from the record of one step, on the device, one value per parameter group or one in all."""
 
+from lightning_optim.core.registry import Registry, snake_case
 from lightning_optim.diagnostics.base import Diagnostic
 from lightning_optim.diagnostics.gradients import (
     BelowEps,
@@ -25,6 +26,7 @@ from lightning_optim.diagnostics.updates import (
 
 __all__ = [
     "DEFAULT_DIAGNOSTICS",
+    "DIAGNOSTICS",
     "BelowEps",
     "ClipCoefficient",
     "ClippedGradNorm",
@@ -61,3 +63,9 @@ DEFAULT_DIAGNOSTICS: tuple[Diagnostic, ...] = (
     EffectiveLR(),
     WeightDecayShare(),
 )
+
+DIAGNOSTICS: Registry[Diagnostic] = Registry("diagnostic", Diagnostic)
+"""Diagnostics by name; `lightning_optim.register` adds a user's own."""
+
+for _built_in in map(type, DEFAULT_DIAGNOSTICS):
+    DIAGNOSTICS.add(_built_in, snake_case(_built_in.__name__))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lightning_optim as lo
+from lightning_optim.divergence import Detector
 from tests.helpers import (
     ADAMWS,
     SGDS,
@@ -169,3 +170,68 @@ def test_a_skip_at_the_last_step_of_an_epoch_does_not_end_training():
     trainer = make_trainer([_configure(), guard, count], max_epochs=3)
     trainer.fit(Net(nan_batches=[3]), batches(4))
     assert (count.epochs, guard.skipped_steps, trainer.global_step) == (3, 3, 12)
+
+
+class EveryThird(Detector):
+    """Of each three steps the last; counts those that happened."""
+
+    reason = "it is a third step"
+
+    def __init__(self):
+        self.seen, self.taken = 0, 0
+
+    def __call__(self, stats):
+        self.seen += 1
+        return torch.tensor(self.seen % 3 == 0)
+
+    def commit(self, skip):
+        self.taken += int(skip == 0)
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+class GuardWithADetector(lo.DivergenceGuard):
+    def detectors(self):
+        return (*super().detectors(), EveryThird())
+
+
+@pytest.mark.parametrize(
+    ("guard", "said"),
+    [
+        (lambda: lo.DivergenceGuard(detectors=[EveryThird()]), "every_third: it is a third step"),
+        (GuardWithADetector, "another detector of the step asked for it"),
+    ],
+)
+def test_a_detector_of_ones_own_skips_steps_and_each_is_told(guard, said):
+    guard, snapshots = guard(), Snapshots()
+    with pytest.warns(UserWarning, match=said) as told:
+        make_trainer([_configure(), guard, snapshots]).fit(Net(), batches(9))
+    assert guard.skipped_steps == 3
+    skipped = [step for step in range(9) if bit_equal(snapshots.before[step], snapshots.after[step])]
+    assert skipped == [2, 5, 8]
+    assert len([w for w in told if "skipped" in str(w.message)]) == 3
+    assert [entry.kind for entry in guard.report.entries] == ["detected"] * 3
+
+
+def test_a_detector_goes_on_from_a_checkpoint(tmp_path):
+    def fit(steps, **options):
+        guard, snapshots = lo.DivergenceGuard(detectors=[EveryThird()]), Snapshots()
+        trainer = make_trainer([guard, snapshots], max_steps=steps)
+        trainer.fit(Net(), batches(9), **options)
+        return trainer, snapshots
+
+    fit(4)[0].save_checkpoint(tmp_path / "four.ckpt")
+    _, snapshots = fit(9, ckpt_path=tmp_path / "four.ckpt", weights_only=True)
+    same = [step for step in range(5) if bit_equal(snapshots.before[step], snapshots.after[step])]
+    assert same == [1, 4]  # steps 5 and 8 of the whole run
+
+
+def test_what_is_no_detector_is_refused():
+    with pytest.raises(TypeError, match=r"must be an instance of lightning_optim\.divergence\.Detector"):
+        lo.DivergenceGuard(detectors=[len])
+    with pytest.raises(ValueError, match=r"Unknown detector .non_finite.\. Did you mean .non_finite_gradient."):
+        lo.DivergenceGuard(detectors=["non_finite"])

@@ -10,6 +10,7 @@ import lightning_optim as lo
 from lightning_optim.clipping import GlobalNorm
 from lightning_optim.clipping.choice import CLIP_RULES
 from lightning_optim.core.registry import Registry, snake_case
+from lightning_optim.diagnostics import DIAGNOSTICS, Diagnostic
 from lightning_optim.divergence import DETECTORS, Detector
 from lightning_optim.optim.base import OPTIMIZERS
 from lightning_optim.schedules.registry import SCHEDULES
@@ -39,23 +40,38 @@ class Never(Detector):
         return torch.tensor(False)
 
 
+class GradSum(Diagnostic):
+    name = "grad_sum"
+
+    def compute(self, record):
+        return record.grad.norm_sq
+
+
 @pytest.fixture(autouse=True)
 def forget():
     yield
-    for registry in (SCHEDULES, CLIP_RULES, OPTIMIZERS, DETECTORS):
-        for name in ("halved", "twice", "plain", "ours", "never", "mine"):
+    for registry in (SCHEDULES, CLIP_RULES, OPTIMIZERS, DETECTORS, DIAGNOSTICS):
+        for name in ("halved", "twice", "plain", "ours", "never", "grad_sum", "mine"):
             registry.remove(name)
 
 
 @pytest.mark.parametrize(
     ("cls", "registry"),
-    [(Halved, SCHEDULES), (Twice, CLIP_RULES), (Plain, OPTIMIZERS), (Ours, OPTIMIZERS), (Never, DETECTORS)],
+    [
+        (Halved, SCHEDULES),
+        (Twice, CLIP_RULES),
+        (Plain, OPTIMIZERS),
+        (Ours, OPTIMIZERS),
+        (Never, DETECTORS),
+        (GradSum, DIAGNOSTICS),
+    ],
 )
 def test_a_class_of_ones_own_is_found_by_name(cls, registry):
     assert lo.register(cls) is cls
-    assert registry.get(cls.__name__.upper()) is cls
-    assert cls.__name__.lower() in registry.names()
-    assert registry.name_of(cls) == cls.__name__.lower()
+    name = snake_case(cls.__name__)
+    assert registry.get(name.upper()) is cls
+    assert name in registry.names()
+    assert registry.name_of(cls) == name
 
 
 def test_a_name_may_be_given_and_taken_again_by_the_same_class():
@@ -90,7 +106,7 @@ def test_a_registry_refuses_another_kind_and_unknown_arguments():
 
 
 def test_names_in_python_reach_the_factory_groups_clipping_and_guard():
-    for cls in (Halved, Twice, Ours, Plain, Never):
+    for cls in (Halved, Twice, Ours, Plain, Never, GradSum):
         lo.register(cls)
     model = nn.Linear(2, 2)
     optimizer, _ = lo.OptimizerFactory(optimizer="plain", lr=0.1, schedule="halved").build(model)
@@ -102,6 +118,8 @@ def test_names_in_python_reach_the_factory_groups_clipping_and_guard():
     torch.testing.assert_close(before - model.weight.detach(), 1e-3 * torch.ones(2, 2))  # SGD's step, at its lr
     assert isinstance(lo.GradientClipping(method="twice", max_norm=1.0).clip_rule(), Twice)
     assert isinstance(lo.DivergenceGuard(detectors=["never"]).extra_detectors[0], Never)
+    names = [diagnostic.name for diagnostic in lo.OptimizerMonitor(diagnostics=["grad_sum", "param_norm"]).diagnostics]
+    assert names == ["grad_sum", "param_norm"]
 
 
 def test_a_rule_that_is_no_fused_optimizer_is_refused_for_a_group():

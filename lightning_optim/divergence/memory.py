@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
+
+import psutil
 
 from lightning_optim.core.suggest import nearest
 
@@ -15,7 +16,6 @@ SHARE = 0.5
 """More of what is free is not taken: data loaders, caches and the peaks of training want some as well."""
 
 _CGROUP = Path("/sys/fs/cgroup")
-_MEMINFO = Path("/proc/meminfo")
 
 
 def check_memory(memory: str, whose: str) -> None:
@@ -32,47 +32,26 @@ def check_memory(memory: str, whose: str) -> None:
         raise ValueError(f"Unknown memory={memory!r} of {whose}. {nearest(str(memory), MEMORIES)}")
 
 
-def free_memory() -> int | None:
-    """Bytes of the machine's memory that can be had without swapping, within the container's limit; None if unknown."""
-    return min((free for free in (_of_machine(), _of_container()) if free is not None), default=None)
+def free_memory() -> int:
+    """Bytes of the machine's memory that can be had without swapping, within the container's limit."""
+    available: int = psutil.virtual_memory().available
+    container = _of_container()
+    return available if container is None else min(available, container)
 
 
 def free_disk(folder: str | Path | None = None) -> int:
-    """Bytes free where a folder is; None for that of temporary files."""
+    """Bytes free in the file system of ``folder``; None for the folder of temporary files."""
     return shutil.disk_usage(folder or tempfile.gettempdir()).free
 
 
-def fits(need: int, free: int | None, sharers: int = 1) -> bool:
-    """Whether so many bytes are within what each of so many processes may take; yes if nothing is known.
+def fits_in_memory(need: int, free: int, sharers: int = 1) -> bool:
+    """Whether a process may take ``need`` bytes where ``free`` are, and ``sharers`` processes do the same.
 
     Example:
-        >>> fits(10, free=100), fits(10, free=100, sharers=8)
+        >>> fits_in_memory(10, free=100), fits_in_memory(10, free=100, sharers=8)
         (True, False)
     """
-    return free is None or need * max(sharers, 1) <= SHARE * free
-
-
-def said(count: float) -> str:
-    """Bytes for people.
-
-    Example:
-        >>> said(84e9)
-        '84 GB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _of_machine() -> int | None:
-    with contextlib.suppress(OSError, ValueError):  # not Linux
-        (line,) = (line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return need * max(sharers, 1) <= SHARE * free
 
 
 def _of_container() -> int | None:

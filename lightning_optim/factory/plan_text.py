@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_optim.core.durations import Horizon
+from lightning_optim.core.sizes import format_bytes
 from lightning_optim.factory.plan import Curve, GroupPlan, Plan
 
 _UNBOUNDED = 1000
@@ -86,14 +87,7 @@ def _left_out(reasons: Mapping[str, str]) -> str:
 
 
 def _bytes(count: int | None) -> str:
-    if count is None:
-        return "unknown"
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.4g} {unit}"
+    return "unknown" if count is None else format_bytes(count)
 
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"

@@ -13,8 +13,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_optim.callbacks._guard.guarded import Guarded
 from lightning_optim.callbacks._hub import Hub
 from lightning_optim.callbacks._lightning import averaged_models, logging_step
+from lightning_optim.core.sizes import format_bytes
 from lightning_optim.divergence import Alarm, Rollback
-from lightning_optim.divergence.memory import SHARE, fits, free_disk, free_memory, said
+from lightning_optim.divergence.memory import SHARE, fits_in_memory, free_disk, free_memory
 from lightning_optim.divergence.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors, bytes_needed
 
 
@@ -91,20 +92,20 @@ def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
         return wanted
     need, ranks = 2 * bytes_needed(parts), max(getattr(trainer.strategy, "num_processes", 1), 1)
     agree = trainer.strategy.reduce_boolean_decision
-    taken = f"Two snapshots take {said(need)}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+    taken = f"Two snapshots take {format_bytes(need)}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
     memory, disk = free_memory(), free_disk()
     if wanted == "cpu":
-        if agree(fits(need, memory, ranks)):
+        if agree(fits_in_memory(need, memory, ranks)):
             return wanted
         rank_zero_warn(
-            f"{taken}, which is more than {SHARE:.0%} of the {said(memory or 0)} of memory that are free. They go to "
-            f"disk, {tempfile.gettempdir()} (TMPDIR). `DivergenceGuard: {{rollback: {{memory: disk}}}}` says so from "
-            "the start, `rollback: null` does without them."
+            f"{taken}, which is more than {SHARE:.0%} of the {format_bytes(memory)} of memory that are free. They go "
+            f"to disk, {tempfile.gettempdir()} (TMPDIR). `DivergenceGuard: {{rollback: {{memory: disk}}}}` says so "
+            "from the start, `rollback: null` does without them."
         )
     if not agree(need * ranks <= disk):
         raise MisconfigurationException(
-            f"{taken}, and {tempfile.gettempdir()} has {said(disk)} free. Set TMPDIR to a disk that has room, take "
-            "`DivergenceGuard: {rollback: {memory: device}}` if the accelerator has, or `rollback: null`."
+            f"{taken}, and {tempfile.gettempdir()} has {format_bytes(disk)} free. Set TMPDIR to a disk that has room, "
+            "take `DivergenceGuard: {rollback: {memory: device}}` if the accelerator has, or `rollback: null`."
         )
     return "disk"
 

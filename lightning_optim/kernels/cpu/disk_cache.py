@@ -12,7 +12,6 @@ import logging
 import marshal
 import os
 import pickle
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,6 +20,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import numba
+import platformdirs
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +29,7 @@ def directory() -> Path:
     """Where kernels are kept: in `NUMBA_CACHE_DIR` if set, else in the user's cache directory."""
     if given := os.environ.get("NUMBA_CACHE_DIR"):
         return Path(given) / "lightning_optim"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "lightning_optim"
+    return Path(platformdirs.user_cache_dir("lightning_optim", appauthor=False))
 
 
 def fingerprint(text: str, functions: tuple[Callable[..., Any], ...]) -> str:

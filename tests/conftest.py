@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_optim.clipping.choice import CLIP_RULES
+from lightning_optim.diagnostics import DIAGNOSTICS
+from lightning_optim.divergence import DETECTORS
+from lightning_optim.optim.base import OPTIMIZERS
+from lightning_optim.schedules.registry import SCHEDULES
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
@@ -17,6 +25,15 @@ def _repeatable() -> None:
     """One seed; one thread, because the models are too small for more and the machine may be shared."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def own_names() -> Iterator[None]:
+    """Names that a test registers are forgotten at its end."""
+    with contextlib.ExitStack() as stack:
+        for registry in (SCHEDULES, CLIP_RULES, OPTIMIZERS, DETECTORS, DIAGNOSTICS):
+            stack.enter_context(registry.scope())
+        yield
 
 
 @pytest.fixture

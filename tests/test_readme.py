@@ -11,7 +11,7 @@ import yaml
 import lightning_optim as lo
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL)
 
 
@@ -31,6 +31,7 @@ def _blocks(language: str) -> list[pytest.param]:
     return found
 
 
+@pytest.mark.usefixtures("own_names")
 @pytest.mark.parametrize("code", _blocks("python"))
 def test_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

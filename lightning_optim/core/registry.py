@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Generic, TypeVar, overload
 
@@ -64,6 +65,15 @@ class Registry(Generic[T]):
     def remove(self, name: str) -> None:
         """Forget ``name``, for tests and notebooks; an unknown name is no error."""
         self._classes.pop(_key(name), None)
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Forget at the end of the block what was registered in it, for tests."""
+        classes = dict(self._classes)
+        try:
+            yield
+        finally:
+            self._classes = classes
 
     def close(self) -> None:
         """Take no more part in `register`."""
@@ -135,6 +145,7 @@ def register(cls: Any = None, *, name: str | None = None) -> Any:
         ...         return 0.5
         >>> lo.schedules.get_schedule("half").__name__
         'Half'
+        >>> lo.schedules.registry.SCHEDULES.remove("half")
     """
     if cls is None:
         return lambda decorated: register(decorated, name=name)

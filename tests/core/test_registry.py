@@ -47,12 +47,7 @@ class GradSum(Diagnostic):
         return record.grad.norm_sq
 
 
-@pytest.fixture(autouse=True)
-def forget():
-    yield
-    for registry in (SCHEDULES, CLIP_RULES, OPTIMIZERS, DETECTORS, DIAGNOSTICS):
-        for name in ("halved", "twice", "plain", "ours", "never", "grad_sum", "mine"):
-            registry.remove(name)
+pytestmark = pytest.mark.usefixtures("own_names")
 
 
 @pytest.mark.parametrize(

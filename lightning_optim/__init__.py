@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_optim._version import __version__
+from lightning_optim.core.moved_modules import keep_old_paths
 
 if TYPE_CHECKING:
     from lightning_optim import optim as optim
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from lightning_optim.param_groups import WidthScaling as WidthScaling
     from lightning_optim.param_groups import build_param_groups as build_param_groups
     from lightning_optim.step import StepPipeline as StepPipeline
+
+keep_old_paths()
 
 _MODULES = ("optim", "schedules")
 _NAMES = {

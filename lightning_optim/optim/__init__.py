@@ -78,6 +78,11 @@ def list_optimizers(pattern: str = "*") -> dict[str, str]:
     return {name: _line(cls) for name, cls in OPTIMIZERS.items(pattern)}
 
 
+def _classes() -> dict[str, type[FusedOptimizer]]:
+    """The optimizers with a rule of their own, by name."""
+    return {name: cls for name, cls in OPTIMIZERS.items() if issubclass(cls, FusedOptimizer)}
+
+
 def _line(cls: type[Optimizer]) -> str:
     if issubclass(cls, FusedOptimizer):
         return f"{cls.when_to_use} State: {cls.memory} per parameter. {cls.paper}"

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from lightning_optim.core.model_parts import is_stack
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.param_groups import Entry, NamedParameter, build_param_groups, named_parameters, why_not_hidden
+from lightning_optim.param_groups.parts import is_stack
 
 
 def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dict[str, Any]]:

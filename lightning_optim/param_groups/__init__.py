@@ -1,14 +1,14 @@
 """Parameter groups from ordered rules: the first rule that matches a parameter takes it."""
 
-from lightning_optim.core.model_parts import (
+from lightning_optim.param_groups.build import Entry, build_param_groups, check_rules, list_presets
+from lightning_optim.param_groups.depth import parameter_depths
+from lightning_optim.param_groups.parts import (
     NamedParameter,
     is_hidden_matrix,
     list_parts,
     named_parameters,
     why_not_hidden,
 )
-from lightning_optim.param_groups.build import Entry, build_param_groups, check_rules, list_presets
-from lightning_optim.param_groups.depth import parameter_depths
 from lightning_optim.param_groups.rules import REST, ParamGroupRule
 from lightning_optim.param_groups.scalings import LayerDecay, WidthScaling, shapes_of
 

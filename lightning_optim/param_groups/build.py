@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_optim.core.model_parts import named_parameters
 from lightning_optim.core.suggest import nearest
+from lightning_optim.param_groups.parts import named_parameters
 from lightning_optim.param_groups.rules import REST, ParamGroupRule
 from lightning_optim.param_groups.scalings import LayerDecay, WidthScaling
 

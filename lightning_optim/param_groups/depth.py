@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_optim.core.model_parts import NamedParameter
+from lightning_optim.param_groups.parts import NamedParameter
 
 _BEFORE, _INSIDE, _AFTER = 0, 1, 2
 Place = tuple[float, ...]

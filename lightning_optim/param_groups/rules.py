@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from lightning_optim.core.durations import Duration
-from lightning_optim.core.model_parts import NamedParameter, list_parts
 from lightning_optim.core.suggest import nearest
+from lightning_optim.param_groups.parts import NamedParameter, list_parts
 from lightning_optim.schedules import Schedule, get_schedule
 
 REST = "default"

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_optim.core.model_parts import NamedParameter
 from lightning_optim.core.suggest import nearest
 from lightning_optim.param_groups.depth import parameter_depths
+from lightning_optim.param_groups.parts import NamedParameter
 
 
 class Scale(NamedTuple):

@@ -17,8 +17,8 @@ from lightning_optim.callbacks._lightning import logging_step
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
 from lightning_optim.callbacks.gradient_clipping import GradientClipping
 from lightning_optim.core.durations import Horizon
+from lightning_optim.core.sizes import format_bytes
 from lightning_optim.diagnostics import tensorboard
-from lightning_optim.divergence.memory import said
 from lightning_optim.factory.plan import plan_curves, plan_groups
 from lightning_optim.factory.plan_text import draw_curves
 from lightning_optim.schedules import Scheduler
@@ -82,7 +82,7 @@ class MonitorPage:
             for group, plan in zip(optimizer.param_groups, plan_groups(optimizer, try_out=False), strict=True):
                 size = plan.state_bytes if not optimizer.state else _bytes_kept(optimizer, group)
                 self._awaits_state |= size is None
-                shown = "after the first step" if size is None else said(size)
+                shown = "after the first step" if size is None else format_bytes(size)
                 numbers = [f"{plan.numel:,}", f"{plan.lr:.4g}", plan.weight_decay]
                 rows.append([plan.name, len(plan.parameters), *numbers, plan.rule, shown])
         for writer in self._writers:

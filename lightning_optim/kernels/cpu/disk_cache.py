@@ -26,10 +26,17 @@ logger = logging.getLogger(__name__)
 
 
 def directory() -> Path:
-    """Where kernels are kept: in `NUMBA_CACHE_DIR` if set, else in the user's cache directory."""
+    """Where kernels are kept: in `NUMBA_CACHE_DIR` if set, else in the user's cache directory.
+
+    Raises:
+        RuntimeError: The user has no home directory.
+    """
     if given := os.environ.get("NUMBA_CACHE_DIR"):
         return Path(given) / "lightning_optim"
-    return Path(platformdirs.user_cache_dir("lightning_optim", appauthor=False))
+    path = Path(platformdirs.user_cache_dir("lightning_optim", appauthor=False))
+    if not path.is_absolute():  # "~" has been left as it is
+        raise RuntimeError("Could not determine home directory.")
+    return path
 
 
 def fingerprint(text: str, functions: tuple[Callable[..., Any], ...]) -> str:

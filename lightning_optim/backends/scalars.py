@@ -17,7 +17,7 @@ from lightning_optim.weight_decay import group_decay
 
 def read(tensor: Tensor) -> float:
     """The value of a one-element CPU tensor, from its memory: no operator is dispatched, so nothing is synchronised."""
-    return float(tensor.detach().numpy().reshape(()))
+    return float(tensor.detach().resolve_neg().numpy().reshape(()))
 
 
 def is_set(skip: Tensor | None) -> bool:

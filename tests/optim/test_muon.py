@@ -11,7 +11,7 @@ from torch import nn
 import lightning_optim as lo
 from lightning_optim import optim
 from lightning_optim.optim.newton_schulz import orthogonalize
-from lightning_optim.param_groups import ParamGroupRule, is_hidden_matrix, named_parameters
+from lightning_optim.param_groups import ParamGroupRule, is_hidden_matrix, named_parameters, why_not_hidden
 from lightning_optim.plan import Plan, plan_groups
 from lightning_optim.plan_report import format_plan
 from tests.optim.cases import assert_same, copies, give, gradients
@@ -261,6 +261,11 @@ def test_modules_tell_kernels_from_stacks_and_which_kernels_are_depthwise() -> N
     assert found[:2] == [("default", None, True, 2), ("default_stacks", None, False, 1)]
     assert found[2:] == [("default_adamw", "adamw", None, 7)]
     optim.Muon(groups)
+
+
+def test_a_state_space_calls_it_d_in_capitals() -> None:
+    weight = torch.ones(4, 4)
+    assert [why_not_hidden(weight, [f"mixer.{name}"]) for name in ("D", "Ds", "d")] == ["state space"] * 2 + [None]
 
 
 class Output(nn.Module):

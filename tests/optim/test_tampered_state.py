@@ -55,6 +55,7 @@ TAMPERED = [
     pytest.param(optim.AdamW, _put("step", lambda s: s * torch.nan), "'step'.*is nan", id="count_not_a_number"),
     pytest.param(optim.AdamW, _put("step", lambda s: s.to("meta")), "'step'.*meta", id="count_without_numbers"),
     pytest.param(optim.AdamW, _put("exp_avg", lambda s: s.to("meta")), "'exp_avg'.*meta", id="without_numbers"),
+    pytest.param(optim.AdamW, _put("step", torch._neg_view), "'step'.*is lazily negated", id="negated_count"),
     pytest.param(optim.AdamW, _put("step", Tensor.to_sparse), "'step'.*sparse", id="sparse_count"),
     pytest.param(optim.AdamW, _put("step", lambda s: "many"), "'step'.*'many'; needed is a tensor", id="words"),
     pytest.param(optim.AdamW, _put("exp_avg_sq", emptied), "'exp_avg_sq'.*resized", id="emptied"),

@@ -122,6 +122,21 @@ def test_codes_whose_key_is_missing_get_one(backend: str) -> None:
     assert optimizer.state[param]["rounding_key"].dtype == torch.int64
 
 
+@each_backend
+def test_moments_in_16_bits_that_are_too_small_for_8_go_on_as_they_are(backend: str) -> None:
+    param = torch.randn(6, 5).requires_grad_()
+    first, second = (optim.Lion([param], state_bits=bits, backend=backend) for bits in (16, 8))
+    param.grad = torch.randn(6, 5)
+    first.step()
+    saved = first.state_dict()
+    del saved["state"][0]["rounding_key"]
+    saved["param_groups"][0]["state_bits"] = 8
+    second.load_state_dict(saved)
+    second.step()
+    assert second.state[param]["exp_avg"].dtype == torch.bfloat16
+    assert second.state[param]["rounding_key"].dtype == torch.int64
+
+
 def test_an_unknown_rule_is_called_by_the_option() -> None:
     with pytest.raises(ValueError, match=r"rule='lyon': optimizer 'lyon' is unknown. Did you mean 'lion'"):
         optim.AdamW([{"params": [torch.zeros(1, requires_grad=True)], "rule": "lyon"}])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.backends.base import Batch, largest
+from lightning_optim.backends.base import Batch
 from lightning_optim.backends.rounding import advance, key_columns
 from lightning_optim.rules import Scalar
 from lightning_optim.transfer import upload
@@ -81,7 +81,7 @@ def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> 
     shared = {"inverse_divisor": -1.0 if group["maximize"] else 1.0, "decay": decay, "l2": l2}
     # Without a second moment `eps` is another optimizer's, in a group that only borrows this rule.
     eps = group.get("eps", 0.0) if batch.rule.second_moment else 0.0
-    shared |= {"eps": eps, "bias_correction2_sqrt": 1.0, "largest": largest(batch.dtype)}
+    shared |= {"eps": eps, "bias_correction2_sqrt": 1.0, "largest": batch.largest}
     return shared | batch.rule.scalars(group, step, **others)
 
 

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -158,9 +159,10 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._prepare(group, count=not trial)
-        if self._batches is None or not self._batches.refill(self):
+        rules = list(map(self.rule_of, self.param_groups))
+        for group, rule in zip(self.param_groups, rules, strict=True):
+            self._prepare(group, rule, count=not trial)
+        if self._batches is None or not self._batches.refill(self, rules):
             self._batches = Batches(self)
         try:
             if not trial:  # whose state is made now: some kinds of decay act at a rate of 0, too
@@ -169,9 +171,8 @@ class FusedOptimizer(Optimizer):
             self._batches.release()
         return loss
 
-    def _prepare(self, group: dict[str, Any], *, count: bool) -> None:
+    def _prepare(self, group: dict[str, Any], rule: Rule, *, count: bool) -> None:
         """Count the call, if it counts, and make the numbers that groups share, where the rule wants them."""
-        rule = self.rule_of(group)
         if count and rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
             group["calls"] = group.get("calls", 0) + 1
         if count and group["weight_decay_kind"] in NEED_PEAK and follow_peak(group) and not self._peak_said:
@@ -360,6 +361,7 @@ class FusedOptimizer(Optimizer):
         )
 
 
+@cache  # asked for each group at each step
 def _class_of_rule(name: str) -> type[FusedOptimizer]:
     from lightning_optim.optim import get_optimizer_class  # the subclasses import this module
 

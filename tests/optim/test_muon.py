@@ -183,7 +183,7 @@ def test_a_vector_cannot_be_given_to_the_rule(optimizer_class: Any) -> None:
     [
         ({"adjust_lr_fn": "rms"}, r"Muon: adjust_lr_fn='rms'; needed is None, 'original' or 'match_rms_adamw'"),
         ({"ns_steps": 0}, r"ns_steps=0; needed is a whole number from 1 to 99"),
-        ({"ns_coefficients": (1.0, 2.0)}, r"ns_coefficients=\(1.0, 2.0\); needed are three"),
+        ({"ns_coefficients": (1.0, 2.0)}, r"ns_coefficients=\(1.0, 2.0\) has 2 numbers; needed are 3"),
         ({"adamw_betas": (0.9, 1.0)}, r"AdamW: betas\[1\]=1.0 is out of range"),
     ],
 )

@@ -69,6 +69,11 @@ class Batch:
         return [[state[name] for state in self.states] for name in names]
 
     @cached_property
+    def largest(self) -> float:
+        """The most that a second moment can be; asked for each group at each step."""
+        return largest(self.dtype)
+
+    @cached_property
     def written(self) -> list[Tensor]:
         """What a step writes by elements, as autograd knows it."""
         shards = [param for param, whole in zip(self.params, self.wholes, strict=True) if param is not whole]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Iterator
+
+import torch
+from torch import Tensor
 
 from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.rules import TensorRule
@@ -23,6 +27,8 @@ AT_MOST = {"cpu": 2**21}
 AT_MOST_ELSEWHERE = 2**25
 """128 MB in float32: more gains no speed."""
 
+_SHAPE = operator.attrgetter("shape")
+
 
 def parts(batch: Batch) -> Iterator[list[int]]:
     """Places of the tensors that go through one update, every tensor once.
@@ -30,7 +36,7 @@ def parts(batch: Batch) -> Iterator[list[int]]:
     What a tensor rule says it batches (`TensorRule.together`) is together, as far as the sizes above allow. Sharded
     tensors count whole, so that all ranks cut alike: sums over shards wait for each other.
     """
-    sizes = [whole.numel() for whole in batch.wholes]
+    sizes = list(map(Tensor.numel, batch.wholes))
     device, stored = batch.device.type, batch.params[0].element_size() / batch.dtype.itemsize
     largest = max(int(sum(sizes) * stored) // SHARE, AT_LEAST.get(device, AT_LEAST_ELSEWHERE))
     largest = min(largest, AT_MOST.get(device, AT_MOST_ELSEWHERE))
@@ -38,10 +44,17 @@ def parts(batch: Batch) -> Iterator[list[int]]:
     if not isinstance(rule, TensorRule):
         yield from _cut(range(len(sizes)), sizes, largest)
         return
+    # Asked once for each group and shape: a model has hundreds of matrices, and few shapes.
+    answers: dict[tuple[int, torch.Size], Hashable] = {}
     alike: dict[Hashable, list[int]] = {}
-    for i, (param, group) in enumerate(zip(batch.params, batch.groups, strict=True)):
-        key = rule.together(param, group)
-        alike.setdefault(("alone", i) if key is None else ("with", key), []).append(i)
+    for i, kind in enumerate(zip(map(id, batch.groups), map(_SHAPE, batch.params), strict=True)):
+        if kind not in answers:
+            answers[kind] = rule.together(batch.params[i], batch.groups[i])
+        key = ("alone", i) if answers[kind] is None else ("with", answers[kind])
+        if key in alike:
+            alike[key].append(i)
+        else:
+            alike[key] = [i]
     for rows in alike.values():
         yield from _cut(rows, sizes, largest)
 

@@ -162,9 +162,10 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._prepare(group, count=not trial)
-        if self._batches is None or not self._batches.refill(self):
+        rules = list(map(self.rule_of, self.param_groups))
+        for group, rule in zip(self.param_groups, rules, strict=True):
+            self._prepare(group, rule, count=not trial)
+        if self._batches is None or not self._batches.refill(self, rules):
             self._batches = Batches(self)
         try:
             if not trial:  # whose state is made now: some kinds of decay act at a rate of 0, too
@@ -173,9 +174,8 @@ class FusedOptimizer(Optimizer):
             self._batches.release()
         return loss
 
-    def _prepare(self, group: dict[str, Any], *, count: bool) -> None:
+    def _prepare(self, group: dict[str, Any], rule: Rule, *, count: bool) -> None:
         """Count the call, if it counts, and make the numbers that groups share, where the rule wants them."""
-        rule = self.rule_of(group)
         if count and rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
             group["calls"] = group.get("calls", 0) + 1
         if count and group["weight_decay_kind"] in NEED_PEAK and follow_peak(group) and not self._peak_said:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -53,8 +53,8 @@ class Batches:
         numel: list[int] = []
         by_key: dict[Any, int] = {}
         position = -1
-        for group in optimizer.param_groups:
-            rule = optimizer.rule_of(group)
+        rules = list(map(optimizer.rule_of, optimizer.param_groups))
+        for group, rule in zip(optimizer.param_groups, rules, strict=True):
             first = len(numel)
             for index, param in enumerate(group["params"]):
                 position += 1
@@ -72,7 +72,7 @@ class Batches:
         admission.check_apart(self._written, self._read)
         self.group_sizes = tuple(sizes)
         self.numel = tuple(numel)
-        self._remember(optimizer)
+        self._remember(optimizer, rules)
 
     def _place(self, by_key: dict[Any, int], subject: Subject, param: Tensor, state: dict[str, Any], rule: Rule) -> int:
         """Enter one parameter; returns the number of its batch."""
@@ -117,9 +117,9 @@ class Batches:
             self._read.append((grad, subject, GRADIENT))
         return plain
 
-    def _remember(self, optimizer: Ruled) -> None:
+    def _remember(self, optimizer: Ruled, rules: Sequence[Rule]) -> None:
         """Note everything that was asked above, to see at the next step whether it still holds."""
-        self._same, self._equal, grads = _look(optimizer)
+        self._same, self._equal, grads = _look(optimizer, rules)
         # What FSDP2 makes of a DTensor's shard between two steps is its own affair.
         self._kept = all(
             batch.plain and all(type(tensor) in PLAIN for tensor in (*batch.wholes, *batch.grads))
@@ -134,11 +134,11 @@ class Batches:
             self._lazy = [i for i, grad in enumerate(grads) if grad.is_neg() or grad._is_zerotensor()]
         self._written, self._read = [], []
 
-    def refill(self, optimizer: Ruled) -> bool:
+    def refill(self, optimizer: Ruled, rules: Sequence[Rule]) -> bool:
         """Take the gradients of another step. False if something else has changed: then sort anew."""
         if not self._kept:
             return False
-        same, equal, grads = _look(optimizer)
+        same, equal, grads = _look(optimizer, rules)
         if not set(map(type, grads)).issubset(PLAIN):
             return False
         if equal != self._equal or len(same) != len(self._same) or not all(map(operator.is_, same, self._same)):
@@ -163,7 +163,7 @@ class Batches:
             batch.shared.clear()
 
 
-def _look(optimizer: Ruled) -> tuple[list[object], list[object], list[Tensor]]:
+def _look(optimizer: Ruled, rules: Sequence[Rule]) -> tuple[list[object], list[object], list[Tensor]]:
     """What sorting depends on, as objects that must be the same and values that must be equal; and the gradients.
 
     Without a loop in Python over the tensors: with ten thousand of them that is what a step would mostly do.
@@ -173,7 +173,7 @@ def _look(optimizer: Ruled) -> tuple[list[object], list[object], list[Tensor]]:
     states = optimizer.state.values()
     same = [*params, *states, *itertools.chain.from_iterable(map(dict.values, states))]
     equal = [
-        [_kind(group, optimizer.rule_of(group)) for group in optimizer.param_groups],
+        list(map(_kind, optimizer.param_groups, rules)),
         [grad is None for grad in given],
     ]
     return same, equal, [grad for grad in given if grad is not None]

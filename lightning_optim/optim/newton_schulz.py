@@ -65,16 +65,14 @@ def orthogonalize_stack(
         eps: As for `orthogonalize`.
         dtype: As for `orthogonalize`.
     """
-    wide, tall = [], []
-    for matrix in matrices:
-        tall.append(matrix.shape[-2] > matrix.shape[-1])
-        converted = matrix.to(dtype)
-        wide.append(converted.mT if tall[-1] else converted)
+    wide = [matrix.to(dtype) for matrix in matrices]
+    tall = [matrix.shape[-2] > matrix.shape[-1] for matrix in wide]
+    wide = [matrix.mT if is_tall else matrix for matrix, is_tall in zip(wide, tall, strict=True)]
     if len(wide) == 1:
         done = [_iterate(wide.pop(), coefficients, steps, eps)]
     else:
         counts = [x.shape[0] if x.dim() == 3 else 0 for x in wide]
-        whole = [torch.cat([x if x.dim() == 3 else x[None] for x in wide])]
+        whole = [torch.cat([x if count else x[None] for x, count in zip(wide, counts, strict=True)])]
         wide.clear()
         parts = _iterate(whole.pop(), coefficients, steps, eps).split_with_sizes([count or 1 for count in counts])
         done = [part if count else part[0] for part, count in zip(parts, counts, strict=True)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_optim.kernels.rules import Scalar, UpdateRule, maximum, minimum, sqrt, where
+from lightning_optim.kernels.rules import Rule, Scalar, UpdateRule, maximum, minimum, sqrt, where
 from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_form, group_decay
 from lightning_optim.optim.base import FusedOptimizer
 
@@ -238,13 +238,13 @@ class ScheduleFreeAdamW(FusedOptimizer):
         """See `FusedOptimizer.rule`."""
         return InnerMomentumRule() if group["inner_momentum"] else ScheduleFreeAdamWRule()
 
-    def _prepare(self, group: dict[str, Any], *, count: bool) -> None:
+    def _prepare(self, group: dict[str, Any], rule: Rule, *, count: bool) -> None:
         if group.get("rule") is None and not group["train_mode"]:
             raise RuntimeError(
                 "ScheduleFreeAdamW: a step in evaluation mode would start from the averaged weights. Call "
                 "optimizer.train() first; in Lightning, the callback ScheduleFree does."
             )
-        super()._prepare(group, count=count)
+        super()._prepare(group, rule, count=count)
 
     @torch.no_grad()
     def eval(self) -> None:

@@ -139,3 +139,39 @@ def test_an_error_in_a_step_leaves_no_gradients_behind() -> None:
     optimizer.step()
     optim.AdamW(twin).step()
     assert_same([p.detach() for p in parameters], [p.detach() for p in twin])
+
+
+def test_a_warm_step_asks_for_each_groups_rule_once_and_looks_up_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = params()
+    optimizer = optim.Muon([{"params": [parameter]} for parameter in parameters])
+    assert [group.get("rule") for group in optimizer.param_groups].count("adamw") == 2
+    give(parameters, 0)
+    optimizer.step()
+    asked: list[object] = []
+    rule_of = optim.Muon.rule_of
+    monkeypatch.setattr(optim.Muon, "rule_of", lambda self, group: asked.append(group) or rule_of(self, group))
+    monkeypatch.setattr(optim, "get_optimizer_class", None)
+    give(parameters, 1)
+    optimizer.step()
+    assert len(asked) == len(optimizer.param_groups)
+
+
+def test_what_goes_together_is_asked_once_for_each_group_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shapes = [(4, 3), (3, 4), (2, 2), (3, 4), (4, 3), (2, 2)]
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    twins = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    optimizer = optim.Muon(parameters)
+    rule = type(optimizer.rule_of(optimizer.param_groups[0]))
+    asked: list[object] = []
+    together = rule.together
+    monkeypatch.setattr(
+        rule, "together", lambda self, param, group: asked.append(param.shape) or together(self, param, group)
+    )
+    give(parameters, 0)
+    optimizer.step()
+    assert asked == [(4, 3), (3, 4), (2, 2)]
+    give(twins, 0)
+    for twin in twins:
+        optim.Muon([twin]).step()
+    torch.testing.assert_close(parameters, twins)

@@ -51,6 +51,8 @@ class AutoClip(ClipRule):
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
         """The divisor, shape []."""
         norm = stats.total_norm()
+        kept = norm.to(state["norms"].dtype)  # as the window rounds it: a norm is never above itself
+        norm = torch.where(kept.isfinite(), kept.to(norm.dtype), norm)
         ordered = self._norms(norm, state).sort().values
         known = (state["steps"] + 1).clamp(max=self.window)
         bound = _quantile(ordered, known, self.percentile / 100) * limit

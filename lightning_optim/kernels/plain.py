@@ -235,7 +235,8 @@ def _shared_elements(
     owner = np.full(int(max(ends[i] for i in run) - base) // grain, -1, dtype=np.int32)
     for i in sorted(run):  # written ones first
         tensor = tensors[i]
-        places = torch.arange(span(tensor) // tensor.element_size()).as_strided(tensor.shape, tensor.stride())
+        places = torch.arange(span(tensor) // tensor.element_size(), device="cpu")
+        places = places.as_strided(tensor.shape, tensor.stride())
         width = tensor.element_size() // grain
         first = places.reshape(-1, 1).numpy() * width + int(starts[i] - base) // grain
         cells = (first + np.arange(width)).reshape(-1)

@@ -151,7 +151,7 @@ class StepPipeline:
         """Goes back, or on, to counts that `counts` gave."""
         self._expected = False
         self._steps = counts.steps
-        self._counts.copy_(torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64))
+        self._counts.copy_(torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device="cpu"))
         self._counts_on_host.push()
 
     def clip_state(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lightning_optim.clipping import (
     Value,
     ZClip,
 )
+from lightning_optim.stats import GradStats
 from lightning_optim.step import StepPipeline
 from tests.helpers import bit_equal
 from tests.optim.published import timm
@@ -316,3 +317,12 @@ def test_an_optimizer_without_the_moment_is_refused_by_name(rule, needed):
     gradients(params, 0)
     with pytest.raises(ValueError, match=rf"needs an optimizer that keeps '{needed}'.*Adagrad keeps 'step', 'sum'"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("norm_sq", [0.1, 0.3, 2.0])
+def test_a_norm_is_not_above_a_limit_that_it_is_itself(norm_sq):
+    """The window keeps float32, while norms are summed in float64."""
+    rule = AutoClip(percentile=50)
+    state = {**rule.init_state(1), "steps": torch.tensor(0)}
+    stats = GradStats(torch.tensor([norm_sq], dtype=torch.float64), (1,))
+    assert rule(stats, state) == 1

@@ -21,7 +21,7 @@ from lightning_optim.clipping import (
     Value,
     ZClip,
 )
-from lightning_optim.stats import GradStats
+from lightning_optim.core.stats import GradStats
 from lightning_optim.step import StepPipeline
 from tests.helpers import bit_equal
 from tests.optim.published import timm

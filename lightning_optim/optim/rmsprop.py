@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_optim.kernels.rules import Scalar, UpdateRule, maximum, sqrt
+from lightning_optim.kernels.rules import Scalar, UpdateRule, maximum, minimum, sqrt
 from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.base import FusedOptimizer
 
@@ -78,11 +78,12 @@ class CenteredRule(RMSpropRule):
         one_minus_alpha: Any,
         eps: Any,
         zero: Any,
+        largest: Any,
     ) -> Any:
         """One element's step."""
         square_avg = alpha * square_avg + one_minus_alpha * grad * grad
         grad_avg = alpha * grad_avg + one_minus_alpha * grad
-        deviation = _deviation(square_avg, grad_avg, zero)
+        deviation = _deviation(square_avg, grad_avg, zero, largest)
         return lr * grad / (deviation + eps), square_avg, grad_avg
 
 
@@ -105,18 +106,20 @@ class CenteredMomentumRule(RMSpropRule):
         eps: Any,
         momentum: Any,
         zero: Any,
+        largest: Any,
     ) -> Any:
         """One element's step."""
         square_avg = alpha * square_avg + one_minus_alpha * grad * grad
         grad_avg = alpha * grad_avg + one_minus_alpha * grad
-        deviation = _deviation(square_avg, grad_avg, zero)
+        deviation = _deviation(square_avg, grad_avg, zero, largest)
         momentum_buffer = momentum * momentum_buffer + grad / (deviation + eps)
         return lr * momentum_buffer, square_avg, momentum_buffer, grad_avg
 
 
-def _deviation(square_avg: Any, grad_avg: Any, zero: Any) -> Any:
-    # Rounding can take the variance of a constant gradient below zero, where torch's own root is NaN.
-    return sqrt(maximum(square_avg - grad_avg * grad_avg, zero))
+def _deviation(square_avg: Any, grad_avg: Any, zero: Any, largest: Any) -> Any:
+    # Rounding can take the variance of a constant gradient below zero, where torch's own root is NaN. So it is where
+    # both squares are beyond the dtype, and infinity less infinity is none.
+    return sqrt(maximum(square_avg - minimum(grad_avg * grad_avg, largest), zero))
 
 
 class RMSprop(FusedOptimizer):

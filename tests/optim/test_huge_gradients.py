@@ -56,6 +56,15 @@ def test_the_other_weights_go_on(name: str, huge: float, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_variance_of_squares_beyond_float32(momentum: float, backend: str) -> None:
+    """The weight stands still, as with squares alone; infinity less infinity would make it NaN."""
+    params = start()
+    train(optim.RMSprop(params, lr=0.01, centered=True, momentum=momentum, backend=backend), params, 1e32)
+    assert all(param.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "tolerance"), [("stableadamw", 4e-3), ("adafactor", 1e-2)])
 def test_they_go_as_in_wider_arithmetic(name: str, tolerance: float, backend: str) -> None:
     """Where state cannot hold the square, what it can hold stands for it."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from lightning_optim.backends.plain import as_real
 from lightning_optim.backends.scalars import widest_dtype
 from lightning_optim.backends.shards import local, sum_over_shards
 from lightning_optim.gradients import Gradients
@@ -87,7 +88,7 @@ def magnitudes(tensor: Tensor) -> Tensor:
     """
     if tensor.layout != torch.strided:
         return torch.full((COLUMNS,), torch.nan, device=tensor.device)
-    flat = local(tensor.detach()).reshape(-1)
+    flat = as_real(local(tensor.detach())).reshape(-1)
     if flat.dtype not in _FIELDS:
         flat = flat.float()
     counts = torch.zeros(COLUMNS, dtype=widest_dtype(flat.device), device=flat.device)

@@ -149,12 +149,12 @@ class UnitDivisor(Clip):
     def apply_(self, grads: Sequence[Tensor], scale: Tensor | None) -> None:
         """One division of each element, one launch per tensor."""
         for grad, divisor in zip(grads, self.values, strict=True):
-            wide = torch.promote_types(grad.dtype, torch.float32)
+            wide = torch.promote_types(grad.dtype.to_real(), torch.float32)
             grad.div_(divisor.to(grad.device, wide, non_blocking=True))
 
 
 class Clamp(Clip):
-    """Elements are brought into [-limit, limit].
+    """Elements are brought into [-limit, limit], of complex gradients their real and imaginary parts.
 
     Args:
         limit: The limit.
@@ -175,6 +175,8 @@ class Clamp(Clip):
         """One pass, one launch per tensor."""
         for grad in grads:
             limit = self.limit if scale is None else scale.to(grad.device, non_blocking=True) * self.limit
+            if grad.is_complex():  # symmetric, so that a lazy conjugation may stay
+                grad = torch.view_as_real(grad.conj() if grad.is_conj() else grad)
             grad.clamp_(-limit, limit)  # type: ignore[arg-type] # numbers and tensors alike, which the stubs deny
 
 

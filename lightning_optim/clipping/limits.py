@@ -122,7 +122,8 @@ class BlockRMS(ClipRule):
 class Value(ClipRule):
     """Brings each element of the gradients into [−max_value, max_value], as torch's ``clip_grad_value_`` does.
 
-    This changes the gradient's direction. No optimizer takes a limit in its kernel, so the gradients are rewritten.
+    Of complex gradients, real and imaginary parts. This changes the gradient's direction. No optimizer takes a limit in
+    its kernel, so the gradients are rewritten.
 
     Args:
         max_value: Largest absolute value of an element, above 0.

@@ -117,7 +117,7 @@ class OptimizerFactory:
         """
         # Muon, for one, treats parts of a group differently, and sees which from the modules.
         groups_of = getattr(self._optimizer.cls, "groups_of", build_param_groups)
-        optimizer = self._optimizer.make(groups_of(model, self._rules))
+        optimizer = self._optimizer.make_for(model, groups_of(model, self._rules))
         for group in optimizer.param_groups:
             for key in {"lr", "peak_lr"} & group.keys():
                 group[key] = group[key] * group["lr_multiplier"]

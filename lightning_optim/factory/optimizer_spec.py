@@ -53,6 +53,12 @@ class OptimizerChoice:
         """One of the kind, of two small parameters."""
         return self.make([{"params": _trial_params()}])
 
+    def make_for(self, model: nn.Module, groups: Iterable[Any]) -> Optimizer:
+        """The optimizer of ``model``, with groups of its parameters."""
+        if isinstance(self.make, _FusedIfPossible) and _gives_sparse_gradients(model):
+            return self.make.unfused(groups)
+        return self.make(groups)
+
     def check_rules(self, rules: Sequence[Entry]) -> None:
         """Refuses rules that set what the optimizer has not, or values that it does not take.
 
@@ -166,6 +172,16 @@ class _FusedIfPossible:
             with contextlib.suppress(RuntimeError):  # torch has no fused form of it for these parameters
                 return self._make([{**group} for group in groups], fused=True)
         return self._make(groups)
+
+    def unfused(self, groups: Iterable[Any]) -> Optimizer:
+        """Makes it as it is without being asked for a form."""
+        return self._make(groups)
+
+
+def _gives_sparse_gradients(model: nn.Module) -> bool:
+    """Whether a layer was made with ``sparse=True``: no fused kernel takes the gradients of its weight."""
+    layers = (module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))
+    return any(layer.sparse and layer.weight.requires_grad for layer in layers)
 
 
 def _merge(given: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def _numbers(grad: Tensor) -> Tensor:
     if grad.layout != torch.strided:
         # Duplicate indices of an uncoalesced gradient add before they are squared.
         grad = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad.values()
-    return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+    return plain.as_real(grad)
 
 
 def _for_kernels(tensor: Tensor, index: int) -> bool:

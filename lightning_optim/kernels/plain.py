@@ -135,6 +135,14 @@ def resolved(grad: Tensor) -> Tensor:
     return grad.clone() if grad._is_zerotensor() else grad
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Real and imaginary parts of a complex tensor as numbers of their own, [..., 2]; a real tensor as it is.
+
+    A view, unless ``tensor`` is lazily conjugated.
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def span(tensor: Tensor) -> int:
     """Bytes from the first to the end of the last element."""
     if tensor.numel() == 0:

@@ -15,6 +15,13 @@ from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.step.gradients import Gradients
 from lightning_optim.step.measure import measure_update
+from lightning_optim.backends.placements import placed_as
+from lightning_optim.backends.plain import as_real
+from lightning_optim.backends.scalars import read, widest_dtype
+from lightning_optim.backends.shards import local, sum_over_shards
+from lightning_optim.gradients import Gradients
+from lightning_optim.measure import measure_update
+from lightning_optim.stats import STEP_SUMS
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
@@ -53,7 +60,7 @@ class ForeignUpdate:
                 dots.append(_nan(param))
                 squares.append(_nan(param))
             else:
-                old = local(momentum).to(widest_dtype(param.device))
+                old = as_real(local(momentum)).to(widest_dtype(param.device))
                 dots.append((wide * old).sum() * (-1 if group.get("maximize") else 1))
                 squares.append(old.square().sum())
             own.append(_nan(param) if wide is None else _square_sum(wide))
@@ -106,7 +113,7 @@ class ForeignUpdate:
     def _momentum(self, param: Tensor) -> Tensor | None:
         state = self._optimizer.state.get(param, {})
         found = (state.get(name) for name in _FIRST_MOMENTS)
-        momentum = next((m for m in found if isinstance(m, Tensor) and m.is_floating_point()), None)
+        momentum = next((m for m in found if isinstance(m, Tensor) and (m.is_floating_point() or m.is_complex())), None)
         # torch's SGD makes its buffer of the first gradient, which may have been placed otherwise.
         return None if momentum is None else placed_as(momentum, param)
 
@@ -114,9 +121,10 @@ class ForeignUpdate:
         """√v̂ as the update has just used it."""
         state = self._optimizer.state.get(param, {})
         if isinstance(self._optimizer, torch.optim.RMSprop):
-            return None if group["centered"] or "square_avg" not in state else local(state["square_avg"]).sqrt()
+            second = None if group["centered"] else state.get("square_avg")
+            return None if second is None else as_real(local(second)).sqrt()
         if isinstance(self._optimizer, torch.optim.Adagrad):
-            return local(state["sum"]).sqrt() if "sum" in state else None
+            return as_real(local(state["sum"])).sqrt() if "sum" in state else None
         if not isinstance(self._optimizer, torch.optim.Adam | torch.optim.NAdam | torch.optim.RAdam):
             return None  # torch's AdamW is an Adam
         second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
@@ -125,14 +133,15 @@ class ForeignUpdate:
         step = state["step"]
         step = read(step) if step.device.type == "cpu" else step
         correction: Any = 1 - group["betas"][1] ** step
-        return local(second).sqrt() / (correction.sqrt() if isinstance(correction, Tensor) else correction**0.5)
+        root = correction.sqrt() if isinstance(correction, Tensor) else correction**0.5
+        return as_real(local(second)).sqrt() / root
 
 
 def _wide(grad: Tensor) -> Tensor | None:
     """This rank's part of a gradient, in a dtype whose squares are exact enough; None if it is sparse."""
     if grad.layout != torch.strided:
         return None
-    part = local(grad.detach())
+    part = as_real(local(grad.detach()))
     return part.to(torch.promote_types(part.dtype, torch.float32))
 
 

@@ -17,6 +17,14 @@ from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import GradStats, UnitNorms
 from lightning_optim.core.transfer import upload
 from lightning_optim.step.measure import measure_largest, measure_norm_sq, measure_units
+from lightning_optim.backends.placements import PLAIN, gradient_of
+from lightning_optim.backends.plain import as_real
+from lightning_optim.backends.scalars import read, widest_dtype
+from lightning_optim.backends.shards import local, sum_over_shards
+from lightning_optim.flat_shards import FlatShards
+from lightning_optim.measure import measure_largest, measure_norm_sq, measure_units
+from lightning_optim.stats import GradStats, UnitNorms
+from lightning_optim.transfer import upload
 
 _NO_NAMES: Mapping[Tensor, str] = {}
 
@@ -63,7 +71,7 @@ class Gradients:
             group_names=group_names_of(optimizer),
             places=None if len(self.params) == self.parameters else self._places(),
             reads={
-                "numel": lambda: tuple(p.numel() if shards is None else shards.numel(p) for p in self.params),
+                "numel": lambda: tuple(numbers(p) if shards is None else shards.numel(p) for p in self.params),
                 "names": self._read_names,
                 "largest": self._read_largest,
                 "units": self._read_units,
@@ -137,7 +145,7 @@ class Gradients:
         for index, param in enumerate(self.params):
             state = self.optimizer.state.get(param)  # asks for nothing to be made
             name = next((name for name in names if state and isinstance(state.get(name), Tensor)), None)
-            if name is not None and not state[name].is_floating_point():  # type: ignore[index]
+            if name is not None and state[name].dtype == torch.uint8:  # type: ignore[index]
                 raise ValueError(f"{wanted} cannot read state in 8 bits: use state_bits of 16 or 32.")
             if name is not None:
                 found.append((index, name))
@@ -167,7 +175,7 @@ class Gradients:
         device, wide = self.grads[0].device, widest_dtype(self.grads[0].device)
         sums = []
         for i, grad in enumerate(self.grads):
-            size = local(grad).abs()
+            size = as_real(local(grad)).abs()
             size = size.to(torch.promote_types(size.dtype, torch.float32))
             size = size if self.scale is None else size / self.scale.to(size.device)
             total = torch.linalg.vector_norm(size, dtype=wide).square()
@@ -185,13 +193,18 @@ class Gradients:
         if not isinstance(step, Tensor) and step == 0:
             return (size > 0).sum()
         beta2 = group["betas"][1]
-        old = local(self.optimizer.state[param]["exp_avg_sq"]).to(size.dtype)
+        old = as_real(local(self.optimizer.state[param]["exp_avg_sq"])).to(size.dtype)
         # Roots throughout: the square of a finite gradient may be infinite.
         root = torch.hypot(old.sqrt().mul_(beta2**0.5), size * (1 - beta2) ** 0.5)
         root.div_((1 - beta2 ** (step + 1)) ** 0.5)
         # 0/0, where the gradient has always been 0, counts 0; eps must not vanish in float32.
         ratio = (size / root.clamp_(min=max(group["eps"], 1e-15))).square_().sum()
         return torch.where(step > 0, ratio, (size > 0).sum()) if isinstance(step, Tensor) else ratio
+
+
+def numbers(param: Tensor) -> int:
+    """How many real numbers a parameter has: a complex element is two, as torch's optimizers see it."""
+    return param.numel() * (2 if param.is_complex() else 1)
 
 
 def group_names_of(optimizer: Optimizer) -> tuple[str, ...]:

@@ -11,6 +11,11 @@ from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import sum_groups
 from lightning_optim.step.gradients import Gradients
+from lightning_optim.backends.plain import as_real
+from lightning_optim.backends.scalars import widest_dtype
+from lightning_optim.backends.shards import local, sum_over_shards
+from lightning_optim.gradients import Gradients
+from lightning_optim.stats import sum_groups
 
 KINDS = ("grad", "param", "update")
 
@@ -87,7 +92,7 @@ def magnitudes(tensor: Tensor) -> Tensor:
     """
     if tensor.layout != torch.strided:
         return torch.full((COLUMNS,), torch.nan, device=tensor.device)
-    flat = local(tensor.detach()).reshape(-1)
+    flat = as_real(local(tensor.detach())).reshape(-1)
     if flat.dtype not in _FIELDS:
         flat = flat.float()
     counts = torch.zeros(COLUMNS, dtype=widest_dtype(flat.device), device=flat.device)

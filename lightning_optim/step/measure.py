@@ -11,6 +11,11 @@ from lightning_optim import kernels
 from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.sharding import local, max_over_shards, sum_over_shards, sum_split_units
 from lightning_optim.core.stats import STEP_SUMS, UnitNorms
+from lightning_optim import backends
+from lightning_optim.backends.plain import as_real
+from lightning_optim.backends.scalars import widest_dtype
+from lightning_optim.backends.shards import local, max_over_shards, sum_over_shards, sum_split_units
+from lightning_optim.stats import STEP_SUMS, UnitNorms
 
 
 @torch.no_grad()
@@ -38,14 +43,17 @@ def measure_norm_sq(tensors: Sequence[Tensor]) -> Tensor:
 def measure_largest(tensors: Sequence[Tensor]) -> Tensor:
     """Largest absolute value in each tensor, in one read, shape [tensors], float32 or float64; NaN if there is one.
 
+    Of complex tensors, that of real and imaginary parts.
+
     Args:
         tensors: At least one, as for `measure_norm_sq`, but not sparse. The result is on the first one's device.
     """
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    wide = (torch.float64, torch.complex128)
+    dtype = torch.float64 if any(t.dtype in wide for t in tensors) else torch.float32
     device = tensors[0].device
     if any(tensor.layout != torch.strided for tensor in tensors):
         raise RuntimeError("Clipping by value needs dense gradients: create the layer with sparse=False.")
-    parts = [local(tensor.detach()) for tensor in tensors]
+    parts = [as_real(local(tensor.detach())) for tensor in tensors]
     values = [_largest(part).to(device, dtype, non_blocking=True) for part in parts]
     largest = torch.stack(values)
     return max_over_shards(largest, tensors)
@@ -88,8 +96,8 @@ def _unit_norms(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Norm of each row of this rank's part, shape [rows]; of all of a vector, shape [1]."""
     if tensor.layout != torch.strided:
         raise RuntimeError("Clipping unit by unit needs dense gradients: create the layer with sparse=False.")
-    part = local(tensor.detach())
-    within = tuple(range(1, part.dim())) or None
+    part = as_real(local(tensor.detach()))
+    within = tuple(range(1, part.dim())) if tensor.dim() > 1 else None
     norms: Tensor = torch.linalg.vector_norm(part, dim=within, dtype=dtype)
     return norms.reshape(-1)
 

@@ -52,6 +52,16 @@ def test_fused_is_not_forced_on_parameters_that_torch_has_no_kernel_for():
     optimizer.step()
 
 
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("trains", [True, False])
+def test_fused_is_not_forced_where_gradients_will_be_sparse(layer, trains):
+    model = nn.Sequential(layer(4, 2, sparse=True).requires_grad_(trains), nn.Linear(2, 1))
+    optimizer, _ = OptimizerFactory(torch.optim.SGD, lr=0.1).build(model)
+    assert {group.get("fused") for group in optimizer.param_groups} == {None if trains else True}
+    model(torch.tensor([[0, 1]])).sum().backward()
+    optimizer.step()
+
+
 def test_arguments_reach_the_optimizer():
     factory = OptimizerFactory(
         {"class_path": "torch.optim.AdamW", "init_args": {"betas": (0.8, 0.9)}},

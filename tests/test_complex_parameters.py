@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_optim import histograms
 from lightning_optim.clipping import make_clip_rule
+from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence.base import NonFiniteGradient
-from lightning_optim.stats import StepRecord
-from lightning_optim.step import StepPipeline
+from lightning_optim.step import StepPipeline, histograms
 
 RULES = {
     "global_norm": {"max_norm": 0.5},

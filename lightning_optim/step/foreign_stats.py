@@ -13,15 +13,9 @@ from lightning_optim.core.host import read, widest_dtype
 from lightning_optim.core.placements import placed_as
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import STEP_SUMS
+from lightning_optim.kernels.plain import as_real
 from lightning_optim.step.gradients import Gradients
 from lightning_optim.step.measure import measure_update
-from lightning_optim.backends.placements import placed_as
-from lightning_optim.backends.plain import as_real
-from lightning_optim.backends.scalars import read, widest_dtype
-from lightning_optim.backends.shards import local, sum_over_shards
-from lightning_optim.gradients import Gradients
-from lightning_optim.measure import measure_update
-from lightning_optim.stats import STEP_SUMS
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 

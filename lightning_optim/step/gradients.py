@@ -16,15 +16,8 @@ from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import GradStats, UnitNorms
 from lightning_optim.core.transfer import upload
+from lightning_optim.kernels.plain import as_real
 from lightning_optim.step.measure import measure_largest, measure_norm_sq, measure_units
-from lightning_optim.backends.placements import PLAIN, gradient_of
-from lightning_optim.backends.plain import as_real
-from lightning_optim.backends.scalars import read, widest_dtype
-from lightning_optim.backends.shards import local, sum_over_shards
-from lightning_optim.flat_shards import FlatShards
-from lightning_optim.measure import measure_largest, measure_norm_sq, measure_units
-from lightning_optim.stats import GradStats, UnitNorms
-from lightning_optim.transfer import upload
 
 _NO_NAMES: Mapping[Tensor, str] = {}
 

@@ -10,12 +10,8 @@ from torch import Tensor
 from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import sum_groups
+from lightning_optim.kernels.plain import as_real
 from lightning_optim.step.gradients import Gradients
-from lightning_optim.backends.plain import as_real
-from lightning_optim.backends.scalars import widest_dtype
-from lightning_optim.backends.shards import local, sum_over_shards
-from lightning_optim.gradients import Gradients
-from lightning_optim.stats import sum_groups
 
 KINDS = ("grad", "param", "update")
 

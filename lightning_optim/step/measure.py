@@ -11,11 +11,7 @@ from lightning_optim import kernels
 from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.sharding import local, max_over_shards, sum_over_shards, sum_split_units
 from lightning_optim.core.stats import STEP_SUMS, UnitNorms
-from lightning_optim import backends
-from lightning_optim.backends.plain import as_real
-from lightning_optim.backends.scalars import widest_dtype
-from lightning_optim.backends.shards import local, max_over_shards, sum_over_shards, sum_split_units
-from lightning_optim.stats import STEP_SUMS, UnitNorms
+from lightning_optim.kernels.plain import as_real
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_optim.core.group_keys import PARAMS
 from lightning_optim.core.placements import placed_as
 from lightning_optim.core.sharding import local
 from lightning_optim.core.suggest import nearest
@@ -41,7 +42,8 @@ def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) ->
     for i, ids_of_group in enumerate(ids):
         source = owners[ids_of_group[0]] if ids_of_group else saved_groups[i] if i < len(saved_groups) else {}
         # Names stay: they say which parameters this group has now. What torch does not save keeps its value.
-        sources.append({k: v for k, v in source.items() if k != "params" and (k != "param_names" or by_position)})
+        own = {"params"} if by_position else PARAMS
+        sources.append({key: value for key, value in source.items() if key not in own})
     known = {saved for ids_of_group in ids for saved in ids_of_group}
     state: defaultdict[Any, Any] = defaultdict(dict)
     for saved, entry in state_dict["state"].items():

@@ -14,6 +14,7 @@ from lightning_optim.core.ranges import NON_NEGATIVE, Range
 from lightning_optim.kernels.rules import Scalar, UpdateRule, minimum, sqrt
 from lightning_optim.optim.adam import AdamRule
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.moments import update_moments
 from lightning_optim.optim.shared_options import SharedOptions
 
 
@@ -58,8 +59,7 @@ class AdEMAMixRule(AdamRule):
         eps: Any,
     ) -> Any:
         """One element's step."""
-        exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        exp_avg, exp_avg_sq = update_moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
         exp_avg_slow = beta3 * exp_avg_slow + one_minus_beta3 * grad
         numerator = step_size * exp_avg + slow_step * exp_avg_slow
         delta = numerator / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps)

@@ -12,15 +12,8 @@ from typing_extensions import Unpack
 from lightning_optim.kernels.rules import Scalar, UpdateRule, absolute, minimum, sqrt, where
 from lightning_optim.kernels.weight_decay import decay_form
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.moments import update_moments
 from lightning_optim.optim.shared_options import SharedOptions
-
-
-def _moments(
-    grad: Any, exp_avg: Any, exp_avg_sq: Any, beta1: Any, one_minus_beta1: Any, beta2: Any, one_minus_beta2: Any
-) -> Any:
-    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
-    return exp_avg, exp_avg_sq
 
 
 class LAMBRule(UpdateRule):
@@ -68,7 +61,7 @@ class LAMBRule(UpdateRule):
         decay_inside: Any,
     ) -> Any:
         """w² and (lr·u)², with the new moments."""
-        exp_avg, exp_avg_sq = _moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
+        exp_avg, exp_avg_sq = update_moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
         step = step_size * exp_avg / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps) + decay_inside * decay * param
         return param * param, step * step
 
@@ -98,7 +91,7 @@ class LAMBRule(UpdateRule):
         eps: Any,
     ) -> Any:
         """One element's step."""
-        exp_avg, exp_avg_sq = _moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
+        exp_avg, exp_avg_sq = update_moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
         return step_size * exp_avg / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps), exp_avg, exp_avg_sq
 
 

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from lightning_optim.kernels.rules import UpdateRule, sqrt
 from lightning_optim.optim.adam import AdamRule
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.moments import update_moments
 from lightning_optim.optim.shared_options import SharedOptions
 
 
@@ -33,8 +34,7 @@ class NAdamWRule(AdamRule):
         eps: Any,
     ) -> Any:
         """One element's step."""
-        exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        exp_avg, exp_avg_sq = update_moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
         ahead = beta1 * exp_avg + one_minus_beta1 * grad
         delta = step_size * ahead / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps)
         return delta, exp_avg, exp_avg_sq

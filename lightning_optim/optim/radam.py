@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from lightning_optim.kernels.rules import Scalar, UpdateRule, maximum, sqrt, where
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.moments import update_moments
 from lightning_optim.optim.shared_options import SharedOptions
 
 TRACTABLE = 5.0
@@ -63,8 +64,7 @@ class RAdamRule(UpdateRule):
         eps: Any,
     ) -> Any:
         """One element's step."""
-        exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        exp_avg, exp_avg_sq = update_moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
         delta = step_size * exp_avg / where(adaptive > plain, sqrt(exp_avg_sq) + eps, plain)
         return delta, exp_avg, exp_avg_sq
 

@@ -15,6 +15,7 @@ from lightning_optim.core.ranges import FRACTION, NON_NEGATIVE, Range
 from lightning_optim.kernels.rules import Scalar, UpdateRule, maximum, minimum, sqrt, where
 from lightning_optim.kernels.weight_decay import decay_form, group_decay
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.moments import update_second_moment
 from lightning_optim.optim.shared_options import SharedOptions
 
 
@@ -75,7 +76,7 @@ class ScheduleFreeAdamWRule(UpdateRule):
         eps: Any,
     ) -> Any:
         """One element's step."""
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        exp_avg_sq = update_second_moment(grad, exp_avg_sq, beta2, one_minus_beta2)
         change = lr * grad / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps) + own_decay * param
         return share * (param - z) + y_step * change, z - change, exp_avg_sq
 
@@ -113,7 +114,7 @@ class InnerMomentumRule(ScheduleFreeAdamWRule):
     ) -> Any:
         """One element's step."""
         exp_avg = beta_z * exp_avg + one_minus_beta_z * grad
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        exp_avg_sq = update_second_moment(grad, exp_avg_sq, beta2, one_minus_beta2)
         step = lr * exp_avg / bias_correction_z
         change = step / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps) + own_decay * param
         return share * (param - z) + y_step * change, z - change, exp_avg, exp_avg_sq

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -127,13 +128,10 @@ def _parameters(owner: type[FusedOptimizer]) -> list[inspect.Parameter]:
 
 def spell_out_docs(owner: type[FusedOptimizer]) -> None:
     """Put what each shared option does into the docstring of ``owner``, for `help` and the help of a command line."""
-    line = re.search(r"^ *\*\*options: .*\n", owner.__doc__ or "", re.M)
-    section = re.search(r"^ *Attributes:\n((?: {8}.*\n)+)", SharedOptions.__doc__ or "", re.M)
+    line = re.search(r"^( *)\*\*options: .*\n", owner.__doc__ or "", re.M)
+    section = re.search(r"^Attributes:\n((?: {4}.*\n)+)", inspect.getdoc(SharedOptions) or "", re.M)
     if owner.__doc__ and line and section:
-        owner.__doc__ = owner.__doc__.replace(line.group(), _offered(section.group(1), owner.refused_options))
-
-
-def _offered(entries: str, refused: Iterable[str]) -> str:
-    for name in refused:
-        entries = re.sub(rf"^ {{8}}{name}: .*\n(?: {{12}}.*\n)*", "", entries, flags=re.M)
-    return entries
+        entries = textwrap.dedent(section.group(1))
+        for name in owner.refused_options:
+            entries = re.sub(rf"^{name}: .*\n(?: .*\n)*", "", entries, flags=re.M)
+        owner.__doc__ = owner.__doc__.replace(line.group(), textwrap.indent(entries, line.group(1)))

@@ -14,13 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_optim import optim
+from lightning_optim.core.group_keys import RESERVED
 from lightning_optim.core.imports import import_object
 from lightning_optim.core.suggest import nearest
 from lightning_optim.optim.base import class_of_rule
 from lightning_optim.param_groups import Entry, ParamGroupRule
-
-_BEYOND = ("params", "name", "param_names", "lr_multiplier", "peak_lr", "initial_lr", "frozen_until", "rule")
-"""Keys of groups that are no hyperparameters."""
 
 
 class OptimizerChoice:
@@ -46,7 +44,7 @@ class OptimizerChoice:
         self.kwargs = _merge(kwargs or {}, beside or {})
         self.make, trial = _resolve_optimizer(given, self.kwargs)
         self.cls = type(trial)
-        self._hyperparameters = {key for group in trial.param_groups for key in group.keys() - set(_BEYOND)}
+        self._hyperparameters = {key for group in trial.param_groups for key in group.keys() - RESERVED}
         self._betas = next((group["betas"] for group in trial.param_groups if "betas" in group), ())
 
     def trial(self) -> Optimizer:
@@ -195,8 +193,9 @@ def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
     # A class that takes anything says itself what it cannot use.
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     options = [name for name in parameters if name not in ("self", "params")]
+    refused = cls.refused_options if issubclass(cls, optim.FusedOptimizer) else {}  # which it explains itself
     for key, value in kwargs.items():
-        if key not in options and not takes_all:
+        if key not in options and key not in refused and not takes_all:
             raise ValueError(f"{cls.__name__} has no option {key!r}. {nearest(key, options)}")
         if key in ("lr", "weight_decay"):
             _check_number(cls.__name__, key, value, above_zero=key == "lr")

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_optim.core.group_keys import CONFIGURED, IDENTITY, is_scheduled
 from lightning_optim.optim.base import class_of_rule
 
 Tell = Callable[[str, bool], None]
 """Takes a message, and whether it is a warning: that what is configured does not hold."""
 
 HINT = 'Say on_resume="config" to have the configuration\'s.'
-_ALWAYS = ("lr_multiplier", "weight_decay_kind", "rule", "frozen_until")
 _POSITION = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
 _METRICS = {"best", "num_bad_epochs", "cooldown_counter", "mode_worse"}
 
@@ -76,10 +76,10 @@ class OptimizerResume:
             for key in group.keys() - {"params"} - source.keys():
                 merged[key] = group[key]
             if self._from_config:
-                gone = {k for k in merged if _is_scheduled(k) or k == "frozen_until"} - configured.keys()
+                gone = {k for k in merged if is_scheduled(k) or k == "frozen_until"} - configured.keys()
                 merged = {k: v for k, v in merged.items() if k not in gone}
                 merged |= configured
-            names = {key: group[key] for key in ("name", "param_names") if key in group}
+            names = {key: group[key] for key in IDENTITY if key in group}
             groups.append(merged | names | {"params": ids[index]})
         if changes and self._from_config:
             self._tell(f"Resumed with the configuration's hyperparameters: {'; '.join(changes)}.", False)
@@ -169,19 +169,14 @@ def _name(group: Mapping[str, Any], index: int) -> str:
 
 def _configured(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     """What of a group is configuration; the rest is state, or says which parameters are in it."""
-    names = {*inspect.signature(type(optimizer)).parameters, *_ALWAYS}
+    names = {*inspect.signature(type(optimizer)).parameters, *CONFIGURED}
     if group.get("rule") is not None:
         names |= class_of_rule(group["rule"]).hyperparameters().keys()
-    names -= {"params", "name", "param_names"}
-    values = {key: value for key, value in group.items() if key in names or _is_scheduled(key)}
+    names -= IDENTITY
+    values = {key: value for key, value in group.items() if key in names or is_scheduled(key)}
     if "peak_lr" in group and (group.get("peak_lr_from") == "given" or not {"initial_lr", "max_lr"} & group.keys()):
         values["peak_lr"] = group["peak_lr"]
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
-
-
-def _is_scheduled(key: str) -> bool:
-    """Whether a scheduler, ours or torch's, keeps its own numbers under ``key`` of a group."""
-    return key.startswith("initial_") or key in ("max_lr", "min_lr")
 
 
 def _changes(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> Iterator[str]:
@@ -209,7 +204,7 @@ def _source(group: Mapping[str, Any], ids: Sequence[Any], saved: Sequence[Mappin
     same_name = [other for other in saved if "name" in group and other.get("name") == group["name"]]
     with_param = [other for other in saved if set(other["params"]) & set(ids)]
     found = (same_name or with_param or [{}])[0]
-    return {key: value for key, value in found.items() if key not in ("params", "param_names", "name")}
+    return {key: value for key, value in found.items() if key not in IDENTITY}
 
 
 def _differ(a: Any, b: Any) -> bool:

@@ -6,6 +6,7 @@ import inspect
 
 from torch.optim import Optimizer
 
+from lightning_optim.core.ranges import Range
 from lightning_optim.optim.adafactor import Adafactor
 from lightning_optim.optim.adagrad import Adagrad
 from lightning_optim.optim.adam import Adam
@@ -27,6 +28,7 @@ from lightning_optim.optim.radam import RAdam
 from lightning_optim.optim.rmsprop import RMSprop
 from lightning_optim.optim.schedule_free import ScheduleFreeAdamW
 from lightning_optim.optim.sgd import SGD
+from lightning_optim.optim.shared_options import SharedOptions
 from lightning_optim.optim.soap import SOAP
 from lightning_optim.optim.stableadamw import StableAdamW
 
@@ -51,7 +53,9 @@ __all__ = [
     "Prodigy",
     "RAdam",
     "RMSprop",
+    "Range",
     "ScheduleFreeAdamW",
+    "SharedOptions",
     "StableAdamW",
     "get_optimizer_class",
     "list_optimizers",
@@ -61,7 +65,7 @@ __all__ = [
 
 for _name in __all__:
     _exported = globals().get(_name)
-    if isinstance(_exported, type) and _exported is not FusedOptimizer:
+    if isinstance(_exported, type) and issubclass(_exported, FusedOptimizer) and _exported is not FusedOptimizer:
         OPTIMIZERS.add(_exported, _name)
 
 

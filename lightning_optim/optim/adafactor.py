@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from lightning_optim.core.host import widest_dtype
+from lightning_optim.core.ranges import NON_NEGATIVE, Range
 from lightning_optim.kernels.base import largest
 from lightning_optim.kernels.rules import Scalar, TensorRule, minimum, sqrt
-from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.shared_options import SharedOptions
 
 
 class AdafactorRule(TensorRule):
@@ -167,14 +170,7 @@ class Adafactor(FusedOptimizer):
         eps: (ε₁, ε₂): the smallest √v, None for the precision of the dtype; and the smallest RMS of weights.
         d: Largest RMS of u, at least 1.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
-        maximize: Ascend instead of descend.
-        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`, `triton`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         Shazeer & Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, 2018,
@@ -194,6 +190,11 @@ class Adafactor(FusedOptimizer):
     when_to_use = "Where memory for Adam's moments is missing: large language models, T5 and its kin."
     memory = "rows + columns of each matrix"
     paper = "https://arxiv.org/abs/1804.04235"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "beta2_decay": Range(high=0),
+        "eps": replace(NON_NEGATIVE, optional=True),
+        "d": Range(1),
+    }
 
     def __init__(
         self,
@@ -203,14 +204,7 @@ class Adafactor(FusedOptimizer):
         eps: tuple[float | None, float] = (None, 1e-3),
         d: float = 1.0,
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        cautious: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "decoupled",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -220,23 +214,15 @@ class Adafactor(FusedOptimizer):
                 "eps": eps,
                 "d": d,
                 "weight_decay": weight_decay,
-                "maximize": maximize,
-                "cautious": cautious,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
 
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
         """See `FusedOptimizer.check`."""
-        if not group["beta2_decay"] <= 0:
-            raise ValueError(f"Adafactor: beta2_decay={group['beta2_decay']} is out of range; needed is at most 0.")
-        if not group["d"] >= 1:
-            raise ValueError(f"Adafactor: d={group['d']} is out of range; needed is at least 1.")
+        if group["eps"][1] is None:
+            raise ValueError("Adafactor: eps[1]=None; needed is a number of at least 0. Only eps[0] may be None.")
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> TensorRule:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from lightning_optim.core.ranges import NON_NEGATIVE, Range
 from lightning_optim.kernels.rules import Scalar, UpdateRule, minimum, sqrt
-from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.adam import AdamRule
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.moments import update_moments
+from lightning_optim.optim.shared_options import SharedOptions
 
 
 class AdEMAMixRule(AdamRule):
@@ -56,8 +59,7 @@ class AdEMAMixRule(AdamRule):
         eps: Any,
     ) -> Any:
         """One element's step."""
-        exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        exp_avg, exp_avg_sq = update_moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
         exp_avg_slow = beta3 * exp_avg_slow + one_minus_beta3 * grad
         numerator = step_size * exp_avg + slow_step * exp_avg_slow
         delta = numerator / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps)
@@ -87,14 +89,7 @@ class AdEMAMix(FusedOptimizer):
         beta3_warmup: Steps T over which β₃ rises from β₁, which must be above 0; 0 for none.
         eps: ε, added to the denominator, in units of the gradient.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
-        maximize: Ascend instead of descend.
-        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`, `triton`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         Pagliardini, Ablin & Grangier, The AdEMAMix Optimizer: Better, Faster, Older, 2024,
@@ -113,6 +108,11 @@ class AdEMAMix(FusedOptimizer):
     when_to_use = "Long language-model runs: reaches AdamW's loss in fewer tokens, and forgets less."
     memory = "3 values"
     paper = "https://arxiv.org/abs/2409.03137"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "alpha": NON_NEGATIVE,
+        "alpha_warmup": NON_NEGATIVE,
+        "beta3_warmup": NON_NEGATIVE,
+    }
 
     def __init__(
         self,
@@ -124,14 +124,7 @@ class AdEMAMix(FusedOptimizer):
         beta3_warmup: int = 0,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        cautious: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "decoupled",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -143,14 +136,8 @@ class AdEMAMix(FusedOptimizer):
                 "beta3_warmup": beta3_warmup,
                 "eps": eps,
                 "weight_decay": weight_decay,
-                "maximize": maximize,
-                "cautious": cautious,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
 
     @classmethod

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from lightning_optim.core.ranges import NON_NEGATIVE, Range
 from lightning_optim.kernels.rules import Scalar, UpdateRule, maximum, minimum, sqrt, where
-from lightning_optim.kernels.weight_decay import WeightDecayKind, group_decay
+from lightning_optim.kernels.weight_decay import group_decay
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.shared_options import SharedOptions
 
 
 class ADOPTRule(UpdateRule):
@@ -80,14 +84,7 @@ class ADOPT(FusedOptimizer):
         eps: ε, the least denominator, in units of the gradient.
         clip_exp: κ ≥ 0, how the clipping threshold grows; None does not clip.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
-        maximize: Ascend instead of descend.
-        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`, `triton`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         Taniguchi et al., ADOPT: Modified Adam Can Converge with Any β₂ with the Optimal Rate, 2024,
@@ -108,6 +105,9 @@ class ADOPT(FusedOptimizer):
     when_to_use = "Where Adam is unstable, or small batches make β₂ hard to choose."
     memory = "2 values"
     paper = "https://arxiv.org/abs/2411.02853"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "clip_exp": replace(NON_NEGATIVE, optional=True),
+    }
 
     def __init__(
         self,
@@ -117,14 +117,7 @@ class ADOPT(FusedOptimizer):
         eps: float = 1e-6,
         clip_exp: float | None = 0.333,
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        cautious: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "decoupled",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -134,24 +127,9 @@ class ADOPT(FusedOptimizer):
                 "eps": eps,
                 "clip_exp": clip_exp,
                 "weight_decay": weight_decay,
-                "maximize": maximize,
-                "cautious": cautious,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
-
-    @classmethod
-    def check(cls, group: Mapping[str, Any]) -> None:
-        """See `FusedOptimizer.check`."""
-        clip_exp = group["clip_exp"]
-        if clip_exp is not None and not (isinstance(clip_exp, int | float) and 0 <= clip_exp < math.inf):
-            raise ValueError(
-                f"ADOPT: clip_exp={clip_exp!r} is out of range; needed is a number of at least 0, or None."
-            )
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:

@@ -184,5 +184,5 @@ _GRAD = operator.attrgetter("grad")
 
 def _kind(group: Mapping[str, Any], rule: Rule) -> tuple[Any, ...]:
     """What batches depend on of a group. They keep the group itself, whose numbers are therefore always the current."""
-    flags = (group[flag] for flag in low_precision.DEFAULTS)
+    flags = (group[flag] for flag in low_precision.FLAGS)
     return (id(group), len(group["params"]), type(rule), group["cautious"], decay_form(group), *flags)

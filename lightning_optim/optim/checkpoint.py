@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_optim.core.group_keys import PARAMS
 from lightning_optim.core.placements import placed_as
 from lightning_optim.core.sharding import local
 from lightning_optim.core.suggest import nearest
@@ -45,7 +46,7 @@ def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) ->
         source = owners[ids_of_group[0]] if ids_of_group else saved_groups[i] if i < len(saved_groups) else {}
         # Names stay: they say which parameters this group has now. What torch does not save keeps its value. So does
         # what parameters are said to be, where they come from groups that said several things.
-        own = {"params"} if by_position else {"params", "param_names"}
+        own = {"params"} if by_position else set(PARAMS)
         own |= {key for key in OF_PARAMETERS if len({owners[saved].get(key) for saved in ids_of_group}) > 1}
         sources.append({k: v for k, v in source.items() if k not in own})
     known = {saved for ids_of_group in ids for saved in ids_of_group}

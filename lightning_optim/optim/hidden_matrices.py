@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from lightning_optim.core.ranges import FINITE, FRACTION, NON_NEGATIVE, Range
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.hyperparameters import check_numbers
+from lightning_optim.optim.ranges import ranges_of
+from lightning_optim.optim.shared_options import SharedOptions
 from lightning_optim.param_groups import Entry, NamedParameter, build_param_groups, named_parameters, why_not_hidden
 from lightning_optim.param_groups.parts import is_stack
 
@@ -94,14 +100,30 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         params: Parameters, groups, or (name, parameter) pairs.
         defaults: Hyperparameters by name.
         adamw: Settings for groups that go to AdamW and do not have them: lr, betas, eps, weight_decay; None for none.
-        backend: `auto`, or the name of one.
+        **options: Options that all optimizers share; see `SharedOptions`.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "momentum": Range(0, 1, below=True),
+        "ns_coefficients": FINITE,
+        "ns_steps": Range(1, 99, whole=True),
+        "adamw_lr": replace(NON_NEGATIVE, optional=True),
+        "adamw_betas": FRACTION,
+        "adamw_eps": NON_NEGATIVE,
+        "adamw_weight_decay": replace(NON_NEGATIVE, optional=True),
+    }
+
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], adamw: Mapping[str, Any], *, backend: str = "auto"
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        adamw: Mapping[str, Any],
+        **options: Unpack[SharedOptions],
     ) -> None:
         self._adamw = {name: value for name, value in adamw.items() if value is not None}
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **options)
+        # AdamW has checked them if it has a group; a mistake is one without such a group, too.
+        check_numbers(type(self).__name__, {f"adamw_{n}": v for n, v in self._adamw.items()}, ranges_of(type(self)))
 
     groups_of = staticmethod(muon_param_groups)
     """How `OptimizerFactory` makes the groups of a model for this class."""
@@ -133,9 +155,7 @@ class HiddenMatrixOptimizer(FusedOptimizer):
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
         """See `FusedOptimizer.check`."""
-        steps, adjust = group["ns_steps"], group["adjust_lr_fn"]
-        if not isinstance(steps, int) or not 1 <= steps < 100:
-            raise ValueError(f"{cls.__name__}: ns_steps={steps!r}; needed is a whole number from 1 to 99.")
+        adjust = group["adjust_lr_fn"]
         if not (group["flatten"] is None or isinstance(group["flatten"], bool)):
             raise ValueError(f"{cls.__name__}: flatten={group['flatten']!r}; needed is None, True or False.")
         if adjust not in (None, "original", "match_rms_adamw"):

@@ -1,76 +1,25 @@
-"""Which values hyperparameters may take, by their names, which mean the same in every optimizer."""
+"""Checks of hyperparameters: each by the range that its optimizer declares, and names that may be misspelt."""
 
 from __future__ import annotations
 
 import difflib
-import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from lightning_optim.core.group_keys import GROUP_KEYS, PARAMS
+from lightning_optim.core.ranges import Range
 from lightning_optim.core.suggest import nearest
-
-NON_NEGATIVE = (
-    "lr",
-    "peak_lr",
-    "eps",
-    "weight_decay",
-    "momentum",
-    "momentum_decay",
-    "lr_decay",
-    "initial_accumulator_value",
-    "alpha",
-    "alpha_warmup",
-    "beta3_warmup",
-    "warmup_steps",
-    "r",
-    "weight_lr_power",
-    "trust_coeff",
-    "d_coef",
-)
-FRACTIONS = ("betas", "beta2", "beta3", "shampoo_beta", "inner_momentum")
-# Each in [0, 1): an average that never takes anything in, or never forgets, is a mistake.
-FLAGS = (
-    "maximize",
-    "cautious",
-    "amsgrad",
-    "nesterov",
-    "centered",
-    "decoupled_weight_decay",
-    "no_prox",
-    "train_mode",
-    "kahan_sum",
-    "stochastic_rounding",
-    "bias_correction",
-    "trust_clip",
-    "always_adapt",
-    "decoupled_decay",
-    "use_bias_correction",
-    "safeguard_warmup",
-    "precondition_1d",
-)
-BEYOND = (
-    "name",
-    "params",
-    "param_names",
-    "rule",
-    "peak_lr",
-    "peak_lr_from",
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "lr_multiplier",
-    "weight_decay_multiplier",
-    "rounding_seed",
-    "not_hidden",
-)
-"""Group keys that are not hyperparameters but are known, and so never taken for misspelt ones."""
 
 
 def plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with every real scalar, numpy's or a fraction, as the int or float that checkpoints can hold."""
+    """Convert real scalars of any kind (numpy's, fractions) to the int or float that checkpoints can hold.
+
+    Returns:
+        ``values`` with every such scalar converted, those in tuples and lists included.
+    """
     return {name: _plain(value) for name, value in values.items()}
 
 
@@ -83,7 +32,7 @@ def _plain(value: Any) -> Any:
 
 
 def own_tensors(groups: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
-    """Give the last of ``groups`` a copy of each tensor among ``names`` that one before it has, too."""
+    """Give the last of ``groups`` a copy of each tensor among ``names`` that an earlier group has, too."""
     last = groups[-1]
     for name in names:
         value = last.get(name)
@@ -92,7 +41,11 @@ def own_tensors(groups: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
 
 
 def check_lengths(owner: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise ValueError if a hyperparameter that is a tuple by default is none, or one of another length."""
+    """Check that each hyperparameter that is a tuple by default is one of the same length.
+
+    Raises:
+        ValueError: One is not.
+    """
     for name, default in defaults.items():
         if not isinstance(default, tuple):
             continue
@@ -105,7 +58,11 @@ def check_lengths(owner: str, group: Mapping[str, Any], defaults: Mapping[str, A
 
 
 def number(owner: str, group: Mapping[str, Any], name: str) -> float:
-    """The hyperparameter ``name``, a number or a one-element tensor, as a float."""
+    """The hyperparameter ``name``, a number or a one-element tensor, as a float.
+
+    Raises:
+        ValueError: It is neither.
+    """
     value = group[name]
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -119,21 +76,25 @@ def number(owner: str, group: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def check_values(owner: str, group: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming what was given and what is needed, if a hyperparameter is out of its range."""
+def check_values(
+    owner: str, group: Mapping[str, Any], ranges: Mapping[str, Range], defaults: Mapping[str, Any]
+) -> None:
+    """Check each hyperparameter by itself: numbers by their range, flags for being True or False.
+
+    Args:
+        owner: The optimizer's name, for messages.
+        group: The parameter group, complete.
+        ranges: The range of each number.
+        defaults: Defaults of the hyperparameters; those that are True or False are flags.
+
+    Raises:
+        ValueError: A value is not valid; the message names what was given and what is needed.
+    """
     where = _where(owner, group)
-    for name, given in _parts(group, NON_NEGATIVE):
-        value = number(owner, {**group, name: given}, name)
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{where}{name}={value} is out of range; needed is a finite number of at least 0.")
-    for name, given in _parts(group, FRACTIONS):
-        if isinstance(given, Tensor):
-            raise ValueError(f"{where}{name} is a {type(given).__name__}; needed is a number.")
-        value = number(owner, {**group, name: given}, name)
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{where}{name}={value} is out of range; needed is 0 <= {name} < 1.")
-    for name in FLAGS:
-        if not isinstance(group.get(name, False), bool):
+    check_numbers(owner, group, ranges)
+    check_numbers(owner, group, {name: key.range for name, key in GROUP_KEYS.items() if key.range is not None})
+    for name, default in defaults.items():
+        if isinstance(default, bool) and not isinstance(group.get(name, False), bool):
             raise ValueError(f"{where}{name}={group[name]!r}; needed is True or False.")
     if group["weight_decay_kind"] in ("independent", "corrected") and group["weight_decay"] and not group["peak_lr"]:
         raise ValueError(
@@ -142,25 +103,52 @@ def check_values(owner: str, group: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_typos(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ValueError if a key of a parameter group is nearly, but not quite, the name of a hyperparameter.
+def check_numbers(owner: str, group: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Check the numbers of ``group`` that have a range.
 
-    Groups may hold keys of the user's own, so what is unlike every hyperparameter stays.
+    Raises:
+        ValueError: One is out of its range; the message names what was given and what is needed.
     """
-    known = [name for name in known if name not in ("params", "param_names")]
-    for key in given:
-        if key not in known and key not in BEYOND and difflib.get_close_matches(key, known, n=1, cutoff=0.85):
-            raise ValueError(f"{owner}: parameter group has an unknown key {key!r}. {nearest(key, known)}")
+    for name, given, allowed in _parts(group, ranges):
+        _check_number(owner, group, name, given, allowed)
 
 
-def _parts(group: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Hyperparameters of these names; of a tuple each part by itself (`betas[0]`), None left out."""
-    for name in names:
-        value = group.get(name)
+def _check_number(owner: str, group: Mapping[str, Any], name: str, given: Any, allowed: Range) -> None:
+    if given is None and allowed.optional:
+        return
+    if isinstance(given, Tensor) and not allowed.tensor:
+        raise ValueError(f"{_where(owner, group)}{name} is a {type(given).__name__}; needed is a number.")
+    if allowed.whole and not (isinstance(given, int) and not isinstance(given, bool) and given in allowed):
+        raise ValueError(f"{_where(owner, group)}{name}={given!r}; needed is {allowed.needed(name)}.")
+    value = number(owner, {**group, name: given}, name)
+    if value not in allowed:
+        raise ValueError(f"{_where(owner, group)}{name}={value} is out of range; needed is {allowed.needed(name)}.")
+
+
+def _parts(group: Mapping[str, Any], ranges: Mapping[str, Range]) -> Iterator[tuple[str, Any, Range]]:
+    """The numbers of ``group`` that have a range, of a tuple each part by itself (`betas[0]`)."""
+    for name, allowed in ranges.items():
+        if name not in group:
+            continue
+        value = group[name]
         if isinstance(value, tuple | list):
-            yield from ((f"{name}[{i}]", part) for i, part in enumerate(value) if part is not None)
-        elif value is not None:
-            yield name, value
+            yield from ((f"{name}[{i}]", part, allowed) for i, part in enumerate(value))
+        else:
+            yield name, value, allowed
+
+
+def refuse_typos(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse keys of a parameter group that are nearly, but not quite, the name of a hyperparameter.
+
+    Groups may hold keys of the user's own, so a key that is unlike every hyperparameter is accepted.
+
+    Raises:
+        ValueError: There is one; the message names the nearest.
+    """
+    known = [name for name in known if name not in PARAMS]
+    for key in given:
+        if key not in known and key not in GROUP_KEYS and difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+            raise ValueError(f"{owner}: parameter group has an unknown key {key!r}. {nearest(key, known)}")
 
 
 def _where(owner: str, group: Mapping[str, Any]) -> str:

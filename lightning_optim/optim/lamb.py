@@ -7,18 +7,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from lightning_optim.kernels.rules import Scalar, UpdateRule, absolute, minimum, sqrt, where
-from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_form
+from lightning_optim.kernels.weight_decay import decay_form
 from lightning_optim.optim.base import FusedOptimizer
-
-
-def _moments(
-    grad: Any, exp_avg: Any, exp_avg_sq: Any, beta1: Any, one_minus_beta1: Any, beta2: Any, one_minus_beta2: Any
-) -> Any:
-    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
-    return exp_avg, exp_avg_sq
+from lightning_optim.optim.moments import update_moments
+from lightning_optim.optim.shared_options import SharedOptions
 
 
 class LAMBRule(UpdateRule):
@@ -66,7 +61,7 @@ class LAMBRule(UpdateRule):
         decay_inside: Any,
     ) -> Any:
         """w² and (lr·u)², with the new moments."""
-        exp_avg, exp_avg_sq = _moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
+        exp_avg, exp_avg_sq = update_moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
         step = step_size * exp_avg / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps) + decay_inside * decay * param
         return param * param, step * step
 
@@ -96,7 +91,7 @@ class LAMBRule(UpdateRule):
         eps: Any,
     ) -> Any:
         """One element's step."""
-        exp_avg, exp_avg_sq = _moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
+        exp_avg, exp_avg_sq = update_moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
         return step_size * exp_avg / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps), exp_avg, exp_avg_sq
 
 
@@ -126,16 +121,7 @@ class LAMB(FusedOptimizer):
         trust_clip: Let the ratio only shrink steps, never stretch them (LAMBC, https://arxiv.org/abs/2011.13584).
         always_adapt: Use the ratio in groups without weight decay, too.
         decoupled_decay: Decay the weights apart from u and before it, as AdamW does.
-        maximize: Ascend instead of descend.
-        cautious: Leave out components of Adam's direction that point against the gradient
-            (https://arxiv.org/abs/2411.16085); the ratio is that of the whole u, where timm's is that of
-            what is left.
-        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`, `triton`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020,
@@ -166,14 +152,7 @@ class LAMB(FusedOptimizer):
         trust_clip: bool = False,
         always_adapt: bool = False,
         decoupled_decay: bool = False,
-        *,
-        maximize: bool = False,
-        cautious: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "decoupled",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -186,14 +165,8 @@ class LAMB(FusedOptimizer):
                 "trust_clip": trust_clip,
                 "always_adapt": always_adapt,
                 "decoupled_decay": decoupled_decay,
-                "maximize": maximize,
-                "cautious": cautious,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
 
     @classmethod

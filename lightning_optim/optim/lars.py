@@ -7,10 +7,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from lightning_optim.core.ranges import NON_NEGATIVE, Range
 from lightning_optim.kernels.rules import Scalar, UpdateRule, minimum, sqrt, where
 from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.shared_options import SharedOptions
 
 
 class LARSRule(UpdateRule):
@@ -119,14 +122,7 @@ class LARS(FusedOptimizer):
         eps: ε, added to the denominator of the ratio, in units of the gradient.
         trust_clip: Let the ratio only lower the learning rate: ratio = min(ratio/lr, 1) (LARC).
         always_adapt: Use the ratio in groups without weight decay, too.
-        maximize: Ascend instead of descend.
-        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`, `triton`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         You et al., Large Batch Training of Convolutional Networks, 2017, https://arxiv.org/abs/1708.03888
@@ -144,6 +140,12 @@ class LARS(FusedOptimizer):
     when_to_use = "Very large batches with convolutional networks; contrastive pretraining."
     memory = "1 value (0 without momentum)"
     paper = "https://arxiv.org/abs/1708.03888"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "momentum": NON_NEGATIVE,
+        "dampening": Range(0, 1),
+        "trust_coeff": NON_NEGATIVE,
+    }
+    option_defaults: ClassVar[SharedOptions] = {"weight_decay_kind": "l2"}
 
     def __init__(
         self,
@@ -157,14 +159,7 @@ class LARS(FusedOptimizer):
         eps: float = 1e-8,
         trust_clip: bool = False,
         always_adapt: bool = False,
-        *,
-        maximize: bool = False,
-        cautious: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "l2",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -178,14 +173,8 @@ class LARS(FusedOptimizer):
                 "eps": eps,
                 "trust_clip": trust_clip,
                 "always_adapt": always_adapt,
-                "maximize": maximize,
-                "cautious": cautious,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
 
     @classmethod

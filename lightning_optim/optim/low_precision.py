@@ -13,8 +13,8 @@ from lightning_optim.kernels.rounding import first_key
 from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import INITIAL
 
-DEFAULTS = {"kahan_sum": False, "stochastic_rounding": False, "state_bits": 32}
-"""In the defaults of every optimizer, whether its constructor names them or not, so groups may always set them."""
+FLAGS = ("kahan_sum", "stochastic_rounding", "state_bits")
+"""The shared options that this module is about."""
 
 HALF = (torch.bfloat16, torch.float16)
 SMALL = 4096

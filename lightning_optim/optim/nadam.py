@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from lightning_optim.core.ranges import NON_NEGATIVE, Range
 from lightning_optim.kernels.rules import Scalar, UpdateRule, sqrt
-from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.moments import update_moments
+from lightning_optim.optim.shared_options import SharedOptions
 
 
 class NAdamRule(UpdateRule):
@@ -56,8 +59,7 @@ class NAdamRule(UpdateRule):
         eps: Any,
     ) -> Any:
         """One element's step."""
-        exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        exp_avg, exp_avg_sq = update_moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
         delta = (grad_step * grad + momentum_step * exp_avg) / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps)
         return delta, exp_avg, exp_avg_sq
 
@@ -82,14 +84,7 @@ class NAdam(FusedOptimizer):
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         momentum_decay: ψ ≥ 0: μ is half of β₁ at first, and closes 4·ψ per cent of the gap to β₁ per step.
         decoupled_weight_decay: torch's way to say ``weight_decay_kind="decoupled"``.
-        maximize: Ascend instead of descend.
-        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`, `triton`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         Dozat, Incorporating Nesterov Momentum into Adam, 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
@@ -107,6 +102,10 @@ class NAdam(FusedOptimizer):
     when_to_use = "Where Adam works and published settings use it; prefer NAdamW for new ones."
     memory = "2 values"
     paper = "https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "momentum_decay": NON_NEGATIVE,
+    }
+    option_defaults: ClassVar[SharedOptions] = {"weight_decay_kind": "l2"}
 
     def __init__(
         self,
@@ -117,14 +116,7 @@ class NAdam(FusedOptimizer):
         weight_decay: float = 0.0,
         momentum_decay: float = 4e-3,
         decoupled_weight_decay: bool = False,
-        *,
-        maximize: bool = False,
-        cautious: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "l2",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -135,14 +127,8 @@ class NAdam(FusedOptimizer):
                 "weight_decay": weight_decay,
                 "momentum_decay": momentum_decay,
                 "decoupled_weight_decay": decoupled_weight_decay,
-                "maximize": maximize,
-                "cautious": cautious,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
 
     @classmethod

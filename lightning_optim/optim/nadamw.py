@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from lightning_optim.kernels.rules import UpdateRule, sqrt
-from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.adam import AdamRule
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.moments import update_moments
+from lightning_optim.optim.shared_options import SharedOptions
 
 
 class NAdamWRule(AdamRule):
@@ -32,8 +34,7 @@ class NAdamWRule(AdamRule):
         eps: Any,
     ) -> Any:
         """One element's step."""
-        exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        exp_avg, exp_avg_sq = update_moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
         ahead = beta1 * exp_avg + one_minus_beta1 * grad
         delta = step_size * ahead / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps)
         return delta, exp_avg, exp_avg_sq
@@ -57,14 +58,7 @@ class NAdamW(FusedOptimizer):
         betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1).
         eps: ε, added to the denominator, in units of the gradient.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
-        maximize: Ascend instead of descend.
-        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`, `triton`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         Choi et al., On Empirical Comparisons of Optimizers for Deep Learning, 2019, Table 1,
@@ -92,14 +86,7 @@ class NAdamW(FusedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-        cautious: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "decoupled",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -108,14 +95,8 @@ class NAdamW(FusedOptimizer):
                 "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
-                "maximize": maximize,
-                "cautious": cautious,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
 
     @classmethod

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from lightning_optim.core.ranges import FRACTION, NON_NEGATIVE, Range
 from lightning_optim.kernels.rules import Scalar, UpdateRule, absolute, maximum, minimum, sqrt, where
 from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.shared_options import SharedOptions
 
 
 class ProdigyRule(UpdateRule):
@@ -163,14 +167,7 @@ class Prodigy(FusedOptimizer):
         d0: The first d; rarely matters.
         d_coef: c; the way to make all steps larger or smaller: 0.5 or 2.
         growth_rate: Largest factor by which d may grow in one step; 1.02 acts as a warmup.
-        maximize: Ascend instead of descend.
-        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`, `triton`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         Mishchenko & Defazio, Prodigy: An Expeditiously Adaptive Parameter-Free Learner, 2023,
@@ -191,6 +188,12 @@ class Prodigy(FusedOptimizer):
     when_to_use = "No learning rate to tune: fine-tuning, diffusion, first experiments."
     memory = "4 values"
     paper = "https://arxiv.org/abs/2306.06101"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "beta3": replace(FRACTION, optional=True),
+        "d0": Range(0, above=True, below=True),
+        "d_coef": NON_NEGATIVE,
+        "growth_rate": Range(1),
+    }
 
     def __init__(
         self,
@@ -205,14 +208,7 @@ class Prodigy(FusedOptimizer):
         d0: float = 1e-6,
         d_coef: float = 1.0,
         growth_rate: float = float("inf"),
-        *,
-        maximize: bool = False,
-        cautious: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "decoupled",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -227,23 +223,9 @@ class Prodigy(FusedOptimizer):
                 "d0": d0,
                 "d_coef": d_coef,
                 "growth_rate": growth_rate,
-                "maximize": maximize,
-                "cautious": cautious,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
-
-    @classmethod
-    def check(cls, group: Mapping[str, Any]) -> None:
-        """See `FusedOptimizer.check`."""
-        if not group["d0"] > 0:
-            raise ValueError(f"Prodigy: d0={group['d0']} is out of range; needed is a number above 0.")
-        if not group["growth_rate"] >= 1:
-            raise ValueError(f"Prodigy: growth_rate={group['growth_rate']} is out of range; needed is at least 1.")
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:

@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from lightning_optim.core.ranges import NON_NEGATIVE, Range
 from lightning_optim.kernels.rules import Scalar, UpdateRule, maximum, minimum, sqrt
-from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.shared_options import SharedOptions
 
 
 class RMSpropRule(UpdateRule):
@@ -142,14 +144,7 @@ class RMSprop(FusedOptimizer):
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         momentum: μ ≥ 0; 0 keeps no buffer.
         centered: Divide by the standard deviation instead of the root mean square; one more state.
-        maximize: Ascend instead of descend.
-        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`, `triton`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         Hinton, Neural Networks for Machine Learning, lecture 6e, 2012; Graves (centered), Generating Sequences With
@@ -168,6 +163,11 @@ class RMSprop(FusedOptimizer):
     when_to_use = "Recurrent networks and reinforcement learning, where published settings use it."
     memory = "1 value (one more with momentum, one more if centered)"
     paper = "https://arxiv.org/abs/1308.0850"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "alpha": Range(0, 1, below=True),
+        "momentum": NON_NEGATIVE,
+    }
+    option_defaults: ClassVar[SharedOptions] = {"weight_decay_kind": "l2"}
 
     def __init__(
         self,
@@ -178,14 +178,7 @@ class RMSprop(FusedOptimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         centered: bool = False,
-        *,
-        maximize: bool = False,
-        cautious: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "l2",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -196,21 +189,9 @@ class RMSprop(FusedOptimizer):
                 "weight_decay": weight_decay,
                 "momentum": momentum,
                 "centered": centered,
-                "maximize": maximize,
-                "cautious": cautious,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
-
-    @classmethod
-    def check(cls, group: Mapping[str, Any]) -> None:
-        """See `FusedOptimizer.check`."""
-        if group["alpha"] >= 1:
-            raise ValueError(f"RMSprop: alpha={group['alpha']} is out of range; needed is 0 <= alpha < 1.")
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:

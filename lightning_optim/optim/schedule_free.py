@@ -9,10 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from lightning_optim.core.ranges import FRACTION, NON_NEGATIVE, Range
 from lightning_optim.kernels.rules import Rule, Scalar, UpdateRule, maximum, minimum, sqrt, where
-from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_form, group_decay
+from lightning_optim.kernels.weight_decay import decay_form, group_decay
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.moments import update_second_moment
+from lightning_optim.optim.shared_options import SharedOptions
 
 
 class ScheduleFreeAdamWRule(UpdateRule):
@@ -72,7 +76,7 @@ class ScheduleFreeAdamWRule(UpdateRule):
         eps: Any,
     ) -> Any:
         """One element's step."""
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        exp_avg_sq = update_second_moment(grad, exp_avg_sq, beta2, one_minus_beta2)
         change = lr * grad / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps) + own_decay * param
         return share * (param - z) + y_step * change, z - change, exp_avg_sq
 
@@ -110,7 +114,7 @@ class InnerMomentumRule(ScheduleFreeAdamWRule):
     ) -> Any:
         """One element's step."""
         exp_avg = beta_z * exp_avg + one_minus_beta_z * grad
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+        exp_avg_sq = update_second_moment(grad, exp_avg_sq, beta2, one_minus_beta2)
         step = lr * exp_avg / bias_correction_z
         change = step / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps) + own_decay * param
         return share * (param - z) + y_step * change, z - change, exp_avg, exp_avg_sq
@@ -144,12 +148,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
         weight_lr_power: Exponent p of lr in ω, so that steps of the warmup weigh less.
         inner_momentum: In [0, 1): Adam's own β₁ in the step of z, m̂ in place of g in ĝ, beside the β₁ that places y.
             One more value per parameter; ``schedulefree.ScheduleFreeWrapper`` around AdamW, with its decay at y.
-        maximize: Ascend instead of descend.
-        weight_decay_kind: `decoupled`, `independent`, `corrected` or `l2`; see `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of v; z, being weights, keeps 32. See the page on low precision.
-        backend: `auto`, or `reference`, `cpu`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         Defazio et al., The Road Less Scheduled, 2024, https://arxiv.org/abs/2405.15682
@@ -173,6 +172,13 @@ class ScheduleFreeAdamW(FusedOptimizer):
     when_to_use = "Runs of open length, and wherever a schedule is one thing too many to tune."
     memory = "2 values (3 in evaluation mode; 1 more with inner_momentum)"
     paper = "https://arxiv.org/abs/2405.15682"
+    refused_options: ClassVar[Mapping[str, str]] = {"cautious": "x would no longer be the average of z"}
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "warmup_steps": NON_NEGATIVE,
+        "r": NON_NEGATIVE,
+        "weight_lr_power": NON_NEGATIVE,
+        "inner_momentum": FRACTION,
+    }
 
     def __init__(
         self,
@@ -186,12 +192,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
         weight_lr_power: float = 2.0,
         *,
         inner_momentum: float = 0.0,
-        maximize: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "decoupled",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -205,14 +206,8 @@ class ScheduleFreeAdamW(FusedOptimizer):
                 "weight_lr_power": weight_lr_power,
                 "inner_momentum": inner_momentum,
                 "train_mode": True,
-                "maximize": maximize,
-                "cautious": False,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
 
     @classmethod
@@ -225,8 +220,6 @@ class ScheduleFreeAdamW(FusedOptimizer):
                 f"ScheduleFreeAdamW: weight_decay_kind={group['weight_decay_kind']!r} is not offered, because decay "
                 "has to move the sequence z along; needed is decoupled, independent, corrected or l2."
             )
-        if group["cautious"]:
-            raise ValueError("ScheduleFreeAdamW: cautious=True is not offered, x would no longer be the average of z.")
         if group.get("rule") is not None:
             raise ValueError(
                 "ScheduleFreeAdamW cannot be the rule of a group in another optimizer, which has no eval() and train()."

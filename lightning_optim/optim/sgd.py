@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from lightning_optim.core.ranges import NON_NEGATIVE, Range
 from lightning_optim.kernels.rules import Scalar, UpdateRule, where
-from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.shared_options import SharedOptions
 
 
 class SGDRule(UpdateRule):
@@ -85,14 +87,7 @@ class SGD(FusedOptimizer):
         dampening: d, the share of each new gradient left out.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         nesterov: Look one step ahead; needs momentum and no dampening.
-        maximize: Ascend instead of descend.
-        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`, `triton`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013,
@@ -111,6 +106,11 @@ class SGD(FusedOptimizer):
     when_to_use = "Convolutional networks, and wherever memory is short."
     memory = "1 value (0 without momentum)"
     paper = "https://proceedings.mlr.press/v28/sutskever13.html"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "momentum": NON_NEGATIVE,
+        "dampening": Range(0, 1),
+    }
+    option_defaults: ClassVar[SharedOptions] = {"weight_decay_kind": "l2"}
 
     def __init__(
         self,
@@ -120,14 +120,7 @@ class SGD(FusedOptimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        cautious: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "l2",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -137,14 +130,8 @@ class SGD(FusedOptimizer):
                 "dampening": dampening,
                 "weight_decay": weight_decay,
                 "nesterov": nesterov,
-                "maximize": maximize,
-                "cautious": cautious,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
 
     @classmethod

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from lightning_optim.core.host import read
+from lightning_optim.core.ranges import FRACTION, Range
 from lightning_optim.kernels.base import largest
 from lightning_optim.kernels.rules import Scalar, TensorRule, sqrt, where
 from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_coefficients, decay_form
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.shared_options import SharedOptions
 
 Bases = list[Tensor | None]  # one per dimension; None for one that is left as it is
 
@@ -176,14 +180,7 @@ class SOAP(FusedOptimizer):
         precondition_frequency: Steps from one refresh of the bases to the next; the paper's 10 costs little in quality.
         max_precondition_dim: Dimensions larger than this keep their coordinates, vocabularies above all.
         precondition_1d: Whether vectors have a basis, too.
-        maximize: Ascend instead of descend.
-        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`.
-        kahan_sum: Keep beside bf16 and fp16 parameters what rounding left out, so that small changes add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
-        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu`, `triton`.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     References:
         Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, 2024, https://arxiv.org/abs/2409.11321
@@ -203,6 +200,11 @@ class SOAP(FusedOptimizer):
     when_to_use = "Fewest steps at large batches, where time per step and memory allow; language models."
     memory = "2 values, and 2 per element of two square matrices as large as each side"
     paper = "https://arxiv.org/abs/2409.11321"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "shampoo_beta": replace(FRACTION, optional=True),
+        "precondition_frequency": Range(1, whole=True),
+        "max_precondition_dim": Range(1, whole=True),
+    }
 
     def __init__(
         self,
@@ -215,14 +217,7 @@ class SOAP(FusedOptimizer):
         precondition_frequency: int = 10,
         max_precondition_dim: int = 10000,
         precondition_1d: bool = False,
-        *,
-        maximize: bool = False,
-        cautious: bool = False,
-        kahan_sum: bool = False,
-        stochastic_rounding: bool = False,
-        state_bits: int = 32,
-        weight_decay_kind: str | WeightDecayKind = "decoupled",
-        backend: str = "auto",
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
@@ -235,22 +230,9 @@ class SOAP(FusedOptimizer):
                 "precondition_frequency": precondition_frequency,
                 "max_precondition_dim": max_precondition_dim,
                 "precondition_1d": precondition_1d,
-                "maximize": maximize,
-                "cautious": cautious,
-                "kahan_sum": kahan_sum,
-                "stochastic_rounding": stochastic_rounding,
-                "state_bits": state_bits,
-                "weight_decay_kind": weight_decay_kind,
             },
-            backend=backend,
+            **options,
         )
-
-    @classmethod
-    def check(cls, group: Mapping[str, Any]) -> None:
-        """See `FusedOptimizer.check`."""
-        for name in ("precondition_frequency", "max_precondition_dim"):
-            if not isinstance(group[name], int) or group[name] < 1:
-                raise ValueError(f"SOAP: {name}={group[name]!r}; needed is a whole number of at least 1.")
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> TensorRule:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from lightning_optim.core.durations import Duration
+from lightning_optim.core.group_keys import RESERVED
 from lightning_optim.core.suggest import nearest
 from lightning_optim.param_groups.parts import NamedParameter, list_parts
 from lightning_optim.schedules import Schedule, get_schedule
@@ -22,7 +23,6 @@ REST = "default"
 """Name of the group of all parameters that no rule takes."""
 
 CRITERIA = ("pattern", "glob", "module_types", "part", "max_ndim", "min_ndim", "predicate")
-_RESERVED = ("name", "params", "param_names", "lr_multiplier", "peak_lr", "initial_lr", "frozen_until")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class ParamGroupRule:
             raise self._invalid("betas", "numbers in [0, 1), for instance [0.9, 0.95]")
         given = {"lr", "weight_decay", "betas", "rule"}
         for key in self.options or {}:
-            if key in _RESERVED or key in given:
+            if key in RESERVED or key in given:
                 raise ValueError(
                     f"ParamGroupRule {self.name!r}: {key!r} is no option. "
                     + (f"Write it beside the options, as `{key}`." if key in given else "It is set by the rule itself.")

@@ -143,3 +143,15 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
     assert not kernel()[1]
     assert disk_cache.kept_where() == "."
     assert len(warnings_in(caplog)) == 1
+
+
+def test_a_kernel_is_another_one_if_a_helper_of_a_helper_is() -> None:
+    def made(body: str) -> Any:
+        names: dict[str, Any] = {}
+        inner, outer = f"def inner(x):\n    return {body}\n", "def outer(x):\n    return inner(x)\n"
+        exec(inner + outer + "def update(x):\n    return outer(x)\n", names)
+        return names["update"]
+
+    first, same, other = (disk_cache.fingerprint("text", (made(body),)) for body in ("x + x", "x + x", "x * x"))
+    assert first == same
+    assert first != other

@@ -13,7 +13,7 @@ import marshal
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -21,6 +21,8 @@ from typing import Any
 
 import numba
 import platformdirs
+
+from lightning_optim.kernels.rules import NAMED_FUNCTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +45,21 @@ def fingerprint(text: str, functions: tuple[Callable[..., Any], ...]) -> str:
     """A name for the kernel made of ``text`` and ``functions``, equal only if it would compile to the same code."""
     digest = hashlib.sha256(text.encode())
     for function in functions:
-        assert isinstance(function, FunctionType)
-        digest.update(marshal.dumps(_plain(function.__code__)))
-        for name in function.__code__.co_names:  # helpers, as `rules.rebind` follows them
-            helper = function.__globals__.get(name)
-            if isinstance(helper, FunctionType):
-                digest.update(marshal.dumps(_plain(helper.__code__)))
+        for code in _codes(function):
+            digest.update(marshal.dumps(_plain(code)))
     digest.update((Path(__file__).parent / "memory.py").read_bytes())
     digest.update(numba.__version__.encode())
     return digest.hexdigest()[:16]
+
+
+def _codes(function: Callable[..., Any]) -> Iterator[CodeType]:
+    """The code of ``function`` and of all helpers that it calls, however deep, as `rules.rebind` follows them."""
+    assert isinstance(function, FunctionType)
+    yield function.__code__
+    for name in function.__code__.co_names:
+        helper = function.__globals__.get(name)
+        if isinstance(helper, FunctionType) and name not in NAMED_FUNCTIONS:  # those are the backend's own
+            yield from _codes(helper)
 
 
 def _plain(code: CodeType) -> CodeType:

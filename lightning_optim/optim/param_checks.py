@@ -1,0 +1,51 @@
+"""Which parameters a group may hold: their dtype, layout, number and sharding, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_optim import kernels
+from lightning_optim.core.placements import is_partial, is_sharded, partial_refused
+from lightning_optim.kernels.rules import TensorRule
+from lightning_optim.optim import low_precision
+
+if TYPE_CHECKING:
+    from lightning_optim.optim.base import FusedOptimizer
+
+
+def check_params(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
+    """Check every parameter of ``group``, which is complete.
+
+    Raises:
+        ValueError: One cannot be updated; the message names it and says what is needed.
+    """
+    seen: set[int] = set()
+    rule = optimizer.rule_of(group)
+    for index, param in enumerate(group["params"]):
+        label = f"{type(optimizer).__name__}: {optimizer.label(group, index)}"
+        if not param.is_floating_point():
+            raise ValueError(
+                f"{label} has dtype {param.dtype}; needed is a real floating-point one. Frozen "
+                "integers belong in buffers; view complex parameters as real."
+            )
+        if param.layout is not torch.strided:
+            raise ValueError(f"{label} has the layout {param.layout}; needed is torch.strided (dense).")
+        if id(param) in seen:  # torch warns; here two threads would update the same memory
+            raise ValueError(f"{label} is in the group twice; needed is each parameter once.")
+        seen.add(id(param))
+        low_precision.check_param(label, group, param)
+        if is_partial(param):
+            raise ValueError(partial_refused(label, param))
+        if isinstance(rule, TensorRule) and is_sharded(param):
+            raise ValueError(
+                f"{label} is a DTensor sharded over ranks, and {type(rule).__name__} needs whole tensors. Leave it "
+                "out of FSDP2 and tensor parallelism, or choose an elementwise optimizer for it (a group with "
+                "rule='adamw')."
+            )
+        reason = rule.why_not(param, group)
+        if reason is not None:
+            raise ValueError(f"{label}: {reason}")
+        kernels.choose(optimizer.backend, param.device)

@@ -1,0 +1,58 @@
+"""The range of each hyperparameter, declared by the optimizer that has it."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_optim.core.ranges import Range
+
+
+def ranges_of(owner: type) -> dict[str, Range]:
+    """The ranges that a class declares and inherits, by the name of the hyperparameter."""
+    merged: dict[str, Range] = {}
+    for base in reversed(owner.__mro__):
+        merged |= vars(base).get("ranges", {})
+    return merged
+
+
+def require_ranges(owner: type) -> None:
+    """Refuse a class whose constructor takes a number that has no range.
+
+    Raises:
+        TypeError: There is one; the message says what to write.
+    """
+    known = ranges_of(owner)
+    parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
+    refuse_unranged(owner, [p.name for p in parameters if p.name not in known and _is_number(p)])
+
+
+def refuse_unranged(owner: type, names: Iterable[str]) -> None:
+    """Raise TypeError if there is a name in ``names``, which are those of numbers without a range."""
+    for name in names:
+        raise TypeError(
+            f"{owner.__name__} takes the number {name!r}, and no range says which values are valid. Declare it in the "
+            f'class body: ranges = {{"{name}": Range(0, 1, below=True)}} is 0 <= {name} < 1, Range() is any number but '
+            "NaN; see lightning_optim.optim.Range."
+        )
+
+
+def _is_number(parameter: inspect.Parameter) -> bool:
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return False
+    if parameter.default is None or parameter.default is parameter.empty:
+        annotation = "" if parameter.annotation is parameter.empty else str(parameter.annotation)
+        return bool(re.search(r"\b(float|int)\b", annotation))
+    return is_number(parameter.default)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a default is a number, or a tuple with one."""
+    if isinstance(value, tuple | list):
+        return any(is_number(part) for part in value)
+    return isinstance(value, numbers.Real | Tensor) and not isinstance(value, bool)

@@ -1,0 +1,137 @@
+"""The options that all optimizers share. A new one is an entry, its documentation and its default, all in this file."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from lightning_optim.core.suggest import nearest
+from lightning_optim.kernels.weight_decay import WeightDecayKind
+
+if TYPE_CHECKING:
+    from lightning_optim.optim.base import FusedOptimizer
+
+
+class SharedOptions(TypedDict, total=False):
+    """Keyword arguments that every optimizer here takes, with one meaning in all of them.
+
+    All but ``backend`` are hyperparameters: a parameter group may set its own. An optimizer that cannot honour one
+    refuses it at construction, and says why.
+
+    Attributes:
+        weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
+            `WeightDecayKind`. The default is `decoupled`, or what torch's optimizer of the same name does.
+        maximize: Ascend instead of descend.
+        cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
+        kahan_sum: Keep what rounding leaves out of bf16 and fp16 parameters as one more state, so that small changes
+            add up.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        backend: `auto`, or `reference`, `cpu` or `triton`: then it is an error if that one cannot run on the
+            parameters' device.
+
+    Example:
+        >>> import torch
+        >>> from lightning_optim.optim import Lion
+        >>> optimizer = Lion([torch.nn.Parameter(torch.ones(3))], cautious=True)
+        >>> optimizer.param_groups[0]["cautious"]
+        True
+    """
+
+    weight_decay_kind: str | WeightDecayKind
+    maximize: bool
+    cautious: bool
+    kahan_sum: bool
+    stochastic_rounding: bool
+    state_bits: int
+    backend: str
+
+
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "weight_decay_kind": "decoupled",
+        "maximize": False,
+        "cautious": False,
+        "kahan_sum": False,
+        "stochastic_rounding": False,
+        "state_bits": 32,
+        "backend": "auto",
+    }
+)
+"""Default of each of the `SharedOptions`; `FusedOptimizer.option_defaults` overrides them for one optimizer."""
+
+
+def defaults_of(owner: type[FusedOptimizer]) -> dict[str, Any]:
+    """The default of each shared option in the class ``owner``, `backend` included."""
+    merged = dict(DEFAULTS)
+    for base in reversed(owner.__mro__):
+        merged |= vars(base).get("option_defaults", {})
+    return merged
+
+
+def hyperparameters_of(owner: type[FusedOptimizer]) -> dict[str, Any]:
+    """As `defaults_of`, without what is no hyperparameter: `backend` is the optimizer's, not a group's."""
+    return {name: value for name, value in defaults_of(owner).items() if name != "backend"}
+
+
+def check_names(owner: type[FusedOptimizer], given: Iterable[str]) -> None:
+    """Check the names of options that the constructor of ``owner`` was given.
+
+    Raises:
+        TypeError: One is unknown, as for any misspelt argument of Python's; the message names the nearest.
+    """
+    known = list(inspect.signature(owner).parameters)
+    for name in given:
+        if name not in DEFAULTS:
+            raise TypeError(f"{owner.__name__}() got an unexpected keyword argument {name!r}. {nearest(name, known)}")
+
+
+def check_offered(owner: type[FusedOptimizer], group: Mapping[str, Any]) -> None:
+    """Refuse shared options in ``group`` that ``owner`` does not offer.
+
+    Raises:
+        ValueError: One is set; the message says why it is not offered.
+    """
+    for name, reason in owner.refused_options.items():
+        if group[name] != DEFAULTS[name]:
+            raise ValueError(f"{owner.__name__}: {name}={group[name]!r} is not offered, {reason}.")
+
+
+class OwnSignature:
+    """The signature of an optimizer class, with `**options: Unpack[SharedOptions]` spelt out.
+
+    `inspect.signature`, `help` and all that builds on them then see every option by its name and with its default.
+    """
+
+    def __get__(self, instance: FusedOptimizer | None, owner: type[FusedOptimizer]) -> inspect.Signature:
+        """The signature of ``owner``, without ``self``, as for other classes."""
+        _, *parameters = inspect.signature(owner.__init__).parameters.values()
+        spelt: list[inspect.Parameter] = []
+        for parameter in parameters:
+            shared = parameter.kind is parameter.VAR_KEYWORD and SharedOptions.__name__ in str(parameter.annotation)
+            spelt += _parameters(owner) if shared else [parameter]
+        return inspect.Signature(spelt)
+
+
+def _parameters(owner: type[FusedOptimizer]) -> list[inspect.Parameter]:
+    annotations = {name: getattr(a, "__forward_arg__", a) for name, a in SharedOptions.__annotations__.items()}
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[name])
+        for name, default in defaults_of(owner).items()
+        if name not in owner.refused_options
+    ]
+
+
+def spell_out_docs(owner: type[FusedOptimizer]) -> None:
+    """Put what each shared option does into the docstring of ``owner``, for `help` and the help of a command line."""
+    line = re.search(r"^( *)\*\*options: .*\n", owner.__doc__ or "", re.M)
+    section = re.search(r"^Attributes:\n((?: {4}.*\n)+)", inspect.getdoc(SharedOptions) or "", re.M)
+    if owner.__doc__ and line and section:
+        entries = textwrap.dedent(section.group(1))
+        for name in owner.refused_options:
+            entries = re.sub(rf"^{name}: .*\n(?: .*\n)*", "", entries, flags=re.M)
+        owner.__doc__ = owner.__doc__.replace(line.group(), textwrap.indent(entries, line.group(1)))

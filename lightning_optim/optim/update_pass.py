@@ -1,0 +1,146 @@
+"""One update of all parameters: each batch through its backend, with what batches share and what they report."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from lightning_optim import kernels
+from lightning_optim.core.host import is_set, widest_dtype
+from lightning_optim.core.stats import STEP_SUMS, StepStats
+from lightning_optim.core.transfer import upload
+from lightning_optim.kernels import Backend, Batch
+from lightning_optim.kernels.rules import Rule, UpdateRule
+from lightning_optim.optim import admission
+from lightning_optim.optim.batches import Batches
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lightning_optim.optim.base import FusedOptimizer
+
+_AS_IT_IS = nullcontext()
+
+
+def update(optimizer: FusedOptimizer, batches: Batches) -> StepStats | None:
+    """Update all parameters of ``batches`` once, in place, unless `found_inf` of the optimizer is set.
+
+    Returns:
+        The step's sums, if the optimizer's `collect_step_stats` asks for them.
+
+    Raises:
+        ValueError: The optimizer's `divisor` has another shape than [] or [tensors].
+    """
+    count = len(batches.numel)
+    if optimizer.divisor is not None and optimizer.divisor.shape not in ((), (count,)):
+        raise ValueError(
+            f"{type(optimizer).__name__}: divisor has shape {tuple(optimizer.divisor.shape)}; needed is [] or one"
+            f" value for each parameter with a gradient, [{count}]."
+        )
+    new_shared = _share(optimizer, batches)
+    collected: list[Tensor] = []
+    for batch, rows in zip(batches.batches, batches.rows, strict=True):
+        skip = _on(getattr(optimizer, "found_inf", None), batch.device)
+        backend, divisor = _backend_of(optimizer, batch), _divisor(optimizer, rows, batch.device)
+        with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.wholes):
+            sums = backend.apply(batch, divisor=divisor, skip=skip, collect=optimizer.collect_step_stats)
+        if not (batch.device.type == "cpu" and is_set(skip)):  # elsewhere only the device knows
+            torch.autograd.graph.increment_version(batch.written)
+        if sums is not None:
+            collected.append(sums)
+    for old, new in new_shared:
+        old.copy_(new)
+    return _stats(batches, collected) if optimizer.collect_step_stats else None
+
+
+def init_shared(optimizer: FusedOptimizer, group: dict[str, Any], rule: UpdateRule) -> None:
+    """Give ``group`` the values of `shared`, where it lacks them: those of another group, else the first ones."""
+    device = group["params"][0].device
+    first = group.get(rule.shared[0])  # a number there is another optimizer's hyperparameter of that name
+    if isinstance(first, Tensor) and first.device == device:
+        return
+    given = [g for g in optimizer.param_groups if _has_shared(g, rule) and type(optimizer.rule_of(g)) is type(rule)]
+    values = given[0] if given else rule.init_shared(group)
+    for name in rule.shared:
+        value = values[name]
+        if not isinstance(value, Tensor):
+            value = upload(value, device, widest_dtype(device))
+        group[name] = value.to(device, widest_dtype(device), copy=True, non_blocking=True)
+
+
+def shares(rule: Rule) -> TypeGuard[UpdateRule]:
+    """Whether ``rule`` keeps numbers of which there is one for all parameters."""
+    return isinstance(rule, UpdateRule) and bool(rule.shared)
+
+
+def _backend_of(optimizer: FusedOptimizer, batch: Batch) -> Backend:
+    backend = kernels.choose(optimizer.backend, batch.device)
+    able = batch.plain and backend.supports(batch)
+    if not able or (batch.low_precision and not backend.low_precision):
+        return kernels.get_backend("reference")
+    return backend
+
+
+def _share(optimizer: FusedOptimizer, batches: Batches) -> list[tuple[Tensor, Tensor]]:
+    """Give batches the new values of `shared`; pairs (old, new) to be written when all batches are through."""
+    pairs = []
+    rules = {type(batch.rule): batch.rule for batch in batches.batches if shares(batch.rule)}
+    for kind, rule in rules.items():
+        assert isinstance(rule, UpdateRule)
+        members = [(b, rows) for b, rows in zip(batches.batches, batches.rows, strict=True) if type(b.rule) is kind]
+        groups = [g for g in optimizer.param_groups if _has_shared(g, rule) and type(optimizer.rule_of(g)) is kind]
+        device = members[0][0].device
+        skip = _on(getattr(optimizer, "found_inf", None), device)
+        totals: dict[str, Tensor] = {}
+        for batch, rows in members:
+            with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.wholes):
+                divisor = _divisor(optimizer, rows, batch.device)
+                sums = _backend_of(optimizer, batch).sums(batch, divisor)
+            for name, column in sums.items():
+                total = column.sum().to(device, non_blocking=True)
+                totals[name] = totals[name] + total if name in totals else total
+        new = rule.share(groups[0], totals)
+        for batch, _ in members:
+            for name, value in new.items():
+                batch.shared[name] = value.to(batch.device, non_blocking=True)
+        for group in groups:
+            for name, value in new.items():
+                old = group[name]
+                value = value.to(old.device, non_blocking=True)
+                if skip is not None:
+                    value = torch.where(skip.to(old.device) != 0, old, value)
+                pairs.append((old, value))
+    return pairs
+
+
+def _divisor(optimizer: FusedOptimizer, rows: list[int], device: torch.device) -> Tensor | None:
+    """The divisor of the gradients in ``rows``: shape [] or [rows], on ``device``."""
+    scale = _on(getattr(optimizer, "grad_scale", None), device)
+    divisor = _on(optimizer.divisor, device)
+    if divisor is not None and divisor.dim() == 1 and len(rows) != divisor.numel():
+        divisor = divisor[upload(rows, device)]
+    if scale is None or divisor is None:
+        return divisor if scale is None else scale.reshape(())
+    return divisor * scale.reshape(())
+
+
+def _stats(batches: Batches, collected: list[Tensor]) -> StepStats:
+    if len(collected) == 1:
+        (sums,) = collected
+    else:
+        device = collected[0].device if collected else torch.device("cpu")
+        sums = torch.empty(len(batches.numel), len(STEP_SUMS), device=device)
+        for rows, part in zip(batches.rows, collected, strict=True):
+            sums[upload(rows, device)] = part.to(device, non_blocking=True)
+    return StepStats(sums, batches.group_sizes, batches.numel)
+
+
+def _has_shared(group: Mapping[str, Any], rule: UpdateRule) -> bool:
+    return isinstance(group.get(rule.shared[0]), Tensor)
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return tensor if tensor is None or tensor.device == device else tensor.to(device, non_blocking=True)

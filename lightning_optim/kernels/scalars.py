@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_optim.core.host import is_set, read, widest_dtype
 from lightning_optim.core.transfer import upload
-from lightning_optim.kernels.base import Batch, largest
+from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.rounding import advance, key_columns
 from lightning_optim.kernels.rules import Scalar
 from lightning_optim.kernels.weight_decay import group_decay
@@ -41,7 +41,7 @@ def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> 
         skip: As for `Backend.apply`.
     """
     if batch.device.type == "cpu":
-        if is_set(skip):
+        if skip is not None and is_set(skip):
             return
         for name, counters in batch.counters.items():
             new = [counter.item() + 1 for counter in counters] if name == "step" else columns[name].tolist()
@@ -67,7 +67,7 @@ def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> 
     shared = {"inverse_divisor": -1.0 if group["maximize"] else 1.0, "decay": decay, "l2": l2}
     # Without a second moment `eps` is another optimizer's, in a group that only borrows this rule.
     eps = group.get("eps", 0.0) if batch.rule.second_moment else 0.0
-    shared |= {"eps": eps, "bias_correction2_sqrt": 1.0, "largest": largest(batch.dtype)}
+    shared |= {"eps": eps, "bias_correction2_sqrt": 1.0, "largest": batch.largest}
     return shared | batch.rule.scalars(group, step, **others)
 
 

@@ -196,7 +196,7 @@ class FusedOptimizer(Optimizer):
         for batch, rows in zip(sorted_.batches, sorted_.rows, strict=True):
             skip = _on(getattr(self, "found_inf", None), batch.device)
             backend, divisor = self._backend_of(batch), self._divisor(rows, batch.device)
-            with _AS_IT_IS if batch.plain else admission.by_name(self, batch.wholes):
+            with _AS_IT_IS if batch.plain else admission.by_name(self, batch.full_params):
                 sums = backend.apply(batch, divisor=divisor, skip=skip, collect=self.collect_step_stats)
             if not (batch.device.type == "cpu" and is_set(skip)):  # elsewhere only the device knows
                 torch.autograd.graph.increment_version(batch.written)
@@ -225,7 +225,7 @@ class FusedOptimizer(Optimizer):
             skip = _on(getattr(self, "found_inf", None), device)
             totals: dict[str, Tensor] = {}
             for batch, rows in members:
-                with _AS_IT_IS if batch.plain else admission.by_name(self, batch.wholes):
+                with _AS_IT_IS if batch.plain else admission.by_name(self, batch.full_params):
                     sums = self._backend_of(batch).sums(batch, self._divisor(rows, batch.device))
                 for name, column in sums.items():
                     total = column.sum().to(device, non_blocking=True)

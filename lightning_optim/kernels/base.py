@@ -30,8 +30,8 @@ class Batch:
         states: State tensors by name, written in place. `state` of the rule, in whatever dtype they are kept.
         scalar_states: 0-d state by name (`step`, and the rule's `scalar_state`), on the parameters' device.
         groups: The parameter group of each tensor. `lr` may be a 0-d tensor.
-        wholes: The parameters as the optimizer holds them, DTensors where sharded: sums over shards need to know.
-        decay_form: How parameters decay, one of `weight_decay.CHANGES`.
+        full_params: The parameters as the optimizer holds them, DTensors where sharded: sums over shards need to know.
+        decay_form: How parameters decay, one of `weight_decay.APPLY_DECAY`.
         cautious: Whether components of the update that point against the gradient are left out.
         kahan: Whether `kahan_comp` is among the states, in the parameter's dtype, and takes up what a step leaves out.
         stochastic: Names of the arrays ("param", states) that are rounded stochastically, to bfloat16 or to codes.
@@ -46,7 +46,7 @@ class Batch:
     states: list[dict[str, Tensor]]
     scalar_states: list[dict[str, Tensor]]
     groups: list[Mapping[str, Any]]
-    wholes: list[Tensor]
+    full_params: list[Tensor]
     cautious: bool
     decay_form: str = "shrink"
     kahan: bool = False
@@ -55,16 +55,16 @@ class Batch:
     rounding_keys: list[Tensor] = field(default_factory=list)
     shared: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def quantized(self) -> tuple[str, ...]:
         """States that are kept as codes, in the order of `rule.state`; the scales of `exp_avg` are `exp_avg_scale`."""
         return tuple(name for name in self.rule.state if f"{name}_scale" in self.states[0]) if self.stochastic else ()
 
     @cached_property
-    def arrays(self) -> list[list[Tensor]]:
+    def state_arrays(self) -> list[list[Tensor]]:
         """The states, each a list over tensors: the rule's, compensation, initial weights, scales."""
         names = [*self.rule.state, *(["kahan_comp"] if self.kahan else [])]
-        names += [INITIAL] if self.decay_form == "pull" else []
+        names += [INITIAL] if self.decay_form == "toward_initial" else []
         names += [f"{name}_scale" for name in self.quantized]
         return [[state[name] for state in self.states] for name in names]
 
@@ -76,8 +76,8 @@ class Batch:
     @cached_property
     def written(self) -> list[Tensor]:
         """What a step writes by elements, as autograd knows it."""
-        shards = [param for param, whole in zip(self.params, self.wholes, strict=True) if param is not whole]
-        return [*self.wholes, *shards, *(tensor for state in self.states for tensor in state.values())]
+        shards = [param for param, whole in zip(self.params, self.full_params, strict=True) if param is not whole]
+        return [*self.full_params, *shards, *(tensor for state in self.states for tensor in state.values())]
 
     @cached_property
     def numel(self) -> tuple[int, ...]:
@@ -90,7 +90,7 @@ class Batch:
 
         They hold as long as the batch does: whoever keeps one compares addresses and strides before each use.
         """
-        columns = [self.params, *self.arrays]
+        columns = [self.params, *self.state_arrays]
         if not all(all(map(Tensor.is_contiguous, column)) for column in columns):
             return None
         rows = [list(map(Tensor.data_ptr, column)) for column in columns]
@@ -107,27 +107,32 @@ class Batch:
         if len(rows) == len(self.params):
             return self
         part = copy(self)
-        for name in ("arrays", "counters"):  # of all tensors, where they were asked for
+        for name in ("state_arrays", "written", "numel", "addresses", "counters"):  # computed for all of the tensors
             part.__dict__.pop(name, None)
-        for name in ("params", "grads", "states", "scalar_states", "groups", "wholes", "rounding_keys"):
+        for name in ("params", "grads", "states", "scalar_states", "groups", "full_params", "rounding_keys"):
             full = getattr(self, name)
             object.__setattr__(part, name, [full[row] for row in rows] if full else [])
         return part
 
-    @property
+    @cached_property
     def low_precision(self) -> bool:
         """Whether storing takes more than rounding to the nearest."""
         return self.kahan or bool(self.stochastic)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where all tensors are."""
         return self.params[0].device
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """What the arithmetic runs in: float64 for float64 parameters, else float32."""
+        """Dtype of the arithmetic: float64 for float64 parameters, else float32."""
         return arithmetic_dtype(self.params[0].dtype)
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest value of a second moment."""
+        return largest(self.dtype)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -153,7 +158,7 @@ class Backend(ABC):
     4. delta, *state = update(p, g, *state, *scalars), in float32 (float64 for float64 parameters).
     5. `cautious`: delta is 0 where delta·g ≤ 0, and multiplied by numel / max(count of the others, numel/1000).
     6. p ← p − change(p, delta, decay), cast to the stored dtype at the very end; state likewise. `change` is that of
-       `decay_form` in `weight_decay.CHANGES`; for `rescale`, `norm_factor` of the tensor's p − delta stands for
+       `decay_form` in `weight_decay.APPLY_DECAY`; for `rescale`, `norm_factor` of the tensor's p − delta stands for
        `decay`. With `kahan` and `stochastic` as `rounding` says.
     7. `step` += 1; other 0-d state takes the value `scalars` returned; rounding keys advance.
     8. On request, the step sums of `stats.STEP_SUMS`, g without its L2 term, in float32, by fixed-order sums over

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from lightning_optim.core.sharding import sum_over_shards
 from lightning_optim.core.stats import STEP_SUMS
-from lightning_optim.kernels.base import Backend, Batch, arithmetic_dtype
+from lightning_optim.kernels.base import Batch, arithmetic_dtype
+from lightning_optim.kernels.kernel_spec import KernelSpec
 from lightning_optim.kernels.plain import is_dense
 from lightning_optim.kernels.reference import whole_numel
 from lightning_optim.kernels.rules import UpdateRule
@@ -28,111 +28,65 @@ DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat1
 
 
 @dataclass(frozen=True)
-class Operands:
+class KernelArgs:
     """Tensors as a kernel sees them: each row is a tensor, each slot one of its arrays, all of one number of elements.
 
     Args:
         device: Where they are.
-        dtypes: Name of each slot's dtype: parameter, gradient, states; only the gradient for a measurement.
+        dtype: Of the arithmetic.
         numel: Elements of each tensor.
-        addresses: Of the first elements, [tensors, slots].
-        decay_form: As in the batch.
-        kahan: As in the batch; the compensation is the slot after the states. Then come initial weights, for `pull`.
-        stochastic: As in the batch; the scalars then have the `rounding.KEY_COLUMNS`.
-        quantized: As in the batch; their scales are the last slots.
+        addresses: Of the first elements, int64, [tensors, slots].
     """
 
     device: torch.device
-    dtypes: tuple[str, ...]
+    dtype: torch.dtype
     numel: tuple[int, ...]
     addresses: npt.NDArray[np.int64]
-    decay_form: str = "shrink"
-    kahan: bool = False
-    stochastic: tuple[str, ...] = ()
-    quantized: tuple[str, ...] = ()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the arithmetic runs in."""
-        return arithmetic_dtype(getattr(torch, self.dtypes[0]))
 
 
-class CompiledBackend(Backend):
-    """Runs elementwise rules by kernels over addresses; a subclass says how one kernel is built and launched."""
+Run = Callable[[KernelSpec, KernelArgs, Mapping[str, Tensor], Tensor | None], tuple[tuple[str, ...], Tensor]]
+"""A backend's way to build and launch one kernel. Arguments: what to run; what it reads and writes; its scalars by
+name, [tensors] each, float64; a flag, [], non-zero to write nothing. Returns the names of the kernel's sums, and the
+sums, [tensors, names], float64; undefined if the flag is set."""
 
-    @abstractmethod
-    def run(
-        self,
-        operands: Operands,
-        rule: type[UpdateRule],
-        purpose: str,
-        cautious: bool,
-        columns: Mapping[str, Tensor],
-        skip: Tensor | None,
-    ) -> tuple[tuple[str, ...], Tensor]:
-        """One pass over the operands.
 
-        Args:
-            operands: What to read and write.
-            rule: Whose arithmetic to run.
-            purpose: `step` updates; `step+sums` also collects the step sums. The others write nothing: `sums` takes the
-                rule's own sums, `agreement` counts the elements whose update agrees with the gradient, `moved_sq` takes
-                the square sum of parameters after the update.
-            cautious: For the `step`s and `moved_sq`: apply the mask and the column `mask_scale`.
-            columns: Scalars by name, each [tensors], float64.
-            skip: Non-zero: write nothing; the sums are then undefined.
+class ElementwiseSteps:
+    """The passes of one step of an elementwise rule, each a kernel.
 
-        Returns:
-            Names of the sums, and the sums, [tensors, names], float64.
-        """
+    Args:
+        run: How the backend runs a kernel.
+    """
 
-    @abstractmethod
-    def run_measure(self, operands: Operands) -> Tensor:
-        """Square sums of the operands' only slot, [tensors], float64."""
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
     def supports(self, batch: Batch) -> bool:
-        """Elementwise rules, and dtypes that kernels have loads and stores for."""
+        """Whether the rule is elementwise, and kernels have loads and stores for all dtypes."""
         return isinstance(batch.rule, UpdateRule) and all(c[0].dtype in DTYPES for c in slots(batch))
-
-    def measure(self, grads: Sequence[Tensor]) -> Tensor:
-        """See `Backend`."""
-        if not all(map(Tensor.is_contiguous, grads)):
-            grads = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
-        dtype = grads[0].dtype
-        addresses = np.array(list(map(Tensor.data_ptr, grads)), dtype=np.int64)[:, None]
-        operands = Operands(grads[0].device, (DTYPES[dtype],), tuple(map(Tensor.numel, grads)), addresses)
-        return self.run_measure(operands)
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """See `Backend`."""
-        rule = batch.rule
-        assert isinstance(rule, UpdateRule)
         columns = scalar_columns(batch, divisor)
-        with operands_of(batch) as operands:
-            names, sums = self.run(operands, type(rule), "sums", False, columns, None)
-        return named_sums(batch, names, sums)
+        with kernel_args(batch) as args:
+            return self.run(batch, args, "sums", False, columns, None)
 
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """See `Backend`."""
         rule = batch.rule
         assert isinstance(rule, UpdateRule)
         columns = scalar_columns(batch, divisor)
-        with operands_of(batch) as operands:
-
-            def run(purpose: str, cautious: bool = False) -> dict[str, Tensor]:
-                names, sums = self.run(operands, type(rule), purpose, cautious, columns, skip)
-                return named_sums(batch, names, sums)
-
+        with kernel_args(batch) as args:
             if rule.sums and not rule.shared:
-                columns |= rule.rescale(columns, run("sums"), whole_numel(batch))
+                sums = self.run(batch, args, "sums", False, columns, skip)
+                columns |= rule.rescale(columns, sums, whole_numel(batch))
             if batch.cautious:
-                counts = run("agreement")["agreement"]
+                counts = self.run(batch, args, "agreement", False, columns, skip)["agreement"]
                 whole = whole_numel(batch)
                 columns["mask_scale"] = whole / counts.maximum(whole * 1e-3)
             if batch.decay_form == "rescale":
-                moved_sq = run("moved_sq", batch.cautious)["moved_sq"]
+                moved_sq = self.run(batch, args, "moved_sq", batch.cautious, columns, skip)["moved_sq"]
                 columns["decay"] = norm_factor(columns["decay"], moved_sq, whole_numel(batch))
-            sums = run("step+sums" if collect else "step", batch.cautious)
+            sums = self.run(batch, args, "step+sums" if collect else "step", batch.cautious, columns, skip)
         commit(batch, columns, skip)
         if not collect:
             return None
@@ -143,26 +97,50 @@ class CompiledBackend(Backend):
         result = torch.stack([sums.get(name, missing) for name in STEP_SUMS], dim=1).float()
         return result if skip is None else result.masked_fill(skip != 0, math.nan)
 
+    def run(
+        self,
+        batch: Batch,
+        args: KernelArgs,
+        purpose: str,
+        cautious: bool,
+        columns: Mapping[str, Tensor],
+        skip: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """One pass over the batch.
 
-def named_sums(batch: Batch, names: Sequence[str], sums: Tensor) -> dict[str, Tensor]:
-    """A kernel's sums by name, over all shards, each [tensors]."""
-    return dict(zip(names, sum_over_shards(sums, batch.wholes).unbind(1), strict=True)) if names else {}
+        Args:
+            batch: Whose.
+            args: Its tensors.
+            purpose: As in `KernelSpec`.
+            cautious: As in `KernelSpec`.
+            columns: Scalars by name, each [tensors], float64.
+            skip: Non-zero: write nothing; shape [].
+
+        Returns:
+            The kernel's sums by name, over all shards, each [tensors], float64; undefined if ``skip`` is set.
+        """
+        dtypes = tuple(DTYPES[column[0].dtype] for column in slots(batch))
+        storing = (batch.decay_form, batch.kahan, batch.stochastic, batch.quantized)
+        spec = KernelSpec(type(batch.rule), dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # asserted
+        names, sums = self._run(spec, args, columns, skip)
+        return dict(zip(names, sum_over_shards(sums, batch.full_params).unbind(1), strict=True)) if names else {}
+
+
+def measure_args(grads: Sequence[Tensor]) -> tuple[KernelArgs, list[Tensor]]:
+    """Gradients of one dtype and device as the arguments of a kernel with one slot; and what must be kept alive."""
+    kept = list(grads)
+    if not all(map(Tensor.is_contiguous, kept)):
+        kept = [grad if is_dense(grad) else grad.contiguous() for grad in kept]
+    addresses = np.array(list(map(Tensor.data_ptr, kept)), dtype=np.int64)[:, None]
+    dtype = arithmetic_dtype(kept[0].dtype)
+    return KernelArgs(kept[0].device, dtype, tuple(map(Tensor.numel, kept)), addresses), kept
 
 
 @contextmanager
-def operands_of(batch: Batch) -> Iterator[Operands]:
-    """The batch as operands; what had to be copied for it is written back at the end."""
+def kernel_args(batch: Batch) -> Iterator[KernelArgs]:
+    """The batch as arguments of a kernel; what had to be copied for it is written back at the end."""
     addresses, write_back, keep = find(batch)
-    yield Operands(
-        batch.device,
-        tuple(DTYPES[column[0].dtype] for column in slots(batch)),
-        batch.numel,
-        addresses,
-        batch.decay_form,
-        batch.kahan,
-        batch.stochastic,
-        batch.quantized,
-    )
+    yield KernelArgs(batch.device, batch.dtype, batch.numel, addresses)
     for tensor, copy in write_back:
         tensor.copy_(copy)
     del keep
@@ -170,7 +148,7 @@ def operands_of(batch: Batch) -> Iterator[Operands]:
 
 def slots(batch: Batch) -> list[list[Tensor]]:
     """Parameters, gradients and states, each a list over tensors, in the order of a kernel's slots."""
-    return [batch.params, batch.grads, *batch.arrays]
+    return [batch.params, batch.grads, *batch.state_arrays]
 
 
 def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor]], list[Tensor]]:
@@ -209,21 +187,3 @@ def split(numel: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:
     tensor = np.repeat(np.arange(len(sizes)), counts)
     first = (np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
     return np.ascontiguousarray(np.stack([tensor, first, np.minimum(first + size, sizes[tensor])], axis=1))
-
-
-def scalar_names(rule: type[UpdateRule], purpose: str, cautious: bool) -> tuple[str, ...]:
-    """The columns that a kernel needs, each once."""
-    own = rule.sums_scalars() if purpose == "sums" else rule.update_scalars()
-    columns = ["inverse_divisor", "l2", *own]
-    if purpose.startswith("step"):
-        columns.append("decay")
-    if purpose == "step+sums":
-        columns += ["eps", "bias_correction2_sqrt"]
-    if cautious:
-        columns.append("mask_scale")
-    return tuple(dict.fromkeys(columns))
-
-
-def scalar_table(columns: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype) -> Tensor:
-    """Columns side by side, [tensors, names]."""
-    return torch.stack([columns[name] for name in names], dim=1).to(dtype)

@@ -36,7 +36,7 @@ def parts(batch: Batch) -> Iterator[list[int]]:
     What a tensor rule says it batches (`TensorRule.together`) is together, as far as the sizes above allow. Sharded
     tensors count whole, so that all ranks cut alike: sums over shards wait for each other.
     """
-    sizes = list(map(Tensor.numel, batch.wholes))
+    sizes = list(map(Tensor.numel, batch.full_params))
     device, stored = batch.device.type, batch.params[0].element_size() / batch.dtype.itemsize
     largest = max(int(sum(sizes) * stored) // SHARE, AT_LEAST.get(device, AT_LEAST_ELSEWHERE))
     largest = min(largest, AT_MOST.get(device, AT_MOST_ELSEWHERE))

@@ -14,13 +14,14 @@ from lightning_optim.core.host import is_set, widest_dtype
 from lightning_optim.core.sharding import sum_over_shards
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.core.transfer import upload
+from lightning_optim.kernels import step_sums
 from lightning_optim.kernels.base import Backend, Batch
 from lightning_optim.kernels.parts import parts
 from lightning_optim.kernels.quantization import dequantize, quantize
 from lightning_optim.kernels.rounding import kahan_pending, kahan_rest, round_stochastically
 from lightning_optim.kernels.rules import TensorRule, UpdateRule, rebind
 from lightning_optim.kernels.scalars import commit, scalar_columns
-from lightning_optim.kernels.weight_decay import CHANGES, DECAYS, INITIAL, decay_factor, norm_factor
+from lightning_optim.kernels.weight_decay import APPLY_DECAY, DECAY_TERM, INITIAL, decay_factor, norm_factor
 
 NAMED: dict[str, Callable[..., Any]] = {
     "sqrt": torch.sqrt,
@@ -31,7 +32,7 @@ NAMED: dict[str, Callable[..., Any]] = {
     "minimum": torch.minimum,
 }
 
-Step = tuple[Tensor, Tensor, dict[str, Tensor]]  # gradient, delta, new state
+StepResult = tuple[Tensor, Tensor, dict[str, Tensor]]  # gradient, delta, new state
 
 
 class ReferenceBackend(Backend):
@@ -156,7 +157,7 @@ def _in_parts(
 
 def _finish(
     batch: Batch,
-    steps: Iterable[Step],
+    steps: Iterable[StepResult],
     decays: Tensor,
     scalars: list[dict[str, Tensor]],
     skip: Tensor | None,
@@ -172,22 +173,23 @@ def _finish(
             (_wide(p) - delta).square().sum(dtype=widest_dtype(batch.device))
             for p, (_, delta, _) in zip(batch.params, steps, strict=True)
         ]
-        decays = norm_factor(decays, sum_over_shards(torch.stack(moved), batch.wholes), whole_numel(batch))
+        decays = norm_factor(decays, sum_over_shards(torch.stack(moved), batch.full_params), whole_numel(batch))
     decay = decays.to(batch.dtype)
-    change, decaying = rebound(CHANGES[batch.decay_form]), rebound(DECAYS.get(batch.decay_form, _param))
+    apply_decay = rebound(APPLY_DECAY[batch.decay_form])
+    decay_term = rebound(DECAY_TERM.get(batch.decay_form, _param))
 
-    def write(i: int, step: Step) -> Tensor | None:
+    def write(i: int, step: StepResult) -> Tensor | None:
         _, delta, new_state = step
         param, state = batch.params[i], batch.states[i]
         moments = new_state
         before = _wide(param)
-        initial = [_wide(state[INITIAL])] if batch.decay_form == "pull" else []
+        initial = [_wide(state[INITIAL])] if batch.decay_form == "toward_initial" else []
         terms = (before, delta, decay[i], *initial)
-        new_param, new_state = _stored(batch, i, before, change(*terms), new_state)
+        new_param, new_state = _stored(batch, i, before, apply_decay(*terms), new_state)
         row = None
         if collect:
             raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
-            row = _sums(batch, i, raw, new_param, moments, scalars[i], decaying(*terms))
+            row = _sums(batch, i, raw, new_param, moments, scalars[i], decay_term(*terms))
         for old, new in [(param, new_param), *((state[name], new_state[name]) for name in new_state)]:
             if new is not old:
                 new = new.to(old.dtype)
@@ -198,7 +200,7 @@ def _finish(
     sums = [row for row in map(write, range(len(batch.params)), steps) if row is not None]
     if not collect:
         return None
-    result = sum_over_shards(torch.stack(sums), batch.wholes)
+    result = sum_over_shards(torch.stack(sums), batch.full_params)
     result[:, STEP_SUMS.index("decay_sq")] *= decay_factor(batch.decay_form, decays).square()
     result = result.float()
     return result if on_host or skip is None else result.masked_fill(skip != 0, math.nan)
@@ -227,7 +229,7 @@ def _rule_sums(batch: Batch, rule: UpdateRule, columns: dict[str, Tensor]) -> di
         state = [_moment(batch, i, name) for name in rule.state]
         terms = function(_wide(param), _grad(batch, i, scalars[i]), *state, *(scalars[i][name] for name in names))
         rows.append(torch.stack([term.sum(dtype=widest_dtype(batch.device)) for term in terms]))
-    sums = sum_over_shards(torch.stack(rows), batch.wholes)
+    sums = sum_over_shards(torch.stack(rows), batch.full_params)
     return dict(zip(rule.sums, sums.unbind(1), strict=True))
 
 
@@ -239,7 +241,7 @@ def rebound(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def whole_numel(batch: Batch) -> Tensor:
     """Number of elements of each tensor, over all its shards, [tensors], float64."""
-    return upload([t.numel() for t in batch.wholes], batch.device, widest_dtype(batch.device))
+    return upload([t.numel() for t in batch.full_params], batch.device, widest_dtype(batch.device))
 
 
 def _rows(columns: dict[str, Tensor], dtype: torch.dtype) -> list[dict[str, Tensor]]:
@@ -267,10 +269,10 @@ def _grad(batch: Batch, i: int, scalars: dict[str, Tensor]) -> Tensor:
     return scaled.add_(scalars["l2"] * _wide(batch.params[i]))
 
 
-def _steps(batch: Batch, rule: UpdateRule, scalars: list[dict[str, Tensor]]) -> Iterator[Step]:
+def _steps(batch: Batch, rule: UpdateRule, scalars: list[dict[str, Tensor]]) -> Iterator[StepResult]:
     function, names = rebound(type(rule).update), rule.update_scalars()
 
-    def step(i: int) -> Step:
+    def step(i: int) -> StepResult:
         grad = _grad(batch, i, scalars[i])
         state = [_moment(batch, i, name) for name in rule.state]
         delta, *new = function(_wide(batch.params[i]), grad, *state, *(scalars[i][name] for name in names))
@@ -303,13 +305,13 @@ def _stored(
     return (param - change).to(dtype), state
 
 
-def _cautious(batch: Batch, steps: list[Step]) -> Iterator[Step]:
+def _cautious(batch: Batch, steps: list[StepResult]) -> Iterator[StepResult]:
     """Updates without the components that point against the gradient (Liang et al., https://arxiv.org/abs/2411.16085).
 
     Rescaled to keep the mean step length, at most a thousandfold, as the authors' code does.
     """
     masks = [(delta * grad > 0).to(delta.dtype) for grad, delta, _ in steps]
-    counts = sum_over_shards(torch.stack([mask.sum() for mask in masks]), batch.wholes)
+    counts = sum_over_shards(torch.stack([mask.sum() for mask in masks]), batch.full_params)
     numel = whole_numel(batch).to(counts.dtype)
     scale = numel / counts.maximum(numel * 1e-3)
     for i, (grad, delta, state) in enumerate(steps):
@@ -323,26 +325,23 @@ def _sums(
     new_param: Tensor,
     new_state: dict[str, Tensor],
     scalars: dict[str, Tensor],
-    decaying: Tensor,
+    decay_term: Tensor,
 ) -> Tensor:
-    """One row of step sums, in float64 where the device has it."""
-    rule, param = batch.rule, batch.params[i]
-    dtype = widest_dtype(batch.device)
-    nan = torch.full((), math.nan, dtype=dtype, device=batch.device)
-    sums = dict.fromkeys(STEP_SUMS, nan)
-    grad, before = grad.to(dtype), param.to(dtype)
-    sums["param_sq"] = before.square().sum()
-    sums["update_sq"] = (new_param.to(dtype) - before).square().sum()
-    sums["zero_grad"] = (grad == 0).sum().to(dtype)
-    if rule.decays_beside:
-        sums["decay_sq"] = decaying.to(dtype).square().sum()
+    """One row of step sums, in float64 where the device has it; NaN for those that the rule does not have."""
+    rule, dtype, device = batch.rule, widest_dtype(batch.device), batch.device
+    constants = {"zero": 0.0, "one": 1.0, "tiny": step_sums.TINY}
+    known = {name: torch.full((), value, dtype=dtype, device=device) for name, value in constants.items()}
+    known |= {name: scalars[name] for name in ("eps", "bias_correction2_sqrt")}
+    known |= {"param": batch.params[i].to(dtype), "after": new_param.to(dtype), "grad": grad.to(dtype)}
+    known["decay_term"] = decay_term.to(dtype)
     if rule.first_moment in new_state:
-        momentum = _moment(batch, i, rule.first_moment).to(dtype)
-        sums["grad_exp_avg"] = (grad * momentum).sum()
-        sums["momentum_sq"] = momentum.square().sum()
+        known["first_moment"] = _moment(batch, i, rule.first_moment).to(dtype)
     if rule.second_moment in new_state:
-        root = new_state[rule.second_moment].to(dtype).sqrt() / scalars["bias_correction2_sqrt"]
-        # Where v̂ is 0 the gradient has always been 0, and the term is 0 rather than 0/0.
-        sums["grad_sq_over_exp_avg_sq"] = (grad / root.clamp(min=1e-18)).square().sum()
-        sums["below_eps"] = (root < scalars["eps"]).sum().to(dtype)
-    return torch.stack([sums[name] for name in STEP_SUMS])
+        known["second_moment"] = new_state[rule.second_moment].to(dtype)
+    row = torch.full((len(STEP_SUMS),), math.nan, dtype=dtype, device=device)
+    for name in step_sums.collected(rule):
+        names = step_sums.arguments(name)
+        if known.keys() >= set(names):
+            left, right = rebound(step_sums.FACTORS[name])(*(known[n] for n in names))
+            row[STEP_SUMS.index(name)] = (left * right).sum()
+    return row

@@ -41,7 +41,7 @@ def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> 
         skip: As for `Backend.apply`.
     """
     if batch.device.type == "cpu":
-        if is_set(skip):
+        if skip is not None and is_set(skip):
             return
         for name, counters in batch.counters.items():
             new = [counter.item() + 1 for counter in counters] if name == "step" else columns[name].tolist()

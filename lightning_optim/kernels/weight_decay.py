@@ -70,7 +70,7 @@ class WeightDecayKind(str, Enum):
 
 
 def decay_coefficients(kind: WeightDecayKind, lr: T, weight_decay: Any, peak_lr: float) -> tuple[T | float, T | float]:
-    """The pair (c, l2): what the kind's function in `CHANGES` takes, and λ for the gradient; one of them is always 0.
+    """The pair (c, l2): the `decay` of the kind's function in `APPLY_DECAY`, and λ for the gradient; one is always 0.
 
     Args:
         kind: The meaning of ``weight_decay``.
@@ -106,7 +106,7 @@ def group_decay(group: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def decay_form(group: Mapping[str, Any]) -> str:
-    """Which of `CHANGES` a parameter group needs; the plainest where nothing decays.
+    """Which of `APPLY_DECAY` a parameter group needs; the plainest where nothing decays.
 
     Example:
         >>> decay_form({"weight_decay": 0.1, "weight_decay_kind": "independent"})
@@ -144,7 +144,7 @@ def shrink_where_aligned(param: Any, delta: Any, decay: Any) -> Any:
     return where(product == absolute(product), delta + decay * param, delta)
 
 
-def pull(param: Any, delta: Any, decay: Any, initial: Any) -> Any:
+def toward_initial(param: Any, delta: Any, decay: Any, initial: Any) -> Any:
     """Towards the initial weight in proportion."""
     return delta + decay * (param - initial)
 
@@ -154,10 +154,10 @@ def rescale(param: Any, delta: Any, decay: Any) -> Any:
     return param - decay * (param - delta)
 
 
-CHANGES: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (shrink, shrink_to_zero, shrink_where_aligned, pull, rescale)
+APPLY_DECAY: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (shrink, shrink_to_zero, shrink_where_aligned, toward_initial, rescale)
 }
-"""By form: what is subtracted from a weight. `pull` also takes the state `INITIAL`; `rescale` takes `norm_factor`."""
+"""Amount to subtract from a weight, by form. `toward_initial` also takes `INITIAL`; `rescale` takes `norm_factor`."""
 
 # What decay alone takes off a weight is, for statistics, `decay_factor` times one of these. Not the change minus the
 # update, which for a decay of 1e-8 beside an update of 1e-3 would be rounding. Nor the product itself: a compiler that
@@ -175,8 +175,8 @@ def shrunk_where_aligned(param: Any, delta: Any, decay: Any) -> Any:
     return where(product == absolute(product), param, param - param)
 
 
-def pulled(param: Any, delta: Any, decay: Any, initial: Any) -> Any:
-    """Of `pull`."""
+def distance_from_initial(param: Any, delta: Any, decay: Any, initial: Any) -> Any:
+    """Of `toward_initial`."""
     return param - initial
 
 
@@ -185,28 +185,28 @@ def rescaled(param: Any, delta: Any, decay: Any) -> Any:
     return param - delta
 
 
-DECAYS: dict[str, Callable[..., Any]] = {
+DECAY_TERM: dict[str, Callable[..., Any]] = {
     "shrink_to_zero": shrunk_to_zero,
     "shrink_where_aligned": shrunk_where_aligned,
-    "pull": pulled,
+    "toward_initial": distance_from_initial,
     "rescale": rescaled,
 }
-"""By form, as `CHANGES`. Of `shrink` it is the weight, whose square sum is taken anyway."""
+"""By form, as `APPLY_DECAY`. Of `shrink` it is the weight, whose square sum is taken anyway."""
 
 
 def decay_factor(form: str, decay: Tensor) -> Tensor:
-    """What to multiply the value of `DECAYS` by, for what decay takes off; ``decay`` as `CHANGES` has it."""
+    """What to multiply the value of `DECAY_TERM` by, for what decay takes off; ``decay`` as `APPLY_DECAY` has it."""
     if form == "rescale":
         return 1 - decay
     return torch.ones_like(decay) if form == "shrink_to_zero" else decay
 
 
 INITIAL = "initial_param"
-"""The state that `pull` needs: the weight as it was at the optimizer's first step, in the parameter's dtype."""
+"""The state that `toward_initial` needs: the weight at the optimizer's first step, in the parameter's dtype."""
 
 _FORMS = {
     WeightDecayKind.L1: "shrink_to_zero",
-    WeightDecayKind.L2_SP: "pull",
+    WeightDecayKind.L2_SP: "toward_initial",
     WeightDecayKind.CAUTIOUS: "shrink_where_aligned",
     WeightDecayKind.NORM: "rescale",
 }

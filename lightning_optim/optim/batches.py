@@ -105,7 +105,7 @@ class Batches:
         batch.states.append(arrays)
         batch.scalar_states.append(scalars)
         batch.groups.append(group)
-        batch.wholes.append(param)
+        batch.full_params.append(param)
         batch.rounding_keys.extend(keys.values())
         return by_key[key]
 
@@ -122,7 +122,7 @@ class Batches:
         self._same, self._equal, grads = _look(optimizer, rules)
         # What FSDP2 makes of a DTensor's shard between two steps is its own affair.
         self._kept = all(
-            batch.plain and all(type(tensor) in PLAIN for tensor in (*batch.wholes, *batch.grads))
+            batch.plain and all(type(tensor) in PLAIN for tensor in (*batch.full_params, *batch.grads))
             for batch in self.batches
         )
         if self._kept:

@@ -33,7 +33,7 @@ def complete_state(
         say(widen(state, tensor_names(rule, state), param, group, rule))
     if low_precision.uses(group) or low_precision.has_codes(state, rule):
         low_precision.complete(state, param, group, rule, position)
-    if decay_form(group) == "pull" and INITIAL not in state:
+    if decay_form(group) == "toward_initial" and INITIAL not in state:
         state[INITIAL] = param.detach().clone(memory_format=torch.preserve_format)
     if rule.counts_steps and "step" in state and state["step"].device != param.device:
         # Lightning, like torch, leaves `step` behind when it moves state to another device.

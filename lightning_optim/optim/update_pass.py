@@ -45,7 +45,7 @@ def update(optimizer: FusedOptimizer, batches: Batches) -> StepStats | None:
     for batch, rows in zip(batches.batches, batches.rows, strict=True):
         skip = _on(getattr(optimizer, "found_inf", None), batch.device)
         backend, divisor = _backend_of(optimizer, batch), _divisor(optimizer, rows, batch.device)
-        with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.wholes):
+        with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.full_params):
             sums = backend.apply(batch, divisor=divisor, skip=skip, collect=optimizer.collect_step_stats)
         if not (batch.device.type == "cpu" and is_set(skip)):  # elsewhere only the device knows
             torch.autograd.graph.increment_version(batch.written)
@@ -96,7 +96,7 @@ def _share(optimizer: FusedOptimizer, batches: Batches) -> list[tuple[Tensor, Te
         skip = _on(getattr(optimizer, "found_inf", None), device)
         totals: dict[str, Tensor] = {}
         for batch, rows in members:
-            with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.wholes):
+            with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.full_params):
                 divisor = _divisor(optimizer, rows, batch.device)
                 sums = _backend_of(optimizer, batch).sums(batch, divisor)
             for name, column in sums.items():

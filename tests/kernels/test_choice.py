@@ -51,11 +51,12 @@ except ValueError as error:
 TIMED = """
 import time, torch
 from lightning_optim.kernels.cpu.codegen import build
+from lightning_optim.kernels.kernel_spec import KernelSpec
 from lightning_optim.optim.adam import AdamRule
 import numba
 start = time.perf_counter()
-kernel = build(AdamRule, ("float32",) * 4, "step")
-print(len(kernel.run.stats.cache_hits))
+kernel = build(KernelSpec(AdamRule, ("float32",) * 4))
+print(len(kernel.function.stats.cache_hits))
 """
 
 

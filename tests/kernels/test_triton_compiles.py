@@ -17,6 +17,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from lightning_optim.kernels.kernel_spec import KernelSpec  # noqa: E402
 from lightning_optim.kernels.rules import UpdateRule  # noqa: E402
 from lightning_optim.kernels.triton.codegen import OPTIONS, THREADS, build, build_measure  # noqa: E402
 from lightning_optim.kernels.triton.functions import add_blocks, add_squares  # noqa: E402
@@ -46,7 +47,8 @@ def rule_kernel(
     aligned: bool = True,
     decay_form: str = "shrink",
 ) -> Any:
-    return build(rule, dtypes or (FLOAT,) * (2 + len(rule.state)), purpose, False, decay_form, aligned).function
+    spec = KernelSpec(rule, dtypes or (FLOAT,) * (2 + len(rule.state)), purpose, decay_form=decay_form)
+    return build(spec, aligned).function
 
 
 def every_rule() -> list[type[UpdateRule]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from lightning_optim.core.host import is_set
 from lightning_optim.core.stats import STEP_SUMS
-from lightning_optim.kernels.base import Batch
-from lightning_optim.kernels.compiled import DTYPES, CompiledBackend, Operands, operands_of, scalar_table, split
-from lightning_optim.kernels.cpu.codegen import Kernel, build, build_measure, build_subtraction
+from lightning_optim.kernels.base import Backend, Batch
+from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, kernel_args, measure_args, split
+from lightning_optim.kernels.cpu.codegen import build, build_measure, build_subtraction
 from lightning_optim.kernels.cpu.factored import Scaled
 from lightning_optim.kernels.cpu.threads import run_blocks
+from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
 from lightning_optim.kernels.reference import apply_tensor_rule
-from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
+from lightning_optim.kernels.rules import Rule, TensorRule
 
 BLOCK = 65536
 """Elements per block: 256 KB of float32, so that a block's few arrays stream while threads stay evenly loaded."""
@@ -27,50 +28,43 @@ SUBTRACTED_AT_ONCE = 2**20
 """Elements of a tensor rule's updates that are subtracted in one pass."""
 
 
-class CpuBackend(CompiledBackend):
+class CpuBackend(Backend):
     """One pass over memory for elementwise rules: divide, update, write and sum."""
 
     name = "cpu"
     low_precision = True
+
+    def __init__(self) -> None:
+        self._elementwise = ElementwiseSteps(run)
 
     def why_not(self, device: torch.device) -> str | None:
         """It runs on the CPU only."""
         return None if device.type == "cpu" else "it updates tensors in the CPU's memory only."
 
     def supports(self, batch: Batch) -> bool:
-        """Tensor rules, and what all compiled backends do."""
-        return isinstance(batch.rule, TensorRule) or super().supports(batch)
+        """Tensor rules, and elementwise rules over dtypes that kernels have loads and stores for."""
+        return isinstance(batch.rule, TensorRule) or self._elementwise.supports(batch)
+
+    def measure(self, grads: Sequence[Tensor]) -> Tensor:
+        """See `Backend`."""
+        args, kept = measure_args(grads)
+        no_scalars = np.zeros((1, 1), np.float64 if args.dtype == torch.float64 else np.float32)
+        norm_sq = launch(build_measure(DTYPES[kept[0].dtype]), args, no_scalars)
+        return norm_sq[:, 0]
+
+    def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
+        """See `Backend`."""
+        return self._elementwise.sums(batch, divisor)
 
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
-        """See `Backend`. To read the flag is free here, so that kernels need not."""
+        """See `Backend`. Reading the flag is free here, so kernels need not."""
         if isinstance(batch.rule, TensorRule):
             subtract = self._subtract if batch.params[0].dtype in DTYPES else None
             update = batch.rule.update_on_cpu
             return apply_tensor_rule(batch, update, subtract, divisor=divisor, skip=skip, collect=collect)
-        if is_set(skip):
+        if skip is not None and is_set(skip):
             return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
-        return super().apply(batch, divisor=divisor, skip=None, collect=collect)
-
-    def run(
-        self,
-        operands: Operands,
-        rule: type[UpdateRule],
-        purpose: str,
-        cautious: bool,
-        columns: Mapping[str, Tensor],
-        skip: Tensor | None,
-    ) -> tuple[tuple[str, ...], Tensor]:
-        """See `CompiledBackend`."""
-        storing = (operands.decay_form, operands.kahan, operands.stochastic, operands.quantized)
-        kernel = build(rule, operands.dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # mypy: type not Hashable
-        table = scalar_table(columns, kernel.scalars, operands.dtype)
-        return kernel.sums, _run(kernel, operands, table.numpy())
-
-    def run_measure(self, operands: Operands) -> Tensor:
-        """See `CompiledBackend`."""
-        kernel = build_measure(operands.dtypes[0])
-        wide = np.float64 if operands.dtype == torch.float64 else np.float32
-        return _run(kernel, operands, np.zeros((1, 1), wide))[:, 0]
+        return self._elementwise.apply(batch, divisor=divisor, skip=None, collect=collect)
 
     def _subtract(self, batch: Batch, deltas: Iterable[Tensor], decay: Tensor) -> None:
         """Subtract ``deltas``, and the plain form of decay ([tensors]), from the parameters of ``batch`` in one pass.
@@ -93,19 +87,27 @@ class CpuBackend(CompiledBackend):
                 continue
             part = slice(first, i + 1)
             nothing: list[dict[str, Tensor]] = [{} for _ in some]
-            only = Batch(Rule(), batch.params[part], some, nothing, nothing, [], batch.wholes[part], False)
-            with operands_of(only) as operands:
-                kernel = build_subtraction(operands.dtypes)
-                _run(kernel, operands, scalar_table({"decay": decay[part]}, kernel.scalars, operands.dtype).numpy())
+            only = Batch(Rule(), batch.params[part], some, nothing, nothing, [], batch.full_params[part], False)
+            with kernel_args(only) as args:
+                kernel = build_subtraction((DTYPES[only.params[0].dtype], DTYPES[delta.dtype]))
+                launch(kernel, args, kernel.table({"decay": decay[part]}, args.dtype).numpy())
             some, first = [], i + 1
 
 
-def _run(kernel: Kernel, operands: Operands, scalars: npt.NDArray[np.floating]) -> Tensor:
+def run(
+    spec: KernelSpec, args: KernelArgs, columns: Mapping[str, Tensor], skip: Tensor | None
+) -> tuple[tuple[str, ...], Tensor]:
+    """See `compiled.Run`; ``skip`` is None, because `CpuBackend.apply` has read the flag."""
+    kernel = build(spec)
+    return kernel.sums, launch(kernel, args, kernel.table(columns, args.dtype).numpy())
+
+
+def launch(kernel: Kernel, args: KernelArgs, scalars: npt.NDArray[np.floating]) -> Tensor:
     """Run ``kernel`` over all blocks, and add each tensor's block sums in their order: [tensors, sums], float64."""
-    blocks = split(operands.numel, BLOCK)
+    blocks = split(args.numel, BLOCK)
     sums = np.zeros((len(blocks), len(kernel.sums)))
-    run_blocks(lambda first, last: kernel.run(first, last, blocks, operands.addresses, scalars, sums), len(blocks))
-    totals = np.zeros((len(operands.numel), len(kernel.sums)))
+    run_blocks(kernel.function, len(blocks), blocks, args.addresses, scalars, sums)
+    totals = np.zeros((len(args.numel), len(kernel.sums)))
     if kernel.sums:
         np.add.at(totals, blocks[:, 0], sums)
     return torch.from_numpy(totals)

@@ -23,7 +23,7 @@ from lightning_optim.kernels.cpu import disk_cache
 from lightning_optim.kernels.cpu.memory import compiled, load, named_functions, store, sum_functions
 from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.rules import rebind
-from lightning_optim.kernels.weight_decay import CHANGES
+from lightning_optim.kernels.weight_decay import APPLY_DECAY
 
 BLOCK = 65536
 """Elements per block, about; at least 16 rows, so that column sums of blocks stay small beside the tensor."""
@@ -232,7 +232,7 @@ def _run(
     kernel = _build(name, "float64" if slots[0][0].dtype == torch.float64 else "float32", len(slots))
     addresses = np.array([[tensor.data_ptr() for tensor in slot] for slot in slots], dtype=np.int64).T.copy()
     sums = np.zeros(len(blocks))
-    run_blocks(lambda first, last: kernel(first, last, blocks, shapes, addresses, scalars, sums), len(blocks))
+    run_blocks(kernel, len(blocks), blocks, shapes, addresses, scalars, sums)
     return sums
 
 
@@ -248,14 +248,14 @@ def _build(name: str, dtype: str, slots: int) -> Any:
         "float": getattr(numba, dtype),
         "double": numba.float64,
         "minimum": named["minimum"],
-        "change": rebind(CHANGES["shrink"], named, compiled),
+        "change": rebind(APPLY_DECAY["shrink"], named, compiled),
     } | sum_functions()
     for slot in range(slots):
         names[f"load_{slot}"] = load(dtype, slot, slots)
         names[f"store_{slot}"] = store(dtype, slot, slots)
     exec(compile(text, f"<{name}>", "exec"), names)
     dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy")
-    print_of = disk_cache.fingerprint(f"{text}{dtype}{slots}{CHUNK}{names['LARGEST']}", (CHANGES["shrink"],))
+    print_of = disk_cache.fingerprint(f"{text}{dtype}{slots}{CHUNK}{names['LARGEST']}", (APPLY_DECAY["shrink"],))
     disk_cache.keep_on_disk(dispatcher, f"{name}-{print_of}")
     with disk_cache.SaysIfSlow(lambda: f"Compiling the CPU kernel {name} for {dtype}{disk_cache.kept_where()}"):
         table = "int64[:, ::1]"

@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -18,21 +19,21 @@ _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 
 
-def run_blocks(kernel: Callable[[int, int], None], blocks: int) -> None:
-    """Call ``kernel(first, last)`` on runs of blocks that together are ``range(blocks)``, on torch's number of threads.
+def run_blocks(kernel: Callable[..., None], blocks: int, *arguments: Any) -> None:
+    """Call ``kernel(first, last, *arguments)`` on runs that make up ``range(blocks)``, on torch's number of threads.
 
     Runs are a few per thread, handed out as threads become free: the cores of a training machine are seldom idle.
     """
     threads = min(torch.get_num_threads(), blocks)
     if threads <= 1:
-        kernel(0, blocks)
+        kernel(0, blocks, *arguments)
         return
     run = max(1, blocks // (threads * 8))
     starts = itertools.count(0, run)  # `next` on it is atomic
 
     def work() -> None:
         while (first := next(starts)) < blocks:
-            kernel(first, min(first + run, blocks))
+            kernel(first, min(first + run, blocks), *arguments)
 
     others: list[Future[None]] = [_executor(threads - 1).submit(work) for _ in range(threads - 1)]
     work()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -13,20 +13,23 @@ import triton
 from torch import Tensor
 
 from lightning_optim.core.transfer import upload
-from lightning_optim.kernels.base import Batch
-from lightning_optim.kernels.compiled import CompiledBackend, Operands, scalar_table, split
-from lightning_optim.kernels.rules import UpdateRule
-from lightning_optim.kernels.triton.codegen import OPTIONS, THREADS, Kernel, build, build_measure
+from lightning_optim.kernels.base import Backend, Batch
+from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, measure_args, split
+from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
+from lightning_optim.kernels.triton.codegen import OPTIONS, THREADS, build, build_measure
 from lightning_optim.kernels.triton.functions import add_blocks, add_squares
 
 
-class TritonBackend(CompiledBackend):
+class TritonBackend(Backend):
     """One launch, one pass over memory for elementwise rules: divide, update, write and sum.
 
     A second, small launch adds block sums where a pass takes any. The host waits for nothing.
     """
 
     name = "triton"
+
+    def __init__(self) -> None:
+        self._elementwise = ElementwiseSteps(run)
 
     def why_not(self, device: torch.device) -> str | None:
         """It needs a device that Triton has a compiler for, and what Triton needs to launch on it."""
@@ -42,32 +45,35 @@ class TritonBackend(CompiledBackend):
             return "Triton needs compute capability 8.0 (Ampere) or later."
         return _driver_problem()
 
+    def supports(self, batch: Batch) -> bool:
+        """Elementwise rules over dtypes that kernels have loads and stores for."""
+        return self._elementwise.supports(batch)
+
+    def measure(self, grads: Sequence[Tensor]) -> Tensor:
+        """See `Backend`."""
+        args, kept = measure_args(grads)
+        with _current(args.device):
+            kernel = build_measure(DTYPES[kept[0].dtype], _aligned(args))
+            zero = _flag(None, args.device)
+            return _run(kernel, args, zero, zero, squares=True)[:, 0]
+
+    def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
+        """See `Backend`."""
+        with _current(batch.device):
+            return self._elementwise.sums(batch, divisor)
+
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """See `Backend`."""
         with _current(batch.device):
-            return super().apply(batch, divisor=divisor, skip=skip, collect=collect)
+            return self._elementwise.apply(batch, divisor=divisor, skip=skip, collect=collect)
 
-    def run(
-        self,
-        operands: Operands,
-        rule: type[UpdateRule],
-        purpose: str,
-        cautious: bool,
-        columns: Mapping[str, Tensor],
-        skip: Tensor | None,
-    ) -> tuple[tuple[str, ...], Tensor]:
-        """See `CompiledBackend`."""
-        aligned = _aligned(operands)
-        kernel = build(rule, operands.dtypes, purpose, cautious, operands.decay_form, aligned)  # type: ignore[arg-type] # mypy: type not Hashable
-        scalars = scalar_table(columns, kernel.scalars, operands.dtype)
-        return kernel.sums, _run(kernel, operands, scalars, _flag(skip, operands.device))
 
-    def run_measure(self, operands: Operands) -> Tensor:
-        """See `CompiledBackend`."""
-        with _current(operands.device):
-            kernel = build_measure(operands.dtypes[0], _aligned(operands))
-            zero = _flag(None, operands.device)
-            return _run(kernel, operands, zero, zero, squares=True)[:, 0]
+def run(
+    spec: KernelSpec, args: KernelArgs, columns: Mapping[str, Tensor], skip: Tensor | None
+) -> tuple[tuple[str, ...], Tensor]:
+    """See `compiled.Run`."""
+    kernel = build(spec, _aligned(args))
+    return kernel.sums, _run(kernel, args, kernel.table(columns, args.dtype), _flag(skip, args.device))
 
 
 def launch(function: Any, programs: int, device: torch.device, *arguments: Any) -> None:
@@ -80,15 +86,15 @@ def _threads_per_warp(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).warp_size) if device.type == "cuda" else 32
 
 
-def _run(kernel: Kernel, operands: Operands, scalars: Tensor, skip: Tensor, squares: bool = False) -> Tensor:
+def _run(kernel: Kernel, args: KernelArgs, scalars: Tensor, skip: Tensor, squares: bool = False) -> Tensor:
     """Launch over all blocks, and add each tensor's block sums: [tensors, sums], float64; of ``squares``, one."""
-    device = operands.device
-    tensors, width = len(operands.numel), len(kernel.sums)
-    blocks, offsets = _block_table(operands.numel, device, _stream(device))
-    sums = torch.empty(len(blocks), width, dtype=operands.dtype, device=device)
+    device = args.device
+    tensors, width = len(args.numel), len(kernel.sums)
+    blocks, offsets = _block_table(args.numel, device, _stream(device))
+    sums = torch.empty(len(blocks), width, dtype=args.dtype, device=device)
     totals = torch.empty(tensors, 1 if squares else width, dtype=torch.float64, device=device)
     if len(blocks):
-        addresses = _address_table(operands.addresses.tobytes(), device, _stream(device))
+        addresses = _address_table(args.addresses.tobytes(), device, _stream(device))
         launch(kernel.function, len(blocks), device, blocks, addresses, scalars, skip, sums)
     if squares:
         launch(add_squares, tensors, device, sums, offsets, totals)
@@ -116,8 +122,8 @@ def _block_table(numel: tuple[int, ...], device: torch.device, stream: int) -> t
     return upload(blocks, device), upload(offsets.astype(np.int64), device)
 
 
-def _aligned(operands: Operands) -> bool:
-    return not (operands.addresses % 16).any()
+def _aligned(args: KernelArgs) -> bool:
+    return not (args.addresses % 16).any()
 
 
 def _flag(skip: Tensor | None, device: torch.device) -> Tensor:

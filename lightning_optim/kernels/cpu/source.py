@@ -1,0 +1,129 @@
+"""The text of a CPU kernel: one loop over blocks of many tensors that reads, updates, writes and sums.
+
+The loop is text, because its arguments (states, scalars, dtypes) differ by rule and numba needs them spelled out; the
+arithmetic in it is the rule's own function. Print `source(spec)` to read one, or see ``tests/kernels/golden``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lightning_optim.kernels.kernel_spec import KernelSpec
+from lightning_optim.kernels.quantization import BLOCK
+from lightning_optim.kernels.rounding import KEY_COLUMNS
+from lightning_optim.kernels.weight_decay import INITIAL
+
+CHUNK = 4096
+"""Elements summed in the arithmetic dtype before their sum joins a float64 total: bounds rounding, keeps the speed."""
+
+_CONSTANTS = {"zero": "zero", "one": "one", "tiny": "tiny"}
+
+
+def source(spec: KernelSpec) -> str:
+    """The text of the function ``kernel(first, last, blocks, addresses, scalars, sums)`` for ``spec``."""
+    body = [*_loads(spec), *_update(spec), *(_stores(spec) if spec.writes else []), *_sums(spec)]
+    names = [*spec.slots, *spec.rounded]
+    lines = ["def kernel(first, last, blocks, addresses, scalars, sums):"]
+    lines += ["    zero, one, tiny = float(0), float(1), float(1e-18)"]
+    lines += [f"    {name}_buffer = np.empty({BLOCK}, np.float32)" for name in spec.quantized]
+    lines += ["    for block in range(first, last):"]
+    lines += ["        tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]"]
+    lines += [f"        {name}_address = addresses[tensor, {slot}]" for slot, name in enumerate(spec.slots)]
+    lines += [f"        {spec.variable[name]} = scalars[tensor, {i}]" for i, name in enumerate(spec.scalars)]
+    if spec.rounded:
+        high, low = (spec.variable[name] for name in KEY_COLUMNS)
+        key = f"slot_key(int({high}) * 65536 + int({low}), "
+        lines += [f"        {name}_key = {key}{names.index(name)})" for name in spec.rounded]
+    lines += [f"        total_{name} = 0.0" for name in spec.sums]
+    lines += [f"        for chunk in range(start, end, {CHUNK}):"]
+    lines += [f"            sum_{name} = zero" for name in spec.sums]
+    lines += _indented(12, _in_tiles(spec, body) if spec.quantized else _elements("chunk", CHUNK, body))
+    lines += [f"            total_{name} += sum_{name}" for name in spec.sums]
+    lines += [f"        sums[block, {i}] = total_{name}" for i, name in enumerate(spec.sums)]
+    return "\n".join(lines) + "\n"
+
+
+def _loads(spec: KernelSpec) -> list[str]:
+    """One element's weight, gradient and states."""
+    scale, l2 = spec.variable["inverse_divisor"], spec.variable["l2"]
+    lines = ["param = load_param(param_address, i)", f"raw_grad = load_grad(grad_address, i) * {scale}"]
+    lines += [f"grad = raw_grad + {l2} * param"]
+    for name in spec.rule.state:
+        value = f"load_{name}({name}_address, i)"
+        if name in spec.quantized:
+            value = f"codes_{spec.rule.compressible[name]}[{value}] * {name}_scale"
+        lines.append(f"{name}_old = {value}")
+    return lines
+
+
+def _update(spec: KernelSpec) -> list[str]:
+    """The rule's own arithmetic, and the cautious mask."""
+    if spec.purpose == "sums":
+        return [f"{', '.join(f'term_{name}' for name in spec.sums)}, = sums_update({spec.arguments})"]
+    results = ["delta", *(f"{name}_new" for name in spec.rule.state)]
+    lines = [f"{', '.join(results)}{'' if spec.rule.state else ','} = update({spec.arguments})"]
+    if spec.cautious:
+        mask = f"({spec.variable['mask_scale']} if delta * grad > zero else zero)"
+        lines.append(f"delta = delta * {mask}  # NaN stays NaN")
+    return lines
+
+
+def _stores(spec: KernelSpec) -> list[str]:
+    """New states and the new weight; a name then has the value as it was stored. Codes wait in a buffer."""
+    lines: list[str] = []
+    random = {name: f", noise(i, {name}_key)" for name in spec.rounded}
+    for name in spec.rule.state:
+        if name in spec.quantized:
+            lines.append(f"{name}_buffer[i - tile] = {name}_new")
+            lines.append(f"{name}_max = maximum(absolute({name}_new), {name}_max)")
+        else:
+            lines.append(f"{name}_new = store_{name}({name}_address, i, {name}_new{random.get(name, '')})")
+    initial = f", load_{INITIAL}({INITIAL}_address, i)" if INITIAL in spec.slots else ""
+    if "decay_sq" in spec.sums:
+        lines.append(f"decay_term = take_decay({spec.decay_arguments}{initial})")
+    change = f"apply_decay({spec.decay_arguments}{initial})"
+    if spec.kahan:
+        lines.append(f"pending = kahan_pending(load_kahan_comp(kahan_comp_address, i), {change})")
+        lines.append("after = store_param(param_address, i, param + pending)")
+        lines.append("store_kahan_comp(kahan_comp_address, i, kahan_rest(pending, after, param))")
+    else:
+        lines.append(f"after = store_param(param_address, i, param - {change}{random.get('param', '')})")
+    return lines
+
+
+def _sums(spec: KernelSpec) -> list[str]:
+    """What one element adds to each sum."""
+    if spec.purpose == "sums":
+        return [f"sum_{name} = add(sum_{name}, term_{name})" for name in spec.sums]
+    if spec.purpose == "agreement":
+        return ["sum_agreement = add(sum_agreement, one if delta * grad > zero else zero)"]
+    if spec.purpose == "moved_sq":
+        return ["moved = param - delta", "sum_moved_sq = add_product(sum_moved_sq, moved, moved)"]
+    lines: list[str] = []
+    for name in spec.sums:
+        lines.append(f"left, right = {spec.factors_call(name, _CONSTANTS)}")
+        lines.append(f"sum_{name} = add_product(sum_{name}, left, right)")
+    return lines
+
+
+def _in_tiles(spec: KernelSpec, body: list[str]) -> list[str]:
+    """``body`` over the tiles that share a scale; each tile's codes are written when its largest value is known."""
+    inner = [f"{name}_scale = load_{name}_scale({name}_scale_address, tile // {BLOCK})" for name in spec.quantized]
+    inner += [f"{name}_max = zero" for name in spec.quantized]
+    inner += _elements("tile", BLOCK, body)
+    for name in spec.quantized if spec.writes else ():
+        sign = spec.rule.compressible[name]
+        value = f"{name}_buffer[i - tile], {name}_max, noise(i, {name}_key)"
+        code = f"encode_{sign}({value}, codes_{sign}, guesses_{sign})"
+        inner += [f"{name}_max += {name}_max * zero  # NaN if not finite"]
+        inner += [f"store_{name}_scale({name}_scale_address, tile // {BLOCK}, {name}_max)"]
+        inner += _elements("tile", BLOCK, [f"store_{name}({name}_address, i, {code})"])
+    return [f"for tile in range(chunk, min(chunk + {CHUNK}, end), {BLOCK}):", *_indented(4, inner)]
+
+
+def _elements(first: str, count: int, body: list[str]) -> list[str]:
+    return [f"for i in range({first}, min({first} + {count}, end)):", *_indented(4, body)]
+
+
+def _indented(by: int, lines: Iterable[str]) -> list[str]:
+    return [" " * by + line for line in lines]

@@ -61,7 +61,7 @@ class Contributor(L.Callback):
         """Numbers about the run that the host knows, for a monitor to show as ``optim_health/<name>``."""
         return {}
 
-    def tells_skips(self, trainer: L.Trainer) -> bool:
+    def writes_skip_count(self, trainer: L.Trainer) -> bool:
         """Whether it writes ``optim_health/skipped_steps`` at this step, so that nobody else has to."""
         return False
 

@@ -237,9 +237,9 @@ class Hub(Hears):
         """What all members know of the run's health, by name."""
         return {name: value for member in self.members for name, value in member.health_points().items()}
 
-    def skips_are_told(self) -> bool:
+    def skip_count_written(self) -> bool:
         """Whether one of the members writes ``optim_health/skipped_steps`` at this step."""
-        return any(member.tells_skips(self.trainer) for member in self.members)
+        return any(member.writes_skip_count(self.trainer) for member in self.members)
 
     def counts(self) -> list[StepCounts]:
         """The counts of each optimizer."""

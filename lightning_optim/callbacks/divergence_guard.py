@@ -11,9 +11,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_optim.callbacks._guard.guarded import Guarded
-from lightning_optim.callbacks._guard.places import Place, Places
+from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._guard.snapshots import RunSnapshots
+from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocation
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step, plain_name
 from lightning_optim.core.stats import StepRecord
@@ -22,17 +22,17 @@ from lightning_optim.divergence import (
     SIGNALS,
     Alarm,
     Detector,
-    Health,
+    DivergenceJudge,
+    DivergenceReport,
     HealthLimits,
-    Judge,
     Ladder,
     LRCut,
-    Report,
+    ParameterHealth,
     Rollback,
     SlowDivergence,
     Spikes,
     SpikeWindow,
-    Watch,
+    StepGuard,
 )
 from lightning_optim.divergence.report import Entry
 from lightning_optim.step import StepPipeline
@@ -106,9 +106,9 @@ class DivergenceGuard(HubCallback):
         self._report_dir, self._save_batches = report_dir, save_batches
         self.extra_detectors = tuple(_detector(given) for given in detectors)
         self.ladder = Ladder(lr_cut, rollback, stop, cooldown)
-        self.report = Report()
+        self.report = DivergenceReport()
         self._skipped = 0
-        self._guarded: list[Guarded] = []
+        self._guarded: list[GuardedOptimizer] = []
         self._snapshots: RunSnapshots | None = None
         self._loss: Tensor | None = None
         self._restored: dict[str, Any] = {}
@@ -137,11 +137,11 @@ class DivergenceGuard(HubCallback):
         return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0)}
 
     def detectors(self) -> Sequence[Detector]:
-        """One `Watch` for each optimizer, with detectors of its own."""
+        """One `StepGuard` for each optimizer, with detectors of its own."""
         spikes = self.spikes
         window: SpikeWindow | None = None if spikes is None else spikes.window_of(len(SIGNALS))
         skip = SIGNALS if spikes is not None and spikes.skip else ()
-        return (Watch(window, skip, self._take_loss, detectors=copy.deepcopy(self.extra_detectors)),)
+        return (StepGuard(window, skip, self._take_loss, detectors=copy.deepcopy(self.extra_detectors)),)
 
     def report_due(self, trainer: L.Trainer) -> bool:
         """When Lightning logs."""
@@ -149,7 +149,7 @@ class DivergenceGuard(HubCallback):
 
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
         """Has a look at each parameter, without waiting for it."""
-        self._guarded[optimizer_index].look(record)
+        self._guarded[optimizer_index].inspect(record)
 
     # The fit.
 
@@ -165,12 +165,15 @@ class DivergenceGuard(HubCallback):
         if self.rollback is not None:
             self._snapshots = RunSnapshots(self.rollback, trainer, pl_module, self.hub, self._guarded)
 
-    def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> Guarded:
+    def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> GuardedOptimizer:
         names: dict[Tensor, str] = {param: plain_name(name) for name, param in pl_module.named_parameters()}
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, Watch))
-        judge, places = Judge(SlowDivergence(), self._patience, scaled), Places(watch.steps, self._save_batches)
-        return Guarded(pipeline.optimizer, watch, judge, Health(self.health), names, places)
+        (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, StepGuard))
+        judge, places = (
+            DivergenceJudge(SlowDivergence(), self._patience, scaled),
+            StepBatches(watch.steps, self._save_batches),
+        )
+        return GuardedOptimizer(pipeline.optimizer, watch, judge, ParameterHealth(self.health), names, places)
 
     def _take_up(self) -> None:
         """Goes on from what a checkpoint had."""
@@ -220,16 +223,16 @@ class DivergenceGuard(HubCallback):
         stepped = [guarded.places.note(*where, guarded.watch.steps) for guarded in self._guarded]
         skipped_before, self._skipped = self._skipped, self._count()
         alarms = self._new_alarms()
-        if self._skipped > skipped_before and not self.hub.skips_are_told():
+        if self._skipped > skipped_before and not self.hub.skip_count_written():
             for logger in trainer.loggers:
                 logger.log_metrics({"optim_health/skipped_steps": float(self._skipped)}, step)
         snapshots = self._snapshots
         if snapshots is not None:
-            snapshots.seen(step, [alarm for alarm, _ in alarms])
+            snapshots.observe(step, [alarm for alarm, _ in alarms])
         if escalating := [(alarm, place) for alarm, place in alarms if alarm.escalates]:
             self._escalate(trainer, *escalating[0])
         elif snapshots is not None and any(stepped) and not alarms:
-            snapshots.stepped(step)
+            snapshots.capture_if_due(step)
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judges what was still on its way, and writes the report if there is anything to tell."""
@@ -250,7 +253,7 @@ class DivergenceGuard(HubCallback):
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
         if self._guarded:
             for guarded in self._guarded:
-                guarded.forget_what_is_on_its_way()
+                guarded.discard_pending()
             self._take_up()
 
     def _at_close(self) -> None:
@@ -278,7 +281,7 @@ class DivergenceGuard(HubCallback):
     def _count(self) -> int:
         return sum(counts.skipped for counts in self.hub.counts())
 
-    def _new_alarms(self, everything: bool = False) -> list[tuple[Alarm, Place]]:
+    def _new_alarms(self, everything: bool = False) -> list[tuple[Alarm, StepLocation]]:
         found = []
         for index, guarded in enumerate(self._guarded):
             for seen in guarded.watch.read(everything):
@@ -286,23 +289,23 @@ class DivergenceGuard(HubCallback):
                 self.report.see(place.step, index, seen)
                 for alarm in guarded.judge.update(seen, guarded.names):
                     found.append((alarm, place))
-                    self._tell(alarm, place, index, seen.skipped)
-            for alarm in guarded.looked(everything):
+                    self._notify(alarm, place, index, seen.skipped)
+            for alarm in guarded.inspected(everything):
                 place = guarded.places.of(alarm.step)
-                self._tell(alarm, place, index, False)
+                self._notify(alarm, place, index, False)
                 if alarm.escalates:  # others hurt nobody yet
                     found.append((alarm, place))
         self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
         return found
 
-    def _tell(self, alarm: Alarm, place: Place, index: int, was_skipped: bool) -> None:
+    def _notify(self, alarm: Alarm, place: StepLocation, index: int, was_skipped: bool) -> None:
         self.report.add(Entry(place.step, place.epoch, place.batches, index, alarm.kind, alarm.text, list(alarm.names)))
         skipped = f" skipped: {alarm.text} ({self._skipped} skipped so far)." if was_skipped else f": {alarm.text}."
         rank_zero_warn(f"Step {place.step}{skipped}")
         if was_skipped:
             self._save_samples(place)
 
-    def _save_samples(self, place: Place) -> None:
+    def _save_samples(self, place: StepLocation) -> None:
         """Saves the batches of a step, unless there are enough."""
         if place.samples and self._files < _MOST_FILES:
             self._files += 1
@@ -312,7 +315,7 @@ class DivergenceGuard(HubCallback):
 
     # What is done.
 
-    def _escalate(self, trainer: L.Trainer, alarm: Alarm, place: Place) -> None:
+    def _escalate(self, trainer: L.Trainer, alarm: Alarm, place: StepLocation) -> None:
         step = logging_step(trainer)
         back_to = None if self._snapshots is None else self._snapshots.back_to
         action = self.ladder.act(step, can_roll_back=back_to is not None, lost=alarm.lost)
@@ -339,7 +342,7 @@ class DivergenceGuard(HubCallback):
     def _roll_back(self) -> str:
         assert self._snapshots is not None
         assert self.rollback is not None
-        times = self._snapshots.go_back()
+        times = self._snapshots.restore()
         self._skipped = self._count()
         factor = self.rollback.lr_factor**times
         if factor == 1:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, put, take, whole
+from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, gather, scatter, whole
 from lightning_optim.core.stats import GradStats
 
 
@@ -67,7 +67,7 @@ class AdaGC(ClipRule):
         """The divisor of each tensor, shape [tensors]."""
         norms = stats.norm_sq.sqrt()
         together = (stats.total_norm() / (self.max_norm * limit)).clamp(min=1.0)
-        own = (norms / (self.ratio * limit * take(state["gamma"], stats))).clamp(min=1.0)
+        own = (norms / (self.ratio * limit * gather(state["gamma"], stats))).clamp(min=1.0)
         return torch.where(state["steps"] < self.warmup, together.expand_as(own), own)
 
     def updated(self, stats: GradStats, state: State, clip: Clip) -> dict[str, Tensor]:
@@ -75,14 +75,14 @@ class AdaGC(ClipRule):
         assert isinstance(clip, Divisor)
         norms = stats.norm_sq.sqrt()
         clipped = norms / clip.values
-        gamma = take(state["gamma"], stats)
+        gamma = gather(state["gamma"], stats)
         warming = state["steps"] < self.warmup
         average = torch.where(gamma.isinf(), clipped, self.beta * gamma + (1 - self.beta) * clipped)
         new = torch.where(warming, torch.minimum(gamma, clipped), average)
-        flags = torch.where((clip.values > 1) & ~warming, take(state["flags"], stats) + 1, 0)
+        flags = torch.where((clip.values > 1) & ~warming, gather(state["flags"], stats) + 1, 0)
         if self.patience is not None:
             moved = flags >= self.patience
             new, flags = torch.where(moved, norms, new), torch.where(moved, 0, flags)
         # A gradient of zeros says nothing about the level: γ would be 0, and the tensor would be held at 0.
         new = torch.where(norms > 0, new, gamma)
-        return {"gamma": put(state["gamma"], stats, new), "flags": put(state["flags"], stats, flags)}
+        return {"gamma": scatter(state["gamma"], stats, new), "flags": scatter(state["flags"], stats, flags)}

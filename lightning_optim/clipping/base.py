@@ -178,12 +178,12 @@ class Clamp(Clip):
             grad.clamp_(-limit, limit)  # type: ignore[arg-type] # numbers and tensors alike, which the stubs deny
 
 
-def take(values: Tensor, stats: GradStats) -> Tensor:
+def gather(values: Tensor, stats: GradStats) -> Tensor:
     """Of state with one value for each parameter, that of the tensors which have a gradient."""
     return values if stats.places is None else values[stats.places]
 
 
-def put(values: Tensor, stats: GradStats, new: Tensor) -> Tensor:
+def scatter(values: Tensor, stats: GradStats, new: Tensor) -> Tensor:
     """The same with new values for those."""
     new = new.to(values.dtype)
     return new if stats.places is None else values.scatter(0, stats.places, new)

@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, State, above_zero, put, take, whole
+from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, State, above_zero, gather, scatter, whole
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
 
@@ -30,13 +30,13 @@ class _Released(ClipRule):
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
         """The divisor of each tensor, shape [tensors]."""
-        return torch.where(take(state["flags"], stats) < self.patience, self.divisors(stats, state, limit), 1.0)
+        return torch.where(gather(state["flags"], stats) < self.patience, self.divisors(stats, state, limit), 1.0)
 
     def updated(self, stats: GradStats, state: State, clip: Clip) -> dict[str, Tensor]:
         """Counts on where a tensor is above its limit, and starts again where not."""
         above = self.divisors(stats, state, 1.0) > 1
-        flags = torch.where(above, take(state["flags"], stats) + 1, 0).clamp(max=self.patience)
-        return {"flags": put(state["flags"], stats, flags)}
+        flags = torch.where(above, gather(state["flags"], stats) + 1, 0).clamp(max=self.patience)
+        return {"flags": scatter(state["flags"], stats, flags)}
 
 
 class MomentumRatio(_Released):

@@ -62,7 +62,7 @@ class HealthLimits:
     along: float = 0.4
 
 
-class Health:
+class ParameterHealth:
     """Looks at the parameters of one optimizer.
 
     A parameter or group is told of once, and again only after it has been well in between.

@@ -8,13 +8,13 @@ from typing import Any
 
 from lightning_optim.divergence.alarms import Alarm, alarm
 from lightning_optim.divergence.trend import SUSTAINED, SlowDivergence
-from lightning_optim.divergence.watch import StepSeen
+from lightning_optim.divergence.watch import StepObservation
 
 _DATA = 40
 """For so many steps after it has turned out to be the data, a jump is theirs: a new level takes 16 flags."""
 
 
-class Judge:
+class DivergenceJudge:
     """Judges the steps of one optimizer, in order.
 
     After a rollback the first loss tells whether it was the weights: if it is as high with those of the snapshot, it is
@@ -48,7 +48,7 @@ class Judge:
         """Overflows of the GradScaler so far."""
         return self._counts["overflows"]
 
-    def update(self, seen: StepSeen, names: Mapping[int, str]) -> list[Alarm]:
+    def update(self, seen: StepObservation, names: Mapping[int, str]) -> list[Alarm]:
         """Takes in a step.
 
         Args:
@@ -68,7 +68,7 @@ class Judge:
             counts["bad_in_a_row"] = 0
         return found + self._finite(seen, worst)
 
-    def _overflow(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
+    def _overflow(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         counts = self._counts
         counts["overflows"] += 1
         counts["overflows_in_a_row"] += 1
@@ -78,7 +78,7 @@ class Judge:
         text = f"{row} overflows in a row, in {_listed(worst[: seen.bad_tensors])}: the loss scale has collapsed"
         return [alarm("loss_scale_collapse", seen.step, text, worst[: seen.bad_tensors])]
 
-    def _nonfinite(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
+    def _nonfinite(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         counts = self._counts
         counts["bad_in_a_row"] += 1
         bad = worst[: seen.bad_tensors]
@@ -89,7 +89,7 @@ class Judge:
         text = f"{what}{where}" + (f", for {row} steps in a row" if lasts and row > 1 else "")
         return [alarm("nonfinite", seen.step, text, bad, escalates=lasts)]
 
-    def _detected(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
+    def _detected(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         """What detectors of the user's found; that many in a row are more than a bad batch, as for the others."""
         found = seen.detected
         if seen.skipped and not (found or seen.spikes):  # one that was put on the pipeline beside the watch
@@ -102,7 +102,7 @@ class Judge:
         lasting = f", for {row} steps in a row" if lasts and row > 1 else ""
         return [alarm("detected", seen.step, text + lasting, worst, escalates=lasts) for text in found]
 
-    def _finite(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
+    def _finite(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         alarms = []
         if self._counts["returned"] and self.trend is not None:
             self._counts["returned"] = 0
@@ -112,7 +112,7 @@ class Judge:
                 text = "the loss is as high with the weights of the snapshot: it is the data, and its level from now on"
                 alarms.append(alarm("new_level", seen.step, text))
         if seen.spikes:
-            high = " and ".join(f"{_SAID[s]} {seen.values[s]:.3g} against {seen.medians[s]:.3g}" for s in seen.spikes)
+            high = " and ".join(f"{_LABELS[s]} {seen.values[s]:.3g} against {seen.medians[s]:.3g}" for s in seen.spikes)
             alarms.append(alarm("spike", seen.step, f"{high}; the largest gradients are in {_listed(worst)}", worst))
         if self.trend is not None and not seen.skipped and self.trend.update(seen.values["loss"]):
             lost = self.trend.lost
@@ -120,13 +120,13 @@ class Judge:
             alarms.append(alarm("slow_divergence", seen.step, text, lost=lost))
         for signal, factor in seen.levels.items():
             jumped = factor >= SUSTAINED and not self._counts["data"]
-            text = f"{_SAID[signal]} stays {factor:.3g} times as high; that is its level from now on"
+            text = f"{_LABELS[signal]} stays {factor:.3g} times as high; that is its level from now on"
             alarms.append(alarm("jump" if jumped else "new_level", seen.step, text))
             if self.trend is not None and not jumped:
                 self.trend.rebase()
         return alarms
 
-    def look(self, found: Alarm) -> Alarm:
+    def assess(self, found: Alarm) -> Alarm:
         """Takes in what was seen of single parameters: a network that is mostly dead and has learned nothing is lost.
 
         Not without asking the loss: experts that get no token have no gradient either, nor do layers that are left out.
@@ -151,7 +151,7 @@ class Judge:
             self.trend.load_state_dict(state["trend"])
 
 
-_SAID = {"grad_norm": "gradient norm", "loss": "loss"}
+_LABELS = {"grad_norm": "gradient norm", "loss": "loss"}
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_optim.divergence.alarms import ALARM_KINDS
-from lightning_optim.divergence.watch import StepSeen
+from lightning_optim.divergence.watch import StepObservation
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Entry:
     names: list[str] = field(default_factory=list)
 
 
-class Report:
+class DivergenceReport:
     """Collects what was seen and done, and writes it down.
 
     Args:
@@ -44,7 +44,7 @@ class Report:
         most: How many entries are kept; the first ones, which tell how it began, and the last.
 
     Example:
-        >>> report = Report()
+        >>> report = DivergenceReport()
         >>> report.add(Entry(3, 0, [3], 0, "nonfinite", "its loss is not finite"))
         >>> "| 3 | 0 | 3 | nonfinite | its loss is not finite |" in report.markdown()
         True
@@ -54,9 +54,9 @@ class Report:
         self.entries: list[Entry] = []
         self._left_out = 0
         self._most = most
-        self._steps: deque[tuple[int, int, StepSeen]] = deque(maxlen=keep)
+        self._steps: deque[tuple[int, int, StepObservation]] = deque(maxlen=keep)
 
-    def see(self, step: int, optimizer: int, seen: StepSeen) -> None:
+    def see(self, step: int, optimizer: int, seen: StepObservation) -> None:
         """Remembers a step."""
         self._steps.append((step, optimizer, seen))
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_optim.core.sharding import local
 from lightning_optim.divergence.memory import check_memory
 
-_DOUBT = 16
+_SUSPECT_STEPS = 16
 """For so many steps after a skipped one no snapshot is called good: flags in a row are a new level after so many."""
 
 
@@ -27,7 +27,7 @@ class Part(Protocol):
     def live(self) -> Any:
         """Its present state: nested containers with the tensors themselves, not copies."""
 
-    def put_back(self, saved: Any) -> None:
+    def restore(self, saved: Any) -> None:
         """Goes back to a state of that form, copying out of it."""
 
 
@@ -46,7 +46,7 @@ class Tensors:
         found = {id(t): t for m in self._modules() for t in (*m.parameters(), *m.buffers())}
         return [local(tensor.detach()) for tensor in found.values()]
 
-    def put_back(self, saved: list[Tensor]) -> None:
+    def restore(self, saved: list[Tensor]) -> None:
         """In place, so that whoever holds the tensors need not know."""
         for tensor, value in zip(self.live(), saved, strict=True):
             tensor.copy_(value)
@@ -69,7 +69,7 @@ class OptimizerState:
             "groups": [_without_params(group) for group in self._optimizer.param_groups],
         }
 
-    def put_back(self, saved: Mapping[str, Any]) -> None:
+    def restore(self, saved: Mapping[str, Any]) -> None:
         """In place where there is a tensor of that size; what was not there then is dropped."""
         state = self._optimizer.state
         for param, then in zip(self._params(), saved["state"], strict=False):
@@ -111,7 +111,7 @@ class StateDict:
         """The state dict."""
         return self._get()
 
-    def put_back(self, saved: Any) -> None:
+    def restore(self, saved: Any) -> None:
         """A copy is handed over: some go on writing into what they are given."""
         self._load(copy.deepcopy(saved))
 
@@ -135,10 +135,10 @@ class Snapshot:
         >>> weight = nn.Linear(1, 1, bias=False)
         >>> parts = [Tensors(lambda: [weight])]
         >>> snapshot = Snapshot("cpu")
-        >>> snapshot.take(parts, step=0)
+        >>> snapshot.capture(parts, step=0)
         >>> before = weight.weight.item()
         >>> _ = weight.weight.data.zero_()
-        >>> snapshot.put_back(parts)
+        >>> snapshot.restore(parts)
         >>> weight.weight.item() == before
         True
     """
@@ -154,7 +154,7 @@ class Snapshot:
         self.step = -1
         self.returns = 0
 
-    def take(self, parts: Iterable[Part], step: int) -> None:
+    def capture(self, parts: Iterable[Part], step: int) -> None:
         """Copies the state of ``parts`` as it is now; ``step`` is kept beside it."""
         self._wait()
         self.step, self.returns = step, 0
@@ -165,13 +165,13 @@ class Snapshot:
         if self._memory == "disk":
             self._write()
 
-    def put_back(self, parts: Iterable[Part]) -> None:
+    def restore(self, parts: Iterable[Part]) -> None:
         """Brings all parts back to that moment; more than once gives the same each time, and is counted."""
         self._wait()
         self.returns += 1
         saved = self._saved if self._file is None else torch.load(self._file, weights_only=False)
         for part, then in zip(parts, saved, strict=True):
-            part.put_back(then)
+            part.restore(then)
 
     @property
     def nbytes(self) -> int:
@@ -238,35 +238,35 @@ class SnapshotPair:
         self._good = Snapshot(memory, folder)
         self._candidate = Snapshot(memory, folder)
         self._waits = False
-        self._doubted = -1
+        self._suspect_at = -1
 
     @property
     def good(self) -> Snapshot | None:
         """Where one can go back to."""
         return self._good if self._good.step >= 0 else None
 
-    def first(self, parts: Iterable[Part], step: int) -> None:
+    def capture_first(self, parts: Iterable[Part], step: int) -> None:
         """The state that a run starts from is good without proof."""
-        self._good.take(parts, step)
+        self._good.capture(parts, step)
 
-    def take(self, parts: Iterable[Part], step: int) -> None:
+    def capture(self, parts: Iterable[Part], step: int) -> None:
         """A new candidate, unless the last one still waits."""
         if not self._waits:
-            self._candidate.take(parts, step)
+            self._candidate.capture(parts, step)
             self._waits = True
 
-    def passed(self, step: int) -> None:
+    def confirm(self, step: int) -> None:
         """Nothing was wrong up to ``step``."""
-        due = max(self._candidate.step + self._clean, self._doubted + min(self._clean, _DOUBT))
+        due = max(self._candidate.step + self._clean, self._suspect_at + min(self._clean, _SUSPECT_STEPS))
         if self._waits and step >= due:
             self._good, self._candidate = self._candidate, self._good
             self._waits = False
 
-    def doubt(self, step: int) -> None:
+    def mark_suspect(self, step: int) -> None:
         """A step was skipped at ``step``, which does no harm, but may be the first of many: that shows soon."""
-        self._doubted = step
+        self._suspect_at = step
 
-    def trouble(self) -> None:
+    def discard(self) -> None:
         """What is not proved yet never will be."""
         self._waits = False
 

@@ -1,4 +1,4 @@
-"""The part of the guard that has to know before the update: what is wrong with this step, and must it be skipped."""
+"""The guard of one step, before its update: what is wrong with the gradients and the loss, and whether to skip."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
-from lightning_optim.divergence.rows import Rows
 from lightning_optim.divergence.spikes import SpikeWindow
+from lightning_optim.divergence.step_log import StepLog
 
 SIGNALS = ("grad_norm", "loss")
 """What spikes are looked for in."""
@@ -24,7 +24,7 @@ _NAMED = 4
 
 
 @dataclass(frozen=True)
-class StepSeen:
+class StepObservation:
     """One step, as the watch saw it.
 
     Args:
@@ -55,13 +55,13 @@ class StepSeen:
     group_norms: tuple[float, ...]
 
 
-class Watch(NonFiniteGradient):
-    """Looks at loss and gradients of every step of one optimizer, says skip, and writes down what it saw.
+class StepGuard(NonFiniteGradient):
+    """Detector of one optimizer: inspects the loss and gradients of each step, requests a skip, and logs the step.
 
-    A step is skipped if a gradient or the loss is not finite and, if asked for, if the gradient norm or the loss stands
-    out. On the device that is a comparison with a few numbers; what they follow from is kept on the host, which learns
-    of each step as `Rows` says and never waits for it. All ranks see the same gradients, and learn of them at the same
-    step; the loss has to be reduced by who hands it over.
+    A step is skipped if a gradient or the loss is not finite and, where ``skip`` asks for it, if the gradient norm or
+    the loss is a spike. On the device that is a comparison with a few limits. The statistics that the limits follow
+    from are kept on the host, which reads each step from a `StepLog` and never waits for it. All ranks see the same
+    gradients, and read them at the same step; the caller reduces the loss over ranks.
 
     Args:
         spikes: When a value stands out; None to look for no spikes.
@@ -74,7 +74,7 @@ class Watch(NonFiniteGradient):
         alive: Which tensors had a gradient other than 0 at the first step; nothing before the host knows.
 
     Example:
-        >>> watch = Watch()
+        >>> watch = StepGuard()
         >>> watch(GradStats(torch.tensor([1.0, float("inf")]), group_sizes=(2,)))
         tensor(True)
         >>> watch.commit(torch.tensor(1.0))
@@ -88,19 +88,19 @@ class Watch(NonFiniteGradient):
         spikes: SpikeWindow | None = None,
         skip: tuple[str, ...] = SIGNALS,
         loss: Callable[[], Tensor | None] = lambda: None,
-        rows: Rows | None = None,
+        rows: StepLog | None = None,
         detectors: Sequence[Detector] = (),
     ) -> None:
         self.spikes = spikes
         self._skips = [signal in skip for signal in SIGNALS]
         self._loss = loss
-        self.rows = rows or Rows()
+        self.rows = rows or StepLog()
         self.detectors = tuple(detectors)
         self.alive: tuple[bool, ...] = ()
         self._steps = 0
         self._now: tuple[list[Tensor], _Layout] | None = None
         self._layouts: dict[int, _Layout] = {}
-        self._seen: list[StepSeen] = []
+        self._seen: list[StepObservation] = []
         self._limits: tuple[list[list[float]], Tensor] | None = None
 
     @property
@@ -147,16 +147,16 @@ class Watch(NonFiniteGradient):
         self.rows.write(self._steps, row)
         self._learn()
 
-    def read(self, everything: bool = False) -> list[StepSeen]:
-        """The steps that nobody has heard of yet; see `Rows.read`."""
+    def read(self, everything: bool = False) -> list[StepObservation]:
+        """The steps that nobody has heard of yet; see `StepLog.read`."""
         if everything:
             self._learn(everything)
         seen, self._seen = self._seen, []
         return seen
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Forgets what nobody has heard of yet."""
-        self.rows.drop()
+        self.rows.discard()
         self._layouts.clear()
         self._seen.clear()
 
@@ -194,7 +194,7 @@ class Watch(NonFiniteGradient):
             layout = self._layouts.pop(row.step)
             self._seen.append(self._step_of(row.step, row.values, layout))
 
-    def _step_of(self, step: int, row: np.ndarray, layout: _Layout) -> StepSeen:
+    def _step_of(self, step: int, row: np.ndarray, layout: _Layout) -> StepObservation:
         count = len(SIGNALS)
         skipped, values, rest = bool(row[0]), row[1 : 1 + count].tolist(), row[1 + count :]
         flags = [bool(flag) and math.isfinite(value) for flag, value in zip(rest[:count], values, strict=True)]
@@ -210,7 +210,7 @@ class Watch(NonFiniteGradient):
             medians = self.spikes.medians
             levels = self.spikes.update(values, flags, not skipped, behind=len(self.rows))
         wrong = skipped or bad_loss or any(flags) or bool(detected) or bool(bad.any())
-        return StepSeen(
+        return StepObservation(
             step=step,
             skipped=skipped,
             bad_tensors=int(bad.sum()),

@@ -38,7 +38,7 @@ class StepSkipped(Exception):  # noqa: N818 - control flow, not an error
         self.loss = loss
 
 
-class Operands(ABC):
+class StepOperands(ABC):
     """Hands one step's clipping and skip flag to an optimizer."""
 
     skips_for_free: bool
@@ -62,7 +62,7 @@ class Operands(ABC):
         """Undoes what was done to the optimizer."""
 
 
-def operands_for(optimizer: Optimizer, may_skip: bool) -> Operands:
+def operands_for(optimizer: Optimizer, may_skip: bool) -> StepOperands:
     """The cheapest exact way for this optimizer.
 
     Args:
@@ -74,8 +74,8 @@ def operands_for(optimizer: Optimizer, may_skip: bool) -> Operands:
     return AroundStep(optimizer, may_skip)
 
 
-class InKernel(Operands):
-    """Operands of the optimizer's own kernel: no pass over memory, no synchronisation."""
+class InKernel(StepOperands):
+    """StepOperands of the optimizer's own kernel: no pass over memory, no synchronisation."""
 
     skips_for_free = True
 
@@ -110,7 +110,7 @@ class InKernel(Operands):
         self._found = None
 
 
-class AroundStep(Operands):
+class AroundStep(StepOperands):
     """For optimizers without operands: gradients scaled in place, and ``step`` left out to skip.
 
     Leaving out the call is exact whatever the optimizer keeps count of, but the host has to know the flag: free on the

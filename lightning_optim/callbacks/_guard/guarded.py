@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks._guard.places import Places
+from lightning_optim.callbacks._guard.step_batches import StepBatches
 from lightning_optim.core.stats import StepRecord
-from lightning_optim.divergence import Alarm, Health, Judge, RateCut, Rows, Watch
+from lightning_optim.divergence import Alarm, DivergenceJudge, LRCutter, ParameterHealth, StepGuard, StepLog
 from lightning_optim.step.gradients import names_of
 
 
-class Guarded:
+class GuardedOptimizer:
     """What belongs to one optimizer.
 
     Args:
@@ -29,21 +29,21 @@ class Guarded:
     def __init__(
         self,
         optimizer: Optimizer,
-        watch: Watch,
-        judge: Judge,
-        health: Health,
+        watch: StepGuard,
+        judge: DivergenceJudge,
+        health: ParameterHealth,
         names: Mapping[Tensor, str],
-        places: Places,
+        places: StepBatches,
     ) -> None:
         self.optimizer, self.watch, self.judge, self.health = optimizer, watch, judge, health
         self.places = places
-        self.cut = RateCut(optimizer)
+        self.cut = LRCutter(optimizer)
         found = [name for group in optimizer.param_groups for name in names_of(group, names)]
         self.names = {place: name for place, name in enumerate(found) if name is not None}
-        self._looks = Rows()
-        self._about: dict[int, tuple[Any, ...]] = {}
+        self._reports = StepLog()
+        self._context: dict[int, tuple[Any, ...]] = {}
 
-    def look(self, record: StepRecord) -> None:
+    def inspect(self, record: StepRecord) -> None:
         """Sends off what tells how each parameter is, and notes what the host knows of it."""
         names, without, place = [], [], 0
         for group in self.optimizer.param_groups:
@@ -58,30 +58,30 @@ class Guarded:
         groups = list(zip(record.group_names, rates, record.grad.group_sizes, strict=True))
         if len(names) != len(record.update.numel):  # flat shards, of which this rank may hold nothing
             return
-        self._about[record.steps] = (names, record.update.numel, groups, without)
-        self._looks.write(record.steps, record.per_tensor().reshape(-1))
+        self._context[record.steps] = (names, record.update.numel, groups, without)
+        self._reports.write(record.steps, record.per_tensor().reshape(-1))
 
-    def looked(self, everything: bool) -> list[Alarm]:
+    def inspected(self, everything: bool) -> list[Alarm]:
         """What has come of it, once it is known."""
-        rows = self._looks.read(everything)
+        rows = self._reports.read(everything)
         alarms = []
         for row in rows:
-            names, numel, groups, without = self._about.pop(row.step)
+            names, numel, groups, without = self._context.pop(row.step)
             numbers = row.values.tolist()
             alarms += self.health.update(row.step, numbers, names, numel, groups, without, self.watch.alive)
-        return [self.judge.look(alarm) for alarm in alarms]
+        return [self.judge.assess(alarm) for alarm in alarms]
 
     def rolled_back(self) -> None:
         """Forgets what was on its way and what belonged to weights that are gone."""
-        self.forget_what_is_on_its_way()
+        self.discard_pending()
         self.judge.rolled_back()
         self.health.rolled_back()
 
-    def forget_what_is_on_its_way(self) -> None:
+    def discard_pending(self) -> None:
         """Of steps that do not count any more."""
-        self.watch.drop()
-        self._looks.drop()
-        self._about.clear()
+        self.watch.discard()
+        self._reports.discard()
+        self._context.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors."""

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_optim.callbacks._guard.guarded import Guarded
+from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._hub import Hub
 from lightning_optim.callbacks._lightning import averaged_models, logging_step
 from lightning_optim.core.sizes import format_bytes
@@ -37,12 +37,17 @@ class RunSnapshots:
     """
 
     def __init__(
-        self, config: Rollback, trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[Guarded]
+        self,
+        config: Rollback,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        hub: Hub,
+        guarded: Sequence[GuardedOptimizer],
     ) -> None:
         self._hub, self._guarded, self._every = hub, guarded, config.every
         self._parts = _parts(trainer, pl_module, hub, guarded)
         self._pair = SnapshotPair(_memory_for(config.memory, self._parts, trainer), config.clean)
-        self._pair.first(self._parts, logging_step(trainer))
+        self._pair.capture_first(self._parts, logging_step(trainer))
 
     @property
     def back_to(self) -> int | None:
@@ -50,21 +55,21 @@ class RunSnapshots:
         good = self._pair.good
         return None if good is None else good.step
 
-    def seen(self, step: int, alarms: Sequence[Alarm]) -> None:
+    def observe(self, step: int, alarms: Sequence[Alarm]) -> None:
         """Says what was wrong up to a step: what is not proved by then never will be."""
         if any(not alarm.skip_mends for alarm in alarms):
-            self._pair.trouble()
+            self._pair.discard()
         elif alarms:
-            self._pair.doubt(step)
+            self._pair.mark_suspect(step)
         else:
-            self._pair.passed(step)
+            self._pair.confirm(step)
 
-    def stepped(self, step: int) -> None:
+    def capture_if_due(self, step: int) -> None:
         """Takes one if it is time. Called after a step at which nothing was wrong."""
         if (step + 1) % self._every == 0:
-            self._pair.take(self._parts, step)
+            self._pair.capture(self._parts, step)
 
-    def go_back(self) -> int:
+    def restore(self) -> int:
         """Puts everything back to the last good one, and has schedules and judges know of it.
 
         Returns:
@@ -74,8 +79,8 @@ class RunSnapshots:
         assert good is not None
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # skips that are still on their way belong to before
-        good.put_back(self._parts)
-        self._pair.trouble()
+        good.restore(self._parts)
+        self._pair.discard()
         self._hub.hold_schedules()
         for guarded in self._guarded:
             guarded.rolled_back()
@@ -110,7 +115,9 @@ def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
     return "disk"
 
 
-def _parts(trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[Guarded]) -> list[Part]:
+def _parts(
+    trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[GuardedOptimizer]
+) -> list[Part]:
     """All that a rollback brings back. The position in the data is not among it, nor the count of steps."""
     precision = trainer.precision_plugin
     baselines = [own for g in guarded for own in (g.watch.spikes, g.judge.trend) if own is not None]

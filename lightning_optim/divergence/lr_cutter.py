@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_optim.core.uncompiled import uncompiled
 
 
-class RateCut:
+class LRCutter:
     """Multiplies an optimizer's learning rates by a factor in each step, and puts them back after it.
 
     So it goes with every schedule, also with torch's, which compute the next rate from the last. A cut stays for
@@ -24,7 +24,7 @@ class RateCut:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.zeros(1))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
-        >>> cut = RateCut(optimizer)
+        >>> cut = LRCutter(optimizer)
         >>> cut.start(0.5, hold=1, recover=0)
         >>> for _ in range(2):
         ...     cut.advance()
@@ -44,7 +44,7 @@ class RateCut:
         self._kept: list[Any] = []
         self._handles = [
             optimizer.register_step_pre_hook(uncompiled(lambda *_: self._cut())),
-            optimizer.register_step_post_hook(uncompiled(lambda *_: self._put_back())),
+            optimizer.register_step_post_hook(uncompiled(lambda *_: self._restore())),
         ]
 
     @property
@@ -67,7 +67,7 @@ class RateCut:
 
     def close(self) -> None:
         """Leaves the optimizer as it was."""
-        self._put_back()
+        self._restore()
         while self._handles:
             self._handles.pop().remove()
 
@@ -95,7 +95,7 @@ class RateCut:
         return float(self._factor ** (1 - (over + 1) / (self._recover + 1)))
 
     def _cut(self) -> None:
-        self._put_back()  # the last update may have been interrupted
+        self._restore()  # the last update may have been interrupted
         factor = self.factor
         if factor == 1.0:
             return
@@ -107,7 +107,7 @@ class RateCut:
             else:
                 group["lr"] *= factor
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         kept, self._kept = self._kept, []
         for group, rate in zip(self._optimizer.param_groups, kept, strict=False):
             if isinstance(rate, Tensor):

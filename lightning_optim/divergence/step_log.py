@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Row:
+class LogRow:
     """One step as the host hears of it.
 
     Args:
@@ -23,8 +23,8 @@ class Row:
     values: np.ndarray
 
 
-class Rows:
-    """Rows in the order they were written, each as soon as it has been copied to the host.
+class StepLog:
+    """StepLog in the order they were written, each as soon as it has been copied to the host.
 
     On the CPU a row can be read at once. On an accelerator a row is copied into pinned memory behind what the device is
     doing, and given out ``lag`` steps later, on every rank at the same step, so that what the host does about it is
@@ -58,7 +58,7 @@ class Rows:
             values = host
         self._pending.append((step, values, arrived))
 
-    def read(self, everything: bool = False) -> list[Row]:
+    def read(self, everything: bool = False) -> list[LogRow]:
         """The rows whose time has come.
 
         Args:
@@ -72,10 +72,10 @@ class Rows:
             step, values, _ = self._pending.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            rows.append(Row(step, values.cpu().numpy()))
+            rows.append(LogRow(step, values.cpu().numpy()))
         return rows
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Forgets what has not been given out."""
         self._pending.clear()
 

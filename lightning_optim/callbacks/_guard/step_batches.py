@@ -10,7 +10,7 @@ _REMEMBERED = 64
 
 
 @dataclass
-class Place:
+class StepLocation:
     """Where a step was.
 
     Args:
@@ -26,7 +26,7 @@ class Place:
     samples: list[Any] = field(default_factory=list)
 
 
-class Places:
+class StepBatches:
     """Collects the batches of each step of one optimizer, and knows them again by the optimizer's number of the step.
 
     Args:
@@ -41,8 +41,8 @@ class Places:
     def restart(self, count: int) -> None:
         """Goes on from another number of steps."""
         self._count = count
-        self._of: dict[int, Place] = {}
-        self._collecting = Place()
+        self._of: dict[int, StepLocation] = {}
+        self._collecting = StepLocation()
 
     def note(self, step: int, epoch: int, index: int, batch: Any, count: int) -> bool:
         """Takes in a batch.
@@ -69,9 +69,9 @@ class Places:
             del self._of[old]
         for number in range(self._count + 1, count + 1):
             self._of[number] = place
-        self._count, self._collecting = count, Place()
+        self._count, self._collecting = count, StepLocation()
         return True
 
-    def of(self, count: int) -> Place:
+    def of(self, count: int) -> StepLocation:
         """Where the step of that number was; a step that no batch has ended with yet is where it is now."""
-        return self._of.get(count) or (self._collecting if count > self._count else Place())
+        return self._of.get(count) or (self._collecting if count > self._count else StepLocation())

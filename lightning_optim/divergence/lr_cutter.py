@@ -1,24 +1,24 @@
-"""The learning rate reduced for a while, whoever sets it."""
+"""A temporary cut of the learning rate, whatever schedule sets it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.core.stateful import Stateful
 from lightning_optim.core.uncompiled import uncompiled
 
 
-class LRCutter:
-    """Multiplies an optimizer's learning rates by a factor in each step, and puts them back after it.
+class LRCutter(Stateful):
+    """Factor on the learning rates of an optimizer, applied before each step and removed after it.
 
-    So it goes with every schedule, also with torch's, which compute the next rate from the last. A cut stays for
-    ``hold`` steps and returns over as many as ``recover``, by equal factors. Steps that are skipped count.
+    So it works with every schedule, including torch's, which compute the next rate from the last. A cut stays for
+    ``hold`` steps, and the rate returns over ``recover`` more, by equal factors. Skipped steps count.
 
     Args:
-        optimizer: The optimizer.
+        optimizer: The optimizer, of any package.
 
     Example:
         >>> import torch
@@ -35,6 +35,8 @@ class LRCutter:
         -1.5 1.0
     """
 
+    STATE = ("lasting", "factor", "hold", "recover", "age")
+
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._lasting = 1.0
@@ -49,42 +51,33 @@ class LRCutter:
 
     @property
     def factor(self) -> float:
-        """What rates are multiplied by at present."""
+        """The present factor on the learning rates."""
         return self._lasting * self._passing()
 
     def start(self, factor: float, hold: int, recover: int) -> None:
-        """Cuts by ``factor``, on top of what is left of the last cut."""
+        """Start a temporary cut, in addition to what is left of the last one.
+
+        Args:
+            factor: Factor on the learning rates.
+            hold: Number of steps at the reduced rate.
+            recover: Number of steps over which the rate then returns.
+        """
         self._factor = self._passing() * factor
         self._hold, self._recover, self._age = hold, recover, -1  # the coming step is number 0
 
     def lower(self, factor: float) -> None:
-        """Cuts for good."""
+        """Multiply the learning rates by ``factor`` permanently."""
         self._lasting *= factor
 
     def advance(self) -> None:
-        """Called before each step."""
+        """Count a step; call it before each one."""
         self._age += 1
 
     def close(self) -> None:
-        """Leaves the optimizer as it was."""
+        """Remove the hooks and restore the learning rates."""
         self._restore()
         while self._handles:
             self._handles.pop().remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {
-            "lasting": self._lasting,
-            "factor": self._factor,
-            "hold": self._hold,
-            "recover": self._recover,
-            "age": self._age,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
-        self._lasting, self._factor = state["lasting"], state["factor"]
-        self._hold, self._recover, self._age = state["hold"], state["recover"], state["age"]
 
     def _passing(self) -> float:
         over = max(self._age, 0) - self._hold

@@ -1,4 +1,4 @@
-"""Where each step of an optimizer was: at which step of the run, in which batches."""
+"""Where each optimizer step took place: at which step of the run, from which batches."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _REMEMBERED = 64
-"""Of so many steps it is known where they were; the host hears of a step at most 8 later."""
+"""Number of steps whose location is kept; the host learns of a step at most 8 steps later."""
 
 
 @dataclass
 class StepLocation:
-    """Where a step was.
+    """Where one optimizer step took place.
 
     Args:
-        step: On the loggers' axis; -1 if that is not known any more.
-        epoch: In which epoch.
-        batches: Which batches of it made up the step.
+        step: Its place on the loggers' axis; -1 if that is not known any more.
+        epoch: The epoch.
+        batches: Indices of the batches of the epoch that made up the step.
         samples: The batches themselves, if they are kept.
     """
 
@@ -27,10 +27,10 @@ class StepLocation:
 
 
 class StepBatches:
-    """Collects the batches of each step of one optimizer, and knows them again by the optimizer's number of the step.
+    """The batches of each of the last steps of one optimizer, by the optimizer's number of the step.
 
     Args:
-        count: Steps so far; not 0 in a run that goes on from a checkpoint.
+        count: Steps of the optimizer so far; not 0 in a resumed run.
         keep_samples: Whether to keep the batches themselves, to be saved.
     """
 
@@ -39,39 +39,39 @@ class StepBatches:
         self.restart(count)
 
     def restart(self, count: int) -> None:
-        """Goes on from another number of steps."""
+        """Forget all locations, and count from ``count``."""
         self._count = count
         self._of: dict[int, StepLocation] = {}
         self._collecting = StepLocation()
 
-    def note(self, step: int, epoch: int, index: int, batch: Any, count: int) -> bool:
-        """Takes in a batch.
+    def add(self, step: int, epoch: int, index: int, batch: Any, count: int) -> bool:
+        """Add a batch.
 
         Args:
             step: Present step on the loggers' axis.
             epoch: Present epoch.
-            index: Which batch of it.
+            index: Index of the batch in the epoch.
             batch: The batch.
             count: Steps of the optimizer so far: as many as before, if batches are accumulated; several more, if it
                 steps more than once per batch.
 
         Returns:
-            Whether there was a step since the last batch.
+            Whether the optimizer has stepped since the last batch.
         """
-        place = self._collecting
-        place.step, place.epoch = step, epoch
-        place.batches.append(index)
+        location = self._collecting
+        location.step, location.epoch = step, epoch
+        location.batches.append(index)
         if self._keep:
-            place.samples.append(batch)
+            location.samples.append(batch)
         if count == self._count:
             return False
         for old in [known for known in self._of if known <= self._count - _REMEMBERED]:
             del self._of[old]
         for number in range(self._count + 1, count + 1):
-            self._of[number] = place
+            self._of[number] = location
         self._count, self._collecting = count, StepLocation()
         return True
 
     def of(self, count: int) -> StepLocation:
-        """Where the step of that number was; a step that no batch has ended with yet is where it is now."""
+        """Return the location of step number ``count``; that of the present batch, if the step has just happened."""
         return self._of.get(count) or (self._collecting if count > self._count else StepLocation())

@@ -1,4 +1,4 @@
-"""What happened, for whoever comes back to the run: Markdown to read, JSON to compute with."""
+"""The divergence report: Markdown to read, JSON to compute with."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_optim.divergence.watch import StepObservation
 
 @dataclass
 class Entry:
-    """Something that was seen or done.
+    """One entry of the report: an alarm or a response.
 
     Args:
-        step: Where on the loggers' axis.
-        epoch: In which epoch.
-        batches: Which batches of it made up the step.
-        optimizer: Which optimizer.
-        kind: Of the alarm, or ``did`` for what was done.
+        step: Its place on the loggers' axis.
+        epoch: The epoch.
+        batches: Indices of the batches of the epoch that made up the step.
+        optimizer: Index of the optimizer.
+        kind: Kind of the alarm, or ``did`` for a response.
         text: One sentence.
         names: Parameters or groups concerned.
     """
@@ -37,11 +37,11 @@ class Entry:
 
 
 class DivergenceReport:
-    """Collects what was seen and done, and writes it down.
+    """Entries and the last steps of a run, and the files that show them.
 
     Args:
-        keep: How many steps before now are written down with all their numbers.
-        most: How many entries are kept; the first ones, which tell how it began, and the last.
+        keep: Number of last steps that are shown with all their numbers.
+        most: Largest number of entries; the first ones, which show how it began, and the last ones are kept.
 
     Example:
         >>> report = DivergenceReport()
@@ -57,18 +57,24 @@ class DivergenceReport:
         self._steps: deque[tuple[int, int, StepObservation]] = deque(maxlen=keep)
 
     def see(self, step: int, optimizer: int, seen: StepObservation) -> None:
-        """Remembers a step."""
+        """Add a step.
+
+        Args:
+            step: Its place on the loggers' axis.
+            optimizer: Index of the optimizer.
+            seen: The observation of the step.
+        """
         self._steps.append((step, optimizer, seen))
 
     def add(self, entry: Entry) -> None:
-        """Remembers something that was seen or done."""
+        """Add an entry."""
         self.entries.append(entry)
         if len(self.entries) > self._most:
             del self.entries[self._most // 2]
             self._left_out += 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as plain values; numbers that are not finite as None, which JSON can say."""
+        """Return everything as plain values; numbers that are not finite as None, which JSON has a word for."""
         return {
             "entries": [asdict(entry) for entry in self.entries],
             "entries_left_out": self._left_out,
@@ -76,7 +82,7 @@ class DivergenceReport:
         }
 
     def markdown(self) -> str:
-        """The same to read, with advice on what to change."""
+        """Return the report as Markdown, with advice on what to change."""
         lines = ["# Divergence report", "", "| step | epoch | batches | kind | what |", "|---|---|---|---|---|"]
         lines += [
             f"| {e.step} | {e.epoch} | {', '.join(map(str, e.batches))} | {e.kind} | {e.text} |" for e in self.entries
@@ -96,7 +102,15 @@ class DivergenceReport:
         return "\n".join(lines) + "\n"
 
     def write(self, folder: str | Path, name: str = "divergence_report") -> Path:
-        """Writes both files; returns where the Markdown is."""
+        """Write both files.
+
+        Args:
+            folder: Where to write; created if it does not exist.
+            name: Name of the files, without suffix.
+
+        Returns:
+            The path of the Markdown file.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False))

@@ -18,27 +18,27 @@ from lightning_optim.divergence.spikes import SpikeWindow
 from lightning_optim.divergence.step_log import StepLog
 
 SIGNALS = ("grad_norm", "loss")
-"""What spikes are looked for in."""
+"""Names of the signals in which spikes are detected."""
 
 _NAMED = 4
 
 
 @dataclass(frozen=True)
 class StepObservation:
-    """One step, as the watch saw it.
+    """One step, as the guard observed it.
 
     Args:
         step: Optimizer steps so far, this one included.
-        skipped: Whether the step did not happen, for whatever reason.
-        bad_tensors: How many gradients had a NaN or an infinity.
+        skipped: Whether the step did not happen, for any reason.
+        bad_tensors: Number of gradients with a NaN or an infinity.
         bad_loss: Whether the loss was not finite.
-        spikes: Which of `SIGNALS` stood out.
-        detected: What further detectors found, a clause for each that asked for the step to be skipped.
-        levels: By what factor a signal's baseline moved at this step, for those that did.
+        spikes: Those of `SIGNALS` that were spikes.
+        detected: Findings of further detectors, a clause for each that asked for the step to be skipped.
+        levels: Factor by which the baseline of a signal moved at this step, for those that did.
         values: Gradient norm and loss; NaN for a loss that is unknown.
-        medians: What they were compared with; infinite before the first.
-        worst: If anything was wrong: which parameters, by their place in the optimizer, had the worst gradients, those
-            that are not finite first, then the largest.
+        medians: Medians of the accepted values before; infinite before the first.
+        worst: If anything was wrong: places in the optimizer of the parameters with the worst gradients, those that
+            are not finite first, then the largest.
         group_norms: Gradient norm of each group.
     """
 
@@ -64,14 +64,14 @@ class StepGuard(NonFiniteGradient):
     gradients, and read them at the same step; the caller reduces the loss over ranks.
 
     Args:
-        spikes: When a value stands out; None to look for no spikes.
-        skip: Which of `SIGNALS` make a step be skipped when they stand out.
-        loss: Returns the loss of the step, shape [], on any device; None if it is not known.
-        rows: Where to write.
-        detectors: Further ones, which may ask for a skip, too.
+        spikes: Limits beyond which a value is a spike; None for no detection of spikes.
+        skip: Those of `SIGNALS` whose spikes cause a skip.
+        loss: Called for the loss of the step, shape [], on any device; None if it is not known.
+        rows: The log to write to; None for a new one.
+        detectors: Further detectors, which may ask for a skip, too.
 
     Attributes:
-        alive: Which tensors had a gradient other than 0 at the first step; nothing before the host knows.
+        alive: Whether each tensor had a gradient other than 0 at the first step; empty before the host knows.
 
     Example:
         >>> watch = StepGuard()
@@ -105,11 +105,11 @@ class StepGuard(NonFiniteGradient):
 
     @property
     def steps(self) -> int:
-        """Steps seen so far, skipped ones included."""
+        """Number of steps so far, skipped ones included."""
         return self._steps
 
     def __call__(self, stats: GradStats) -> Tensor:
-        """Whether to skip, bool, shape []."""
+        """Return whether to skip the step, bool, shape [], on the device of ``stats``."""
         loss, norm = self._loss(), stats.total_norm()
         skip = ~stats.finite()
         if loss is None:
@@ -135,7 +135,7 @@ class StepGuard(NonFiniteGradient):
         return skip
 
     def commit(self, skip: Tensor) -> None:
-        """Sends off what was seen, and takes in what has become known."""
+        """End the step: send its row to the host, and process the rows that have arrived."""
         assert self._now is not None
         (columns, layout), self._now = self._now, None
         self._steps += 1
@@ -148,20 +148,24 @@ class StepGuard(NonFiniteGradient):
         self._learn()
 
     def read(self, everything: bool = False) -> list[StepObservation]:
-        """The steps that nobody has heard of yet; see `StepLog.read`."""
+        """Return the observations since the last call.
+
+        Args:
+            everything: Whether to wait for rows that have not arrived; see `StepLog.read`.
+        """
         if everything:
             self._learn(everything)
         seen, self._seen = self._seen, []
         return seen
 
     def discard(self) -> None:
-        """Forgets what nobody has heard of yet."""
+        """Discard the observations that have not been read."""
         self.rows.discard()
         self._layouts.clear()
         self._seen.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Baselines, and what was on its way to the host: plain numbers and lists."""
+        """Return baselines and the rows that have not arrived, as plain numbers and lists."""
         return {
             "steps": self._steps,
             "spikes": {} if self.spikes is None else self.spikes.state_dict(),
@@ -171,7 +175,7 @@ class StepGuard(NonFiniteGradient):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
+        """Restore the state returned by `state_dict`."""
         self._steps = state["steps"]
         self.rows.load_state_dict(state["rows"])
         self._layouts = {step: _Layout(tuple(sizes), *rest) for step, (sizes, *rest) in state["layouts"].items()}
@@ -183,7 +187,7 @@ class StepGuard(NonFiniteGradient):
                 detector.load_state_dict(known[detector.name])
 
     def _limits_on(self, device: torch.device, spikes: SpikeWindow) -> Tensor:
-        """Shape [2, signals]; uploaded if they have changed."""
+        """Return the limits, shape [2, signals]; uploaded only if they have changed."""
         wanted = [spikes.alone, spikes.together]
         if self._limits is None or self._limits[0] != wanted or self._limits[1].device != device:
             self._limits = wanted, upload(wanted, device, torch.float32)
@@ -227,7 +231,7 @@ class StepGuard(NonFiniteGradient):
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the host has to know of a row to read it."""
+    """Layout of a row, which the host needs to read it."""
 
     group_sizes: tuple[int, ...]
     has_loss: bool

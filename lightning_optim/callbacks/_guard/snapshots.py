@@ -1,4 +1,4 @@
-"""What of a Lightning run goes into a snapshot, when one is taken, and the way back."""
+"""Snapshots of a Lightning run: what they cover, when they are captured, and the way back."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lightning_optim.divergence.snapshots import OptimizerState, Part, SnapshotP
 class RunSnapshots:
     """The snapshots of one fit. The first is the state that training starts from.
 
-    Two of them must fit into half of the memory that is free when training starts, shared among the machine's ranks;
-    otherwise they go to disk, with a warning.
+    Two of them must fit into half of the memory that is free when training starts, shared among the ranks of the
+    machine; otherwise they go to disk, with a warning.
 
     Args:
-        config: When they are taken, and where they are.
+        config: When they are captured, and where they are kept.
         trainer: The Trainer, at the start of training.
         pl_module: Its module.
-        hub: Its pipelines.
-        guarded: What the guard has for each optimizer.
+        hub: The hub, which has the pipelines.
+        guarded: The guard's parts of each optimizer.
 
     Raises:
-        MisconfigurationException: There is no room for them.
+        MisconfigurationException: Neither memory nor disk has room for them.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class RunSnapshots:
 
     @property
     def back_to(self) -> int | None:
-        """After which step one would be."""
+        """The step whose state a rollback would restore; None if there is no good snapshot."""
         good = self._pair.good
         return None if good is None else good.step
 
     def observe(self, step: int, alarms: Sequence[Alarm]) -> None:
-        """Says what was wrong up to a step: what is not proved by then never will be."""
-        if any(not alarm.skip_mends for alarm in alarms):
+        """Confirm, suspect or discard the candidate, by the alarms up to ``step``."""
+        if any(not alarm.skip_suffices for alarm in alarms):
             self._pair.discard()
         elif alarms:
             self._pair.mark_suspect(step)
@@ -65,20 +65,20 @@ class RunSnapshots:
             self._pair.confirm(step)
 
     def capture_if_due(self, step: int) -> None:
-        """Takes one if it is time. Called after a step at which nothing was wrong."""
+        """Capture a candidate every so many steps; call it after a step at which nothing was wrong."""
         if (step + 1) % self._every == 0:
             self._pair.capture(self._parts, step)
 
     def restore(self) -> int:
-        """Puts everything back to the last good one, and has schedules and judges know of it.
+        """Restore the last good snapshot, and notify schedules and judges.
 
         Returns:
-            How many times this one has been returned to.
+            How many times this snapshot has been restored, this time included.
         """
         good = self._pair.good
         assert good is not None
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # skips that are still on their way belong to before
+            torch.cuda.synchronize()  # Skips that have not arrived yet belong to the time before.
         good.restore(self._parts)
         self._pair.discard()
         self._hub.hold_schedules()
@@ -87,12 +87,12 @@ class RunSnapshots:
         return good.returns
 
     def close(self) -> None:
-        """Frees memory and files."""
+        """Free memory and remove files."""
         self._pair.close()
 
 
 def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
-    """Where two snapshots fit: where they are wanted, or on disk. All ranks decide alike."""
+    """Return where two snapshots fit: where they are wanted, or on disk. All ranks decide alike."""
     if wanted == "device":
         return wanted
     need, ranks = 2 * bytes_needed(parts), max(getattr(trainer.strategy, "num_processes", 1), 1)
@@ -118,7 +118,7 @@ def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
 def _parts(
     trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[GuardedOptimizer]
 ) -> list[Part]:
-    """All that a rollback brings back. The position in the data is not among it, nor the count of steps."""
+    """Return all that a rollback restores; neither the position in the data nor the count of steps."""
     precision = trainer.precision_plugin
     baselines = [own for g in guarded for own in (g.watch.spikes, g.judge.trend) if own is not None]
     return [

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_optim as lo
 from lightning_optim.clipping import GlobalNorm
-from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Report
+from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, StepReport
 from lightning_optim.divergence import NonFiniteGradient
 
 
@@ -41,7 +41,7 @@ def main(epochs: int = 20) -> float:
         clip=GlobalNorm(max_norm=1.0),
         detectors=[NonFiniteGradient()],
         report_due=lambda: step % 100 == 0,
-        on_report=lambda record: print(f"step {step:4d}:", summarize(Report(record, DEFAULT_DIAGNOSTICS, at=step))),
+        on_report=lambda record: print(f"step {step:4d}:", summarize(StepReport(record, DEFAULT_DIAGNOSTICS, at=step))),
     )
     scheduler.hold_on(lambda: pipeline.counts().skipped)
 
@@ -58,7 +58,7 @@ def main(epochs: int = 20) -> float:
     return loss.item()
 
 
-def summarize(report: Report) -> str:
+def summarize(report: StepReport) -> str:
     """Pick a few of the report's values, by their tags."""
     values = report.read()
     shown = ("optim_lr/default", "optim_grad_norm/total", "optim_update_ratio/default")

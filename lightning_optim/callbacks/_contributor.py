@@ -1,4 +1,4 @@
-"""What a callback of ours contributes to the step pipeline, and what it is told of a fit."""
+"""The protocol between the hub and our callbacks: what they contribute to a step, and the hooks of a fit."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from lightning_optim.divergence import Detector
 
 
 class Hears(L.Callback):
-    """What hears Lightning's hooks in place of the contributors."""
+    """A callback that receives Lightning's hooks in place of the contributors."""
 
 
 class Contributor(L.Callback):
-    """The protocol between a hub and its members; here nothing is contributed and nothing done.
+    """The protocol between a hub and its members; the defaults contribute nothing and do nothing.
 
     What a member does during a fit it does in the methods named ``_at_...``, which the Trainer's `Hub` calls.
     Lightning's own hooks are left to users: a subclass may override any of them and need not call ``super()``.
     """
 
     role: ClassVar[str | None] = None
-    """What only one callback of a Trainer may be; subclasses have it, too."""
+    """The role, of which a Trainer has one callback at most; subclasses inherit it."""
 
     # What a subclass contributes.
 
     def clip_rule(self) -> ClipRule | None:
-        """How gradients are clipped; asked once per optimizer."""
+        """Return the clip rule; called once per optimizer. None for no clipping."""
         return None
 
     def clip_limit(self, horizon: Horizon) -> Callable[[int], float] | None:
-        """By what the rule's limit is multiplied at each step of a run that long; None for 1."""
+        """Return the schedule of the clip limit over the run, or None for a constant limit."""
         return None
 
     def detectors(self) -> Sequence[Detector]:
-        """What makes a step be skipped; asked once per optimizer."""
+        """Return detectors, which may ask for steps to be skipped; called once per optimizer."""
         return ()
 
     def report_due(self, trainer: L.Trainer) -> bool:
-        """Whether it wants a report of each optimizer's step in the present batch.
+        """Return whether to report each optimizer's step in the present batch.
 
         An optimizer that does not step in this batch is reported at its next step, one that steps more than once is
         reported once.
@@ -51,21 +51,21 @@ class Contributor(L.Callback):
         return False
 
     def histograms_due(self, trainer: L.Trainer) -> Collection[str]:
-        """Kinds of magnitudes (`step.histograms.KINDS`) to count in the step that is about to be reported."""
+        """Return the kinds of magnitudes (`step.histograms.KINDS`) to count in the step that is to be reported."""
         return ()
 
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
-        """Receives a step that it asked for, still on the device."""
+        """Process the record of a step that `report_due` asked for; its tensors are on the device."""
 
     def health_points(self) -> Mapping[str, float]:
-        """Numbers about the run that the host knows, for a monitor to show as ``optim_health/<name>``."""
+        """Return numbers about the run that the host knows, for a monitor to show as ``optim_health/<name>``."""
         return {}
 
-    def tells_skips(self, trainer: L.Trainer) -> bool:
-        """Whether it writes ``optim_health/skipped_steps`` at this step, so that nobody else has to."""
+    def writes_skip_count(self, trainer: L.Trainer) -> bool:
+        """Return whether it writes ``optim_health/skipped_steps`` at this step, so that no other callback has to."""
         return False
 
-    # A fit as the hub passes it on; as Lightning's hooks of these names, unless told otherwise.
+    # The hooks of a fit, as the hub passes them on; they are Lightning's of these names unless documented otherwise.
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None: ...
     def _at_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None: ...
@@ -73,17 +73,17 @@ class Contributor(L.Callback):
     def _at_save_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """All pipelines stand."""
+        """Start training; all pipelines exist."""
 
     def _at_new_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The pipelines are others than before, in the middle of the run."""
+        """Adapt to other pipelines than before, in the middle of the run."""
 
     def _at_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None: ...
     def _at_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None: ...
     def _at_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None: ...
 
     def _at_step(self, trainer: L.Trainer, optimizer_index: int) -> None:
-        """Lightning has announced the step of an optimizer, whose gradients are ready."""
+        """Prepare for the step of an optimizer, which Lightning has announced: its gradients are ready."""
 
     def _at_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,9 +96,9 @@ class Contributor(L.Callback):
     def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None: ...
 
     def _at_close(self) -> None:
-        """The fit is over, however it ended: undoes what is its own."""
+        """Release what this callback has set up; the fit is over, however it ended."""
 
 
 def is_ours(callback: Any) -> bool:
-    """Whether it is one of our callbacks, and no mock that says it were."""
+    """Return whether ``callback`` is one of ours, by its real type: a mock imitates the class."""
     return issubclass(type(callback), Contributor)

@@ -1,4 +1,4 @@
-"""Where all our callbacks of one Trainer meet: one private callback, which gets Lightning's hooks in place of them."""
+"""The hub of our callbacks of one Trainer: one private callback, which receives Lightning's hooks in their place."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class HubCallback(Contributor):
 
     _hub: Hub | None = None
     _kept: Mapping[str, Any] = {}
-    """What the last fit would save: Lightning saves checkpoints on request after the fit, too."""
+    """State of the last fit: a checkpoint can be saved by hand after it, too."""
 
     def _attached(self, trainer: L.Trainer) -> None:
-        """A run begins, before any hook (`ModuleMethod`): a subclass may override them all."""
+        """Join the hub when a run begins, before any hook (`ModuleMethod`): a subclass may override all of them."""
         if trainer.state.fn == TrainerFn.FITTING:
             Hub.of(trainer)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Joins the Trainer's hub, if that has not found it yet: a callback of somebody's passes its hooks on, say."""
+        """Join the Trainer's hub, if that has not found this callback: another one may pass its hooks on."""
         if stage == "fit":
             Hub.of(trainer).join(self)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Saves, after a fit, what that fit would have saved."""
+        """Save, after a fit, the state that the fit had."""
         if self._hub is None:
             checkpoint.update(self._kept)
 
@@ -127,28 +127,28 @@ class Hub(Hears):
     # Lightning's hooks.
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes in all of ours."""
+        """Let all of ours join."""
         if stage == "fit":
             self._join_all()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Comes after `configure_optimizers`."""
+        """Pass the hook on; the optimizers have been made."""
         self.has_configured = True
         for member in self.members:
             member._at_fit_start(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Goes on from saved counts."""
+        """Restore counts and clip states, and pass the hook on."""
         self._pipelines.load_state_dict(checkpoint.get(CHECKPOINT_KEY, {}))
         for member in self.members:
             member._at_load_checkpoint(checkpoint)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Saves the counts of all pipelines, and what members have."""
+        """Save the counts of all pipelines, and the state of members."""
         self._save(checkpoint)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the pipelines: optimizers are restored and the length of the run is known by now."""
+        """Start the pipelines: optimizers are restored and the length of the run is known by now."""
         self._join_all()  # those that came after `setup`
         self._pipelines.start()
         for member in self.members:
@@ -157,56 +157,56 @@ class Hub(Hears):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Follows optimizers that have been replaced."""
+        """Follow optimizers that have been replaced."""
         self._pipelines.follow()
         for member in self.members:
             member._at_batch_start(trainer, pl_module, batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Passes it on."""
+        """Pass the hook on."""
         for member in self.members:
             member._at_before_backward(trainer, pl_module, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Passes it on."""
+        """Pass the hook on."""
         for member in self.members:
             member._at_after_backward(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """The step is announced."""
+        """Announce the step to its pipeline."""
         self._pipelines.announce(optimizer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Accounts for announced steps that did not come, and passes it on."""
+        """Count announced steps that did not happen, and pass the hook on."""
         self._pipelines.settle()
         for member in self.members:
             member._at_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._pipelines.owe_reports()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Passes it on."""
+        """Pass the hook on."""
         for member in self.members:
             member._at_validation_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Passes it on."""
+        """Pass the hook on."""
         for member in self.members:
             member._at_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Passes it on."""
+        """Pass the hook on."""
         for member in self.members:
             member._at_train_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Passes it on."""
+        """Pass the hook on."""
         for member in self.members:
             member._at_fit_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Undoes everything: Lightning does not call `teardown` after an exception. That one must arrive, not ours."""
+        """Undo everything: Lightning does not call `teardown` after an exception. The user's must arrive, not ours."""
         failed: list[str] = []
         told = [partial(member._at_exception, trainer, pl_module, exception) for member in self.members]
         undo: list[Callable[[], None]] = [*told, self.close]
@@ -219,27 +219,27 @@ class Hub(Hears):
             rank_zero_warn(f"After {type(exception).__name__}, while our callbacks were closed: {'; '.join(failed)}.")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Undoes everything."""
+        """Undo everything."""
         if stage == "fit":
             self.close()
 
     # What members ask.
 
     def start(self) -> None:
-        """Starts the pipelines, for whoever needs them before the hub's turn comes; once."""
+        """Start the pipelines, once; for a caller that needs them before the hub's own turn."""
         self._pipelines.start()
 
     def hold_schedules(self) -> None:
-        """Has our schedulers stand still for the steps that will be skipped from now on."""
+        """Let our schedulers stand still for the steps that are skipped from now on."""
         self._pipelines.hold_schedules()
 
     def health_points(self) -> dict[str, float]:
-        """What all members know of the run's health, by name."""
+        """Return the numbers of all members about the run's health, by name."""
         return {name: value for member in self.members for name, value in member.health_points().items()}
 
-    def skips_are_told(self) -> bool:
-        """Whether one of the members writes ``optim_health/skipped_steps`` at this step."""
-        return any(member.tells_skips(self.trainer) for member in self.members)
+    def skip_count_written(self) -> bool:
+        """Return whether one of the members writes ``optim_health/skipped_steps`` at this step."""
+        return any(member.writes_skip_count(self.trainer) for member in self.members)
 
     def counts(self) -> list[StepCounts]:
         """The counts of each optimizer."""
@@ -248,7 +248,7 @@ class Hub(Hears):
     # The end.
 
     def close(self) -> None:
-        """Undoes everything, newest first, and once; every part, whatever another one raises."""
+        """Undo everything, newest first, and once; every part, whatever another one raises."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -264,7 +264,7 @@ class Hub(Hears):
             self._save(kept)
 
     def abandon(self) -> None:
-        """Closes what is left of a fit that ended where no hook told of it; nobody waits for an error of that."""
+        """Close what is left of a fit that ended without any hook; its errors have no receiver."""
         with suppress(Exception):
             self.close()
 

@@ -2,18 +2,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_optim.callbacks._guard.guarded import Guarded
-from lightning_optim.callbacks._guard.places import Place, Places
+from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
+from lightning_optim.callbacks._guard.reporter import GuardReporter
 from lightning_optim.callbacks._guard.snapshots import RunSnapshots
+from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocation
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step, plain_name
 from lightning_optim.core.stats import StepRecord
@@ -22,62 +20,58 @@ from lightning_optim.divergence import (
     SIGNALS,
     Alarm,
     Detector,
-    Health,
+    DivergenceJudge,
+    DivergenceReport,
     HealthLimits,
-    Judge,
     Ladder,
     LRCut,
-    Report,
+    ParameterHealth,
     Rollback,
     SlowDivergence,
     Spikes,
     SpikeWindow,
-    Watch,
+    StepGuard,
 )
-from lightning_optim.divergence.report import Entry
 from lightning_optim.step import StepPipeline
 
 CHECKPOINT_KEY = "lightning_optim.divergence_guard"
-"""Not as the callback's own state: of two callbacks that have some, Lightning says less than we do."""
-
-_MOST_FILES = 16
-"""So many steps' batches are saved at most."""
+"""Key in a checkpoint. Lightning's own key for a callback's state has the class and its arguments in it."""
 
 
 class DivergenceGuard(HubCallback):
-    """Keeps a run alive through bad batches, spikes and divergence, and says what it did.
+    """Keep a run alive through bad batches, spikes and divergence, and report what was done.
 
-    A step is skipped if its loss or a gradient is not finite, or if loss or gradient norm stand far out from the last
-    ones. Parameters, moments, step counters and the schedule stay bit for bit what they were. The decision is taken on
+    A step is skipped if its loss or a gradient is not finite, or if the loss or the gradient norm is far above the last
+    ones. Parameters, moments, step counters and the schedule stay bit for bit what they were. The decision is made on
     the device from the reduced gradients and loss, so all ranks decide alike. It is exact for every optimizer; with
-    optimizers that take the flag in their kernel (all fused ones) the host never waits. Each skip is warned about, with
-    the parameters concerned, and logged as ``optim_health/skipped_steps``.
+    optimizers that take the flag in their kernel (all fused ones) the host never waits. Each skip gives a warning with
+    the parameters concerned, and is logged as ``optim_health/skipped_steps``.
 
-    Where skipping does not mend it (bad steps in a row, a jump of the loss that stays, a slow rise, a collapse of the
-    loss scale) it climbs a ladder: a lower learning rate for a while; back to a snapshot of weights, optimizer,
-    schedule, scaler and averages, going on with the next batches; the end of the run. What was seen and done is in
-    ``divergence_report.md`` and ``.json`` beside the checkpoints, and in TensorBoard's text tab.
+    Where skipping is not enough (bad steps in a row, a jump of the loss that stays, a slow rise, a collapse of the loss
+    scale) there is a ladder of responses: a lower learning rate for a while; a return to a snapshot of weights,
+    optimizer, schedule, scaler and averages, and on with the next batches; the end of the run. Observations and
+    responses are in ``divergence_report.md`` and ``.json`` next to the checkpoints, and in TensorBoard's text tab.
 
-    Under 16-bit precision with a GradScaler, its overflows are skipped steps as well, but nothing to warn about.
+    Under 16-bit precision with a GradScaler, its overflows are skipped steps, too, but raise no warning.
 
     Args:
-        spikes: What a spike is; None to skip only what is not finite.
+        spikes: Limits beyond which a loss or gradient norm is a spike; None to skip only what is not finite.
         lr_cut: The first rung; None for none.
         rollback: The second rung; None for none, and no snapshots.
-        stop: Whether to end the run when nothing else is left.
-        patience: After how many bad steps in a row the first rung is taken.
-        cooldown: For how many steps after it has done something it does nothing else but skip.
-        health: When single parameters or groups are told of as dead, stalled, vanishing or exploding, and the learning
-            rate as too high or too low; looked at when Lightning logs. None for never.
-        report_dir: Where the report goes; None for the folder of the checkpoints, or else of the logs.
-        save_batches: Whether the batches of skipped steps are saved beside the report, to be looked at; of at most 16
+        stop: Whether to end the run when the other rungs are used up.
+        patience: Number of bad steps in a row after which the first rung is taken, at least 1.
+        cooldown: Number of steps after a response in which steps are skipped, but there is no further response.
+        health: Limits beyond which single parameters or groups are reported as dead, stalled, vanishing or exploding,
+            and the learning rate as too high or too low, when Lightning logs; None for no such report.
+        report_dir: Folder of the report; None for the folder of the checkpoints, or else of the logs.
+        save_batches: Whether to save the batches of skipped steps next to the report, for inspection; of at most 16
             steps, ``divergence_batches/step<step>_rank<rank>.pt``.
-        detectors: Further detectors, which may ask for steps to be skipped; each such step is reported with the
+        detectors: Further detectors that may ask for steps to be skipped; each such step is reported with the
             detector's `reason`. Instances, or names given by `lightning_optim.register`.
 
     Raises:
-        ValueError: A threshold is out of range, or a detector's name is unknown.
-        TypeError: A detector is none.
+        ValueError: A threshold is out of range, or the name of a detector is unknown.
+        TypeError: One of ``detectors`` is neither a detector nor a name.
 
     Example:
         >>> guard = DivergenceGuard(lr_cut=LRCut(factor=0.3), rollback=Rollback(memory="disk"))
@@ -100,80 +94,79 @@ class DivergenceGuard(HubCallback):
         detectors: Sequence[Detector | str] = (),
     ) -> None:
         if patience < 1:
-            raise ValueError(f"Invalid patience={patience!r}: a whole number of at least 1 is needed, for instance 5.")
+            raise ValueError(f"Invalid patience={patience!r}: it must be a whole number of at least 1, for instance 5.")
         self.spikes, self.lr_cut, self.rollback, self.health = spikes, lr_cut, rollback, health
         self._patience = patience
         self._report_dir, self._save_batches = report_dir, save_batches
         self.extra_detectors = tuple(_detector(given) for given in detectors)
         self.ladder = Ladder(lr_cut, rollback, stop, cooldown)
-        self.report = Report()
+        self.report = DivergenceReport()
         self._skipped = 0
-        self._guarded: list[Guarded] = []
+        self._guarded: list[GuardedOptimizer] = []
         self._snapshots: RunSnapshots | None = None
         self._loss: Tensor | None = None
         self._restored: dict[str, Any] = {}
         self._reduce: Any = None
-        self._overflows = self._files = 0
-        self._folder = Path()
+        self._overflows = 0
+        self._reporter: GuardReporter | None = None
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps skipped so far, over all optimizers and resumes."""
+        """Number of optimizer steps skipped so far, over all optimizers and resumes."""
         return self._skipped
 
     @property
     def overflow_steps(self) -> int:
-        """Of these, overflows of the GradScaler."""
+        """Number of these that were overflows of the GradScaler."""
         return self._overflows
 
     @property
     def rollback_count(self) -> int:
-        """Returns to a snapshot so far, over all resumes."""
+        """Number of returns to a snapshot so far, over all resumes."""
         return self.ladder.used["rollback"]
 
     def health_points(self) -> dict[str, float]:
-        """Rollbacks and overflows so far, and what is left of the learning rate under a cut."""
+        """Return rollbacks and overflows so far, and the present factor on the learning rate."""
         counts = {"rollbacks": self.rollback_count, "overflow_steps": self.overflow_steps}
         return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0)}
 
     def detectors(self) -> Sequence[Detector]:
-        """One `Watch` for each optimizer, with detectors of its own."""
+        """Return a new `StepGuard` for one optimizer, with its own copies of the user's detectors."""
         spikes = self.spikes
         window: SpikeWindow | None = None if spikes is None else spikes.window_of(len(SIGNALS))
         skip = SIGNALS if spikes is not None and spikes.skip else ()
-        return (Watch(window, skip, self._take_loss, detectors=copy.deepcopy(self.extra_detectors)),)
+        return (StepGuard(window, skip, self._take_loss, detectors=copy.deepcopy(self.extra_detectors)),)
 
     def report_due(self, trainer: L.Trainer) -> bool:
-        """When Lightning logs."""
+        """Return whether Lightning logs at this step and the health of parameters is inspected."""
         return self.health is not None and logging_due(trainer)
 
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
-        """Has a look at each parameter, without waiting for it."""
-        self._guarded[optimizer_index].look(record)
+        """Inspect each parameter, without waiting for the device."""
+        self._guarded[optimizer_index].inspect(record)
 
     # The fit.
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes up where a resumed run was, and makes the first snapshot."""
+        """Restore the state of a resumed run, and capture the first snapshot."""
         self._guarded = [self._guard(pipeline, trainer, pl_module) for pipeline in self.hub.pipelines]
         self._loss = None
-        beside = getattr(trainer.checkpoint_callback, "dirpath", None)
-        log_dir = trainer.log_dir  # ranks agree on it, so all have to ask
-        self._folder = Path(self._report_dir or beside or log_dir or trainer.default_root_dir)
+        self._reporter = GuardReporter(self.report, trainer, self._report_dir)
         self._reduce = trainer.strategy.reduce if trainer.world_size > 1 else None
-        self._take_up()
+        self._restore()
         if self.rollback is not None:
             self._snapshots = RunSnapshots(self.rollback, trainer, pl_module, self.hub, self._guarded)
 
-    def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> Guarded:
+    def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> GuardedOptimizer:
         names: dict[Tensor, str] = {param: plain_name(name) for name, param in pl_module.named_parameters()}
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, Watch))
-        judge, places = Judge(SlowDivergence(), self._patience, scaled), Places(watch.steps, self._save_batches)
-        return Guarded(pipeline.optimizer, watch, judge, Health(self.health), names, places)
+        (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, StepGuard))
+        judge = DivergenceJudge(SlowDivergence(), self._patience, scaled)
+        batches = StepBatches(watch.steps, self._save_batches)
+        return GuardedOptimizer(pipeline.optimizer, watch, judge, ParameterHealth(self.health), names, batches)
 
-    def _take_up(self) -> None:
-        """Goes on from what a checkpoint had."""
+    def _restore(self) -> None:
+        """Restore the state of the last checkpoint that was loaded."""
         for guarded, state in zip(self._guarded, self._restored.get("optimizers", []), strict=False):
             guarded.load_state_dict(state)
         if "ladder" in self._restored:
@@ -183,7 +176,7 @@ class DivergenceGuard(HubCallback):
         self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
 
     def _at_new_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Guards those that have come, from the baselines of the place they take; snapshots begin anew with them."""
+        """Guard new optimizers, from the baselines of those they replace; snapshots start afresh."""
         before, self._guarded = self._guarded, []
         for index, pipeline in enumerate(self.hub.pipelines):
             found = next((guarded for guarded in before if guarded.optimizer is pipeline.optimizer), None)
@@ -201,74 +194,76 @@ class DivergenceGuard(HubCallback):
             self._snapshots = RunSnapshots(self.rollback, trainer, pl_module, self.hub, self._guarded)
 
     def _at_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Adds up the loss of the micro-batches of a step, on the device."""
+        """Add up the losses of the micro-batches of a step, on the device."""
         loss = loss.detach().float()
         if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
             loss = loss / scaler.scale(torch.ones_like(loss))
         self._loss = loss if self._loss is None else self._loss + loss
 
     def _at_step(self, trainer: L.Trainer, optimizer_index: int) -> None:
-        """A cut of the learning rate ages."""
+        """Count a step of a cut of the learning rate."""
         self._guarded[optimizer_index].cut.advance()
 
     def _at_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Judges what was seen, as soon as the host knows of it, and acts."""
+        """Judge the steps that have arrived at the host, and respond."""
         step = logging_step(trainer)
         where = step, trainer.current_epoch, batch_idx, batch
-        stepped = [guarded.places.note(*where, guarded.watch.steps) for guarded in self._guarded]
+        stepped = [guarded.batches.add(*where, guarded.watch.steps) for guarded in self._guarded]
         skipped_before, self._skipped = self._skipped, self._count()
         alarms = self._new_alarms()
-        if self._skipped > skipped_before and not self.hub.skips_are_told():
+        if self._skipped > skipped_before and not self.hub.skip_count_written():
             for logger in trainer.loggers:
                 logger.log_metrics({"optim_health/skipped_steps": float(self._skipped)}, step)
         snapshots = self._snapshots
         if snapshots is not None:
-            snapshots.seen(step, [alarm for alarm, _ in alarms])
-        if escalating := [(alarm, place) for alarm, place in alarms if alarm.escalates]:
-            self._escalate(trainer, *escalating[0])
+            snapshots.observe(step, [alarm for alarm, _ in alarms])
+        if escalating := [(alarm, location) for alarm, location in alarms if alarm.escalates]:
+            self._respond(trainer, *escalating[0])
         elif snapshots is not None and any(stepped) and not alarms:
-            snapshots.stepped(step)
+            snapshots.capture_if_due(step)
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Judges what was still on its way, and writes the report if there is anything to tell."""
+        """Judge the steps that have not arrived yet, and write the report."""
         self._new_alarms(everything=True)
-        self._write_report(trainer)
+        assert self._reporter is not None
+        self._reporter.write(trainer)
 
     def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Writes the report: what came before an error may explain it."""
-        if self._guarded:
-            self._write_report(trainer)
+        """Write the report: what came before an error may explain it."""
+        if self._reporter is not None:
+            self._reporter.write(trainer)
 
     def _at_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves baselines, counts and budgets: plain numbers and tensors. Snapshots are not saved."""
+        """Save baselines, counts and budgets as plain numbers and tensors; snapshots are not saved."""
         checkpoint[CHECKPOINT_KEY] = self._state()
 
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Keeps them until training starts: there are no optimizers yet. In a run, a tuner goes back after a trial."""
+        """Keep the state until training starts; in mid-run, where a tuner goes back after a trial, restore it now."""
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
         if self._guarded:
             for guarded in self._guarded:
-                guarded.forget_what_is_on_its_way()
-            self._take_up()
+                guarded.discard_pending()
+            self._restore()
 
     def _at_close(self) -> None:
         for guarded in self._guarded:
             guarded.cut.close()
         if self._snapshots is not None:
             self._snapshots.close()
-        self._guarded, self._snapshots, self._reduce, self._loss = [], None, None, None
+        self._guarded, self._snapshots, self._reporter = [], None, None
+        self._reduce = self._loss = None
 
     def _state(self) -> dict[str, Any]:
         if not self._guarded:
             return self._restored
         return {"optimizers": [g.state_dict() for g in self._guarded], "ladder": self.ladder.state_dict()}
 
-    # What was seen.
+    # Observations.
 
     def _take_loss(self) -> Tensor | None:
-        """The loss since the last optimizer step, the same on all ranks."""
+        """Return the loss since the last optimizer step, the same on all ranks, and forget it."""
         loss, self._loss = self._loss, None
         if loss is None or self._reduce is None:
             return loss
@@ -278,58 +273,44 @@ class DivergenceGuard(HubCallback):
     def _count(self) -> int:
         return sum(counts.skipped for counts in self.hub.counts())
 
-    def _new_alarms(self, everything: bool = False) -> list[tuple[Alarm, Place]]:
+    def _new_alarms(self, everything: bool = False) -> list[tuple[Alarm, StepLocation]]:
+        """Judge the steps that have arrived, report what is wrong with them, and return what may need a response."""
+        assert self._reporter is not None
         found = []
         for index, guarded in enumerate(self._guarded):
             for seen in guarded.watch.read(everything):
-                place = guarded.places.of(seen.step)
-                self.report.see(place.step, index, seen)
+                location = guarded.batches.of(seen.step)
+                self.report.see(location.step, index, seen)
                 for alarm in guarded.judge.update(seen, guarded.names):
-                    found.append((alarm, place))
-                    self._tell(alarm, place, index, seen.skipped)
-            for alarm in guarded.looked(everything):
-                place = guarded.places.of(alarm.step)
-                self._tell(alarm, place, index, False)
-                if alarm.escalates:  # others hurt nobody yet
-                    found.append((alarm, place))
+                    found.append((alarm, location))
+                    self._reporter.notify(alarm, location, index, self._skipped if seen.skipped else None)
+            for alarm in guarded.health_alarms(everything):
+                location = guarded.batches.of(alarm.step)
+                self._reporter.notify(alarm, location, index, None)
+                if alarm.escalates:  # An alarm about single parameters is no trouble of the run unless it does.
+                    found.append((alarm, location))
         self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
         return found
 
-    def _tell(self, alarm: Alarm, place: Place, index: int, was_skipped: bool) -> None:
-        self.report.add(Entry(place.step, place.epoch, place.batches, index, alarm.kind, alarm.text, list(alarm.names)))
-        skipped = f" skipped: {alarm.text} ({self._skipped} skipped so far)." if was_skipped else f": {alarm.text}."
-        rank_zero_warn(f"Step {place.step}{skipped}")
-        if was_skipped:
-            self._save_samples(place)
+    # Responses.
 
-    def _save_samples(self, place: Place) -> None:
-        """Saves the batches of a step, unless there are enough."""
-        if place.samples and self._files < _MOST_FILES:
-            self._files += 1
-            folder = self._folder / "divergence_batches"
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(place.samples, folder / f"step{place.step}_rank{self.hub.trainer.global_rank}.pt")
-
-    # What is done.
-
-    def _escalate(self, trainer: L.Trainer, alarm: Alarm, place: Place) -> None:
-        step = logging_step(trainer)
+    def _respond(self, trainer: L.Trainer, alarm: Alarm, location: StepLocation) -> None:
+        """Take the rung of the ladder that is due."""
+        assert self._reporter is not None
         back_to = None if self._snapshots is None else self._snapshots.back_to
-        action = self.ladder.act(step, can_roll_back=back_to is not None, lost=alarm.lost)
-        if action is None:
+        rung = self.ladder.act(logging_step(trainer), can_roll_back=back_to is not None, lost=alarm.lost)
+        if rung is None:
             return
-        if action == "lr_cut":
-            text = self._cut_rate()
-        elif action == "rollback":
+        if rung == "lr_cut":
+            text = self._cut_lr()
+        elif rung == "rollback":
             text = f"back to the state after step {back_to}, on with the next batches" + self._roll_back()
         else:
             trainer.should_stop = True
             text = f"training is stopped, because everything else is used up ({self.ladder.why_stop()})"
-        self.report.add(Entry(step, trainer.current_epoch, place.batches, 0, "did", text))
-        path = self._write_report(trainer)
-        rank_zero_warn(f"Step {step}: {alarm.text}: {text}." + ("" if path is None else f" Report: {path}"))
+        self._reporter.notify_response(trainer, alarm, location, text)
 
-    def _cut_rate(self) -> str:
+    def _cut_lr(self) -> str:
         cut = self.lr_cut
         assert cut is not None
         for guarded in self._guarded:
@@ -339,7 +320,7 @@ class DivergenceGuard(HubCallback):
     def _roll_back(self) -> str:
         assert self._snapshots is not None
         assert self.rollback is not None
-        times = self._snapshots.go_back()
+        times = self._snapshots.restore()
         self._skipped = self._count()
         factor = self.rollback.lr_factor**times
         if factor == 1:
@@ -347,15 +328,6 @@ class DivergenceGuard(HubCallback):
         for guarded in self._guarded:
             guarded.cut.lower(factor)
         return f", learning rate times {factor:g}"
-
-    def _write_report(self, trainer: L.Trainer) -> Path | None:
-        if not self.report.entries or not trainer.is_global_zero:
-            return None
-        path = self.report.write(self._folder)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("optim_health/divergence", self.report.markdown(), logging_step(trainer))
-        return path
 
 
 def _detector(given: Any) -> Detector:

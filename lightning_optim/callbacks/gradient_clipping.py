@@ -14,26 +14,29 @@ from lightning_optim.schedules import Schedule, get_schedule
 
 
 class GradientClipping(HubCallback):
-    """Clips the gradients of every optimizer step, by their global norm unless told otherwise, in every precision.
+    """Clip the gradients of every optimizer step, by their global norm or another rule, in every precision.
+
+    The callback contributes one `ClipRule` to the `StepPipeline` of each optimizer; the pipeline calls the rule and
+    hands its divisor to the update (`step/pipeline.py`). Nothing of the module or the Trainer is patched.
 
     Unlike ``Trainer(gradient_clip_val=...)`` it works with fused optimizers in 16-bit precision, in manual optimization
     and with sharded parameters, and reports what it does. Gradients are measured without the loss scale. With an
     optimizer whose kernel takes a divisor (all fused ones) clipping costs one read of the gradients, else one more
-    write; nothing waits for the device. Steps with a gradient that is not finite are skipped, and no method remembers
-    them.
+    write; nothing waits for the device. Steps with a gradient that is not finite are skipped, and enter the state of no
+    rule.
 
     Args:
-        max_norm: Largest norm of all gradients of one optimizer together, above 0; 1.0 if neither this nor ``method``
-            is given. Other methods that have a ``max_norm`` take it from here, too.
-        method: A name (`lightning_optim.clipping.list_clip_rules`) or a rule, such as
+        max_norm: Largest norm of all gradients of one optimizer as one vector, above 0; 1.0 if neither this nor
+            ``method`` is given. Other methods with a ``max_norm`` take it from here, too.
+        method: Name of a rule (`lightning_optim.clipping.list_clip_rules`) or a rule, such as
             ``lightning_optim.clipping.GroupNorm(groups={"head": 0.5})``.
         method_kwargs: Arguments of a method given by name.
-        schedule: By what the limit is multiplied over the run: a name (`lightning_optim.schedules.list_schedules`) or a
-            `Schedule`, which has to stay above 0. It counts all optimizer steps, skipped ones included. None for a
-            constant limit.
+        schedule: Schedule of the factor on the limit over the run, or None for a constant limit: a name
+            (`lightning_optim.schedules.list_schedules`) or a `Schedule`, which must stay above 0. It counts all
+            optimizer steps, skipped ones included.
 
     Raises:
-        ValueError: Anything unknown, out of range or given twice; the message says what is near.
+        ValueError: A name is unknown, or a value out of range or given twice; the message names the nearest.
         MisconfigurationException: At the start of the fit, if the Trainer clips as well.
 
     Example:
@@ -54,18 +57,18 @@ class GradientClipping(HubCallback):
         kwargs = dict(method_kwargs or {})
         if isinstance(method, ClipRule):
             if given := {**({} if max_norm is None else {"max_norm": max_norm}), **kwargs}:
-                raise ValueError(f"{given} given beside method={method!r}: write it into the rule.")
+                raise ValueError(f"{given} given in addition to method={method!r}: write it into the rule.")
             self.rule = method
         else:
             if max_norm is not None and "max_norm" in kwargs:
-                raise ValueError(f"max_norm={max_norm!r} given beside method_kwargs={kwargs!r}: write it once.")
+                raise ValueError(f"max_norm={max_norm!r} given in addition to method_kwargs={kwargs!r}: write it once.")
             self.rule = make_clip_rule(method, kwargs if max_norm is None else {"max_norm": max_norm, **kwargs})
         self.schedule = get_schedule(schedule)() if isinstance(schedule, str) else schedule
         if isinstance(self.schedule, Schedule):
             self.schedule.check_no_rate("the limit of the gradients")
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses a second owner."""
+        """Refuse a second owner of clipping, and hand the limit to an engine that clips by itself."""
         if trainer.gradient_clip_val:
             raise MisconfigurationException(
                 f"Gradients would be clipped twice: by Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) and by "
@@ -75,7 +78,7 @@ class GradientClipping(HubCallback):
             self._hand_to_engine(trainer)
 
     def _hand_to_engine(self, trainer: L.Trainer) -> None:
-        """Has DeepSpeed clip, which it can by one constant global norm."""
+        """Let DeepSpeed clip, which supports one constant global norm."""
         rule = self.rule
         if not isinstance(rule, GlobalNorm) or self.schedule is not None:
             raise MisconfigurationException(
@@ -91,14 +94,21 @@ class GradientClipping(HubCallback):
         config["gradient_clipping"] = rule.max_norm
 
     def clip_rule(self) -> ClipRule:
-        """The rule, which holds no state and can serve several optimizers."""
+        """Return the rule, which holds no state and serves all optimizers."""
         return self.rule
 
     def clip_limit(self, horizon: Horizon) -> Callable[[int], float] | None:
-        """The schedule over this run."""
+        """Return the factor on the limit as a function of the optimizer step, or None for a constant limit.
+
+        Args:
+            horizon: Length of the run.
+
+        Raises:
+            ValueError: The schedule does not fit into the run.
+        """
         if (schedule := self.schedule) is None:
             return None
-        schedule.phases(horizon)  # refuses a run that it does not fit
+        schedule.phases(horizon)  # It raises where the schedule does not fit into the run.
         return lambda step: schedule(step, horizon.total_steps, horizon.steps_per_epoch)
 
     def __repr__(self) -> str:

@@ -15,7 +15,7 @@ from lightning_optim.callbacks._monitor.details import MonitorDetails
 from lightning_optim.callbacks._monitor.meter import RunMeter
 from lightning_optim.callbacks._monitor.page import HP_METRICS, MonitorPage, log_scalars
 from lightning_optim.core.stats import StepCounts, StepRecord
-from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, DIAGNOSTICS, Diagnostic, Histograms, PerTensor, Report
+from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, DIAGNOSTICS, Diagnostic, Histograms, PerTensor, StepReport
 from lightning_optim.diagnostics.advice import BatchAdvice
 from lightning_optim.step import StepPipeline
 
@@ -76,9 +76,9 @@ class OptimizerMonitor(HubCallback):
         self.latest: dict[str, float] = {}
         self.alarms: list[str] = []
         self.advice: list[str] = []
-        self._open: list[tuple[int, Report]] = []
+        self._open: list[tuple[int, StepReport]] = []
         self._pending: deque[_Sent] = deque()
-        self._last: dict[StepPipeline, Report | StepCounts] = {}
+        self._last: dict[StepPipeline, StepReport | StepCounts] = {}
         self._batch_advice = BatchAdvice()
         self._meter: RunMeter | None = None
         self._page: MonitorPage | None = None
@@ -129,7 +129,7 @@ class OptimizerMonitor(HubCallback):
         if self._meter is not None and self.report_due(trainer):
             self._meter.begin_update()
 
-    def tells_skips(self, trainer: L.Trainer) -> bool:
+    def writes_skip_count(self, trainer: L.Trainer) -> bool:
         """With each report, where there is one optimizer: of several, each has a tag of its own."""
         return bool(trainer.loggers) and len(trainer.optimizers) == 1 and self.report_due(trainer)
 
@@ -142,7 +142,7 @@ class OptimizerMonitor(HubCallback):
         if self._meter is None:
             return
         pipeline = self.hub.pipelines[optimizer_index]
-        report = Report(record, self.diagnostics, self._last[pipeline], at=logging_step(trainer))
+        report = StepReport(record, self.diagnostics, self._last[pipeline], at=logging_step(trainer))
         self._meter.on_record(report, record)
         if not self._open:  # the first of this batch, which carries what belongs to the run
             health = self.hub.health_points()
@@ -247,7 +247,7 @@ class _Sent:
     """A report of one optimizer on its way, and what gives the values that the host knows by then."""
 
     index: int
-    report: Report
+    report: StepReport
     rest: Callable[[], dict[str, float]]
 
 

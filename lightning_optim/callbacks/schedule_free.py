@@ -10,15 +10,15 @@ from lightning_optim.callbacks._hub import HubCallback
 
 
 class ScheduleFree(HubCallback):
-    """Lets validation, checkpoints and the finished module see the averaged weights of a schedule-free optimizer.
+    """Validate, save and finish with the averaged weights of a schedule-free optimizer.
 
     Such an optimizer trains at one point and is evaluated at another. This callback moves the parameters to the average
-    for each validation and each checkpoint, whoever saves it, and back to go on training; after the fit, or an
+    for each validation and each checkpoint, whatever saves it, and back for training; after the fit, or an
     exception, they stay there, so that ``trainer.test`` and ``torch.save`` need no further thought. With
     `ScheduleFreeAdamW` going back is exact: neither validation nor saving changes the run, and a run resumes from
     its checkpoints bit for bit. With `schedulefree`'s own optimizers going back rounds.
 
-    Batch norm's running statistics remain those of the training point; recompute them before they matter.
+    Running statistics of batch norm remain those of the training point; recompute them before they matter.
 
     Raises:
         MisconfigurationException: At the start of the fit, if no optimizer has `train` and `eval`.
@@ -35,7 +35,7 @@ class ScheduleFree(HubCallback):
         self._undo: list[Callable[[], None]] = []
 
     def _at_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Looks for the optimizer, and arranges for checkpoints."""
+        """Check that there is such an optimizer, and wrap ``trainer.save_checkpoint``."""
         if not self._optimizers(trainer):
             given = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
             raise MisconfigurationException(
@@ -45,29 +45,29 @@ class ScheduleFree(HubCallback):
         self._wrap_save_checkpoint(trainer)
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """To the training point; a checkpoint that was just restored has the average."""
+        """Move to the training point; a checkpoint that was just restored has the average."""
         self._train(trainer)
 
     _at_new_optimizers = _at_train_start
 
     def _at_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """To the average. Outside a fit the parameters are the average already."""
+        """Move to the average; outside a fit the parameters are the average already."""
         self._eval(trainer)
 
     def _at_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Back to the training point."""
+        """Move back to the training point."""
         self._train(trainer)
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """To the average, for good."""
+        """Move to the average, permanently."""
         self._eval(trainer)
 
     def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """As at the end: Lightning does not call `on_train_end` after an exception."""
+        """Move to the average: Lightning does not call `on_train_end` after an exception."""
         self._eval(trainer)
 
     def _at_close(self) -> None:
-        """Undoes what was arranged."""
+        """Unwrap ``trainer.save_checkpoint``."""
         while self._undo:
             self._undo.pop()()
 
@@ -87,10 +87,10 @@ class ScheduleFree(HubCallback):
         self._training = False
 
     def _wrap_save_checkpoint(self, trainer: L.Trainer) -> None:
-        """Have every checkpoint saved from the average.
+        """Save every checkpoint from the average.
 
-        A hook would not do: `on_save_checkpoint` comes after the weights are collected, and not at all for checkpoints
-        of weights only.
+        No hook serves: Lightning calls `on_save_checkpoint` after the weights are collected, and not at all for
+        checkpoints of weights only.
         """
         save = trainer.save_checkpoint
         wrapped_before = "save_checkpoint" in vars(trainer)

@@ -42,7 +42,7 @@ class WeightDecay(HubCallback):
         self._decays: dict[Optimizer, ForeignDecay] = {}
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hangs on to every optimizer, behind what decides whether a step is skipped."""
+        """Add the decay to every optimizer, after the hooks that decide whether a step is skipped."""
         optimizers = [bare(optimizer) for optimizer in trainer.optimizers]
         for gone in self._decays.keys() - set(optimizers):
             self._decays.pop(gone).close()

@@ -3,12 +3,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, put, take, whole
+from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, gather, scatter, whole
 from lightning_optim.core.stats import GradStats
 
 
 class AdaGC(ClipRule):
-    """Limits the norm of each tensor's gradient to a little above its own average so far.
+    """Limit the norm of each tensor's gradient to a little above its own average so far.
 
     For the first ``warmup`` steps gradients are clipped by their global norm, and each tensor's smallest clipped norm
     is noted:
@@ -27,7 +27,8 @@ class AdaGC(ClipRule):
         ratio: By how much a norm may be above γ, at least 1.
         beta: β, in [0, 1).
         warmup: Steps with the global limit; skipped ones are not counted.
-        patience: So many clipped steps in a row are taken as a new level; None for never, as in the paper.
+        patience: Number of clipped steps in a row after which the new level is adopted; None for never, as in the
+            paper.
 
     Raises:
         ValueError: An argument is out of range.
@@ -57,32 +58,32 @@ class AdaGC(ClipRule):
         self.patience = None if patience is None else whole("patience", patience, 1, 16)
 
     def init_state(self, parameters: int) -> dict[str, Tensor]:
-        """Each parameter's γ, infinite as long as it has had no gradient, and how often in a row it was clipped."""
+        """Return each parameter's γ, infinite before its first gradient, and how often in a row it was clipped."""
         return {
             "gamma": torch.full((parameters,), torch.inf, device="cpu"),
             "flags": torch.zeros(parameters, dtype=torch.int64, device="cpu"),
         }
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
-        """The divisor of each tensor, shape [tensors]."""
+        """Return the divisor of each tensor, at least 1, shape [tensors]."""
         norms = stats.norm_sq.sqrt()
         together = (stats.total_norm() / (self.max_norm * limit)).clamp(min=1.0)
-        own = (norms / (self.ratio * limit * take(state["gamma"], stats))).clamp(min=1.0)
+        own = (norms / (self.ratio * limit * gather(state["gamma"], stats))).clamp(min=1.0)
         return torch.where(state["steps"] < self.warmup, together.expand_as(own), own)
 
     def updated(self, stats: GradStats, state: State, clip: Clip) -> dict[str, Tensor]:
-        """γ after this step."""
+        """Return γ after this step, and how often in a row each parameter was clipped."""
         assert isinstance(clip, Divisor)
         norms = stats.norm_sq.sqrt()
         clipped = norms / clip.values
-        gamma = take(state["gamma"], stats)
+        gamma = gather(state["gamma"], stats)
         warming = state["steps"] < self.warmup
         average = torch.where(gamma.isinf(), clipped, self.beta * gamma + (1 - self.beta) * clipped)
         new = torch.where(warming, torch.minimum(gamma, clipped), average)
-        flags = torch.where((clip.values > 1) & ~warming, take(state["flags"], stats) + 1, 0)
+        flags = torch.where((clip.values > 1) & ~warming, gather(state["flags"], stats) + 1, 0)
         if self.patience is not None:
             moved = flags >= self.patience
             new, flags = torch.where(moved, norms, new), torch.where(moved, 0, flags)
         # A gradient of zeros says nothing about the level: γ would be 0, and the tensor would be held at 0.
         new = torch.where(norms > 0, new, gamma)
-        return {"gamma": put(state["gamma"], stats, new), "flags": put(state["flags"], stats, flags)}
+        return {"gamma": scatter(state["gamma"], stats, new), "flags": scatter(state["flags"], stats, flags)}

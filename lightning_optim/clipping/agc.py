@@ -21,8 +21,8 @@ class AGC(ClipRule):
     Args:
         clip_factor: λ, above 0: 0.01 in the paper, more for small batches.
         eps: Smallest norm that weights are taken to have, above 0, so that what starts at zero can train.
-        exclude: Patterns (``re.search``) of parameter names that are left alone. The paper leaves out the classifier,
-            so give its name: ``["^head\."]``.
+        exclude: Patterns (``re.search``) of names of parameters that are not clipped. The paper leaves out the
+            classifier, so give its name: ``["^head\."]``.
 
     Raises:
         ValueError: An argument is out of range, or no pattern; later, if a pattern matches no parameter.
@@ -47,7 +47,15 @@ class AGC(ClipRule):
                 raise ValueError(f"Invalid pattern {pattern!r} in exclude: {error}.") from error
 
     def check(self, group_names: Collection[str], names: Collection[str]) -> None:
-        """Refuses patterns that match nothing."""
+        """Check that every pattern of ``exclude`` matches a parameter.
+
+        Args:
+            group_names: Names of the parameter groups.
+            names: Names of the parameters.
+
+        Raises:
+            ValueError: A pattern matches no parameter, or the parameters have no names.
+        """
         for pattern in self.exclude:
             if not names:
                 raise ValueError(
@@ -58,7 +66,7 @@ class AGC(ClipRule):
                 raise ValueError(f"exclude={pattern!r} matches no parameter. {nearest(pattern, names)}")
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> UnitDivisor:
-        """The divisor of each unit."""
+        """Return the divisor of each output unit."""
         units: UnitNorms = stats.read("units")
         bound = units.params.clamp(min=self.eps) * (self.clip_factor * limit)
         divisors = (units.grads / bound).clamp(min=1.0)

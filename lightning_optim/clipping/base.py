@@ -1,4 +1,4 @@
-"""What a clip rule is, and the three forms of what it decides."""
+"""The interface of clip rules, and the three forms of their decision: divisor, divisor of each unit, clamp."""
 
 from __future__ import annotations
 
@@ -14,90 +14,108 @@ from torch import Tensor
 from lightning_optim.core.stats import GradStats
 
 State = Mapping[str, Tensor]
-"""What a rule remembers, by name; on the device."""
+"""State of a rule, by name; tensors on the device."""
 
 STATELESS: State = MappingProxyType({})
 
 
 class ClipRule(ABC):
-    """How much the gradients are scaled down this step.
+    """A rule for clipping: by how much the gradients of a step are scaled down.
 
-    A rule is two pure functions on the device, neither of which may synchronise with the host: calling it gives what
-    the gradients are divided by, and `updated` what it then remembers. It holds no tensors itself, so that one object
-    serves several optimizers. `Clipper` keeps the state, under one contract for all rules:
+    A rule is two pure functions on the device, neither of which may synchronise with the host: calling it returns the
+    divisor of the gradients, and `updated` its next state. It holds no tensors itself, so that one object serves
+    several optimizers. `Clipper` keeps the state, under one contract for all rules:
 
     - A step that is skipped, for a gradient that is not finite or for any other reason, leaves the state as it was.
     - The state has ``steps``, the steps accepted so far, int64, shape []: warmups count these.
     - The state is in checkpoints.
+
+    To add one, subclass, define `__call__`, and use it as ``GradientClipping(method=MyRule())``, or by name after
+    `lightning_optim.register`.
+
+    Example:
+        >>> class Halve(ClipRule):
+        ...     def __call__(self, stats, state=STATELESS, limit=1.0):
+        ...         return torch.full_like(stats.total_norm(), 2.0)
+        >>> Halve()(GradStats(torch.tensor([9.0, 16.0]), group_sizes=(2,)))
+        tensor(2.)
     """
 
     per_parameter: ClassVar[tuple[str, ...]] = ()
-    """Names of the state that has one value for each parameter of the optimizer, with a gradient or not."""
+    """Names of state with one value for each parameter of the optimizer, whether it has a gradient or not."""
 
     reads_units: ClassVar[bool] = False
-    """Whether it needs the norm of each row, so that no row may be cut in pieces that only FSDP can put together."""
+    """Whether it reads the norm of each row, which flat shards of FSDP1 cut anywhere."""
 
     @abstractmethod
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor | Clip:
-        """What to do with these gradients.
+        """Decide how the gradients of a step are clipped.
 
         Args:
-            stats: The gradients.
-            state: What the rule remembers.
-            limit: By what a schedule multiplies the limit at this step.
+            stats: Statistics of the gradients.
+            state: The present state of the rule.
+            limit: Factor of a schedule on the rule's limit at this step, above 0.
 
         Returns:
             The divisor, at least 1, shape [] or [tensors], on the device of ``stats``; or a `Clip` of another form.
         """
 
     def init_state(self, parameters: int) -> dict[str, Tensor]:
-        """State before the first step, on the host; nothing for a rule that remembers nothing.
+        """Return the state before the first step, on the CPU; empty for a rule without state.
 
         Args:
-            parameters: How many parameters the optimizer has.
+            parameters: Number of parameters of the optimizer.
         """
         return {}
 
     def updated(self, stats: GradStats, state: State, clip: Clip) -> dict[str, Tensor]:
-        """The state after a step that is accepted, new tensors.
+        """Return the state after an accepted step, in new tensors of the same shapes.
 
         Args:
-            stats: The gradients.
+            stats: Statistics of the gradients.
             state: The state before.
-            clip: What the call returned.
+            clip: The decision that the call returned; a divisor as a `Divisor`.
         """
         return {}
 
     def check(self, group_names: Collection[str], names: Collection[str]) -> None:  # noqa: B027 - most need none
-        """Raises ValueError if the rule speaks of groups or parameters that are not there."""
+        """Check the rule against the optimizer, once.
+
+        Args:
+            group_names: Names of the parameter groups.
+            names: Names of the parameters.
+
+        Raises:
+            ValueError: The rule refers to a group or parameter that does not exist.
+        """
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
 
 
 class Clip(ABC):
-    """What a rule has decided for one step."""
+    """The decision of a rule for one step."""
 
     @abstractmethod
     def flag(self) -> Tensor:
-        """Whether anything is scaled down, bool, shape []."""
+        """Return whether anything is scaled down, bool, shape []."""
 
     @abstractmethod
     def norm_sq_after(self, stats: GradStats) -> Tensor | None:
-        """Square sum of each gradient as the optimizer will see it, shape [tensors]; None if it has to be read."""
+        """Return the square sum of each gradient after clipping, shape [tensors]; None if it has to be read."""
 
     @abstractmethod
     def apply_(self, grads: Sequence[Tensor], scale: Tensor | None) -> None:
-        """Does it to the gradients, in place and in one pass.
+        """Clip the gradients in place, in one pass.
 
         Args:
-            grads: All gradients in the order of ``stats``; of DTensors, their shards.
-            scale: The loss scale that is still in them, if any.
+            grads: All gradients in the order of ``stats``, any shapes; of DTensors, their local shards.
+            scale: The loss scale that is still in them, shape []; None for none.
         """
 
 
 class Divisor(Clip):
-    """Gradients are divided by one number, or each tensor by its own.
+    """Division of the gradients by one number, or of each tensor by its own.
 
     Args:
         values: At least 1, shape [] or [tensors].
@@ -107,15 +125,15 @@ class Divisor(Clip):
         self.values = values
 
     def flag(self) -> Tensor:
-        """Whether any divisor is above 1."""
+        """Return whether any divisor is above 1, bool, shape []."""
         return (self.values > 1).any()
 
     def norm_sq_after(self, stats: GradStats) -> Tensor:
-        """Known without another read."""
+        """Return the square sums after division, without another read, shape [tensors]."""
         return stats.norm_sq / self.values.square()
 
     def apply_(self, grads: Sequence[Tensor], scale: Tensor | None) -> None:
-        """One multiplication of each element; one launch in all for a single divisor, else one per tensor."""
+        """Multiply each element once; one launch in all for a single divisor, else one per tensor."""
         wide = any(grad.dtype == torch.float64 for grad in grads)
         factor = self.values.reciprocal().to(torch.float64 if wide else torch.float32)
         if factor.dim() == 0:
@@ -126,12 +144,12 @@ class Divisor(Clip):
 
 
 class UnitDivisor(Clip):
-    """Each output unit (row) of each gradient is divided by its own number.
+    """Division of each output unit (row) of each gradient by its own number.
 
     Args:
         values: At least 1; one tensor for each gradient, with dimensions of size 1 where it is the same for all.
         norm_sq: Square sum of each gradient before, shape [tensors].
-        norm_sq_after: The same after.
+        norm_sq_after: Square sum of each gradient after, shape [tensors].
     """
 
     def __init__(self, values: Sequence[Tensor], norm_sq: Tensor, norm_sq_after: Tensor) -> None:
@@ -139,22 +157,22 @@ class UnitDivisor(Clip):
         self._before, self._after = norm_sq, norm_sq_after
 
     def flag(self) -> Tensor:
-        """Whether any gradient has become smaller."""
+        """Return whether any gradient has become smaller, bool, shape []."""
         return (self._after < self._before).any()
 
     def norm_sq_after(self, stats: GradStats) -> Tensor:
-        """Known without another read."""
+        """Return the square sums after division, without another read, shape [tensors]."""
         return self._after
 
     def apply_(self, grads: Sequence[Tensor], scale: Tensor | None) -> None:
-        """One division of each element, one launch per tensor."""
+        """Divide each element once, one launch per tensor."""
         for grad, divisor in zip(grads, self.values, strict=True):
             wide = torch.promote_types(grad.dtype.to_real(), torch.float32)
             grad.div_(divisor.to(grad.device, wide, non_blocking=True))
 
 
 class Clamp(Clip):
-    """Elements are brought into [-limit, limit], of complex gradients their real and imaginary parts.
+    """Clamp of each element to [-limit, limit]; of complex gradients, of their real and imaginary parts.
 
     Args:
         limit: The limit.
@@ -165,14 +183,14 @@ class Clamp(Clip):
         self.limit, self.largest = limit, largest
 
     def flag(self) -> Tensor:
-        """Whether any element is beyond the limit."""
+        """Return whether any element is beyond the limit, bool, shape []."""
         return (self.largest > self.limit).any()
 
     def norm_sq_after(self, stats: GradStats) -> None:
-        """Unknown."""
+        """Return None: the square sums after a clamp have to be read."""
 
     def apply_(self, grads: Sequence[Tensor], scale: Tensor | None) -> None:
-        """One pass, one launch per tensor."""
+        """Clamp each element, one launch per tensor."""
         for grad in grads:
             limit = self.limit if scale is None else scale.to(grad.device, non_blocking=True) * self.limit
             if grad.is_complex():  # symmetric, so that a lazy conjugation may stay
@@ -180,19 +198,46 @@ class Clamp(Clip):
             grad.clamp_(-limit, limit)  # type: ignore[arg-type] # numbers and tensors alike, which the stubs deny
 
 
-def take(values: Tensor, stats: GradStats) -> Tensor:
-    """Of state with one value for each parameter, that of the tensors which have a gradient."""
+def gather(values: Tensor, stats: GradStats) -> Tensor:
+    """Select the entries of per-parameter state that belong to tensors with a gradient.
+
+    Args:
+        values: One value for each parameter, shape [parameters].
+        stats: Statistics of the gradients, which know the places of their tensors.
+
+    Returns:
+        Shape [tensors].
+    """
     return values if stats.places is None else values[stats.places]
 
 
-def put(values: Tensor, stats: GradStats, new: Tensor) -> Tensor:
-    """The same with new values for those."""
+def scatter(values: Tensor, stats: GradStats, new: Tensor) -> Tensor:
+    """Replace the entries of per-parameter state that belong to tensors with a gradient.
+
+    Args:
+        values: One value for each parameter, shape [parameters].
+        stats: Statistics of the gradients, which know the places of their tensors.
+        new: The new values, shape [tensors].
+
+    Returns:
+        A new tensor of the shape and dtype of ``values``.
+    """
     new = new.to(values.dtype)
     return new if stats.places is None else values.scatter(0, stats.places, new)
 
 
 def above_zero(name: str, value: float, usual: float, instead: str = "leave gradient clipping out") -> float:
-    """``value`` as a float; a ValueError unless it is a finite number above 0."""
+    """Return ``value`` as a float.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What was given.
+        usual: An example of a good value.
+        instead: How to get what a value of 0 might be meant for.
+
+    Raises:
+        ValueError: ``value`` is not a finite number above 0.
+    """
     if not math.isfinite(value) or value <= 0:
         raise ValueError(
             f"Invalid {name}={value!r}: it must be a finite number above 0, for instance {usual}. To not clip, "
@@ -202,7 +247,17 @@ def above_zero(name: str, value: float, usual: float, instead: str = "leave grad
 
 
 def whole(name: str, value: int, least: int, usual: int) -> int:
-    """``value``; a ValueError unless it is a whole number of at least ``least``."""
+    """Return ``value`` as an int.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What was given.
+        least: The least value allowed.
+        usual: An example of a good value.
+
+    Raises:
+        ValueError: ``value`` is not a whole number of at least ``least``.
+    """
     if isinstance(value, bool) or value != int(value) or value < least:
         raise ValueError(f"Invalid {name}={value!r}: it must be a whole number of at least {least}, such as {usual}.")
     return int(value)

@@ -1,4 +1,4 @@
-"""Clip rules by name."""
+"""Names of clip rules."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ for _name, _cls in _BUILT_IN.items():
 
 
 def list_clip_rules() -> list[str]:
-    """The names that `get_clip_rule` knows."""
+    """Return the registered names, sorted."""
     return CLIP_RULES.names()
 
 
 def get_clip_rule(name: str) -> type[ClipRule]:
-    """The rule class called ``name``.
+    """Return the rule class called ``name``.
 
     Raises:
         ValueError: There is none; the message names the nearest.
@@ -49,7 +49,7 @@ def get_clip_rule(name: str) -> type[ClipRule]:
 
 
 def make_clip_rule(name: str, arguments: Mapping[str, Any]) -> ClipRule:
-    """The rule called ``name`` with these arguments.
+    """Create the rule called ``name`` with these arguments.
 
     Raises:
         ValueError: The name is unknown, or the rule has no such argument; the message names the nearest.

@@ -13,7 +13,7 @@ SMALLEST = 1e-30
 
 
 class AutoClip(ClipRule):
-    """Limits the global norm to a percentile of the last norms, the present one included.
+    """Limit the global norm to a percentile of the last norms, the present one included.
 
     The norms remembered are those before clipping, so a new level of the norm becomes the limit as it fills the window.
     Note that a percentile of p clips (100 − p) % of steady steps. The paper's 10 clips nine steps of ten: rather a
@@ -45,11 +45,11 @@ class AutoClip(ClipRule):
         self.warmup = whole("warmup", warmup, 0, 0)
 
     def init_state(self, parameters: int) -> dict[str, Tensor]:
-        """An empty window."""
+        """Return an empty window."""
         return {"norms": torch.full((self.window,), torch.inf, device="cpu")}
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
-        """The divisor, shape []."""
+        """Return the divisor, at least 1, shape []."""
         norm = stats.total_norm()
         kept = norm.to(state["norms"].dtype)  # as the window rounds it: a norm is never above itself
         norm = torch.where(kept.isfinite(), kept.to(norm.dtype), norm)
@@ -60,7 +60,7 @@ class AutoClip(ClipRule):
         return torch.where(state["steps"] < self.warmup, torch.ones_like(divisor), divisor)
 
     def updated(self, stats: GradStats, state: State, clip: Clip) -> dict[str, Tensor]:
-        """The window with the present norm in place of the oldest."""
+        """Return the window with the present norm in place of the oldest."""
         return {"norms": self._norms(stats.total_norm(), state)}
 
     def _norms(self, norm: Tensor, state: State) -> Tensor:
@@ -68,7 +68,7 @@ class AutoClip(ClipRule):
 
 
 class ZClip(ClipRule):
-    """Clips a global norm that stands out from the last ones, by its robust z-score in log space.
+    """Clip a global norm that stands out from the last ones, by its robust z-score in log space.
 
     With x = log ‖g‖, the median and σ = 1.4826 · MAD of the last ``window`` x (but σ at least 0.04, a spread of 4 %):
 
@@ -83,8 +83,8 @@ class ZClip(ClipRule):
         threshold: z₀, above 0; 2.5, as in ZClip, touches about 1 % of steady steps.
         window: How many steps are remembered.
         warmup: Steps before the first clipping; skipped ones are not counted.
-        patience: So many flags in a row are taken as a new level.
-        max_norm: A limit on the norm beside it, from the first step on, for the warmup; None for none.
+        patience: Number of consecutive flags after which the new level is adopted.
+        max_norm: A fixed limit on the norm in addition, from the first step on, for the warmup; None for none.
 
     Raises:
         ValueError: An argument is out of range.
@@ -112,7 +112,7 @@ class ZClip(ClipRule):
         self.max_norm = None if max_norm is None else above_zero("max_norm", max_norm, 1.0, "give None")
 
     def init_state(self, parameters: int) -> dict[str, Tensor]:
-        """An empty window; the flagged values since the last that was not, and how many they are."""
+        """Return an empty window, and no flagged values since the last that was not flagged."""
         return {
             "logs": torch.full((self.window,), torch.inf, device="cpu"),
             "known": torch.zeros((), dtype=torch.int64, device="cpu"),
@@ -121,7 +121,7 @@ class ZClip(ClipRule):
         }
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
-        """The divisor, shape []."""
+        """Return the divisor, at least 1, shape []."""
         norm = stats.total_norm()
         excess, flag = self._excess(norm / limit, state)
         divisor = torch.where(flag, excess.exp(), torch.ones_like(norm))
@@ -130,10 +130,10 @@ class ZClip(ClipRule):
         return divisor
 
     def updated(self, stats: GradStats, state: State, clip: Clip) -> dict[str, Tensor]:
-        """What is not flagged enters; what is flagged often enough moves the window."""
+        """Add a norm that is not flagged to the window; move the window after ``patience`` flags in a row."""
         assert isinstance(clip, Divisor)
         x = _log(stats.total_norm())
-        # Without the limit's schedule: it says what is let through, not what is normal.
+        # The schedule of the limit is left out: it says what may pass, not what is normal.
         _, flag = self._excess(stats.total_norm(), state)
         flagged = _put(state["flagged"], state["flags"], x)
         flags = torch.where(flag, state["flags"] + 1, torch.zeros_like(state["flags"]))

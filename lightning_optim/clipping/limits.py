@@ -1,4 +1,7 @@
-"""Rules with a fixed limit: on the global norm, each group's norm, each tensor's RMS, each element."""
+"""Clip rules with a fixed limit: on the global norm, each group's norm, each tensor's RMS, each element.
+
+The pipeline calls a rule once a step, and divides the gradients by the result (`step/pipeline.py`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from lightning_optim.core.transfer import upload
 
 
 class GlobalNorm(ClipRule):
-    """Scales all gradients together so that their norm as one vector is at most ``max_norm``.
+    """Scale all gradients together so that their norm as one vector is at most ``max_norm``.
 
     The divisor is max(1, (‖g‖ + 1e-6) / max_norm): the reciprocal of what torch's ``clip_grad_norm_`` multiplies by.
 
@@ -37,19 +40,19 @@ class GlobalNorm(ClipRule):
         self.max_norm = above_zero("max_norm", max_norm, 1.0)
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
-        """The divisor for these gradients, shape []."""
+        """Return the divisor of all gradients, at least 1, shape []."""
         return ((stats.total_norm() + 1e-6) / (self.max_norm * limit)).clamp(min=1.0)
 
 
 class GroupNorm(ClipRule):
-    """Scales each parameter group's gradients so that their norm is at most the group's limit.
+    """Scale the gradients of each parameter group so that their norm is at most the group's limit.
 
     A group that explodes (an embedding, a fresh head) then does not shrink the steps of the others. Each group's
     divisor is `GlobalNorm`'s of the group alone.
 
     Args:
-        max_norm: Limit of the groups that are not in ``groups``; None to leave those alone.
-        groups: Limit of each group by its name, or its number where it has none; None to leave one alone.
+        max_norm: Limit of the groups that are not in ``groups``; None for no clipping of those.
+        groups: Limit of each group by its name, or its number where it has none; None for no clipping of it.
 
     Raises:
         ValueError: A limit is not a finite number above 0, or there is none; later, if a group does not exist.
@@ -72,30 +75,38 @@ class GroupNorm(ClipRule):
             raise ValueError(f"{self!r} has no limit for any group. Give max_norm, or groups={{'head': 1.0}}.")
 
     def check(self, group_names: Collection[str], names: Collection[str]) -> None:
-        """Refuses limits of groups that do not exist."""
+        """Check that every group with a limit exists.
+
+        Args:
+            group_names: Names of the parameter groups.
+            names: Names of the parameters.
+
+        Raises:
+            ValueError: A group does not exist; the message names the nearest.
+        """
         for name in self.groups:
             if name not in group_names:
                 raise ValueError(f"{self!r}: there is no parameter group {name!r}. {nearest(name, group_names)}")
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
-        """The divisor of each tensor, which is its group's."""
+        """Return the divisor of each tensor, which is its group's, at least 1, shape [tensors]."""
         limits = [self.groups.get(name, self.max_norm) for name in stats.group_names]
         sizes = stats.group_sizes
         norms = stats.group_norms()
-        infinite = float("inf")  # divides to 0, so that the divisor is 1
+        infinite = float("inf")  # A norm divided by it is 0, so that the divisor is 1.
         bounds = upload([infinite if value is None else value * limit for value in limits], norms.device, norms.dtype)
         divisors = ((norms + 1e-6) / bounds).clamp(min=1.0)
         return torch.cat([divisor.expand(size) for divisor, size in zip(divisors.unbind(), sizes, strict=True)])
 
 
 class BlockRMS(ClipRule):
-    """Scales each tensor's gradient so that its root mean square is at most ``max_rms``.
+    """Scale the gradient of each tensor so that its root mean square is at most ``max_rms``.
 
     The divisor of a tensor is max(1, RMS(g) / max_rms).
 
     Args:
         max_rms: Largest root mean square of a tensor's gradient, above 0. The default is that of the sources, made for
-            updates; gradients are mostly far smaller, so look at theirs first.
+            updates; gradients are mostly far smaller, so inspect their RMS first.
 
     Raises:
         ValueError: ``max_rms`` is not a finite number above 0.
@@ -113,14 +124,14 @@ class BlockRMS(ClipRule):
         self.max_rms = above_zero("max_rms", max_rms, 1.0)
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
-        """The divisor of each tensor, shape [tensors]."""
+        """Return the divisor of each tensor, at least 1, shape [tensors]."""
         norm_sq = stats.norm_sq
         numel = upload([max(n, 1) for n in stats.numel], norm_sq.device, norm_sq.dtype)
         return ((norm_sq / numel).sqrt() / (self.max_rms * limit)).clamp(min=1.0)
 
 
 class Value(ClipRule):
-    """Brings each element of the gradients into [−max_value, max_value], as torch's ``clip_grad_value_`` does.
+    """Clamp each element of the gradients to [−max_value, max_value], as torch's ``clip_grad_value_`` does.
 
     Of complex gradients, real and imaginary parts. This changes the gradient's direction. No optimizer takes a limit in
     its kernel, so the gradients are rewritten.
@@ -136,5 +147,5 @@ class Value(ClipRule):
         self.max_value = above_zero("max_value", max_value, 1.0)
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Clamp:
-        """The limit of this step, and whether it binds."""
+        """Return the clamp of this step."""
         return Clamp(self.max_value * limit, stats.read("largest"))

@@ -7,13 +7,13 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, State, above_zero, put, take, whole
+from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, State, above_zero, gather, scatter, whole
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
 
 
 class _Released(ClipRule):
-    """A limit for each tensor that lets go of one that is above it too often in a row, until it is below again."""
+    """A limit for each tensor that is lifted for one that is above it too often in a row, until it is below again."""
 
     per_parameter = ("flags",)
 
@@ -22,25 +22,25 @@ class _Released(ClipRule):
 
     @abstractmethod
     def divisors(self, stats: GradStats, state: State, limit: float) -> Tensor:
-        """What the rule would like to divide by, shape [tensors]."""
+        """Return the divisors before any limit is lifted, at least 1, shape [tensors]."""
 
     def init_state(self, parameters: int) -> dict[str, Tensor]:
-        """How often in a row each parameter's gradient has been above its limit, as far as that matters."""
+        """Return how often in a row each parameter's gradient has been above its limit, up to ``patience``."""
         return {"flags": torch.zeros(parameters, dtype=torch.int64, device="cpu")}
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
-        """The divisor of each tensor, shape [tensors]."""
-        return torch.where(take(state["flags"], stats) < self.patience, self.divisors(stats, state, limit), 1.0)
+        """Return the divisor of each tensor, at least 1, shape [tensors]."""
+        return torch.where(gather(state["flags"], stats) < self.patience, self.divisors(stats, state, limit), 1.0)
 
     def updated(self, stats: GradStats, state: State, clip: Clip) -> dict[str, Tensor]:
-        """Counts on where a tensor is above its limit, and starts again where not."""
+        """Count steps in a row above the limit; restart at 0 below it."""
         above = self.divisors(stats, state, 1.0) > 1
-        flags = torch.where(above, take(state["flags"], stats) + 1, 0).clamp(max=self.patience)
-        return {"flags": put(state["flags"], stats, flags)}
+        flags = torch.where(above, gather(state["flags"], stats) + 1, 0).clamp(max=self.patience)
+        return {"flags": scatter(state["flags"], stats, flags)}
 
 
 class MomentumRatio(_Released):
-    """Limits the norm of each tensor's gradient to ``ratio`` times that of the optimizer's momentum.
+    """Limit the norm of each tensor's gradient to ``ratio`` times that of the optimizer's momentum.
 
     The divisor of a tensor is max(1, ‖g‖ / (ratio · ‖m‖)), with the first moment m as it is before the step; a
     momentum buffer of SGD is taken as the average it is a multiple of. Costs a read of the first moment.
@@ -52,7 +52,7 @@ class MomentumRatio(_Released):
     Args:
         ratio: How much larger than the momentum a gradient may be, above 0.
         warmup: Steps without clipping, while the moments still start from 0; skipped ones are not counted.
-        patience: So many clipped steps in a row are taken as a new level.
+        patience: Number of clipped steps in a row after which the new level is adopted.
 
     Raises:
         ValueError: An argument is out of range; at the second step, if the optimizer keeps no first moment.
@@ -68,14 +68,14 @@ class MomentumRatio(_Released):
         self.warmup = whole("warmup", warmup, 1, 20)
 
     def divisors(self, stats: GradStats, state: State, limit: float) -> Tensor:
-        """Above 1 where the gradient is too large beside a momentum that is there."""
+        """Return divisors above 1 where the gradient is too large against a momentum that exists, shape [tensors]."""
         bound = stats.read("momentum_norm_sq").sqrt() * (self.ratio * limit)
         passes = (bound == 0) | (state["steps"] < self.warmup)
         return torch.where(passes, 1.0, (stats.norm_sq.sqrt() / bound).clamp(min=1.0))
 
 
 class UpdateRMS(_Released):
-    """Limits, tensor by tensor, the root mean square of g/√v̂, which is about 1 when the second moment is up to date.
+    """Limit, tensor by tensor, the root mean square of g/√v̂, which is about 1 when the second moment is up to date.
 
     The divisor of a tensor is max(1, RMS(g / max(√v̂, ε)) / max_rms), with v̂ as Adam would have it after this step. A
     gradient much larger than those that v remembers (the usual cause of loss spikes) is brought down to them.
@@ -87,7 +87,7 @@ class UpdateRMS(_Released):
 
     Args:
         max_rms: d, above 0; 1.0 in both papers.
-        patience: So many clipped steps in a row are taken as a new level.
+        patience: Number of clipped steps in a row after which the new level is adopted.
 
     Raises:
         ValueError: An argument is out of range; at the second step, if the optimizer is not of Adam's kind, with
@@ -103,7 +103,7 @@ class UpdateRMS(_Released):
         self.max_rms = above_zero("max_rms", max_rms, 1.0)
 
     def divisors(self, stats: GradStats, state: State, limit: float) -> Tensor:
-        """Above 1 where the gradient is too large beside the second moment."""
+        """Return divisors above 1 where the gradient is too large against the second moment, shape [tensors]."""
         sums: Tensor = stats.read("grad_sq_over_exp_avg_sq")
         numel = upload([max(n, 1) for n in stats.numel], sums.device, sums.dtype)
         return ((sums / numel).sqrt() / (self.max_rms * limit)).clamp(min=1.0)

@@ -1,4 +1,4 @@
-"""A clip rule at work on one optimizer: what it remembers, from step to step and over a resume."""
+"""A clip rule at work on one optimizer: its state, from step to step and over a resume."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class Clipper:
-    """Asks a rule at each step, and keeps its state under the contract that `ClipRule` tells.
+    """The state of a clip rule for one optimizer, kept under the contract described in `ClipRule`.
 
     Args:
         rule: The rule.
-        limit: By what the rule's limit is multiplied, as a function of the optimizer steps taken so far.
+        limit: Factor on the rule's limit, as a function of the optimizer steps taken so far; None for 1.
     """
 
     def __init__(self, rule: ClipRule, limit: Callable[[int], float] | None = None) -> None:
@@ -31,13 +31,16 @@ class Clipper:
         self._next: dict[str, Tensor] = {}
 
     def decide(self, stats: GradStats, steps: int, parameters: int, device: torch.device) -> Clip:
-        """What to do at this step.
+        """Decide how the gradients of this step are clipped; `commit` ends the step.
 
         Args:
-            stats: The gradients.
+            stats: Statistics of the gradients.
             steps: Optimizer steps taken so far.
-            parameters: How many parameters the optimizer has.
-            device: Where the state is kept.
+            parameters: Number of parameters of the optimizer.
+            device: The device of the state.
+
+        Raises:
+            ValueError: The schedule of the limit is not above 0 at this step.
         """
         self._prepare(parameters, device)
         limit = 1.0 if self._limit is None else self._limit(steps)
@@ -53,21 +56,25 @@ class Clipper:
         return clip
 
     def commit(self, accepted: Tensor) -> None:
-        """Ends the step: the state moves on, or stays if the step is not ``accepted`` (bool, shape [])."""
+        """End the step: adopt the next state, or keep the present one.
+
+        Args:
+            accepted: Whether the step happened, bool, shape [], on the device.
+        """
         for name, new in self._next.items():
             old = self._state[name]
             self._state[name] = torch.where(accepted, new.to(old.dtype), old)
         self._next = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Rule and state, as plain tensors; empty for a rule that remembers nothing."""
+        """Return name and state of the rule, as plain tensors; empty for a rule without state."""
         state = self._state or self._saved or {}
         if not state:
             return {}
         return {"rule": type(self.rule).__name__, "state": {name: t.detach().clone() for name, t in state.items()}}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Takes up what another run has saved; what another kind of rule has saved is left."""
+        """Restore the state returned by `state_dict`; that of another kind of rule is ignored, with a warning."""
         self._state, self._next, self._saved = {}, {}, None
         if saved and saved["rule"] == type(self.rule).__name__:
             self._saved = saved["state"]
@@ -75,7 +82,7 @@ class Clipper:
             logger.warning("%r starts afresh: the checkpoint has the state of %s.", self.rule, saved["rule"])
 
     def _prepare(self, parameters: int, device: torch.device) -> None:
-        """Makes the state, or makes room for parameters that have joined the optimizer."""
+        """Create the state, or extend it for parameters that have joined the optimizer."""
         known = self._state or self._saved
         if self._state and all(len(self._state[name]) == parameters for name in self.rule.per_parameter):
             return

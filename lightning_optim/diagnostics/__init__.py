@@ -13,7 +13,7 @@ from lightning_optim.diagnostics.gradients import (
     ZeroGrad,
 )
 from lightning_optim.diagnostics.magnitudes import Histograms
-from lightning_optim.diagnostics.report import Report
+from lightning_optim.diagnostics.report import StepReport
 from lightning_optim.diagnostics.tensors import PerTensor
 from lightning_optim.diagnostics.updates import (
     EffectiveLR,
@@ -41,11 +41,15 @@ __all__ = [
     "ParamRMS",
     "PerTensor",
     "Report",
+    "StepReport",
     "UpdateNorm",
     "UpdateRatio",
     "WeightDecayShare",
     "ZeroGrad",
 ]
+
+Report = StepReport
+"""The name of `StepReport` up to 0.1."""
 
 DEFAULT_DIAGNOSTICS: tuple[Diagnostic, ...] = (
     GradNorm(),

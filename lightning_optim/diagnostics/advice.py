@@ -36,14 +36,14 @@ class BatchAdvice:
         self._side = side
         if side == 0 or self._in_a_row != self._patience:
             return None
-        where, what = _SAID[side]
+        where, what = _SENTENCES[side]
         return (
             f"The batch of {batch_size:.0f} samples is far {where} the gradient noise scale (about {noise_scale:.1g}), "
             f"and has been for {self._patience} reports: {what}"
         )
 
 
-_SAID = {
+_SENTENCES = {
     1: (
         "below",
         "its gradients are mostly noise. Twice the batch (or `accumulate_grad_batches`) at twice the rate, with Adam "

@@ -18,7 +18,7 @@ _START = StepCounts()
 _INTERNAL = ("clipped", "skipped", "first_nonfinite", "steps_measured")
 
 
-class Report:
+class StepReport:
     """The diagnostics of one step on their way to the host, in one packed transfer.
 
     Args:
@@ -32,7 +32,7 @@ class Report:
         self,
         record: StepRecord,
         diagnostics: Sequence[Diagnostic],
-        since: Report | StepCounts = _START,
+        since: StepReport | StepCounts = _START,
         at: int = 0,
     ) -> None:
         self.at = at
@@ -44,7 +44,7 @@ class Report:
         """Tags of values that belong to the run."""
         self.tables: dict[str, np.ndarray] = {}
         """What `add_table` has taken, once read."""
-        self._since: Report | StepCounts = since
+        self._since: StepReport | StepCounts = since
         self.group_names = record.group_names
         self._param_names = record.param_names
         self._numel = record.update.numel
@@ -97,7 +97,7 @@ class Report:
         """Adds many values under one name, of any shape, which travel with the others but are no points."""
         self._tables[name] = values.detach()
 
-    def send(self) -> Report:
+    def send(self) -> StepReport:
         """Starts the transfer."""
         device = self._columns[0].device
         tables = [t.to(device, torch.float64, non_blocking=True).reshape(-1) for t in self._tables.values()]

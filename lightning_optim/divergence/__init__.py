@@ -1,20 +1,23 @@
-"""Noticing that a run goes wrong, and what to do about it; plain torch and plain Python.
+"""Detection of a run that diverges, and the response to it; plain torch and plain Python.
 
-What must be known before the update is decided on the device (`Watch`): whether to skip the step. All else is judged by
-the host, from rows of numbers that arrive a little later and that nobody waits for.
+Whether to skip the step must be known before the update, so it is decided on the device (`StepGuard`). Everything else
+is judged on the host, from rows of numbers that arrive a few steps later, so that training never waits for them.
 """
 
 from lightning_optim.divergence.alarms import ALARM_KINDS, Alarm, AlarmKind
 from lightning_optim.divergence.base import DETECTORS, Detector, NonFiniteGradient
-from lightning_optim.divergence.health import Health, HealthLimits
-from lightning_optim.divergence.judge import Judge
+from lightning_optim.divergence.health import HealthLimits, ParameterHealth
+from lightning_optim.divergence.judge import DivergenceJudge
 from lightning_optim.divergence.ladder import Ladder, LRCut, Rollback
-from lightning_optim.divergence.rate_cut import RateCut
-from lightning_optim.divergence.report import Report
-from lightning_optim.divergence.rows import Row, Rows
+from lightning_optim.divergence.lr_cutter import LRCutter
+from lightning_optim.divergence.report import DivergenceReport
 from lightning_optim.divergence.spikes import Spikes, SpikeWindow
+from lightning_optim.divergence.step_log import LogRow, StepLog
 from lightning_optim.divergence.trend import SlowDivergence
-from lightning_optim.divergence.watch import SIGNALS, StepSeen, Watch
+from lightning_optim.divergence.watch import SIGNALS, StepGuard, StepObservation
+
+Judge, Watch = DivergenceJudge, StepGuard
+"""The names of these two up to 0.1."""
 
 __all__ = [
     "ALARM_KINDS",
@@ -23,20 +26,22 @@ __all__ = [
     "Alarm",
     "AlarmKind",
     "Detector",
-    "Health",
+    "DivergenceJudge",
+    "DivergenceReport",
     "HealthLimits",
     "Judge",
     "LRCut",
+    "LRCutter",
     "Ladder",
+    "LogRow",
     "NonFiniteGradient",
-    "RateCut",
-    "Report",
+    "ParameterHealth",
     "Rollback",
-    "Row",
-    "Rows",
     "SlowDivergence",
     "SpikeWindow",
     "Spikes",
-    "StepSeen",
+    "StepGuard",
+    "StepLog",
+    "StepObservation",
     "Watch",
 ]

@@ -1,4 +1,4 @@
-"""What can go wrong: the kinds of alarm, what each means and what to change, in one table."""
+"""The kinds of alarm, what each means and what to change, in one table."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class AlarmKind:
-    """One kind of trouble.
+    """One kind of alarm.
 
     Args:
-        name: How reports and logs call it.
+        name: Its name in reports and logs.
         advice: What to change, one or two sentences.
-        skip_mends: Whether nothing is left of it once the step is skipped.
-        escalates: Whether skipping the step does not mend it, so that the guard has to act.
-        lost: Whether the weights are worse for it, so that a lower rate alone does not mend it either.
+        skip_suffices: Whether a skip of the step leaves nothing of it.
+        escalates: Whether a skip of the step is not enough, so that the guard has to respond.
+        lost: Whether the weights are worse for it, so that a lower rate alone is not enough either.
     """
 
     name: str
     advice: str
-    skip_mends: bool = False
+    skip_suffices: bool = False
     escalates: bool = False
     lost: bool = False
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something that went wrong.
+    """One alarm about one step.
 
     Args:
         kind: Name of an `AlarmKind`.
-        step: Optimizer steps until then, that one included.
+        step: Optimizer steps so far, that one included.
         text: One sentence.
         names: Parameters or groups concerned, the worst first.
-        escalates: Whether a skipped step does not mend it.
-        lost: Whether the weights are worse for it, so that a lower rate alone does not mend it either.
-        most: Whether what is concerned is most of the network, and was well before.
+        escalates: Whether a skip of the step is not enough.
+        lost: Whether the weights are worse for it, so that a lower rate alone is not enough either.
+        most: Whether it concerns most of the network, which was healthy before.
     """
 
     kind: str
@@ -49,9 +49,9 @@ class Alarm:
     most: bool = False
 
     @property
-    def skip_mends(self) -> bool:
-        """Whether nothing is left of it once the step is skipped."""
-        return ALARM_KINDS[self.kind].skip_mends
+    def skip_suffices(self) -> bool:
+        """Whether a skip of the step leaves nothing of it."""
+        return ALARM_KINDS[self.kind].skip_suffices
 
 
 _KINDS = (
@@ -60,14 +60,14 @@ _KINDS = (
         "Look at the batches listed: a NaN in the data, a logarithm or division of 0, an overflow "
         "in 16 bits. `GradientClipping: {max_norm: 1.0}` does not help against NaN; `precision: "
         "bf16-mixed` helps against overflow.",
-        skip_mends=True,
+        skip_suffices=True,
     ),
     AlarmKind(
         "spike",
         "`GradientClipping: {method: zclip}` or `{max_norm: ...}` at about the usual gradient "
         "norm clips such steps instead of skipping them; if there are many, a longer `warmup` or "
         "AdamW's `betas: [0.9, 0.95]`.",
-        skip_mends=True,
+        skip_suffices=True,
     ),
     AlarmKind(
         "new_level",
@@ -128,7 +128,7 @@ _KINDS = (
     AlarmKind(
         "detected",
         "A detector of your own asked for the step to be skipped: its `reason` says why.",
-        skip_mends=True,
+        skip_suffices=True,
     ),
 )
 
@@ -146,7 +146,16 @@ def alarm(
     lost: bool | None = None,
     most: bool = False,
 ) -> Alarm:
-    """An `Alarm` of a kind of the table, which says whether it escalates unless the caller does.
+    """Create an `Alarm` of a kind of the table.
+
+    Args:
+        kind: Name of the kind.
+        step: Optimizer steps so far, that one included.
+        text: One sentence.
+        names: Parameters or groups concerned, the worst first.
+        escalates: Whether a skip of the step is not enough; None for what the table says.
+        lost: Whether the weights are worse for it; None for what the table says.
+        most: Whether it concerns most of the network.
 
     Raises:
         KeyError: There is no such kind.

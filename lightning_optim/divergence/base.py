@@ -13,7 +13,7 @@ from lightning_optim.core.stats import GradStats
 
 
 class Detector(ABC):
-    """Decides, without asking the host, whether the coming update may happen.
+    """A decision, without asking the host, whether the coming update may happen.
 
     To add one, subclass, define `__call__`, and hand it to ``DivergenceGuard(detectors=[...])``, or to
     `StepPipeline` in a plain loop. The guard reports each step that it flags, under `name` and with `reason`.
@@ -29,16 +29,16 @@ class Detector(ABC):
     """
 
     reason: str = ""
-    """One clause that says what it has found, for reports."""
+    """A clause that says what it has found, for reports."""
 
     @property
     def name(self) -> str:
-        """How reports and checkpoints call it: its class in lower case with underscores."""
+        """Its name in reports and checkpoints: that of its class in lower case with underscores."""
         return snake_case(type(self).__name__)
 
     @abstractmethod
     def __call__(self, stats: GradStats) -> Tensor:
-        """Whether the step must be skipped.
+        """Return whether the step must be skipped.
 
         Args:
             stats: One read of the gradients: square sum of each tensor, shape [tensors], on the device.
@@ -51,11 +51,11 @@ class Detector(ABC):
         """End the step.
 
         Args:
-            skip: Non-zero if the step did not happen, whoever asked for that; shape [].
+            skip: Non-zero if the step did not happen, for any reason; shape [].
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, as plain numbers and tensors for a checkpoint."""
+        """Return its state, as plain numbers and tensors for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most remember nothing
@@ -67,9 +67,9 @@ DETECTORS: Registry[Detector] = Registry("detector", Detector)
 
 
 class NonFiniteGradient(Detector):
-    """Skips a step with a NaN or an infinity in any gradient.
+    """Skip a step with a NaN or an infinity in any gradient.
 
-    Read off what clipping has measured, so it costs nothing beside that. Under data parallelism the reduced gradients
+    It reads what clipping has measured, so it costs nothing in addition. Under data parallelism the reduced gradients
     carry a NaN of one rank to all, so all ranks decide alike without talking.
 
     Example:
@@ -81,7 +81,7 @@ class NonFiniteGradient(Detector):
     reason = "a gradient is not finite"
 
     def __call__(self, stats: GradStats) -> Tensor:
-        """True unless all are finite, shape []."""
+        """Return whether any gradient is not finite, bool, shape []."""
         return ~stats.finite()
 
 

@@ -1,54 +1,55 @@
-"""What is wrong with single parameters and groups, seen at logging steps: dead, stalled, vanishing, exploding."""
+"""Health of single parameters and groups, inspected at logging steps: dead, stalled, vanishing, exploding."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from lightning_optim.core.stateful import Stateful
 from lightning_optim.core.stats import TENSOR_COLUMNS
 from lightning_optim.divergence.alarms import Alarm, alarm
 
 _HISTORY = 10
-_LOOKS = 5
-"""Over so many looks advice about the learning rate is given."""
+_INSPECTIONS = 5
+"""Number of inspections that advice about the learning rate is based on."""
 _APART = 10
-"""Steps between two such looks at least, as measured: neighbouring steps see much the same."""
+"""Least number of steps between two of these, as measured: gradients of neighbouring steps are much alike."""
 _NEAR_PEAK = 0.1
-"""Below this share of its highest rate a schedule is about to end a run: updates are small on purpose."""
+"""Share of its highest rate below which a schedule is about to end the run: small updates are intended there."""
 _USUAL_RATIO = 0.01
-"""Updates that change weights by less than this share are no sign of a high rate."""
+"""Share of the weights below which an update is no sign of a high learning rate."""
 
 
 @dataclass(frozen=True)
 class HealthLimits:
-    """When a parameter or group is told of.
+    """Limits beyond which a parameter or group is reported.
 
-    Where it says "measured", the figures are of `tests/benchmarks/calibration.py`: five small real trainings at rates
-    from a hundredth to a hundred times a good one, of which 62 in 135 end well; the documentation has them all.
+    Figures called "measured" are those of `tests/benchmarks/calibration.py`: five small real trainings at rates
+    from a hundredth to a hundred times a good one, of which 62 in 135 end well; all are in the documentation.
 
     Args:
-        warmup: Optimizer steps before anything is: what starts at zero gives others no gradient at first.
-        vanishing: A gradient's root mean square below this share of the largest one's. Measured: one good run is told
-            of, at three times the best rate, and 6 of 33 at too high a rate.
-        exploding: A group's gradient norm above so many times its median over the last 10 looks. Measured: 98 % of the
-            good runs stay below 5, all below 30.
-        stalled: An update of less than this share of the weights, at a rate near its highest. Measured: good runs keep
-            every tensor above 1e-8 or so; a tenth of the bad ones fall below the limit.
-        below_eps: A share, of the elements with a gradient, whose second moment is below ``eps``, so that ``eps`` sets
-            their update. A judgement: good runs do not come near.
-        high_ratio: An update of more than this share of the weights, at 5 looks in a row; 1e-3 is usual. Measured: no
-            good run; none of the others either, which at far too high a rate have broken before, and are told of
-            otherwise.
-        low_ratio: The same from below, at a steady rate. Measured: no good run, 3 of 40 at too low a rate.
-        against: Mean cosine of gradient and momentum over 5 looks, each below half of that: steps jump to and fro
+        warmup: Optimizer steps before the first report: weights that start at zero pass no gradient on at first.
+        vanishing: Root mean square of a gradient below this share of the largest one's. Measured: one good run is
+            reported, at three times the best rate, and 6 of 33 at too high a rate.
+        exploding: Gradient norm of a group above this many times its median over the last 10 inspections. Measured:
+            98 % of the good runs stay below 5, all below 30.
+        stalled: Update below this share of the weights, at a learning rate near its highest. Measured: good runs keep
+            every tensor above about 1e-8; a tenth of the bad ones fall below the limit.
+        below_eps: Share of the elements with a gradient whose second moment is below ``eps``, so that ``eps`` alone
+            sets their update. Not calibrated: good runs stay far below it.
+        high_ratio: Update above this share of the weights, at 5 inspections in a row; 1e-3 is usual. Measured: no good
+            run; none of the others either, which at far too high a rate have failed before, and are reported by other
+            limits.
+        low_ratio: Update below this share of the weights, at a steady rate. Measured: no good run, 3 of 40 at too low a
+            rate.
+        against: Mean cosine of gradient and momentum over 5 inspections, each below half of that: steps oscillate
             across a valley. Measured: 2 of 53 good runs, 6 of 24 at too high a rate.
-        along: The cosine at 5 looks in a row, at a steady rate and with updates below 0.01 of the weights: gradients go
-            on pointing where the steps go, so that longer ones would do. Measured: 2 of 53 good runs, and 18 of 31 at
-            too low a rate.
+        along: Cosine of gradient and momentum above this at 5 inspections in a row, at a steady rate and with updates
+            below 0.01 of the weights: gradients keep the direction of the steps, so that longer steps would do.
+            Measured: 2 of 53 good runs, and 18 of 31 at too low a rate.
     """
 
     warmup: int = 20
@@ -62,23 +63,26 @@ class HealthLimits:
     along: float = 0.4
 
 
-class Health:
-    """Looks at the parameters of one optimizer.
+class ParameterHealth(Stateful):
+    """Inspection of the parameters of one optimizer at logging steps.
 
-    A parameter or group is told of once, and again only after it has been well in between.
+    A parameter or group is reported once, and again only after it has been healthy in between.
 
     Args:
-        limits: When.
+        limits: Limits beyond which it is reported; None for the defaults.
     """
+
+    # Attributes have the names of their keys in checkpoints: what was reported, and when advice was last considered.
+    STATE = ("told", "norms", "ratios", "cosines", "rates", "peaks", "looked")
 
     def __init__(self, limits: HealthLimits | None = None) -> None:
         self.limits = limits or HealthLimits()
         self._told: set[tuple[str, str]] = set()
-        self._norms: dict[str, deque[float]] = {}
+        self._norms: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_HISTORY))
         self._peaks: dict[str, float] = {}
-        self._ratios: deque[float] = deque(maxlen=_LOOKS)
-        self._cosines: deque[float] = deque(maxlen=_LOOKS)
-        self._rates: deque[float] = deque(maxlen=_LOOKS)
+        self._ratios: deque[float] = deque(maxlen=_INSPECTIONS)
+        self._cosines: deque[float] = deque(maxlen=_INSPECTIONS)
+        self._rates: deque[float] = deque(maxlen=_INSPECTIONS)
         self._looked = -_APART
 
     def update(
@@ -91,16 +95,19 @@ class Health:
         without: Sequence[str],
         alive: Sequence[bool] = (),
     ) -> list[Alarm]:
-        """Takes in what a step's record knows of each tensor.
+        """Inspect the statistics of each tensor in one step.
 
         Args:
             step: Optimizer steps so far.
-            values: `StepRecord.per_tensor`, row by row.
+            values: `StepRecord.per_tensor`, row by row: [tensors * columns] numbers.
             names: Name of each tensor.
-            numel: Its number of elements.
+            numel: Number of elements of each tensor.
             groups: Name, learning rate and number of tensors of each group.
-            without: Names of parameters that have no gradient, though the optimizer has them.
-            alive: Which tensors had a gradient other than 0 at first; nothing if that is not known.
+            without: Names of parameters of the optimizer that have no gradient.
+            alive: Whether each tensor had a gradient other than 0 at the first step; empty if that is not known.
+
+        Returns:
+            An alarm for each kind of new findings, with the names concerned.
         """
         width = len(TENSOR_COLUMNS)
         rows = [dict(zip(TENSOR_COLUMNS, values[i * width : (i + 1) * width], strict=True)) for i in range(len(names))]
@@ -115,7 +122,7 @@ class Health:
             at += size
             near_peak = self._near_peak(group, lr)
             for i in part:
-                self._look(rows[i], f"{names[i]} (group {group})", numel[i], largest, near_peak, found)
+                self._inspect(rows[i], f"{names[i]} (group {group})", numel[i], largest, near_peak, found)
             if self._explodes(group, math.sqrt(sum(rows[i]["grad_sq"] for i in part))):
                 exploding.append(f"group {group}")
         found["exploding"] = exploding
@@ -138,7 +145,7 @@ class Health:
                 alarms.append(alarm(kind, step, f"{text[kind]} {shown}", tuple(new), most=most and kind == "dead"))
         return [*alarms, *self._advise(step, rows, groups)]
 
-    def _look(
+    def _inspect(
         self, row: dict[str, float], name: str, numel: int, largest: float, near_peak: bool, found: dict[str, list[str]]
     ) -> None:
         limits = self.limits
@@ -158,7 +165,7 @@ class Health:
         return lr > 0 and lr >= _NEAR_PEAK * peak
 
     def _explodes(self, group: str, norm: float) -> bool:
-        history = self._norms.setdefault(group, deque(maxlen=_HISTORY))
+        history = self._norms[group]
         explodes = len(history) == _HISTORY and norm > self.limits.exploding * statistics.median(history)
         history.append(norm)
         return explodes
@@ -168,7 +175,7 @@ class Health:
             return []
         self._looked = step
         limits = self.limits
-        # NaN where a rule has no such quantity
+        # A sum is NaN where the rule has no such quantity.
         total = {key: sum(row[key] for row in rows) for key in TENSOR_COLUMNS}
         if total["param_sq"] > 0:
             self._ratios.append(math.sqrt(total["update_sq"] / total["param_sq"]))
@@ -176,47 +183,25 @@ class Health:
             self._cosines.append(total["grad_exp_avg"] / math.sqrt(scale))
         self._rates.append(max((lr for _, lr, _ in groups), default=0.0))
         peak = max(self._peaks.values(), default=0.0)
-        steady = self._rates[-1] <= self._rates[0] and self._rates[-1] >= _NEAR_PEAK * peak  # nor in a warm-up
-        ratios = self._ratios if len(self._ratios) == _LOOKS else None
-        cosine = statistics.fmean(self._cosines) if len(self._cosines) == _LOOKS else 0.0
-        told: dict[str, str] = {}
+        steady = self._rates[-1] <= self._rates[0] and self._rates[-1] >= _NEAR_PEAK * peak  # not in a warm-up either
+        ratios = self._ratios if len(self._ratios) == _INSPECTIONS else None
+        cosine = statistics.fmean(self._cosines) if len(self._cosines) == _INSPECTIONS else 0.0
+        advice: dict[str, str] = {}
         if ratios and min(ratios) > limits.high_ratio:
-            told["lr_too_high"] = f"steps change the weights by more than {limits.high_ratio:g} of their norm"
+            advice["lr_too_high"] = f"steps change the weights by more than {limits.high_ratio:g} of their norm"
         elif cosine < limits.against and max(self._cosines) < limits.against / 2:
-            told["lr_too_high"] = "gradients point against the momentum, so steps jump to and fro"
+            advice["lr_too_high"] = "gradients point against the momentum, so steps jump to and fro"
         elif ratios and steady and max(ratios) < limits.low_ratio:
-            told["lr_too_low"] = f"steps change the weights by less than {limits.low_ratio:g} of their norm"
+            advice["lr_too_low"] = f"steps change the weights by less than {limits.low_ratio:g} of their norm"
         elif ratios and steady and max(ratios) < _USUAL_RATIO and cosine > 0 and min(self._cosines) > limits.along:
-            told["lr_too_low"] = "gradients keep pointing along the momentum, so a longer step would go on descending"
-        new = {kind: text for kind, text in told.items() if (kind, "") not in self._told}
-        self._told = {(k, n) for k, n in self._told if n != ""} | {(kind, "") for kind in told}
+            advice["lr_too_low"] = "gradients keep pointing along the momentum, so a longer step would go on descending"
+        new = {kind: text for kind, text in advice.items() if (kind, "") not in self._told}
+        self._told = {(k, n) for k, n in self._told if n != ""} | {(kind, "") for kind in advice}
         return [alarm(kind, step, text) for kind, text in new.items()]
 
     def rolled_back(self) -> None:
-        """What was told of is so no more."""
+        """Forget what has been reported: the weights that it was about are gone."""
         self._told.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and text."""
-        return {
-            "told": [list(pair) for pair in sorted(self._told)],
-            "norms": {group: list(norms) for group, norms in self._norms.items()},
-            "ratios": list(self._ratios),
-            "cosines": list(self._cosines),
-            "rates": list(self._rates),
-            "peaks": dict(self._peaks),
-            "looked": self._looked,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
-        self._told = {(kind, name) for kind, name in state["told"]}
-        self._norms = {group: deque(norms, maxlen=_HISTORY) for group, norms in state["norms"].items()}
-        self._ratios.extend(state["ratios"])
-        self._cosines.extend(state["cosines"])
-        self._rates.extend(state["rates"])
-        self._peaks = dict(state["peaks"])
-        self._looked = state["looked"]
 
 
 def _rms(square_sum: float, numel: int) -> float:

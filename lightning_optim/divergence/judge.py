@@ -1,35 +1,40 @@
-"""From what was seen at each step to alarms: what is wrong, and whether it is more than one bad batch."""
+"""From the observation of each step to alarms: what is wrong, and whether it is more than one bad batch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
+from lightning_optim.core.stateful import Stateful
 from lightning_optim.divergence.alarms import Alarm, alarm
 from lightning_optim.divergence.trend import SUSTAINED, SlowDivergence
-from lightning_optim.divergence.watch import StepSeen
+from lightning_optim.divergence.watch import StepObservation
 
 _DATA = 40
-"""For so many steps after it has turned out to be the data, a jump is theirs: a new level takes 16 flags."""
+"""Number of steps, once the data has turned out to be the cause, in which a jump is put down to the data, too.
+
+A new level takes 16 flags."""
 
 
-class Judge:
-    """Judges the steps of one optimizer, in order.
+class DivergenceJudge(Stateful):
+    """Judgement of the steps of one optimizer, in order.
 
-    After a rollback the first loss tells whether it was the weights: if it is as high with those of the snapshot, it is
-    the data or the loss function that has changed, and going back once more would not help. Then the level is taken as
-    it is.
+    The first loss after a rollback tells whether the weights were the cause: if it is as high with those of the
+    snapshot, the data or the loss function has changed, and another rollback would not help. Then the level is
+    accepted.
 
     Args:
-        trend: What slow divergence is; None not to look for it.
-        patience: After how many steps without a finite gradient in a row it is more than a bad batch.
-        scaled: Whether gradients come out of a GradScaler: then one that is not finite, at a finite loss, is an
-            overflow, which is how the scaler finds its scale, and nothing to alarm about. So is one at an infinite
-            loss, which may be finite before scaling; if it is not, that many in a row collapse the scale.
-        overflows: How many overflows in a row are a collapse of the loss scale. From its start at 2¹⁶ the scale falls
-            below anything useful (2⁻⁴) within 20.
+        trend: Detector of slow divergence; None for none.
+        patience: Number of bad steps in a row that is more than a bad batch.
+        scaled: Whether gradients come out of a GradScaler. Then one that is not finite, at a finite loss, is an
+            overflow, which is how the scaler finds its scale, and raises no alarm. So is one at an infinite loss, which
+            may be finite before scaling; if it is not, that many in a row collapse the scale.
+        overflows: Number of overflows in a row that is a collapse of the loss scale. From its start at 2¹⁶ the scale
+            falls below anything useful (2⁻⁴) within 20.
     """
+
+    STATE = ("counts",)
+    PARTS = ("trend",)
 
     def __init__(
         self,
@@ -45,15 +50,18 @@ class Judge:
 
     @property
     def overflow_steps(self) -> int:
-        """Overflows of the GradScaler so far."""
+        """Number of overflows of the GradScaler so far."""
         return self._counts["overflows"]
 
-    def update(self, seen: StepSeen, names: Mapping[int, str]) -> list[Alarm]:
-        """Takes in a step.
+    def update(self, seen: StepObservation, names: Mapping[int, str]) -> list[Alarm]:
+        """Judge a step.
 
         Args:
             seen: The step.
             names: Name of each parameter of the optimizer, by its place.
+
+        Returns:
+            The alarms, none for a step that is well.
         """
         counts = self._counts
         worst = tuple(names.get(place, f"parameter {place}") for place in seen.worst)
@@ -68,7 +76,7 @@ class Judge:
             counts["bad_in_a_row"] = 0
         return found + self._finite(seen, worst)
 
-    def _overflow(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
+    def _overflow(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         counts = self._counts
         counts["overflows"] += 1
         counts["overflows_in_a_row"] += 1
@@ -78,7 +86,7 @@ class Judge:
         text = f"{row} overflows in a row, in {_listed(worst[: seen.bad_tensors])}: the loss scale has collapsed"
         return [alarm("loss_scale_collapse", seen.step, text, worst[: seen.bad_tensors])]
 
-    def _nonfinite(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
+    def _nonfinite(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         counts = self._counts
         counts["bad_in_a_row"] += 1
         bad = worst[: seen.bad_tensors]
@@ -89,10 +97,10 @@ class Judge:
         text = f"{what}{where}" + (f", for {row} steps in a row" if lasts and row > 1 else "")
         return [alarm("nonfinite", seen.step, text, bad, escalates=lasts)]
 
-    def _detected(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
-        """What detectors of the user's found; that many in a row are more than a bad batch, as for the others."""
+    def _detected(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
+        """Alarms of the user's detectors; ``patience`` of them in a row escalate, as other bad steps do."""
         found = seen.detected
-        if seen.skipped and not (found or seen.spikes):  # one that was put on the pipeline beside the watch
+        if seen.skipped and not (found or seen.spikes):  # one that the pipeline has in addition to ours
             found = ("another detector of the step asked for it",)
         if not found:
             return []
@@ -102,7 +110,7 @@ class Judge:
         lasting = f", for {row} steps in a row" if lasts and row > 1 else ""
         return [alarm("detected", seen.step, text + lasting, worst, escalates=lasts) for text in found]
 
-    def _finite(self, seen: StepSeen, worst: tuple[str, ...]) -> list[Alarm]:
+    def _finite(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         alarms = []
         if self._counts["returned"] and self.trend is not None:
             self._counts["returned"] = 0
@@ -112,7 +120,7 @@ class Judge:
                 text = "the loss is as high with the weights of the snapshot: it is the data, and its level from now on"
                 alarms.append(alarm("new_level", seen.step, text))
         if seen.spikes:
-            high = " and ".join(f"{_SAID[s]} {seen.values[s]:.3g} against {seen.medians[s]:.3g}" for s in seen.spikes)
+            high = " and ".join(f"{_LABELS[s]} {seen.values[s]:.3g} against {seen.medians[s]:.3g}" for s in seen.spikes)
             alarms.append(alarm("spike", seen.step, f"{high}; the largest gradients are in {_listed(worst)}", worst))
         if self.trend is not None and not seen.skipped and self.trend.update(seen.values["loss"]):
             lost = self.trend.lost
@@ -120,16 +128,22 @@ class Judge:
             alarms.append(alarm("slow_divergence", seen.step, text, lost=lost))
         for signal, factor in seen.levels.items():
             jumped = factor >= SUSTAINED and not self._counts["data"]
-            text = f"{_SAID[signal]} stays {factor:.3g} times as high; that is its level from now on"
+            text = f"{_LABELS[signal]} stays {factor:.3g} times as high; that is its level from now on"
             alarms.append(alarm("jump" if jumped else "new_level", seen.step, text))
             if self.trend is not None and not jumped:
                 self.trend.rebase()
         return alarms
 
-    def look(self, found: Alarm) -> Alarm:
-        """Takes in what was seen of single parameters: a network that is mostly dead and has learned nothing is lost.
+    def assess(self, found: Alarm) -> Alarm:
+        """Raise an alarm about parameters to a collapse, if most of the network is dead and it has learned nothing.
 
-        Not without asking the loss: experts that get no token have no gradient either, nor do layers that are left out.
+        The loss has to agree: experts without a token have no gradient either, nor do layers that are left out.
+
+        Args:
+            found: An alarm of `ParameterHealth`.
+
+        Returns:
+            The collapse, or ``found`` itself.
         """
         if found.kind == "dead" and found.most and self.trend is not None and not self.trend.learned:
             text = f"most of the network is dead, and the loss no better than at the start: {found.text}"
@@ -137,21 +151,11 @@ class Judge:
         return found
 
     def rolled_back(self) -> None:
-        """What was in a row is so no more."""
+        """Restart the counts of steps in a row, after a rollback."""
         self._counts |= {"bad_in_a_row": 0, "overflows_in_a_row": 0, "returned": 1, "data": 0}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {"counts": dict(self._counts), "trend": {} if self.trend is None else self.trend.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
-        self._counts = dict(state["counts"])
-        if self.trend is not None and state["trend"]:
-            self.trend.load_state_dict(state["trend"])
-
-
-_SAID = {"grad_norm": "gradient norm", "loss": "loss"}
+_LABELS = {"grad_norm": "gradient norm", "loss": "loss"}
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -1,24 +1,23 @@
-"""What is done when skipping a step is not enough: rungs, each with a budget."""
+"""Responses to a divergence that skipping a step does not fix: rungs of a ladder, each with a budget."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from lightning_optim.core.stateful import Stateful
 from lightning_optim.divergence.memory import check_memory
 
 
 @dataclass(frozen=True)
 class LRCut:
-    """The learning rate reduced for a while.
+    """First rung: a temporary cut of the learning rate.
 
     Args:
-        factor: By what it is multiplied. GLM-130B and OPT went on at half to a tenth of it.
-        steps: For how many steps.
-        recover: Over how many it then returns.
-        budget: How many times in a run.
+        factor: Factor on the learning rate, in (0, 1). GLM-130B and OPT continued at a half to a tenth.
+        steps: Number of steps at the reduced rate, at least 1.
+        recover: Number of steps over which the rate then returns, at least 0.
+        budget: Largest number of cuts in a run, at least 1.
 
     Raises:
         ValueError: An argument is out of range.
@@ -31,25 +30,26 @@ class LRCut:
 
     def __post_init__(self) -> None:
         if not 0 < self.factor < 1:
-            raise ValueError(f"Invalid factor={self.factor!r} of LRCut: it lies in (0, 1), for instance 0.5.")
+            raise ValueError(f"Invalid factor={self.factor!r} of LRCut: it must be in (0, 1), for instance 0.5.")
         _at_least("LRCut", 1, steps=self.steps, budget=self.budget)
         _at_least("LRCut", 0, recover=self.recover)
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """Back to the last snapshot of weights, optimizer, schedule, scaler and averages, but not of the data.
+    """Second rung: a return to the last snapshot of weights, optimizer, schedule, scaler and averages.
 
-    The batches since then are left behind, which is how PaLM got over its spikes; ``global_step`` goes on.
+    The position in the data is not restored: the batches since the snapshot are left out, which is how PaLM got past
+    its spikes. ``global_step`` continues.
 
     Args:
-        every: A snapshot is taken after so many steps.
-        clean: It may be returned to once so many further steps have passed without an alarm.
-        memory: Where snapshots are: ``"device"``, ``"cpu"`` or ``"disk"``.
-        lr_factor: By what the learning rate is multiplied for good after it; 1 to keep it. The second return in a row
-            to the same snapshot multiplies by its square, the third by its cube (1/2, then 1/8, then 1/64 in all),
-            because trouble that comes back needs more than a gentle answer.
-        budget: How many times in a run.
+        every: Number of steps from one snapshot to the next, at least 1.
+        clean: Number of further steps without an alarm after which a snapshot may be returned to, at least 0.
+        memory: Where snapshots are kept: ``"device"``, ``"cpu"`` or ``"disk"``.
+        lr_factor: Permanent factor on the learning rate after a rollback, in (0, 1]; 1 keeps the rate. The second
+            return in a row to the same snapshot multiplies by its square, the third by its cube (1/2, then 1/8, then
+            1/64 in all), because a divergence that comes back needs a stronger response.
+        budget: Largest number of rollbacks in a run, at least 1.
 
     Raises:
         ValueError: An argument is out of range.
@@ -66,22 +66,24 @@ class Rollback:
         _at_least("Rollback", 0, clean=self.clean)
         check_memory(self.memory, "Rollback")
         if not (math.isfinite(self.lr_factor) and 0 < self.lr_factor <= 1):
-            raise ValueError(f"Invalid lr_factor={self.lr_factor!r} of Rollback: it lies in (0, 1]; 1 keeps the rate.")
+            raise ValueError(
+                f"Invalid lr_factor={self.lr_factor!r} of Rollback: it must be in (0, 1]; 1 keeps the rate."
+            )
 
 
-class Ladder:
-    """Chooses what to do about an alarm that skipping does not mend.
+class Ladder(Stateful):
+    """Choice of the response to an alarm that skipping does not fix.
 
-    The lowest rung first; the next one if there is another such alarm within ``memory`` steps of the last action, if a
-    rung's budget is used up, or if the weights are lost, which a lower rate does not bring back. For ``cooldown`` steps
-    after an action nothing is done, so that it can work.
+    The lowest rung first; the next one if there is another such alarm within ``memory`` steps of the last response, if
+    the budget of a rung is used up, or if the weights are lost, which a lower rate does not bring back. For
+    ``cooldown`` steps after a response there is no other, so that it can take effect.
 
     Args:
-        lr_cut: Whether the first rung is there, and its budget.
-        rollback: The same of the second.
-        stop: Whether the run ends when nothing is left.
-        cooldown: Steps.
-        memory: Steps.
+        lr_cut: The first rung; None for none.
+        rollback: The second rung; None for none.
+        stop: Whether the run ends when all budgets are used up.
+        cooldown: Number of steps without a further response, at least 0.
+        memory: Number of steps within which a second alarm takes the next rung, at least 0.
 
     Raises:
         ValueError: An argument is out of range.
@@ -91,6 +93,8 @@ class Ladder:
         >>> [ladder.act(step, can_roll_back=True) for step in (10, 11, 12)]
         ['lr_cut', 'rollback', 'stop']
     """
+
+    STATE = ("used", "last")
 
     def __init__(
         self,
@@ -108,16 +112,19 @@ class Ladder:
 
     @property
     def used(self) -> dict[str, int]:
-        """How often each rung has been used."""
+        """Number of uses of each rung so far, by its name."""
         return dict(self._used)
 
     def act(self, step: int, can_roll_back: bool, lost: bool = False) -> str | None:
-        """What to do: ``"lr_cut"``, ``"rollback"``, ``"stop"``, or None.
+        """Choose a response and take it from its budget.
 
         Args:
             step: Optimizer steps so far.
             can_roll_back: Whether there is a snapshot.
             lost: Whether the weights are worse than they were.
+
+        Returns:
+            ``"lr_cut"``, ``"rollback"``, ``"stop"``, or None for no response.
         """
         since = math.inf if self._last is None else step - self._last[0]
         if since < self._cooldown:
@@ -133,20 +140,11 @@ class Ladder:
         return "stop" if self._stop else None
 
     def why_stop(self) -> str:
-        """What has been used up, for the message."""
+        """Budgets and what has been used of them, as text for a message."""
         return ", ".join(f"{rung}: {self._used[rung]} of {self._budgets[rung]}" for rung in self._budgets)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {"used": dict(self._used), "last": None if self._last is None else list(self._last)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
-        self._used |= state["used"]
-        self._last = None if state["last"] is None else (int(state["last"][0]), str(state["last"][1]))
 
 
 def _at_least(of: str, least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
-            raise ValueError(f"Invalid {name}={value!r} of {of}: a whole number of at least {least} is needed.")
+            raise ValueError(f"Invalid {name}={value!r} of {of}: it must be a whole number of at least {least}.")

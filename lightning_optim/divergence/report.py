@@ -1,4 +1,4 @@
-"""What happened, for whoever comes back to the run: Markdown to read, JSON to compute with."""
+"""The divergence report: Markdown to read, JSON to compute with."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning_optim.divergence.alarms import ALARM_KINDS
-from lightning_optim.divergence.watch import StepSeen
+from lightning_optim.divergence.watch import StepObservation
 
 
 @dataclass
 class Entry:
-    """Something that was seen or done.
+    """One entry of the report: an alarm or a response.
 
     Args:
-        step: Where on the loggers' axis.
-        epoch: In which epoch.
-        batches: Which batches of it made up the step.
-        optimizer: Which optimizer.
-        kind: Of the alarm, or ``did`` for what was done.
+        step: Its place on the loggers' axis.
+        epoch: The epoch.
+        batches: Indices of the batches of the epoch that made up the step.
+        optimizer: Index of the optimizer.
+        kind: Kind of the alarm, or ``did`` for a response.
         text: One sentence.
         names: Parameters or groups concerned.
     """
@@ -36,15 +36,15 @@ class Entry:
     names: list[str] = field(default_factory=list)
 
 
-class Report:
-    """Collects what was seen and done, and writes it down.
+class DivergenceReport:
+    """Entries and the last steps of a run, and the files that show them.
 
     Args:
-        keep: How many steps before now are written down with all their numbers.
-        most: How many entries are kept; the first ones, which tell how it began, and the last.
+        keep: Number of last steps that are shown with all their numbers.
+        most: Largest number of entries; the first ones, which show how it began, and the last ones are kept.
 
     Example:
-        >>> report = Report()
+        >>> report = DivergenceReport()
         >>> report.add(Entry(3, 0, [3], 0, "nonfinite", "its loss is not finite"))
         >>> "| 3 | 0 | 3 | nonfinite | its loss is not finite |" in report.markdown()
         True
@@ -54,21 +54,27 @@ class Report:
         self.entries: list[Entry] = []
         self._left_out = 0
         self._most = most
-        self._steps: deque[tuple[int, int, StepSeen]] = deque(maxlen=keep)
+        self._steps: deque[tuple[int, int, StepObservation]] = deque(maxlen=keep)
 
-    def see(self, step: int, optimizer: int, seen: StepSeen) -> None:
-        """Remembers a step."""
+    def see(self, step: int, optimizer: int, seen: StepObservation) -> None:
+        """Add a step.
+
+        Args:
+            step: Its place on the loggers' axis.
+            optimizer: Index of the optimizer.
+            seen: The observation of the step.
+        """
         self._steps.append((step, optimizer, seen))
 
     def add(self, entry: Entry) -> None:
-        """Remembers something that was seen or done."""
+        """Add an entry."""
         self.entries.append(entry)
         if len(self.entries) > self._most:
             del self.entries[self._most // 2]
             self._left_out += 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as plain values; numbers that are not finite as None, which JSON can say."""
+        """Return everything as plain values; numbers that are not finite as None, which JSON has a word for."""
         return {
             "entries": [asdict(entry) for entry in self.entries],
             "entries_left_out": self._left_out,
@@ -76,7 +82,7 @@ class Report:
         }
 
     def markdown(self) -> str:
-        """The same to read, with advice on what to change."""
+        """Return the report as Markdown, with advice on what to change."""
         lines = ["# Divergence report", "", "| step | epoch | batches | kind | what |", "|---|---|---|---|---|"]
         lines += [
             f"| {e.step} | {e.epoch} | {', '.join(map(str, e.batches))} | {e.kind} | {e.text} |" for e in self.entries
@@ -96,7 +102,15 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def write(self, folder: str | Path, name: str = "divergence_report") -> Path:
-        """Writes both files; returns where the Markdown is."""
+        """Write both files.
+
+        Args:
+            folder: Where to write; created if it does not exist.
+            name: Name of the files, without suffix.
+
+        Returns:
+            The path of the Markdown file.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False))

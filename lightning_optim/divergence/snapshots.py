@@ -1,4 +1,4 @@
-"""Copies of a run's state in memory, taken while it trains, and put back in place."""
+"""Snapshots of the state of a run: captured while it trains, restored in place."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from torch.optim import Optimizer
 from lightning_optim.core.sharding import local
 from lightning_optim.divergence.memory import check_memory
 
-_DOUBT = 16
-"""For so many steps after a skipped one no snapshot is called good: flags in a row are a new level after so many."""
+_SUSPECT_STEPS = 16
+"""Number of steps after a skipped one in which no snapshot is confirmed: that many flags in a row are a new level."""
 
 
 class Part(Protocol):
-    """Something that a snapshot covers."""
+    """A part of the state that a snapshot covers."""
 
     def live(self) -> Any:
-        """Its present state: nested containers with the tensors themselves, not copies."""
+        """Return the present state: nested containers with the tensors themselves, not copies."""
 
-    def put_back(self, saved: Any) -> None:
-        """Goes back to a state of that form, copying out of it."""
+    def restore(self, saved: Any) -> None:
+        """Restore a state of that form, copying out of it."""
 
 
 class Tensors:
-    """The tensors of modules: parameters and buffers, of sharded ones what this rank holds.
+    """Parameters and buffers of modules; of sharded ones, the local shards.
 
     Args:
-        modules: Returns the modules.
+        modules: Called for the modules.
     """
 
     def __init__(self, modules: Callable[[], Iterable[nn.Module]]) -> None:
         self._modules = modules
 
     def live(self) -> list[Tensor]:
-        """Parameters, then buffers."""
+        """Return parameters and buffers, each tensor once."""
         found = {id(t): t for m in self._modules() for t in (*m.parameters(), *m.buffers())}
         return [local(tensor.detach()) for tensor in found.values()]
 
-    def put_back(self, saved: list[Tensor]) -> None:
-        """In place, so that whoever holds the tensors need not know."""
+    def restore(self, saved: list[Tensor]) -> None:
+        """Copy into the tensors in place, so that other references to them stay valid."""
         for tensor, value in zip(self.live(), saved, strict=True):
             tensor.copy_(value)
 
 
 class OptimizerState:
-    """State and hyperparameters of an optimizer, of sharded state what this rank holds.
+    """State and hyperparameters of an optimizer; of sharded state, the local shards.
 
     Args:
         optimizer: The optimizer.
@@ -63,14 +63,14 @@ class OptimizerState:
         self._optimizer = optimizer
 
     def live(self) -> dict[str, Any]:
-        """State of each parameter, and each group without its parameters."""
+        """Return the state of each parameter, and each group without its parameters."""
         return {
             "state": [self._state_of(param) for param in self._params()],
             "groups": [_without_params(group) for group in self._optimizer.param_groups],
         }
 
-    def put_back(self, saved: Mapping[str, Any]) -> None:
-        """In place where there is a tensor of that size; what was not there then is dropped."""
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Copy in place where there is a tensor of that shape and dtype; remove state that did not exist then."""
         state = self._optimizer.state
         for param, then in zip(self._params(), saved["state"], strict=False):
             if not then:
@@ -86,7 +86,7 @@ class OptimizerState:
                 group[key] = _put(group.get(key), value)
 
     def elements_without_state(self) -> int:
-        """How many elements of parameters have no state yet; of sharded ones, those that are here."""
+        """Return the number of elements of parameters without state; of sharded ones, of the local shards."""
         return sum(local(param.detach()).numel() for param in self._params() if not self._state_of(param))
 
     def _params(self) -> list[Tensor]:
@@ -97,48 +97,48 @@ class OptimizerState:
 
 
 class StateDict:
-    """Anything that has a state dict.
+    """The state dict of any object.
 
     Args:
-        get: Returns it.
-        load: Takes it up.
+        get: Called for the state dict.
+        load: Called with a state dict to restore.
     """
 
     def __init__(self, get: Callable[[], Any], load: Callable[[Any], Any]) -> None:
         self._get, self._load = get, load
 
     def live(self) -> Any:
-        """The state dict."""
+        """Return the state dict."""
         return self._get()
 
-    def put_back(self, saved: Any) -> None:
-        """A copy is handed over: some go on writing into what they are given."""
+    def restore(self, saved: Any) -> None:
+        """Load a copy: some objects write into what they are given."""
         self._load(copy.deepcopy(saved))
 
 
 class Snapshot:
     """A copy of the state of all parts at one moment.
 
-    Taking it costs one copy of weights and optimizer state (AdamW in float32: 12 bytes for each parameter), at the
+    Capturing it costs one copy of weights and optimizer state (AdamW in float32: 12 bytes for each parameter), at the
     speed of a copy within memory if training is there as well. From an accelerator to the ``"cpu"`` the copy runs
     behind the training, into pinned memory that is kept for the next; to ``"disk"`` a thread writes a copy, which is
     gone from memory then.
 
     Args:
         memory: ``"device"``, ``"cpu"`` or ``"disk"``.
-        folder: Where files go; None for a temporary folder.
+        folder: Folder of the file; None for that of temporary files.
 
     Raises:
-        ValueError: The memory is unknown.
+        ValueError: ``memory`` is none of the three.
 
     Example:
         >>> weight = nn.Linear(1, 1, bias=False)
         >>> parts = [Tensors(lambda: [weight])]
         >>> snapshot = Snapshot("cpu")
-        >>> snapshot.take(parts, step=0)
+        >>> snapshot.capture(parts, step=0)
         >>> before = weight.weight.item()
         >>> _ = weight.weight.data.zero_()
-        >>> snapshot.put_back(parts)
+        >>> snapshot.restore(parts)
         >>> weight.weight.item() == before
         True
     """
@@ -154,8 +154,8 @@ class Snapshot:
         self.step = -1
         self.returns = 0
 
-    def take(self, parts: Iterable[Part], step: int) -> None:
-        """Copies the state of ``parts`` as it is now; ``step`` is kept beside it."""
+    def capture(self, parts: Iterable[Part], step: int) -> None:
+        """Copy the present state of ``parts``, and remember that it is the state after ``step``."""
         self._wait()
         self.step, self.returns = step, 0
         self._saved = [_copied(part.live(), old, self._memory) for part, old in _with_old(parts, self._saved)]
@@ -165,21 +165,21 @@ class Snapshot:
         if self._memory == "disk":
             self._write()
 
-    def put_back(self, parts: Iterable[Part]) -> None:
-        """Brings all parts back to that moment; more than once gives the same each time, and is counted."""
+    def restore(self, parts: Iterable[Part]) -> None:
+        """Restore all parts, and count it; the snapshot stays as it is and can be restored again."""
         self._wait()
         self.returns += 1
         saved = self._saved if self._file is None else torch.load(self._file, weights_only=False)
         for part, then in zip(parts, saved, strict=True):
-            part.put_back(then)
+            part.restore(then)
 
     @property
     def nbytes(self) -> int:
-        """Memory that its tensors take, wherever they are; 0 on disk."""
+        """Bytes of memory that its tensors take; 0 on disk."""
         return sum(t.nbytes for t in _tensors(self._saved))
 
     def close(self) -> None:
-        """Removes its file."""
+        """Free its memory and remove its file."""
         self._wait()
         self._saved = None
         if self._file is not None:
@@ -211,7 +211,7 @@ class Snapshot:
 
 
 def bytes_needed(parts: Iterable[Part]) -> int:
-    """What a snapshot of these parts will take once every optimizer has its state.
+    """Return the bytes of a snapshot of these parts once every optimizer has its state.
 
     Of a parameter that has none yet, as before the first step, two float32 numbers for each element are assumed.
     """
@@ -225,12 +225,12 @@ def bytes_needed(parts: Iterable[Part]) -> int:
 
 
 class SnapshotPair:
-    """The last snapshot that is known to be good, and one that has still to prove itself.
+    """The last snapshot that is known to be good, and a candidate that is not confirmed yet.
 
     Args:
-        memory: Where they are; see `Snapshot`.
-        clean: After how many steps without trouble a snapshot is good.
-        folder: Where files go.
+        memory: Where they are kept; see `Snapshot`.
+        clean: Number of steps without an alarm after which a candidate is good.
+        folder: Folder of files; None for that of temporary files.
     """
 
     def __init__(self, memory: str, clean: int, folder: str | Path | None = None) -> None:
@@ -238,40 +238,40 @@ class SnapshotPair:
         self._good = Snapshot(memory, folder)
         self._candidate = Snapshot(memory, folder)
         self._waits = False
-        self._doubted = -1
+        self._suspect_at = -1
 
     @property
     def good(self) -> Snapshot | None:
-        """Where one can go back to."""
+        """The snapshot to return to; None if there is none yet."""
         return self._good if self._good.step >= 0 else None
 
-    def first(self, parts: Iterable[Part], step: int) -> None:
-        """The state that a run starts from is good without proof."""
-        self._good.take(parts, step)
+    def capture_first(self, parts: Iterable[Part], step: int) -> None:
+        """Capture the state that a run starts from, which is good without confirmation."""
+        self._good.capture(parts, step)
 
-    def take(self, parts: Iterable[Part], step: int) -> None:
-        """A new candidate, unless the last one still waits."""
+    def capture(self, parts: Iterable[Part], step: int) -> None:
+        """Capture a new candidate, unless the last one is still to be confirmed."""
         if not self._waits:
-            self._candidate.take(parts, step)
+            self._candidate.capture(parts, step)
             self._waits = True
 
-    def passed(self, step: int) -> None:
-        """Nothing was wrong up to ``step``."""
-        due = max(self._candidate.step + self._clean, self._doubted + min(self._clean, _DOUBT))
+    def confirm(self, step: int) -> None:
+        """Note that nothing was wrong up to ``step``; the candidate is good once enough such steps have passed."""
+        due = max(self._candidate.step + self._clean, self._suspect_at + min(self._clean, _SUSPECT_STEPS))
         if self._waits and step >= due:
             self._good, self._candidate = self._candidate, self._good
             self._waits = False
 
-    def doubt(self, step: int) -> None:
-        """A step was skipped at ``step``, which does no harm, but may be the first of many: that shows soon."""
-        self._doubted = step
+    def mark_suspect(self, step: int) -> None:
+        """Note that ``step`` was skipped: harmless by itself, but maybe the first of many, so confirmation waits."""
+        self._suspect_at = step
 
-    def trouble(self) -> None:
-        """What is not proved yet never will be."""
+    def discard(self) -> None:
+        """Discard the candidate: something was wrong before it was confirmed."""
         self._waits = False
 
     def close(self) -> None:
-        """Frees memory and files."""
+        """Free memory and remove files."""
         self._good.close()
         self._candidate.close()
 

@@ -1,4 +1,4 @@
-"""What stands out from the last accepted values: limits by a robust z-score, and when a level is a new one."""
+"""Spikes against the last accepted values: limits by a robust z-score, and the adoption of a new level."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 _TOGETHER_FROM = 16
 """Accepted values before all signals together can stand out."""
 _GAP = 8
-"""Steps without a flag that end a row of them: a new level near the threshold is not flagged at every step."""
+"""Number of steps without a flag that ends a row of flags: a new level near the threshold is not always flagged."""
 _TO_SIGMA = 1.4826
 """Of a normal distribution: standard deviation over median absolute deviation."""
 
 
 class SpikeWindow:
-    """Knows above what values of several signals stand out, each from its own last accepted values.
+    """Limits above which values of several signals are spikes, each from its own last accepted values.
 
     With x = log v, the median and σ = 1.4826 · MAD over the last ``window`` accepted x of a signal, a value is flagged
     if
@@ -32,21 +32,21 @@ class SpikeWindow:
     The robust spread lets a few spikes move nothing, the logarithm makes a spread a share of the level at every level,
     and the least rise keeps a nearly constant signal quiet. A signal that has been 0 or below in the window, such as a
     log-likelihood of densities, is judged without logarithm. ``patience`` flags in a row (with gaps of less than 8
-    steps), of whichever signal, are a new level and not spikes: the windows move there, and the flags end. What is
+    steps), of any signal, are a new level and not spikes: the windows move there, and the flags end. What is
     flagged or not finite never enters the window.
 
     It lives on the host. On a device a step is compared with `alone` and `together`, which are a few numbers to
     upload, and when the step has become known here, `update` moves them.
 
     Args:
-        signals: How many signals.
-        threshold: How many σ. OLMo-core skips at 6 of a mean and standard deviation, which NaN and spikes themselves
-            move; 8 of the robust spread is about as rare on gradients with heavy tails.
+        signals: Number of signals.
+        threshold: Number of σ above the median. OLMo-core skips at 6 of a mean and standard deviation, which NaN and
+            spikes themselves move; 8 of the robust spread is about as rare on gradients with heavy tails.
         min_rise: Least rise above the median, as a share of it.
-        window: How many accepted values are remembered.
-        warmup: Accepted values before the first flag.
-        patience: So many flags in a row are taken as a new level.
-        together: How many times its highest all signals have to be at once. On clean runs (a perceptron on
+        window: Number of accepted values that are kept.
+        warmup: Number of accepted values before the first flag.
+        patience: Number of consecutive flags after which the new level is adopted.
+        together: Multiple of its highest value that every signal has to reach at once. On clean runs (a perceptron on
             scikit-learn's digits, batches of 32 and 128, and a character model) 2 gave less than one false alarm in
             3000 steps and found loss ×10 in 37 % (batches of 32) and 68 % (128) of the steps, against 3 % and 7 %.
 
@@ -95,24 +95,24 @@ class SpikeWindow:
         self._set_limits()
 
     alone: list[float]
-    """Above what each signal stands out by itself; infinite while too little is known."""
+    """Limit of each signal by itself; infinite while too few values are known."""
     together: list[float]
-    """Above what all signals stand out if each of them is."""
+    """Limits of all signals together: a spike if each is above its own."""
     medians: list[float]
-    """What each signal is compared with; infinite before the first value."""
+    """Median of each signal's accepted values; infinite before the first."""
 
     def update(self, values: Sequence[float], flags: Sequence[bool], accepted: bool, behind: int = 0) -> list[float]:
-        """Takes in a step.
+        """Add a step.
 
         Args:
-            values: One value of each signal; NaN for a signal that is not there.
-            flags: Which of them stood out.
+            values: One value of each signal; NaN for a signal that is not known.
+            flags: Whether each value was a spike.
             accepted: Whether the step was taken: values of a skipped one do not enter.
-            behind: How many more steps have been compared with the present limits by now. A new level is taken up so
-                many flags earlier, because they will be flagged as well.
+            behind: Number of further steps that have been compared with the present limits by now. A new level is
+                adopted that many flags earlier, because they will be flagged as well.
 
         Returns:
-            By what factor each signal's level has moved; 0 where it has not.
+            Factor by which the level of each signal has moved; 0 where it has not.
         """
         enter = [accepted and math.isfinite(v) and not flag for v, flag in zip(values, flags, strict=True)]
         medians = self.medians
@@ -135,7 +135,7 @@ class SpikeWindow:
         return levels
 
     def _move(self, signal: int, flagged: list[float], median: float) -> float:
-        """Takes the window of a signal to the level of what was flagged, if that is above it; by what factor."""
+        """Move the window of a signal to the level of the flagged values, if that is above it; return the factor."""
         level = _lower_median(sorted(value if value == value else math.inf for value in flagged))
         if not (math.isfinite(level) and level - median > self.min_rise * abs(median)):
             return 0.0
@@ -161,7 +161,7 @@ class SpikeWindow:
         return max(far, known.median + self.min_rise * abs(known.median))
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers: plain numbers."""
+        """Return windows and flags, as plain numbers."""
         return {
             "accepted": [list(known.values) for known in self._accepted],
             "flagged": [list(row) for row in self._flagged],
@@ -170,7 +170,7 @@ class SpikeWindow:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what another has remembered; of a longer window, the end; of other signals, nothing."""
+        """Restore the state returned by `state_dict`; of a longer window, the end. Other signals start afresh."""
         if len(state["accepted"]) != len(self._accepted):
             return
         for known, values in zip(self._accepted, state["accepted"], strict=True):
@@ -183,16 +183,16 @@ class SpikeWindow:
 
 @dataclass(frozen=True)
 class Spikes:
-    """What stands out, and whether such a step is skipped; see `SpikeWindow`.
+    """Definition of a spike, and whether such a step is skipped; see `SpikeWindow`.
 
     Args:
-        threshold: How many robust standard deviations above the median of the last accepted values.
-        min_rise: And how much above the median, as a share of it.
-        window: How many accepted values are remembered.
-        warmup: Accepted steps before the first flag.
-        patience: So many flags in a row are a new level, not spikes.
-        together: Loss and gradient norm stand out if both are above so many times their highest in the window.
-        skip: Whether to skip the step; otherwise it is told of only.
+        threshold: Number of robust standard deviations above the median of the last accepted values, above 0.
+        min_rise: Least rise above the median in addition, as a share of it, at least 0.
+        window: Number of accepted values that are kept.
+        warmup: Number of accepted steps before the first flag, from 2 to ``window``.
+        patience: Number of consecutive flags after which the new level is adopted.
+        together: Loss and gradient norm are spikes if both are above this multiple of their highest in the window.
+        skip: Whether to skip the step; otherwise it is reported only.
 
     Raises:
         ValueError: An argument is out of range.
@@ -210,7 +210,7 @@ class Spikes:
         self.window_of(1)
 
     def window_of(self, signals: int) -> SpikeWindow:
-        """What looks at so many signals."""
+        """Create the `SpikeWindow` of ``signals`` signals."""
         return SpikeWindow(
             signals, self.threshold, self.min_rise, self.window, self.warmup, self.patience, self.together
         )

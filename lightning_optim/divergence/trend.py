@@ -6,21 +6,21 @@ import itertools
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+
+from lightning_optim.core.stateful import Stateful
 
 SUSTAINED = 2.0
-"""A level that has risen by this factor for good is no change of data or of what is trained: the weights are worse."""
+"""A level that stays this many times higher is no change of the data or of what is trained: the weights are worse."""
 
 _WINDOW = 128
 _START = 20
 _LEARNED = 0.05
 _MOST = 7.0
-"""What one step can add to the evidence, so that it takes several."""
+"""Most that one step can add to the evidence, so that an alarm takes several steps."""
 
 
-class SlowDivergence:
-    """Alarms if there is enough evidence that the loss has left its best, by Page's cumulative sum.
+class SlowDivergence(Stateful):
+    """Alarm on enough evidence that the loss has left its best, by Page's cumulative sum.
 
     The best is the lowest that an average of the loss has been. What counts as a rise is ``rise`` of it, or the noise
     if that is more: the root mean square of the loss's change from step to step, over √2. Nor is it less than a
@@ -49,6 +49,8 @@ class SlowDivergence:
         [211]
     """
 
+    STATE = ("first", "seen", "average", "best", "doubt", "evidence", "unit", "insisted", "recent", "last")
+
     def __init__(self, rise: float = 0.15, patience: int = 50, decay: float = 0.95) -> None:
         if not (math.isfinite(rise) and rise > 0):
             raise ValueError(f"Invalid rise={rise!r}: a share of the best loss above 0 is needed, for instance 0.15.")
@@ -61,7 +63,7 @@ class SlowDivergence:
         self.rebase()
 
     def rebase(self) -> None:
-        """The next level is a new one, of which nothing is known yet: after an alarm, or a jump that was adopted."""
+        """Forget the present level: after an alarm, or after a jump that was adopted, nothing is known of the next."""
         self._seen, self._average, self._best, self._doubt = 0, 0.0, math.inf, 1.0
         self._evidence = self._unit = 0.0
         self._insisted = 0
@@ -69,13 +71,20 @@ class SlowDivergence:
         self._last: deque[float] = deque(maxlen=int(_MOST) + 1)
 
     def update(self, loss: float) -> bool:
-        """Takes in the loss of a step that was taken; whether to alarm."""
+        """Add the loss of a step that was taken.
+
+        Args:
+            loss: The loss, a number of the host; one that is not finite is left out.
+
+        Returns:
+            Whether to raise an alarm.
+        """
         if not math.isfinite(loss):
             return False
         if len(self._first) < _START:
             self._first.append(loss)
         self._last.append(loss)
-        loss = min(loss, self._best + (_MOST + 1) * self._unit)  # one huge loss is not to pass for noise from now on
+        loss = min(loss, self._best + (_MOST + 1) * self._unit)  # one huge loss must not pass for noise from now on
         self._recent.append(loss)
         self._seen += 1
         # A plain mean at first, so that the first loss does not linger.
@@ -98,17 +107,17 @@ class SlowDivergence:
         return True
 
     def far(self, loss: float) -> bool:
-        """Whether a single loss is too far above the best to be noise: twice as high, and by four units or more."""
+        """Whether a single loss is too far above the best to be noise: twice as high, and four units above it."""
         return self._best > 0 and self._unit > 0 and loss >= max(SUSTAINED * self._best, self._best + 4 * self._unit)
 
     @property
     def lost(self) -> bool:
-        """Whether the last losses are twice the best: the weights are worse, which a lower rate alone does not mend."""
+        """Whether the last losses are twice the best: the weights are worse, which a lower rate alone does not fix."""
         return bool(self._last) and self._best > 0 and statistics.median(self._last) >= SUSTAINED * self._best
 
     @property
     def learned(self) -> bool:
-        """Whether the loss is clearly below the very first: that of a network of which nothing is left is not."""
+        """Whether the loss is clearly below the first ones; that of a network that has collapsed is not."""
         return bool(self._first) and self._average < 0.95 * self._first[0]
 
     def _unit_of(self, best: float, noise: float) -> float:
@@ -118,28 +127,3 @@ class SlowDivergence:
         """Standard deviation from step to step; from differences, which a drift does not enter."""
         values = list(self._recent)
         return math.sqrt(sum((b - a) ** 2 for a, b in itertools.pairwise(values)) / (2 * max(len(values) - 1, 1)))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {
-            "first": list(self._first),
-            "seen": self._seen,
-            "average": self._average,
-            "best": self._best,
-            "doubt": self._doubt,
-            "evidence": self._evidence,
-            "unit": self._unit,
-            "insisted": self._insisted,
-            "recent": list(self._recent),
-            "last": list(self._last),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
-        self.rebase()
-        self._first = list(state["first"])
-        self._seen, self._average, self._best = state["seen"], state["average"], state["best"]
-        self._doubt, self._evidence, self._unit = state["doubt"], state["evidence"], state["unit"]
-        self._insisted = state["insisted"]
-        self._recent.extend(state["recent"])
-        self._last.extend(state["last"])

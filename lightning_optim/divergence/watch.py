@@ -1,4 +1,4 @@
-"""The part of the guard that has to know before the update: what is wrong with this step, and must it be skipped."""
+"""The guard of one step, before its update: what is wrong with the gradients and the loss, and whether to skip."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from torch import Tensor
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
-from lightning_optim.divergence.rows import Rows
 from lightning_optim.divergence.spikes import SpikeWindow
+from lightning_optim.divergence.step_log import StepLog
 
 SIGNALS = ("grad_norm", "loss")
-"""What spikes are looked for in."""
+"""Names of the signals in which spikes are detected."""
 
 _NAMED = 4
 
 
 @dataclass(frozen=True)
-class StepSeen:
-    """One step, as the watch saw it.
+class StepObservation:
+    """One step, as the guard observed it.
 
     Args:
         step: Optimizer steps so far, this one included.
-        skipped: Whether the step did not happen, for whatever reason.
-        bad_tensors: How many gradients had a NaN or an infinity.
+        skipped: Whether the step did not happen, for any reason.
+        bad_tensors: Number of gradients with a NaN or an infinity.
         bad_loss: Whether the loss was not finite.
-        spikes: Which of `SIGNALS` stood out.
-        detected: What further detectors found, a clause for each that asked for the step to be skipped.
-        levels: By what factor a signal's baseline moved at this step, for those that did.
+        spikes: Those of `SIGNALS` that were spikes.
+        detected: Findings of further detectors, a clause for each that asked for the step to be skipped.
+        levels: Factor by which the baseline of a signal moved at this step, for those that did.
         values: Gradient norm and loss; NaN for a loss that is unknown.
-        medians: What they were compared with; infinite before the first.
-        worst: If anything was wrong: which parameters, by their place in the optimizer, had the worst gradients, those
-            that are not finite first, then the largest.
+        medians: Medians of the accepted values before; infinite before the first.
+        worst: If anything was wrong: places in the optimizer of the parameters with the worst gradients, those that
+            are not finite first, then the largest.
         group_norms: Gradient norm of each group.
     """
 
@@ -55,26 +55,26 @@ class StepSeen:
     group_norms: tuple[float, ...]
 
 
-class Watch(NonFiniteGradient):
-    """Looks at loss and gradients of every step of one optimizer, says skip, and writes down what it saw.
+class StepGuard(NonFiniteGradient):
+    """Detector of one optimizer: inspects the loss and gradients of each step, requests a skip, and logs the step.
 
-    A step is skipped if a gradient or the loss is not finite and, if asked for, if the gradient norm or the loss stands
-    out. On the device that is a comparison with a few numbers; what they follow from is kept on the host, which learns
-    of each step as `Rows` says and never waits for it. All ranks see the same gradients, and learn of them at the same
-    step; the loss has to be reduced by who hands it over.
+    A step is skipped if a gradient or the loss is not finite and, where ``skip`` asks for it, if the gradient norm or
+    the loss is a spike. On the device that is a comparison with a few limits. The statistics that the limits follow
+    from are kept on the host, which reads each step from a `StepLog` and never waits for it. All ranks see the same
+    gradients, and read them at the same step; the caller reduces the loss over ranks.
 
     Args:
-        spikes: When a value stands out; None to look for no spikes.
-        skip: Which of `SIGNALS` make a step be skipped when they stand out.
-        loss: Returns the loss of the step, shape [], on any device; None if it is not known.
-        rows: Where to write.
-        detectors: Further ones, which may ask for a skip, too.
+        spikes: Limits beyond which a value is a spike; None for no detection of spikes.
+        skip: Those of `SIGNALS` whose spikes cause a skip.
+        loss: Called for the loss of the step, shape [], on any device; None if it is not known.
+        rows: The log to write to; None for a new one.
+        detectors: Further detectors, which may ask for a skip, too.
 
     Attributes:
-        alive: Which tensors had a gradient other than 0 at the first step; nothing before the host knows.
+        alive: Whether each tensor had a gradient other than 0 at the first step; empty before the host knows.
 
     Example:
-        >>> watch = Watch()
+        >>> watch = StepGuard()
         >>> watch(GradStats(torch.tensor([1.0, float("inf")]), group_sizes=(2,)))
         tensor(True)
         >>> watch.commit(torch.tensor(1.0))
@@ -88,28 +88,28 @@ class Watch(NonFiniteGradient):
         spikes: SpikeWindow | None = None,
         skip: tuple[str, ...] = SIGNALS,
         loss: Callable[[], Tensor | None] = lambda: None,
-        rows: Rows | None = None,
+        rows: StepLog | None = None,
         detectors: Sequence[Detector] = (),
     ) -> None:
         self.spikes = spikes
         self._skips = [signal in skip for signal in SIGNALS]
         self._loss = loss
-        self.rows = rows or Rows()
+        self.rows = rows or StepLog()
         self.detectors = tuple(detectors)
         self.alive: tuple[bool, ...] = ()
         self._steps = 0
         self._now: tuple[list[Tensor], _Layout] | None = None
         self._layouts: dict[int, _Layout] = {}
-        self._seen: list[StepSeen] = []
+        self._seen: list[StepObservation] = []
         self._limits: tuple[list[list[float]], Tensor] | None = None
 
     @property
     def steps(self) -> int:
-        """Steps seen so far, skipped ones included."""
+        """Number of steps so far, skipped ones included."""
         return self._steps
 
     def __call__(self, stats: GradStats) -> Tensor:
-        """Whether to skip, bool, shape []."""
+        """Return whether to skip the step, bool, shape [], on the device of ``stats``."""
         loss, norm = self._loss(), stats.total_norm()
         skip = ~stats.finite()
         if loss is None:
@@ -135,7 +135,7 @@ class Watch(NonFiniteGradient):
         return skip
 
     def commit(self, skip: Tensor) -> None:
-        """Sends off what was seen, and takes in what has become known."""
+        """End the step: send its row to the host, and process the rows that have arrived."""
         assert self._now is not None
         (columns, layout), self._now = self._now, None
         self._steps += 1
@@ -147,21 +147,25 @@ class Watch(NonFiniteGradient):
         self.rows.write(self._steps, row)
         self._learn()
 
-    def read(self, everything: bool = False) -> list[StepSeen]:
-        """The steps that nobody has heard of yet; see `Rows.read`."""
+    def read(self, everything: bool = False) -> list[StepObservation]:
+        """Return the observations since the last call.
+
+        Args:
+            everything: Whether to wait for rows that have not arrived; see `StepLog.read`.
+        """
         if everything:
             self._learn(everything)
         seen, self._seen = self._seen, []
         return seen
 
-    def drop(self) -> None:
-        """Forgets what nobody has heard of yet."""
-        self.rows.drop()
+    def discard(self) -> None:
+        """Discard the observations that have not been read."""
+        self.rows.discard()
         self._layouts.clear()
         self._seen.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Baselines, and what was on its way to the host: plain numbers and lists."""
+        """Return baselines and the rows that have not arrived, as plain numbers and lists."""
         return {
             "steps": self._steps,
             "spikes": {} if self.spikes is None else self.spikes.state_dict(),
@@ -171,7 +175,7 @@ class Watch(NonFiniteGradient):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
+        """Restore the state returned by `state_dict`."""
         self._steps = state["steps"]
         self.rows.load_state_dict(state["rows"])
         self._layouts = {step: _Layout(tuple(sizes), *rest) for step, (sizes, *rest) in state["layouts"].items()}
@@ -183,7 +187,7 @@ class Watch(NonFiniteGradient):
                 detector.load_state_dict(known[detector.name])
 
     def _limits_on(self, device: torch.device, spikes: SpikeWindow) -> Tensor:
-        """Shape [2, signals]; uploaded if they have changed."""
+        """Return the limits, shape [2, signals]; uploaded only if they have changed."""
         wanted = [spikes.alone, spikes.together]
         if self._limits is None or self._limits[0] != wanted or self._limits[1].device != device:
             self._limits = wanted, upload(wanted, device, torch.float32)
@@ -194,7 +198,7 @@ class Watch(NonFiniteGradient):
             layout = self._layouts.pop(row.step)
             self._seen.append(self._step_of(row.step, row.values, layout))
 
-    def _step_of(self, step: int, row: np.ndarray, layout: _Layout) -> StepSeen:
+    def _step_of(self, step: int, row: np.ndarray, layout: _Layout) -> StepObservation:
         count = len(SIGNALS)
         skipped, values, rest = bool(row[0]), row[1 : 1 + count].tolist(), row[1 + count :]
         flags = [bool(flag) and math.isfinite(value) for flag, value in zip(rest[:count], values, strict=True)]
@@ -210,7 +214,7 @@ class Watch(NonFiniteGradient):
             medians = self.spikes.medians
             levels = self.spikes.update(values, flags, not skipped, behind=len(self.rows))
         wrong = skipped or bad_loss or any(flags) or bool(detected) or bool(bad.any())
-        return StepSeen(
+        return StepObservation(
             step=step,
             skipped=skipped,
             bad_tensors=int(bad.sum()),
@@ -227,7 +231,7 @@ class Watch(NonFiniteGradient):
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the host has to know of a row to read it."""
+    """Layout of a row, which the host needs to read it."""
 
     group_sizes: tuple[int, ...]
     has_loss: bool

@@ -129,11 +129,6 @@ class Batch:
         """Dtype of the arithmetic: float64 for float64 parameters, else float32."""
         return arithmetic_dtype(self.params[0].dtype)
 
-    @cached_property
-    def largest(self) -> float:
-        """The largest value of a second moment."""
-        return largest(self.dtype)
-
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float64 for float64, else float32: bf16 and fp16 are ways to store, not to compute."""

@@ -74,16 +74,16 @@ class Gradients:
         )
 
     def norm_sq_now(self) -> Tensor:
-        """Another read: square sums of the gradients as they are at this moment."""
+        """Read the gradients again: their square sums as they are at this moment, shape [tensors]."""
         return self._unscaled_sq(self.sum_shards(measure_norm_sq(self.grads)))
 
     def present(self) -> list[int] | None:
-        """Which of the tensors have a gradient on this rank; None if all."""
+        """Return the indices of the tensors that have a gradient on this rank; None if all have."""
         held = [i for i, param in enumerate(self.params) if param.grad is not None]
         return None if len(held) == len(self.params) else held
 
     def sum_shards(self, values: Tensor) -> Tensor:
-        """Values of flat shards ([tensors] or [tensors, columns]) as those of whole tensors."""
+        """Sum values of flat shards, [tensors] or [tensors, columns], over the shards of each tensor."""
         return values if self.shards is None else self.shards.sum(values, self.params)
 
     def _takes_part(self, param: Tensor) -> bool:

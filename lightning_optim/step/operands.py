@@ -1,9 +1,9 @@
-"""How a divisor and a skip flag reach an optimizer's update, whichever optimizer it is.
+"""Operands of one step: how a divisor and a skip flag reach the update, for any optimizer.
 
 Two ways. An optimizer that declares ``_step_supports_amp_scaling`` takes both as device tensors in its kernel, through
 the attributes ``grad_scale`` (gradients are divided by it) and ``found_inf`` (non-zero: nothing changes, moments and
-step counters included): torch's protocol for GradScaler. Our own optimizers take the divisor apart from the loss scale,
-as ``divisor``, and one for each tensor if need be. Every other optimizer gets its gradients scaled in place, and its
+step counters included): torch's protocol for GradScaler. Our own optimizers take the divisor separately from the loss
+scale, as ``divisor``, also one for each tensor. Every other optimizer gets its gradients scaled in place, and its
 ``step`` not called; and what no kernel takes (a divisor for each tensor in torch's, for each row, a limit on elements)
 is done to the gradients in place, too. This is the one place that relies on the protocol.
 """
@@ -28,18 +28,18 @@ _ATTRIBUTES = ("grad_scale", "found_inf", "divisor")
 
 
 class StepSkipped(Exception):  # noqa: N818 - control flow, not an error
-    """Carries the closure's loss past an update that must not happen."""
+    """Leaves the ``step`` of an optimizer without an update, with the loss of the closure."""
 
     def __init__(self, loss: Any) -> None:
-        super().__init__(  # read by nobody but who put an optimizer in its place when its `step` was entered already
+        super().__init__(  # This is read only where an optimizer was replaced after its `step` was entered.
             "This step has to be left out, and `step` was entered before it could be wrapped. Replace an optimizer "
             "between two batches (in on_train_epoch_start, say), not within one."
         )
         self.loss = loss
 
 
-class Operands(ABC):
-    """Hands one step's clipping and skip flag to an optimizer."""
+class StepOperands(ABC):
+    """The clipping and the skip flag of one step, on their way to an optimizer."""
 
     skips_for_free: bool
     """Whether a step can be skipped without the host waiting for the device."""
@@ -48,34 +48,44 @@ class Operands(ABC):
         self.optimizer = optimizer
 
     def incoming(self) -> tuple[Tensor | None, Tensor | None]:
-        """The loss scale still in the gradients and the overflow flag that a GradScaler has set, or None."""
+        """Return the loss scale still in the gradients and the overflow flag of a GradScaler, shape [], or None."""
         return getattr(self.optimizer, "grad_scale", None), getattr(self.optimizer, "found_inf", None)
 
     @abstractmethod
     def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
-        """Called right before the update. May raise `StepSkipped`."""
+        """Hand over clipping and flag, right before the update.
+
+        Args:
+            grads: All gradients, in the order of the clip rule's values.
+            clip: The decision of the clip rule; None for no clipping.
+            skip: Non-zero if the update must not happen, shape []; None if nothing can skip it.
+            loss: The result of the closure, which a skipped ``step`` returns.
+
+        Raises:
+            StepSkipped: The update must not happen, and the optimizer takes no flag.
+        """
 
     def restore(self) -> None:  # noqa: B027 - nothing to do unless a subclass says so
-        """Called right after the update, or after it broke off; more than once does no harm."""
+        """Remove what `apply` has set, after the update or after an error in it; may be called again."""
 
     def close(self) -> None:  # noqa: B027
-        """Undoes what was done to the optimizer."""
+        """Leave the optimizer as it was."""
 
 
-def operands_for(optimizer: Optimizer, may_skip: bool) -> Operands:
-    """The cheapest exact way for this optimizer.
+def operands_for(optimizer: Optimizer, may_skip: bool) -> StepOperands:
+    """Return the cheapest exact way for this optimizer.
 
     Args:
         optimizer: The optimizer.
-        may_skip: Whether steps can be skipped at all, other than by a GradScaler.
+        may_skip: Whether anything other than a GradScaler can skip a step.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False) and not _skip_forgets_momentum(optimizer):
         return InKernel(optimizer)
     return AroundStep(optimizer, may_skip)
 
 
-class InKernel(Operands):
-    """Operands of the optimizer's own kernel: no pass over memory, no synchronisation."""
+class InKernel(StepOperands):
+    """StepOperands of the optimizer's own kernel: no pass over memory, no synchronisation."""
 
     skips_for_free = True
 
@@ -84,11 +94,13 @@ class InKernel(Operands):
         self._found: dict[str, Any] | None = None
 
     def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
-        """Sets the attributes; a loss scale that is already there stays in."""
+        """Set the attributes; a loss scale that is already there is kept."""
         attributes = vars(self.optimizer)
         self._found = {key: attributes[key] for key in _ATTRIBUTES if key in attributes}
         scale = self._found.get("grad_scale")
-        if isinstance(clip, Divisor) and hasattr(self.optimizer, "divisor"):  # ours: for each tensor, in any precision
+        if isinstance(clip, Divisor) and hasattr(
+            self.optimizer, "divisor"
+        ):  # Ours take one for each tensor, in any precision.
             attributes["divisor"] = clip.values
         elif isinstance(clip, Divisor) and clip.values.dim() == 0:
             # torch's kernels read float32, whatever the parameters are.
@@ -100,7 +112,7 @@ class InKernel(Operands):
             attributes["found_inf"] = skip
 
     def restore(self) -> None:
-        """Puts back what was found: a GradScaler deletes its attributes itself after the step."""
+        """Restore the attributes as found: a GradScaler deletes its own after the step."""
         if self._found is None:
             return
         attributes = vars(self.optimizer)
@@ -110,16 +122,19 @@ class InKernel(Operands):
         self._found = None
 
 
-class AroundStep(Operands):
-    """For optimizers without operands: gradients scaled in place, and ``step`` left out to skip.
+class AroundStep(StepOperands):
+    """For optimizers without operands: gradients are scaled in place, and ``step`` is left to skip.
 
-    Leaving out the call is exact whatever the optimizer keeps count of, but the host has to know the flag: free on the
-    CPU, one synchronisation per step on an accelerator. So there it happens only if something was asked to skip.
+    Not to update is exact whatever the optimizer counts, but the host has to know the flag: free on the CPU, one
+    synchronisation per step on an accelerator. So there it happens only if a detector may ask for a skip.
+
+    A step hook of torch can leave ``step`` only by an exception. So ``optimizer.step`` is wrapped, on the instance, in
+    a method that catches `StepSkipped` and nothing else.
     """
 
     def __init__(self, optimizer: Optimizer, may_skip: bool) -> None:
         super().__init__(optimizer)
-        # One that takes operands, and is here for another reason, is called by a GradScaler even on an overflow.
+        # A GradScaler calls an optimizer that declares operands even on an overflow; it is here for another reason.
         self.skips_for_free = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
         self._may_skip = may_skip = (
             may_skip or self.skips_for_free or getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -131,14 +146,14 @@ class AroundStep(Operands):
             optimizer.step = self._patch  # type: ignore[method-assign]
 
     def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
-        """Scales the gradients in place, or raises `StepSkipped`."""
+        """Scale the gradients in place, or raise `StepSkipped`."""
         if self._may_skip and skip is not None and PendingValues(skip.reshape(1)).read()[0]:
             raise StepSkipped(loss)
         if clip is not None:
             clip.apply_([local(grad) for grad in grads], None)
 
     def close(self) -> None:
-        """Removes the wrapper around ``step``; if somebody has wrapped it again, it stays and lets all through."""
+        """Remove the wrapper around ``step``; if another one is around it, it stays, and passes every call on."""
         self._closed = True
         if self._may_skip and vars(self.optimizer).get("step") is self._patch:
             if self._had is None:
@@ -173,7 +188,7 @@ def _skip_forgets_momentum(optimizer: Optimizer) -> bool:
 
 
 def _allocate_momentum(optimizer: Optimizer) -> None:
-    """Gives torch's fused SGD momentum buffers of zeros before its first step.
+    """Give torch's fused SGD momentum buffers of zeros before its first step.
 
     torch 2.13 allocates them uninitialised and fills them in the kernel, which does nothing on a skipped step: after a
     skip of the first step the next one takes garbage for momentum. Without dampening, zeros give the same first step.

@@ -204,7 +204,7 @@ def run(fault: str, guard: str, seed: int) -> Outcome:
         if isinstance(callback, lo.DivergenceGuard):
             told = [e for e in callback.report.entries if e.kind in ALARMS]
             acted += sorted({entry.step for entry in told})
-            skipped = [e.step for e in told if ALARM_KINDS[e.kind].skip_mends]
+            skipped = [e.step for e in told if ALARM_KINDS[e.kind].skip_suffices]
             lost += len({at for at in skipped if not is_bad(fault, at)})
             back = [e for e in callback.report.entries if e.text.startswith("back to")]
             lost += sum(max(0, min(e.step, AT) - int(re.findall(r"after step (\d+)", e.text)[0])) for e in back)

@@ -9,7 +9,7 @@ import torch
 
 import lightning_optim as lo
 from lightning_optim.core.stats import TENSOR_COLUMNS
-from lightning_optim.divergence import Health
+from lightning_optim.divergence import ParameterHealth
 from tests.helpers import ADAMWS, Net, batches, make_trainer
 
 
@@ -76,7 +76,7 @@ GRADUALLY = {"ratio": 1e-3, "cosine": 0.1, "rate": 0.1}
 
 def _looks(count=8, **quantities):
     """What is told of after so many looks, at each of which quantities are numbers or functions of the look."""
-    health, alarms = Health(), []
+    health, alarms = ParameterHealth(), []
     for look in range(count):
         at = {key: q(look) if callable(q) else q for key, q in {**GRADUALLY, **quantities}.items()}
         numbers = {
@@ -89,7 +89,7 @@ def _looks(count=8, **quantities):
         }
         row = [numbers.get(column, 0.0) for column in TENSOR_COLUMNS]
         alarms += health.update(50 * (look + 1), row, ["w"], [1], [("all", at["rate"], 1)], [])
-        other = Health()
+        other = ParameterHealth()
         other.load_state_dict(health.state_dict())
         health = other
     return [alarm.kind for alarm in alarms]
@@ -120,7 +120,7 @@ def test_elements_without_a_gradient_are_not_those_that_eps_sets():
     def told(zero):
         sums = {"grad_sq": 1.0, "param_sq": 1.0, "update_sq": 1e-6, "below_eps": 98.0, "zero_grad": zero}
         row = [sums.get(column, 0.0) for column in TENSOR_COLUMNS]
-        return [alarm.kind for alarm in Health().update(50, row, ["w"], [100], [("all", 0.1, 1)], [])]
+        return [alarm.kind for alarm in ParameterHealth().update(50, row, ["w"], [100], [("all", 0.1, 1)], [])]
 
     assert told(zero=0.0) == ["stalled"]
     assert told(zero=97.0) == []

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_optim as lo
-from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Histograms, PerTensor, Report
+from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Histograms, PerTensor, StepReport
 from lightning_optim.diagnostics.magnitudes import EDGES, TAGS
 from lightning_optim.step.histograms import ABOVE, BELOW, COLUMNS, FIRST, KINDS, NOT_FINITE, ZERO, magnitudes
 from tests.helpers import ADAMWS, Net, batches, make_trainer, precision
@@ -329,7 +329,7 @@ def test_a_reported_step_with_all_details_does_not_wait_for_the_device():
     reports = []
 
     def send(record):
-        report = Report(record, DEFAULT_DIAGNOSTICS)
+        report = StepReport(record, DEFAULT_DIAGNOSTICS)
         report.add_table("tensors", record.per_tensor())
         for kind, counts in record.histograms.items():
             report.add_table(kind, counts)

@@ -18,7 +18,7 @@ from lightning_optim.diagnostics import (
     NonFinite,
     ParamNorm,
     ParamRMS,
-    Report,
+    StepReport,
     UpdateNorm,
     UpdateRatio,
     WeightDecayShare,
@@ -86,7 +86,7 @@ def test_a_report_is_one_transfer_with_every_tag(monkeypatch):
     packed = []
     original = report_module.PendingValues
     monkeypatch.setattr(report_module, "PendingValues", lambda values: (packed.append(values), original(values))[1])
-    report = Report(
+    report = StepReport(
         _record(lr=torch.tensor(0.1)), [GradNorm(), ParamNorm(), WeightDecayShare()], StepCounts(), at=7
     ).send()
     assert report.at == 7
@@ -110,9 +110,9 @@ def test_a_report_is_one_transfer_with_every_tag(monkeypatch):
 
 
 def test_clip_rate_is_over_the_steps_since_the_previous_report():
-    first = Report(_record(steps=10, clipped=4), [], StepCounts(), at=9).send()
-    second = Report(_record(steps=20, clipped=9, skipped=3), [], first, at=19).send()
-    resumed = Report(_record(steps=40, clipped=10), [], StepCounts(steps=38, clipped=9), at=39).send()
+    first = StepReport(_record(steps=10, clipped=4), [], StepCounts(), at=9).send()
+    second = StepReport(_record(steps=20, clipped=9, skipped=3), [], first, at=19).send()
+    resumed = StepReport(_record(steps=40, clipped=10), [], StepCounts(steps=38, clipped=9), at=39).send()
     assert first.read()["optim_health/clip_rate"] == pytest.approx(0.4)
     values = second.read()
     assert values["optim_health/clip_rate"] == pytest.approx(0.5)
@@ -124,7 +124,7 @@ def test_a_report_names_the_first_gradient_that_is_not_finite():
     record = dataclasses.replace(
         _record(), grad=GradStats(torch.tensor([9.0, math.inf, math.nan]), (2, 1)), param_names=("x", "y", "z")
     )
-    report = Report(record, [NonFinite(), GradNorm()]).send()
+    report = StepReport(record, [NonFinite(), GradNorm()]).send()
     values = report.read()
     assert report.culprit == "y"
     assert values["optim_health/nonfinite_gradients"] == 2
@@ -132,7 +132,7 @@ def test_a_report_names_the_first_gradient_that_is_not_finite():
 
 
 def test_without_a_quantity_there_is_no_point_and_numbers_of_the_host_need_no_transfer():
-    report = Report(_record(), [WeightDecayShare()])
+    report = StepReport(_record(), [WeightDecayShare()])
     report.add(("optim_x/host",), (3.0,))
     values = report.send().read()
     assert "optim_weight_decay/share/b" not in values

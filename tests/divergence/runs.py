@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lightning_optim as lo
-from lightning_optim.divergence import Spikes, Watch
+from lightning_optim.divergence import Spikes, StepGuard
 from tests.helpers import Net, batches, make_trainer, precision
 
 QUICK = Spikes(warmup=16, window=32)
@@ -181,7 +181,7 @@ class _Watcher(L.Callback):
         self.seen.grads.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
         for callback in trainer.callbacks:
             if isinstance(callback, lo.DivergenceGuard):
-                (watch,) = [d for d in callback.hub.pipelines[0].detectors if isinstance(d, Watch)]
+                (watch,) = [d for d in callback.hub.pipelines[0].detectors if isinstance(d, StepGuard)]
                 self.seen.baselines.append([] if watch.spikes is None else watch.spikes.state_dict()["accepted"])
 
     def _state(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:

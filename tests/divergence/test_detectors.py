@@ -10,16 +10,16 @@ import torch
 from lightning_optim.core.stats import TENSOR_COLUMNS, GradStats
 from lightning_optim.divergence import (
     Alarm,
-    Health,
-    Judge,
+    DivergenceJudge,
     Ladder,
     LRCut,
+    ParameterHealth,
     Rollback,
-    Rows,
     SlowDivergence,
     SpikeWindow,
-    StepSeen,
-    Watch,
+    StepGuard,
+    StepLog,
+    StepObservation,
 )
 
 
@@ -166,14 +166,14 @@ def test_trends_out_of_range_are_refused(arguments):
 # The watch writes, the judge reads.
 
 
-def _step(watch: Watch, norm_sq, skip=None) -> StepSeen:
+def _step(watch: StepGuard, norm_sq, skip=None) -> StepObservation:
     flag = watch(GradStats(torch.tensor(norm_sq), group_sizes=(1, len(norm_sq) - 1))).float()
     watch.commit(flag if skip is None else torch.maximum(flag, torch.tensor(skip)))
     return watch.read()[-1]
 
 
 def test_a_row_says_what_happened():
-    seen = _step(Watch(SpikeWindow(2), loss=lambda: torch.tensor(2.5)), [9.0, 16.0, 0.0])
+    seen = _step(StepGuard(SpikeWindow(2), loss=lambda: torch.tensor(2.5)), [9.0, 16.0, 0.0])
     assert not seen.skipped
     assert seen.values == {"grad_norm": 5.0, "loss": 2.5}
     assert seen.worst == ()
@@ -182,19 +182,19 @@ def test_a_row_says_what_happened():
 
 
 def test_the_culprit_is_named_first():
-    watch, judge = Watch(), Judge()
+    watch, judge = StepGuard(), DivergenceJudge()
     (alarm,) = judge.update(_step(watch, [9.0, 16.0, math.inf, 1.0]), dict(enumerate("abcd")))
     assert (alarm.kind, alarm.step, alarm.names) == ("nonfinite", 1, ("c",))
     assert "1 of them, first of all c" in alarm.text
 
 
 def test_a_loss_that_is_not_finite_skips_though_gradients_are():
-    watch = Watch(loss=lambda: torch.tensor(math.nan))
+    watch = StepGuard(loss=lambda: torch.tensor(math.nan))
     assert _step(watch, [1.0, 1.0]).skipped
 
 
 def test_an_overflow_of_the_scaler_is_no_alarm_until_it_goes_on():
-    watch, judge = Watch(loss=lambda: torch.tensor(1.0)), Judge(scaled=True)
+    watch, judge = StepGuard(loss=lambda: torch.tensor(1.0)), DivergenceJudge(scaled=True)
     alarms = [judge.update(_step(watch, [math.inf, 1.0]), {0: "a"}) for _ in range(20)]
     assert alarms[:19] == [[]] * 19
     assert [alarm.kind for alarm in alarms[19]] == ["loss_scale_collapse"]
@@ -206,13 +206,13 @@ def test_an_overflow_of_the_scaler_is_no_alarm_until_it_goes_on():
     [(math.inf, math.inf, True), (1.0, math.nan, True), (math.nan, math.inf, False), (math.inf, 1.0, False)],
 )
 def test_an_infinite_loss_with_infinite_gradients_may_be_the_scale(loss, norm_sq, overflow):
-    watch, judge = Watch(loss=lambda: torch.tensor(loss)), Judge(scaled=True)
+    watch, judge = StepGuard(loss=lambda: torch.tensor(loss)), DivergenceJudge(scaled=True)
     alarms = judge.update(_step(watch, [norm_sq, 1.0]), {0: "a"})
     assert (judge.overflow_steps, [alarm.kind for alarm in alarms]) == ((1, []) if overflow else (0, ["nonfinite"]))
 
 
 def test_bad_steps_in_a_row_escalate():
-    watch, judge = Watch(), Judge(patience=5)
+    watch, judge = StepGuard(), DivergenceJudge(patience=5)
     alarms = [judge.update(_step(watch, [math.nan, 1.0]), {})[0].escalates for _ in range(10)]
     assert alarms == [False] * 4 + [True] + [False] * 4 + [True]
     judge.update(_step(watch, [1.0, 1.0]), {})
@@ -221,7 +221,7 @@ def test_bad_steps_in_a_row_escalate():
 
 def test_a_jump_escalates_and_a_shift_does_not():
     for factor, kind in ((1.5, "new_level"), (3.0, "jump")):
-        watch, judge = Watch(SpikeWindow(2)), Judge(SlowDivergence())
+        watch, judge = StepGuard(SpikeWindow(2)), DivergenceJudge(SlowDivergence())
         alarms = []
         for k in range(200):
             norm = (1 + 0.01 * (k % 5)) * (factor if k >= 100 else 1.0)
@@ -230,8 +230,8 @@ def test_a_jump_escalates_and_a_shift_does_not():
         assert [alarm.escalates for alarm in alarms] == [False] * 16 + [kind == "jump"]
 
 
-class _Late(Rows):
-    """Rows as on an accelerator: given out 8 further rows later."""
+class _Late(StepLog):
+    """A log as on an accelerator: given out 8 further rows later."""
 
     def read(self, everything=False):
         late = 0 if everything else min(8, len(self._pending))
@@ -241,9 +241,9 @@ class _Late(Rows):
         return rows
 
 
-@pytest.mark.parametrize("rows", [Rows, _Late])
+@pytest.mark.parametrize("rows", [StepLog, _Late])
 def test_what_the_host_hears_late_costs_no_more_steps(rows):
-    watch = Watch(SpikeWindow(2), rows=rows())
+    watch = StepGuard(SpikeWindow(2), rows=rows())
     generator = torch.Generator().manual_seed(0)
     skipped = []
     for k in range(400):
@@ -270,7 +270,7 @@ def test_a_watch_resumed_with_rows_on_their_way_decides_alike():
             watch.commit(torch.tensor(float(flags[-1])))
         return flags, [(seen.step, seen.levels) for seen in watch.read()]
 
-    whole, first, second = (Watch(SpikeWindow(2), loss=lambda: now[0], rows=_Late()) for _ in range(3))
+    whole, first, second = (StepGuard(SpikeWindow(2), loss=lambda: now[0], rows=_Late()) for _ in range(3))
     expected, seen = run(whole, range(140))
     before, seen_before = run(first, range(100))
     second.load_state_dict(first.state_dict())
@@ -283,13 +283,13 @@ def test_a_watch_resumed_with_rows_on_their_way_decides_alike():
 
 
 def test_rows_come_in_order_and_once():
-    rows = Rows()
+    rows = StepLog()
     rows.write(1, torch.tensor([1.0]))
     rows.write(2, torch.tensor([2.0]))
     assert [(row.step, row.values.tolist()) for row in rows.read()] == [(1, [1.0]), (2, [2.0])]
     assert rows.read() == []
     rows.write(3, torch.tensor([3.0]))
-    other = Rows()
+    other = StepLog()
     other.load_state_dict(rows.state_dict())
     assert [(row.step, row.values.tolist()) for row in other.read()] == [(3, [3.0])]
 
@@ -348,15 +348,15 @@ def test_lost_weights_need_no_lower_rate_first():
 
 def test_a_network_that_is_mostly_dead_is_lost_unless_it_has_learned():
     dead = Alarm("dead", 50, "the gradient is exactly 0 in a", ("a",), most=True)
-    judge = Judge(SlowDivergence())
+    judge = DivergenceJudge(SlowDivergence())
     for k in range(40):
         judge.trend.update(2.3 + 0.01 * (k % 2))
-    assert judge.look(dead).kind == "collapsed"
-    assert judge.look(dead).lost
-    assert judge.look(Alarm("dead", 50, "", ("a",))).kind == "dead"
+    assert judge.assess(dead).kind == "collapsed"
+    assert judge.assess(dead).lost
+    assert judge.assess(Alarm("dead", 50, "", ("a",))).kind == "dead"
     for _ in range(100):
         judge.trend.update(1.0)
-    assert judge.look(dead) is dead
+    assert judge.assess(dead) is dead
 
 
 def test_nothing_is_done_within_the_cooldown():
@@ -368,7 +368,7 @@ def test_nothing_is_done_within_the_cooldown():
 def test_advice_on_the_rate_wants_looks_that_are_apart(every, told):
     against = {"grad_sq": 1.0, "clipped_sq": 1.0, "param_sq": 1.0, "update_sq": 1e-6, "momentum_sq": 1.0}
     row = [(against | {"grad_exp_avg": -0.9}).get(column, 0.0) for column in TENSOR_COLUMNS]
-    health = Health()
+    health = ParameterHealth()
     looks = range(30, 30 + 5 * every, every)
     alarms = [alarm for step in looks for alarm in health.update(step, row, ["w"], [1], [("g", 0.1, 1)], [])]
     assert [alarm.step for alarm in alarms if alarm.kind == "lr_too_high"] == told

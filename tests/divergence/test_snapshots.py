@@ -19,37 +19,37 @@ def pair():
     weight = nn.Linear(1, 1)
     parts = [Tensors(lambda: [weight])]
     pair = SnapshotPair("cpu", clean=4)
-    pair.first(parts, 0)
-    pair.take(parts, 10)
+    pair.capture_first(parts, 0)
+    pair.capture(parts, 10)
     return pair
 
 
 def test_a_snapshot_is_good_after_a_clean_stretch(pair):
-    pair.passed(13)
+    pair.confirm(13)
     assert pair.good.step == 0
-    pair.passed(14)
+    pair.confirm(14)
     assert pair.good.step == 10
 
 
 def test_a_skipped_step_puts_that_off_and_trouble_ends_it(pair):
-    pair.doubt(12)
-    pair.passed(14)
+    pair.mark_suspect(12)
+    pair.confirm(14)
     assert pair.good.step == 0
-    pair.passed(16)
+    pair.confirm(16)
     assert pair.good.step == 10
     parts = [Tensors(lambda: [nn.Linear(1, 1)])]
-    pair.take(parts, 20)
-    pair.trouble()
-    pair.passed(100)
+    pair.capture(parts, 20)
+    pair.discard()
+    pair.confirm(100)
     assert pair.good.step == 10
 
 
 def test_returns_to_the_same_snapshot_are_counted(pair):
     parts = [Tensors(lambda: [nn.Linear(1, 1)])]
     for times in (1, 2):
-        pair.good.put_back(parts)
+        pair.good.restore(parts)
         assert pair.good.returns == times
-    pair.passed(14)
+    pair.confirm(14)
     assert pair.good.returns == 0
 
 

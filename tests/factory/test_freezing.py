@@ -34,7 +34,7 @@ class SaveAt(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-class Watch(L.Callback):
+class StepGuard(L.Callback):
     """What of the body happens in each batch: whether it moves, has state, and needs gradients."""
 
     def __init__(self):
@@ -72,7 +72,7 @@ def test_a_frozen_group_stands_still_until_its_time_and_then_starts_fresh(kind, 
         def configure_optimizers(self):
             return _configure(kind=kind)(self)
 
-    watch, recorder = Watch(), Recorder()
+    watch, recorder = StepGuard(), Recorder()
     callbacks = (
         [watch, recorder] if own_hooks_only else [_configure(kind=kind), lo.GradientClipping(0.5), watch, recorder]
     )
@@ -113,7 +113,7 @@ def test_a_resume_before_and_after_unfreezing_is_bit_exact(tmp_path, kind, accum
     path = tmp_path / "a.ckpt"
 
     def fit(loader, extra=(), ckpt_path=None):
-        model, recorder, watch = Net(), Recorder(), Watch()
+        model, recorder, watch = Net(), Recorder(), StepGuard()
         trainer = make_trainer(
             [_configure(kind=kind), recorder, watch, *extra], max_epochs=3, accumulate_grad_batches=accumulate
         )
@@ -135,7 +135,7 @@ def test_a_resume_before_and_after_unfreezing_is_bit_exact(tmp_path, kind, accum
     ("until", "moved"), [("6 steps", [False] * 2 + [True] * 6), (None, [True] * 8), ("4 steps", [True] * 8)]
 )
 def test_a_resume_by_the_configuration_takes_its_end_of_the_frost(tmp_path, kind, until, moved):
-    path, watch = tmp_path / "a.ckpt", Watch()
+    path, watch = tmp_path / "a.ckpt", StepGuard()
     make_trainer([_configure("5 steps", kind=kind), SaveAt(4, path)], max_epochs=3).fit(Net(), StatefulLoader(4, []))
     resumed = [_configure(until, kind=kind, on_resume="config"), watch]
     make_trainer(resumed, max_epochs=3).fit(Net(), StatefulLoader(4, []), ckpt_path=path)
@@ -143,7 +143,7 @@ def test_a_resume_by_the_configuration_takes_its_end_of_the_frost(tmp_path, kind
 
 
 def test_skipped_steps_do_not_count_as_time_gone_by():
-    watch = Watch()
+    watch = StepGuard()
     callbacks = [_configure("3 steps"), lo.DivergenceGuard(), watch]
     with pytest.warns(UserWarning, match="skipped"):
         make_trainer(callbacks, max_epochs=1).fit(Net(nan_batches=[1, 2]), batches(8))
@@ -153,7 +153,7 @@ def test_skipped_steps_do_not_count_as_time_gone_by():
 @pytest.mark.parametrize("name", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("kind", ADAMWS)
 def test_in_every_precision(name, kind):
-    watch = Watch()
+    watch = StepGuard()
     make_trainer([_configure("2 steps", kind=kind), lo.GradientClipping(1.0), watch], **precision(name)).fit(
         Net(), batches(4)
     )
@@ -163,7 +163,7 @@ def test_in_every_precision(name, kind):
 def test_a_body_that_the_model_itself_has_frozen_is_thawed():
     model = Net()
     model.body.requires_grad_(False)
-    watch = Watch()
+    watch = StepGuard()
     make_trainer([_configure("25%"), watch]).fit(model, batches(8))
     assert watch.moved == [False] * 2 + [True] * 6
 
@@ -232,7 +232,7 @@ def test_base_finetuning_follows_the_curve_at_its_ratio_and_survives_a_resume(tm
             return lo.OptimizerFactory(**options)(self)
 
     def fit(extra=(), ckpt_path=None):
-        model, recorder, watch = Own() if in_module else Net(), Recorder(), Watch()
+        model, recorder, watch = Own() if in_module else Net(), Recorder(), StepGuard()
         ours = [] if in_module else [lo.ConfigureOptimizers(**options), lo.GradientClipping(1.0)]
         trainer = make_trainer([Unfreeze(), *ours, recorder, watch, *extra], max_epochs=3)
         trainer.fit(model, StatefulLoader(4, []), ckpt_path=ckpt_path)

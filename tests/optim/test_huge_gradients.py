@@ -12,7 +12,7 @@ from lightning_optim import optim
 from lightning_optim.clipping import list_clip_rules, make_clip_rule
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import NonFiniteGradient
-from lightning_optim.divergence.watch import Watch
+from lightning_optim.divergence.watch import StepGuard
 from lightning_optim.step import StepPipeline
 from lightning_optim.step.histograms import ABOVE, KINDS, NOT_FINITE
 from tests.optim.cases import BACKENDS
@@ -100,7 +100,7 @@ def test_it_is_clipped_and_not_skipped(rule: str, huge: float, optimizer: str) -
         pipeline = StepPipeline(
             own,
             clip=make_clip_rule(rule, clip_arguments(rule)),
-            detectors=[NonFiniteGradient(), watch := Watch()],
+            detectors=[NonFiniteGradient(), watch := StepGuard()],
             on_report=records.append,
             histograms=lambda: KINDS,
         )

@@ -12,7 +12,7 @@ from lightning_optim import optim
 from lightning_optim.clipping import GlobalNorm
 from lightning_optim.divergence import NonFiniteGradient
 from lightning_optim.divergence.spikes import SpikeWindow
-from lightning_optim.divergence.watch import Watch
+from lightning_optim.divergence.watch import StepGuard
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.step import StepPipeline
 from lightning_optim.step.histograms import KINDS
@@ -121,7 +121,7 @@ def test_watching_changes_nothing(name: str, clip: float | None) -> None:
         records: list[Any] = []
         if watched:
             extras = {
-                "detectors": [NonFiniteGradient(), Watch(SpikeWindow(2))],
+                "detectors": [NonFiniteGradient(), StepGuard(SpikeWindow(2))],
                 "on_report": records.append,
                 "histograms": lambda: KINDS,
             }

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_optim import optim
 from lightning_optim.clipping import GlobalNorm
 from lightning_optim.core.stats import StepCounts
-from lightning_optim.divergence import NonFiniteGradient, SpikeWindow, Watch
+from lightning_optim.divergence import NonFiniteGradient, SpikeWindow, StepGuard
 from lightning_optim.step import StepPipeline, gradients
 from tests.helpers import bit_equal
 from tests.optimizer_cases import ALL, OURS, TORCH, TORCH_FUSED, Case, set_gradients
@@ -295,7 +295,7 @@ def test_clipping_and_guard_are_few_operations_however_many_tensors_there_are():
     for tensors in (3, 200):
         parameters = [torch.nn.Parameter(torch.ones(4)) for _ in range(tensors)]
         optimizer = optim.AdamW(parameters)
-        watch = Watch(SpikeWindow(2), loss=lambda: torch.tensor(1.0))
+        watch = StepGuard(SpikeWindow(2), loss=lambda: torch.tensor(1.0))
         StepPipeline(optimizer, clip=GlobalNorm(0.5), detectors=[watch])
         for parameter in parameters:
             parameter.grad = torch.ones(4)

@@ -1,4 +1,4 @@
-"""What `DivergenceGuard` has for each optimizer: who watches it, who judges it, and its cut of the learning rate."""
+"""What `DivergenceGuard` keeps for each optimizer: its step guard, its judge, and its cut of the learning rate."""
 
 from __future__ import annotations
 
@@ -8,43 +8,46 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks._guard.places import Places
+from lightning_optim.callbacks._guard.step_batches import StepBatches
+from lightning_optim.core.stateful import Stateful
 from lightning_optim.core.stats import StepRecord
-from lightning_optim.divergence import Alarm, Health, Judge, RateCut, Rows, Watch
+from lightning_optim.divergence import Alarm, DivergenceJudge, LRCutter, ParameterHealth, StepGuard, StepLog
 from lightning_optim.step.gradients import names_of
 
 
-class Guarded:
-    """What belongs to one optimizer.
+class GuardedOptimizer(Stateful):
+    """The guard's parts of one optimizer.
 
     Args:
         optimizer: The optimizer.
-        watch: Looks at each step before the update.
+        watch: Inspects each step before its update.
         judge: Judges each step afterwards.
-        health: Looks at single parameters, when Lightning logs.
+        health: Inspects single parameters, when Lightning logs.
         names: Names of parameters.
-        places: Where each step was.
+        batches: Which batches made up each step.
     """
+
+    PARTS = ("watch", "judge", "cut", "health")
 
     def __init__(
         self,
         optimizer: Optimizer,
-        watch: Watch,
-        judge: Judge,
-        health: Health,
+        watch: StepGuard,
+        judge: DivergenceJudge,
+        health: ParameterHealth,
         names: Mapping[Tensor, str],
-        places: Places,
+        batches: StepBatches,
     ) -> None:
         self.optimizer, self.watch, self.judge, self.health = optimizer, watch, judge, health
-        self.places = places
-        self.cut = RateCut(optimizer)
+        self.batches = batches
+        self.cut = LRCutter(optimizer)
         found = [name for group in optimizer.param_groups for name in names_of(group, names)]
         self.names = {place: name for place, name in enumerate(found) if name is not None}
-        self._looks = Rows()
-        self._about: dict[int, tuple[Any, ...]] = {}
+        self._log = StepLog()
+        self._context: dict[int, tuple[Any, ...]] = {}
 
-    def look(self, record: StepRecord) -> None:
-        """Sends off what tells how each parameter is, and notes what the host knows of it."""
+    def inspect(self, record: StepRecord) -> None:
+        """Send the statistics of each tensor to the host, without waiting for them."""
         names, without, place = [], [], 0
         for group in self.optimizer.param_groups:
             for param in group["params"]:
@@ -56,46 +59,37 @@ class Guarded:
                     without.append(name)
         rates = [float(group["lr"]) if not isinstance(group["lr"], Tensor) else 1.0 for group in record.hyperparameters]
         groups = list(zip(record.group_names, rates, record.grad.group_sizes, strict=True))
-        if len(names) != len(record.update.numel):  # flat shards, of which this rank may hold nothing
+        if len(names) != len(record.update.numel):  # This rank may hold nothing of a flat shard.
             return
-        self._about[record.steps] = (names, record.update.numel, groups, without)
-        self._looks.write(record.steps, record.per_tensor().reshape(-1))
+        self._context[record.steps] = (names, record.update.numel, groups, without)
+        self._log.write(record.steps, record.per_tensor().reshape(-1))
 
-    def looked(self, everything: bool) -> list[Alarm]:
-        """What has come of it, once it is known."""
-        rows = self._looks.read(everything)
+    def health_alarms(self, everything: bool) -> list[Alarm]:
+        """Return the alarms of the inspections that have arrived.
+
+        Args:
+            everything: Whether to wait for those that have not.
+        """
         alarms = []
-        for row in rows:
-            names, numel, groups, without = self._about.pop(row.step)
+        for row in self._log.read(everything):
+            names, numel, groups, without = self._context.pop(row.step)
             numbers = row.values.tolist()
             alarms += self.health.update(row.step, numbers, names, numel, groups, without, self.watch.alive)
-        return [self.judge.look(alarm) for alarm in alarms]
+        return [self.judge.assess(alarm) for alarm in alarms]
 
     def rolled_back(self) -> None:
-        """Forgets what was on its way and what belonged to weights that are gone."""
-        self.forget_what_is_on_its_way()
+        """Forget what belongs to weights that are gone."""
+        self.discard_pending()
         self.judge.rolled_back()
         self.health.rolled_back()
 
-    def forget_what_is_on_its_way(self) -> None:
-        """Of steps that do not count any more."""
-        self.watch.drop()
-        self._looks.drop()
-        self._about.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and tensors."""
-        return {
-            "watch": self.watch.state_dict(),
-            "judge": self.judge.state_dict(),
-            "cut": self.cut.state_dict(),
-            "health": self.health.state_dict(),
-        }
+    def discard_pending(self) -> None:
+        """Forget steps that have not arrived: they do not count any more."""
+        self.watch.discard()
+        self._log.discard()
+        self._context.clear()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
-        self.watch.load_state_dict(state["watch"])
-        self.judge.load_state_dict(state["judge"])
-        self.cut.load_state_dict(state["cut"])
-        self.health.load_state_dict(state["health"])
-        self.places.restart(self.watch.steps)
+        """Restore the state returned by `state_dict`."""
+        super().load_state_dict(state)
+        self.batches.restart(self.watch.steps)

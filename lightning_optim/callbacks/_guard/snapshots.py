@@ -1,4 +1,4 @@
-"""What of a Lightning run goes into a snapshot, when one is taken, and the way back."""
+"""Snapshots of a Lightning run: what they cover, when they are captured, and the way back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_optim.callbacks._guard.guarded import Guarded
+from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._hub import Hub
 from lightning_optim.callbacks._lightning import averaged_models, logging_step
 from lightning_optim.core.sizes import format_bytes
@@ -22,72 +22,77 @@ from lightning_optim.divergence.snapshots import OptimizerState, Part, SnapshotP
 class RunSnapshots:
     """The snapshots of one fit. The first is the state that training starts from.
 
-    Two of them must fit into half of the memory that is free when training starts, shared among the machine's ranks;
-    otherwise they go to disk, with a warning.
+    Two of them must fit into half of the memory that is free when training starts, shared among the ranks of the
+    machine; otherwise they go to disk, with a warning.
 
     Args:
-        config: When they are taken, and where they are.
+        config: When they are captured, and where they are kept.
         trainer: The Trainer, at the start of training.
         pl_module: Its module.
-        hub: Its pipelines.
-        guarded: What the guard has for each optimizer.
+        hub: The hub, which has the pipelines.
+        guarded: The guard's parts of each optimizer.
 
     Raises:
-        MisconfigurationException: There is no room for them.
+        MisconfigurationException: Neither memory nor disk has room for them.
     """
 
     def __init__(
-        self, config: Rollback, trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[Guarded]
+        self,
+        config: Rollback,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        hub: Hub,
+        guarded: Sequence[GuardedOptimizer],
     ) -> None:
         self._hub, self._guarded, self._every = hub, guarded, config.every
         self._parts = _parts(trainer, pl_module, hub, guarded)
         self._pair = SnapshotPair(_memory_for(config.memory, self._parts, trainer), config.clean)
-        self._pair.first(self._parts, logging_step(trainer))
+        self._pair.capture_first(self._parts, logging_step(trainer))
 
     @property
     def back_to(self) -> int | None:
-        """After which step one would be."""
+        """The step whose state a rollback would restore; None if there is no good snapshot."""
         good = self._pair.good
         return None if good is None else good.step
 
-    def seen(self, step: int, alarms: Sequence[Alarm]) -> None:
-        """Says what was wrong up to a step: what is not proved by then never will be."""
-        if any(not alarm.skip_mends for alarm in alarms):
-            self._pair.trouble()
+    def observe(self, step: int, alarms: Sequence[Alarm]) -> None:
+        """Confirm, suspect or discard the candidate, by the alarms up to ``step``."""
+        if any(not alarm.skip_suffices for alarm in alarms):
+            self._pair.discard()
         elif alarms:
-            self._pair.doubt(step)
+            self._pair.mark_suspect(step)
         else:
-            self._pair.passed(step)
+            self._pair.confirm(step)
 
-    def stepped(self, step: int) -> None:
-        """Takes one if it is time. Called after a step at which nothing was wrong."""
+    def capture_if_due(self, step: int) -> None:
+        """Capture a candidate every so many steps; call it after a step at which nothing was wrong."""
         if (step + 1) % self._every == 0:
-            self._pair.take(self._parts, step)
+            self._pair.capture(self._parts, step)
 
-    def go_back(self) -> int:
-        """Puts everything back to the last good one, and has schedules and judges know of it.
+    def restore(self) -> int:
+        """Restore the last good snapshot, and notify schedules and judges.
 
         Returns:
-            How many times this one has been returned to.
+            How many times this snapshot has been restored, this time included.
         """
         good = self._pair.good
         assert good is not None
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # skips that are still on their way belong to before
-        good.put_back(self._parts)
-        self._pair.trouble()
+            torch.cuda.synchronize()  # Skips that have not arrived yet belong to the time before.
+        good.restore(self._parts)
+        self._pair.discard()
         self._hub.hold_schedules()
         for guarded in self._guarded:
             guarded.rolled_back()
         return good.returns
 
     def close(self) -> None:
-        """Frees memory and files."""
+        """Free memory and remove files."""
         self._pair.close()
 
 
 def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
-    """Where two snapshots fit: where they are wanted, or on disk. All ranks decide alike."""
+    """Return where two snapshots fit: where they are wanted, or on disk. All ranks decide alike."""
     if wanted == "device":
         return wanted
     need, ranks = 2 * bytes_needed(parts), max(getattr(trainer.strategy, "num_processes", 1), 1)
@@ -110,8 +115,10 @@ def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
     return "disk"
 
 
-def _parts(trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[Guarded]) -> list[Part]:
-    """All that a rollback brings back. The position in the data is not among it, nor the count of steps."""
+def _parts(
+    trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[GuardedOptimizer]
+) -> list[Part]:
+    """Return all that a rollback restores; neither the position in the data nor the count of steps."""
     precision = trainer.precision_plugin
     baselines = [own for g in guarded for own in (g.watch.spikes, g.judge.trend) if own is not None]
     return [

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_optim.callbacks._lightning import plain_name
 from lightning_optim.core.stats import StepRecord
-from lightning_optim.diagnostics import Report, tensorboard
+from lightning_optim.diagnostics import StepReport, tensorboard
 from lightning_optim.diagnostics.heat_map import HeatMap
 from lightning_optim.diagnostics.magnitudes import TAGS, Histograms, buckets
 from lightning_optim.diagnostics.tensors import PerTensor, TensorRows, table_of
@@ -40,7 +40,7 @@ class MonitorDetails:
         wanted = self._histograms
         return wanted.of if wanted is not None and self._batches % wanted.every == 0 else ()
 
-    def add(self, report: Report, record: StepRecord) -> None:
+    def add(self, report: StepReport, record: StepRecord) -> None:
         """Adds tables to a report before it is sent."""
         if not self._writers:
             return
@@ -53,7 +53,7 @@ class MonitorDetails:
         """The reports of a batch are sent."""
         self._batches += 1
 
-    def write(self, report: Report, index: int, tag_of: Callable[[str], str]) -> None:
+    def write(self, report: StepReport, index: int, tag_of: Callable[[str], str]) -> None:
         """Writes what has come with a report.
 
         Args:
@@ -88,7 +88,7 @@ class _Shown:
         self._step = self._written = -1
         self._rows: TensorRows | None = None
 
-    def add(self, report: Report) -> None:
+    def add(self, report: StepReport) -> None:
         self._rows = rows = TensorRows(*report.tensors, report.tables["tensors"])
         self._step = report.at
         self._reports += 1

@@ -17,7 +17,7 @@ from lightning_optim.callbacks._lightning import data_parallel_size, logging_ste
 from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.stats import StepRecord
-from lightning_optim.diagnostics import Report
+from lightning_optim.diagnostics import StepReport
 from lightning_optim.diagnostics.clock import StepClock
 from lightning_optim.diagnostics.local_gradient import LocalGradient
 from lightning_optim.diagnostics.loss import LossHistory
@@ -85,7 +85,7 @@ class RunMeter:
         """The optimizer is about to step."""
         self.clock.begin_update(self._device)
 
-    def on_record(self, report: Report, record: StepRecord) -> None:
+    def on_record(self, report: StepReport, record: StepRecord) -> None:
         """The optimizer has stepped: adds what belongs to this step."""
         self._update_seconds = self.clock.end_update(self._device)
         if (scale := loss_scale(self._trainer)) is not None:
@@ -93,7 +93,7 @@ class RunMeter:
         if self._has_small and (self._micro_batches > 1 or self._trainer.world_size > 1):
             self._compare(report, record)
 
-    def _compare(self, report: Report, record: StepRecord) -> None:
+    def _compare(self, report: StepReport, record: StepRecord) -> None:
         """How much the gradient of a part of the batch differs from that of all of it."""
         parts = [norm_sq for param, norm_sq in self._small.items() if param.grad is not None]  # what steps, no more
         parts = [part.to(self._device, widest_dtype(self._device), non_blocking=True) for part in parts]
@@ -117,7 +117,7 @@ class RunMeter:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._loss.add(loss.detach().reshape(()) * (self._accumulated if self._automatic else 1))
 
-    def finish(self, report: Report) -> Callable[[], dict[str, float]]:
+    def finish(self, report: StepReport) -> Callable[[], dict[str, float]]:
         """Adds what belongs to the interval; and what gives the rest, when the report has arrived."""
         report.add(LossHistory.TAGS, self._loss.take(self._reduced), of_run=True)
         steps = max(report.at + 1 - self._reported_at, 1)

@@ -1,30 +1,30 @@
-"""The learning rate reduced for a while, whoever sets it."""
+"""A temporary cut of the learning rate, whatever schedule sets it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.core.stateful import Stateful
 from lightning_optim.core.uncompiled import uncompiled
 
 
-class RateCut:
-    """Multiplies an optimizer's learning rates by a factor in each step, and puts them back after it.
+class LRCutter(Stateful):
+    """Factor on the learning rates of an optimizer, applied before each step and removed after it.
 
-    So it goes with every schedule, also with torch's, which compute the next rate from the last. A cut stays for
-    ``hold`` steps and returns over as many as ``recover``, by equal factors. Steps that are skipped count.
+    So it works with every schedule, including torch's, which compute the next rate from the last. A cut stays for
+    ``hold`` steps, and the rate returns over ``recover`` more, by equal factors. Skipped steps count.
 
     Args:
-        optimizer: The optimizer.
+        optimizer: The optimizer, of any package.
 
     Example:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.zeros(1))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
-        >>> cut = RateCut(optimizer)
+        >>> cut = LRCutter(optimizer)
         >>> cut.start(0.5, hold=1, recover=0)
         >>> for _ in range(2):
         ...     cut.advance()
@@ -35,6 +35,8 @@ class RateCut:
         -1.5 1.0
     """
 
+    STATE = ("lasting", "factor", "hold", "recover", "age")
+
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._lasting = 1.0
@@ -44,47 +46,38 @@ class RateCut:
         self._kept: list[Any] = []
         self._handles = [
             optimizer.register_step_pre_hook(uncompiled(lambda *_: self._cut())),
-            optimizer.register_step_post_hook(uncompiled(lambda *_: self._put_back())),
+            optimizer.register_step_post_hook(uncompiled(lambda *_: self._restore())),
         ]
 
     @property
     def factor(self) -> float:
-        """What rates are multiplied by at present."""
+        """The present factor on the learning rates."""
         return self._lasting * self._passing()
 
     def start(self, factor: float, hold: int, recover: int) -> None:
-        """Cuts by ``factor``, on top of what is left of the last cut."""
+        """Start a temporary cut, in addition to what is left of the last one.
+
+        Args:
+            factor: Factor on the learning rates.
+            hold: Number of steps at the reduced rate.
+            recover: Number of steps over which the rate then returns.
+        """
         self._factor = self._passing() * factor
         self._hold, self._recover, self._age = hold, recover, -1  # the coming step is number 0
 
     def lower(self, factor: float) -> None:
-        """Cuts for good."""
+        """Multiply the learning rates by ``factor`` permanently."""
         self._lasting *= factor
 
     def advance(self) -> None:
-        """Called before each step."""
+        """Count a step; call it before each one."""
         self._age += 1
 
     def close(self) -> None:
-        """Leaves the optimizer as it was."""
-        self._put_back()
+        """Remove the hooks and restore the learning rates."""
+        self._restore()
         while self._handles:
             self._handles.pop().remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {
-            "lasting": self._lasting,
-            "factor": self._factor,
-            "hold": self._hold,
-            "recover": self._recover,
-            "age": self._age,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
-        self._lasting, self._factor = state["lasting"], state["factor"]
-        self._hold, self._recover, self._age = state["hold"], state["recover"], state["age"]
 
     def _passing(self) -> float:
         over = max(self._age, 0) - self._hold
@@ -95,7 +88,7 @@ class RateCut:
         return float(self._factor ** (1 - (over + 1) / (self._recover + 1)))
 
     def _cut(self) -> None:
-        self._put_back()  # the last update may have been interrupted
+        self._restore()  # the last update may have been interrupted
         factor = self.factor
         if factor == 1.0:
             return
@@ -107,7 +100,7 @@ class RateCut:
             else:
                 group["lr"] *= factor
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         kept, self._kept = self._kept, []
         for group, rate in zip(self._optimizer.param_groups, kept, strict=False):
             if isinstance(rate, Tensor):

@@ -1,4 +1,4 @@
-"""A flight recorder: one row of numbers per step, from the device to the host without waiting."""
+"""A log of steps: one row of numbers per step, from the device to the host without waiting."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Row:
-    """One step as the host hears of it.
+class LogRow:
+    """One row of the log, on the host.
 
     Args:
-        step: The number that the writer gave it.
+        step: The number of the step, as given to `StepLog.write`.
         values: The numbers, shape [columns].
     """
 
@@ -23,15 +23,15 @@ class Row:
     values: np.ndarray
 
 
-class Rows:
-    """Rows in the order they were written, each as soon as it has been copied to the host.
+class StepLog:
+    """Rows in the order in which they were written, each once it has been copied to the host.
 
     On the CPU a row can be read at once. On an accelerator a row is copied into pinned memory behind what the device is
-    doing, and given out ``lag`` steps later, on every rank at the same step, so that what the host does about it is
-    done by all ranks together. By then it has long arrived.
+    doing, and can be read ``lag`` steps later, on every rank at the same step, so that all ranks respond together. By
+    then it has long arrived.
 
     Args:
-        lag: After how many further rows a row is given out, on an accelerator.
+        lag: Number of further rows after which a row can be read, on an accelerator.
     """
 
     def __init__(self, lag: int = 8) -> None:
@@ -39,15 +39,15 @@ class Rows:
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def __len__(self) -> int:
-        """How many have been written and not given out."""
+        """Number of rows that have been written and not read."""
         return len(self._pending)
 
     def write(self, step: int, values: Tensor) -> None:
-        """Sends a row off.
+        """Start the transfer of a row.
 
         Args:
-            step: Its number.
-            values: Shape [columns]; not to be written to afterwards.
+            step: The number of the step.
+            values: The numbers, shape [columns]; the caller must not write to the tensor afterwards.
         """
         arrived = None
         if values.device.type == "cuda":
@@ -58,11 +58,11 @@ class Rows:
             values = host
         self._pending.append((step, values, arrived))
 
-    def read(self, everything: bool = False) -> list[Row]:
-        """The rows whose time has come.
+    def read(self, everything: bool = False) -> list[LogRow]:
+        """Return the rows that can be read, in order, and remove them from the log.
 
         Args:
-            everything: Those still on their way, too; waits for them.
+            everything: Whether to wait for the rows that have not arrived and return them, too.
         """
         rows = []
         while self._pending:
@@ -72,22 +72,22 @@ class Rows:
             step, values, _ = self._pending.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            rows.append(Row(step, values.cpu().numpy()))
+            rows.append(LogRow(step, values.cpu().numpy()))
         return rows
 
-    def drop(self) -> None:
-        """Forgets what has not been given out."""
+    def discard(self) -> None:
+        """Discard all rows that have not been read."""
         self._pending.clear()
 
     def state_dict(self) -> list[list[float]]:
-        """What has not been given out yet, for a checkpoint: each row behind its number."""
+        """Return the rows that have not been read, for a checkpoint: each as its number and its values."""
         for _, _, arrived in self._pending:
             if arrived is not None:
                 arrived.synchronize()
         return [[float(step), *values.cpu().numpy().tolist()] for step, values, _ in self._pending]
 
     def load_state_dict(self, state: list[list[float]]) -> None:
-        """Takes up rows that another run had on their way."""
+        """Restore the rows returned by `state_dict`."""
         self._pending = deque(
             (int(row[0]), torch.tensor(row[1:], dtype=torch.float64, device="cpu"), None) for row in state
         )

@@ -1,0 +1,98 @@
+"""Everything that `DivergenceGuard` writes: warnings, the divergence report, the batches of skipped steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_optim.callbacks._guard.step_batches import StepLocation
+from lightning_optim.callbacks._lightning import logging_step
+from lightning_optim.divergence import Alarm, DivergenceReport
+from lightning_optim.divergence.report import Entry
+
+_MOST_FILES = 16
+"""Largest number of steps whose batches are saved."""
+
+
+class GuardReporter:
+    """Notifications of one fit, each as a warning and as an entry of the report.
+
+    Args:
+        report: The report that entries are added to.
+        trainer: The Trainer, at the start of training.
+        report_dir: Where files go; None for the folder of the checkpoints, or else of the logs.
+    """
+
+    def __init__(self, report: DivergenceReport, trainer: L.Trainer, report_dir: str | None) -> None:
+        self._report = report
+        self._rank = trainer.global_rank
+        checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
+        log_dir = trainer.log_dir  # Ranks agree on it by a broadcast, so all of them have to ask.
+        self._folder = Path(report_dir or checkpoints or log_dir or trainer.default_root_dir)
+        self._files = 0
+
+    def notify(self, alarm: Alarm, location: StepLocation, optimizer: int, skips: int | None) -> None:
+        """Report an alarm.
+
+        Args:
+            alarm: The alarm.
+            location: Where its step took place.
+            optimizer: Index of the optimizer.
+            skips: Number of skipped steps so far, if the step of the alarm is one; then its batches are saved.
+        """
+        self._add(location.step, location.epoch, location, optimizer, alarm.kind, alarm.text, alarm.names)
+        skipped = f": {alarm.text}." if skips is None else f" skipped: {alarm.text} ({skips} skipped so far)."
+        rank_zero_warn(f"Step {location.step}{skipped}")
+        if skips is not None:
+            self._save_samples(location)
+
+    def notify_response(self, trainer: L.Trainer, alarm: Alarm, location: StepLocation, text: str) -> None:
+        """Report what the guard has done about an alarm, and write the report.
+
+        Args:
+            trainer: The Trainer.
+            alarm: The alarm.
+            location: Where its step took place.
+            text: What has been done.
+        """
+        step = logging_step(trainer)
+        self._add(step, trainer.current_epoch, location, 0, "did", text)
+        path = self.write(trainer)
+        rank_zero_warn(f"Step {step}: {alarm.text}: {text}." + ("" if path is None else f" Report: {path}"))
+
+    def write(self, trainer: L.Trainer) -> Path | None:
+        """Write the report to its files and to TensorBoard, on the first rank and if it has any entry.
+
+        Returns:
+            The path of the Markdown file; None if there is none.
+        """
+        if not self._report.entries or not trainer.is_global_zero:
+            return None
+        path = self._report.write(self._folder)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("optim_health/divergence", self._report.markdown(), logging_step(trainer))
+        return path
+
+    def _add(
+        self,
+        step: int,
+        epoch: int,
+        location: StepLocation,
+        optimizer: int,
+        kind: str,
+        text: str,
+        names: tuple[str, ...] = (),
+    ) -> None:
+        self._report.add(Entry(step, epoch, location.batches, optimizer, kind, text, list(names)))
+
+    def _save_samples(self, location: StepLocation) -> None:
+        if location.samples and self._files < _MOST_FILES:
+            self._files += 1
+            folder = self._folder / "divergence_batches"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(location.samples, folder / f"step{location.step}_rank{self._rank}.pt")

@@ -1,0 +1,92 @@
+"""State for checkpoints, declared by its keys in place of a pair of methods that list every attribute twice."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class Stateful:
+    """Mixin: `state_dict` and `load_state_dict` of what a class declares as its state.
+
+    A key in a checkpoint is permanent; the attribute has the same name, mostly with an underscore before it. Plain
+    values are numbers, strings, None, and lists, tuples, sets, deques and dicts of them; each comes back in the
+    container that the attribute has now. A part that is None, because this object does without it, is left out.
+
+    Example:
+        >>> class Mean(Stateful):
+        ...     STATE = ("values", "count")
+        ...     def __init__(self):
+        ...         self._values, self.count = deque([1.0, 2.0], maxlen=2), 2
+        >>> saved = Mean().state_dict()
+        >>> saved
+        {'values': [1.0, 2.0], 'count': 2}
+        >>> other = Mean()
+        >>> other.load_state_dict({"values": [3.0, 4.0, 5.0], "count": 3})
+        >>> other._values
+        deque([4.0, 5.0], maxlen=2)
+    """
+
+    STATE: ClassVar[tuple[str, ...]] = ()
+    """Keys of plain values."""
+    PARTS: ClassVar[tuple[str, ...]] = ()
+    """Keys of attributes that have a state dict of their own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state as plain numbers, strings, lists and dicts, for a checkpoint."""
+        parts = {key: getattr(self, self._attribute(key)) for key in self.PARTS}
+        return {
+            **{key: _plain(getattr(self, self._attribute(key))) for key in self.STATE},
+            **{key: {} if part is None else part.state_dict() for key, part in parts.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state returned by `state_dict`; keys that this version does not know are ignored.
+
+        Args:
+            state: As `state_dict` returns it.
+
+        Raises:
+            KeyError: A key is missing: the checkpoint is of another version. Nothing has been changed then.
+        """
+        if missing := [key for key in (*self.STATE, *self.PARTS) if key not in state]:
+            raise KeyError(
+                f"Invalid state of {type(self).__name__}: {', '.join(map(repr, missing))} missing; it has "
+                f"{', '.join(map(repr, state)) or 'nothing'}. Was it saved by another version of lightning_optim?"
+            )
+        for key in self.STATE:
+            attribute = self._attribute(key)
+            setattr(self, attribute, _like(getattr(self, attribute), state[key]))
+        for key in self.PARTS:
+            part = getattr(self, self._attribute(key))
+            if part is not None and state[key]:
+                part.load_state_dict(state[key])
+
+    def _attribute(self, key: str) -> str:
+        return f"_{key}" if hasattr(self, f"_{key}") else key
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set):
+        value = sorted(value)
+    if isinstance(value, list | tuple | deque):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _like(present: Any, saved: Any) -> Any:
+    """A copy of ``saved`` in a container as ``present`` is one."""
+    if isinstance(present, deque):
+        return deque(saved, maxlen=present.maxlen)
+    if isinstance(present, set):
+        return {tuple(item) if isinstance(item, list) else item for item in saved}
+    if isinstance(present, defaultdict):
+        make = present.default_factory
+        assert make is not None
+        return defaultdict(make, {key: _like(make(), value) for key, value in saved.items()})
+    if isinstance(saved, list):
+        return list(saved) if isinstance(present, list) else tuple(saved)
+    return dict(saved) if isinstance(saved, Mapping) else saved

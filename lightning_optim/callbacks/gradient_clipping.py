@@ -96,10 +96,7 @@ class GradientClipping(HubCallback):
 
     def clip_limit(self, horizon: Horizon) -> Callable[[int], float] | None:
         """The schedule over this run."""
-        if (schedule := self.schedule) is None:
-            return None
-        schedule.phases(horizon)  # refuses a run that it does not fit
-        return lambda step: schedule(step, horizon.total_steps, horizon.steps_per_epoch)
+        return None if self.schedule is None else self.schedule.over(horizon)  # refuses a run that it does not fit
 
     def __repr__(self) -> str:
         plain = type(self.rule).__name__ == "GlobalNorm"

@@ -123,8 +123,8 @@ def plan_curves(scheduler: Scheduler) -> list[Curve]:
     groups = scheduler.optimizer.param_groups
 
     def curve(label: str, base: float, schedule: Schedule) -> Curve:
-        at_peak = schedule.for_peak(base)
-        return Curve(label, lambda step: base * at_peak(step, horizon.total_steps, horizon.steps_per_epoch))
+        multiplier = schedule.for_peak(base).over(horizon)
+        return Curve(label, lambda step: base * multiplier(step))
 
     own = scheduler.group_schedules
     shared = [group for group in groups if group.get("name") not in own]

@@ -23,6 +23,13 @@ _EXPONENTIAL_START = 0.01
 
 
 class _Phase:
+    @property
+    def duration(self) -> Duration:
+        """The length, which the constructor has parsed."""
+        length = vars(self)["length"]
+        assert isinstance(length, Duration)
+        return length
+
     def __repr__(self) -> str:
         absent = [key for key in ("start_lr", "final_lr") if vars(self).get(key) is None]
         rest = [f"{key}={value!r}" for key, value in vars(self).items() if key not in ("length", *absent)]

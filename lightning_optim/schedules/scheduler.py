@@ -100,7 +100,9 @@ class Scheduler(LRScheduler):
         self._skips_seen = 0
         self._order_is_known = True  # the first call of `step` comes from the constructor
         self._peaks: dict[int, tuple[Tensor, float]] = {}
-        self._at_peak: dict[tuple[str | None, float], Schedule] = {}
+        self._at_peak: dict[tuple[int, float], tuple[Schedule, Schedule]] = {}
+        self._curves: dict[int, tuple[Schedule, Callable[[int], float]]] = {}
+        self._compiled_for: Horizon | None = None
         self._applied = 0.0  # the multiplier of the rates as they are; 0 before there are any
         if horizon is not None:
             self._check(horizon, optimizer)
@@ -111,6 +113,8 @@ class Scheduler(LRScheduler):
         """Learns the length of the run and sets the rates of the coming step."""
         self.horizon = self._agreed(horizon)
         self._check(self.horizon, self.optimizer)
+        self._compiled_for = None  # even for the same length: a schedule may have been changed since
+        self._at_peak.clear()
         self._apply()
 
     def hold_on(self, skipped_steps: Callable[[], int]) -> None:
@@ -164,24 +168,50 @@ class Scheduler(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at the current step."""
-        return [self._rate(index, group) for index, group in enumerate(self.optimizer.param_groups)]
+        return self._rates(_once(self.value))
 
-    def _rate(self, index: int, group: dict[str, Any]) -> float | Tensor:
+    def value(self, schedule: Schedule) -> float:
+        """Evaluate any schedule at the current step of this run; 1 as long as the length of the run is not known.
+
+        Args:
+            schedule: The schedule, compiled by its first evaluation.
+        """
+        horizon = self.horizon
+        if horizon is None:
+            return 1.0
+        if horizon is not self._compiled_for:
+            self._curves.clear()
+            self._compiled_for = horizon
+        known, curve = self._curves.get(id(schedule), (None, None))
+        if known is not schedule or curve is None:
+            curve = schedule.over(horizon)
+            self._curves[id(schedule)] = (schedule, curve)  # kept alive with its curve, so that the id stays its own
+        return curve(max(self.last_epoch, 0))
+
+    def _rates(self, value: Callable[[Schedule], float]) -> list[float | Tensor]:
+        groups = self.optimizer.param_groups
+        if any("schedule" in group or "initial_lr" not in group for group in groups):
+            self._take_in_new_groups()
+        shared = self.schedule
+        reduced = self._plateau is not None and self._plateau.reductions > 0
+        if not (self.group_schedules or reduced or shared.is_absolute):  # nearly always, and the quicker way
+            multiplier = value(shared)
+            return [group["initial_lr"] * multiplier for group in groups]
+        return [self._rate(index, group, value) for index, group in enumerate(groups)]
+
+    def _rate(self, index: int, group: dict[str, Any], value: Callable[[Schedule], float]) -> float | Tensor:
         own = self.group_schedules.get(group.get("name", ""))
-        schedule, base = self.schedule if own is None else own, LR.base(group)
-        if schedule.is_absolute:
-            schedule = self._for_peak(group.get("name"), self._peak(base))
+        base = LR.base(group)
+        multiplier = value(self._for_peak(self.schedule if own is None else own, base))
         if own is not None or self._plateau is None or not self._plateau.reductions:
-            return base * self.value(schedule)
+            return base * multiplier
         lowest = self._plateau.schedule.min_lr_of(index, group.get("name"))
-        return self._plateau.rate(self._peak(base), lowest) * self.value(schedule)
+        return self._plateau.rate(self._peak(base), lowest) * multiplier
 
-    def _multiplier(self) -> float:
+    def _multiplier(self, value: Callable[[Schedule], float]) -> float:
         """By what peaks are multiplied now; where rates are absolute, that of the first group."""
-        schedule = self.schedule
-        if schedule.is_absolute:
-            schedule = self._for_peak(None, self._peak(LR.base(self.optimizer.param_groups[0])))
-        return self.value(schedule) * (self._plateau.level if self._plateau is not None else 1.0)
+        schedule = self._for_peak(self.schedule, LR.base(self.optimizer.param_groups[0]))
+        return value(schedule) * (self._plateau.level if self._plateau is not None else 1.0)
 
     def _peak(self, base: float | Tensor) -> float:
         """``base`` on the host; a tensor is read once only."""
@@ -191,18 +221,16 @@ class Scheduler(LRScheduler):
             self._peaks[id(base)] = (base, float(base))
         return self._peaks[id(base)][1]
 
-    def _for_peak(self, group: str | None, peak: float) -> Schedule:
-        """The schedule of the group called so, for its peak."""
-        own = self.group_schedules.get(group) if group is not None else None
-        if (key := (None if own is None else group, peak)) not in self._at_peak:
-            self._at_peak[key] = (self.schedule if own is None else own).for_peak(peak)
-        return self._at_peak[key]
-
-    def value(self, schedule: Schedule) -> float:
-        """What any schedule says at the current step of this run; 1 as long as its length is not known."""
-        if self.horizon is None:
-            return 1.0
-        return schedule(max(self.last_epoch, 0), self.horizon.total_steps, self.horizon.steps_per_epoch)
+    def _for_peak(self, schedule: Schedule, base: float | Tensor) -> Schedule:
+        """The schedule as multipliers of this peak; one object for each schedule and peak."""
+        if not schedule.is_absolute:
+            return schedule
+        key = (id(schedule), self._peak(base))
+        known, at_peak = self._at_peak.get(key, (None, schedule))
+        if known is not schedule:
+            at_peak = schedule.for_peak(key[1])
+            self._at_peak[key] = (schedule, at_peak)
+        return at_peak
 
     def _take_schedules(self, optimizer: Optimizer) -> None:
         for index, group in enumerate(optimizer.param_groups):
@@ -211,20 +239,24 @@ class Scheduler(LRScheduler):
                 self.group_schedules[group.setdefault("name", str(index))] = own
 
     def _apply(self) -> None:
-        self._take_schedules(self.optimizer)  # also of groups that were added since
         groups = self.optimizer.param_groups
-        for group in groups:
-            if self._applied and "initial_lr" not in group:
-                self._join(group, self._applied)
-        for group, lr in zip(groups, self.get_lr(), strict=True):
+        value = _once(self.value)
+        for group, lr in zip(groups, self._rates(value), strict=True):
             LR.write(group, lr)
-        self._applied = self._multiplier()
+        self._applied = self._multiplier(value)
         for other, schedule in self._others.items():
-            multiplier = self.value(schedule)
+            multiplier = value(schedule)
             for group in groups:
                 other.write(group, other.base(group) * multiplier)
         # Copies, as torch promises of get_last_lr: a tensor rate goes on changing in place.
         self._last_lr = [LR.read(group) for group in groups]
+
+    def _take_in_new_groups(self) -> None:
+        self._take_schedules(self.optimizer)
+        for group in self.optimizer.param_groups:
+            if self._applied and "initial_lr" not in group:
+                self._join(group, self._applied)
+            LR.base(group)
 
     def _join(self, group: dict[str, Any], multiplier: float) -> None:
         """Gives a group that was added in the middle of the run its peak: the rate it came with is that moment's."""
@@ -268,10 +300,15 @@ class Scheduler(LRScheduler):
         total = horizon.total_steps or _SAMPLES
         for other, schedule in self._others.items():
             bases = [float(other.base(group)) for group in optimizer.param_groups]
+            curve = schedule.over(horizon)
             for index in range(_SAMPLES):
-                multiplier = schedule(round(index * total / (_SAMPLES - 1)), *_lengths(horizon))
+                multiplier = curve(round(index * total / (_SAMPLES - 1)))
                 for base in bases:
                     other.check(base * multiplier)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy compiles its schedules anew: what `over` returns cannot be pickled, and would still be the original's.
+        return {**vars(self), "_curves": {}, "_at_peak": {}, "_compiled_for": None}
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it was a position on. Peaks live in the optimizer's groups."""
@@ -340,6 +377,18 @@ class Scheduler(LRScheduler):
             f'Resumed on the old curve, constant beyond its end: {lengths}. Say on_resume="config" to stretch it.', True
         )
         return saved
+
+
+def _once(value: Callable[[Schedule], float]) -> Callable[[Schedule], float]:
+    """``value``, called once for each schedule: several groups share one, and all of a step are evaluated together."""
+    values: dict[int, float] = {}
+
+    def of(schedule: Schedule) -> float:
+        if id(schedule) not in values:
+            values[id(schedule)] = value(schedule)
+        return values[id(schedule)]
+
+    return of
 
 
 def _lengths(horizon: Horizon) -> tuple[int | None, float | None]:

@@ -13,7 +13,7 @@ _JOINED = "joined"
 """Marks the groups that were added later; saved with them."""
 
 
-def welcome_late_groups(optimizer: Optimizer, model: nn.Module) -> None:
+def track_added_groups(optimizer: Optimizer, model: nn.Module) -> None:
     """Lets groups join ``optimizer`` later, and come back trainable when its state is loaded.
 
     torch refuses a group of plain parameters beside groups of named ones: the names are added from the model, and the
@@ -29,7 +29,7 @@ def welcome_late_groups(optimizer: Optimizer, model: nn.Module) -> None:
         >>> import torch
         >>> model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
         >>> optimizer = torch.optim.SGD(model["head"].named_parameters("head"), lr=0.1)
-        >>> welcome_late_groups(optimizer, model)
+        >>> track_added_groups(optimizer, model)
         >>> optimizer.add_param_group({"params": model["body"].parameters(), "lr": 0.01})
         >>> optimizer.param_groups[1]["name"], optimizer.param_groups[1]["param_names"]
         ('added_1', ['body.weight', 'body.bias'])
@@ -61,3 +61,7 @@ def welcome_late_groups(optimizer: Optimizer, model: nn.Module) -> None:
 
     optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
     optimizer.register_load_state_dict_post_hook(make_trainable)
+
+
+welcome_late_groups = track_added_groups
+"""Former name of `track_added_groups`."""

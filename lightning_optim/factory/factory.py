@@ -13,15 +13,15 @@ from lightning_optim.core.durations import Horizon
 from lightning_optim.core.step_hooks import closure_of, is_trial_step
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.uncompiled import uncompiled
-from lightning_optim.factory.added_groups import welcome_late_groups
+from lightning_optim.factory.added_groups import track_added_groups
 from lightning_optim.factory.freezing import Freezing, freezing_of
-from lightning_optim.factory.optimizer_spec import OptimizerChoice
+from lightning_optim.factory.optimizer_spec import OptimizerSpec
 from lightning_optim.factory.resume import OptimizerResume, resume_scheduler
 from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
-from lightning_optim.schedules.given import resolve_others, resolve_schedule
 from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
+from lightning_optim.schedules.resolve import resolve_hyperparameter_schedules, resolve_schedule
 
 __all__ = ["OptimizerFactory"]
 
@@ -81,7 +81,7 @@ class OptimizerFactory:
         self._on_resume = on_resume
         given = {"lr": lr, "weight_decay": weight_decay}
         given = {key: value for key, value in given.items() if value is not None}
-        self._optimizer = OptimizerChoice(optimizer, optimizer_kwargs or {}, given)
+        self._optimizer = OptimizerSpec(optimizer, optimizer_kwargs or {}, given)
         self._rules: Sequence[Entry] = ("no_decay",) if param_groups is None else param_groups
         check_rules(self._rules)
         self._optimizer.check_rules(self._rules)
@@ -89,7 +89,7 @@ class OptimizerFactory:
         self._schedule = resolve_schedule("constant" if schedule is None else schedule, warmup, trial)
         of_groups = {rule.name: rule.schedule for rule in self._rules if isinstance(rule, ParamGroupRule)}
         own = {name: own for name, own in of_groups.items() if isinstance(own, Schedule)}
-        self._schedules = resolve_others(self._schedule, schedules or {}, own, trial)
+        self._schedules = resolve_hyperparameter_schedules(self._schedule, schedules or {}, own, trial)
 
     @property
     def schedule(self) -> Any:
@@ -127,7 +127,7 @@ class OptimizerFactory:
         else:
             scheduler = self._schedule(optimizer)
             resume_scheduler(scheduler, self._on_resume == "config", self._tell)
-        welcome_late_groups(optimizer, model)
+        track_added_groups(optimizer, model)
         if any(group.get("frozen_until") is not None for group in optimizer.param_groups):
             Freezing(
                 optimizer,

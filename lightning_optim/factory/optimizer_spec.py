@@ -23,28 +23,30 @@ _BEYOND = ("params", "name", "param_names", "lr_multiplier", "peak_lr", "initial
 """Keys of groups that are no hyperparameters."""
 
 
-class OptimizerChoice:
+class OptimizerSpec:
     """An optimizer that is decided on but not made: its class, its arguments, and how to make it from groups.
 
     Args:
-        given: A name, an import path, a class, a mapping with ``class_path`` and ``init_args``, or a callable from
+        spec: A name, an import path, a class, a mapping with ``class_path`` and ``init_args``, or a callable from
             parameter groups to an optimizer.
         kwargs: Further arguments of the optimizer.
-        beside: Arguments that were given by themselves (lr, weight decay); none may be in ``kwargs``, too.
+        overrides: Arguments that the caller gives separately (lr, weight decay); none may be in ``kwargs`` as well.
 
     Raises:
-        TypeError: ``given`` is no optimizer.
+        TypeError: ``spec`` is no optimizer.
         ValueError: An argument is unknown, out of range or given twice.
 
     Example:
-        >>> choice = OptimizerChoice("adamw", {"betas": (0.9, 0.95)}, {"lr": 0.1})
-        >>> choice, choice.cls.__name__
+        >>> spec = OptimizerSpec("adamw", {"betas": (0.9, 0.95)}, {"lr": 0.1})
+        >>> spec, spec.cls.__name__
         (AdamW(betas=(0.9, 0.95), lr=0.1), 'AdamW')
     """
 
-    def __init__(self, given: Any, kwargs: Mapping[str, Any] | None = None, beside: Mapping[str, Any] | None = None):
-        self.kwargs = _merge(kwargs or {}, beside or {})
-        self.make, trial = _resolve_optimizer(given, self.kwargs)
+    def __init__(
+        self, spec: Any, kwargs: Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> None:
+        self.kwargs = _merge(kwargs or {}, overrides or {})
+        self.make, trial = _resolve_optimizer(spec, self.kwargs)
         self.cls = type(trial)
         self._hyperparameters = {key for group in trial.param_groups for key in group.keys() - set(_BEYOND)}
         self._betas = next((group["betas"] for group in trial.param_groups if "betas" in group), ())
@@ -168,10 +170,10 @@ class _FusedIfPossible:
         return self._make(groups)
 
 
-def _merge(given: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
-    if twice := sorted(given.keys() & beside.keys()):
-        raise ValueError(f"{twice[0]!r} is given twice: in the optimizer's own arguments and beside them.")
-    return {**given, **beside}
+def _merge(kwargs: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    if twice := sorted(kwargs.keys() & overrides.keys()):
+        raise ValueError(f"{twice[0]!r} is given twice: in the optimizer's own arguments and separately.")
+    return {**kwargs, **overrides}
 
 
 def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from lightning_optim.schedules.registry import get_schedule, list_schedules
 from lightning_optim.schedules.restarts import CosineRestarts
 from lightning_optim.schedules.scheduler import Scheduler
 from lightning_optim.schedules.shapes import REX, Constant, Cosine, Exponential, InverseSqrt, Linear, Polynomial, Tanh
-from lightning_optim.schedules.stepped import MultiStep, Step
+from lightning_optim.schedules.stepped import MultiStep, MultiStepDecay, Step, StepDecay
 
 __all__ = [
     "REX",
@@ -29,6 +29,7 @@ __all__ = [
     "InverseSqrt",
     "Linear",
     "MultiStep",
+    "MultiStepDecay",
     "OneCycle",
     "Phases",
     "Polynomial",
@@ -37,6 +38,7 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "Step",
+    "StepDecay",
     "Tanh",
     "Warmup",
     "get_schedule",

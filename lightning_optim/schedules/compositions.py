@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_optim.core.durations import Duration, Horizon
 from lightning_optim.schedules.base import Phases, Position
-from lightning_optim.schedules.phases import DECAYS, Cooldown, Warmup
+from lightning_optim.schedules.phases import COOLDOWN_SHAPES, Cooldown, Warmup
 from lightning_optim.schedules.shapes import Constant, Cosine
 
 
@@ -71,9 +71,9 @@ class OneCycle(Cosine):
             return super().shape(at)
         start = self.warmup.start or 0.0
         if at.step < at.warmup:
-            return start + (1 - start) * DECAYS["cosine"](at.step / at.warmup)
+            return start + (1 - start) * COOLDOWN_SHAPES["cosine"](at.step / at.warmup)
         rest = at.length - at.warmup
-        left = DECAYS["cosine"]((at.step - at.warmup) / rest) if rest else 0.0
+        left = COOLDOWN_SHAPES["cosine"]((at.step - at.warmup) / rest) if rest else 0.0
         return self.final + (start - self.final) * left
 
 

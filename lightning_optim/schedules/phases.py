@@ -11,7 +11,7 @@ from typing import Any
 from lightning_optim.core.durations import Duration
 from lightning_optim.core.suggest import nearest
 
-DECAYS: dict[str, Callable[[float], float]] = {
+COOLDOWN_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2,
     "1-sqrt": lambda progress: 1.0 - math.sqrt(progress),
@@ -140,8 +140,8 @@ class Cooldown(_Phase):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "length", Duration.parse(self.length))
-        if self.shape not in DECAYS:
-            raise ValueError(f"Unknown cooldown shape {self.shape!r}. {nearest(self.shape, DECAYS)}")
+        if self.shape not in COOLDOWN_SHAPES:
+            raise ValueError(f"Unknown cooldown shape {self.shape!r}. {nearest(self.shape, COOLDOWN_SHAPES)}")
         check_final(self)
 
     def for_peak(self, peak: float) -> Cooldown:
@@ -150,7 +150,7 @@ class Cooldown(_Phase):
 
     def multiplier(self, stable: float, step: int, steps: int) -> float:
         """What becomes of the multiplier ``stable`` at ``step`` of a cooldown of ``steps`` steps."""
-        return self.final + (stable - self.final) * DECAYS[self.shape](min(step / steps, 1.0))
+        return self.final + (stable - self.final) * COOLDOWN_SHAPES[self.shape](min(step / steps, 1.0))
 
 
 def check_final(owner: Any) -> None:

@@ -6,7 +6,7 @@ import math
 
 from lightning_optim.core.durations import Duration
 from lightning_optim.schedules.base import Position, Schedule
-from lightning_optim.schedules.phases import DECAYS, Cooldown, Warmup, check_final
+from lightning_optim.schedules.phases import COOLDOWN_SHAPES, Cooldown, Warmup, check_final
 
 
 class CosineRestarts(Schedule):
@@ -92,7 +92,7 @@ class CosineRestarts(Schedule):
         if self.cycles is not None and index >= self.cycles:  # by rounding
             return self.final
         peak = self.peak_multiplier**index
-        return self.final + (peak - self.final) * DECAYS["cosine"](min(into, 1.0))
+        return self.final + (peak - self.final) * COOLDOWN_SHAPES["cosine"](min(into, 1.0))
 
 
 def _locate(step: int, length: float, growth: float) -> tuple[int, float]:

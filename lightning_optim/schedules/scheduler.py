@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,9 @@ from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
 from lightning_optim.schedules.order import has_stepped, warn_of_order
 from lightning_optim.schedules.plateau import Plateau, ReduceOnPlateau
+
+_FORMER_NAMES = re.compile(r"^(Multi)?Step\(")
+"""Schedules in checkpoints that were saved before `StepDecay` and `MultiStepDecay` had these names."""
 
 _SAMPLES = 101
 """At how many steps of the run a hyperparameter's values are checked beforehand."""
@@ -348,7 +352,8 @@ class Scheduler(LRScheduler):
         return {"lr": repr(self.schedule), **others, **groups}
 
     def _compare(self, saved: Mapping[str, str]) -> None:
-        present = self._written()
+        saved = {key: _FORMER_NAMES.sub(r"\1StepDecay(", written) for key, written in saved.items()}
+        present = {key: _FORMER_NAMES.sub(r"\1StepDecay(", written) for key, written in self._written().items()}
         changes = [
             f"{key}: {saved.get(key, 'none')} → {present.get(key, 'none')}"
             for key in {**saved, **present}

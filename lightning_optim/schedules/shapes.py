@@ -7,7 +7,7 @@ from abc import abstractmethod
 
 from lightning_optim.core.durations import Duration
 from lightning_optim.schedules.base import Position, Schedule
-from lightning_optim.schedules.phases import DECAYS, Cooldown, Warmup, check_final
+from lightning_optim.schedules.phases import COOLDOWN_SHAPES, Cooldown, Warmup, check_final
 
 
 class Constant(Schedule):
@@ -86,7 +86,7 @@ class Linear(Decay):
 
     def remaining(self, progress: float) -> float:
         """1 − progress."""
-        return DECAYS["linear"](progress)
+        return COOLDOWN_SHAPES["linear"](progress)
 
 
 class Cosine(Decay):
@@ -111,7 +111,7 @@ class Cosine(Decay):
 
     def remaining(self, progress: float) -> float:
         """(1 + cos(π·progress)) / 2."""
-        return DECAYS["cosine"](progress)
+        return COOLDOWN_SHAPES["cosine"](progress)
 
 
 class Polynomial(Decay):

@@ -14,7 +14,16 @@ from torch import nn
 import lightning_optim as lo
 from lightning_optim.clipping import GlobalNorm
 from lightning_optim.core.durations import Duration, Horizon
-from lightning_optim.schedules import Constant, Cosine, InverseSqrt, Linear, ReduceOnPlateau, Schedule, Scheduler, Step
+from lightning_optim.schedules import (
+    Constant,
+    Cosine,
+    InverseSqrt,
+    Linear,
+    ReduceOnPlateau,
+    Schedule,
+    Scheduler,
+    StepDecay,
+)
 from tests.schedules.cases import CASES
 
 RUN = Horizon(total_steps=60, steps_per_epoch=20)
@@ -113,7 +122,7 @@ def test_nothing_of_ours_parses_a_duration_in_a_warm_step(calls, limit):
     model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
     rules = [
         lo.ParamGroupRule(name="later", pattern=r"^0\.", frozen_until="10%"),
-        lo.ParamGroupRule(name="head", pattern=r"^2\.weight", schedule=Step(every="20%")),
+        lo.ParamGroupRule(name="head", pattern=r"^2\.weight", schedule=StepDecay(every="20%")),
     ]
     decay = {"weight_decay": Linear(warmup="1 epoch", final=2.0)}
     factory = lo.OptimizerFactory(

@@ -73,7 +73,7 @@ def resolve_schedule(
     return _from_callable(given, kwargs, warmup, trial)
 
 
-def resolve_others(
+def resolve_hyperparameter_schedules(
     schedule: Schedule | MakeScheduler,
     others: Mapping[str, str | Schedule],
     groups: Mapping[str, Schedule],

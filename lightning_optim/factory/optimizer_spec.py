@@ -88,7 +88,9 @@ class OptimizerSpec:
                     f"it sets {key}={settings[key]!r}, but {self.cls.__name__} has no such option. "
                     f"{nearest(key, known)}"
                 )
-        betas = self._betas if rule.rule is None else class_of_rule(rule.rule).hyperparameters()["betas"]
+        betas = self._betas if rule.rule is None else class_of_rule(rule.rule).hyperparameters().get("betas", ())
+        if rule.betas is not None and not betas:
+            raise ValueError(f"it sets betas={list(rule.betas)}, but {rule.rule or self.cls.__name__} has no betas.")
         if rule.betas is not None and len(rule.betas) != len(betas):
             raise ValueError(f"betas={list(rule.betas)} are {len(rule.betas)}; needed are {len(betas)}, as {betas}.")
         if issubclass(self.cls, optim.FusedOptimizer):  # torch's own check the values of defaults only

@@ -14,12 +14,12 @@ _JOINED = "joined"
 
 
 def track_added_groups(optimizer: Optimizer, model: nn.Module) -> None:
-    """Lets groups join ``optimizer`` later, and come back trainable when its state is loaded.
+    """Support groups that are added to ``optimizer`` later, also when its state is loaded.
 
-    torch refuses a group of plain parameters beside groups of named ones: the names are added from the model, and the
-    group is called ``added_1``, ``added_2``, ... if it has no name. And whoever froze the parameters before training
-    freezes them again before a run is resumed (`BaseFinetuning` does), although their group is in the checkpoint: what
-    is in a group that had joined is made trainable when the state is loaded.
+    torch refuses a group of plain parameters where other groups have named ones: the names are added from the model,
+    and the group is called ``added_1``, ``added_2``, ... if it has no name. A callback that froze the parameters
+    before training freezes them again before a run is resumed (`BaseFinetuning` does), although their group is in the
+    checkpoint: parameters of an added group are made trainable when the state is loaded.
 
     Args:
         optimizer: The optimizer, made of named parameters.
@@ -59,6 +59,8 @@ def track_added_groups(optimizer: Optimizer, model: nn.Module) -> None:
                 if isinstance(module, _BatchNorm) and joined & set(module.parameters(recurse=False)):
                     module.track_running_stats = True
 
+    # torch has no hook for this method, and Lightning's BaseFinetuning calls it on optimizers of any library; so it is
+    # overridden on the instance.
     optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
     optimizer.register_load_state_dict_post_hook(make_trainable)
 

@@ -1,4 +1,4 @@
-"""Which optimizer: a name, a class, an import path or a callable, tried out before there is a model."""
+"""Specification of an optimizer: a name, a class, an import path or a callable, tried out before there is a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_optim.optim.base import class_of_rule
 from lightning_optim.param_groups import Entry, ParamGroupRule
 
 _BEYOND = ("params", "name", "param_names", "lr_multiplier", "peak_lr", "initial_lr", "frozen_until", "rule")
-"""Keys of groups that are no hyperparameters."""
+"""Keys of groups that are not hyperparameters."""
 
 
 class OptimizerSpec:
@@ -52,14 +52,14 @@ class OptimizerSpec:
         self._betas = next((group["betas"] for group in trial.param_groups if "betas" in group), ())
 
     def trial(self) -> Optimizer:
-        """One of the kind, of two small parameters."""
+        """Make the optimizer for two small parameters, shapes [2, 2] and [1]."""
         return self.make([{"params": _trial_params()}])
 
     def check_rules(self, rules: Sequence[Entry]) -> None:
-        """Refuses rules that set what the optimizer has not, or values that it does not take.
+        """Refuse rules that set options which the optimizer does not have, or values that it does not accept.
 
         Raises:
-            ValueError: All that is wrong, a line for each rule.
+            ValueError: With one line for each invalid rule.
         """
         problems = []
         for rule in rules:
@@ -154,7 +154,7 @@ _FUSED_DEVICES = ("cpu", "cuda")
 
 
 class _FusedIfPossible:
-    """Makes the optimizer in its fused form where torch has one for these parameters, unless told otherwise."""
+    """Makes the fused form where torch has one for these parameters, unless the arguments choose a form."""
 
     def __init__(self, make: partial[Optimizer]) -> None:
         self._make = make
@@ -180,7 +180,7 @@ def _merge(kwargs: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
 
 def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
     parameters = inspect.signature(cls).parameters
-    # A class that takes anything says itself what it cannot use.
+    # A class with **kwargs refuses itself what it cannot use.
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     options = [name for name in parameters if name not in ("self", "params")]
     for key, value in kwargs.items():

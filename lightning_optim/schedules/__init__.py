@@ -1,6 +1,6 @@
 """Schedules: pure functions from the optimizer step to a multiplier, and the scheduler that applies one.
 
-A schedule never sees an optimizer. It says by what the peak learning rate is multiplied at a step, so it can be
+A schedule never sees an optimizer. It is the multiplier of the peak learning rate at a step, so it can be
 plotted, tested and composed; `Scheduler` multiplies each group's own peak, which keeps the groups' ratios.
 """
 

@@ -33,7 +33,7 @@ class Position:
 
     @property
     def progress(self) -> float:
-        """From 0 at the beginning of the shape to 1 at its end and beyond."""
+        """Fraction of the shape that has passed: 0 at its beginning, 1 at its end and beyond."""
         # A warmup as long as the run leaves a shape of no steps: it is at its end.
         return min(self.step / self.length, 1.0) if self.length > 0 else 1.0
 
@@ -55,7 +55,7 @@ class Schedule(ABC):
     multiplier of 1 right after warmup and hold, and reaches its end where the cooldown begins, which without one is the
     end of the run.
 
-    To write one, subclass, and define `shape`, and `shape_needs_total` if it can do without the length of the run. Keep
+    To write one, subclass, define `shape`, and set `shape_needs_total` to False if it needs no length of the run. Keep
     the constructor's arguments as attributes under their own names.
 
     Args:
@@ -84,7 +84,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def shape(self, at: Position) -> float:
-        """The multiplier at a position of the shape; 1 at its beginning."""
+        """Compute the multiplier at a position of the shape; 1 at its beginning."""
 
     @property
     def needs_total(self) -> bool:
@@ -97,14 +97,17 @@ class Schedule(ABC):
 
     @property
     def is_absolute(self) -> bool:
-        """Whether it names a learning rate (``final_lr``, ``start_lr``): a multiplier only of a peak that is known."""
+        """Whether it names a learning rate (``final_lr``, ``start_lr``), which is a multiplier of a known peak only."""
         return not (self.final_lr is None and self.cooldown.final_lr is None and self.warmup.start_lr is None)
 
     def for_peak(self, peak: float) -> Schedule:
-        """This schedule for a group of this peak: what it names as a learning rate, as a multiplier.
+        """Convert learning rates that the schedule names into multipliers, for a group of this peak.
 
         Args:
             peak: The group's peak learning rate.
+
+        Returns:
+            The schedule itself if it names no learning rate, else a copy that names none.
 
         Example:
             >>> from lightning_optim.schedules import Cosine
@@ -121,7 +124,15 @@ class Schedule(ABC):
         return twin
 
     def check_peak(self, peak: float, label: str) -> None:
-        """Refuses a learning rate of this schedule that is not below the peak of the group called ``label``."""
+        """Refuse a learning rate of this schedule that is not below the peak of a group.
+
+        Args:
+            peak: The group's peak learning rate.
+            label: What to call the group in the message.
+
+        Raises:
+            ValueError: ``final_lr`` is above the peak, or ``start_lr`` is not below it.
+        """
         rates = {
             "final_lr": self.final_lr,
             "final_lr of the cooldown": self.cooldown.final_lr,
@@ -135,7 +146,14 @@ class Schedule(ABC):
                 )
 
     def check_no_rate(self, label: str) -> None:
-        """Refuses a schedule that names a learning rate where ``label``, which is none, is to be multiplied."""
+        """Refuse a schedule that names a learning rate for a hyperparameter that is not one.
+
+        Args:
+            label: What to call the hyperparameter in the message.
+
+        Raises:
+            ValueError: The schedule names a learning rate.
+        """
         if self.is_absolute:
             raise ValueError(
                 f"{self} names a learning rate, and is to drive {label}. Give multipliers: final, and start of a "
@@ -205,7 +223,14 @@ class Schedule(ABC):
         return multiplier
 
     def phases(self, run: Horizon) -> Phases:
-        """The lengths of the parts in a run of this length; refuses a run that they do not fit."""
+        """Convert the lengths of the parts into optimizer steps.
+
+        Args:
+            run: Length of the run.
+
+        Raises:
+            ValueError: The parts are longer than the run, or need a length that ``run`` does not have.
+        """
         total = run.total_steps
         if self.needs_total and total is None:
             raise ValueError(

@@ -56,7 +56,11 @@ class OneCycle(Cosine):
             )
 
     def phases(self, run: Horizon) -> Phases:
-        """See `Schedule.phases`; refuses a run that is too short for the second of three phases."""
+        """Convert the lengths of the parts into optimizer steps, as `Schedule.phases` does.
+
+        Raises:
+            ValueError: As there, or the run is too short for the second of three phases.
+        """
         phases = super().phases(run)
         if self.three_phase and phases.shape < phases.warmup:
             raise ValueError(
@@ -66,7 +70,7 @@ class OneCycle(Cosine):
         return phases
 
     def shape(self, at: Position) -> float:
-        """One way down, or two."""
+        """Half a cosine down to ``final``; with ``three_phase`` first to the start of the warmup, then to ``final``."""
         if not self.three_phase:
             return super().shape(at)
         start = self.warmup.start or 0.0

@@ -50,12 +50,12 @@ for _name, _cls in _BUILT_IN.items():
 
 
 def list_schedules() -> list[str]:
-    """The names of the schedules; `get_schedule` also knows those of Hugging Face and timm."""
+    """Return the names of the schedules; `get_schedule` also knows those of Hugging Face and timm."""
     return SCHEDULES.names()
 
 
 def get_schedule(name: str) -> type[Schedule]:
-    """The schedule class called ``name``, here, in transformers' ``get_scheduler`` or in timm.
+    """Return the schedule class called ``name`` here, in transformers' ``get_scheduler`` or in timm.
 
     Raises:
         ValueError: There is none; the message names the nearest.

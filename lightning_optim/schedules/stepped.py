@@ -16,13 +16,13 @@ class StepDecay(Schedule):
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
-        every: How long each level lasts: ``"30 epochs"``, say. Needs no length of the run unless it is a share of it.
+        every: Length of each level, such as ``"30 epochs"``. Needs no length of the run unless it is a share of it.
         factor: Multiplier from one level to the next, above 0.
         hold: How long to stay at the peak before the first level.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
 
     Raises:
-        ValueError: ``every`` is no time at all, or ``factor`` is not a finite number above 0.
+        ValueError: ``every`` is 0, or ``factor`` is not a finite number above 0.
 
     Example:
         >>> [StepDecay(every=30, factor=0.5)(step) for step in (0, 29, 30, 60)]
@@ -55,10 +55,10 @@ class MultiStepDecay(Schedule):
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
-        milestones: When to fall: ``["30 epochs", "60 epochs"]``, say. The first update at the new level is the one
+        milestones: When to fall, such as ``["30 epochs", "60 epochs"]``. The first update at the new level is the one
             after as many.
         factor: Multiplier from one level to the next, above 0.
-        hold: How long to stay at the peak after the warmup whatever the milestones say.
+        hold: How long to stay at the peak after the warmup, milestones or not.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
 
     Raises:

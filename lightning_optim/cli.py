@@ -24,7 +24,7 @@ from lightning_optim.factory.plan_text import format_plan, save_plot
 
 
 class PlanningTrainer(L.Trainer):
-    """A Trainer that can also tell what a fit would do."""
+    """A Trainer that can also show what a fit would do."""
 
     def plan(
         self,
@@ -36,7 +36,7 @@ class PlanningTrainer(L.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Prints the parameter groups, the schedule, the length and all conflicts of a fit, without training.
+        """Print the parameter groups, the schedule, the length and all conflicts of a fit, without training.
 
         Args:
             model: The module.
@@ -44,8 +44,8 @@ class PlanningTrainer(L.Trainer):
             parameters: Whether to list every parameter of each group.
             png: Where to draw the schedules as a picture; needs matplotlib.
             width: Columns of the plot in the terminal.
-            ckpt_path: Taken because configurations of a fit have it; the plan is that of a fit from the start.
-            weights_only: Likewise.
+            ckpt_path: Accepted because configurations of a fit have it; the plan is that of a fit from the start.
+            weights_only: Accepted for the same reason.
 
         Raises:
             SystemExit: With code 1, if the fit has conflicts.
@@ -84,15 +84,15 @@ class OptimCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands, and ``plan``."""
+        """Return Lightning's commands, and ``plan``."""
         return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the summary's arguments."""
+        """Add the arguments of the summary."""
         parser.add_lightning_class_args(RunSummary, "run_summary")
 
     def instantiate_classes(self) -> None:
-        """Makes module, data and Trainer, then attaches the optimizer where the module has none."""
+        """Make module, data and Trainer, then attach the optimizer where the module has none."""
         super().instantiate_classes()
         if not is_overridden("configure_optimizers", self.model):
             for callback in getattr(self.trainer, "callbacks", ()):
@@ -102,7 +102,7 @@ class OptimCLI(LightningCLI):
 
 
 def report(args: list[str]) -> None:
-    """``lightning-optim report RUN_DIR...``: one page about runs that have been logged to TensorBoard.
+    """Write one page about runs that have been logged to TensorBoard: ``lightning-optim report RUN_DIR...``.
 
     Args:
         args: The command line after ``report``.
@@ -119,7 +119,7 @@ def report(args: list[str]) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The ``lightning-optim`` command: `OptimCLI`, or `report`.
+    """Run the ``lightning-optim`` command: `OptimCLI`, or `report`.
 
     Args:
         args: The command line after the program's name; None for the process's own.

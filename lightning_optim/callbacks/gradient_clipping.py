@@ -106,10 +106,7 @@ class GradientClipping(HubCallback):
         Raises:
             ValueError: The schedule does not fit into the run.
         """
-        if (schedule := self.schedule) is None:
-            return None
-        schedule.phases(horizon)  # It raises where the schedule does not fit into the run.
-        return lambda step: schedule(step, horizon.total_steps, horizon.steps_per_epoch)
+        return None if self.schedule is None else self.schedule.over(horizon)
 
     def __repr__(self) -> str:
         plain = type(self.rule).__name__ == "GlobalNorm"

@@ -15,7 +15,7 @@ class Horizon:
     """How long a run is, in optimizer steps.
 
     Args:
-        total_steps: Optimizer steps of the whole run, or None if nothing bounds them (``max_time`` alone, say).
+        total_steps: Optimizer steps of the whole run, or None if nothing bounds them (such as ``max_time`` alone).
         steps_per_epoch: Optimizer steps of one epoch, or None if it is not known (an ``IterableDataset``).
     """
 
@@ -58,7 +58,14 @@ class Duration:
 
     @classmethod
     def parse(cls, value: int | str | Duration) -> Duration:
-        """Reads any of the notations; raises a ValueError that lists them otherwise."""
+        """Parse any of the notations.
+
+        Args:
+            value: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``, or a `Duration`, which is returned as it is.
+
+        Raises:
+            ValueError: It is none of these; the message lists them.
+        """
         if isinstance(value, Duration):
             return value
         if isinstance(value, int) and not isinstance(value, bool):
@@ -74,7 +81,10 @@ class Duration:
         raise ValueError(f"Cannot read the duration {value!r}.{hint} {_FORMS}")
 
     def steps(self, horizon: Horizon) -> int:
-        """The duration in optimizer steps, rounded to the nearest; a duration above zero is at least one step.
+        """Convert the duration to optimizer steps, rounded to the nearest; one above zero is at least one step.
+
+        Args:
+            horizon: Length of the run.
 
         Raises:
             ValueError: The unit needs a length that ``horizon`` does not know.

@@ -13,13 +13,13 @@ _JOINED = "joined"
 """Marks the groups that were added later; saved with them."""
 
 
-def welcome_late_groups(optimizer: Optimizer, model: nn.Module) -> None:
-    """Lets groups join ``optimizer`` later, and come back trainable when its state is loaded.
+def track_added_groups(optimizer: Optimizer, model: nn.Module) -> None:
+    """Support groups that are added to ``optimizer`` later, also when its state is loaded.
 
-    torch refuses a group of plain parameters beside groups of named ones: the names are added from the model, and the
-    group is called ``added_1``, ``added_2``, ... if it has no name. And whoever froze the parameters before training
-    freezes them again before a run is resumed (`BaseFinetuning` does), although their group is in the checkpoint: what
-    is in a group that had joined is made trainable when the state is loaded.
+    torch refuses a group of plain parameters where other groups have named ones: the names are added from the model,
+    and the group is called ``added_1``, ``added_2``, ... if it has no name. A callback that froze the parameters
+    before training freezes them again before a run is resumed (`BaseFinetuning` does), although their group is in the
+    checkpoint: parameters of an added group are made trainable when the state is loaded.
 
     Args:
         optimizer: The optimizer, made of named parameters.
@@ -29,7 +29,7 @@ def welcome_late_groups(optimizer: Optimizer, model: nn.Module) -> None:
         >>> import torch
         >>> model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
         >>> optimizer = torch.optim.SGD(model["head"].named_parameters("head"), lr=0.1)
-        >>> welcome_late_groups(optimizer, model)
+        >>> track_added_groups(optimizer, model)
         >>> optimizer.add_param_group({"params": model["body"].parameters(), "lr": 0.01})
         >>> optimizer.param_groups[1]["name"], optimizer.param_groups[1]["param_names"]
         ('added_1', ['body.weight', 'body.bias'])
@@ -59,5 +59,11 @@ def welcome_late_groups(optimizer: Optimizer, model: nn.Module) -> None:
                 if isinstance(module, _BatchNorm) and joined & set(module.parameters(recurse=False)):
                     module.track_running_stats = True
 
+    # torch has no hook for this method, and Lightning's BaseFinetuning calls it on optimizers of any library; so it is
+    # overridden on the instance.
     optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
     optimizer.register_load_state_dict_post_hook(make_trainable)
+
+
+welcome_late_groups = track_added_groups
+"""Former name of `track_added_groups`."""

@@ -13,15 +13,15 @@ from lightning_optim.core.durations import Horizon
 from lightning_optim.core.step_hooks import closure_of, is_trial_step
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.uncompiled import uncompiled
-from lightning_optim.factory.added_groups import welcome_late_groups
+from lightning_optim.factory.added_groups import track_added_groups
 from lightning_optim.factory.freezing import Freezing, freezing_of
-from lightning_optim.factory.optimizer_spec import OptimizerChoice
+from lightning_optim.factory.optimizer_spec import OptimizerSpec
 from lightning_optim.factory.resume import OptimizerResume, resume_scheduler
 from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
-from lightning_optim.schedules.given import resolve_others, resolve_schedule
 from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
+from lightning_optim.schedules.resolve import resolve_hyperparameter_schedules, resolve_schedule
 
 __all__ = ["OptimizerFactory"]
 
@@ -47,12 +47,14 @@ class OptimizerFactory:
             biases, norms and embeddings, which is nearly always what is wanted. An empty list means one group.
         schedules: Schedules of other hyperparameters by name, each a name or a `Schedule`: a key of the optimizer's
             groups (``weight_decay``), or ``momentum``, ``beta1``, ``beta2``. They multiply each group's own value.
-        on_resume: Who has the say when a checkpoint is loaded. ``"checkpoint"``: the run goes on bit for bit as it was,
-            and what differs in the configuration is warned of. ``"config"``: learning rate, weight decay, schedule, its
-            length, ``fused`` and all else are the configuration's; moments and steps stay, and what changed is printed.
+        on_resume: Resume policy: whether checkpoint or configuration takes precedence. ``"checkpoint"``: the run
+            continues bit for bit, and a warning names what differs in the configuration. ``"config"``: learning rate,
+            weight decay, schedule, its length, ``fused`` and all else are the configuration's; moments and steps stay,
+            and what changed is printed.
 
     Raises:
-        ValueError: Anything unknown, out of range or given twice; the message says what is near.
+        ValueError: An argument is unknown, out of range or given twice; the message names the nearest.
+        TypeError: ``optimizer`` or ``schedule`` is of no kind that is accepted.
 
     Example:
         In a module, ``return OptimizerFactory("adamw", lr=3e-4, schedule="cosine", warmup="5%")(self)`` in
@@ -81,7 +83,7 @@ class OptimizerFactory:
         self._on_resume = on_resume
         given = {"lr": lr, "weight_decay": weight_decay}
         given = {key: value for key, value in given.items() if value is not None}
-        self._optimizer = OptimizerChoice(optimizer, optimizer_kwargs or {}, given)
+        self._optimizer = OptimizerSpec(optimizer, optimizer_kwargs or {}, given)
         self._rules: Sequence[Entry] = ("no_decay",) if param_groups is None else param_groups
         check_rules(self._rules)
         self._optimizer.check_rules(self._rules)
@@ -89,7 +91,7 @@ class OptimizerFactory:
         self._schedule = resolve_schedule("constant" if schedule is None else schedule, warmup, trial)
         of_groups = {rule.name: rule.schedule for rule in self._rules if isinstance(rule, ParamGroupRule)}
         own = {name: own for name, own in of_groups.items() if isinstance(own, Schedule)}
-        self._schedules = resolve_others(self._schedule, schedules or {}, own, trial)
+        self._schedules = resolve_hyperparameter_schedules(self._schedule, schedules or {}, own, trial)
 
     @property
     def schedule(self) -> Any:
@@ -103,11 +105,11 @@ class OptimizerFactory:
         return {"optimizer": self._optimizer.cls.__name__, **defaults, "schedule": repr(self._schedule)}
 
     def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Any]:
-        """Makes the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
+        """Make the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
 
         Args:
             model: The model to optimize.
-            horizon: Length of the run; None if `Scheduler.resolve` will be told before the first step.
+            horizon: Length of the run; None if `Scheduler.resolve` will be called before the first step.
 
         Returns:
             The optimizer, and a `Scheduler` or whatever scheduler the callable given as ``schedule`` has made.
@@ -127,7 +129,7 @@ class OptimizerFactory:
         else:
             scheduler = self._schedule(optimizer)
             resume_scheduler(scheduler, self._on_resume == "config", self._tell)
-        welcome_late_groups(optimizer, model)
+        track_added_groups(optimizer, model)
         if any(group.get("frozen_until") is not None for group in optimizer.param_groups):
             Freezing(
                 optimizer,
@@ -138,10 +140,13 @@ class OptimizerFactory:
         return optimizer, scheduler
 
     def __call__(self, module: Any) -> Any:
-        """What Lightning wants from ``configure_optimizers``; the length of the run is asked of the Trainer later.
+        """Return what Lightning expects of ``configure_optimizers``; the Trainer is asked for the run's length later.
 
         Args:
             module: The LightningModule.
+
+        Raises:
+            ValueError: The rules do not fit the model, or ``frozen_until`` is combined with a scheduler per epoch.
         """
         optimizer, scheduler = self.build(module)
         config = {"scheduler": scheduler, "interval": "step"}
@@ -186,7 +191,7 @@ class OptimizerFactory:
         return [optimizer], [config, observer]
 
     def _tell(self, message: str, warn: bool) -> None:
-        """Says what differs between a checkpoint and the configuration."""
+        """Report what differs between a checkpoint and the configuration."""
         if warn:
             warnings.warn(message, stacklevel=2)
         else:

@@ -1,4 +1,4 @@
-"""Groups that stand still at first: their parameters are in the optimizer from the start, and move when it is time."""
+"""Groups that are frozen at first: their parameters are in the optimizer from the start, and are trained later."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ so that neither would ever be freed."""
 
 
 class Freezing:
-    """Keeps the groups of an optimizer that have a ``frozen_until`` still until then.
+    """Freezes the groups of an optimizer that have a ``frozen_until``, until then.
 
     A frozen parameter has no gradient when the optimizer steps, so it is neither updated nor decayed, counts in no
     norm, and has no state: its moments start fresh. Whether a group is frozen follows from the number of steps alone,
@@ -30,8 +30,8 @@ class Freezing:
     As soon as it is known that a group is frozen, its parameters need no gradient (``requires_grad=False``), which
     saves their part of the backward pass. Not in distributed runs: DistributedDataParallel decides at its start which
     gradients it reduces, so there they are computed and dropped. Under FSDP2, checkpoints have fresh state of frozen
-    parameters too, because torch.distributed.checkpoint takes up none without; so the optimizer must be one of
-    `lightning_optim.optim`, which can tell what fresh state is.
+    parameters too, because torch.distributed.checkpoint loads none without state; so the optimizer must be one of
+    `lightning_optim.optim`, which can make fresh state.
 
     Args:
         optimizer: The optimizer; its groups may have a ``frozen_until``, a `Duration` in text.
@@ -71,7 +71,11 @@ class Freezing:
         setattr(optimizer, _ATTRIBUTE, self)
 
     def start(self) -> None:
-        """Learns the length of the run, anew, and freezes what is to be frozen at the coming step."""
+        """Ask for the length of the run and freeze what is frozen at the next step.
+
+        Raises:
+            ValueError: A frozen parameter is sharded (FSDP2), and the optimizer is another package's.
+        """
         optimizer = self._optimizer()
         for group, param in self._temporary():
             if _is_dtensor(param) and not isinstance(optimizer, FusedOptimizer):
@@ -88,7 +92,7 @@ class Freezing:
             self._spare(self._steps())
 
     def release(self) -> None:
-        """Gives parameters that are still frozen the ``requires_grad`` that they came with."""
+        """Restore the original ``requires_grad`` of parameters that are still frozen."""
         for group, param in self._temporary():
             if self._is_frozen(group, self._steps()):
                 param.requires_grad_(self._flags.get(id(param), True))
@@ -109,7 +113,7 @@ class Freezing:
         return steps < self._until[group["frozen_until"]]
 
     def _spare(self, steps: int) -> None:
-        """Asks for the gradients that the step after ``steps`` steps may need, and for no others."""
+        """Require the gradients that the step after ``steps`` steps may need, and no others."""
         if _is_distributed():
             return
         for group, param in self._temporary():
@@ -145,7 +149,7 @@ class Freezing:
 
 
 def freezing_of(optimizer: Optimizer) -> Freezing | None:
-    """The `Freezing` of an optimizer that has one."""
+    """Return the `Freezing` of an optimizer, or None."""
     found: Freezing | None = vars(optimizer).get(_ATTRIBUTE)
     return found
 

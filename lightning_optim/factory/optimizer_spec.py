@@ -1,4 +1,4 @@
-"""Which optimizer: a name, a class, an import path or a callable, tried out before there is a model."""
+"""Specification of an optimizer: a name, a class, an import path or a callable, tried out before there is a model."""
 
 from __future__ import annotations
 
@@ -21,34 +21,36 @@ from lightning_optim.optim.base import class_of_rule
 from lightning_optim.param_groups import Entry, ParamGroupRule
 
 
-class OptimizerChoice:
+class OptimizerSpec:
     """An optimizer that is decided on but not made: its class, its arguments, and how to make it from groups.
 
     Args:
-        given: A name, an import path, a class, a mapping with ``class_path`` and ``init_args``, or a callable from
+        spec: A name, an import path, a class, a mapping with ``class_path`` and ``init_args``, or a callable from
             parameter groups to an optimizer.
         kwargs: Further arguments of the optimizer.
-        beside: Arguments that were given by themselves (lr, weight decay); none may be in ``kwargs``, too.
+        overrides: Arguments that the caller gives separately (lr, weight decay); none may be in ``kwargs`` as well.
 
     Raises:
-        TypeError: ``given`` is no optimizer.
+        TypeError: ``spec`` is no optimizer.
         ValueError: An argument is unknown, out of range or given twice.
 
     Example:
-        >>> choice = OptimizerChoice("adamw", {"betas": (0.9, 0.95)}, {"lr": 0.1})
-        >>> choice, choice.cls.__name__
+        >>> spec = OptimizerSpec("adamw", {"betas": (0.9, 0.95)}, {"lr": 0.1})
+        >>> spec, spec.cls.__name__
         (AdamW(betas=(0.9, 0.95), lr=0.1), 'AdamW')
     """
 
-    def __init__(self, given: Any, kwargs: Mapping[str, Any] | None = None, beside: Mapping[str, Any] | None = None):
-        self.kwargs = _merge(kwargs or {}, beside or {})
-        self.make, trial = _resolve_optimizer(given, self.kwargs)
+    def __init__(
+        self, spec: Any, kwargs: Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> None:
+        self.kwargs = _merge(kwargs or {}, overrides or {})
+        self.make, trial = _resolve_optimizer(spec, self.kwargs)
         self.cls = type(trial)
         self._hyperparameters = {key for group in trial.param_groups for key in group.keys() - RESERVED}
         self._betas = next((group["betas"] for group in trial.param_groups if "betas" in group), ())
 
     def trial(self) -> Optimizer:
-        """One of the kind, of two small parameters."""
+        """Make the optimizer for two small parameters, shapes [2, 2] and [1]."""
         return self.make([{"params": _trial_params()}])
 
     def make_for(self, model: nn.Module, groups: Iterable[Any]) -> Optimizer:
@@ -58,10 +60,10 @@ class OptimizerChoice:
         return self.make(groups)
 
     def check_rules(self, rules: Sequence[Entry]) -> None:
-        """Refuses rules that set what the optimizer has not, or values that it does not take.
+        """Refuse rules that set options which the optimizer does not have, or values that it does not accept.
 
         Raises:
-            ValueError: All that is wrong, a line for each rule.
+            ValueError: With one line for each invalid rule.
         """
         problems = []
         for rule in rules:
@@ -90,7 +92,9 @@ class OptimizerChoice:
                     f"it sets {key}={settings[key]!r}, but {self.cls.__name__} has no such option. "
                     f"{nearest(key, known)}"
                 )
-        betas = self._betas if rule.rule is None else class_of_rule(rule.rule).hyperparameters()["betas"]
+        betas = self._betas if rule.rule is None else class_of_rule(rule.rule).hyperparameters().get("betas", ())
+        if rule.betas is not None and not betas:
+            raise ValueError(f"it sets betas={list(rule.betas)}, but {rule.rule or self.cls.__name__} has no betas.")
         if rule.betas is not None and len(rule.betas) != len(betas):
             raise ValueError(f"betas={list(rule.betas)} are {len(rule.betas)}; needed are {len(betas)}, as {betas}.")
         if issubclass(self.cls, optim.FusedOptimizer):  # torch's own check the values of defaults only
@@ -154,7 +158,7 @@ _FUSED_DEVICES = ("cpu", "cuda")
 
 
 class _FusedIfPossible:
-    """Makes the optimizer in its fused form where torch has one for these parameters, unless told otherwise."""
+    """Makes the fused form where torch has one for these parameters, unless the arguments choose a form."""
 
     def __init__(self, make: partial[Optimizer]) -> None:
         self._make = make
@@ -182,15 +186,15 @@ def _gives_sparse_gradients(model: nn.Module) -> bool:
     return any(layer.sparse and layer.weight.requires_grad for layer in layers)
 
 
-def _merge(given: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
-    if twice := sorted(given.keys() & beside.keys()):
-        raise ValueError(f"{twice[0]!r} is given twice: in the optimizer's own arguments and beside them.")
-    return {**given, **beside}
+def _merge(kwargs: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    if twice := sorted(kwargs.keys() & overrides.keys()):
+        raise ValueError(f"{twice[0]!r} is given twice: in the optimizer's own arguments and separately.")
+    return {**kwargs, **overrides}
 
 
 def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
     parameters = inspect.signature(cls).parameters
-    # A class that takes anything says itself what it cannot use.
+    # A class with **kwargs refuses itself what it cannot use.
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     options = [name for name in parameters if name not in ("self", "params")]
     refused = cls.refused_options if issubclass(cls, optim.FusedOptimizer) else {}  # which it explains itself

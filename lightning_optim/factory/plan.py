@@ -1,4 +1,4 @@
-"""What a run is going to do: its parameter groups, its schedule and its length."""
+"""The plan of a run: its parameter groups, its schedule and its length."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class GroupPlan:
         weight_decay: None if the optimizer has none.
         rule: Name of the optimizer whose update it uses.
         state_bytes: What the optimizer will keep for it, in bytes; None if that is not known before it steps.
-        frozen_until: As the rule says it; None if it is trained from the start.
-        not_hidden: By name, what those are that an optimizer of hidden matrices has left to AdamW.
+        frozen_until: As the rule has it; None if it is trained from the start.
+        not_hidden: By name, the kind of each parameter that an optimizer of hidden matrices leaves to AdamW.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Plan:
         horizon: Its length.
         groups: All parameter groups, of each optimizer.
         curves: What its schedules do.
-        conflicts: What stands against it, a sentence each; it can run if there is none.
+        conflicts: What prevents it, a sentence each; it can run if there is none.
         notes: What is worth knowing.
     """
 
@@ -82,7 +82,7 @@ class Plan:
 
 
 def plan_groups(optimizer: Optimizer, try_out: bool = True) -> list[GroupPlan]:
-    """The groups of an optimizer that has not stepped yet.
+    """Describe the groups of an optimizer that has not stepped yet.
 
     Args:
         optimizer: The optimizer; it is not touched.
@@ -118,13 +118,20 @@ def plan_groups(optimizer: Optimizer, try_out: bool = True) -> list[GroupPlan]:
 
 
 def plan_curves(scheduler: Scheduler) -> list[Curve]:
-    """What a scheduler does to the rate of its largest group, to groups with a schedule of their own, and beyond."""
+    """Compute the curves of a scheduler: largest group, groups with their own schedule, other hyperparameters.
+
+    Args:
+        scheduler: Its horizon is that of the curves; an unknown one is unbounded.
+
+    Raises:
+        ValueError: A schedule does not fit the horizon.
+    """
     horizon = scheduler.horizon or Horizon()
     groups = scheduler.optimizer.param_groups
 
     def curve(label: str, base: float, schedule: Schedule) -> Curve:
-        at_peak = schedule.for_peak(base)
-        return Curve(label, lambda step: base * at_peak(step, horizon.total_steps, horizon.steps_per_epoch))
+        multiplier = schedule.for_peak(base).over(horizon)
+        return Curve(label, lambda step: base * multiplier(step))
 
     own = scheduler.group_schedules
     shared = [group for group in groups if group.get("name") not in own]
@@ -143,10 +150,10 @@ def plan_curves(scheduler: Scheduler) -> list[Curve]:
 
 
 def replay(scheduler: LRScheduler, horizon: Horizon, per_epoch: bool = False) -> Curve:
-    """What a scheduler of torch's does to the largest group, found by running through it; afterwards it is used up.
+    """Compute the curve of a torch scheduler for the largest group by stepping it to its end.
 
     Args:
-        scheduler: One that follows from the step alone.
+        scheduler: One that depends on the step alone; it cannot be used afterwards.
         horizon: Length of the run.
         per_epoch: Whether it moves at the end of each epoch, not after each step.
 
@@ -175,7 +182,7 @@ def replay(scheduler: LRScheduler, horizon: Horizon, per_epoch: bool = False) ->
 
 
 def _state_bytes(optimizer: Optimizer, group: dict[str, Any], param: Tensor, try_out: bool) -> int | None:
-    """What an optimizer will keep for a parameter; of torch's by a step that is undone."""
+    """The bytes of state of a parameter; for another package's optimizer by a step of a copy."""
     if isinstance(optimizer, FusedOptimizer):
         return state_bytes(param, group, optimizer.rule_of(group))
     if not try_out:
@@ -187,6 +194,6 @@ def _state_bytes(optimizer: Optimizer, group: dict[str, Any], param: Tensor, try
         twin.grad = torch.zeros_like(twin)
         copy.step()
     except (TypeError, ValueError, RuntimeError):
-        return None  # an optimizer of somebody's that wants more than this
+        return None  # another package's optimizer, which needs other arguments
     state = dict(copy.state.get(twin, {}))
     return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))

@@ -17,7 +17,7 @@ _UNBOUNDED = 1000
 
 
 def format_plan(plan: Plan, parameters: bool = False, width: int = 72) -> str:
-    """The plan as text: length, groups, schedule, notes and conflicts.
+    """Format the plan as plain text: length, groups, schedule, notes and conflicts.
 
     Args:
         plan: The plan.
@@ -75,7 +75,7 @@ def _table(groups: Sequence[GroupPlan], parameters: bool) -> list[str]:
 
 
 def _left_out(reasons: Mapping[str, str]) -> str:
-    """What is not orthogonalised, by kind; vectors are counted, and of matrices the first few are named."""
+    """The parameters that are not orthogonalised, by kind; vectors are counted, the first matrices named."""
     by_kind: dict[str, list[str]] = {}
     for name, kind in reasons.items():
         by_kind.setdefault(kind, []).append(name)
@@ -117,7 +117,7 @@ def _steps(total_steps: int | None, count: int) -> list[int]:
 
 
 def save_plot(curves: Iterable[Curve], horizon: Horizon, path: str | Path) -> None:
-    """Draws the curves into a PNG, each over the steps of the run.
+    """Draw the curves into a PNG, each over the steps of the run.
 
     Args:
         curves: What to draw.
@@ -131,7 +131,19 @@ def save_plot(curves: Iterable[Curve], horizon: Horizon, path: str | Path) -> No
 
 
 def draw_curves(curves: Iterable[Curve], horizon: Horizon, step: int) -> Any:
-    """The same as pixels, uint8 [height, width, 3], with a line at ``step``."""
+    """Draw the curves as pixels, with a line at ``step``.
+
+    Args:
+        curves: What to draw.
+        horizon: Length of the run.
+        step: Where to draw the line.
+
+    Returns:
+        uint8 array, shape [height, width, 3].
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     figure = _figure(curves, horizon)
     for panel in figure.axes:
         panel.axvline(step, color="tab:red", linewidth=1)

@@ -1,4 +1,4 @@
-"""Who has the say when a run is resumed: the checkpoint, or the configuration. Nothing is overruled in silence."""
+"""Resume policy: whether checkpoint or configuration takes precedence. Whatever differs is reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_optim.core.group_keys import CONFIGURED, IDENTITY, is_scheduled
 from lightning_optim.optim.base import class_of_rule
 
 Tell = Callable[[str, bool], None]
-"""Takes a message, and whether it is a warning: that what is configured does not hold."""
+"""Receives a message, and whether it is a warning, that is, whether the configuration was overruled."""
 
 HINT = 'Say on_resume="config" to have the configuration\'s.'
 _POSITION = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
@@ -23,19 +23,19 @@ _METRICS = {"best", "num_bad_epochs", "cooldown_counter", "mode_worse"}
 
 
 class OptimizerResume:
-    """Decides, whenever an optimizer loads a state dict, what of it holds.
+    """Applies the resume policy whenever an optimizer loads a state dict.
 
     Moments and step counts are always the checkpoint's. Hyperparameters are the checkpoint's or the configuration's.
     Where both sides name their parameters, state is matched by name, however the groups are cut and ordered.
 
     Args:
         optimizer: As it was configured; its present hyperparameters are the configuration's.
-        from_config: Whether the configuration has the say.
-        tell: Told what differs.
+        from_config: Whether the configuration takes precedence.
+        tell: Reports what differs.
 
     Raises:
-        ValueError: When a state dict is loaded that lacks a parameter or has one too many, unless the configuration has
-            the say: then these are named and left without state.
+        ValueError: When a state dict is loaded that lacks a parameter or has one too many, unless the configuration
+            takes precedence: then these are named and have no state.
 
     Example:
         >>> import torch
@@ -52,7 +52,7 @@ class OptimizerResume:
     def __init__(self, optimizer: Optimizer, from_config: bool, tell: Tell) -> None:
         self._from_config = from_config
         self._tell = tell
-        # Somebody may change the groups between now and then: Lightning's BaseFinetuning does.
+        # Other callbacks may change the groups before a state is loaded: Lightning's BaseFinetuning does.
         self._configured = {_name(group, i): _configured(optimizer, group) for i, group in _enumerate(optimizer)}
         self._handle = optimizer.register_load_state_dict_pre_hook(self._before)
 
@@ -97,7 +97,7 @@ class OptimizerResume:
         return {**state_dict, "state": state, "param_groups": groups}
 
     def _check_names(self, optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Names what only one side has, and refuses it unless the configuration has the say."""
+        """Names what only one side has, and refuses it unless the configuration takes precedence."""
         there = [name for group in saved for name in group["param_names"]]
         here = [name for group in optimizer.param_groups for name in group["param_names"]]
         missing = [name for name in here if name not in set(there)]
@@ -118,18 +118,18 @@ class OptimizerResume:
 
 
 def resume_scheduler(scheduler: LRScheduler, from_config: bool, tell: Tell) -> None:
-    """Has a scheduler that is not ours decide likewise when it loads a state dict.
+    """Apply the resume policy to a scheduler that is not ours.
 
-    With the configuration it is brought to the saved position by taking as many steps from its start, so that no number
-    of the old schedule is left in it.
+    If the configuration takes precedence, the scheduler is stepped from its start to the saved position, so that no
+    number of the old schedule is left in it.
 
     Args:
         scheduler: As it was configured, at its start.
-        from_config: Whether the configuration has the say.
-        tell: Told what differs.
+        from_config: Whether the configuration takes precedence.
+        tell: Reports what differs.
 
     Raises:
-        ValueError: When the state of another kind of scheduler is loaded, unless the configuration has the say.
+        ValueError: When the state of another kind of scheduler is loaded, unless the configuration takes precedence.
     """
     cls = type(scheduler)
 
@@ -155,7 +155,8 @@ def resume_scheduler(scheduler: LRScheduler, from_config: bool, tell: Tell) -> N
             tell(f"Resumed with the checkpoint's {cls.__name__}: {', '.join(differing)}.{hint}", True)
         cls.load_state_dict(self, state_dict)
 
-    # A subclass rather than an attribute: torch saves a scheduler's attributes.
+    # torch has no hook for this method of a scheduler, and saves all attributes of an instance in its state dict; so
+    # the method is overridden in a subclass of its class.
     scheduler.__class__ = type(cls.__name__, (cls,), {"load_state_dict": load_state_dict, "__module__": cls.__module__})
 
 
@@ -168,7 +169,7 @@ def _name(group: Mapping[str, Any], index: int) -> str:
 
 
 def _configured(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a group is configuration; the rest is state, or says which parameters are in it."""
+    """The configuration in a group; the rest is state, or lists its parameters."""
     names = {*inspect.signature(type(optimizer)).parameters, *CONFIGURED}
     if group.get("rule") is not None:
         names |= class_of_rule(group["rule"]).hyperparameters().keys()
@@ -180,7 +181,7 @@ def _configured(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any
 
 
 def _changes(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> Iterator[str]:
-    """What differs, from the checkpoint's value to the configuration's; scheduled values by what they start from."""
+    """The differences, from the checkpoint's value to the configuration's; of scheduled values those of their peaks."""
     driven = {key.removeprefix("initial_") for key in configured if key.startswith("initial_")}
     if driven & {"momentum", "beta1", "beta2", "beta3"}:
         driven.add("betas")
@@ -200,7 +201,7 @@ def _match(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> list[lis
 
 
 def _source(group: Mapping[str, Any], ids: Sequence[Any], saved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The saved group that this one goes on from: of its name, or else with a parameter of it."""
+    """The saved group that this one continues: that of its name, or else one with a parameter of it."""
     same_name = [other for other in saved if "name" in group and other.get("name") == group["name"]]
     with_param = [other for other in saved if set(other["params"]) & set(ids)]
     found = (same_name or with_param or [{}])[0]

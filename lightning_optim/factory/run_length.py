@@ -9,12 +9,12 @@ from lightning_optim.core.durations import Horizon
 
 
 def horizon_of(trainer: Any, fresh: bool = False) -> Horizon:
-    """The length of a Trainer's run; right from ``on_train_start`` on, when its dataloaders are set up.
+    """Compute the length of a Trainer's run; correct from ``on_train_start`` on, when its dataloaders are set up.
 
     Args:
         trainer: The Trainer.
         fresh: Whether to leave out what has been trained already: for a scheduler that starts at 0 in a second ``fit``
-            of the same Trainer, where Lightning makes new optimizers and goes on counting steps.
+            of the same Trainer, where Lightning makes new optimizers and does not reset its count.
 
     Lightning's own ``estimated_stepping_batches`` is -1 for an ``IterableDataset`` with ``max_epochs``, infinite for
     ``max_time``, wrong with a ``GradientAccumulationScheduler``, and makes a resumed stateful dataloader replay batches

@@ -20,12 +20,20 @@ _PRESETS = {"no_decay": ParamGroupRule(name="no_decay", part="undecayed", weight
 
 
 def list_presets() -> list[str]:
-    """Names that may stand in place of a rule."""
+    """Return the names that may stand in place of a rule."""
     return sorted(_PRESETS)
 
 
 def check_rules(rules: Sequence[Entry]) -> None:
-    """Refuses what can be refused without a model: an unknown preset, something that is no rule, a name used twice."""
+    """Check a list of rules as far as that is possible without a model.
+
+    Args:
+        rules: Rules, scalings and names of presets.
+
+    Raises:
+        TypeError: The rules are no list, or an entry is no rule.
+        ValueError: A preset is unknown, a name is used twice, or there are two scalings of one kind.
+    """
     if isinstance(rules, str):
         raise TypeError(f"Parameter group rules come as a list, got {rules!r}. Write [{rules!r}].")
     for rule in rules:
@@ -52,7 +60,7 @@ def _what_to_write(rule: Any) -> str:
 
 
 def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dict[str, Any]]:
-    """Sorts every trainable parameter of ``model`` into exactly one group.
+    """Sort every trainable parameter of ``model`` into exactly one group.
 
     Frozen parameters are in none, unless a rule has them frozen for a time only; tied weights are there once.
     Parameters that no rule takes form the last group, ``"default"``.
@@ -119,7 +127,7 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
 
 
 def _settings(rules: Sequence[ParamGroupRule]) -> dict[str, Any]:
-    """What a group of these rules is given: the first to say something decides it, and multipliers multiply."""
+    """The settings of a group of these rules: the first rule that has a setting decides, and multipliers multiply."""
     settings: dict[str, Any] = {"lr_multiplier": 1.0}
     for rule in rules:
         settings = rule.settings() | settings

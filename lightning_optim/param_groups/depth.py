@@ -26,7 +26,7 @@ _MERGE_WITH_PREVIOUS = 99999  # timm: "belongs to the group before"
 def parameter_depths(
     model: nn.Module, parameters: Sequence[NamedParameter], pattern: str | None = None
 ) -> dict[str, int]:
-    r"""The depth of each parameter, by name, counted from 0 without gaps.
+    r"""Compute the depth of each parameter, by name, counted from 0 without gaps.
 
     The first of these that the model has decides: the ``pattern``; timm's ``group_matcher``; layers under the names
     that transformers and residual networks use (``layer.N``, ``layers.N``, ``blocks.N``, ``h.N``, ``stages.N``); the
@@ -37,8 +37,8 @@ def parameter_depths(
     Args:
         model: The model.
         parameters: Its parameters, frozen ones included: what is frozen has its depth all the same.
-        pattern: A regular expression found in the names of layers' parameters, whose groups catch the numbers that say
-            how deep: ``"tower\.(\d+)\."``.
+        pattern: A regular expression found in the names of layers' parameters, whose groups catch the numbers that give
+            the depth: ``"tower\.(\d+)\."``.
 
     Raises:
         ValueError: The model has no depth that is recognised, or the pattern matches nothing or catches no number.

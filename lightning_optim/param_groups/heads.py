@@ -1,4 +1,4 @@
-"""The layers that make a model's output: by what the model says, by their names, and by how it is built."""
+"""The output layers of a model, found by its own methods, by their names, and by its structure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEAD = re.compile(HEAD, re.IGNORECASE)
 
 
 def is_head_name(name: str) -> bool:
-    """Whether a parameter of this name belongs to the output layer, as far as names tell.
+    """Whether a parameter of this name belongs to the output layer, judged by the name alone.
 
     Example:
         >>> [is_head_name(name) for name in ("lm_head.weight", "decoder.weight", "decoder.layers.0.fc1.weight")]
@@ -34,15 +34,15 @@ def is_head_name(name: str) -> bool:
 
 
 def output_layers(model: nn.Module) -> set[int]:
-    """The modules, by id, that make the output of ``model``; empty if nothing tells.
+    """Find the modules, by id, that make the output of ``model``; empty if there is no evidence.
 
-    What the model says itself decides (timm's `get_classifier`, Hugging Face's `get_output_embeddings`). Else it is
-    what is called so (`is_head_name`), linear layers that share an embedding's weight, and the only one with as many
-    outputs as the largest embedding has rows. Where there is none of these, see `last_linear`.
+    What a method of the model returns decides (timm's `get_classifier`, Hugging Face's `get_output_embeddings`).
+    Else it is what is called so (`is_head_name`), linear layers that share an embedding's weight, and the only one
+    with as many outputs as the largest embedding has rows. Where there is none of these, see `last_linear`.
     """
-    said = _said(model)
-    if said:
-        return said
+    declared = _declared(model)
+    if declared:
+        return declared
     found = {id(module) for name, module in model.named_modules() if _holds(module) and is_head_name(f"{name}.weight")}
     return found | {id(module) for module in _sharing_an_embedding(model)}
 
@@ -55,8 +55,8 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _said(model: nn.Module) -> set[int]:
-    """What the model itself, or its outermost part that has an opinion, says."""
+def _declared(model: nn.Module) -> set[int]:
+    """The heads that a method of the model returns, or one of its outermost part that has such a method."""
     for module in model.modules():
         for method in ("get_classifier", "get_output_embeddings"):
             if not callable(getattr(module, method, None)):

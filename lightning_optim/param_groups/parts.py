@@ -102,7 +102,7 @@ def named_parameters(model: nn.Module) -> Iterator[NamedParameter]:
 def is_hidden_matrix(param: Tensor, names: Sequence[str] = (), modules: Sequence[nn.Module] = ()) -> bool:
     """Whether ``param`` maps hidden activations to hidden activations, and so may be orthogonalised.
 
-    See `why_not_hidden`, which says what else it is.
+    See `why_not_hidden`, which names what it is otherwise.
 
     Args:
         param: The parameter.
@@ -158,7 +158,7 @@ def is_stack(param: Tensor, modules: Sequence[nn.Module]) -> bool:
 
     Args:
         param: The parameter.
-        modules: The modules that hold it; if these are not known, nothing tells.
+        modules: The modules that hold it; if these are not known, the answer is no.
     """
     return param.dim() > 2 and bool(modules) and not any(map(_is_convolution, modules))
 

@@ -1,4 +1,4 @@
-"""A rule: which parameters it is about, and what is different about them."""
+"""A rule: which parameters form a group, and the settings of the group."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ParamGroupRule:
         rule: Name of another of our optimizers whose update the group uses (`"lion"`), with that one's defaults. Only
             with optimizers from `lightning_optim.optim`.
         options: Any further hyperparameters of the optimizer, for instance ``{"eps": 1e-6}``.
-        frozen_until: How long the group stands still: ``500``, ``"1 epoch"``, ``"10%"``. It is in the optimizer from
+        frozen_until: How long the group is frozen: ``500``, ``"1 epoch"``, ``"10%"``. It is in the optimizer from
             the start, also if the model has it frozen, but is neither updated nor decayed and has no state until then.
             None for never.
         schedule: The group's own schedule of the learning rate, a name or a `Schedule`; None for the optimizer's.
@@ -165,7 +165,7 @@ class ParamGroupRule:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What the rule sets in its group, ``lr_multiplier`` aside; what it leaves to the optimizer is not in it."""
+        """Return the settings of the group, except ``lr_multiplier`` and what is left to the optimizer."""
         settings: dict[str, Any] = {key: getattr(self, key) for key in ("lr", "weight_decay", "rule")}
         settings["betas"] = None if self.betas is None else tuple(self.betas)
         settings["frozen_until"] = None if self.frozen_until is None else str(self.frozen_until)
@@ -179,7 +179,7 @@ class ParamGroupRule:
         return any(name in self.module_types for name in _class_names(type(module)))
 
     def why_nothing(self, rules: Sequence[ParamGroupRule], parameters: Sequence[NamedParameter]) -> str:
-        """A sentence on why the rule, one of ``rules``, takes none of ``parameters``, and what is near."""
+        """Explain why the rule, one of ``rules``, takes none of ``parameters``, and name what is near."""
         criteria = ", ".join(f"{key}={value!r}" for key, value in self._given_criteria().items())
         start = f"ParamGroupRule {self.name!r} ({criteria}) matches no trainable parameter"
         matched = [parameter for parameter in parameters if self.matches(parameter)]

@@ -16,7 +16,7 @@ from lightning_optim.param_groups.parts import NamedParameter
 
 
 class Scale(NamedTuple):
-    """What a scaling does to a parameter."""
+    """Effect of a scaling on a parameter."""
 
     order: int
     """Groups of one rule are sorted by this."""
@@ -80,7 +80,7 @@ class LayerDecay:
             )
 
     def scales(self, model: nn.Module, parameters: Sequence[NamedParameter]) -> dict[str, Scale]:
-        """What becomes of each parameter, by name."""
+        """Compute the scale of each parameter, by name."""
         depths = parameter_depths(model, parameters, self.pattern)
         top = max(depths.values())
         digits = len(str(top))
@@ -142,7 +142,7 @@ class WidthScaling:
                 raise ValueError(f"Invalid {key}={value!r} of WidthScaling; needed is a whole number of at least 1.")
 
     def scales(self, model: nn.Module, parameters: Sequence[NamedParameter]) -> dict[str, Scale]:
-        """What becomes of each parameter, by name."""
+        """Compute the scale of each parameter, by name."""
         if self.base_shapes is not None:
             self._check_shapes(model, {parameter.name for parameter in parameters})
         parts = {"hidden_matrix"} | ({"head"} if self.scale_head else set())

@@ -1,6 +1,6 @@
 """Schedules: pure functions from the optimizer step to a multiplier, and the scheduler that applies one.
 
-A schedule never sees an optimizer. It says by what the peak learning rate is multiplied at a step, so it can be
+A schedule never sees an optimizer. It is the multiplier of the peak learning rate at a step, so it can be
 plotted, tested and composed; `Scheduler` multiplies each group's own peak, which keeps the groups' ratios.
 """
 
@@ -15,7 +15,7 @@ from lightning_optim.schedules.registry import get_schedule, list_schedules
 from lightning_optim.schedules.restarts import CosineRestarts
 from lightning_optim.schedules.scheduler import Scheduler
 from lightning_optim.schedules.shapes import REX, Constant, Cosine, Exponential, InverseSqrt, Linear, Polynomial, Tanh
-from lightning_optim.schedules.stepped import MultiStep, Step
+from lightning_optim.schedules.stepped import MultiStep, MultiStepDecay, Step, StepDecay
 
 __all__ = [
     "REX",
@@ -29,6 +29,7 @@ __all__ = [
     "InverseSqrt",
     "Linear",
     "MultiStep",
+    "MultiStepDecay",
     "OneCycle",
     "Phases",
     "Polynomial",
@@ -37,6 +38,7 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "Step",
+    "StepDecay",
     "Tanh",
     "Warmup",
     "get_schedule",

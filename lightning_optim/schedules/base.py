@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Position:
 
     @property
     def progress(self) -> float:
-        """From 0 at the beginning of the shape to 1 at its end and beyond."""
+        """Fraction of the shape that has passed: 0 at its beginning, 1 at its end and beyond."""
         # A warmup as long as the run leaves a shape of no steps: it is at its end.
         return min(self.step / self.length, 1.0) if self.length > 0 else 1.0
 
@@ -55,7 +55,7 @@ class Schedule(ABC):
     multiplier of 1 right after warmup and hold, and reaches its end where the cooldown begins, which without one is the
     end of the run.
 
-    To write one, subclass, and define `shape`, and `shape_needs_total` if it can do without the length of the run. Keep
+    To write one, subclass, define `shape`, and set `shape_needs_total` to False if it needs no length of the run. Keep
     the constructor's arguments as attributes under their own names.
 
     Args:
@@ -84,27 +84,30 @@ class Schedule(ABC):
 
     @abstractmethod
     def shape(self, at: Position) -> float:
-        """The multiplier at a position of the shape; 1 at its beginning."""
+        """Compute the multiplier at a position of the shape; 1 at its beginning."""
 
     @property
     def needs_total(self) -> bool:
         """Whether the schedule is undefined without the length of the run."""
         return (
             self.shape_needs_total
-            or bool(self.cooldown.length)
+            or bool(self.cooldown.duration)
             or any(duration.is_relative for duration in _durations(vars(self)))
         )
 
     @property
     def is_absolute(self) -> bool:
-        """Whether it names a learning rate (``final_lr``, ``start_lr``): a multiplier only of a peak that is known."""
+        """Whether it names a learning rate (``final_lr``, ``start_lr``), which is a multiplier of a known peak only."""
         return not (self.final_lr is None and self.cooldown.final_lr is None and self.warmup.start_lr is None)
 
     def for_peak(self, peak: float) -> Schedule:
-        """This schedule for a group of this peak: what it names as a learning rate, as a multiplier.
+        """Convert learning rates that the schedule names into multipliers, for a group of this peak.
 
         Args:
             peak: The group's peak learning rate.
+
+        Returns:
+            The schedule itself if it names no learning rate, else a copy that names none.
 
         Example:
             >>> from lightning_optim.schedules import Cosine
@@ -121,7 +124,15 @@ class Schedule(ABC):
         return twin
 
     def check_peak(self, peak: float, label: str) -> None:
-        """Refuses a learning rate of this schedule that is not below the peak of the group called ``label``."""
+        """Refuse a learning rate of this schedule that is not below the peak of a group.
+
+        Args:
+            peak: The group's peak learning rate.
+            label: What to call the group in the message.
+
+        Raises:
+            ValueError: ``final_lr`` is above the peak, or ``start_lr`` is not below it.
+        """
         rates = {
             "final_lr": self.final_lr,
             "final_lr of the cooldown": self.cooldown.final_lr,
@@ -135,7 +146,14 @@ class Schedule(ABC):
                 )
 
     def check_no_rate(self, label: str) -> None:
-        """Refuses a schedule that names a learning rate where ``label``, which is none, is to be multiplied."""
+        """Refuse a schedule that names a learning rate for a hyperparameter that is not one.
+
+        Args:
+            label: What to call the hyperparameter in the message.
+
+        Raises:
+            ValueError: The schedule names a learning rate.
+        """
         if self.is_absolute:
             raise ValueError(
                 f"{self} names a learning rate, and is to drive {label}. Give multipliers: final, and start of a "
@@ -143,28 +161,76 @@ class Schedule(ABC):
             )
 
     def __call__(self, step: int, total_steps: int | None = None, steps_per_epoch: float | None = None) -> float:
-        """The multiplier for the update that follows ``step`` updates; defined beyond ``total_steps``, too."""
+        """Compute the multiplier of one update. For many updates of one run, compile it once with `over`.
+
+        Args:
+            step: Number of updates already taken; may lie beyond ``total_steps``.
+            total_steps: Length of the run in optimizer steps, or None if nothing bounds it.
+            steps_per_epoch: Length of an epoch in optimizer steps, or None if it is not known.
+
+        Raises:
+            ValueError: As for `over`.
+        """
+        run = Horizon(total_steps, steps_per_epoch)
+        # A subclass that overrides this method and calls super() must not be called again by `over`.
+        return (self._curve(run) if _overrides_call(self) else self.over(run))(step)
+
+    def over(self, horizon: Horizon) -> Callable[[int], float]:
+        """Compile the schedule for a run: durations are converted and phases computed here, once.
+
+        Args:
+            horizon: Length of the run.
+
+        Returns:
+            The multiplier of the peak, as a function of the number of updates already taken.
+
+        Raises:
+            ValueError: The phases are longer than the run, the schedule needs a length that ``horizon`` does not have,
+                or it names a learning rate, which is a multiplier of a known peak only (`for_peak`).
+
+        Example:
+            >>> from lightning_optim.schedules import Linear
+            >>> multiplier = Linear(warmup="10%").over(Horizon(total_steps=20))
+            >>> [multiplier(step) for step in (0, 1, 2, 11, 20)]
+            [0.5, 1.0, 1.0, 0.5, 0.0]
+        """
+        if _overrides_call(self):
+            return lambda step: self(step, horizon.total_steps, horizon.steps_per_epoch)
+        return self._curve(horizon)
+
+    def _curve(self, run: Horizon) -> Callable[[int], float]:
         if self.is_absolute:
             raise ValueError(
                 f"{self} names a learning rate, so it is a multiplier of a known peak only: call for_peak(lr) first. "
                 "What is no learning rate takes multipliers: start and final."
             )
-        run = Horizon(total_steps, steps_per_epoch)
         phases = self.phases(run)
-        if step < phases.warmup:
-            return self.warmup.multiplier(step, phases.warmup)
         start = phases.warmup + phases.hold
-        if step < start:
-            return 1.0
         end = start + phases.shape
-        since = (min(step, end) if self.shape_needs_total else step) - start
-        value = self.shape(Position(since, phases.shape, start, phases.warmup, run))
-        if phases.cooldown and step > end:
-            value = self.cooldown.multiplier(value, step - end, phases.cooldown)
-        return value
+        bounded = self.shape_needs_total
+
+        def multiplier(step: int) -> float:
+            if step < phases.warmup:
+                return self.warmup.multiplier(step, phases.warmup)
+            if step < start:
+                return 1.0
+            since = (min(step, end) if bounded else step) - start
+            value = self.shape(Position(since, phases.shape, start, phases.warmup, run))
+            if phases.cooldown and step > end:
+                value = self.cooldown.multiplier(value, step - end, phases.cooldown)
+            return value
+
+        return multiplier
 
     def phases(self, run: Horizon) -> Phases:
-        """The lengths of the parts in a run of this length; refuses a run that they do not fit."""
+        """Convert the lengths of the parts into optimizer steps.
+
+        Args:
+            run: Length of the run.
+
+        Raises:
+            ValueError: The parts are longer than the run, or need a length that ``run`` does not have.
+        """
         total = run.total_steps
         if self.needs_total and total is None:
             raise ValueError(
@@ -172,8 +238,7 @@ class Schedule(ABC):
                 "dataset whose length is known together with `max_epochs`; or use a schedule that needs no length: "
                 "`constant` with its warmup in steps."
             )
-        parts = (self.warmup.length, self.hold, self.cooldown.length)
-        warmup, hold, cooldown = (Duration.parse(part).steps(run) for part in parts)
+        warmup, hold, cooldown = (part.steps(run) for part in (self.warmup.duration, self.hold, self.cooldown.duration))
         if total is None:
             return Phases(warmup, hold, 0, 0)
         if warmup + hold + cooldown > total:
@@ -188,6 +253,10 @@ class Schedule(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(_arguments(self))})"
+
+
+def _overrides_call(schedule: Schedule) -> bool:
+    return type(schedule).__call__ is not Schedule.__call__
 
 
 def _arguments(schedule: Schedule) -> Iterator[str]:
@@ -217,7 +286,7 @@ def _durations(value: Any) -> Iterator[Duration]:
     if isinstance(value, Duration):
         yield value
     elif isinstance(value, Warmup | Cooldown):
-        yield Duration.parse(value.length)
+        yield value.duration
     elif isinstance(value, dict):
         yield from (duration for part in value.values() for duration in _durations(part))
     elif isinstance(value, list | tuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_optim.core.durations import Duration, Horizon
 from lightning_optim.schedules.base import Phases, Position
-from lightning_optim.schedules.phases import DECAYS, Cooldown, Warmup
+from lightning_optim.schedules.phases import COOLDOWN_SHAPES, Cooldown, Warmup
 from lightning_optim.schedules.shapes import Constant, Cosine
 
 
@@ -56,7 +56,11 @@ class OneCycle(Cosine):
             )
 
     def phases(self, run: Horizon) -> Phases:
-        """See `Schedule.phases`; refuses a run that is too short for the second of three phases."""
+        """Convert the lengths of the parts into optimizer steps, as `Schedule.phases` does.
+
+        Raises:
+            ValueError: As there, or the run is too short for the second of three phases.
+        """
         phases = super().phases(run)
         if self.three_phase and phases.shape < phases.warmup:
             raise ValueError(
@@ -66,14 +70,14 @@ class OneCycle(Cosine):
         return phases
 
     def shape(self, at: Position) -> float:
-        """One way down, or two."""
+        """Half a cosine down to ``final``; with ``three_phase`` first to the start of the warmup, then to ``final``."""
         if not self.three_phase:
             return super().shape(at)
         start = self.warmup.start or 0.0
         if at.step < at.warmup:
-            return start + (1 - start) * DECAYS["cosine"](at.step / at.warmup)
+            return start + (1 - start) * COOLDOWN_SHAPES["cosine"](at.step / at.warmup)
         rest = at.length - at.warmup
-        left = DECAYS["cosine"]((at.step - at.warmup) / rest) if rest else 0.0
+        left = COOLDOWN_SHAPES["cosine"]((at.step - at.warmup) / rest) if rest else 0.0
         return self.final + (start - self.final) * left
 
 

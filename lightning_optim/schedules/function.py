@@ -41,7 +41,7 @@ class FromFunction(Schedule):
         self.function = function
 
     def shape(self, at: Position) -> float:
-        """What the function says."""
+        """Return the value of the function."""
         return float(self.function(at.step))
 
     def __repr__(self) -> str:

@@ -35,12 +35,12 @@ class Hyperparameter:
         return f"initial_{self.name}"
 
     def read(self, group: Mapping[str, Any]) -> float | Tensor:
-        """The present value."""
+        """Return the present value; a tensor of shape [] is copied."""
         value = group[self.key] if self.index is None else group[self.key][self.index]
         return value.clone() if isinstance(value, Tensor) else value
 
     def write(self, group: dict[str, Any], value: float | Tensor) -> None:
-        """Sets it; a tensor keeps its storage, because the optimizer may hold on to it."""
+        """Set the value; a tensor keeps its storage, because the optimizer may hold a reference to it."""
         if self.index is not None:
             parts = list(group[self.key])
             parts[self.index] = value
@@ -51,14 +51,18 @@ class Hyperparameter:
             group[self.key] = value
 
     def base(self, group: dict[str, Any]) -> float | Tensor:
-        """The value that the schedule multiplies: the one that the group came with."""
+        """Return the value that the schedule multiplies: the one that the group had at first."""
         if self.base_key not in group:
             group[self.base_key] = self.read(group)
         base: float | Tensor = group[self.base_key]
         return base
 
     def check(self, value: float) -> None:
-        """Refuses a value that it would take at some step."""
+        """Refuse a value that a schedule would set.
+
+        Raises:
+            ValueError: The value is negative, not finite, or at least 1 for one of ``betas``.
+        """
         below_one = self.name in _IN_BETAS
         if not (math.isfinite(value) and value >= 0 and (value < 1 or not below_one)):
             raise ValueError(
@@ -71,7 +75,12 @@ LR = Hyperparameter("lr", "lr")
 
 
 def hyperparameter(name: str, defaults: Mapping[str, Any], owner: str) -> Hyperparameter:
-    """The hyperparameter called ``name`` of an optimizer with these defaults.
+    """Find the hyperparameter called ``name`` of an optimizer with these defaults.
+
+    Args:
+        name: A key of the groups that holds a number, or ``momentum``, ``beta1``, ``beta2``, ``beta3``.
+        defaults: The optimizer's defaults.
+        owner: What to call the optimizer in the message.
 
     Raises:
         ValueError: It has none of that name, or the name is ``lr``, which has a schedule of its own.

@@ -15,12 +15,12 @@ _MESSAGE = (
 def has_stepped(optimizer: Optimizer) -> bool:
     """Whether ``optimizer.step`` has been called since the first scheduler of torch's kind was made for it.
 
-    ``LRScheduler`` wraps the object's ``step`` and has the wrapper leave a mark. Where somebody has put another
-    ``step`` in its place since, or it is gone because the optimizer is a copy, nobody can tell: the answer is yes.
+    ``LRScheduler`` wraps the object's ``step`` and has the wrapper leave a mark. Where another ``step``
+    has replaced it since, or it is gone because the optimizer is a copy, this cannot be known: the answer is yes.
     """
     return getattr(optimizer, "_opt_called", False) or not hasattr(optimizer.step, "_wrapped_by_lr_sched")
 
 
 def warn_of_order(stacklevel: int) -> None:
-    """Says what torch's schedulers say, in the same category and in the same first words, which people filter by."""
+    """Warn as torch's schedulers do, in the same category and the same first words, which users' filters match."""
     warnings.warn(_MESSAGE, UserWarning, stacklevel=stacklevel + 1)

@@ -1,4 +1,4 @@
-"""What stands before and after a schedule's shape: how a warmup rises and how a cooldown falls."""
+"""The phases before and after a schedule's shape: warmup and cooldown."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from typing import Any
 from lightning_optim.core.durations import Duration
 from lightning_optim.core.suggest import nearest
 
-DECAYS: dict[str, Callable[[float], float]] = {
+COOLDOWN_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2,
     "1-sqrt": lambda progress: 1.0 - math.sqrt(progress),
 }
-"""Ways from 1 down to 0."""
+"""Decays from 1 at progress 0 to 0 at progress 1."""
 
 _RISES = ("linear", "cosine", "exponential", "constant")
 _EXPONENTIAL_START = 0.01
 
 
 class _Phase:
+    @property
+    def duration(self) -> Duration:
+        """The length, which the constructor has parsed."""
+        length = vars(self)["length"]
+        assert isinstance(length, Duration)
+        return length
+
     def __repr__(self) -> str:
         absent = [key for key in ("start_lr", "final_lr") if vars(self).get(key) is None]
         rest = [f"{key}={value!r}" for key, value in vars(self).items() if key not in ("length", *absent)]
@@ -84,14 +91,14 @@ class Warmup(_Phase):
             )
 
     def for_peak(self, peak: float) -> Warmup:
-        """This with ``start_lr`` as a fraction of ``peak``, which is above 0."""
+        """Return this warmup with ``start_lr`` as a fraction of ``peak``, which is above 0."""
         if self.start_lr is None:
             return self
-        start = min(self.start_lr / peak, math.nextafter(1.0, 0.0))  # from above: a late group of a small rate
+        start = min(self.start_lr / peak, math.nextafter(1.0, 0.0))  # a group added later may have a smaller rate
         return replace(self, start=start, start_lr=None)
 
     def multiplier(self, step: int, steps: int) -> float:
-        """The fraction of the peak at ``step`` of a warmup of ``steps`` steps."""
+        """Compute the fraction of the peak at ``step`` of a warmup of ``steps`` steps."""
         start = self.start or 0.0
         progress = (step + 1) / steps if self.start is None else step / steps
         if self.shape == "constant":
@@ -105,7 +112,7 @@ class Warmup(_Phase):
 
 @dataclass(frozen=True, repr=False)
 class Cooldown(_Phase):
-    """How a schedule ends: a decay over the last part of the run, from wherever its shape is by then.
+    """How a schedule ends: a decay over the last part of the run, from the value that its shape has reached.
 
     Args:
         length: How long it takes, counted back from the end of the run.
@@ -114,8 +121,8 @@ class Cooldown(_Phase):
         final_lr: Learning rate reached there, the same for every group, in place of ``final``.
 
     Raises:
-        ValueError: The length cannot be read, the shape is unknown, or ``final`` is negative or not finite or given
-            beside ``final_lr``.
+        ValueError: The length cannot be read, the shape is unknown, or ``final`` is negative, not finite, or given
+            together with ``final_lr``.
 
     References:
         Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations, 2024,
@@ -133,21 +140,25 @@ class Cooldown(_Phase):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "length", Duration.parse(self.length))
-        if self.shape not in DECAYS:
-            raise ValueError(f"Unknown cooldown shape {self.shape!r}. {nearest(self.shape, DECAYS)}")
+        if self.shape not in COOLDOWN_SHAPES:
+            raise ValueError(f"Unknown cooldown shape {self.shape!r}. {nearest(self.shape, COOLDOWN_SHAPES)}")
         check_final(self)
 
     def for_peak(self, peak: float) -> Cooldown:
-        """This with ``final_lr`` as a multiplier of ``peak``, which is above 0."""
+        """Return this cooldown with ``final_lr`` as a multiplier of ``peak``, which is above 0."""
         return self if self.final_lr is None else replace(self, final=self.final_lr / peak, final_lr=None)
 
     def multiplier(self, stable: float, step: int, steps: int) -> float:
-        """What becomes of the multiplier ``stable`` at ``step`` of a cooldown of ``steps`` steps."""
-        return self.final + (stable - self.final) * DECAYS[self.shape](min(step / steps, 1.0))
+        """Compute the multiplier at ``step`` of a cooldown of ``steps`` steps that begins at ``stable``."""
+        return self.final + (stable - self.final) * COOLDOWN_SHAPES[self.shape](min(step / steps, 1.0))
 
 
 def check_final(owner: Any) -> None:
-    """Refuses an ``owner.final`` or ``owner.final_lr`` that is negative or not finite, and both of them."""
+    """Refuse an invalid ``final`` or ``final_lr`` of a schedule or phase.
+
+    Raises:
+        ValueError: One of them is negative or not finite, or both are given.
+    """
     final = owner.final
     check_rate(owner, "final_lr")
     default = inspect.signature(type(owner)).parameters.get("final")
@@ -164,7 +175,15 @@ def check_final(owner: Any) -> None:
 
 
 def check_rate(owner: Any, name: str) -> None:
-    """Refuses an absolute learning rate that is negative or not finite; None is none."""
+    """Refuse an invalid learning rate of a schedule or phase.
+
+    Args:
+        owner: The schedule or phase.
+        name: Its attribute; None is a rate that is not given.
+
+    Raises:
+        ValueError: The rate is negative or not finite.
+    """
     rate = getattr(owner, name)
     if rate is not None and not (math.isfinite(rate) and rate >= 0):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A schedule that falls when a metric stops getting better."""
+"""A schedule that falls when a metric stops improving."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from lightning_optim.schedules.phases import Cooldown, Warmup
 
 
 class ReduceOnPlateau(Schedule):
-    """The peak, multiplied by ``factor`` whenever ``monitor`` has not got better for ``patience`` looks.
+    """The peak, multiplied by ``factor`` whenever ``monitor`` has not improved for ``patience`` observations.
 
-    Under Lightning the metric is looked at once per epoch, after validation; in a plain loop whenever
-    [`Scheduler.observe`][lightning_optim.schedules.Scheduler.observe] is called. What is seen during the warmup does
-    not count. Levels, best value and patience are saved with the scheduler.
+    Under Lightning the metric is observed once per epoch, after validation; in a plain loop whenever
+    [`Scheduler.observe`][lightning_optim.schedules.Scheduler.observe] is called. Observations during the warmup do not
+    count. Levels, best value and patience are saved with the scheduler.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
         monitor: Name of the logged metric.
         mode: ``"min"`` if less is better, else ``"max"``.
         factor: Multiplier from one level to the next, in (0, 1).
-        patience: How many looks without a better value are tolerated; one more reduces.
+        patience: Number of observations without improvement that are tolerated; one more reduces the rates.
         threshold: By what fraction of the best value a better one must differ from it.
         floor: Lowest multiplier of the peak.
-        hold: How long what is seen does not count after the warmup, either.
+        hold: Length of a phase after the warmup in which observations do not count, either.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none. torch's ``cooldown`` is ``grace``.
-        threshold_mode: ``"rel"`` as said; ``"abs"`` if ``threshold`` is a difference.
-        grace: How many looks after a reduction are not counted against patience.
+        threshold_mode: ``"rel"`` if ``threshold`` is a fraction of the best value; ``"abs"`` if it is a difference.
+        grace: Number of observations after a reduction that do not count against patience.
         min_lr: Lowest learning rate: of all groups, of each in their order, or by name (0 for those not named).
-        eps: A reduction by no more than this learning rate is left out.
+        eps: A reduction by no more than this learning rate is skipped.
 
     Raises:
-        ValueError: Something is out of its range.
+        ValueError: An argument is out of its range.
 
     Example:
         >>> state = Plateau(ReduceOnPlateau(patience=1, factor=0.5))
@@ -107,7 +107,12 @@ class ReduceOnPlateau(Schedule):
         self.eps = float(eps)
 
     def min_lr_of(self, index: int, name: str | None) -> float:
-        """The lowest learning rate of a group."""
+        """Return the lowest learning rate of a group.
+
+        Args:
+            index: Its place among the groups.
+            name: Its name, or None.
+        """
         if isinstance(self.min_lr, Mapping):
             return float(self.min_lr.get(str(index) if name is None else name, 0.0))
         if isinstance(self.min_lr, Sequence):  # a group that was added later has none
@@ -115,10 +120,13 @@ class ReduceOnPlateau(Schedule):
         return float(self.min_lr)
 
     def check_groups(self, names: Sequence[str | None]) -> None:
-        """Refuses a ``min_lr`` of more, fewer or other groups than there are.
+        """Refuse a ``min_lr`` that does not fit the groups.
 
         Args:
-            names: Of all groups, None where one has no name.
+            names: Name of each group, None where one has no name.
+
+        Raises:
+            ValueError: It has more or fewer values than there are groups, or names a group that does not exist.
         """
         if isinstance(self.min_lr, Mapping):
             known = [str(index) if name is None else name for index, name in enumerate(names)]
@@ -138,14 +146,14 @@ class ReduceOnPlateau(Schedule):
 
 @dataclass
 class Plateau:
-    """What a `ReduceOnPlateau` has seen so far, as torch's ``ReduceLROnPlateau`` judges it.
+    """State of a `ReduceOnPlateau`, by the criterion of torch's ``ReduceLROnPlateau``.
 
     Args:
         schedule: The schedule.
-        reductions: How often the rates have been reduced.
+        reductions: Number of reductions so far.
         best: The best value so far; None before the first.
-        bad: How many looks since.
-        grace: How many more looks are not counted.
+        bad: Number of observations without improvement since.
+        grace: Number of further observations that do not count.
     """
 
     schedule: ReduceOnPlateau
@@ -160,17 +168,22 @@ class Plateau:
         return max(self.schedule.factor**self.reductions, self.schedule.floor)
 
     def rate(self, peak: float, min_lr: float) -> float:
-        """What has become of the learning rate ``peak``, which goes no lower than ``min_lr``."""
+        """Compute the reduced learning rate of a group.
+
+        Args:
+            peak: Its peak learning rate.
+            min_lr: Its lowest learning rate.
+        """
         rate, lowest = peak, max(min_lr, peak * self.schedule.floor)
         for _ in range(self.reductions):
             lower = max(rate * self.schedule.factor, lowest)
-            if rate - lower <= self.schedule.eps:  # and so it stays, as in torch
+            if rate - lower <= self.schedule.eps:  # no further reduction, as in torch
                 break
             rate = lower
         return rate
 
     def observe(self, value: float) -> None:
-        """Takes in the metric's new value."""
+        """Update the state with a new value of the metric."""
         if self._is_better(value):
             self.best, self.bad = value, 0
         else:
@@ -196,17 +209,17 @@ class Plateau:
         return value < limit if less else value > limit
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Return the state as plain numbers."""
         return {"reductions": self.reductions, "best": self.best, "bad": self.bad, "grace": self.grace}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restore the state returned by `state_dict`."""
         self.reductions, self.best, self.bad = state["reductions"], state["best"], state["bad"]
         self.grace = state["grace"]
 
 
 class Observer(LRScheduler):
-    """Passes a metric on to a scheduler: how Lightning, which hands metrics to schedulers only, reaches ours.
+    """Adapter that passes a metric to a `Scheduler`, because Lightning gives metrics to schedulers only.
 
     Args:
         scheduler: A `Scheduler` of a `ReduceOnPlateau`.
@@ -217,7 +230,11 @@ class Observer(LRScheduler):
         self._scheduler = scheduler
 
     def step(self, metric: Any = None) -> None:
-        """Takes in the metric, averaged over ranks: all must decide alike."""
+        """Observe the metric, averaged over ranks, so that all of them decide alike.
+
+        Args:
+            metric: A number or a tensor of shape [].
+        """
         value = metric.detach().clone() if isinstance(metric, Tensor) else torch.tensor(float(metric), device="cpu")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(value)
@@ -225,16 +242,16 @@ class Observer(LRScheduler):
         self._scheduler.observe(float(value))
 
     def get_lr(self) -> list[Any]:
-        """As the scheduler has set them."""
+        """Return the learning rate of each group, as the scheduler has set it."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def get_last_lr(self) -> list[Any]:
-        """As the scheduler has set them."""
+        """Return the learning rate of each group, as the scheduler has set it."""
         return self.get_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the scheduler saves what it has seen."""
+        """Return an empty state: the scheduler saves what it has observed."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing: there is no state."""

@@ -8,7 +8,7 @@ from lightning_optim.schedules.compositions import WSD, OneCycle
 from lightning_optim.schedules.plateau import ReduceOnPlateau
 from lightning_optim.schedules.restarts import CosineRestarts
 from lightning_optim.schedules.shapes import REX, Constant, Cosine, Exponential, InverseSqrt, Linear, Polynomial, Tanh
-from lightning_optim.schedules.stepped import MultiStep, Step
+from lightning_optim.schedules.stepped import MultiStepDecay, StepDecay
 
 _BUILT_IN: dict[str, type[Schedule]] = {
     "constant": Constant,
@@ -17,12 +17,12 @@ _BUILT_IN: dict[str, type[Schedule]] = {
     "exponential": Exponential,
     "inverse_sqrt": InverseSqrt,
     "linear": Linear,
-    "multi_step": MultiStep,
+    "multi_step": MultiStepDecay,
     "one_cycle": OneCycle,
     "polynomial": Polynomial,
     "reduce_on_plateau": ReduceOnPlateau,
     "rex": REX,
-    "step": Step,
+    "step": StepDecay,
     "tanh": Tanh,
     "wsd": WSD,
 }
@@ -39,9 +39,10 @@ _ALIASES = {  # names in transformers' get_scheduler and in timm
     "rsqrt": "inverse_sqrt",
     "warmup_stable_decay": "wsd",
 }
+_CLASS_NAMES = {"multi_step_decay": "multi_step", "step_decay": "step"}
+"""Names of classes that are not those of the registry."""
 
-
-SCHEDULES: Registry[Schedule] = Registry("schedule", Schedule, _ALIASES)
+SCHEDULES: Registry[Schedule] = Registry("schedule", Schedule, {**_ALIASES, **_CLASS_NAMES})
 """Schedules by name; `lightning_optim.register` adds a user's own."""
 
 for _name, _cls in _BUILT_IN.items():
@@ -49,12 +50,12 @@ for _name, _cls in _BUILT_IN.items():
 
 
 def list_schedules() -> list[str]:
-    """The names of the schedules; `get_schedule` also knows those of Hugging Face and timm."""
+    """Return the names of the schedules; `get_schedule` also knows those of Hugging Face and timm."""
     return SCHEDULES.names()
 
 
 def get_schedule(name: str) -> type[Schedule]:
-    """The schedule class called ``name``, here, in transformers' ``get_scheduler`` or in timm.
+    """Return the schedule class called ``name`` here, in transformers' ``get_scheduler`` or in timm.
 
     Raises:
         ValueError: There is none; the message names the nearest.

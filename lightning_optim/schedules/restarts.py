@@ -6,14 +6,14 @@ import math
 
 from lightning_optim.core.durations import Duration
 from lightning_optim.schedules.base import Position, Schedule
-from lightning_optim.schedules.phases import DECAYS, Cooldown, Warmup, check_final
+from lightning_optim.schedules.phases import COOLDOWN_SHAPES, Cooldown, Warmup, check_final
 
 
 class CosineRestarts(Schedule):
-    """Half a cosine from the peak to ``final``, again and again.
+    """Half a cosine from the peak to ``final``, repeated.
 
-    Either so many ``cycles`` fill the run, or the first one lasts ``cycle`` and they go on as long as the run does,
-    which then needs no known length.
+    Either so many ``cycles`` fill the run, or the first one lasts ``cycle`` and cycles are repeated to the end of the
+    run, whose length need not be known.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
@@ -27,7 +27,7 @@ class CosineRestarts(Schedule):
         final_lr: Learning rate at the end of each cycle, the same for every group, in place of ``final``.
 
     Raises:
-        ValueError: Both ``cycles`` and ``cycle`` are given, or something is out of its range.
+        ValueError: Both ``cycles`` and ``cycle`` are given, or an argument is out of its range.
 
     References:
         Loshchilov & Hutter, SGDR, 2017, https://arxiv.org/abs/1608.03983
@@ -74,11 +74,11 @@ class CosineRestarts(Schedule):
 
     @property
     def shape_needs_total(self) -> bool:  # type: ignore[override]
-        """Only cycles that have to fill the run depend on its length."""
+        """Whether cycles fill the run, and so depend on its length."""
         return self.cycle is None
 
     def shape(self, at: Position) -> float:
-        """The cosine of the cycle that ``at`` lies in."""
+        """Compute the cosine of the cycle that ``at`` lies in."""
         growth = self.length_multiplier
         if self.cycle is not None:
             length: float = self.cycle.steps(at.run)
@@ -92,7 +92,7 @@ class CosineRestarts(Schedule):
         if self.cycles is not None and index >= self.cycles:  # by rounding
             return self.final
         peak = self.peak_multiplier**index
-        return self.final + (peak - self.final) * DECAYS["cosine"](min(into, 1.0))
+        return self.final + (peak - self.final) * COOLDOWN_SHAPES["cosine"](min(into, 1.0))
 
 
 def _locate(step: int, length: float, growth: float) -> tuple[int, float]:

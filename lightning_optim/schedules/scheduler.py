@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,8 +18,11 @@ from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperp
 from lightning_optim.schedules.order import has_stepped, warn_of_order
 from lightning_optim.schedules.plateau import Plateau, ReduceOnPlateau
 
+_FORMER_NAMES = re.compile(r"^(Multi)?Step\(")
+"""Schedules in checkpoints that were saved before `StepDecay` and `MultiStepDecay` had these names."""
+
 _SAMPLES = 101
-"""At how many steps of the run a hyperparameter's values are checked beforehand."""
+"""Number of steps of the run at which the values of a hyperparameter are checked beforehand."""
 
 
 def _warn(message: str, warn: bool) -> None:
@@ -34,7 +38,7 @@ class Scheduler(LRScheduler):
     The peak is the group's ``lr`` when the scheduler is made, kept as ``initial_lr`` in the group (torch's name); a
     group added later follows from then on, at the ratio that its rate has to the others' when it joins. Rates are
     always computed from the closed form, never from the previous rate, so nothing drifts over a resume. Other
-    hyperparameters are driven likewise.
+    hyperparameters are driven in the same way.
 
     A group that comes with a `Schedule` as its ``schedule``, as `ParamGroupRule` makes it, follows that one; it is
     taken out of the group, because groups are saved in checkpoints.
@@ -46,15 +50,15 @@ class Scheduler(LRScheduler):
             [`resolve`][lightning_optim.schedules.Scheduler.resolve] is called, which has to be before the first step.
         schedules: Multipliers of other hyperparameters by name: a key of the optimizer's groups, ``momentum``,
             ``beta1`` or ``beta2``.
-        on_resume: Who has the say when a state is loaded. With ``"checkpoint"`` the run goes on on the curve it was on,
-            constant beyond its end, and another schedule is refused. With ``"config"`` this schedule goes on from the
-            saved position, over the length of the present run.
-        tell: Told what differs, and whether that is a warning.
-        last_epoch: How many steps have been taken, less one, where a run goes on without the scheduler's state; -1 for
-            none. The groups have to bring their peaks as ``initial_lr``, as those of a loaded optimizer do.
+        on_resume: Resume policy: whether checkpoint or configuration takes precedence. With ``"checkpoint"`` the run
+            stays on its old curve, constant beyond its end, and another schedule is refused. With ``"config"`` this
+            schedule continues from the saved position, over the length of the present run.
+        tell: Reports a difference: receives the message, and whether it is a warning.
+        last_epoch: How many steps have been taken, less one, where a run is continued without the scheduler's state; -1
+            for none. The groups have to bring their peaks as ``initial_lr``, as those of a loaded optimizer do.
 
     Raises:
-        KeyError: The run goes on, and a group does not say what its peak was.
+        KeyError: The run is continued, and a group has no ``initial_lr``.
         ValueError: A hyperparameter is unknown or would leave its range, a schedule does not fit the run, or names a
             learning rate that is not below a group's peak.
 
@@ -100,7 +104,9 @@ class Scheduler(LRScheduler):
         self._skips_seen = 0
         self._order_is_known = True  # the first call of `step` comes from the constructor
         self._peaks: dict[int, tuple[Tensor, float]] = {}
-        self._at_peak: dict[tuple[str | None, float], Schedule] = {}
+        self._at_peak: dict[tuple[int, float], tuple[Schedule, Schedule]] = {}
+        self._curves: dict[int, tuple[Schedule, Callable[[int], float]]] = {}
+        self._compiled_for: Horizon | None = None
         self._applied = 0.0  # the multiplier of the rates as they are; 0 before there are any
         if horizon is not None:
             self._check(horizon, optimizer)
@@ -108,24 +114,39 @@ class Scheduler(LRScheduler):
         self._order_is_known = self._restored
 
     def resolve(self, horizon: Horizon) -> None:
-        """Learns the length of the run and sets the rates of the coming step."""
+        """Set the length of the run, compile the schedules for it, and set the rates of the next step.
+
+        Args:
+            horizon: Length of the run.
+
+        Raises:
+            ValueError: A schedule does not fit the run, or a hyperparameter would leave its range.
+        """
         self.horizon = self._agreed(horizon)
         self._check(self.horizon, self.optimizer)
+        self._compiled_for = None  # even for the same length: a schedule may have been changed since
+        self._at_peak.clear()
         self._apply()
 
     def hold_on(self, skipped_steps: Callable[[], int]) -> None:
-        """Stands still for steps that did not happen.
+        """Do not advance for steps that were skipped.
 
         Args:
-            skipped_steps: Returns how many optimizer steps have been skipped so far; asked after each step.
+            skipped_steps: Returns the number of optimizer steps skipped so far; called after each step.
         """
         self._skipped_steps = skipped_steps
         self._skips_seen = skipped_steps()
 
     def step(self, epoch: int | None = None) -> None:
-        """Moves on by one step, less the steps found to have been skipped since the last call.
+        """Advance by one step, less the steps found to have been skipped since the last call.
 
-        Warns, once, if the optimizer has not stepped at all before it.
+        Warns once if the optimizer has not stepped before the first call.
+
+        Args:
+            epoch: Must be None; torch's schedulers have this argument.
+
+        Raises:
+            ValueError: ``epoch`` is given.
         """
         if epoch is not None:
             raise ValueError(f"Scheduler.step() counts optimizer steps and takes no epoch, got epoch={epoch}.")
@@ -140,10 +161,13 @@ class Scheduler(LRScheduler):
         self._apply()
 
     def observe(self, value: float) -> None:
-        """Takes in a new value of the metric of a `ReduceOnPlateau`, and sets the rates that follow from it.
+        """Observe a new value of the metric of a `ReduceOnPlateau`, and set the rates that follow from it.
+
+        Args:
+            value: The metric, the same on all ranks.
 
         Raises:
-            ValueError: The schedule looks at no metric.
+            ValueError: The schedule follows no metric.
         """
         if self._plateau is None:
             raise ValueError(f"{self.schedule!r} looks at no metric; use ReduceOnPlateau.")
@@ -159,29 +183,55 @@ class Scheduler(LRScheduler):
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it stands at its start and has not been brought there by a checkpoint."""
+        """Whether it is at its start and no checkpoint has been loaded."""
         return self.last_epoch == 0 and not self._restored
 
     def get_lr(self) -> list[float | Tensor]:
-        """The learning rate of each group at the current step."""
-        return [self._rate(index, group) for index, group in enumerate(self.optimizer.param_groups)]
+        """Compute the learning rate of each group at the current step; tensors of shape [] where a group has one."""
+        return self._rates(_once(self.value))
 
-    def _rate(self, index: int, group: dict[str, Any]) -> float | Tensor:
+    def value(self, schedule: Schedule) -> float:
+        """Evaluate any schedule at the current step of this run; 1 as long as the length of the run is not known.
+
+        Args:
+            schedule: The schedule, compiled by its first evaluation.
+        """
+        horizon = self.horizon
+        if horizon is None:
+            return 1.0
+        if horizon is not self._compiled_for:
+            self._curves.clear()
+            self._compiled_for = horizon
+        known, curve = self._curves.get(id(schedule), (None, None))
+        if known is not schedule or curve is None:
+            curve = schedule.over(horizon)
+            self._curves[id(schedule)] = (schedule, curve)  # kept alive with its curve, so that the id stays its own
+        return curve(max(self.last_epoch, 0))
+
+    def _rates(self, value: Callable[[Schedule], float]) -> list[float | Tensor]:
+        groups = self.optimizer.param_groups
+        if any("schedule" in group or "initial_lr" not in group for group in groups):
+            self._take_in_new_groups()
+        shared = self.schedule
+        reduced = self._plateau is not None and self._plateau.reductions > 0
+        if not (self.group_schedules or reduced or shared.is_absolute):  # nearly always, and the quicker way
+            multiplier = value(shared)
+            return [group["initial_lr"] * multiplier for group in groups]
+        return [self._rate(index, group, value) for index, group in enumerate(groups)]
+
+    def _rate(self, index: int, group: dict[str, Any], value: Callable[[Schedule], float]) -> float | Tensor:
         own = self.group_schedules.get(group.get("name", ""))
-        schedule, base = self.schedule if own is None else own, LR.base(group)
-        if schedule.is_absolute:
-            schedule = self._for_peak(group.get("name"), self._peak(base))
+        base = LR.base(group)
+        multiplier = value(self._for_peak(self.schedule if own is None else own, base))
         if own is not None or self._plateau is None or not self._plateau.reductions:
-            return base * self.value(schedule)
+            return base * multiplier
         lowest = self._plateau.schedule.min_lr_of(index, group.get("name"))
-        return self._plateau.rate(self._peak(base), lowest) * self.value(schedule)
+        return self._plateau.rate(self._peak(base), lowest) * multiplier
 
-    def _multiplier(self) -> float:
-        """By what peaks are multiplied now; where rates are absolute, that of the first group."""
-        schedule = self.schedule
-        if schedule.is_absolute:
-            schedule = self._for_peak(None, self._peak(LR.base(self.optimizer.param_groups[0])))
-        return self.value(schedule) * (self._plateau.level if self._plateau is not None else 1.0)
+    def _multiplier(self, value: Callable[[Schedule], float]) -> float:
+        """The present multiplier of the peaks; where the schedule names learning rates, that of the first group."""
+        schedule = self._for_peak(self.schedule, LR.base(self.optimizer.param_groups[0]))
+        return value(schedule) * (self._plateau.level if self._plateau is not None else 1.0)
 
     def _peak(self, base: float | Tensor) -> float:
         """``base`` on the host; a tensor is read once only."""
@@ -191,18 +241,16 @@ class Scheduler(LRScheduler):
             self._peaks[id(base)] = (base, float(base))
         return self._peaks[id(base)][1]
 
-    def _for_peak(self, group: str | None, peak: float) -> Schedule:
-        """The schedule of the group called so, for its peak."""
-        own = self.group_schedules.get(group) if group is not None else None
-        if (key := (None if own is None else group, peak)) not in self._at_peak:
-            self._at_peak[key] = (self.schedule if own is None else own).for_peak(peak)
-        return self._at_peak[key]
-
-    def value(self, schedule: Schedule) -> float:
-        """What any schedule says at the current step of this run; 1 as long as its length is not known."""
-        if self.horizon is None:
-            return 1.0
-        return schedule(max(self.last_epoch, 0), self.horizon.total_steps, self.horizon.steps_per_epoch)
+    def _for_peak(self, schedule: Schedule, base: float | Tensor) -> Schedule:
+        """The schedule as multipliers of this peak; one object for each schedule and peak."""
+        if not schedule.is_absolute:
+            return schedule
+        key = (id(schedule), self._peak(base))
+        known, at_peak = self._at_peak.get(key, (None, schedule))
+        if known is not schedule:
+            at_peak = schedule.for_peak(key[1])
+            self._at_peak[key] = (schedule, at_peak)
+        return at_peak
 
     def _take_schedules(self, optimizer: Optimizer) -> None:
         for index, group in enumerate(optimizer.param_groups):
@@ -211,23 +259,27 @@ class Scheduler(LRScheduler):
                 self.group_schedules[group.setdefault("name", str(index))] = own
 
     def _apply(self) -> None:
-        self._take_schedules(self.optimizer)  # also of groups that were added since
         groups = self.optimizer.param_groups
-        for group in groups:
-            if self._applied and "initial_lr" not in group:
-                self._join(group, self._applied)
-        for group, lr in zip(groups, self.get_lr(), strict=True):
+        value = _once(self.value)
+        for group, lr in zip(groups, self._rates(value), strict=True):
             LR.write(group, lr)
-        self._applied = self._multiplier()
+        self._applied = self._multiplier(value)
         for other, schedule in self._others.items():
-            multiplier = self.value(schedule)
+            multiplier = value(schedule)
             for group in groups:
                 other.write(group, other.base(group) * multiplier)
-        # Copies, as torch promises of get_last_lr: a tensor rate goes on changing in place.
+        # Copies, as torch promises of get_last_lr: a rate that is a tensor changes in place.
         self._last_lr = [LR.read(group) for group in groups]
 
+    def _take_in_new_groups(self) -> None:
+        self._take_schedules(self.optimizer)
+        for group in self.optimizer.param_groups:
+            if self._applied and "initial_lr" not in group:
+                self._join(group, self._applied)
+            LR.base(group)
+
     def _join(self, group: dict[str, Any], multiplier: float) -> None:
-        """Gives a group that was added in the middle of the run its peak: the rate it came with is that moment's."""
+        """Set the peak of a group that was added during the run: its rate is that of the present step."""
         group["initial_lr"] = group["lr"] / multiplier
         if group.get("peak_lr_from", "given") != "given":  # of our optimizers, for weight decay that refers to it
             group["peak_lr"] = float(group["initial_lr"])
@@ -250,7 +302,7 @@ class Scheduler(LRScheduler):
                     )
 
     def _check_rates(self, optimizer: Optimizer) -> None:
-        """Refuses learning rates that a schedule names and no group or hyperparameter of these can have."""
+        """Refuse learning rates that a schedule names and these groups or hyperparameters cannot have."""
         groups = optimizer.param_groups
         for other, schedule in self._others.items():
             schedule.check_no_rate(other.name)
@@ -268,13 +320,18 @@ class Scheduler(LRScheduler):
         total = horizon.total_steps or _SAMPLES
         for other, schedule in self._others.items():
             bases = [float(other.base(group)) for group in optimizer.param_groups]
+            curve = schedule.over(horizon)
             for index in range(_SAMPLES):
-                multiplier = schedule(round(index * total / (_SAMPLES - 1)), *_lengths(horizon))
+                multiplier = curve(round(index * total / (_SAMPLES - 1)))
                 for base in bases:
                     other.check(base * multiplier)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy compiles its schedules anew: what `over` returns cannot be pickled, and would still be the original's.
+        return {**vars(self), "_curves": {}, "_at_peak": {}, "_compiled_for": None}
+
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it was a position on. Peaks live in the optimizer's groups."""
+        """Return the position, the length of the run and the schedules as text. Peaks are in the optimizer's groups."""
         total, per_epoch = _lengths(self.horizon or Horizon())
         state = {
             "last_epoch": self.last_epoch,
@@ -287,10 +344,10 @@ class Scheduler(LRScheduler):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the saved position; the rates follow from it at once.
+        """Restore the state returned by `state_dict`, and set the rates that follow from it.
 
         Raises:
-            ValueError: The state is one of other schedules, and the checkpoint has the say.
+            ValueError: The state is that of other schedules, and the checkpoint takes precedence.
         """
         self._compare(state_dict.get("schedules", {}))
         self.last_epoch = int(state_dict["last_epoch"])
@@ -305,13 +362,14 @@ class Scheduler(LRScheduler):
         self._apply()
 
     def _written(self) -> dict[str, str]:
-        """Every schedule as it is written, by what it drives."""
+        """Every schedule as text, by what it drives."""
         others = {other.name: repr(schedule) for other, schedule in self._others.items()}
         groups = {f"lr of {name}": repr(schedule) for name, schedule in self.group_schedules.items()}
         return {"lr": repr(self.schedule), **others, **groups}
 
     def _compare(self, saved: Mapping[str, str]) -> None:
-        present = self._written()
+        saved = {key: _FORMER_NAMES.sub(r"\1StepDecay(", written) for key, written in saved.items()}
+        present = {key: _FORMER_NAMES.sub(r"\1StepDecay(", written) for key, written in self._written().items()}
         changes = [
             f"{key}: {saved.get(key, 'none')} → {present.get(key, 'none')}"
             for key in {**saved, **present}
@@ -327,7 +385,7 @@ class Scheduler(LRScheduler):
         self._tell(f"Resumed with the configuration's schedule: {'; '.join(changes)}.", False)
 
     def _agreed(self, present: Horizon) -> Horizon:
-        """The length that counts: of this run, or of the one in the checkpoint."""
+        """The length that applies: that of this run, or the one in the checkpoint."""
         saved = self._saved_horizon
         if saved is None or saved.total_steps == present.total_steps:
             return present if saved is None or self._from_config else saved
@@ -340,6 +398,18 @@ class Scheduler(LRScheduler):
             f'Resumed on the old curve, constant beyond its end: {lengths}. Say on_resume="config" to stretch it.', True
         )
         return saved
+
+
+def _once(value: Callable[[Schedule], float]) -> Callable[[Schedule], float]:
+    """``value``, called once for each schedule: several groups share one, and all of a step are evaluated together."""
+    values: dict[int, float] = {}
+
+    def of(schedule: Schedule) -> float:
+        if id(schedule) not in values:
+            values[id(schedule)] = value(schedule)
+        return values[id(schedule)]
+
+    return of
 
 
 def _lengths(horizon: Horizon) -> tuple[int | None, float | None]:

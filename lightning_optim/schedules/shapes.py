@@ -7,7 +7,7 @@ from abc import abstractmethod
 
 from lightning_optim.core.durations import Duration
 from lightning_optim.schedules.base import Position, Schedule
-from lightning_optim.schedules.phases import DECAYS, Cooldown, Warmup, check_final
+from lightning_optim.schedules.phases import COOLDOWN_SHAPES, Cooldown, Warmup, check_final
 
 
 class Constant(Schedule):
@@ -32,7 +32,7 @@ class Constant(Schedule):
 
 
 class Decay(Schedule):
-    """Base of what falls from 1 to ``final``: a subclass says how far it has fallen.
+    """Base class of decays from 1 to ``final``; a subclass defines `remaining`.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
@@ -66,7 +66,7 @@ class Decay(Schedule):
 
     @abstractmethod
     def remaining(self, progress: float) -> float:
-        """How much of the way down is left, from 1 at ``progress`` 0 to 0 at 1."""
+        """Compute the fraction of the decay that is left: 1 at ``progress`` 0, 0 at ``progress`` 1."""
 
 
 class Linear(Decay):
@@ -86,7 +86,7 @@ class Linear(Decay):
 
     def remaining(self, progress: float) -> float:
         """1 − progress."""
-        return DECAYS["linear"](progress)
+        return COOLDOWN_SHAPES["linear"](progress)
 
 
 class Cosine(Decay):
@@ -111,7 +111,7 @@ class Cosine(Decay):
 
     def remaining(self, progress: float) -> float:
         """(1 + cos(π·progress)) / 2."""
-        return DECAYS["cosine"](progress)
+        return COOLDOWN_SHAPES["cosine"](progress)
 
 
 class Polynomial(Decay):
@@ -190,7 +190,7 @@ class Exponential(Decay):
         return float(self.final**at.progress)
 
     def remaining(self, progress: float) -> float:
-        """How much of the way from 1 to ``final`` is left."""
+        """(final^progress − final) / (1 − final): the fraction of the decay that is left."""
         return (self.final**progress - self.final) / (1 - self.final) if self.final != 1 else 1 - progress
 
 
@@ -279,7 +279,7 @@ class InverseSqrt(Schedule):
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
 
     Raises:
-        ValueError: The timescale is no time at all.
+        ValueError: ``timescale`` is 0.
 
     References:
         Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762;

@@ -1,4 +1,4 @@
-"""Shapes that fall in steps."""
+"""Schedules that fall in steps: step decay and multi-step decay."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from lightning_optim.schedules.base import Position, Schedule
 from lightning_optim.schedules.phases import Cooldown, Warmup
 
 
-class Step(Schedule):
+class StepDecay(Schedule):
     """Multiplied by ``factor`` after every ``every``, counted from the end of warmup and hold.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
-        every: How long each level lasts: ``"30 epochs"``, say. Needs no length of the run unless it is a share of it.
+        every: Length of each level, such as ``"30 epochs"``. Needs no length of the run unless it is a share of it.
         factor: Multiplier from one level to the next, above 0.
         hold: How long to stay at the peak before the first level.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
 
     Raises:
-        ValueError: ``every`` is no time at all, or ``factor`` is not a finite number above 0.
+        ValueError: ``every`` is 0, or ``factor`` is not a finite number above 0.
 
     Example:
-        >>> [Step(every=30, factor=0.5)(step) for step in (0, 29, 30, 60)]
+        >>> [StepDecay(every=30, factor=0.5)(step) for step in (0, 29, 30, 60)]
         [1.0, 1.0, 0.5, 0.25]
     """
 
@@ -42,7 +42,7 @@ class Step(Schedule):
         super().__init__(warmup, hold, cooldown)
         self.every = Duration.parse(every)
         if not self.every:
-            raise ValueError(f"Invalid every={every!r} of Step: it must be above 0, for instance '30 epochs'.")
+            raise ValueError(f"Invalid every={every!r} of StepDecay: it must be above 0, for instance '30 epochs'.")
         self.factor = _checked_factor(self, factor)
 
     def shape(self, at: Position) -> float:
@@ -50,22 +50,22 @@ class Step(Schedule):
         return float(self.factor ** (at.step // self.every.steps(at.run)))
 
 
-class MultiStep(Schedule):
+class MultiStepDecay(Schedule):
     """Multiplied by ``factor`` at each of the ``milestones``, which count from the beginning of the run.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
-        milestones: When to fall: ``["30 epochs", "60 epochs"]``, say. The first update at the new level is the one
+        milestones: When to fall, such as ``["30 epochs", "60 epochs"]``. The first update at the new level is the one
             after as many.
         factor: Multiplier from one level to the next, above 0.
-        hold: How long to stay at the peak after the warmup whatever the milestones say.
+        hold: How long to stay at the peak after the warmup, milestones or not.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
 
     Raises:
         ValueError: There is no milestone, or ``factor`` is not a finite number above 0.
 
     Example:
-        >>> [MultiStep(milestones=[50, 75], factor=0.5)(step) for step in (49, 50, 75)]
+        >>> [MultiStepDecay(milestones=[50, 75], factor=0.5)(step) for step in (49, 50, 75)]
         [1.0, 0.5, 0.25]
     """
 
@@ -82,7 +82,7 @@ class MultiStep(Schedule):
         super().__init__(warmup, hold, cooldown)
         if isinstance(milestones, int | str | Duration) or not milestones:
             raise ValueError(
-                f"Invalid milestones={milestones!r} of MultiStep: give a list, for instance ['50%', '75%']."
+                f"Invalid milestones={milestones!r} of MultiStepDecay: give a list, for instance ['50%', '75%']."
             )
         self.milestones = [Duration.parse(milestone) for milestone in milestones]
         self.factor = _checked_factor(self, factor)
@@ -91,6 +91,12 @@ class MultiStep(Schedule):
         """factor^(milestones passed)."""
         step = at.start + at.step
         return float(self.factor ** sum(milestone.steps(at.run) <= step for milestone in self.milestones))
+
+
+Step = StepDecay
+"""Former name of `StepDecay`; configurations use it."""
+MultiStep = MultiStepDecay
+"""Former name of `MultiStepDecay`; configurations use it."""
 
 
 def _checked_factor(owner: Any, factor: float) -> float:

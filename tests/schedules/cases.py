@@ -55,10 +55,10 @@ CASES = [
     Case("rex", s.REX(WARMUP), lambda t, n: (n - t) / (0.5 * n + 0.5 * (n - t))),
     Case("tanh", s.Tanh(WARMUP, final=0.1), lambda t, n: 0.1 + 0.45 * (1 - tanh(10 * t / n - 7)) * (t < n)),
     Case("inverse_sqrt", s.InverseSqrt(WARMUP), lambda t, n: sqrt(WARMUP / (t + WARMUP)), bounded=False),
-    Case("step", s.Step(WARMUP, every=5, factor=0.5), lambda t, n: 0.5 ** (t // 5), bounded=False),
+    Case("step", s.StepDecay(WARMUP, every=5, factor=0.5), lambda t, n: 0.5 ** (t // 5), bounded=False),
     Case(
         "multi_step",
-        s.MultiStep(WARMUP, milestones=[6, 9], factor=0.5),
+        s.MultiStepDecay(WARMUP, milestones=[6, 9], factor=0.5),
         lambda t, n: 1 if t + WARMUP < 6 else 0.5 if t + WARMUP < 9 else 0.25,
         bounded=False,
     ),

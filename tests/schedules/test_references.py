@@ -23,10 +23,10 @@ from lightning_optim.schedules import (
     Exponential,
     InverseSqrt,
     Linear,
-    MultiStep,
+    MultiStepDecay,
     OneCycle,
     Polynomial,
-    Step,
+    StepDecay,
     Tanh,
     Warmup,
 )
@@ -83,8 +83,8 @@ TORCH = {
     "PolynomialLR": (Polynomial(power=2), lambda o: t.PolynomialLR(o, TOTAL, 2)),
     "CosineAnnealingLR": (Cosine(final=0.1), lambda o: t.CosineAnnealingLR(o, TOTAL, 0.1 * PEAK)),
     "ExponentialLR": (Exponential(final=0.95**TOTAL), lambda o: t.ExponentialLR(o, 0.95)),
-    "StepLR": (Step(every=7, factor=0.5), lambda o: t.StepLR(o, 7, 0.5)),
-    "MultiStepLR": (MultiStep(milestones=[20, 45], factor=0.5), lambda o: t.MultiStepLR(o, [20, 45], 0.5)),
+    "StepLR": (StepDecay(every=7, factor=0.5), lambda o: t.StepLR(o, 7, 0.5)),
+    "MultiStepLR": (MultiStepDecay(milestones=[20, 45], factor=0.5), lambda o: t.MultiStepLR(o, [20, 45], 0.5)),
     "LambdaLR": (InverseSqrt(timescale=9), lambda o: t.LambdaLR(o, lambda k: (1 + k / 9) ** -0.5)),
     "CosineAnnealingWarmRestarts": (
         CosineRestarts(cycle=8, length_multiplier=2, final=0.1),
@@ -167,10 +167,10 @@ TIMM = {
             **_PREFIXED,
         },
     ),
-    "Step": (Step(FROM_ZERO, every=7, factor=0.5), {"decay_t": 7, "decay_rate": 0.5, **_PREFIXED}),
+    "Step": (StepDecay(FROM_ZERO, every=7, factor=0.5), {"decay_t": 7, "decay_rate": 0.5, **_PREFIXED}),
     # A milestone of timm's is one step earlier, and counts from the end of its prefix.
     "MultiStep": (
-        MultiStep(FROM_ZERO, milestones=[20, 45], factor=0.5),
+        MultiStepDecay(FROM_ZERO, milestones=[20, 45], factor=0.5),
         {"decay_t": [21 - WARMUP, 46 - WARMUP], "decay_rate": 0.5, **_PREFIXED},
     ),
     "Tanh": (Tanh(FROM_ZERO, final=0.1), {"t_initial": TOTAL - WARMUP, "lr_min": 0.1 * PEAK, **_PREFIXED}),

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_optim import schedules
 from lightning_optim.core.durations import Horizon
-from lightning_optim.schedules import Cosine, Linear, ReduceOnPlateau, Scheduler
+from lightning_optim.schedules import Cosine, Linear, MultiStepDecay, ReduceOnPlateau, Scheduler, StepDecay
 from tests.distributed.ranks import run_ranks
 
 
@@ -293,3 +294,20 @@ print(optimizer.param_groups[0]["lr"])
 
 def test_all_ranks_take_the_mean_of_what_they_see_for_the_metric(tmp_path):
     assert run_ranks(_PLATEAU_ON_RANKS, tmp_path) == ["0.2\n", "0.2\n"]
+
+
+@pytest.mark.parametrize("schedule", [StepDecay(every=3, factor=0.5), MultiStepDecay(milestones=[3])])
+def test_a_checkpoint_with_the_former_name_of_its_schedule_is_resumed(schedule):
+    state = _moved(schedule, 10, 5).state_dict()
+    state["schedules"]["lr"] = state["schedules"]["lr"].replace("StepDecay(", "Step(")
+    resumed = Scheduler(_optimizer(1.0), schedule, Horizon(total_steps=10))
+    resumed.load_state_dict(state)
+    assert resumed.last_epoch == 5
+    state["schedules"]["lr"] = state["schedules"]["lr"].replace("3", "4")
+    with pytest.raises(ValueError, match="The checkpoint's schedule is not the one configured"):
+        resumed.load_state_dict(state)
+
+
+def test_former_names_of_schedules_are_the_same_classes():
+    assert (schedules.Step, schedules.MultiStep) == (StepDecay, MultiStepDecay)
+    assert schedules.get_schedule("step_decay") is schedules.get_schedule("step") is StepDecay

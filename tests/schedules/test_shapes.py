@@ -19,11 +19,11 @@ from lightning_optim.schedules import (
     Exponential,
     InverseSqrt,
     Linear,
-    MultiStep,
+    MultiStepDecay,
     OneCycle,
     Polynomial,
     Schedule,
-    Step,
+    StepDecay,
     Warmup,
     get_schedule,
     list_schedules,
@@ -80,7 +80,8 @@ def test_ends_are_exact(total, share, final, cls):
 @given(st.integers(10, 1000), st.floats(0, 0.75), st.sampled_from([cls for cls in ALL if cls is not CosineRestarts]))
 def test_warmup_rises_and_the_rest_never_does(total, share, cls):
     warmup = int(share * total)
-    values = [cls(warmup=Warmup(warmup))(step, total) for step in range(total + 20)]
+    multiplier = cls(warmup=Warmup(warmup)).over(Horizon(total))
+    values = [multiplier(step) for step in range(total + 20)]
     assert all(0 <= value <= 1 for value in values)
     assert all(a < b for a, b in itertools.pairwise(values[:warmup]))
     assert all(a >= b - 1e-15 for a, b in itertools.pairwise(values[warmup:]))
@@ -180,10 +181,10 @@ def test_constant_needs_a_length_only_for_a_relative_warmup():
 @pytest.mark.parametrize(
     ("schedule", "needs"),
     [
-        (Step(every=5), False),
-        (Step(every="5%"), True),
-        (MultiStep(milestones=[5, "2 epochs"]), False),
-        (MultiStep(milestones=[5, "5%"]), True),
+        (StepDecay(every=5), False),
+        (StepDecay(every="5%"), True),
+        (MultiStepDecay(milestones=[5, "2 epochs"]), False),
+        (MultiStepDecay(milestones=[5, "5%"]), True),
         (InverseSqrt(), False),
         (InverseSqrt(timescale="5%"), True),
         (WSD(), True),
@@ -230,7 +231,7 @@ WRITTEN = [
     "Linear()",
     'WSD(cooldown=Cooldown("10%", shape="linear", final=0.1))',
     'Linear(warmup=Warmup(5, shape="cosine", start=0.1), hold="2 epochs")',
-    'MultiStep(milestones=[5, "20%"], factor=0.5)',
+    'MultiStepDecay(milestones=[5, "20%"], factor=0.5)',
     "CosineRestarts(cycle=7, length_multiplier=2)",
     "InverseSqrt(timescale=30)",
     'OneCycle(warmup="40%")',

@@ -1,4 +1,4 @@
-"""From what a user writes to a schedule: a name, a schedule, anything of torch's, or a function."""
+"""Resolution of what a user writes to a schedule: a name, a `Schedule`, a scheduler of torch, or a function."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _FORMS = (
 def resolve_schedule(
     given: Any, warmup: int | str | Duration | Warmup | None, trial: Optimizer
 ) -> Schedule | MakeScheduler:
-    """A schedule of ours, or a function that makes a scheduler of somebody else's.
+    """Resolve a configuration to a `Schedule`, or to a function that makes another library's scheduler.
 
     Args:
         given: A name, an import path, a `Schedule`, an ``LRScheduler`` class, a mapping with ``class_path`` and
             ``init_args``, a callable from the optimizer to an ``LRScheduler``, or one from the step to a multiplier.
-        warmup: The warmup, if it is given beside the schedule.
+        warmup: The warmup, if it is given separately.
         trial: An optimizer to try a callable on.
 
     Raises:
@@ -73,24 +73,24 @@ def resolve_schedule(
     return _from_callable(given, kwargs, warmup, trial)
 
 
-def resolve_others(
+def resolve_hyperparameter_schedules(
     schedule: Schedule | MakeScheduler,
     others: Mapping[str, str | Schedule],
     groups: Mapping[str, Schedule],
     trial: Optimizer,
 ) -> dict[str, Schedule]:
-    """The schedules of other hyperparameters, and checks of them and of those of single groups.
+    """Resolve the schedules of other hyperparameters; check them and those of single groups.
 
     Args:
         schedule: The schedule of the learning rate of all.
-        others: Schedules of hyperparameters by name.
-        groups: Schedules of the learning rate by group.
+        others: Schedules of hyperparameters, by name.
+        groups: Schedules of the learning rate, by group.
         trial: An optimizer of the kind.
 
     Raises:
-        ValueError: A hyperparameter is unknown, ours are to go with somebody else's scheduler, or a learning rate is to
-            end above its peak.
-        TypeError: Something is no schedule of ours.
+        ValueError: A hyperparameter is unknown, ours are combined with another library's scheduler, or a learning rate
+            ends above its peak.
+        TypeError: A value is not one of our schedules.
     """
     for name in others:
         hyperparameter(name, trial.defaults, type(trial).__name__)
@@ -147,7 +147,7 @@ def _is_function_of_the_step(given: Any) -> bool:
         return False
     try:
         return isinstance(given(0), int | float)
-    except Exception:  # it wanted an optimizer, or it is nothing that can be used: then `given(trial)` says so
+    except Exception:  # it takes an optimizer, or cannot be used at all, which `given(trial)` finds out
         return False
 
 

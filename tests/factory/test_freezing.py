@@ -5,8 +5,10 @@ from __future__ import annotations
 import lightning.pytorch as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import lightning_optim as lo
 from tests.distributed.ranks import run_ranks
@@ -14,6 +16,7 @@ from tests.helpers import (
     ADAMWS,
     Net,
     Recorder,
+    SaveAt,
     StatefulLoader,
     batches,
     bit_equal,
@@ -23,15 +26,6 @@ from tests.helpers import (
 )
 
 BODY = ("body.weight", "body.bias", "norm.weight", "norm.bias")
-
-
-class SaveAt(L.Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step and not self.path.exists():
-            trainer.save_checkpoint(self.path)
 
 
 class Watch(L.Callback):
@@ -259,29 +253,26 @@ def test_lightnings_rate_monitor_names_a_group_that_joined(logger):
     assert any("added_1" in tag for tag in read_events(logger.log_dir))
 
 
-_RANKS = """
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-import lightning_optim as lo
-
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
-wrapped = DistributedDataParallel(model)
-rules = [lo.ParamGroupRule(name="first", pattern="^0", frozen_until="2 steps")]
-factory = lo.OptimizerFactory("adamw", lr=0.1, param_groups=rules)
-optimizer, scheduler = factory.build(model, lo.Horizon(total_steps=4))
-for step in range(4):
-    before = model[0].weight.detach().clone()
-    optimizer.zero_grad()
-    wrapped(torch.full((1, 2), float(rank + step + 1))).sum().backward()
-    optimizer.step()
-    scheduler.step()
-    print(not torch.equal(before, model[0].weight))
-print([p.tolist() for p in model.parameters()])
-"""
+def join_late() -> tuple[list[bool], list[list[float]]]:
+    """Whether the group moved in each step, and the weights at the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    wrapped = DistributedDataParallel(model)
+    rules = [lo.ParamGroupRule(name="first", pattern="^0", frozen_until="2 steps")]
+    factory = lo.OptimizerFactory("adamw", lr=0.1, param_groups=rules)
+    optimizer, scheduler = factory.build(model, lo.Horizon(total_steps=4))
+    moved = []
+    for step in range(4):
+        before = model[0].weight.detach().clone()
+        optimizer.zero_grad()
+        wrapped(torch.full((1, 2), float(dist.get_rank() + step + 1))).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        moved.append(not torch.equal(before, model[0].weight))
+    return moved, [p.tolist() for p in model.parameters()]
 
 
-def test_ranks_agree_on_a_group_that_joins_the_reduction_after_its_start(tmp_path):
-    first, second = run_ranks(_RANKS, tmp_path)
-    assert first.splitlines()[:4] == ["False", "False", "True", "True"]
+def test_ranks_agree_on_a_group_that_joins_the_reduction_after_its_start():
+    first, second = run_ranks(join_late)
+    assert first[0] == [False, False, True, True]
     assert first == second

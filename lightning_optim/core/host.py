@@ -8,7 +8,7 @@ from torch import Tensor
 
 def read(tensor: Tensor) -> float:
     """The value of a one-element CPU tensor, from its memory: no operator is dispatched, so nothing is synchronised."""
-    return float(tensor.detach().numpy().reshape(()))
+    return float(tensor.detach().resolve_neg().numpy().reshape(()))
 
 
 def is_set(skip: Tensor | None) -> bool:

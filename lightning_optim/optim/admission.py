@@ -142,6 +142,8 @@ def check_state(subject: Subject, param: Tensor, rule: Rule, state: Mapping[str,
             needed = _SCALARS.get(name, _SCALARS["step"][:2])
             if value.dtype not in needed:
                 raise subject.refuse(name, f"is {value.dtype}; needed is {' or '.join(map(str, needed))}")
+            if value.is_neg():  # the host reads and writes it where it lies
+                raise subject.refuse(name, "is lazily negated; put its value there with .resolve_neg()")
     if isinstance(rule, UpdateRule):
         for name in rule.state:
             if name in state:

@@ -24,6 +24,9 @@ ADVICE = (
     "they begin anew"
 )
 
+OF_PARAMETERS = ("flatten",)
+"""What a group says of its parameters, rather than of how they are updated."""
+
 
 def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Load ``state_dict`` into ``optimizer``; see `FusedOptimizer.load_state_dict`."""
@@ -40,8 +43,11 @@ def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) ->
     sources = []
     for i, ids_of_group in enumerate(ids):
         source = owners[ids_of_group[0]] if ids_of_group else saved_groups[i] if i < len(saved_groups) else {}
-        # Names stay: they say which parameters this group has now. What torch does not save keeps its value.
-        sources.append({k: v for k, v in source.items() if k != "params" and (k != "param_names" or by_position)})
+        # Names stay: they say which parameters this group has now. What torch does not save keeps its value. So does
+        # what parameters are said to be, where they come from groups that said several things.
+        own = {"params"} if by_position else {"params", "param_names"}
+        own |= {key for key in OF_PARAMETERS if len({owners[saved].get(key) for saved in ids_of_group}) > 1}
+        sources.append({k: v for k, v in source.items() if k not in own})
     known = {saved for ids_of_group in ids for saved in ids_of_group}
     state: defaultdict[Any, Any] = defaultdict(dict)
     for saved, entry in state_dict["state"].items():

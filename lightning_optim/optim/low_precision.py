@@ -114,7 +114,7 @@ def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rul
     """
     if group["kahan_sum"] and param.dtype in HALF and "kahan_comp" not in state:
         state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    random = group["stochastic_rounding"] and param.dtype == torch.bfloat16
-    if (random or compressed(group, param, rule) or has_codes(state, rule)) and "rounding_key" not in state:
+    _, rounded = storage(group, param, rule, state)
+    if (rounded or compressed(group, param, rule)) and "rounding_key" not in state:
         key = first_key(int(group.get("rounding_seed", 0)), position)
         state["rounding_key"] = torch.full((), key, dtype=torch.int64, device=param.device)

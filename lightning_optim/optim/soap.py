@@ -121,6 +121,8 @@ def _gram(grad: Tensor, dim: int) -> Tensor:
 
 def _moderate(gram: Tensor) -> Tensor:
     """``gram`` times a power of two that leaves room for sums of its products: its vectors are the same."""
+    if not gram.numel():  # whose largest torch refuses to tell
+        return gram
     return gram * torch.where(gram.abs().amax() > 2.0**100, 2.0**-100, 1.0)
 
 

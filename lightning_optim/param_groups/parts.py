@@ -14,7 +14,7 @@ NOT_HIDDEN = {
     "embedding": r"(^|[._])(\w*embed(ding)?s?|embed_\w+|wte|wpe)([._]|$)|(^|\.)relative_attention_bias\.",
     "table": r"(^|\.)(\w*_?table|(\w+_)?pos(itions?|itional)?(_?(emb\w*|enc\w*|bias\w*|[hw]))?|rel(ative)?_\w+|alibi\w*"
     r"|\w*_?(tokens?|latents?|queries|prototypes?|codebooks?|prompts?)|query|\w*bias(es)?(_\w+)?)$",
-    "state space": r"(^|\.)((log_)?A(_?logs?|_real|_imag|_re|_im)|log_A\w*|Ds?|log_dt|inv_dt|dt_bias"
+    "state space": r"(^|\.)((log_)?A(_?logs?|_real|_imag|_re|_im)|log_A\w*|(?-i:Ds?)|log_dt|inv_dt|dt_bias"
     r"|time_(decay|first|faaaa|mix_\w+))$",
 }
 """Names of matrices that are not hidden, by what they are. Tables and numbers of state spaces are parameters of their

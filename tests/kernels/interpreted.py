@@ -5,6 +5,7 @@ Triton decides when it is imported whether to interpret, so this cannot share a 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -164,13 +165,14 @@ def test_dtypes(optimizer_class: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32])
-def test_states_may_be_narrower(param_dtype: torch.dtype) -> None:
+def test_narrower_states_are_widened(param_dtype: torch.dtype) -> None:
     params = [mixed(param_dtype), mixed(param_dtype)]
     both = [optim.AdamW(p, 1e-2, backend=n) for p, n in zip(params, ("reference", "triton"), strict=True)]
     for step, grads in enumerate(gradients(params[0], 3)):
         for optimizer, own in zip(both, params, strict=True):
             give(own, grads)
-            optimizer.step()
+            with pytest.warns(UserWarning, match="goes on in float32") if step == 1 else nullcontext():
+                optimizer.step()
             if step == 0:
                 for state in optimizer.state.values():
                     state["exp_avg"] = state["exp_avg"].bfloat16()

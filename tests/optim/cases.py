@@ -120,15 +120,31 @@ def _schedule_free(*args: Any, **kwargs: Any) -> Optimizer:
     return optimizer
 
 
+class _ScheduleFreeWrapper(schedulefree.ScheduleFreeWrapper):  # type: ignore[misc]
+    """With what it needs of groups, of those too that join late."""
+
+    def __init__(self, base: Optimizer, **kwargs: Any) -> None:
+        super().__init__(base, **kwargs)
+        for group in base.param_groups:
+            self._begin(group)
+        self.train()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._begin(self.param_groups[-1])
+
+    def _begin(self, group: dict[str, Any]) -> None:
+        # At a rate of 0 the wrapper divides by the sum of weights, 0; the same authors' AdamW averages nothing there.
+        group["weight_sum"] = 5e-324  # which nothing that is added will show
+        for param in group["params"]:
+            # torch's makes its state where there is none, and the wrapper has put z there by then.
+            zeros = {name: torch.zeros_like(param, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[param] = {"step": torch.tensor(0.0), **zeros}
+
+
 def _schedule_free_around_adamw(*args: Any, momentum: float, weight_decay_at_y: float, **kwargs: Any) -> Any:
     inner = torch.optim.AdamW(*args, weight_decay=0.0, **kwargs)
-    for param in (param for group in inner.param_groups for param in group["params"]):
-        # torch's makes its state where there is none, and the wrapper has put z there by then.
-        zeros = {name: torch.zeros_like(param, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-        inner.state[param] = {"step": torch.tensor(0.0), **zeros}
-    optimizer = schedulefree.ScheduleFreeWrapper(inner, weight_decay_at_y=weight_decay_at_y, momentum=momentum)
-    optimizer.train()
-    return optimizer
+    return _ScheduleFreeWrapper(inner, weight_decay_at_y=weight_decay_at_y, momentum=momentum)
 
 
 CASES = (

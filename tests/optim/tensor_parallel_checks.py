@@ -358,7 +358,7 @@ def check_reductions(mesh: DeviceMesh) -> None:
     parts = [local(t) for t in tensors]
     sums = torch.stack([p.sum() for p in parts])
     torch.testing.assert_close(sum_over_shards(sums, tensors), torch.stack([e.sum() for e in expected]))
-    torch.testing.assert_close(measure(tensors), torch.stack([e.square().sum() for e in expected]))
+    torch.testing.assert_close(measure(tensors), torch.stack([e.double().square().sum() for e in expected]))
     largest = torch.stack([p.max() if p.numel() else torch.zeros(()) for p in parts])
     right = torch.stack([e.max() if e.numel() else torch.zeros(()) for e in expected])
     torch.testing.assert_close(max_over_shards(largest, tensors), right)
@@ -385,7 +385,7 @@ def check_reductions(mesh: DeviceMesh) -> None:
 def check_norm_of_terms(mesh: DeviceMesh) -> None:
     value = torch.arange(6.0).reshape(2, 3)
     for kind in GRADIENTS:
-        torch.testing.assert_close(measure([placed(value, mesh, kind)]), value.square().sum().reshape(1))
+        torch.testing.assert_close(measure([placed(value, mesh, kind)]), value.double().square().sum().reshape(1))
 
 
 def check_refusals(mesh: DeviceMesh) -> None:

@@ -232,6 +232,21 @@ def test_parameters_are_matched_by_name_when_order_and_grouping_changed(case: Ca
     assert_same(params, others)
 
 
+def test_stacks_remain_stacks_in_a_group_with_matrices() -> None:
+    matrix, stack = torch.randn(4, 4), torch.randn(3, 4, 4)
+    first = {"matrix": matrix.requires_grad_(), "stack": stack.requires_grad_()}
+    stacks = {"params": [("stack", stack)], "flatten": False}
+    apart = optim.Muon([{"params": [("matrix", matrix)]}, stacks])
+    run(apart, list(first.values()), 2)
+    second = {name: tensor.detach().clone().requires_grad_() for name, tensor in first.items()}
+    together = optim.Muon(list(second.items()), flatten=False)
+    together.load_state_dict(apart.state_dict())
+    assert [group["flatten"] for group in together.param_groups] == [False]
+    run(apart, list(first.values()), 2)
+    run(together, list(second.values()), 2)
+    assert_same(list(first.values()), list(second.values()))
+
+
 @each
 def test_deepcopy_and_pickle(case: Case, setting: Setting) -> None:
     params = parameters(case)

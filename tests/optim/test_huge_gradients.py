@@ -106,8 +106,12 @@ def test_it_is_clipped_and_not_skipped(rule: str, huge: float, optimizer: str) -
         assert records[3].histograms["grad"][:, ABOVE].sum() == 2
         assert records[3].histograms["grad"][:, NOT_FINITE].sum() == 0
         pipeline.close()
+    # That rule limits the whole, in which one element of many hardly counts: it reaches AdamW's second moment, which
+    # cannot hold its square in float32. That weight stands still from there, and it alone.
+    shown = others if rule == "update_rms" and huge**2 > torch.finfo(torch.float32).max else torch.flatten
     for got, expected in zip(narrow, wide, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
+        assert got.isfinite().all()
+        torch.testing.assert_close(shown(got).double(), shown(expected), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

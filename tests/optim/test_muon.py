@@ -13,7 +13,7 @@ from lightning_optim import optim
 from lightning_optim.factory.plan import Plan, plan_groups
 from lightning_optim.factory.plan_text import format_plan
 from lightning_optim.optim.newton_schulz import orthogonalize
-from lightning_optim.param_groups import ParamGroupRule, is_hidden_matrix, named_parameters
+from lightning_optim.param_groups import ParamGroupRule, is_hidden_matrix, named_parameters, why_not_hidden
 from tests.optim.cases import assert_same, copies, give, gradients
 
 both = pytest.mark.parametrize("optimizer_class", [optim.Muon, optim.NorMuon])
@@ -183,7 +183,7 @@ def test_a_vector_cannot_be_given_to_the_rule(optimizer_class: Any) -> None:
     [
         ({"adjust_lr_fn": "rms"}, r"Muon: adjust_lr_fn='rms'; needed is None, 'original' or 'match_rms_adamw'"),
         ({"ns_steps": 0}, r"ns_steps=0; needed is a whole number from 1 to 99"),
-        ({"ns_coefficients": (1.0, 2.0)}, r"ns_coefficients=\(1.0, 2.0\); needed are three"),
+        ({"ns_coefficients": (1.0, 2.0)}, r"ns_coefficients=\(1.0, 2.0\) has 2 numbers; needed are 3"),
         ({"adamw_betas": (0.9, 1.0)}, r"AdamW: betas\[1\]=1.0 is out of range"),
     ],
 )
@@ -261,6 +261,11 @@ def test_modules_tell_kernels_from_stacks_and_which_kernels_are_depthwise() -> N
     assert found[:2] == [("default", None, True, 2), ("default_stacks", None, False, 1)]
     assert found[2:] == [("default_adamw", "adamw", None, 7)]
     optim.Muon(groups)
+
+
+def test_a_state_space_calls_it_d_in_capitals() -> None:
+    weight = torch.ones(4, 4)
+    assert [why_not_hidden(weight, [f"mixer.{name}"]) for name in ("D", "Ds", "d")] == ["state space"] * 2 + [None]
 
 
 class Output(nn.Module):

@@ -55,6 +55,7 @@ TAMPERED = [
     pytest.param(optim.AdamW, _put("step", lambda s: s * torch.nan), "'step'.*is nan", id="count_not_a_number"),
     pytest.param(optim.AdamW, _put("step", lambda s: s.to("meta")), "'step'.*meta", id="count_without_numbers"),
     pytest.param(optim.AdamW, _put("exp_avg", lambda s: s.to("meta")), "'exp_avg'.*meta", id="without_numbers"),
+    pytest.param(optim.AdamW, _put("step", torch._neg_view), "'step'.*is lazily negated", id="negated_count"),
     pytest.param(optim.AdamW, _put("step", Tensor.to_sparse), "'step'.*sparse", id="sparse_count"),
     pytest.param(optim.AdamW, _put("step", lambda s: "many"), "'step'.*'many'; needed is a tensor", id="words"),
     pytest.param(optim.AdamW, _put("exp_avg_sq", emptied), "'exp_avg_sq'.*resized", id="emptied"),
@@ -119,6 +120,21 @@ def test_codes_whose_key_is_missing_get_one(backend: str) -> None:
     optimizer.param_groups[0]["state_bits"] = 32
     optimizer.step()
     assert optimizer.state[param]["rounding_key"].dtype == torch.int64
+
+
+@each_backend
+def test_moments_in_16_bits_that_are_too_small_for_8_go_on_as_they_are(backend: str) -> None:
+    param = torch.randn(6, 5).requires_grad_()
+    first, second = (optim.Lion([param], state_bits=bits, backend=backend) for bits in (16, 8))
+    param.grad = torch.randn(6, 5)
+    first.step()
+    saved = first.state_dict()
+    del saved["state"][0]["rounding_key"]
+    saved["param_groups"][0]["state_bits"] = 8
+    second.load_state_dict(saved)
+    second.step()
+    assert second.state[param]["exp_avg"].dtype == torch.bfloat16
+    assert second.state[param]["rounding_key"].dtype == torch.int64
 
 
 def test_an_unknown_rule_is_called_by_the_option() -> None:

@@ -4,13 +4,17 @@ PYTHON ?= python3
 VENV ?= .venv
 # Tests run in so many processes, of one thread each; 1 to see them in order.
 WORKERS ?= 2
+# How pytest-xdist hands tests to them; `worksteal` splits files as well.
+DIST ?= loadfile
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+OLDEST_VERSIONS := 'torch==2.11.*' 'lightning==2.6.*' 'numba==0.60.*'
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 # Threads that wait for each other by spinning starve each other on machines with less cores to spare than they think.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all lint docs bench clean
+.PHONY: help demo test test-all test-oldest coverage lint docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## List what can be made
@@ -19,11 +23,25 @@ help: ## List what can be made
 demo: $(VENV)/.demo ## Train a small language model on the standard library's sources and show what came out
 	$(BIN)/lightning-optim fit --config examples/char_lm.yaml
 
-test: $(VENV)/.dev lint ## Everything that CI runs
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+test: $(VENV)/.dev lint docs ## Everything that CI runs
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist $(DIST)
 
-test-all: $(VENV)/.dev lint ## The same, with the tests that take minutes
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m ""
+test-all: $(VENV)/.dev lint docs ## The same, with the tests that take minutes
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist $(DIST) -m ""
+
+# Apart from `test`, which measuring slows down.
+coverage: $(VENV)/.dev ## Branch coverage of what `test` runs
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest --numprocesses $(WORKERS) --dist $(DIST)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+# Without constraints.txt, whose versions are the newest. Set PIP_EXTRA_INDEX_URL where torch for the CPU has an index
+# of its own.
+test-oldest: ## The default tests with the oldest torch, Lightning and numba that pyproject.toml allows
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet $(OLDEST_VERSIONS) --editable '.[dev]'
+	$(OLDEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist $(DIST)
 
 lint: $(VENV)/.dev ## Style and types
 	$(BIN)/ruff check .
@@ -37,7 +55,7 @@ bench: $(VENV)/.dev ## Measure; minutes, on a quiet machine
 	$(BIN)/python -m tests.benchmarks
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) site dist runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .coverage .coverage.* site dist runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: the other packages would pull in a build with CUDA.
 $(VENV)/.torch: constraints.txt

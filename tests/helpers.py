@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,35 @@ class BareNet(Net):
     """The same without ``configure_optimizers``, which Lightning finds out from the class."""
 
     configure_optimizers = L.LightningModule.configure_optimizers
+
+
+class TwoOptimizers(Net):
+    """Manual optimization: an optimizer of the body and one of the head, each of which steps once in a batch.
+
+    Args:
+        makes: What makes each of the two from its parameters.
+        factor: By what the loss is multiplied, from the optimizer's number and the batch's.
+    """
+
+    def __init__(
+        self,
+        *makes: Callable[[Iterator[nn.Parameter]], Optimizer],
+        factor: Callable[[int, int], float] = lambda index, batch_idx: 1.0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.makes, self.factor = makes, factor
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        for index, optimizer in enumerate(self.optimizers()):
+            optimizer.zero_grad()
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss * self.factor(index, batch_idx))
+            optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        return [make(part.parameters()) for make, part in zip(self.makes, (self.body, self.head), strict=True)]
 
 
 class Ramp(L.LightningModule):
@@ -202,6 +231,23 @@ class Recorder(L.Callback):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+class SaveAt(L.Callback):
+    """Saves one checkpoint, behind the first batch after which the run has taken ``step`` steps.
+
+    Args:
+        step: Value of ``trainer.global_step``.
+        path: File or folder of the checkpoint.
+    """
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path, self._saved = step, path, False
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.step and not self._saved:
+            self._saved = True
+            trainer.save_checkpoint(self.path)
 
 
 class Snapshots(L.Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import lightning.pytorch as L
 import pytest
@@ -14,13 +15,15 @@ from torch.utils.checkpoint import checkpoint
 import lightning_optim as lo
 from lightning_optim.callbacks._hub import CHECKPOINT_KEY
 from lightning_optim.clipping import GroupNorm, list_clip_rules
-from tests.distributed.fsdp2_script import RULES
+from tests.clip_rules import OF_NET
 from tests.helpers import (
     ADAMWS,
     PRECISIONS,
     Net,
     Recorder,
+    SaveAt,
     StatefulLoader,
+    TwoOptimizers,
     batches,
     bit_equal,
     make_trainer,
@@ -28,14 +31,14 @@ from tests.helpers import (
     read_events,
 )
 
-EVERY = pytest.mark.parametrize("rule", RULES)
+EVERY = pytest.mark.parametrize("rule", OF_NET)
 KINDS = pytest.mark.parametrize("kind", ADAMWS)
 
 
 def _fit(rule, kind="ours", model=None, callbacks=(), loader=None, **options):
     model = model or Net()
     recorder = Recorder()
-    clipping = lo.GradientClipping(method=RULES[rule]())
+    clipping = lo.GradientClipping(method=OF_NET[rule]())
     configure = lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01)
     trainer = make_trainer([configure, clipping, lo.OptimizerMonitor(), recorder, *callbacks], **options)
     trainer.fit(model, loader or batches(12))
@@ -43,7 +46,7 @@ def _fit(rule, kind="ours", model=None, callbacks=(), loader=None, **options):
 
 
 def test_every_method_is_tested_here():
-    assert sorted(RULES) == list_clip_rules()
+    assert sorted(OF_NET) == list_clip_rules()
 
 
 # Precisions.
@@ -156,7 +159,7 @@ def test_checkpointed_and_compiled_modules_are_clipped_alike(rule, cls):
 def test_a_compiled_lightning_module_keeps_its_names_and_is_clipped_alike():
     model = Net()
     configure = lo.ConfigureOptimizers("adamw", lr=0.01)
-    trainer = make_trainer([lo.GradientClipping(method=RULES["agc"]()), configure])
+    trainer = make_trainer([lo.GradientClipping(method=OF_NET["agc"]()), configure])
     lo.attach(model, configure)
     trainer.fit(torch.compile(model, backend="eager"), batches(12))
     other, _, _ = _fit("agc")
@@ -173,32 +176,26 @@ def test_a_compiled_lightning_module_keeps_its_names_and_is_clipped_alike():
     [("value", {"max_value": 0.01}), ("block_rms", {"max_rms": 0.01}), ("group_norm", {"max_norm": 0.25})],
 )
 def test_manual_optimization_clips_only_the_parameters_of_the_optimizer_that_steps(name, fused, method, kwargs):
-    class Manual(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.left = []
+    left = []
 
+    class OneBackward(TwoOptimizers):
         def training_step(self, batch, batch_idx):
             x, y = batch
             first, second = self.optimizers()
             self.manual_backward(nn.functional.mse_loss(self(x), y) * 10)
             before = [p.grad.clone() for p in self.head.parameters()]
             first.step()  # of the body
-            self.left.append(bit_equal(before, [p.grad for p in self.head.parameters()]))
+            left.append(bit_equal(before, [p.grad for p in self.head.parameters()]))
             second.step()
             first.zero_grad()
             second.zero_grad()
 
-        def configure_optimizers(self):
-            return [torch.optim.SGD(part.parameters(), lr=1.0, fused=fused) for part in (self.body, self.head)]
-
-    model, recorder = Manual(), Recorder()
+    model, recorder = OneBackward(*[partial(torch.optim.SGD, lr=1.0, fused=fused)] * 2), Recorder()
     before = [p.detach().clone() for p in model.parameters()]
     clipping = lo.GradientClipping(method=method, method_kwargs=kwargs)
     options = precision(name)
     make_trainer([clipping, recorder], limit_train_batches=1, **options).fit(model, batches(4))
-    assert model.left == [True]
+    assert left == [True]
     moved = [b - a for a, b in zip(recorder.weights[0], before, strict=True)]
     for part in (moved[:2], moved[4:]):
         largest = max(float(t.abs().max()) for t in part)
@@ -251,7 +248,7 @@ def test_weight_averaging_beside_it_changes_nothing_of_the_training(rule):
 @pytest.mark.parametrize("rule", ["global_norm", "agc", "adagc", "value"])
 def test_schedule_free_optimizers_are_clipped_at_their_training_point(rule):
     model = Net()
-    clipping = lo.GradientClipping(method=RULES[rule]())
+    clipping = lo.GradientClipping(method=OF_NET[rule]())
     configure = lo.ConfigureOptimizers("schedulefreeadamw", lr=0.01)
     trainer = make_trainer([configure, clipping, lo.ScheduleFree(), lo.DivergenceGuard()])
     trainer.fit(model, batches(8), batches(1))
@@ -267,16 +264,10 @@ def test_schedule_free_optimizers_are_clipped_at_their_training_point(rule):
 @pytest.mark.filterwarnings("ignore:Step .* skipped")
 def test_a_run_resumed_in_the_middle_of_a_window_ends_bit_equal(rule, kind, at, tmp_path):
     path = tmp_path / "middle.ckpt"
-
-    class SaveAt(L.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            if trainer.global_step == at:
-                trainer.save_checkpoint(path)
-
-    whole, _, expected = _fit(rule, kind, Net([5]), [SaveAt()], StatefulLoader(14, []))
+    whole, _, expected = _fit(rule, kind, Net([5]), [SaveAt(at, path)], StatefulLoader(14, []))
     assert "lightning_optim" in torch.load(path, weights_only=True)
     model = Net([5])
-    clipping = lo.GradientClipping(method=RULES[rule]())
+    clipping = lo.GradientClipping(method=OF_NET[rule]())
     configure = lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01)
     make_trainer([configure, clipping]).fit(model, StatefulLoader(14, []), ckpt_path=path)
     assert bit_equal(list(model.parameters()), list(whole.parameters()))
@@ -297,13 +288,7 @@ def test_a_schedule_moves_the_limit_over_the_run_and_over_a_resume(logger, tmp_p
         ]
 
     path = tmp_path / "middle.ckpt"
-
-    class SaveAt(L.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            if trainer.global_step == 3:
-                trainer.save_checkpoint(path)
-
-    make_trainer([*parts(), SaveAt()]).fit(Net(), StatefulLoader(10, []))
+    make_trainer([*parts(), SaveAt(3, path)]).fit(Net(), StatefulLoader(10, []))
     make_trainer(parts(), logger=logger).fit(Net(), StatefulLoader(10, []), ckpt_path=path)
     norms = read_events(logger.log_dir)["optim_grad_norm_clipped/total"]
     assert [step for step, _ in norms] == list(range(3, 10))

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 
 import lightning.pytorch as L
 import pytest
 import torch
-from torch import nn
 
 import lightning_optim as lo
 from lightning_optim.divergence import Detector
@@ -16,6 +16,7 @@ from tests.helpers import (
     Net,
     Recorder,
     Snapshots,
+    TwoOptimizers,
     batches,
     bit_equal,
     make_trainer,
@@ -132,26 +133,12 @@ def test_overflows_of_the_scaler_count_and_hold_the_schedule_without_a_guard(kin
 
 
 def test_only_the_optimizer_with_bad_gradients_is_skipped():
-    class TwoOptimizers(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            x, y = batch
-            for index, optimizer in enumerate(self.optimizers()):
-                optimizer.zero_grad()
-                loss = nn.functional.mse_loss(self(x), y)
-                self.manual_backward(loss * float("nan") if (index, batch_idx) == (1, 2) else loss)
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [
-                torch.optim.AdamW(self.body.parameters(), lr=0.01, fused=True),
-                torch.optim.AdamW(self.head.parameters(), lr=0.01),
-            ]
-
-    model, guard, snapshots = TwoOptimizers(), lo.DivergenceGuard(), Snapshots()
+    model = TwoOptimizers(
+        partial(torch.optim.AdamW, lr=0.01, fused=True),
+        partial(torch.optim.AdamW, lr=0.01),
+        factor=lambda index, batch_idx: float("nan") if (index, batch_idx) == (1, 2) else 1.0,
+    )
+    guard, snapshots = lo.DivergenceGuard(), Snapshots()
     make_trainer([guard, snapshots]).fit(model, batches(4))
     assert guard.skipped_steps == 1
     before, after = snapshots.before[2]["parameters"], snapshots.after[2]["parameters"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 
 import lightning.pytorch as L
 import pytest
@@ -18,6 +19,7 @@ from tests.helpers import (
     PRECISIONS,
     Net,
     Snapshots,
+    TwoOptimizers,
     batches,
     bit_equal,
     make_trainer,
@@ -166,26 +168,10 @@ def test_a_cut_of_the_rate_stays_and_returns_and_no_schedule_minds():
 
 
 def test_two_optimizers_are_guarded_apart():
-    class Two(Net):
-        automatic_optimization = False
-
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            x, y = batch
-            for index, optimizer in enumerate(self.optimizers()):
-                optimizer.zero_grad()
-                loss = torch.nn.functional.mse_loss(self(x), y)
-                self.manual_backward(loss * (50.0 if (index, batch_idx) == (1, 40) else 1.0))
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [torch.optim.Adam(part.parameters(), lr=1e-3) for part in (self.body, self.head)]
-
+    make = partial(torch.optim.Adam, lr=1e-3)
+    model = TwoOptimizers(make, make, factor=lambda index, batch_idx: 50.0 if (index, batch_idx) == (1, 40) else 1.0)
     guard = lo.DivergenceGuard(QUICK, health=None)
-    make_trainer([guard]).fit(Two(), batches(60, batch_size=32))
+    make_trainer([guard]).fit(model, batches(60, batch_size=32))
     (entry,) = guard.report.entries
     assert (entry.kind, entry.step, entry.optimizer) == ("spike", 40, 1)
     assert set(entry.names) <= {"head.weight", "head.bias", "body.weight", "body.bias", "norm.weight", "norm.bias"}

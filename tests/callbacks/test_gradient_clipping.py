@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import lightning_optim as lo
-from tests.helpers import ADAMWS, PRECISIONS, Net, Ramp, Recorder, batches, make_trainer, precision, read_events
+from tests.helpers import (
+    ADAMWS,
+    PRECISIONS,
+    Net,
+    Ramp,
+    Recorder,
+    TwoOptimizers,
+    batches,
+    make_trainer,
+    precision,
+    read_events,
+)
 
 LOUD = 30.0  # makes gradients far above a norm of 1
 
@@ -107,25 +119,8 @@ def test_works_with_the_modules_own_optimizer_and_no_callback_for_it():
 @pytest.mark.parametrize("name", PRECISIONS)
 @pytest.mark.parametrize("fused", [True, False])
 def test_manual_optimization_with_two_optimizers_is_clipped_each(name, fused):
-    class Manual(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                x, y = batch
-                self.manual_backward(nn.functional.mse_loss(self(x), y) * 10)
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [
-                torch.optim.SGD(self.body.parameters(), lr=1.0, fused=fused),
-                torch.optim.SGD(self.head.parameters(), lr=1.0, fused=fused),
-            ]
-
-    model, recorder = Manual(), Recorder()
+    make = partial(torch.optim.SGD, lr=1.0, fused=fused)
+    model, recorder = TwoOptimizers(make, make, factor=lambda index, batch_idx: 10.0), Recorder()
     before = [p.detach().clone() for p in model.parameters()]
     trainer = make_trainer([lo.GradientClipping(0.25), recorder], limit_train_batches=1, **precision(name))
     trainer.fit(model, batches(4))

@@ -126,7 +126,14 @@ def test_schedules_of_others_are_left_to_them():
                 {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), "interval": "step"},
             ]
 
-    make_trainer([lo.GradientClipping()]).fit(Two(), batches(4))
+    recorder = Recorder()
+    trainer = make_trainer([lo.GradientClipping(), recorder])
+    trainer.fit(Two(), batches(4))
+    constant, exponential = (config.scheduler for config in trainer.lr_scheduler_configs)
+    assert (constant.last_epoch, exponential.last_epoch) == (4, 4)
+    # ConstantLR takes a third until its fifth step; the other multiplies on top of it.
+    rates = [0.1 / 3 * 0.9**step for step in range(4)]
+    assert [row[0] for row in recorder.rates] == pytest.approx(rates)
 
 
 # What a fit leaves behind, however it ends.
@@ -305,9 +312,13 @@ def test_an_optimizer_kept_from_an_interrupted_fit_is_not_clipped_any_more():
 def test_a_module_keeps_what_was_attached_by_hand():
     model, configure = BareNet(), lo.ConfigureOptimizers("sgd", lr=0.1)
     lo.attach(model, configure)
-    for _ in range(2):
-        make_trainer([configure]).fit(model, batches(2))
-    make_trainer().fit(model, batches(2))
+    attached = vars(model)["configure_optimizers"]
+    for callbacks in ([configure], [configure], []):
+        trainer = make_trainer(callbacks)
+        trainer.fit(model, batches(2))
+        assert vars(model)["configure_optimizers"] is attached
+        assert type(trainer.optimizers[0]) is lo.optim.SGD
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
 
 
 def test_a_hub_does_not_keep_its_trainer_alive():

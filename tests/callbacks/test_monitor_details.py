@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from functools import partial
 
 import lightning.pytorch as L
 import numpy as np
@@ -17,7 +18,14 @@ import lightning_optim as lo
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Histograms, PerTensor, StepReport
 from lightning_optim.diagnostics.magnitudes import EDGES, TAGS
 from lightning_optim.step.histograms import ABOVE, BELOW, COLUMNS, FIRST, KINDS, NOT_FINITE, ZERO, magnitudes
-from tests.helpers import ADAMWS, Net, batches, make_trainer, precision
+from tests.helpers import (
+    ADAMWS,
+    Net,
+    TwoOptimizers,
+    batches,
+    make_trainer,
+    precision,
+)
 
 RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
 
@@ -135,22 +143,9 @@ def test_images_of_all_tensors_over_time(logger):
 
 
 def test_several_optimizers_have_tables_and_histograms_of_their_own(logger):
-    class Manual(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(super().training_step(batch, batch_idx))
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(self.body.parameters(), lr=0.1), torch.optim.AdamW(self.head.parameters(), lr=0.2)]
-
+    model = TwoOptimizers(partial(torch.optim.SGD, lr=0.1), partial(torch.optim.AdamW, lr=0.2))
     monitor = lo.OptimizerMonitor(per_tensor=PerTensor(heat_maps=["zero"]), histograms=Histograms(["grad"], every=2))
-    make_trainer([monitor], logger=logger).fit(Manual(), batches(4))
+    make_trainer([monitor], logger=logger).fit(model, batches(4))
     events = _events(logger)
     assert set(events.Tags()["histograms"]) == {"optim_grad/0.histogram/0", "optim_grad/1.histogram/0"}
     for index, layer in enumerate(("body", "head")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import lightning.pytorch as L
 import pytest
@@ -14,8 +15,14 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 import lightning_optim as lo
 from lightning_optim.callbacks._monitor.page import log_scalars
-from tests.distributed.monitor_script import Drift, drifting
-from tests.helpers import Net, batches, make_trainer, read_events
+from tests.distributed.monitor_fits import Drift, drifting
+from tests.helpers import (
+    Net,
+    TwoOptimizers,
+    batches,
+    make_trainer,
+    read_events,
+)
 
 RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
 
@@ -66,23 +73,10 @@ def test_the_screen_covers_all_tags_and_no_chart_is_empty(logger):
 
 
 def test_the_screen_of_several_optimizers_shows_each_and_the_run_once(logger):
-    class Manual(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                loss = super().training_step(batch, batch_idx)
-                self.manual_backward(loss)
-                optimizer.step()
-            return loss
-
-        def configure_optimizers(self):
-            return [torch.optim.AdamW(layer.parameters(), lr=0.1) for layer in (self.body, self.head)]
-
-    make_trainer([lo.DivergenceGuard(), lo.OptimizerMonitor()], logger=logger).fit(Manual(), batches(6))
+    make = partial(torch.optim.AdamW, lr=0.1)
+    make_trainer([lo.DivergenceGuard(), lo.OptimizerMonitor()], logger=logger).fit(
+        TwoOptimizers(make, make), batches(6)
+    )
     page = _page(logger)
     tags = page.Tags()["scalars"]
     found = {title: {t for p in ps for t in tags if re.search(p, t)} for title, ps in _charts(page).items()}

@@ -11,8 +11,15 @@ import torch
 
 import lightning_optim as lo
 from lightning_optim import schedules as s
-from tests.callbacks.test_schedules import Hyperparameters, SaveAt
-from tests.helpers import Net, Recorder, StatefulLoader, bit_equal, make_trainer
+from tests.callbacks.test_schedules import Hyperparameters
+from tests.helpers import (
+    Net,
+    Recorder,
+    SaveAt,
+    StatefulLoader,
+    bit_equal,
+    make_trainer,
+)
 
 COUNT = 8
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import time
+from functools import partial
 
 import lightning.pytorch as L
 import pytest
@@ -14,7 +15,15 @@ import lightning_optim as lo
 from lightning_optim.core import transfer
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histograms, PerTensor
 from lightning_optim.divergence import LRCut, Rollback
-from tests.helpers import ADAMWS, Net, batches, make_trainer, precision, read_events
+from tests.helpers import (
+    ADAMWS,
+    Net,
+    TwoOptimizers,
+    batches,
+    make_trainer,
+    precision,
+    read_events,
+)
 
 RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
 
@@ -177,21 +186,8 @@ def test_points_are_written_even_if_training_fails(logger):
 
 
 def test_several_optimizers_get_tags_of_their_own(logger):
-    class Manual(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(super().training_step(batch, batch_idx))
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(self.body.parameters(), lr=0.1), torch.optim.AdamW(self.head.parameters(), lr=0.2)]
-
-    make_trainer([lo.OptimizerMonitor()], logger=logger).fit(Manual(), batches(4))
+    model = TwoOptimizers(partial(torch.optim.SGD, lr=0.1), partial(torch.optim.AdamW, lr=0.2))
+    make_trainer([lo.OptimizerMonitor()], logger=logger).fit(model, batches(4))
     events = read_events(logger.log_dir)
     assert [value for _, value in events["optim_lr/0.0"]] == pytest.approx([0.1] * 4)
     assert [value for _, value in events["optim_lr/1.0"]] == pytest.approx([0.2] * 4)

@@ -1,28 +1,26 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_optim as lo
-from tests.helpers import ADAMWS, Net, Recorder, StatefulLoader, batches, bit_equal, make_trainer, read_events
+from tests.helpers import (
+    ADAMWS,
+    Net,
+    Recorder,
+    SaveAt,
+    StatefulLoader,
+    batches,
+    bit_equal,
+    make_trainer,
+    read_events,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Step .* skipped"),
     pytest.mark.filterwarnings("ignore:Resumed on the old curve"),  # runs that are prolonged, see test_on_resume
 ]
-
-
-class SaveAt(L.Callback):
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step and not self.path.exists():
-            trainer.save_checkpoint(self.path)
 
 
 def _parts(kind="ours"):

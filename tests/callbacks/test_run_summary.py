@@ -42,14 +42,17 @@ def test_without_a_choice_every_logged_metric_is_shown(capsys):
     assert "tensorboard" not in out
 
 
-def test_a_metric_that_nobody_logged_is_said_not_to_be(capsys):
+def test_a_metric_without_a_log_is_reported_as_not_logged(capsys):
     make_trainer([_configure(), lo.RunSummary({"val_los": "loss"})]).fit(Net(), batches(2))
     assert "not logged" in _lines(capsys.readouterr().out, "loss")[0]
 
 
 @pytest.mark.parametrize("options", [{"max_epochs": 0}, {"limit_train_batches": 0}])
-def test_a_run_without_a_step_is_summed_up_all_the_same(options):
+def test_a_run_without_a_step_is_summed_up_all_the_same(options, capsys):
     make_trainer([_configure(), lo.RunSummary()], **options).fit(Net(), batches(2))
+    out = capsys.readouterr().out
+    assert _lines(out, "steps clipped")[0].split()[-2] == "-"
+    assert _lines(out, "steps skipped")[0].split()[-2] == "0"
 
 
 def test_resuming_a_finished_run_is_harmless(tmp_path):

@@ -8,7 +8,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_optim as lo
-from tests.helpers import Net, Recorder, StatefulLoader, batches, bit_equal, make_trainer
+from tests.helpers import (
+    Net,
+    Recorder,
+    SaveAt,
+    StatefulLoader,
+    batches,
+    bit_equal,
+    make_trainer,
+)
 
 
 class Watched(Net):
@@ -58,15 +66,6 @@ def expected(steps):
     return points, averages
 
 
-class SaveAt(L.Callback):
-    def __init__(self, folder, *steps: int, **options) -> None:
-        self.folder, self.steps, self.options = folder, steps, options
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step in self.steps:
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt", **self.options)
-
-
 @pytest.mark.parametrize("sanity", [0, 1])
 def test_validation_sees_the_average_and_training_goes_on_as_if_it_had_not_been(sanity):
     points, averages = expected(8)
@@ -110,7 +109,7 @@ def test_a_resumed_run_ends_bit_equal(tmp_path, at, via_configure):
         trainer.fit(model, StatefulLoader(4, []), batches(1), ckpt_path=ckpt_path)
         return weights(model), trainer.optimizers[0].state_dict()
 
-    whole = fit(SaveAt(tmp_path, at))
+    whole = fit(SaveAt(at, tmp_path / f"{at}.ckpt"))
     assert bit_equal(fit(ckpt_path=tmp_path / f"{at}.ckpt"), whole)
 
 
@@ -172,7 +171,7 @@ def test_it_works_with_the_authors_own_optimizer():
 
 
 def test_without_it_a_resumed_step_says_what_is_missing(tmp_path):
-    make_trainer([lo.ScheduleFree(), SaveAt(tmp_path, 4)]).fit(Watched(), batches(4))
+    make_trainer([lo.ScheduleFree(), SaveAt(4, tmp_path / "4.ckpt")]).fit(Watched(), batches(4))
     with pytest.raises(RuntimeError, match="the callback ScheduleFree"):
         make_trainer(max_epochs=2).fit(Watched(), batches(4), ckpt_path=tmp_path / "4.ckpt")
 

@@ -12,19 +12,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_optim as lo
 from lightning_optim import schedules as s
-from tests.helpers import Net, Ramp, Recorder, StatefulLoader, batches, make_trainer
+from tests.helpers import (
+    Net,
+    Ramp,
+    Recorder,
+    SaveAt,
+    StatefulLoader,
+    batches,
+    make_trainer,
+)
 from tests.schedules.cases import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Step .* skipped")
-
-
-class SaveAt(L.Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step and not self.path.exists():
-            trainer.save_checkpoint(self.path)
 
 
 class Logs(Net):

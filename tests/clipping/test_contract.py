@@ -27,22 +27,11 @@ from lightning_optim.clipping import (
 )
 from lightning_optim.divergence import Detector
 from lightning_optim.step import StepPipeline
+from tests.clip_rules import OF_CASES
 from tests.helpers import bit_equal
 from tests.optimizer_cases import OURS, TORCH, TORCH_FUSED, Case, set_gradients
 
-# All with limits that bind now and then, and warmups that end.
-RULES = {
-    "adagc": AdaGC(max_norm=2.0, warmup=4, patience=5),
-    "agc": AGC(0.5),
-    "autoclip": AutoClip(80.0, window=8, warmup=2),
-    "block_rms": BlockRMS(0.9),
-    "global_norm": GlobalNorm(3.5),
-    "group_norm": GroupNorm(3.5),
-    "momentum_ratio": MomentumRatio(ratio=2.0, warmup=3),
-    "update_rms": UpdateRMS(0.9),
-    "value": Value(1.5),
-    "zclip": ZClip(threshold=0.5, window=12, warmup=4, patience=5),
-}
+RULES = {name: make() for name, make in OF_CASES.items()}
 ADAPTIVE = ("adagc", "autoclip", "zclip")
 STATEFUL = (*ADAPTIVE, "momentum_ratio")
 EVERY = pytest.mark.parametrize("name", RULES)

@@ -1,76 +1,123 @@
-"""Runs a script in several processes that form one gloo group, for tests of what ranks do together."""
+"""Ranks: processes that form one gloo group and do together what they are given, one thing after another.
+
+They start within milliseconds (`tests.forked`), run a function of an importable module, and send back what it returns.
+"""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import NoReturn
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).parents[2]
-
-_AROUND = """
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from tests import ranks
-rank = ranks.join()
-mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-{script}
-ranks.leave()
-"""
+from tests import forked
 
 
-def join() -> int:
-    """Enters the group that `run_ranks` has prepared, and returns the rank."""
-    _, rank, world_size, store = sys.argv
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", rank=int(rank), world_size=int(world_size), store=dist.FileStore(store, int(world_size))
-    )
-    return int(rank)
+class Ranks:
+    """Processes that are kept from one call to the next, because imports take longer than most of what ranks do.
 
-
-def leave() -> NoReturn:
-    """Ends a rank that has done all its work.
-
-    Without the interpreter's usual end: with torch 2.13 a process that has used gloo aborts there about one time in
-    fifty ("terminate called without an active exception"), with nothing of this package imported.
+    Args:
+        world_size: Number of processes.
+        join: Whether they form the process group at once; Lightning's strategies do so themselves.
     """
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+
+    def __init__(self, world_size: int = 2, join: bool = False) -> None:
+        self._world_size, self._join = world_size, join
+        self._members: list[tuple[ForkServerProcess, Connection]] = []
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+        """Call ``function`` on all ranks; return what each returned.
+
+        Raises:
+            AssertionError: A rank failed, or there was no answer in time. The next call gets new processes.
+        """
+        if not self._members:
+            self._start()
+        answers = []
+        try:
+            for _, connection in self._members:
+                connection.send((function, args))
+            for rank, (_, connection) in enumerate(self._members):
+                assert connection.poll(timeout), f"rank {rank} gave no answer within {timeout} s"
+                answer, error = pickle.loads(connection.recv_bytes())
+                assert error is None, f"rank {rank}: {error}"
+                answers.append(answer)
+        except BaseException:
+            self.close()
+            raise
+        return answers
+
+    def close(self) -> None:
+        """End the processes."""
+        while self._members:
+            process, connection = self._members.pop()
+            connection.close()
+            process.kill()
+            process.join()
+
+    def _start(self) -> None:
+        context = forked.context()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(self._world_size):
+            here, there = context.Pipe()
+            environment = _environment(rank, self._world_size, port)
+            process = context.Process(target=_serve, args=(there, environment, self._join))
+            process.start()
+            there.close()
+            self._members.append((process, here))
 
 
-def run_ranks(script: str, folder: Path, world_size: int = 2, timeout: float = 200) -> list[str]:
-    """Runs `script` on every rank, where `rank`, `mesh`, `torch` and `dist` are defined; returns what each printed.
+def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = 200) -> list[Any]:
+    """Call ``function`` on ranks that have joined a group, and end them; return what each returned.
 
     Raises:
-        AssertionError: a rank failed; the message has what the ranks wrote to standard error.
+        AssertionError: A rank failed, or there was no answer in time.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _AROUND.format(script=script)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(world_size), str(folder / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        printed = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(errors for _, errors in printed)
-    return [output for output, _ in printed]
+    with Ranks(world_size, join=True) as ranks:
+        return ranks.run(function, *args, timeout=timeout)
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher leaves, so that Lightning starts no processes and torch finds the group."""
+    return {
+        "LOCAL_RANK": str(rank),
+        "RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _serve(connection: Connection, environment: dict[str, str], join: bool) -> None:
+    forked.quiet()
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "PL_")):  # of a cluster's job in which the tests run
+            del os.environ[name]
+    os.environ |= environment
+    if join:
+        dist.init_process_group("gloo")
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            forked.end()
+        try:
+            answer = function(*args), None
+        except BaseException:
+            answer = None, traceback.format_exc()
+        connection.send_bytes(pickle.dumps(answer))  # `send` would put each tensor into shared memory

@@ -1,35 +1,20 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.distributed.ddp_script import BAD_STEP, KINDS, STEPS
-from tests.distributed.fsdp2_script import RULES
+from tests.clip_rules import OF_NET
+from tests.distributed.ddp_fits import BAD_STEP, KINDS, STEPS, fit_all
+from tests.distributed.ranks import Ranks
 from tests.helpers import bit_equal, read_events
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One launch for all kinds of optimizers, because starting the processes takes longer than training."""
+    """One start of the ranks for all kinds of optimizers, because starting them takes longer than training."""
     folder = tmp_path_factory.mktemp("ddp")
-    ignored = ("SLURM", "PL_", "LOCAL_RANK", "MASTER_")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(ignored)}
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "distributed" / "ddp_script.py", folder],
-        cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr
+    with Ranks(2) as ranks:
+        ranks.run(fit_all, folder, timeout=250)
     return folder
 
 
@@ -52,7 +37,7 @@ def test_the_log_of_the_rank_that_met_no_nan_shows_the_skip(runs, kind):
     assert skipped[BAD_STEP] == 1
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", OF_NET)
 def test_every_way_to_clip_decides_alike_on_all_ranks_and_weights_stay_identical(runs, rule):
     first, second = (torch.load(runs / f"{rule}-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["counts"] == second["counts"]

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.distributed.fsdp2_script import BAD_STEP, RUNS, STEPS, fit
+from tests.distributed.fsdp2_fits import BAD_STEP, RUNS, STEPS, fit, fit_all
+from tests.distributed.ranks import Ranks
 from tests.helpers import ADAMWS, bit_equal, read_events
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:Step .* skipped")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One launch for all, because starting the processes takes longer than training."""
+    """One start of the ranks for all, because starting them takes longer than training."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    ignored = ("SLURM", "PL_", "LOCAL_RANK", "MASTER_")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(ignored)}
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "distributed" / "fsdp2_script.py", folder],
-        cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    with Ranks(2) as ranks:
+        return folder, ranks.run(fit_all, folder, timeout=250)
 
 
 def read_details(folder):

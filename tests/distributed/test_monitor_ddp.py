@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.distributed.monitor_script import BATCH, KINDS, MEAN, SPREAD, STEPS
+from tests.distributed.monitor_fits import BATCH, KINDS, MEAN, SPREAD, STEPS, fit_all
+from tests.distributed.ranks import Ranks
 from tests.helpers import read_events
 from tests.quantities import compare
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One launch for all."""
+    """One start of the ranks for all."""
     folder = tmp_path_factory.mktemp("monitor")
-    ignored = ("SLURM", "PL_", "LOCAL_RANK", "MASTER_")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(ignored)}
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "distributed" / "monitor_script.py", folder],
-        cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    with Ranks(2) as ranks:
+        return folder, ranks.run(fit_all, folder, timeout=250)
 
 
 @pytest.mark.parametrize("kind", KINDS)

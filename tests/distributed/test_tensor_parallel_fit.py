@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.tensor_parallel_fit import BAD_STEP, RUNS, STEPS, fit
+from tests.distributed.ranks import Ranks
+from tests.distributed.tensor_parallel_fits import BAD_STEP, RUNS, STEPS, fit, fit_all
 from tests.helpers import bit_equal, read_events
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Step .* skipped")]
 EACH_ITS_OWN = ("optim_loss/", "optim_speed/")  # a clock; and a loss that is NaN on some ranks only
 
@@ -24,24 +21,8 @@ def runs(tmp_path_factory):
     @cache
     def run(data_parallel_size: int) -> tuple[Path, list[dict]]:
         folder = tmp_path_factory.mktemp("tensor_parallel")
-        ignored = ("SLURM", "PL_", "LOCAL_RANK", "MASTER_")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(ignored)}
-        done = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "tests" / "distributed" / "tensor_parallel_fit.py",
-                folder,
-                str(data_parallel_size),
-            ],
-            cwd=ROOT,
-            env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            text=True,
-            capture_output=True,
-            timeout=280,
-        )
-        assert done.returncode == 0, done.stderr
-        ranks = range(2 * data_parallel_size)
-        return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in ranks]
+        with Ranks(2 * data_parallel_size) as ranks:
+            return folder, ranks.run(fit_all, folder, data_parallel_size, timeout=280)
 
     return run
 

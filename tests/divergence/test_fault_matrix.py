@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.distributed.ranks import Ranks
 from tests.divergence import bad_batches, bad_runs
 from tests.divergence.runs import Cell, Fault
-from tests.forked import Ranks
 from tests.helpers import PRECISIONS, bit_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -91,9 +91,8 @@ def _cells() -> Iterator[object]:
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Ranks]:
     """Two processes, started once, which do one run after another."""
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
+    with Ranks(2) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize(("fault", "cell"), list(_cells()))

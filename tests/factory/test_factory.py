@@ -49,7 +49,10 @@ def test_fused_is_not_forced_on_parameters_that_torch_has_no_kernel_for():
     optimizer, _ = OptimizerFactory(torch.optim.AdamW, param_groups=[]).build(model)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
+    before = copy.deepcopy(list(model.parameters()))
     optimizer.step()
+    assert not any(group["fused"] for group in optimizer.param_groups)
+    assert all((now != then).all() for now, then in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import lightning.pytorch as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import lightning_optim as lo
 from tests.distributed.ranks import run_ranks
@@ -14,6 +16,7 @@ from tests.helpers import (
     ADAMWS,
     Net,
     Recorder,
+    SaveAt,
     StatefulLoader,
     batches,
     bit_equal,
@@ -25,16 +28,7 @@ from tests.helpers import (
 BODY = ("body.weight", "body.bias", "norm.weight", "norm.bias")
 
 
-class SaveAt(L.Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step and not self.path.exists():
-            trainer.save_checkpoint(self.path)
-
-
-class StepGuard(L.Callback):
+class Watch(L.Callback):
     """What of the body happens in each batch: whether it moves, has state, and needs gradients."""
 
     def __init__(self):
@@ -72,7 +66,7 @@ def test_a_frozen_group_stands_still_until_its_time_and_then_starts_fresh(kind, 
         def configure_optimizers(self):
             return _configure(kind=kind)(self)
 
-    watch, recorder = StepGuard(), Recorder()
+    watch, recorder = Watch(), Recorder()
     callbacks = (
         [watch, recorder] if own_hooks_only else [_configure(kind=kind), lo.GradientClipping(0.5), watch, recorder]
     )
@@ -113,7 +107,7 @@ def test_a_resume_before_and_after_unfreezing_is_bit_exact(tmp_path, kind, accum
     path = tmp_path / "a.ckpt"
 
     def fit(loader, extra=(), ckpt_path=None):
-        model, recorder, watch = Net(), Recorder(), StepGuard()
+        model, recorder, watch = Net(), Recorder(), Watch()
         trainer = make_trainer(
             [_configure(kind=kind), recorder, watch, *extra], max_epochs=3, accumulate_grad_batches=accumulate
         )
@@ -135,7 +129,7 @@ def test_a_resume_before_and_after_unfreezing_is_bit_exact(tmp_path, kind, accum
     ("until", "moved"), [("6 steps", [False] * 2 + [True] * 6), (None, [True] * 8), ("4 steps", [True] * 8)]
 )
 def test_a_resume_by_the_configuration_takes_its_end_of_the_frost(tmp_path, kind, until, moved):
-    path, watch = tmp_path / "a.ckpt", StepGuard()
+    path, watch = tmp_path / "a.ckpt", Watch()
     make_trainer([_configure("5 steps", kind=kind), SaveAt(4, path)], max_epochs=3).fit(Net(), StatefulLoader(4, []))
     resumed = [_configure(until, kind=kind, on_resume="config"), watch]
     make_trainer(resumed, max_epochs=3).fit(Net(), StatefulLoader(4, []), ckpt_path=path)
@@ -143,7 +137,7 @@ def test_a_resume_by_the_configuration_takes_its_end_of_the_frost(tmp_path, kind
 
 
 def test_skipped_steps_do_not_count_as_time_gone_by():
-    watch = StepGuard()
+    watch = Watch()
     callbacks = [_configure("3 steps"), lo.DivergenceGuard(), watch]
     with pytest.warns(UserWarning, match="skipped"):
         make_trainer(callbacks, max_epochs=1).fit(Net(nan_batches=[1, 2]), batches(8))
@@ -153,7 +147,7 @@ def test_skipped_steps_do_not_count_as_time_gone_by():
 @pytest.mark.parametrize("name", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("kind", ADAMWS)
 def test_in_every_precision(name, kind):
-    watch = StepGuard()
+    watch = Watch()
     make_trainer([_configure("2 steps", kind=kind), lo.GradientClipping(1.0), watch], **precision(name)).fit(
         Net(), batches(4)
     )
@@ -163,7 +157,7 @@ def test_in_every_precision(name, kind):
 def test_a_body_that_the_model_itself_has_frozen_is_thawed():
     model = Net()
     model.body.requires_grad_(False)
-    watch = StepGuard()
+    watch = Watch()
     make_trainer([_configure("25%"), watch]).fit(model, batches(8))
     assert watch.moved == [False] * 2 + [True] * 6
 
@@ -232,7 +226,7 @@ def test_base_finetuning_follows_the_curve_at_its_ratio_and_survives_a_resume(tm
             return lo.OptimizerFactory(**options)(self)
 
     def fit(extra=(), ckpt_path=None):
-        model, recorder, watch = Own() if in_module else Net(), Recorder(), StepGuard()
+        model, recorder, watch = Own() if in_module else Net(), Recorder(), Watch()
         ours = [] if in_module else [lo.ConfigureOptimizers(**options), lo.GradientClipping(1.0)]
         trainer = make_trainer([Unfreeze(), *ours, recorder, watch, *extra], max_epochs=3)
         trainer.fit(model, StatefulLoader(4, []), ckpt_path=ckpt_path)
@@ -259,29 +253,26 @@ def test_lightnings_rate_monitor_names_a_group_that_joined(logger):
     assert any("added_1" in tag for tag in read_events(logger.log_dir))
 
 
-_RANKS = """
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-import lightning_optim as lo
-
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
-wrapped = DistributedDataParallel(model)
-rules = [lo.ParamGroupRule(name="first", pattern="^0", frozen_until="2 steps")]
-factory = lo.OptimizerFactory("adamw", lr=0.1, param_groups=rules)
-optimizer, scheduler = factory.build(model, lo.Horizon(total_steps=4))
-for step in range(4):
-    before = model[0].weight.detach().clone()
-    optimizer.zero_grad()
-    wrapped(torch.full((1, 2), float(rank + step + 1))).sum().backward()
-    optimizer.step()
-    scheduler.step()
-    print(not torch.equal(before, model[0].weight))
-print([p.tolist() for p in model.parameters()])
-"""
+def join_late() -> tuple[list[bool], list[list[float]]]:
+    """Whether the group moved in each step, and the weights at the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    wrapped = DistributedDataParallel(model)
+    rules = [lo.ParamGroupRule(name="first", pattern="^0", frozen_until="2 steps")]
+    factory = lo.OptimizerFactory("adamw", lr=0.1, param_groups=rules)
+    optimizer, scheduler = factory.build(model, lo.Horizon(total_steps=4))
+    moved = []
+    for step in range(4):
+        before = model[0].weight.detach().clone()
+        optimizer.zero_grad()
+        wrapped(torch.full((1, 2), float(dist.get_rank() + step + 1))).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        moved.append(not torch.equal(before, model[0].weight))
+    return moved, [p.tolist() for p in model.parameters()]
 
 
-def test_ranks_agree_on_a_group_that_joins_the_reduction_after_its_start(tmp_path):
-    first, second = run_ranks(_RANKS, tmp_path)
-    assert first.splitlines()[:4] == ["False", "False", "True", "True"]
+def test_ranks_agree_on_a_group_that_joins_the_reduction_after_its_start():
+    first, second = run_ranks(join_late)
+    assert first[0] == [False, False, True, True]
     assert first == second

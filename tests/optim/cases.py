@@ -465,13 +465,13 @@ def each_setting(cases: tuple[Case, ...] = CASES) -> list[Any]:
 
 
 def each_kernel(cases: tuple[Case, ...] = CASES) -> list[Any]:
-    """As `each_setting`; settings that need no other kernel than one before them are slow."""
+    """As `each_setting`; settings that need no other kernel than one before them of their optimizer are slow."""
     seen = set()
     params = []
     for param in each_setting(cases):
         case, setting = param.values
         group = case.optimizer.hyperparameters() | setting.arguments
-        kernel = (type(case.optimizer.rule(group)), group.get("cautious", False))
+        kernel = (case.optimizer, type(case.optimizer.rule(group)), group.get("cautious", False))
         marks = [pytest.mark.slow] if kernel in seen else []
         params.append(pytest.param(case, setting, id=param.id, marks=marks))
         seen.add(kernel)

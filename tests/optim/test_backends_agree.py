@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_optim.core.stats import STEP_SUMS
-from tests.optim.cases import BACKENDS, Case, Setting, each_case, each_setting, give, gradients, parameters
+from tests.optim.cases import BACKENDS, Case, Setting, each_case, each_kernel, each_setting, give, gradients, parameters
 
 OTHERS = [name for name in BACKENDS if name != "reference"]
 LAYOUTS = ("plain", "transposed", "strided", "odd_offset", "channels_last_like")
@@ -55,7 +55,7 @@ def test_float32_agrees_over_thirty_steps(case: Case, setting: Setting, backend:
 
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("case", "setting"), each_setting())
+@pytest.mark.parametrize(("case", "setting"), each_kernel())
 def test_low_precision_agrees_to_one_rounding(case: Case, setting: Setting, dtype: torch.dtype, backend: str) -> None:
     optimizers, (expected, got) = pair(case, setting, backend, lambda: parameters(case, dtype))
     for grads in gradients(expected, 10):
@@ -115,7 +115,7 @@ def test_any_shape_and_layout(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("case", "setting"), each_setting())
+@pytest.mark.parametrize(("case", "setting"), each_kernel())
 def test_not_a_number_and_infinity_reach_the_parameters(case: Case, setting: Setting, backend: str) -> None:
     """What clipping and guards are there to prevent must not be hidden by a fast-maths flag."""
     params = parameters(case)

@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-
-from tests.distributed.ranks import run_ranks
-
-RANK = """
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_optim import optim
 from lightning_optim.kernels import measure
+from tests.distributed.ranks import run_ranks
 
-shapes = [(6, 5), (7,), (1, 3)]  # uneven, and one shard empty
-torch.manual_seed(0)
-values = [torch.randn(shape) for shape in shapes]
-whole = [value.clone().requires_grad_() for value in values]
-sharded = [distribute_tensor(value, mesh, [Shard(0)]).requires_grad_() for value in values]
-for arguments in ({"backend": "reference"}, {"backend": "cpu"}, {"backend": "cpu", "cautious": True}):
-    one = optim.AdamW(whole, lr=0.1, **arguments)
-    other = optim.AdamW(sharded, lr=0.1, **arguments)
-    one.collect_step_stats = other.collect_step_stats = True
-    for _ in range(3):
-        for a, b in zip(whole, sharded):
-            a.grad = torch.randn(a.shape)
-            b.grad = distribute_tensor(a.grad, mesh, [Shard(0)])
-        sums = (measure([p.grad for p in some]) for some in (whole, sharded))
-        torch.testing.assert_close(*(s.float() for s in sums))  # float64 for its range; added up in float32
+
+def compare_shards_with_wholes() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shapes = [(6, 5), (7,), (1, 3)]  # uneven, and one shard empty
+    torch.manual_seed(0)
+    values = [torch.randn(shape) for shape in shapes]
+    whole = [value.clone().requires_grad_() for value in values]
+    sharded = [distribute_tensor(value, mesh, [Shard(0)]).requires_grad_() for value in values]
+    for arguments in ({"backend": "reference"}, {"backend": "cpu"}, {"backend": "cpu", "cautious": True}):
+        one = optim.AdamW(whole, lr=0.1, **arguments)
+        other = optim.AdamW(sharded, lr=0.1, **arguments)
+        one.collect_step_stats = other.collect_step_stats = True
+        for _ in range(3):
+            for a, b in zip(whole, sharded, strict=True):
+                a.grad = torch.randn(a.shape)
+                b.grad = distribute_tensor(a.grad, mesh, [Shard(0)])
+            sums = (measure([p.grad for p in some]) for some in (whole, sharded))
+            torch.testing.assert_close(*(s.float() for s in sums))  # float64 for its range; added up in float32
+            one.step()
+            other.step()
+        for a, b in zip(whole, sharded, strict=True):
+            torch.testing.assert_close(a.detach(), b.full_tensor().detach())
+            assert isinstance(other.state[b]["exp_avg"], DTensor)
+        torch.testing.assert_close(one.step_stats.sums, other.step_stats.sums, rtol=1e-5, atol=1e-5)
+        assert one.step_stats.numel == other.step_stats.numel
+        other.load_state_dict(other.state_dict())
         one.step()
         other.step()
-    for a, b in zip(whole, sharded):
-        torch.testing.assert_close(a.detach(), b.full_tensor().detach())
-        assert isinstance(other.state[b]["exp_avg"], DTensor)
-    torch.testing.assert_close(one.step_stats.sums, other.step_stats.sums, rtol=1e-5, atol=1e-5)
-    assert one.step_stats.numel == other.step_stats.numel
-    other.load_state_dict(other.state_dict())
-    one.step()
-    other.step()
-"""
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
-    run_ranks(RANK, tmp_path)
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_two_ranks_do_what_one_does() -> None:
+    run_ranks(compare_shards_with_wholes)

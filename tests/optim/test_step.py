@@ -19,7 +19,7 @@ from tests.optim.cases import (
     Setting,
     assert_same,
     copies,
-    each_setting,
+    each_kernel,
     give,
     gradients,
     groups_of,
@@ -28,7 +28,7 @@ from tests.optim.cases import (
 )
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each = pytest.mark.parametrize(("case", "setting"), each_setting())
+each = pytest.mark.parametrize(("case", "setting"), each_kernel())
 
 
 @each_backend

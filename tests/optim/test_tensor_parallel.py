@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +12,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_optim import optim
 from lightning_optim.core.placements import is_split
+from tests.clip_rules import OF_BLOCK
 from tests.distributed.ranks import run_ranks
 from tests.optim.cases import BACKENDS
-from tests.optim.tensor_parallel_checks import ADAMWS, RULES, WHOLE_TENSORS, elementwise
+from tests.optim.tensor_parallel_checks import ADAMWS, WHOLE_TENSORS, elementwise, make
 
-SCRIPT = """
-from pathlib import Path
-from tests.optim import tensor_parallel_checks
-tensor_parallel_checks.main(Path({folder!r}), {checks!r})
-"""
 LAYERS = ("emb", "first", "up", "out")  # a plain gradient, a sum's terms, and shards
 
 
@@ -39,7 +32,7 @@ FAST = checks(
     *(("optimizer", {"name": name}) for name in elementwise()),
     ("optimizer", {"name": "adamw", "backend": "reference"}),
     ("optimizer", {"name": "adamw", "cautious": True, "weight_decay": 0.1, "weight_decay_kind": "norm"}),
-    *(("clipping", {"kind": "ours", "rule": rule}) for rule in RULES),
+    *(("clipping", {"kind": "ours", "rule": rule}) for rule in OF_BLOCK),
     *(("clipping", {"kind": "torch", "rule": rule}) for rule in ("global_norm", "agc", "value", "momentum_ratio")),
     ("clipping", {"kind": "torch-fused", "rule": "group_norm"}),
     *(("record", {"name": name}) for name in ("ours", "torch", "torch-sgd")),
@@ -62,7 +55,7 @@ SLOW = checks(
     *(("optimizer", {"name": name, **flags}) for name in elementwise() if name != LIMITED for flags in FLAGS),
     *(("optimizer", {"name": name, "backend": backend}) for name in ("adamw", "lamb") for backend in BACKENDS),
     *(("placements", {"backend": backend}) for backend in BACKENDS),
-    *(("clipping", {"kind": kind, "rule": rule}) for kind in ADAMWS for rule in RULES),
+    *(("clipping", {"kind": kind, "rule": rule}) for kind in ADAMWS for rule in OF_BLOCK),
     *(("record", {"name": name}) for name in [*ADAMWS, "torch-sgd", *elementwise()]),
     *(("skip", {"kind": "torch-fused", "layer": layer}) for layer in LAYERS[1:]),
 )
@@ -70,7 +63,7 @@ FOUR = checks(
     *(("optimizer", {"name": name}) for name in elementwise()),
     ("optimizer", {"name": "adamw", "backend": "reference"}),
     ("optimizer", {"name": "adamw", "cautious": True, "weight_decay": 0.1, "weight_decay_kind": "norm"}),
-    *(("clipping", {"kind": kind, "rule": rule}) for kind in ("ours", "torch") for rule in RULES),
+    *(("clipping", {"kind": kind, "rule": rule}) for kind in ("ours", "torch") for rule in OF_BLOCK),
     *(("record", {"name": name}) for name in ("ours", "torch")),
     *(("skip", {"kind": "ours", "layer": layer}) for layer in LAYERS[1:]),
     *((name, {}) for name in ("reductions", "norm_of_terms", "refusals", "strided_shards")),
@@ -79,18 +72,15 @@ FOUR = checks(
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found():
     """What each rank found wrong; all checks of a kind by one start of the ranks, which takes longer than most."""
 
     @cache
     def run(kind: str, world_size: int) -> list[dict[str, str]]:
-        folder: Path = tmp_path_factory.mktemp(kind)
-        script = SCRIPT.format(folder=str(folder), checks=KINDS[kind])
         try:
-            run_ranks(script, folder, world_size, timeout=TIMEOUT[kind])
-        except (AssertionError, subprocess.TimeoutExpired) as error:  # kept, lest every test starts the ranks again
+            return run_ranks(make, KINDS[kind], world_size=world_size, timeout=TIMEOUT[kind])
+        except AssertionError as error:  # kept, lest every test starts the ranks again
             return [dict.fromkeys(KINDS[kind], f"The ranks failed: {error}")]
-        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
 
     return run
 

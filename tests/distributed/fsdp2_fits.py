@@ -1,9 +1,7 @@
-"""Two processes on the CPU train a model in shards (FSDP2). Run by test_fsdp2.py: ``python fsdp2_script.py FOLDER``."""
+"""Fits on two ranks of a model in shards (FSDP2); called on each rank by test_fsdp2.py."""
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -13,29 +11,22 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lightning_optim as lo
-from lightning_optim import clipping
 from lightning_optim.diagnostics import Histograms, PerTensor
 from lightning_optim.divergence import Rollback
-from tests import ranks
-from tests.helpers import ADAMWS, Net, StatefulLoader, batches, make_trainer
+from tests.clip_rules import OF_NET
+from tests.helpers import (
+    ADAMWS,
+    Net,
+    SaveAt,
+    StatefulLoader,
+    batches,
+    make_trainer,
+)
 
 STEPS = 12
 BAD_STEP, BAD_RANK = 5, 1
-# Limits that bind now and then for gradients of `Net`, whose norm is about 1.
-RULES = {
-    "adagc": lambda: clipping.AdaGC(max_norm=0.5, warmup=4, patience=3),
-    "agc": lambda: clipping.AGC(0.02, exclude=["^head"]),
-    "autoclip": lambda: clipping.AutoClip(50.0, window=4),
-    "block_rms": lambda: clipping.BlockRMS(0.1),
-    "global_norm": lambda: clipping.GlobalNorm(0.5),
-    "group_norm": lambda: clipping.GroupNorm(0.4, {"no_decay": 0.1}),
-    "momentum_ratio": lambda: clipping.MomentumRatio(1.5, warmup=2),
-    "update_rms": lambda: clipping.UpdateRMS(0.9),
-    "value": lambda: clipping.Value(0.05),
-    "zclip": lambda: clipping.ZClip(threshold=0.5, warmup=3, window=8, max_norm=2.0),
-}
 # Every rule with our optimizer; every way to hand over its operands with a rule of each form.
-RUNS = [("ours", rule) for rule in RULES]
+RUNS = [("ours", rule) for rule in OF_NET]
 RUNS += [(kind, rule) for kind in ("torch-fused", "torch") for rule in ("global_norm", "group_norm", "agc", "value")]
 
 
@@ -69,17 +60,6 @@ class Sharded(Bad):
             return
         for layer in (self.body, self.norm, self.head):
             fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-
-
-class SaveAt(L.Callback):
-    """Saves one checkpoint."""
-
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 class Factory(Sharded):
@@ -119,7 +99,7 @@ def fit(kind: str, rule: str, folder: Path, sharded: bool, extra: tuple = (), ck
     trainer = make_trainer(
         [
             lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01, schedule="cosine", warmup=2),
-            lo.GradientClipping(method=RULES[rule]()),
+            lo.GradientClipping(method=OF_NET[rule]()),
             lo.DivergenceGuard(),
             lo.OptimizerMonitor(per_tensor=PerTensor(heat_maps=()), histograms=Histograms(every=5)),
             deciding,
@@ -187,9 +167,8 @@ def sharding(distributed_checkpoint: bool = False) -> dict:
     return {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}
 
 
-def main(folder: Path) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+def fit_all(folder: Path) -> dict:
+    """All of this file, one after another; what this rank has to show."""
     results = {f"{kind}-{rule}": fit(kind, rule, folder, sharded=True) for kind, rule in RUNS}
     for kind in ("ours", "torch"):
         path = folder / f"{kind}.ckpt"
@@ -208,9 +187,4 @@ def main(folder: Path) -> None:
         fit_bare(ForeignFrozen)
     except ValueError as error:
         results["refused"] = str(error)
-    torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    ranks.leave()
+    return results

@@ -1,12 +1,7 @@
-"""Processes on the CPU train a model by tensor parallelism, through Lightning. Run by test_tensor_parallel_fit.py.
-
-``python tensor_parallel_fit.py FOLDER DATA_PARALLEL_SIZE``, on two ranks for each of the latter.
-"""
+"""Fits of a model by tensor parallelism, through Lightning; called on each rank by test_tensor_parallel_fit.py."""
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_optim as lo
-from lightning_optim import clipping
 from lightning_optim.diagnostics import Histograms, PerTensor
-from tests import ranks
+from tests.clip_rules import OF_BLOCK
 from tests.helpers import ADAMWS, make_trainer
 from tests.optim.tensor_parallel_checks import block
 
 STEPS, BAD_STEP = 6, 3
 RUNS = [(kind, rule) for kind in ADAMWS for rule in ("global_norm", "agc")]
-RULES = {"global_norm": lambda: clipping.GlobalNorm(0.1), "agc": lambda: clipping.AGC(0.005)}
 
 
 class Tokens(L.LightningModule):
@@ -99,7 +92,7 @@ def fit(kind: str, rule: str, folder: Path, data_parallel_size: int | None) -> d
     trainer = make_trainer(
         [
             lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01, schedule="cosine", warmup=2),
-            lo.GradientClipping(method=RULES[rule]()),
+            lo.GradientClipping(method=OF_BLOCK[rule]()),
             lo.DivergenceGuard(),
             lo.OptimizerMonitor(per_tensor=PerTensor(heat_maps=()), histograms=Histograms(every=2)),
             deciding,
@@ -118,13 +111,6 @@ def fit(kind: str, rule: str, folder: Path, data_parallel_size: int | None) -> d
     }
 
 
-def main(folder: Path, data_parallel_size: int) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    results = {f"{kind}-{rule}": fit(kind, rule, folder, data_parallel_size) for kind, rule in RUNS}
-    torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
-    ranks.leave()
+def fit_all(folder: Path, data_parallel_size: int) -> dict[str, dict[str, Any]]:
+    """Every run, on two ranks for each of ``data_parallel_size``; what this rank has to show."""
+    return {f"{kind}-{rule}": fit(kind, rule, folder, data_parallel_size) for kind, rule in RUNS}

@@ -1,9 +1,7 @@
-"""Two processes on the CPU train under a monitor. Run by test_monitor_ddp.py: ``python monitor_script.py FOLDER``."""
+"""Fits on two ranks under a monitor; called on each rank by test_monitor_ddp.py."""
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -14,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_optim as lo
-from tests import ranks
 from tests.helpers import Net, batches, make_trainer
 from tests.quantities import FAMILIES, train
 
@@ -63,9 +60,8 @@ def options(folder: Path, name: str) -> dict:
     }
 
 
-def main(folder: Path) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+def fit_all(folder: Path) -> dict:
+    """All of this file, one after another; what this rank has to show."""
     results = {}
     for kind in KINDS:
         results[kind] = train(family=FAMILIES[kind], clips=True, precision="64-true", **options(folder, kind))
@@ -75,9 +71,4 @@ def main(folder: Path) -> None:
     results["alone"] = alone.norm_sq
     data = drifting(STEPS * 2 * BATCH, SPREAD, BATCH)
     make_trainer([lo.OptimizerMonitor()], **options(folder, "drift")).fit(Drift(), data)
-    torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    ranks.leave()
+    return results

@@ -1,9 +1,7 @@
-"""Two processes on the CPU train; one of them meets a NaN. Run by test_ddp.py: ``python ddp_script.py FOLDER``."""
+"""Fits on two ranks with DDP, one of which meets a NaN; called on each rank by test_ddp.py."""
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -11,9 +9,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_optim as lo
-from tests import ranks
-from tests.distributed.fsdp2_script import RULES
-from tests.distributed.fsdp2_script import Deciding as Counts
+from tests.clip_rules import OF_NET
+from tests.distributed.fsdp2_fits import Deciding as Counts
 from tests.helpers import ADAMWS, Net, Snapshots, batches, make_trainer
 
 BAD_STEP, BAD_RANK = 2, 1
@@ -40,8 +37,6 @@ class Deciding(L.Callback):
 
 
 def fit(folder: Path, kind: str) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
     guard, snapshots = lo.DivergenceGuard(), Snapshots()
     deciding = Deciding(guard)
     configure = lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01, schedule="cosine", warmup=2)
@@ -71,7 +66,7 @@ def fit_with(rule: str, folder: Path) -> None:
     trainer = make_trainer(
         [
             lo.ConfigureOptimizers("adamw", lr=0.01),
-            lo.GradientClipping(method=RULES[rule]()),
+            lo.GradientClipping(method=OF_NET[rule]()),
             lo.DivergenceGuard(),
             deciding,
         ],
@@ -87,9 +82,9 @@ def fit_with(rule: str, folder: Path) -> None:
     )
 
 
-if __name__ == "__main__":
+def fit_all(folder: Path) -> None:
+    """Every kind of optimizer, and every way to clip; the results are in ``folder``."""
     for kind in KINDS:
-        fit(Path(sys.argv[1], kind), kind)
-    for rule in RULES:
-        fit_with(rule, Path(sys.argv[1]))
-    ranks.leave()
+        fit(kind=kind, folder=folder / kind)
+    for rule in OF_NET:
+        fit_with(rule, folder)

@@ -19,8 +19,8 @@ def widen(state: dict[str, Any], names: Iterable[str], param: Tensor, group: Map
     """Convert the arrays of a rule to the dtype that it computes in: float32, or float64 for float64 parameters.
 
     torch keeps moments in the dtype of the parameters. A second moment in bf16 that should fall by a thousandth of
-    itself does not change, so steps become too small without any sign of it. State that `state_bits` keeps in fewer bits
-    is rounded stochastically instead, and stays as it is.
+    itself does not change, so steps become too small without any sign of it. State that `state_bits` keeps in fewer
+    bits is rounded stochastically instead, and stays as it is.
 
     Args:
         state: Of ``param``; written.

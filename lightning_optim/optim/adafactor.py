@@ -172,6 +172,10 @@ class Adafactor(FusedOptimizer):
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Shazeer & Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, 2018,
         https://arxiv.org/abs/1804.04235

@@ -55,6 +55,10 @@ class Adagrad(FusedOptimizer):
         eps: ε, added to the denominator, in units of the gradient.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Duchi, Hazan & Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, 2011,
         https://jmlr.org/papers/v12/duchi11a.html

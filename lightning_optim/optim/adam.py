@@ -103,6 +103,10 @@ class Adam(FusedOptimizer):
         amsgrad: Divide by the largest v so far (Reddi et al., https://arxiv.org/abs/1904.09237); one more state.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015, https://arxiv.org/abs/1412.6980
 

@@ -36,6 +36,10 @@ class AdamW(FusedOptimizer):
         amsgrad: Divide by the largest v so far (Reddi et al., https://arxiv.org/abs/1904.09237); one more state.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, https://arxiv.org/abs/1711.05101
 

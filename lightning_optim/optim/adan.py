@@ -95,6 +95,10 @@ class Adan(FusedOptimizer):
         no_prox: Decay as AdamW does instead of by the proximal step.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Xie et al., Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep Models, 2022,
         https://arxiv.org/abs/2208.06677

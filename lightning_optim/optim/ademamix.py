@@ -91,6 +91,10 @@ class AdEMAMix(FusedOptimizer):
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Pagliardini, Ablin & Grangier, The AdEMAMix Optimizer: Better, Faster, Older, 2024,
         https://arxiv.org/abs/2409.03137

@@ -70,7 +70,7 @@ ADVICE = "Give it the state of this parameter, or drop it (optimizer.state.pop(p
 
 
 def _shape_of(name: str, param: Tensor, rule: Rule, own: Mapping[str, torch.Size]) -> torch.Size | None:
-    """The shape that a state called ``name`` must have; None if nobody here knows it.
+    """The shape that a state called ``name`` must have; None if it is not known here.
 
     Args:
         name: Its name.

@@ -86,6 +86,10 @@ class ADOPT(FusedOptimizer):
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Taniguchi et al., ADOPT: Modified Adam Can Converge with Any β₂ with the Optimal Rate, 2024,
         https://arxiv.org/abs/2411.02853

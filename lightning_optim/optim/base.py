@@ -58,7 +58,7 @@ class FusedOptimizer(Optimizer):
     - `collect_step_stats`: also fill `step_stats`, in the same pass. NaN where a step was skipped.
 
     `p.grad` is never written; a DTensor that lies otherwise than its parameter is replaced by the same gradient,
-    redistributed (`kernels.placements.gradient_of`). Parameter groups may override every hyperparameter, and hold any
+    redistributed (`core.placements.gradient_of`). Parameter groups may override every hyperparameter, and hold any
     further keys; a group's `rule` names another optimizer whose update to use for it
     (`{"params": ..., "rule": "lion"}`). Of a tensor lr that several groups are given, the first keeps the tensor itself
     and each other a copy, so that what drives one (schedulers fill tensors in place) leaves the others alone.
@@ -242,10 +242,13 @@ class FusedOptimizer(Optimizer):
         self.step_stats = update_pass.update(self, batches)
 
     def make_state(self, params: Iterable[Tensor]) -> None:
-        """Give parameters the state that their first step would; what they have stays.
+        """Create the state that the first step of parameters would; existing state is kept.
 
         Args:
-            params: Some of this optimizer's.
+            params: Some of this optimizer's parameters.
+
+        Raises:
+            RefusedError: Existing state does not fit its parameter.
         """
         wanted = {id(param) for param in params}
         everything = [(group, index) for group in self.param_groups for index in range(len(group["params"]))]
@@ -263,11 +266,14 @@ class FusedOptimizer(Optimizer):
         return self.rule(group) if name is None else class_of_rule(name).rule(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class, or of torch's optimizer of the same name.
+        """Restore the state returned by `state_dict` of this class, or of torch's optimizer of the same name.
 
         Unlike torch's: moments of bf16 parameters stay in float32, or come to it, with a warning, where the state dict
         has them in bf16 (16- and 8-bit state of our own stays); tensors are copied, so the dict is not changed by later
         steps; and where both sides name their parameters, these are matched by name, whatever their order and grouping.
+
+        Raises:
+            ValueError: Parameters do not match, or a state does not fit its parameter. Nothing has been loaded then.
         """
         load_state_dict(self, state_dict)
         changes = set()
@@ -280,7 +286,7 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's keeps defaults, state and groups alone. What shadows a method (a wrapped `step`) is of this object,
-        # and what GradScaler has set is of this step: nobody would remove it from a copy.
+        # and what GradScaler has set is of this step: nothing would remove it from a copy.
         own = {name for name in vars(self) if callable(getattr(type(self), name, None))} | {"grad_scale", "found_inf"}
         public = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in own}
         return super().__getstate__() | public
@@ -290,7 +296,7 @@ class FusedOptimizer(Optimizer):
         leave_step_uncompiled(type(self))
 
     def label(self, group: Mapping[str, Any], index: int) -> str:
-        """How messages call a parameter: by its name, or by its place and shape."""
+        """Text that identifies a parameter in messages: its name, or its index and shape."""
         names = group.get("param_names")
         return (
             f"parameter {names[index]!r}"
@@ -303,7 +309,7 @@ def class_of_rule(name: str) -> type[FusedOptimizer]:
     """The class whose update a group's `rule` names.
 
     Raises:
-        ValueError: There is none of that name, or it is not one of ours, whose update can be taken by itself.
+        ValueError: No optimizer has that name, or it is no FusedOptimizer.
     """
     try:
         cls = OPTIMIZERS.get(name)

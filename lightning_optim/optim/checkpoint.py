@@ -30,7 +30,15 @@ OF_PARAMETERS = ("flatten",)
 
 
 def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """Load ``state_dict`` into ``optimizer``; see `FusedOptimizer.load_state_dict`."""
+    """Load ``state_dict`` into ``optimizer``; see `FusedOptimizer.load_state_dict`.
+
+    Args:
+        optimizer: Changed in place, all of it or, after an error, nothing.
+        state_dict: As from `state_dict` of ours or of torch's optimizer of the same name; tensors are copied.
+
+    Raises:
+        ValueError: Parameters do not match by position or by name, or a state does not fit its parameter.
+    """
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = pre_hook(optimizer, state_dict) or state_dict
@@ -104,7 +112,11 @@ def _ids_by_name(optimizer: Ruled, saved: Sequence[Mapping[str, Any]]) -> list[l
 
 
 def _check(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> None:
-    """Refuse state that ``param`` cannot go on with; of a DTensor as a whole, where the state is DTensors, too."""
+    """Check the state that ``param`` is to continue with: as a whole where both are DTensors, else this rank's part.
+
+    Raises:
+        RefusedError: It does not fit.
+    """
     rule = subject.optimizer.rule_of({**subject.group, "train_mode": True})  # averaged weights can be loaded, too
     whole = {key: value for key, value in state.items() if hasattr(value, "placements")}
     here = {key: value for key, value in state.items() if key not in whole}

@@ -101,6 +101,10 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         defaults: Hyperparameters by name.
         adamw: Settings for groups that go to AdamW and do not have them: lr, betas, eps, weight_decay; None for none.
         **options: Options that all optimizers share; see `SharedOptions`.
+
+    Raises:
+        ValueError: As for `FusedOptimizer`; or a parameter of three dimensions needs ``flatten``.
+        TypeError: An option is unknown.
     """
 
     ranges: ClassVar[Mapping[str, Range]] = {

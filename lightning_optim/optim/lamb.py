@@ -107,7 +107,8 @@ class LAMB(FusedOptimizer):
     The ratio ‖w‖/‖u‖ is 1 where either norm is 0, and for groups without weight decay (biases, norms) unless
     ``always_adapt``. As Algorithm 2 of the paper with φ the identity, and as `timm.optim.Lamb(max_grad_norm=None)`.
     That optimizer, like NVIDIA's, also clips the global gradient norm to 1 by default: here that is the step
-    pipeline's `GradientClipping(max_norm=1.0)`.
+    pipeline's `GradientClipping(max_norm=1.0)`. With ``cautious``, components of Adam's direction are left out, and the
+    ratio is that of the whole u, where timm's is that of what remains.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -122,6 +123,10 @@ class LAMB(FusedOptimizer):
         always_adapt: Use the ratio in groups without weight decay, too.
         decoupled_decay: Decay the weights apart from u and before it, as AdamW does.
         **options: Options that all optimizers share; see `SharedOptions`.
+
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
 
     References:
         You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020,

@@ -124,6 +124,10 @@ class LARS(FusedOptimizer):
         always_adapt: Use the ratio in groups without weight decay, too.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         You et al., Large Batch Training of Convolutional Networks, 2017, https://arxiv.org/abs/1708.03888
 

@@ -68,6 +68,10 @@ class Lion(FusedOptimizer):
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, https://arxiv.org/abs/2302.06675
 

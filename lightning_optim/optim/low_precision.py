@@ -1,4 +1,4 @@
-"""The flags `kahan_sum`, `stochastic_rounding` and `state_bits`: what they allow, and the state they need."""
+"""The options `kahan_sum`, `stochastic_rounding` and `state_bits`: when they are valid, and the state they need."""
 
 from __future__ import annotations
 
@@ -23,7 +23,16 @@ SMALL = 4096
 
 
 def check(owner: str, group: Mapping[str, Any], rule: Rule) -> None:
-    """Raise ValueError if the flags of ``group`` contradict each other, or ``rule`` cannot honour them."""
+    """Check that the flags of ``group`` agree with each other and with ``rule``.
+
+    Args:
+        owner: The optimizer's name, for the message.
+        group: The parameter group, complete.
+        rule: The rule that updates it.
+
+    Raises:
+        ValueError: They contradict each other, or ``rule`` cannot honour them.
+    """
     if group["kahan_sum"] and group["stochastic_rounding"]:
         raise ValueError(
             f"{owner}: kahan_sum=True and stochastic_rounding=True are two answers to the same loss; choose one. "
@@ -42,7 +51,11 @@ def check(owner: str, group: Mapping[str, Any], rule: Rule) -> None:
 
 
 def check_param(label: str, group: Mapping[str, Any], param: Tensor) -> None:
-    """Raise ValueError if ``param`` cannot be kept as the flags of ``group`` say."""
+    """Check that ``param``, of any shape, can be stored as the flags of ``group`` say.
+
+    Raises:
+        ValueError: Its dtype or its sharding does not allow it.
+    """
     if group["stochastic_rounding"] and param.dtype == torch.float16:
         raise ValueError(
             f"{label} is float16, whose small numbers lose their last bits one by one; stochastic_rounding=True is for "
@@ -84,7 +97,7 @@ def storage(
     """Whether ``param`` is compensated, and which of its arrays are rounded stochastically.
 
     The first two flags stand in for wider parameters, and have no effect where these are wide. Of the state its own
-    dtype decides, so that what was loaded goes on in the form it has.
+    dtype decides, so that loaded state keeps the form it has.
     """
     rounded = ["param"] if group["stochastic_rounding"] and param.dtype == torch.bfloat16 else []
     low = (torch.bfloat16, torch.uint8) if group["state_bits"] != 32 else (torch.uint8,)
@@ -103,7 +116,7 @@ def companions(state: Mapping[str, Any]) -> list[str]:
 
 
 def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rule: Rule, position: int) -> None:
-    """Add to ``state`` what the flags need beside the rule's own state, and it does not have yet.
+    """Add to ``state`` what the flags need in addition to the rule's own state, where it is missing.
 
     Args:
         state: Of ``param``; written.

@@ -151,6 +151,10 @@ class Muon(HiddenMatrixOptimizer):
         adamw_weight_decay: Their weight decay; None for ``weight_decay``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024,
         https://kellerjordan.github.io/posts/muon; Liu et al., Muon is Scalable for LLM Training, 2025,

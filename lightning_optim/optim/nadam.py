@@ -86,6 +86,10 @@ class NAdam(FusedOptimizer):
         decoupled_weight_decay: torch's way to say ``weight_decay_kind="decoupled"``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Dozat, Incorporating Nesterov Momentum into Adam, 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
 

@@ -60,6 +60,10 @@ class NAdamW(FusedOptimizer):
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Choi et al., On Empirical Comparisons of Optimizers for Deep Learning, 2019, Table 1,
         https://arxiv.org/abs/1910.05446; Dahl et al., Benchmarking Neural Network Training Algorithms, 2023,

@@ -104,6 +104,10 @@ class NorMuon(HiddenMatrixOptimizer):
         adamw_weight_decay: Their weight decay; None for ``weight_decay``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Li et al., NorMuon: Making Muon more efficient and scalable, 2025, https://arxiv.org/abs/2510.05491
 

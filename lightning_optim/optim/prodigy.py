@@ -169,6 +169,10 @@ class Prodigy(FusedOptimizer):
         growth_rate: Largest factor by which d may grow in one step; 1.02 acts as a warmup.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Mishchenko & Defazio, Prodigy: An Expeditiously Adaptive Parameter-Free Learner, 2023,
         https://arxiv.org/abs/2306.06101

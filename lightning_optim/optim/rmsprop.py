@@ -146,6 +146,10 @@ class RMSprop(FusedOptimizer):
         centered: Divide by the standard deviation instead of the root mean square; one more state.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Hinton, Neural Networks for Machine Learning, lecture 6e, 2012; Graves (centered), Generating Sequences With
         Recurrent Neural Networks, 2013, https://arxiv.org/abs/1308.0850

@@ -134,8 +134,10 @@ class ScheduleFreeAdamW(FusedOptimizer):
 
     As `schedulefree.AdamWScheduleFree`, of the paper's authors; step counts and Σω are kept per parameter, not per
     group. Call `eval` before validation and saving, and `train` before going on, which restores y bit for bit; in
-    Lightning the callback `ScheduleFree` does. Use no schedule beside it. Batch norm's running statistics are those of
-    y: recompute them at x before they matter. `cautious` is not offered, because x would no longer be the average of z.
+    Lightning the callback `ScheduleFree` does. Use no schedule in addition. Batch norm's running statistics are
+    those of y: recompute them at x before they matter. `cautious` is not offered, because x would no longer be the
+    average of z; ``weight_decay_kind`` is `decoupled`, `independent`, `corrected` or `l2`; with ``state_bits`` v
+    has fewer bits, and z, being weights, keeps 32.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -146,9 +148,13 @@ class ScheduleFreeAdamW(FusedOptimizer):
         warmup_steps: Steps over which lr rises linearly; 0 for none. Warmup is still worth having.
         r: Exponent ≥ 0 of t in the weights ω of the average; above 0 it forgets early steps faster.
         weight_lr_power: Exponent p of lr in ω, so that steps of the warmup weigh less.
-        inner_momentum: In [0, 1): Adam's own β₁ in the step of z, m̂ in place of g in ĝ, beside the β₁ that places y.
+        inner_momentum: In [0, 1): Adam's own β₁ in the step of z, m̂ in place of g in ĝ; not the β₁ that places y.
             One more value per parameter; ``schedulefree.ScheduleFreeWrapper`` around AdamW, with its decay at y.
         **options: Options that all optimizers share; see `SharedOptions`.
+
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
 
     References:
         Defazio et al., The Road Less Scheduled, 2024, https://arxiv.org/abs/2405.15682

@@ -89,6 +89,10 @@ class SGD(FusedOptimizer):
         nesterov: Look one step ahead; needs momentum and no dampening.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013,
         https://proceedings.mlr.press/v28/sutskever13.html

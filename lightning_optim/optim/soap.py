@@ -136,7 +136,7 @@ def _eigenvectors(gram: Tensor) -> Tensor:
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     finite = gram.isfinite().all()
     vectors: Tensor = torch.linalg.eigh(torch.where(finite, gram, identity) + 1e-30 * identity).eigenvectors
-    # LAPACK refuses NaN; from here it goes on to where it goes in any other optimizer.
+    # LAPACK refuses NaN, which must reach parameters and state as in any other optimizer.
     return torch.where(finite, vectors.flip(1), torch.nan)
 
 
@@ -181,6 +181,10 @@ class SOAP(FusedOptimizer):
         max_precondition_dim: Dimensions larger than this keep their coordinates, vocabularies above all.
         precondition_1d: Whether vectors have a basis, too.
         **options: Options that all optimizers share; see `SharedOptions`.
+
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
 
     References:
         Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, 2024, https://arxiv.org/abs/2409.11321

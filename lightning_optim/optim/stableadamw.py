@@ -107,6 +107,10 @@ class StableAdamW(FusedOptimizer):
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``, with η for lr in every kind but `l2`.
         **options: Options that all optimizers share; see `SharedOptions`.
 
+    Raises:
+        ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
+        TypeError: An option is unknown.
+
     References:
         Wortsman et al., Stable and low-precision training for large-scale vision-language models, 2023,
         https://arxiv.org/abs/2304.13013

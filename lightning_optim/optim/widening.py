@@ -16,11 +16,11 @@ from lightning_optim.kernels.weight_decay import INITIAL
 
 
 def widen(state: dict[str, Any], names: Iterable[str], param: Tensor, group: Mapping[str, Any], rule: Rule) -> set[str]:
-    """Give the arrays of a rule the dtype that it computes in: float32, or float64 beside float64 parameters.
+    """Convert the arrays of a rule to the dtype that it computes in: float32, or float64 for float64 parameters.
 
-    torch keeps moments in the dtype of the parameters. A second moment in bf16 that is to fall by a thousandth of
-    itself stays where it is, so steps become too small and nothing tells. State that `state_bits` keeps in fewer bits
-    is rounded stochastically instead, and stays as it is.
+    torch keeps moments in the dtype of the parameters. A second moment in bf16 that should fall by a thousandth of
+    itself does not change, so steps become too small without any sign of it. State that `state_bits` keeps in fewer
+    bits is rounded stochastically instead, and stays as it is.
 
     Args:
         state: Of ``param``; written.
@@ -30,7 +30,7 @@ def widen(state: dict[str, Any], names: Iterable[str], param: Tensor, group: Map
         rule: What updates it.
 
     Returns:
-        What is to be said about it, by `say`. Nothing of float32 that goes on in float64, which loses nothing.
+        The changes to report, for `say`. A change from float32 to float64 is not among them, for it loses nothing.
     """
     changes = set()
     wide = arithmetic_dtype(param.dtype)

@@ -136,4 +136,4 @@ class Value(ClipRule):
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Clamp:
         """The limit of this step, and whether it binds."""
-        return Clamp(self.max_value * limit, stats.read("largest"))
+        return Clamp(self.max_value * limit, stats.largest)

@@ -103,6 +103,9 @@ def lightning_batch() -> Trace:
         def training_step(self, batch: Any, index: int) -> torch.Tensor:
             return self.net(batch[0]).square().mean()
 
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)  # `ConfigureOptimizers` puts another in its place
+
     trace, counted = Trace(), 15
 
     class Begin(L.Callback):

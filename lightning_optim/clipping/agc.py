@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from lightning_optim.clipping.base import STATELESS, ClipRule, State, UnitDivisor, above_zero
-from lightning_optim.core.stats import GradStats, UnitNorms
+from lightning_optim.core.stats import GradStats
 from lightning_optim.core.suggest import nearest
 
 
@@ -67,7 +67,7 @@ class AGC(ClipRule):
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> UnitDivisor:
         """Return the divisor of each output unit."""
-        units: UnitNorms = stats.read("units")
+        units = stats.units
         bound = units.params.clamp(min=self.eps) * (self.clip_factor * limit)
         divisors = (units.grads / bound).clamp(min=1.0)
         if self.exclude:

@@ -148,4 +148,4 @@ class Value(ClipRule):
 
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Clamp:
         """Return the clamp of this step."""
-        return Clamp(self.max_value * limit, stats.read("largest"))
+        return Clamp(self.max_value * limit, stats.largest)

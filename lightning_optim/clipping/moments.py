@@ -69,7 +69,7 @@ class MomentumRatio(_Released):
 
     def divisors(self, stats: GradStats, state: State, limit: float) -> Tensor:
         """Return divisors above 1 where the gradient is too large against a momentum that exists, shape [tensors]."""
-        bound = stats.read("momentum_norm_sq").sqrt() * (self.ratio * limit)
+        bound = stats.momentum_norm_sq.sqrt() * (self.ratio * limit)
         passes = (bound == 0) | (state["steps"] < self.warmup)
         return torch.where(passes, 1.0, (stats.norm_sq.sqrt() / bound).clamp(min=1.0))
 
@@ -104,6 +104,6 @@ class UpdateRMS(_Released):
 
     def divisors(self, stats: GradStats, state: State, limit: float) -> Tensor:
         """Return divisors above 1 where the gradient is too large against the second moment, shape [tensors]."""
-        sums: Tensor = stats.read("grad_sq_over_exp_avg_sq")
+        sums = stats.grad_sq_over_exp_avg_sq
         numel = upload([max(n, 1) for n in stats.numel], sums.device, sums.dtype)
         return ((sums / numel).sqrt() / (self.max_rms * limit)).clamp(min=1.0)

@@ -1,7 +1,7 @@
-"""Parameters that torch's first FSDP has flattened and cut: sums over whole parameters. Its private parts stay here.
+"""Sums over whole parameters that torch's first FSDP has flattened and split. Its private parts are used only here.
 
 A rank holds some elements of some parameters, as plain tensors, and no gradient at all of the others. (The second one,
-`fully_shard`, has DTensors, which speak for themselves.) ``tests/distributed/test_fsdp1.py`` says what is relied on.
+`fully_shard`, has DTensors; see `sharding`.) ``tests/distributed/test_fsdp1.py`` says what is relied on.
 """
 
 from __future__ import annotations

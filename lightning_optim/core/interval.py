@@ -1,4 +1,4 @@
-"""What became of a number over the steps between two reports, kept on the device."""
+"""Running count, mean and maximum of a number between two reports, kept on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _AT_ONCE = 64
 class Interval:
     """Count, mean and maximum of the finite values seen since they were last taken; the host never waits.
 
-    A mean alone hides a spike of one step, and smoothing hides it once more: so there is the maximum beside it.
+    A mean alone hides a spike of one step, and smoothing hides it once more: so the maximum is kept as well.
 
     Args:
         device: Where the values are.
@@ -32,7 +32,7 @@ class Interval:
         self._waiting: list[Tensor] = []
 
     def add(self, value: Tensor) -> None:
-        """Takes in one value, shape [], which nobody may change afterwards; NaN and infinities are left out."""
+        """Add one value, shape [], which must not change afterwards; NaN and infinities are left out."""
         # Every step does this, so what is computed is computed for many at once.
         self._waiting.append(value.detach())
         if len(self._waiting) == _AT_ONCE:

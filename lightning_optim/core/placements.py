@@ -1,4 +1,4 @@
-"""Gradients of DTensors, shared out over the ranks as their parameters are.
+"""Placement of DTensor gradients as their parameters are placed.
 
 Under tensor parallelism autograd leaves some of them otherwise: as terms of a sum that no rank has taken yet
 (`Partial`, of norms that each rank applies to its part of the sequence), or whole on every rank beside a parameter of
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""Nearly always; and to ask for an attribute that is missing takes far longer than to look here first."""
+"""The usual types. Looking here first is far faster than asking for an attribute that is missing."""
 
 
 def is_split(placement: Any) -> bool:
@@ -32,7 +32,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def is_partial(tensor: Tensor) -> bool:
-    """Whether ranks hold terms of ``tensor``, which nobody has added up."""
+    """Whether ranks hold terms of ``tensor`` that have not been added up."""
     return any(placement.is_partial() for placement in getattr(tensor, "placements", ()))
 
 

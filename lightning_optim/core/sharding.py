@@ -17,7 +17,7 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, sharing its memory; any other tensor as it is."""
     if type(tensor) in PLAIN:
         return tensor
-    to_local = getattr(tensor, "to_local", None)  # asks for no import of torch.distributed
+    to_local = getattr(tensor, "to_local", None)  # needs no import of torch.distributed
     part: Tensor = tensor if to_local is None else to_local()
     if type(part) in PLAIN:
         return part
@@ -59,7 +59,7 @@ def max_over_ranks(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 def sum_split_units(sums: Tensor, tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> Tensor:
     """Add sums of output units ([columns, units]) over the ranks that hold parts of one unit.
 
-    Ranks that share a matrix by its rows hold whole units, and need not talk. One all-reduce per mesh dimension.
+    Ranks that share a matrix by its rows hold whole units, and communicate nothing. One all-reduce per mesh dimension.
 
     Args:
         sums: One entry for each unit of this rank's part of each tensor.

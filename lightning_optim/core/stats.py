@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,23 +32,22 @@ TENSOR_COLUMNS = ("grad_sq", "clipped_sq", *STEP_SUMS)
 
 
 class GradStats:
-    """What a step knows about its gradients, without any loss scale.
+    """Statistics of the gradients of one step, without any loss scale.
 
     Tensors are in the order of the optimizer's groups, and within a group in the order of its parameters; parameters
-    without a gradient are left out. Quantities are read when they are first asked for, and kept, so that a step reads
-    no more than its rules and reports need.
+    without a gradient are left out. This class holds what it is given. Within a step the statistics are those of
+    `lightning_optim.step.gradients.ReadGradStats`, a subclass that reads each quantity when it is first asked
+    for, and keeps it: a step reads no more than its rules and reports need.
 
     Args:
-        norm_sq: Square sum of each gradient, shape [tensors], on the gradients' device; or what reads it. In float64
-            where the device has that, because a gradient of 2e19 is finite, and its square in float32 is not. Not
-            finite where, and only where, a gradient has a NaN or an infinity.
-        group_sizes: How many tensors each parameter group has; sums to ``tensors``.
+        norm_sq: Square sum of each gradient, shape [tensors], on the gradients' device. In float64 where the device has
+            that, because a gradient of 2e19 is finite, and its square in float32 is not. Not finite where, and only
+            where, a gradient has a NaN or an infinity.
+        group_sizes: Number of tensors in each parameter group; sums to ``tensors``.
         group_names: Name of each parameter group.
         numel: Number of elements of each tensor, over all shards.
-        places: Where each tensor stands among all parameters of the optimizer, int64, shape [tensors]; None if all
-            have a gradient.
-        reads: What else can be read, by name: ``largest``, ``units``, ``names``, ``momentum_norm_sq`` and
-            ``grad_sq_over_exp_avg_sq``; see `lightning_optim.step.gradients`.
+        places: Index of each tensor among all parameters of the optimizer, int64, shape [tensors]; None if all have a
+            gradient.
 
     Example:
         >>> GradStats(torch.tensor([9.0, 16.0]), group_sizes=(1, 1)).total_norm()
@@ -58,58 +56,62 @@ class GradStats:
 
     def __init__(
         self,
-        norm_sq: Tensor | Callable[[], Tensor],
+        norm_sq: Tensor | None,
         group_sizes: tuple[int, ...],
         *,
         group_names: tuple[str, ...] = (),
         numel: tuple[int, ...] | None = None,
         places: Tensor | None = None,
-        reads: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
     ) -> None:
         self.group_sizes = group_sizes
         self.group_names = group_names
         self.places = places
-        self._reads = reads
-        self._values: dict[str, Any] = {} if numel is None else {"numel": numel}
-        if isinstance(norm_sq, Tensor):
-            self._values["norm_sq"] = norm_sq
-        else:
-            self._reads = {**reads, "norm_sq": norm_sq}
+        given = {"norm_sq": norm_sq, "numel": numel}
+        self.__dict__.update({name: value for name, value in given.items() if value is not None})
 
-    def read(self, what: str) -> Any:
-        """The quantity called ``what``, from memory if it has been read before."""
-        if what not in self._values:
-            self._values[what] = self._reads[what]()
-        return self._values[what]
-
-    @property
+    @cached_property
     def norm_sq(self) -> Tensor:
         """Square sum of each gradient, shape [tensors]."""
-        values: Tensor = self.read("norm_sq")
-        return values
+        raise self._unknown("norm_sq")
 
-    @property
+    @cached_property
     def numel(self) -> tuple[int, ...]:
         """Number of elements of each tensor, over all shards."""
-        sizes: tuple[int, ...] = self.read("numel")
-        return sizes
+        raise self._unknown("numel")
 
-    @property
+    @cached_property
     def names(self) -> tuple[str | None, ...]:
         """Name of each tensor, as far as known."""
-        known: tuple[str | None, ...] = self.read("names")
-        return known
+        raise self._unknown("names")
 
-    def has(self, what: str) -> bool:
-        """Whether the quantity called ``what`` has been read already."""
-        return what in self._values
+    @cached_property
+    def largest(self) -> Tensor:
+        """Largest absolute value in each gradient, shape [tensors]; not finite where there is a NaN or an infinity."""
+        raise self._unknown("largest")
+
+    @cached_property
+    def units(self) -> UnitNorms:
+        """Norms of each output unit of gradients and weights."""
+        raise self._unknown("units")
+
+    @cached_property
+    def momentum_norm_sq(self) -> Tensor:
+        """Square sum of each first moment, as an average of gradients, shape [tensors]; 0 before the first step."""
+        raise self._unknown("momentum_norm_sq")
+
+    @cached_property
+    def grad_sq_over_exp_avg_sq(self) -> Tensor:
+        """Σ g²/v̂ of each tensor with v̂ after this step, shape [tensors]."""
+        raise self._unknown("grad_sq_over_exp_avg_sq")
+
+    @property
+    def norm_sq_is_read(self) -> bool:
+        """Whether `norm_sq` is known without reading the gradients."""
+        return "norm_sq" in self.__dict__
 
     def total_norm(self) -> Tensor:
         """Norm over all gradients as one vector, shape []."""
-        if "total_norm" not in self._values:
-            self._values["total_norm"] = self.norm_sq.sum().sqrt()
-        total: Tensor = self._values["total_norm"]
-        return total
+        return self._total_norm
 
     def group_norms(self) -> Tensor:
         """Norm of each parameter group's gradients, shape [groups]."""
@@ -117,12 +119,20 @@ class GradStats:
 
     def finite(self) -> Tensor:
         """Whether no gradient has a NaN or an infinity, bool, shape []; from what has been read already."""
-        if "finite" not in self._values:
-            largest = self._values.get("largest")
-            known = largest if largest is not None and "norm_sq" not in self._values else self.norm_sq
-            self._values["finite"] = (known * 0 == 0).all()  # half the operations of isfinite
-        finite: Tensor = self._values["finite"]
-        return finite
+        return self._finite
+
+    @cached_property
+    def _total_norm(self) -> Tensor:
+        return self.norm_sq.sum().sqrt()
+
+    @cached_property
+    def _finite(self) -> Tensor:
+        largest_only = "largest" in self.__dict__ and not self.norm_sq_is_read
+        known = self.largest if largest_only else self.norm_sq
+        return (known * 0 == 0).all()  # half the operations of isfinite
+
+    def _unknown(self, what: str) -> LookupError:
+        return LookupError(f"These statistics do not have {what}: they were not made from gradients.")
 
 
 @dataclass(frozen=True)

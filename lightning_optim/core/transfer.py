@@ -1,4 +1,4 @@
-"""Moving values between host and device without waiting for the device."""
+"""Transfers of values between host and device that do not wait for the device."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class HostMirror:
         self._view: np.ndarray = self._host.numpy()
 
     def push(self) -> None:
-        """Starts copying the present values."""
+        """Start copying the present values."""
         if self._host is not self._tensor:
             self._host.copy_(self._tensor, non_blocking=True)
 

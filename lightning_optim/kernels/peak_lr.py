@@ -9,7 +9,7 @@ Each parameter group keeps it as `peak_lr`. The rule, in this order:
 
 In all cases a step with a higher rate makes that the peak, with a warning: so no step ever decays by more than at the
 peak. CyclicLR, or a LambdaLR that multiplies a tiny rate, announces nothing: while it first rises, each rate is the
-peak so far, and from the first peak on all is as if it had been known. Whoever knows it before gives it.
+peak so far, and from the first peak on all is as if it had been known. A caller who knows the peak in advance gives it.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def _finish(
                 old.copy_(new if on_host or skip is None else torch.where(skip != 0, old, new))
         return row
 
-    # By `map`, and not in a loop, whose variables would keep one tensor's temporaries beside the next one's.
+    # `map` instead of a loop, whose variables would keep one tensor's temporaries alive during the next one's.
     sums = [row for row in map(write, range(len(batch.params)), steps) if row is not None]
     if not collect:
         return None

@@ -47,7 +47,7 @@ def mix(x: Any) -> Any:
 
 
 def noise(index: Any, key: Any) -> Any:
-    """32 random bits for element ``index`` (row-major) of an array with this ``key``: the same whoever asks."""
+    """32 random bits for element ``index`` (row-major) of an array with this ``key``: the same on every backend."""
     return mix((mix((index ^ key) & 0xFFFFFFFF) + key) & 0xFFFFFFFF)
 
 

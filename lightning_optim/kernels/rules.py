@@ -121,7 +121,7 @@ class Rule:
     stand for averages. The others stay as they are. Without any, a rule refuses `state_bits`."""
 
     decays_beside: ClassVar[bool] = True
-    """Whether weights decay beside `update`, so that the step sums can tell decay's part; not if `update` does it."""
+    """Whether weights decay outside of `update`, so that the step sums can tell decay's part."""
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
         """The numbers of this step, in float64: learning rate, betas, 1 − beta, bias corrections.

@@ -58,20 +58,7 @@ class Gradients:
         if not {*map(type, self.params), *map(type, grads)}.issubset(PLAIN):
             self._redistribute()
         self._norm_sq: Tensor | None = None
-        self.stats = GradStats(
-            self._read_norm_sq,
-            self.group_sizes,
-            group_names=group_names_of(optimizer),
-            places=None if len(self.params) == self.parameters else self._places(),
-            reads={
-                "numel": lambda: tuple(numbers(p) if shards is None else shards.numel(p) for p in self.params),
-                "names": self._read_names,
-                "largest": self._read_largest,
-                "units": self._read_units,
-                "momentum_norm_sq": self._read_momentum_norm_sq,
-                "grad_sq_over_exp_avg_sq": self._read_grad_sq_over_exp_avg_sq,
-            },
-        )
+        self.stats = ReadGradStats(self)
 
     def norm_sq_now(self) -> Tensor:
         """Read the gradients again: their square sums as they are at this moment, shape [tensors]."""
@@ -97,10 +84,11 @@ class Gradients:
                 self.grads[i] = grad
 
     def _label(self, index: int) -> str:
-        name = self._read_names()[index]
+        name = self.names()[index]
         return f"parameter {name!r}" if name else f"a parameter of shape {tuple(self.params[index].shape)}"
 
-    def _places(self) -> Tensor | None:
+    def places(self) -> Tensor | None:
+        """Index of each tensor among all parameters of the optimizer, int64, [tensors]; None without any tensor."""
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
         places = [place for place, p in enumerate(everything) if self._takes_part(p)]
         return upload(places, self.params[0].device, torch.int64) if places else None
@@ -108,20 +96,28 @@ class Gradients:
     def _unscaled_sq(self, values: Tensor) -> Tensor:
         return values if self.scale is None else values / self.scale.to(values.device).square()
 
-    def _read_norm_sq(self) -> Tensor:
+    def numel(self) -> tuple[int, ...]:
+        """Number of elements of each tensor, over all shards; complex ones count as two."""
+        return tuple(numbers(p) if self.shards is None else self.shards.numel(p) for p in self.params)
+
+    def read_norm_sq(self) -> Tensor:
+        """Square sum of each gradient, [tensors], from another read that gave it as well if there was one."""
         return self.norm_sq_now() if self._norm_sq is None else self._norm_sq
 
-    def _read_names(self) -> tuple[str | None, ...]:
+    def names(self) -> tuple[str | None, ...]:
+        """Name of each tensor, as far as known."""
         groups = [(group["params"], names_of(group, self._names)) for group in self.optimizer.param_groups]
         known = {param: name for params, names in groups for param, name in zip(params, names, strict=True)}
         return tuple(known[p] for p in self.params)
 
-    def _read_largest(self) -> Tensor:
+    def read_largest(self) -> Tensor:
+        """Largest absolute value in each gradient, [tensors]."""
         largest = measure_largest(self.grads)
         largest = largest if self.shards is None else self.shards.max(largest, self.params)
         return largest if self.scale is None else largest / self.scale.to(largest.device)
 
-    def _read_units(self) -> UnitNorms:
+    def read_units(self) -> UnitNorms:
+        """Norms of each output unit; their square sums give those of the gradients."""
         units = measure_units(self.grads, self.params, self.scale)
         self._norm_sq = units.norm_sq()
         return units
@@ -149,7 +145,7 @@ class Gradients:
                 )
         return found
 
-    def _read_momentum_norm_sq(self) -> Tensor:
+    def read_momentum_norm_sq(self) -> Tensor:
         """Square sum of each first moment, as an average of gradients; 0 where there is none yet."""
         found = self._states("exp_avg", "momentum_buffer", wanted="Clipping by the ratio to the momentum")
         norm_sq = torch.zeros_like(self.stats.norm_sq)
@@ -162,7 +158,7 @@ class Gradients:
         weight = upload(share, device, norm_sq.dtype).square()
         return self.sum_shards(norm_sq.scatter(0, rows, measured.to(norm_sq.dtype) * weight))
 
-    def _read_grad_sq_over_exp_avg_sq(self) -> Tensor:
+    def read_grad_sq_over_exp_avg_sq(self) -> Tensor:
         """Σ g²/v̂ of each tensor, with v̂ after this step; one read of the gradients gives their square sums as well."""
         kept = {i for i, _ in self._states("exp_avg_sq", wanted="Clipping by the RMS of the update")}
         device, wide = self.grads[0].device, widest_dtype(self.grads[0].device)
@@ -198,6 +194,54 @@ class Gradients:
 def numbers(param: Tensor) -> int:
     """How many real numbers a parameter has: a complex element is two, as torch's optimizers see it."""
     return param.numel() * (2 if param.is_complex() else 1)
+
+
+class ReadGradStats(GradStats):
+    """Statistics that are read from gradients and state when they are first asked for, and kept.
+
+    Args:
+        gradients: What to read.
+    """
+
+    def __init__(self, gradients: Gradients) -> None:
+        places = None if len(gradients.params) == gradients.parameters else gradients.places()
+        super().__init__(None, gradients.group_sizes, group_names=group_names_of(gradients.optimizer), places=places)
+        self._gradients = gradients
+
+    @cached_property
+    def norm_sq(self) -> Tensor:
+        """See `GradStats`."""
+        return self._gradients.read_norm_sq()
+
+    @cached_property
+    def numel(self) -> tuple[int, ...]:
+        """See `GradStats`."""
+        return self._gradients.numel()
+
+    @cached_property
+    def names(self) -> tuple[str | None, ...]:
+        """See `GradStats`."""
+        return self._gradients.names()
+
+    @cached_property
+    def largest(self) -> Tensor:
+        """See `GradStats`."""
+        return self._gradients.read_largest()
+
+    @cached_property
+    def units(self) -> UnitNorms:
+        """See `GradStats`."""
+        return self._gradients.read_units()
+
+    @cached_property
+    def momentum_norm_sq(self) -> Tensor:
+        """See `GradStats`."""
+        return self._gradients.read_momentum_norm_sq()
+
+    @cached_property
+    def grad_sq_over_exp_avg_sq(self) -> Tensor:
+        """See `GradStats`."""
+        return self._gradients.read_grad_sq_over_exp_avg_sq()
 
 
 def group_names_of(optimizer: Optimizer) -> tuple[str, ...]:

@@ -253,7 +253,7 @@ class StepPipeline:
             assert step.skip is not None
             detector.commit(step.skip)
         self._counts_on_host.push()
-        if self.on_report is not None and step.stats.has("norm_sq"):
+        if self.on_report is not None and step.stats.norm_sq_is_read:
             self._norms.add(step.stats.total_norm())
         if step.reported:
             assert self.on_report is not None

@@ -16,7 +16,7 @@ TAGS = {
     "param": "optim_param_norm/histogram",
     "update": "optim_update_norm/histogram",
 }
-"""By kind: under what a group's histogram is shown, beside its scalars."""
+"""Tag of a group's histogram, by kind."""
 
 EDGES = tuple(math.log10(2) * (FIRST + column - 2) for column in range(COLUMNS + 1))
 """Between which the columns lie, in log10 of the magnitude. Zeros are put left of all, what is not finite right."""

@@ -37,8 +37,8 @@ class Followed:
     def asking(self, members: Sequence[Any], trainer: Trainer) -> list[Any]:
         """Who wants a report of the step that is about to happen, and gets it: one of each batch that is due.
 
-        An optimizer steps once per batch, or never, or more than once. So whoever asked in a batch without a step is
-        owed one, and whoever had one in this batch gets no second, at the same place on the loggers' axis.
+        An optimizer steps once per batch, or never, or more than once. So a member that asked in a batch without a step
+        is owed a report, and one that had a report in this batch gets no second at the same place on the loggers' axis.
         """
         now, step = logging_step(trainer), self.pipeline.steps
         asking = []

@@ -100,10 +100,17 @@ class Hub(Hears):
     # Members.
 
     def join(self, callback: HubCallback) -> None:
-        """Takes a contributor in; refuses a second one in its role, because both would own the same thing."""
+        """Add a member.
+
+        Args:
+            callback: The contributor.
+
+        Raises:
+            MisconfigurationException: Another member has its role, so that both would own the same thing.
+        """
         if any(member is callback for member in self.members):
             return
-        if callback._hub is not None:  # of a fit that broke off where no hook told of it, in a tuner's trial
+        if callback._hub is not None:  # It is left of a fit that ended without any hook: a tuner's trial.
             callback._hub.abandon()
         for other in self.members:
             if shared := _roles(other) & _roles(callback):

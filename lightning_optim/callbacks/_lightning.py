@@ -111,7 +111,7 @@ def loss_scale(trainer: Trainer) -> Tensor | None:
 
 
 def averaged_models(trainer: Trainer) -> list[Module]:
-    """The averages that Lightning's `WeightAveraging` callbacks keep beside the model, such as an EMA."""
+    """Return the averages of the model that Lightning's `WeightAveraging` callbacks keep, such as an EMA."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     found = [c._average_model for c in callbacks if issubclass(type(c), WeightAveraging)]  # type: ignore[attr-defined]
     return [model for model in found if model is not None]

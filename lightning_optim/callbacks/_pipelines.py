@@ -204,7 +204,7 @@ class Pipelines:
             self._undo.callback(freezing.release)
 
     def _check_engine(self) -> None:
-        """DeepSpeed's engine clips by itself (`GradientClipping` has told it), and lets nobody look in between."""
+        """Refuse detectors and reports: DeepSpeed's engine clips by itself, and has no hook in between."""
         asking = [m for m in self._members if m.detectors() or type(m).on_report is not Contributor.on_report]
         if asking:
             names = ", ".join(type(member).__name__ for member in asking)
@@ -215,7 +215,7 @@ class Pipelines:
             )
 
     def _others_look(self, trainer: L.Trainer) -> bool:
-        """Whether somebody else's hook looks at the gradients before a step."""
+        """Return whether a hook that is not ours reads the gradients before a step."""
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             return False  # nothing to hide from them
         module = trainer.lightning_module

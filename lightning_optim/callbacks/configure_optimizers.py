@@ -42,7 +42,7 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
         present = vars(pl_module).get(_METHOD)
         owner = _owner(present)
         if isinstance(owner, ConfigureOptimizers) and owner._hub is not None and owner._hub is not self._hub:
-            owner._hub.abandon()  # of a fit that ended where no hook told of it
+            owner._hub.abandon()  # It is left of a fit that ended without any hook.
             present = vars(pl_module).get(_METHOD)
         if present is not None:
             if _owner(present) is not self:

@@ -21,7 +21,7 @@ from lightning_optim.step import StepPipeline
 
 
 class OptimizerMonitor(HubCallback):
-    """Shows in every logger what the optimizer does to each parameter group.
+    """Log to every logger what the optimizer does to each parameter group.
 
     Every ``log_every_n_steps`` steps of the Trainer: learning rate and weight decay as the step used them, gradient
     norms before and after clipping, what the step did to the parameters and how that compares with their size and with
@@ -32,23 +32,24 @@ class OptimizerMonitor(HubCallback):
     gradients are not read for the monitor, and nothing waits for the device.
 
     Args:
-        diagnostics: Quantities per group; None for all that are built in
-            (`lightning_optim.diagnostics.DEFAULT_DIAGNOSTICS`). Learning rates, weight decay, loss, health and speed
-            are always shown.
-        hp_metrics: Tags by which TensorBoard's page of hyperparameters compares runs; add what the module logs,
-            ``val_loss`` say.
-        per_tensor: What TensorBoard shows of single tensors, as a table of those that stand out and as images of all of
-            them over time; None for nothing.
-        histograms: Of what TensorBoard shows histograms per group; None for nothing.
+        diagnostics: Quantities per group: instances, or names given by `lightning_optim.register`; None for all that
+            are built in (`lightning_optim.diagnostics.DEFAULT_DIAGNOSTICS`). Learning rates, weight decay, loss, health
+            and speed are always shown.
+        hp_metrics: Tags by which TensorBoard's page of hyperparameters compares runs; add those that the module logs,
+            for instance ``val_loss``.
+        per_tensor: Display of single tensors on TensorBoard, as a table of those that stand out and as images of all of
+            them over time; None for none.
+        histograms: Histograms per group on TensorBoard; None for none.
         progress_bar: Whether the progress bar shows gradient norm and skipped steps, with a logger or without.
 
     Attributes:
         latest: The last report that has arrived, by tag; of the first optimizer, if there are several.
         alarms: A sentence for each report with a gradient that was not finite, which names the first of them.
-        advice: What the run could do better, in sentences: about the size of its batches.
+        advice: Sentences of advice about the size of the batches.
 
     Raises:
-        ValueError: Two diagnostics have the same name.
+        ValueError: Two diagnostics have the same name, or a name is unknown.
+        TypeError: One of ``diagnostics`` is neither a diagnostic nor a name.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[OptimizerMonitor()], logger=False, enable_checkpointing=False)
@@ -85,16 +86,16 @@ class OptimizerMonitor(HubCallback):
         self._details: MonitorDetails | None = None
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Declares the hyperparameters before Lightning does."""
+        """Write the hyperparameters before Lightning does."""
         self._page = MonitorPage(trainer, self.hp_metrics)
         self._page.declare()
 
     def report_due(self, trainer: L.Trainer) -> bool:
-        """When Lightning logs, provided anything takes it."""
+        """Return whether Lightning logs at this step, and a logger or the progress bar takes the values."""
         return (bool(trainer.loggers) or self._bar(trainer)) and logging_due(trainer)
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Rates start here, also on a resume."""
+        """Start the interval of the first report, also on a resume."""
         self._last = dict(zip(self.hub.pipelines, self.hub.counts(), strict=True))
         self._meter = RunMeter(trainer) if trainer.loggers or self._bar(trainer) else None
         self._batch_advice = BatchAdvice()
@@ -103,48 +104,48 @@ class OptimizerMonitor(HubCallback):
             self._page.start()
 
     def _at_new_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Rates of a new optimizer start here."""
+        """Start the interval of new optimizers."""
         counts = dict(zip(self.hub.pipelines, self.hub.counts(), strict=True))
         self._last = {pipeline: self._last.get(pipeline, counts[pipeline]) for pipeline in counts}
         if self._page is not None:
             self._page.show_groups()
 
     def _at_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Counts samples."""
+        """Count samples."""
         if self._meter is not None:
             self._meter.begin_batch(batch)
 
     def _at_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Measures the gradient of this rank alone."""
+        """Measure the gradient of this rank alone."""
         if self._meter is not None and self._meter.averages and self.report_due(trainer):
             self._meter.before_average()
 
     def _at_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures the gradient of the first of several accumulated batches."""
+        """Measure the gradient of the first of several accumulated batches."""
         if self._meter is not None:
             self._meter.after_backward(self.report_due(trainer))
 
     def _at_step(self, trainer: L.Trainer, optimizer_index: int) -> None:
-        """Starts the clock of the update."""
+        """Start the clock of the update."""
         if self._meter is not None and self.report_due(trainer):
             self._meter.begin_update()
 
     def writes_skip_count(self, trainer: L.Trainer) -> bool:
-        """With each report, where there is one optimizer: of several, each has a tag of its own."""
+        """Return whether a report is due and there is one optimizer: of several, each has a tag of its own."""
         return bool(trainer.loggers) and len(trainer.optimizers) == 1 and self.report_due(trainer)
 
     def histograms_due(self, trainer: L.Trainer) -> Sequence[str]:
-        """Now and then, if somebody shows them."""
+        """Return the kinds that the coming report shows."""
         return () if self._details is None else self._details.histograms_due()
 
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
-        """Computes the diagnostics on the device."""
+        """Compute the diagnostics on the device."""
         if self._meter is None:
             return
         pipeline = self.hub.pipelines[optimizer_index]
         report = StepReport(record, self.diagnostics, self._last[pipeline], at=logging_step(trainer))
         self._meter.on_record(report, record)
-        if not self._open:  # the first of this batch, which carries what belongs to the run
+        if not self._open:  # The first report of a batch has the values that belong to the run.
             health = self.hub.health_points()
             report.add([f"optim_health/{name}" for name in health], list(health.values()), of_run=True)
         if self._details is not None:
@@ -155,7 +156,7 @@ class OptimizerMonitor(HubCallback):
     def _at_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Sends off what this batch has to report, and writes what has arrived, where it belongs."""
+        """Send the reports of this batch, and write those that have arrived, each at its own step."""
         if self._meter is not None:
             self._meter.end_batch(outputs)
         self._send()
@@ -163,23 +164,23 @@ class OptimizerMonitor(HubCallback):
             self._write(trainer)
 
     def _at_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validation is no part of the time of a step."""
+        """Pause the clock: validation is no part of the time of a step."""
         if self._meter is not None:
             self._meter.clock.pause()
 
     def _at_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training goes on."""
+        """Resume the clock."""
         if self._meter is not None:
             self._meter.clock.resume()
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the rest."""
+        """Write the reports that have not arrived yet."""
         self._flush(trainer)
         if self._page is not None:
             self._page.end()
 
     def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Writes the rest: the last steps before a crash are the ones that matter."""
+        """Write the reports that have not arrived yet: the last steps before a crash matter most."""
         self._flush(trainer)
 
     def _at_close(self) -> None:
@@ -191,7 +192,7 @@ class OptimizerMonitor(HubCallback):
         return self.progress_bar and trainer.progress_bar_callback is not None
 
     def _send(self) -> None:
-        """The first report of a batch carries what belongs to the run."""
+        """Send the open reports; the first of a batch has the values that belong to the run."""
         reports, self._open = self._open, []
         if reports and self._details is not None:
             self._details.next_batch()
@@ -201,7 +202,7 @@ class OptimizerMonitor(HubCallback):
             self._pending.append(_Sent(index, report.send(), rest))
 
     def _flush(self, trainer: L.Trainer) -> None:
-        self._open = []  # of a batch that did not end; its record may never be complete
+        self._open = []  # The batch did not end, so its records may never be complete.
         while self._pending:
             self._write(trainer)
         if self._details is not None:
@@ -218,7 +219,7 @@ class OptimizerMonitor(HubCallback):
             count = int(values["optim_health/nonfinite_gradients"])
             some = "1 gradient is" if count == 1 else f"{count} gradients are"
             alarms.append(f"Step {report.at}: {some} not finite, the first that of `{report.culprit}`.")
-        several = len(trainer.optimizers) > 1  # whose group names repeat
+        several = len(trainer.optimizers) > 1  # Their group names repeat.
 
         def tag_of(tag: str) -> str:
             family, name = tag.split("/", 1)
@@ -244,7 +245,7 @@ class OptimizerMonitor(HubCallback):
 
 @dataclass(frozen=True)
 class _Sent:
-    """A report of one optimizer on its way, and what gives the values that the host knows by then."""
+    """A report of one optimizer in transfer, and a function for the values that the host knows by then."""
 
     index: int
     report: StepReport

@@ -1,14 +1,14 @@
-"""What a run could do better, in a sentence."""
+"""Advice to a run, in a sentence."""
 
 from __future__ import annotations
 
 
 class BatchAdvice:
-    """Speaks up when the batch has long been far from the gradient noise scale; once each time it gets there.
+    """Advice about the batch size, once it has long been far from the gradient noise scale.
 
     Args:
-        patience: For how many reports in a row.
-        factor: How far.
+        patience: Number of reports in a row after which advice is given.
+        factor: Ratio of noise scale and batch size, or its reciprocal, that is far.
 
     Example:
         >>> advice = BatchAdvice(patience=2)
@@ -23,11 +23,11 @@ class BatchAdvice:
         self._in_a_row = 0
 
     def update(self, noise_scale: float | None, batch_size: float | None) -> str | None:
-        """A sentence, if it is time for one.
+        """Return advice, or None.
 
         Args:
-            noise_scale: In samples; None if this report has none, which says nothing.
-            batch_size: Samples of a step.
+            noise_scale: Gradient noise scale in samples; None if this report has none.
+            batch_size: Samples of a step; None if that is not known.
         """
         if noise_scale is None or batch_size is None:
             return None

@@ -24,27 +24,27 @@ class StepClock:
         self._marks: list[float | torch.cuda.Event] = []
 
     def pause(self) -> None:
-        """Stops, for validation say."""
+        """Stop the clock, for instance for validation."""
         self._paused = self._now()
 
     def resume(self) -> None:
-        """Goes on."""
+        """Resume the clock."""
         if self._paused is not None:
             self._since += self._now() - self._paused
             self._paused = None
 
     def take(self) -> float:
-        """Seconds since the last call, without pauses."""
+        """Return the seconds since the last call, without pauses."""
         now, before = self._now(), self._since
         self._since = now
         return now - before
 
     def begin_update(self, device: torch.device) -> None:
-        """The optimizer's step begins."""
+        """Mark the begin of the optimizer's step."""
         self._marks = [self._mark(device)]
 
     def end_update(self, device: torch.device) -> Callable[[], float]:
-        """The optimizer's step ends; its seconds, to be asked for when the device has come this far."""
+        """Mark the end of the optimizer's step; return a function for its seconds, for when it is done."""
         if not self._marks:
             return lambda: float("nan")
         begin, end = self._marks.pop(), self._mark(device)

@@ -18,7 +18,7 @@ class LocalGradient:
     kernel for each parameter. Not for parameters in shards, whose gradients have other hooks.
 
     Args:
-        params: Of which parameters.
+        params: The parameters whose gradients are measured.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -34,9 +34,9 @@ class LocalGradient:
         self._handles = [p.register_hook(self._hook(p)) for p in params if p.requires_grad]  # type: ignore[no-untyped-call]
 
     def take(self) -> dict[Tensor, Tensor]:
-        """By parameter, after the pass; empty if one had several gradients (reentrant checkpointing), which do not add.
+        """Return the square sums by parameter, after the pass, and remove the hooks.
 
-        Removes the hooks.
+        Empty if a parameter had several gradients (reentrant checkpointing), whose square sums do not add.
         """
         while self._handles:
             self._handles.pop().remove()

@@ -36,15 +36,15 @@ class LossHistory:
         self._seen = 0
 
     def add(self, loss: Tensor) -> None:
-        """Takes in one loss, shape []."""
-        self._interval.add(loss.detach().clone())  # it may be a view of something large, or go on changing
+        """Add a loss, shape []."""
+        self._interval.add(loss.detach().clone())  # It may be a view of a large tensor, or change later.
         self._window[self._seen % WINDOW] = loss
         self._seen += 1
 
     def take(self, reduce: Callable[[Tensor, str], Tensor] = lambda values, how: values) -> Tensor:
-        """Mean and maximum since the last call, and by how many robust standard deviations the maximum stands out.
+        """Return mean and maximum since the last call, and the robust z-score of the maximum, shape [3].
 
-        The last is (max − median) / (1.4826·MAD) over the window, MAD being the median distance from the median; NaN
+        The z-score is (max − median) / (1.4826·MAD) over the window, MAD being the median distance from the median; NaN
         while all losses are alike. The medians are torch's: the lower of the two middle values.
 
         Args:

@@ -16,7 +16,7 @@ TAGS = {
     "param": "optim_param_norm/histogram",
     "update": "optim_update_norm/histogram",
 }
-"""By kind: under what a group's histogram is shown, beside its scalars."""
+"""Tag of a group's histogram, by kind."""
 
 EDGES = tuple(math.log10(2) * (FIRST + column - 2) for column in range(COLUMNS + 1))
 """Between which the columns lie, in log10 of the magnitude. Zeros are put left of all, what is not finite right."""
@@ -24,7 +24,7 @@ EDGES = tuple(math.log10(2) * (FIRST + column - 2) for column in range(COLUMNS +
 
 @dataclass(frozen=True)
 class Histograms:
-    """Of what `OptimizerMonitor` shows histograms on TensorBoard, one for each parameter group.
+    """Histograms by `OptimizerMonitor` on TensorBoard, one for each parameter group.
 
     They are of log10 of the magnitudes, in steps of a power of two, counted on the device. Exact zeros have a column of
     their own at the left end (-12.6 to -12.3), what is below 2**-40 the one next to it; what is not finite has the one
@@ -33,7 +33,7 @@ class Histograms:
     Args:
         of: ``"grad"`` before clipping and without loss scale, ``"param"`` after the step, and ``"update"``, the change,
             for which the parameters are copied for the length of the step.
-        every: At every so many-th report.
+        every: Number of reports from one histogram to the next.
 
     Raises:
         ValueError: A kind is unknown, or ``every`` not positive; the message names the nearest.
@@ -57,10 +57,10 @@ class Histograms:
 
 
 def buckets(counts: np.ndarray) -> tuple[list[float], list[float]] | None:
-    """Edges and counts of the columns from the first to the last that is not empty; None if there is nothing to show.
+    """Return edges and counts of the columns from the first to the last that is not empty; None if all are.
 
     Args:
-        counts: Of one group, shape [columns]; NaN if there was nothing to count.
+        counts: Counts of one group, shape [columns]; NaN if there was nothing to count.
     """
     if np.isnan(counts).any() or not counts.any():
         return None

@@ -32,13 +32,13 @@ class NoiseScale:
         self._averages = torch.zeros(2, dtype=torch.float32, device=device)
 
     def add(self, small_sq: Tensor, large_sq: Tensor, small: float, large: float) -> Tensor:
-        """Takes in one pair of norms; the scale so far, NaN while the estimates are not both positive.
+        """Add a pair of norms, and return the scale so far, shape []; NaN while the estimates are not both positive.
 
         Args:
             small_sq: Square norm of the mean gradient of ``small`` samples, shape [].
-            large_sq: Of ``large`` samples, those among them.
-            small: Number of samples.
-            large: More than that.
+            large_sq: The same of ``large`` samples, which include those, shape [].
+            small: Number of samples of the small batch.
+            large: Number of samples of the large batch, above ``small``.
         """
         signal = (large * large_sq - small * small_sq) / (large - small)
         noise = (small_sq - large_sq) / (1 / small - 1 / large)

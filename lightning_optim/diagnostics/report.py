@@ -1,4 +1,4 @@
-"""From the record of a step to values under tags, by way of one packed transfer."""
+"""The report of a step: from its record to values under tags, in one packed transfer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _INTERNAL = ("clipped", "skipped", "first_nonfinite", "steps_measured")
 
 
 class StepReport:
-    """The diagnostics of one step on their way to the host, in one packed transfer.
+    """The diagnostics of one step in transfer to the host, in one packed tensor.
 
     Args:
-        record: The step.
-        diagnostics: What to compute.
+        record: The record of the step.
+        diagnostics: The diagnostics to compute.
         since: The report before this one, or the counts at the start; rates are over the steps from there.
-        at: Where on the loggers' axis the step belongs.
+        at: Place of the step on the loggers' axis.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class StepReport:
         self.of_run: set[str] = set()
         """Tags of values that belong to the run."""
         self.tables: dict[str, np.ndarray] = {}
-        """What `add_table` has taken, once read."""
+        """The tables of `add_table`, once read."""
         self._since: StepReport | StepCounts = since
         self.group_names = record.group_names
         self._param_names = record.param_names
@@ -74,11 +74,11 @@ class StepReport:
     def add(
         self, tags: Sequence[str], values: Tensor | Sequence[float], shows_nan: bool = False, of_run: bool = False
     ) -> None:
-        """Adds values to the report, before it is sent.
+        """Add values to the report, before it is sent.
 
         Args:
             tags: Their tags.
-            values: One for each tag: a device tensor, or numbers that the host knows.
+            values: One for each tag: a tensor on the device, shape [tags], or numbers that the host knows.
             shows_nan: Whether a NaN among them is worth a point.
             of_run: Whether they belong to the run rather than to this optimizer.
         """
@@ -94,11 +94,16 @@ class StepReport:
             self._shows_nan |= set(tags)
 
     def add_table(self, name: str, values: Tensor) -> None:
-        """Adds many values under one name, of any shape, which travel with the others but are no points."""
+        """Add many values under one name, which are transferred with the others but are no points.
+
+        Args:
+            name: Name of the table.
+            values: A tensor on the device, any shape.
+        """
         self._tables[name] = values.detach()
 
     def send(self) -> StepReport:
-        """Starts the transfer."""
+        """Start the transfer, and return the report itself."""
         device = self._columns[0].device
         tables = [t.to(device, torch.float64, non_blocking=True).reshape(-1) for t in self._tables.values()]
         self._pending = PendingValues(torch.cat([*self._columns, *tables]))
@@ -124,7 +129,7 @@ class StepReport:
         return self._pending is not None and self._pending.ready()
 
     def read(self) -> dict[str, float]:
-        """Every value under its tag; waits, if it has not been sent. Read in order, because rates are differences."""
+        """Return every value by its tag, waiting for the transfer; read reports in order: rates are differences."""
         if self._pending is None:
             self.send()
         assert self._pending is not None

@@ -1,4 +1,4 @@
-"""One page about one run, or several beside each other, from their event files: what one attaches to an issue."""
+"""One page about one run, or about several side by side, from their event files; to be attached to an issue."""
 
 from __future__ import annotations
 

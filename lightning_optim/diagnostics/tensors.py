@@ -57,16 +57,16 @@ QUANTITIES: dict[str, Callable[[TensorRows], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class PerTensor:
-    """What `OptimizerMonitor` shows of single tensors on TensorBoard.
+    """Display of single tensors by `OptimizerMonitor` on TensorBoard.
 
-    Their values come with the others of a report, in the same transfer.
+    Their values are transferred with the others of a report.
 
     Args:
-        worst: How many tensors the text `optim/tensors` lists; 0 for no text. First those whose gradient is not finite,
-            then those whose ``by`` is the most times larger or smaller than the median tensor's.
+        worst: Number of tensors that the text `optim/tensors` lists; 0 for no text. First those whose gradient is not
+            finite, then those whose ``by`` is the most times larger or smaller than the median tensor's.
         by: The quantity that ranks them, one of `QUANTITIES`.
         heat_maps: Quantities of which there is an image `optim/tensors/<quantity>`, tensors × time; needs matplotlib.
-        every: Text and images are written at every so many-th report, and at the end.
+        every: Number of reports from one text and image to the next; the last state is written at the end.
 
     Raises:
         ValueError: A quantity is unknown or a number out of range; the message names the nearest.
@@ -92,7 +92,9 @@ class PerTensor:
 
 
 def worst_first(rows: TensorRows, by: str) -> list[int]:
-    """Places of the tensors, those first whose gradient is not finite, then those farthest from the median, in ratio.
+    """Return the places of the tensors in the order of how far they stand out.
+
+    Those come first whose gradient is not finite, then those farthest from the median, in ratio.
 
     Tensors without the quantity, or with 0 of it, come last.
     """
@@ -107,7 +109,7 @@ def worst_first(rows: TensorRows, by: str) -> list[int]:
 
 
 def table_of(rows: TensorRows, detail: PerTensor) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the worst tensors."""
+    """Return header and lines of a table of the worst tensors."""
     found = {name: rows.quantity(name) for name in QUANTITIES}
     shown = {name: values for name, values in found.items() if not np.isnan(values).all()}
     with np.errstate(all="ignore"):

@@ -95,7 +95,7 @@ class WeightDecayShare(Diagnostic):
 
 
 def _stated_decay(group: Mapping[str, Any]) -> Any:
-    """What fraction of a weight decays, where nobody has measured that; NaN if it cannot be told, None if it was."""
+    """Return what fraction of a weight decays; NaN if that is not known, None if the update has measured it."""
     kind, decoupled = group.get("weight_decay_kind"), group.get("decoupled_weight_decay")
     if kind is None:  # an optimizer of torch's, or of others
         return group["lr"] * group.get("weight_decay", 0) if decoupled else math.nan

@@ -249,7 +249,7 @@ class _Accepted:
         return self._sorted[-1]
 
     def above(self, sigmas: float) -> float:
-        """The value so many robust standard deviations above the median, on a logarithmic scale if all allow that."""
+        """Return the value ``sigmas`` robust σ above the median, on a log scale if all are positive."""
         logs = self._sorted[0] > 0
         scaled = [math.log(value) for value in self._sorted] if logs else self._sorted
         level = _lower_median(scaled)

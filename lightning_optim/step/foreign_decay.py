@@ -35,7 +35,7 @@ class ForeignDecay:
         groups: λ of single parameter groups by their ``name``.
 
     Raises:
-        ValueError: The kind does not act beside the update, a value is out of range, the optimizer decays already, or
+        ValueError: The kind acts on more than the weights, a value is out of range, the optimizer decays already, or
             ``groups`` names none of its groups.
 
     Example:

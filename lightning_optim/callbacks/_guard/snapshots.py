@@ -65,7 +65,7 @@ class RunSnapshots:
             self._pair.confirm(step)
 
     def capture_if_due(self, step: int) -> None:
-        """Capture a candidate every so many steps; call it after a step at which nothing was wrong."""
+        """Capture a candidate if one is due; call it after a step at which nothing was wrong."""
         if (step + 1) % self._every == 0:
             self._pair.capture(self._parts, step)
 

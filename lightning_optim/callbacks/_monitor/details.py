@@ -1,4 +1,4 @@
-"""What OptimizerMonitor shows on request: single tensors, and histograms. On TensorBoard only."""
+"""Details of `OptimizerMonitor` on request: single tensors, and histograms. On TensorBoard only."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_optim.diagnostics.tensors import PerTensor, TensorRows, table_of
 
 
 class MonitorDetails:
-    """Adds to reports what the details need, and writes them when they have arrived.
+    """Tables that reports carry for the details, and what is written of them.
 
     Args:
         trainer: The Trainer.
-        per_tensor: What to show of single tensors; None for nothing.
-        histograms: Of what to show histograms; None for nothing.
+        per_tensor: Display of single tensors; None for none.
+        histograms: Display of histograms; None for none.
     """
 
     def __init__(self, trainer: L.Trainer, per_tensor: PerTensor | None, histograms: Histograms | None) -> None:
@@ -36,12 +36,12 @@ class MonitorDetails:
         self._shown: dict[int, _Shown] = {}
 
     def histograms_due(self) -> Sequence[str]:
-        """What the coming report shall count; all ranks say the same."""
+        """Return the kinds of magnitudes that the coming report counts; the same on all ranks."""
         wanted = self._histograms
         return wanted.of if wanted is not None and self._batches % wanted.every == 0 else ()
 
     def add(self, report: StepReport, record: StepRecord) -> None:
-        """Adds tables to a report before it is sent."""
+        """Add tables to a report before it is sent."""
         if not self._writers:
             return
         if self._per_tensor is not None:
@@ -50,16 +50,16 @@ class MonitorDetails:
             report.add_table(kind, counts)
 
     def next_batch(self) -> None:
-        """The reports of a batch are sent."""
+        """Count a batch with reports."""
         self._batches += 1
 
     def write(self, report: StepReport, index: int, tag_of: Callable[[str], str]) -> None:
-        """Writes what has come with a report.
+        """Write the tables of a report.
 
         Args:
-            report: One that has been read.
-            index: Of which optimizer.
-            tag_of: Makes a tag that of this optimizer.
+            report: A report that has been read.
+            index: Index of the optimizer.
+            tag_of: Turns a tag into that of this optimizer.
         """
         for kind, tag in TAGS.items():
             for group, counts in zip(report.group_names, report.tables.get(kind, ()), strict=False):
@@ -73,7 +73,7 @@ class MonitorDetails:
                 shown.write(self._writers)
 
     def end(self) -> None:
-        """Writes the last state of text and images."""
+        """Write the last state of text and images."""
         for shown in self._shown.values():
             shown.write(self._writers)
 

@@ -1,4 +1,4 @@
-"""What a monitor sees of a fit beside its optimizers: losses, micro-batches, time."""
+"""Measurements of a fit apart from its optimizers: losses, micro-batches, time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_optim.step.measure import measure_norm_sq
 
 
 class RunMeter:
-    """Measures, from one report to the next, what no optimizer knows. Nothing here waits for the device.
+    """Measurements from one report to the next that no optimizer has. Nothing here waits for the device.
 
     Args:
         trainer: A Trainer that has begun to train.
@@ -44,13 +44,13 @@ class RunMeter:
         self._batch_size: int | None = None
         self._samples = 0
         self._small: dict[Tensor, Tensor] = {}
-        """By parameter, the square sum of the gradient of a part of the batch: of this rank's first micro-batch."""
+        """Square sum of each parameter's gradient of a part of the batch: of this rank's first micro-batch."""
         self._has_small = False
         """Whether it was measured for this step; ranks agree on that."""
         self._local: LocalGradient | None = None
         self._update_seconds: Callable[[], float] | None = None
         self._automatic = self._module.automatic_optimization
-        # Gradients of sharded parameters are summed over ranks before anybody sees those of one micro-batch.
+        # Gradients of sharded parameters are summed over ranks before those of one micro-batch can be read.
         model = trainer.strategy.model
         cut = any(hasattr(p, "device_mesh") for p in self._module.parameters())
         cut = cut or FlatShards.of(model or self._module) is not None
@@ -59,18 +59,18 @@ class RunMeter:
         """Whether ranks average what each has computed in one pass."""
 
     def begin_batch(self, batch: Any) -> None:
-        """A batch has come."""
+        """Count the samples of a batch."""
         if logging_step(self._trainer) != self._step:
             self._step, self._micro_batches, self._has_small = logging_step(self._trainer), 0, False
         self._batch_size = _batch_size(batch)
         self._samples += self._batch_size or 0
 
     def before_average(self) -> None:
-        """Gradients of a reported step are about to be computed and averaged; this rank's are those of a part."""
+        """Prepare to measure this rank's gradients of a reported step, before they are averaged."""
         self._local = LocalGradient(self._module.parameters())
 
     def after_backward(self, reported: bool) -> None:
-        """Gradients have been added. The first ones of a reported step are those of a smaller batch."""
+        """Measure the gradients of the first micro-batch of a reported step: those of a smaller batch."""
         self._micro_batches += 1
         if self._local is not None:
             self._small, self._local = self._local.take(), None
@@ -82,11 +82,11 @@ class RunMeter:
             self._has_small = True
 
     def begin_update(self) -> None:
-        """The optimizer is about to step."""
+        """Start the clock of the update."""
         self.clock.begin_update(self._device)
 
     def on_record(self, report: StepReport, record: StepRecord) -> None:
-        """The optimizer has stepped: adds what belongs to this step."""
+        """Add the measurements of a step to its report; the optimizer has stepped."""
         self._update_seconds = self.clock.end_update(self._device)
         if (scale := loss_scale(self._trainer)) is not None:
             report.add(("optim_health/loss_scale",), scale.clone().reshape(1), of_run=True)
@@ -94,7 +94,7 @@ class RunMeter:
             self._compare(report, record)
 
     def _compare(self, report: StepReport, record: StepRecord) -> None:
-        """How much the gradient of a part of the batch differs from that of all of it."""
+        """Add the gradient noise scale, from the gradient of a part of the batch and that of all of it."""
         parts = [norm_sq for param, norm_sq in self._small.items() if param.grad is not None]  # what steps, no more
         parts = [part.to(self._device, widest_dtype(self._device), non_blocking=True) for part in parts]
         small_sq = torch.stack(parts).sum() if parts else torch.full((), torch.nan, device=self._device)
@@ -112,13 +112,17 @@ class RunMeter:
         report.add(("optim_grad/batch_size",), (float(large),))
 
     def end_batch(self, outputs: Any) -> None:
-        """The batch is done."""
+        """Add the loss of a batch."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._loss.add(loss.detach().reshape(()) * (self._accumulated if self._automatic else 1))
 
     def finish(self, report: StepReport) -> Callable[[], dict[str, float]]:
-        """Adds what belongs to the interval; and what gives the rest, when the report has arrived."""
+        """Add the measurements of the interval.
+
+        Returns:
+            A function for the values about speed, to be called once the report has arrived.
+        """
         report.add(LossHistory.TAGS, self._loss.take(self._reduced), of_run=True)
         steps = max(report.at + 1 - self._reported_at, 1)
         seconds = self.clock.take() / steps

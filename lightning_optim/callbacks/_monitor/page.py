@@ -1,4 +1,4 @@
-"""What OptimizerMonitor puts on a run's page of TensorBoard beside its scalars."""
+"""What `OptimizerMonitor` writes to TensorBoard in addition to scalars."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_optim.schedules import Scheduler
 
 HP_METRICS = ("optim_loss/mean",)
 REDRAW_SECONDS, REDRAW_SHARE = 60.0, 1 / 20
-"""So much time, and so much of the run, is between two images of the schedule; drawing one takes 0.2 to 0.5 s."""
+"""Least time and least share of the run between two images of the schedule; drawing one takes 0.2 to 0.5 s."""
 
 
 class MonitorPage:
@@ -46,7 +46,7 @@ class MonitorPage:
         self._writers = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
     def declare(self) -> None:
-        """Writes the hyperparameters; of several, TensorBoard takes the first, and Lightning's compare nothing."""
+        """Write the hyperparameters; TensorBoard takes the first ones of a run, and Lightning's compare nothing."""
         from torch.utils.tensorboard.summary import hparams
 
         flat = {key: value for key, value in settings(self._trainer).items() if isinstance(value, bool | float | str)}
@@ -56,7 +56,7 @@ class MonitorPage:
             writer._get_file_writer().add_summary(session)
 
     def start(self) -> None:
-        """Writes what is known before the first step, and forgets what a run wrote after the step it is resumed at."""
+        """Write what is known before the first step; purge what a run wrote after the step that it is resumed at."""
         step = logging_step(self._trainer)
         for writer in self._writers:
             if step > 0:
@@ -68,9 +68,9 @@ class MonitorPage:
         self.show_schedule()
 
     def show_groups(self) -> None:
-        """Writes the groups of all optimizers; again after the first report, if only the state itself tells its size.
+        """Write the groups of all optimizers; again after the first report, if only the state itself shows its size.
 
-        Nothing is made to find it out: an optimizer of somebody's may draw random numbers, count its instances, or need
+        No optimizer is created to find it out: that of a user may draw random numbers, count its instances, or need
         what it gets later.
         """
         if not self._writers:
@@ -89,7 +89,7 @@ class MonitorPage:
             writer.add_text("optim/groups", tensorboard.markdown_table(header, rows), logging_step(self._trainer))
 
     def show_schedule(self) -> None:
-        """Draws the schedule and where in it the run is; nothing without matplotlib."""
+        """Draw the schedule and the position of the run in it; nothing without matplotlib."""
         self._drawn = (logging_step(self._trainer), time.monotonic())
         schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
         for scheduler in schedulers:
@@ -101,7 +101,14 @@ class MonitorPage:
                         writer.add_image("optim/schedule", image, step, dataformats="HWC")
 
     def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str], advice: str | None) -> None:
-        """A report has been written: shows the screen of all charts so far, new alarms, and advice."""
+        """Write the screen of all charts so far, new alarms, and advice, once a report has been written.
+
+        Args:
+            values: The scalars of the report, by tag.
+            step: Its place on the loggers' axis.
+            alarms: Sentences.
+            advice: A sentence, or None.
+        """
         if self._awaits_state:
             self.show_groups()
             self._awaits_state = False  # an optimizer that has stepped and kept nothing keeps nothing
@@ -126,7 +133,7 @@ class MonitorPage:
         return any(length is not None and step - last >= length * REDRAW_SHARE for length in lengths)
 
     def end(self) -> None:
-        """The schedule as far as it went, and the end of the session."""
+        """Write the schedule as far as it went, and the end of the session."""
         self.show_schedule()
         for writer in self._writers:
             writer._get_file_writer().add_summary(self._session_end)
@@ -135,7 +142,13 @@ class MonitorPage:
 
 @rank_zero_only
 def log_scalars(logger: Logger, values: dict[str, float], step: int) -> None:
-    """As ``logger.log_metrics``, in one record where that is TensorBoard's own."""
+    """Log scalars as ``logger.log_metrics`` does, in one record where that is TensorBoard's own.
+
+    Args:
+        logger: The logger.
+        values: The scalars, by tag.
+        step: Their place on the loggers' axis.
+    """
     own = isinstance(logger, TensorBoardLogger) and type(logger).log_metrics is TensorBoardLogger.log_metrics
     if own and isinstance(logger, TensorBoardLogger) and not logger._prefix:
         tensorboard.add_scalars(logger.experiment, values, step)
@@ -144,7 +157,7 @@ def log_scalars(logger: Logger, values: dict[str, float], step: int) -> None:
 
 
 def settings(trainer: L.Trainer) -> dict[str, Any]:
-    """What the run was told, in one flat dictionary of plain values."""
+    """Return the configuration of the run, in one flat dictionary of plain values."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     found: dict[str, Any] = dict(trainer.lightning_module.hparams)
     for callback in callbacks:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import prodigyopt
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_optim import optim
 from lightning_optim.optim import soap
@@ -234,38 +238,35 @@ def test_large_dimensions_and_vectors_keep_their_coordinates() -> None:
     ]
 
 
-RANK = """
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-from lightning_optim import optim
-
-torch.manual_seed(0)
-values = [torch.randn(shape) for shape in [(6, 5), (7,), (1, 3)]]
-for make in (optim.LAMB, optim.StableAdamW, lambda p, **k: optim.LARS(p, momentum=0.9, weight_decay=0.1, **k),
-             lambda p, **k: optim.Prodigy(p, d0=1e-2, **k)):
-    for backend in ("reference", "cpu"):
-        whole = [value.clone().requires_grad_() for value in values]
-        sharded = [distribute_tensor(value, mesh, [Shard(0)]).requires_grad_() for value in values]
-        one, other = make(whole, backend=backend), make(sharded, backend=backend)
-        for _ in range(3):
-            for a, b in zip(whole, sharded):
-                a.grad = torch.randn(a.shape)
-                b.grad = distribute_tensor(a.grad, mesh, [Shard(0)])
-            one.step()
-            other.step()
-        for a, b in zip(whole, sharded):
-            torch.testing.assert_close(a.detach(), b.full_tensor().detach())
-for refuses in (optim.Muon, optim.NorMuon, optim.SOAP, optim.Adafactor):
-    refuses([distribute_tensor(values[0], mesh, [Replicate()]).requires_grad_()])
-    try:
-        refuses([distribute_tensor(values[0], mesh, [Shard(0)]).requires_grad_()])
-    except ValueError as error:
-        assert "DTensor sharded over ranks" in str(error)
-    else:
-        raise AssertionError(refuses)
-"""
+def compare_shards_or_refuse() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    values = [torch.randn(shape) for shape in [(6, 5), (7,), (1, 3)]]
+    makes: tuple[Callable[..., optim.FusedOptimizer], ...] = (
+        optim.LAMB,
+        optim.StableAdamW,
+        partial(optim.LARS, momentum=0.9, weight_decay=0.1),
+        partial(optim.Prodigy, d0=1e-2),
+    )
+    for make in makes:
+        for backend in ("reference", "cpu"):
+            whole = [value.clone().requires_grad_() for value in values]
+            sharded = [distribute_tensor(value, mesh, [Shard(0)]).requires_grad_() for value in values]
+            one, other = make(whole, backend=backend), make(sharded, backend=backend)
+            for _ in range(3):
+                for a, b in zip(whole, sharded, strict=True):
+                    a.grad = torch.randn(a.shape)
+                    b.grad = distribute_tensor(a.grad, mesh, [Shard(0)])
+                one.step()
+                other.step()
+            for a, b in zip(whole, sharded, strict=True):
+                torch.testing.assert_close(a.detach(), b.full_tensor().detach())
+    for refuses in (optim.Muon, optim.NorMuon, optim.SOAP, optim.Adafactor):
+        refuses([distribute_tensor(values[0], mesh, [Replicate()]).requires_grad_()])
+        with pytest.raises(ValueError, match="DTensor sharded over ranks"):
+            refuses([distribute_tensor(values[0], mesh, [Shard(0)]).requires_grad_()])
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_sharded_parameters_have_sums_of_whole_tensors_or_are_refused(tmp_path: Path) -> None:
-    run_ranks(RANK, tmp_path)
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_sharded_parameters_have_sums_of_whole_tensors_or_are_refused() -> None:
+    run_ranks(compare_shards_or_refuse)

@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lightning_optim import schedules
 from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import Cosine, Linear, MultiStepDecay, ReduceOnPlateau, Scheduler, StepDecay
+from lightning_optim.schedules import Cosine, Linear, ReduceOnPlateau, Scheduler
+from lightning_optim.schedules.plateau import Observer
 from tests.distributed.ranks import run_ranks
 
 
@@ -277,23 +280,21 @@ def test_who_has_the_say_is_one_of_two():
         Scheduler(_optimizer(1.0), Linear(), on_resume="confg")
 
 
-_PLATEAU_ON_RANKS = """
-from lightning_optim.core.durations import Horizon
-from lightning_optim.schedules import ReduceOnPlateau, Scheduler
-from lightning_optim.schedules.plateau import Observer
-optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
-scheduler = Scheduler(optimizer, ReduceOnPlateau(factor=0.5, patience=0), Horizon())
-observer = Observer(scheduler)
-for values in ((4.0, 2.0), (3.5, 2.1), (2.0, 3.8)):  # on rank 0 ever better, on rank 1 ever worse; means 3, 2.8, 2.9
-    metric = torch.tensor(values[rank])
-    observer.step(metric)
-    assert metric == values[rank]
-print(optimizer.param_groups[0]["lr"])
-"""
+def plateau_on_a_rank() -> float:
+    """The rate after looks at a metric that is ever better on rank 0 and ever worse on rank 1."""
+    rank = dist.get_rank()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    scheduler = Scheduler(optimizer, ReduceOnPlateau(factor=0.5, patience=0), Horizon())
+    observer = Observer(scheduler)
+    for values in ((4.0, 2.0), (3.5, 2.1), (2.0, 3.8)):  # means 3, 2.8, 2.9
+        metric = torch.tensor(values[rank])
+        observer.step(metric)
+        assert metric == values[rank]
+    return optimizer.param_groups[0]["lr"]
 
 
-def test_all_ranks_take_the_mean_of_what_they_see_for_the_metric(tmp_path):
-    assert run_ranks(_PLATEAU_ON_RANKS, tmp_path) == ["0.2\n", "0.2\n"]
+def test_all_ranks_take_the_mean_of_what_they_see_for_the_metric():
+    assert run_ranks(plateau_on_a_rank) == [0.2, 0.2]
 
 
 @pytest.mark.parametrize("schedule", [StepDecay(every=3, factor=0.5), MultiStepDecay(milestones=[3])])

@@ -107,7 +107,10 @@ def apply_tensor_rule(
 
     def run(rows: list[int], part: Batch, decays: Tensor) -> Tensor | None:
         numbers = [scalars[row] for row in rows]
-        grads = [_wide(part.grads[i]) if as_given[row] else _grad(part, i, scalars[row]) for i, row in enumerate(rows)]
+        grads = [
+            part.grads[i].to(part.dtype) if as_given[row] else _grad(part, i, scalars[row])
+            for i, row in enumerate(rows)
+        ]
         states = [
             {n: _wide(tensor) for n, tensor in state.items() if n not in ("kahan_comp", INITIAL)}
             for state in part.states
@@ -188,7 +191,7 @@ def _finish(
         new_param, new_state = _stored(batch, i, before, apply_decay(*terms), new_state)
         row = None
         if collect:
-            raw = _wide(batch.grads[i]) * scalars[i]["inverse_divisor"]
+            raw = batch.grads[i].to(batch.dtype) * scalars[i]["inverse_divisor"]
             row = _sums(batch, i, raw, new_param, moments, scalars[i], decay_term(*terms))
         for old, new in [(param, new_param), *((state[name], new_state[name]) for name in new_state)]:
             if new is not old:
@@ -265,7 +268,7 @@ def _moment(batch: Batch, i: int, name: str) -> Tensor:
 
 def _grad(batch: Batch, i: int, scalars: dict[str, Tensor]) -> Tensor:
     """The gradient as the rule sees it: divided, negated for `maximize`, with the L2 term."""
-    scaled = _wide(batch.grads[i]) * scalars["inverse_divisor"]
+    scaled = batch.grads[i].to(batch.dtype) * scalars["inverse_divisor"]
     return scaled.add_(scalars["l2"] * _wide(batch.params[i]))
 
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_optim import optim
 from lightning_optim.core.stats import STEP_SUMS
 from tests.optim.cases import BACKENDS, Case, Setting, each_case, each_kernel, each_setting, give, gradients, parameters
 
@@ -132,3 +133,17 @@ def test_not_a_number_and_infinity_reach_the_parameters(case: Case, setting: Set
     assert optimizer.step_stats is not None
     for name in ("grad_exp_avg", "grad_sq_over_exp_avg_sq"):
         assert optimizer.step_stats.sums[0, STEP_SUMS.index(name)].isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_float32_gradient_of_a_float64_parameter_is_computed_with_in_float64(backend: str) -> None:
+    first, second = (torch.ones(5, dtype=torch.float64).requires_grad_() for _ in range(2))
+    first.grad_dtype = torch.float32
+    first.grad = torch.linspace(0.1, 0.7, 5)
+    second.grad = first.grad.double()
+    for param in (first, second):
+        optimizer = optim.AdamW([param], lr=0.1, backend=backend)
+        optimizer.divisor = torch.tensor(3.0)
+        optimizer.step()
+        optimizer.step()
+    assert torch.equal(first, second)

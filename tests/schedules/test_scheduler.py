@@ -11,7 +11,6 @@ from torch import nn
 from lightning_optim import schedules
 from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import Cosine, Linear, MultiStepDecay, ReduceOnPlateau, Scheduler, StepDecay
-from lightning_optim.schedules import Cosine, Linear, ReduceOnPlateau, Scheduler
 from lightning_optim.schedules.plateau import Observer
 from tests.distributed.ranks import run_ranks
 

@@ -33,10 +33,11 @@ AUTOMATIC = {
 
 @cache
 def get_backend(name: str) -> Backend:
-    """The backend called ``name``; an unknown name is refused with the nearest.
+    """The backend called ``name``.
 
     Raises:
         ImportError: It needs a package that is not installed.
+        ValueError: There is none of that name; the message names the nearest.
     """
     if name == "reference":
         from lightning_optim.kernels.reference import ReferenceBackend

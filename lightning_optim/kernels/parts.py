@@ -31,10 +31,16 @@ _SHAPE = operator.attrgetter("shape")
 
 
 def parts(batch: Batch) -> Iterator[list[int]]:
-    """Places of the tensors that go through one update, every tensor once.
+    """Cut ``batch`` into parts that go through one update each.
 
     What a tensor rule says it batches (`TensorRule.together`) is together, as far as the sizes above allow. Sharded
     tensors count whole, so that all ranks cut alike: sums over shards wait for each other.
+
+    Args:
+        batch: What to cut.
+
+    Yields:
+        Indices of the tensors of a part; every tensor is in one part.
     """
     sizes = list(map(Tensor.numel, batch.full_params))
     device, stored = batch.device.type, batch.params[0].element_size() / batch.dtype.itemsize

@@ -312,6 +312,9 @@ def _cautious(batch: Batch, steps: list[StepResult]) -> Iterator[StepResult]:
     """Updates without the components that point against the gradient (Liang et al., https://arxiv.org/abs/2411.16085).
 
     Rescaled to keep the mean step length, at most a thousandfold, as the authors' code does.
+
+    Yields:
+        Gradient, masked update and new state of each tensor, in order.
     """
     masks = [(delta * grad > 0).to(delta.dtype) for grad, delta, _ in steps]
     counts = sum_over_shards(torch.stack([mask.sum() for mask in masks]), batch.full_params)

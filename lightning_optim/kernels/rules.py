@@ -75,6 +75,9 @@ def rebind(
         function: A plain Python function: arithmetic, the `NAMED_FUNCTIONS`, and helpers made of the same.
         named: The backend's implementations, by name.
         compiler: Applied to the function and to each helper, innermost first (`numba.njit`, `triton.jit`).
+
+    Raises:
+        TypeError: The function uses a name that is neither a helper nor one of the `NAMED_FUNCTIONS`.
     """
     bound: dict[str, Any] = {"__builtins__": builtins, "__name__": function.__module__}
     for name in function.__code__.co_names:

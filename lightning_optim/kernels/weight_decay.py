@@ -51,7 +51,10 @@ class WeightDecayKind(str, Enum):
 
     @classmethod
     def parse(cls, given: str | WeightDecayKind) -> WeightDecayKind:
-        """The kind named ``given``; an unknown name is refused with the nearest.
+        """The kind named ``given``.
+
+        Raises:
+            ValueError: There is none of that name; the message names the nearest.
 
         Example:
             >>> WeightDecayKind.parse("l2").name

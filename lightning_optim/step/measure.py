@@ -43,6 +43,9 @@ def measure_largest(tensors: Sequence[Tensor]) -> Tensor:
 
     Args:
         tensors: At least one, as for `measure_norm_sq`, but not sparse. The result is on the first one's device.
+
+    Raises:
+        RuntimeError: One is sparse.
     """
     wide = (torch.float64, torch.complex128)
     dtype = torch.float64 if any(t.dtype in wide for t in tensors) else torch.float32

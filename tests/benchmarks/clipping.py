@@ -9,6 +9,7 @@ from torch import nn
 
 import lightning_optim as lo
 from lightning_optim.clipping import ClipRule, get_clip_rule, list_clip_rules
+from lightning_optim.core.stats import GradStats
 from tests.benchmarks.models import transformer
 from tests.benchmarks.timing import interleave, memory_copy, table
 
@@ -62,7 +63,7 @@ def global_norm_and_torchs() -> str:
 
     def ours() -> object:
         norm_sq = lo.kernels.measure(grads)
-        return rule(lo.stats.GradStats(norm_sq, (len(grads),)))
+        return rule(GradStats(norm_sq, (len(grads),)))
 
     timings = interleave(
         {

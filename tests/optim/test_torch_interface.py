@@ -134,7 +134,12 @@ def refusals() -> list[Any]:
             {},
             r"unknown key 'weight_decy'. Did you mean 'weight_d",
         ),
-        (optim.AdamW, [{"params": [weight], "rule": "lyon"}], {}, r"'lyon' is unknown. Did you mean 'lion'"),
+        (
+            optim.AdamW,
+            [{"params": [weight], "rule": "lyon"}],
+            {},
+            r"rule='lyon': Unknown optimizer 'lyon'\. Did you mean 'lion'",
+        ),
         (optim.AdamW, [torch.ones(2, dtype=torch.complex64, requires_grad=True)], {}, r"complex64; needed is a real"),
         (optim.AdamW, [("a.weight", torch.ones(1, dtype=torch.cfloat))], {}, r"parameter 'a.weight' has dtype"),
         (optim.AdamW, [weight, weight], {}, r"parameter 1 \(shape \(2,\)\) is in the group twice"),
@@ -275,7 +280,7 @@ def test_every_optimizer_has_a_case_and_a_line() -> None:
     assert set(optim.list_optimizers("*ADAM*")) >= {"adam", "adamw"}
     assert "2 values" in optim.list_optimizers("adamw")["adamw"]
     assert optim.get_optimizer_class("AdamW") is optim.AdamW
-    with pytest.raises(ValueError, match=r"'adamv' is unknown. Did you mean .*'adamw'"):
+    with pytest.raises(ValueError, match=r"Unknown optimizer 'adamv'\. Did you mean .*'adamw'"):
         optim.get_optimizer_class("adamv")
 
 

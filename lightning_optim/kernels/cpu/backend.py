@@ -70,6 +70,9 @@ class CpuBackend(Backend):
         """Subtract ``deltas``, and the plain form of decay ([tensors]), from the parameters of ``batch`` in one pass.
 
         Some tensors at a time: deltas that are made only when they are taken then stay in the cache.
+
+        Raises:
+            ValueError: A delta has another shape than its parameter.
         """
         if isinstance(deltas, Scaled) and all(p.is_contiguous() and p.dtype == batch.dtype for p in batch.params):
             deltas.subtract_from(batch.params, decay)

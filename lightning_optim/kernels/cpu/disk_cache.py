@@ -48,7 +48,7 @@ def fingerprint(text: str, functions: tuple[Callable[..., Any], ...]) -> str:
         for code in _codes(function):
             digest.update(marshal.dumps(_plain(code)))
     digest.update((Path(__file__).parent / "memory.py").read_bytes())
-    digest.update(numba.__version__.encode())
+    digest.update(f"{numba.__version__} {__name__}".encode())  # what is kept names modules of this package
     return digest.hexdigest()[:16]
 
 

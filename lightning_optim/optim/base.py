@@ -106,15 +106,9 @@ class FusedOptimizer(Optimizer):
         shared_options.check_names(owner, options)
         given: dict[str, Any] = {**shared_options.defaults_of(owner), **defaults, **options}
         self.backend = given.pop("backend")
-        ranges = ranges_of(owner)
-        refuse_unranged(
-            owner,
-            [
-                n
-                for n, v in defaults.items()
-                if is_number(v) and n not in ranges.keys() | shared_options.DEFAULTS.keys()
-            ],
-        )
+        # The constructor's own arguments have been looked at when the class was made.
+        known = ranges_of(owner).keys() | shared_options.DEFAULTS.keys() | inspect.signature(owner).parameters.keys()
+        refuse_unranged(owner, [name for name, value in defaults.items() if is_number(value) and name not in known])
         super().__init__(params, plain_numbers(given))
         leave_step_uncompiled(owner)
 
@@ -171,9 +165,9 @@ class FusedOptimizer(Optimizer):
         filled["peak_lr"] = group["peak_lr"]
         refuse_typos(type(self).__name__, param_group, self.defaults.keys() | owner.hyperparameters().keys())
         check_lengths(owner.__name__, filled, owner.hyperparameters())
-        check_values(
-            owner.__name__, filled, ranges_of(type(self)) | ranges_of(owner), self.defaults | owner.hyperparameters()
-        )
+        own_names = owner.hyperparameters()
+        own_ranges = {name: allowed for name, allowed in ranges_of(owner).items() if name in own_names}
+        check_values(owner.__name__, filled, ranges_of(type(self)) | own_ranges, self.defaults | own_names)
         shared_options.check_offered(owner, filled)
         owner.check(filled)
         low_precision.check(owner.__name__, filled, self.rule_of(filled))

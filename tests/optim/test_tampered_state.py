@@ -138,5 +138,5 @@ def test_moments_in_16_bits_that_are_too_small_for_8_go_on_as_they_are(backend: 
 
 
 def test_an_unknown_rule_is_called_by_the_option() -> None:
-    with pytest.raises(ValueError, match=r"rule='lyon': optimizer 'lyon' is unknown. Did you mean 'lion'"):
+    with pytest.raises(ValueError, match=r"rule='lyon': Unknown optimizer 'lyon'. Did you mean 'lion'"):
         optim.AdamW([{"params": [torch.zeros(1, requires_grad=True)], "rule": "lyon"}])

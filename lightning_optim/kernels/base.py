@@ -88,7 +88,8 @@ class Batch:
     def addresses(self) -> np.ndarray | None:
         """Of parameters, gradients and states, [tensors, slots], the gradients' left open; None if one has gaps.
 
-        They hold as long as the batch does: whoever keeps one compares addresses and strides before each use.
+        They hold as long as the batch does: `Batches`, which keeps one from step to step, compares addresses, forms and
+        sizes of memory before each use.
         """
         columns = [self.params, *self.state_arrays]
         if not all(all(map(Tensor.is_contiguous, column)) for column in columns):

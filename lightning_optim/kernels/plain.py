@@ -1,7 +1,7 @@
 """Which tensors are plain memory: what a kernel, which gets an address and a number of elements, may be given.
 
-Everything here is asked when tensors are sorted, not at each step. Private parts of torch are touched in `is_plain` and
-`_kind`; ``tests/optim/test_admission.py`` says what is relied on.
+All but `storage_bytes`, `all_usual` and `resolved` is asked when tensors are sorted, not at each step. Private parts of
+torch are touched in `_adds_nothing`, `_kind` and `resolved`; ``tests/optim/test_admission.py`` says what is relied on.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def as_real(tensor: Tensor) -> Tensor:
 
 def span(tensor: Tensor) -> int:
     """Bytes from the first to the end of the last element."""
-    if tensor.numel() == 0:
-        return 0
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return tensor.nbytes
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (1 + steps) * tensor.element_size()
 
@@ -190,7 +190,7 @@ def shared(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> tuple[int,
     """
     tensors = [*written, *read]
     starts = np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)
-    ends = starts + np.array([_span(tensor) for tensor in tensors], dtype=np.int64)
+    ends = starts + np.array([span(tensor) for tensor in tensors], dtype=np.int64)
     order = np.lexsort((ends, starts))
     order = order[ends[order] > starts[order]]  # without the empty ones
     last = np.maximum.accumulate(ends[order])
@@ -205,10 +205,6 @@ def shared(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> tuple[int,
             if found is not None:
                 return found
     return None
-
-
-def _span(tensor: Tensor) -> int:
-    return tensor.nbytes if tensor.is_contiguous() else span(tensor)
 
 
 def _shared_in_run(

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_optim.core.host import widest_dtype
+
 Scalar = Any
 """A float on the host, or a float64 tensor, [] or [tensors], on a device whose memory the host must not read."""
 
@@ -44,7 +46,7 @@ def where(condition: Scalar, x: Scalar, y: Scalar) -> Scalar:
     """``x`` where ``condition`` holds, else ``y``. Both are evaluated."""
     if isinstance(condition, Tensor):
         # Two numbers would make a float32 tensor, whatever the precision around them.
-        wide = torch.float32 if condition.device.type == "mps" else torch.float64
+        wide = widest_dtype(condition.device)
         x, y = (v if isinstance(v, Tensor) else condition.new_full((), v, dtype=wide) for v in (x, y))
         return torch.where(condition, x, y)
     return x if condition else y

@@ -103,7 +103,14 @@ _SCALARS = {"step": (torch.float32, torch.float64, torch.int64), "rounding_key":
 """Dtypes of 0-d state: a half-precision count would stand still at 256."""
 
 
-def check_state(subject: Subject, param: Tensor, rule: Rule, state: Mapping[str, Any], advice: str = ADVICE) -> None:
+def check_state(
+    subject: Subject,
+    param: Tensor,
+    rule: Rule,
+    state: Mapping[str, Any],
+    advice: str = ADVICE,
+    elsewhere: Collection[str] = (),
+) -> None:
     """Raise `RefusedError` if something in ``state`` has not the shape, or the form, that ``param`` needs.
 
     Args:
@@ -112,10 +119,14 @@ def check_state(subject: Subject, param: Tensor, rule: Rule, state: Mapping[str,
         rule: What updates it.
         state: What there is; what is missing, or unknown, does not matter.
         advice: What to do, as a sentence without its full stop.
+        elsewhere: Names of further state of the parameter, which is checked by itself.
+
+    Raises:
+        RefusedError: It does not fit.
     """
     check_memory(subject, {"": param})  # state that is made is made of the weights
     own = {} if isinstance(rule, UpdateRule) or not state else _shapes_of_tensor_rule(param, subject.group, rule)
-    missing = sorted(own.keys() - state.keys())
+    missing = sorted(own.keys() - state.keys() - set(elsewhere))
     there = [name for name in tensor_names(rule, state) if isinstance(rule, TensorRule)]
     if missing and there:  # of parts, or made for another shape
         raise subject.refuse(missing[0], f"is missing beside {', '.join(map(repr, there))}. {advice}")

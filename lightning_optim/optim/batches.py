@@ -29,6 +29,7 @@ from lightning_optim.optim.state import complete_state, tensor_names
 from lightning_optim.optim.tensor_form import Form
 
 _AS_IT_IS = nullcontext()
+_NBYTES = torch.UntypedStorage.nbytes
 
 
 class Batches:
@@ -126,8 +127,14 @@ class Batches:
             for batch in self.batches
         )
         if self._kept:
-            self._held = [tensor for tensor, _, role in self._written]
+            self._held = [tensor for tensor, _, _ in self._written]
             self._addresses = list(map(Tensor.data_ptr, self._held))
+            # To keep a storage makes asking cheap. Not those of parameters, which are moved (`Module.to`): their old
+            # memory would stay.
+            self._params = [tensor for tensor, _, role in self._written if not role]
+            self._param_bytes = storage_bytes(self._params)
+            self._state_storages = [tensor.untyped_storage() for tensor, _, role in self._written if role]
+            self._state_bytes = list(map(_NBYTES, self._state_storages))
             self._form = Form(self._held)
             self._grad_form = Form(grads)
             self._grad_bytes = storage_bytes(grads)
@@ -147,6 +154,11 @@ class Batches:
         # before the old is let go, so it has another address), or another form (`t_`, and `resize_` to less).
         # Gradients are new at nearly each step.
         if list(map(Tensor.data_ptr, self._held)) != self._addresses or not self._form.fits(self._held):
+            return False
+        # A storage that is emptied and filled again may be where it was, and smaller.
+        if storage_bytes(self._params) != self._param_bytes:
+            return False
+        if list(map(_NBYTES, self._state_storages)) != self._state_bytes:
             return False
         if not self._grad_form.fits(grads) or storage_bytes(grads) != self._grad_bytes:
             return False

@@ -120,9 +120,9 @@ def _check(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> None:
     rule = subject.optimizer.rule_of({**subject.group, "train_mode": True})  # averaged weights can be loaded, too
     whole = {key: value for key, value in state.items() if hasattr(value, "placements")}
     here = {key: value for key, value in state.items() if key not in whole}
-    for part, tensor in ((whole, param), (here, local(param))):
+    for part, tensor, others in ((whole, param, here), (here, local(param), whole)):
         if part:
-            check_state(subject, tensor, rule, part, ADVICE)
+            check_state(subject, tensor, rule, part, ADVICE, elsewhere=others)
 
 
 def _copied(param: Tensor, key: str, value: Any) -> Any:

@@ -114,6 +114,25 @@ def test_nothing_is_sorted_twice_when_nothing_changes() -> None:
     assert all(batches is seen[0] for batches in seen)
 
 
+@pytest.mark.parametrize("role", ["param", "exp_avg", "exp_avg_sq"])
+def test_less_memory_in_the_same_place_is_seen(role: str) -> None:
+    for numel in (1000, 5000, 20_000, 100_000, 200_000):  # until an allocator gives the place that has just become free
+        parameter = nn.Parameter(torch.zeros(numel))
+        parameter.grad = torch.ones(numel)
+        optimizer = optim.AdamW([parameter])
+        optimizer.step()
+        storage = (parameter if role == "param" else optimizer.state[parameter][role]).untyped_storage()
+        place = storage.data_ptr()
+        storage.resize_(0)
+        storage.resize_(2 * numel)
+        if storage.data_ptr() == place:
+            break
+    assert optimizer._batches is not None
+    assert not optimizer._batches.refill(optimizer, list(map(optimizer.rule_of, optimizer.param_groups)))
+    with pytest.raises(RuntimeError, match=f"needs {4 * numel} bytes of memory, and its storage has {2 * numel}"):
+        optimizer.step()
+
+
 def test_gradients_are_not_kept_and_copies_sort_for_themselves() -> None:
     parameters = params()
     optimizer = optim.AdamW(parameters)

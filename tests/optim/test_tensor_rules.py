@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_optim import optim
@@ -262,9 +262,30 @@ def compare_shards_or_refuse() -> None:
             for a, b in zip(whole, sharded, strict=True):
                 torch.testing.assert_close(a.detach(), b.full_tensor().detach())
     for refuses in (optim.Muon, optim.NorMuon, optim.SOAP, optim.Adafactor):
-        refuses([distribute_tensor(values[0], mesh, [Replicate()]).requires_grad_()])
+        continue_on_copies(refuses, mesh, values[0])
         with pytest.raises(ValueError, match="DTensor sharded over ranks"):
             refuses([distribute_tensor(values[0], mesh, [Shard(0)]).requires_grad_()])
+
+
+def continue_on_copies(kind: type[optim.FusedOptimizer], mesh: DeviceMesh, value: torch.Tensor) -> None:
+    """Whole copies on all ranks continue with the state of a plain parameter, and with their own."""
+    plain = value.clone().requires_grad_()
+    copies = [distribute_tensor(value.clone(), mesh, [Replicate()]).requires_grad_() for _ in range(2)]
+    one, *others = (kind([param]) for param in (plain, *copies))  # type: ignore[call-arg]
+    for step in range(3):
+        plain.grad = torch.randn(value.shape)
+        for param in copies:
+            param.grad = distribute_tensor(plain.grad, mesh, [Replicate()])
+        for optimizer in (one, *others) if step != 1 else (one, others[0]):
+            optimizer.step()
+        if step == 0:
+            others[0].load_state_dict(one.state_dict())
+        if step == 1:
+            others[1].load_state_dict(others[0].state_dict())
+            with torch.no_grad():
+                copies[1].copy_(copies[0])
+    for param in copies:
+        torch.testing.assert_close(param.full_tensor().detach(), plain.detach())
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")

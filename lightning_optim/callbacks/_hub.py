@@ -37,6 +37,11 @@ class HubCallback(Contributor):
     def _attached(self, trainer: L.Trainer) -> None:
         """Join the hub when a run begins, before any hook (`ModuleMethod`): a subclass may override all of them."""
         if trainer.state.fn == TrainerFn.FITTING:
+            present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            # Lightning sets `log` once in a run: a hub that this one is in by then is left of a fit that ended without
+            # any hook, because another callback's `on_exception` raised.
+            if self._hub is not None and any(callback is self for callback in present):
+                self._hub.abandon()
             Hub.of(trainer)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -73,11 +73,6 @@ def defaults_of(owner: type[FusedOptimizer]) -> dict[str, Any]:
     return merged
 
 
-def hyperparameters_of(owner: type[FusedOptimizer]) -> dict[str, Any]:
-    """As `defaults_of`, without what is no hyperparameter: `backend` is the optimizer's, not a group's."""
-    return {name: value for name, value in defaults_of(owner).items() if name != "backend"}
-
-
 def check_names(owner: type[FusedOptimizer], given: Iterable[str]) -> None:
     """Check the names of options that the constructor of ``owner`` was given.
 

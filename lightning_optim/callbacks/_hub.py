@@ -128,7 +128,7 @@ class Hub(Hears):
         callback._at_setup(self.trainer, self.trainer.lightning_module)
 
     def on_close(self, undo: Callable[[], object]) -> None:
-        """Registers something to be undone at the end of the fit, however it ends; newest first."""
+        """Register something to be undone at the end of the fit, however it ends; newest first."""
         self._undo.callback(undo)
 
     def _join_all(self) -> None:
@@ -220,11 +220,11 @@ class Hub(Hears):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Undo everything: Lightning does not call `teardown` after an exception. The user's must arrive, not ours."""
         failed: list[str] = []
-        told = [partial(member._at_exception, trainer, pl_module, exception) for member in self.members]
-        undo: list[Callable[[], None]] = [*told, self.close]
-        for do in undo:
+        members = [partial(member._at_exception, trainer, pl_module, exception) for member in self.members]
+        last: list[Callable[[], None]] = [*members, self.close]
+        for call in last:
             try:
-                do()
+                call()
             except Exception as error:
                 failed.append(f"{type(error).__name__}: {error}")
         if failed:

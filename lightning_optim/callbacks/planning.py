@@ -86,7 +86,7 @@ def _walk(
         plan.horizon = horizon_of(trainer)
     configured = False
     if not is_overridden("configure_optimizers", model):
-        return  # which Lightning's own check has told
+        return  # which is among the conflicts: Lightning checks it, too
     with attempt():
         lightning_private.configure_optimizers(trainer, model)
         configured = True

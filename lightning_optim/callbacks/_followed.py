@@ -86,7 +86,7 @@ class FollowedOptimizers:
         return self._followed[index]
 
     def restore(self, counts: Sequence[StepCounts], clip: Sequence[dict[str, Any]]) -> None:
-        """Goes on from a checkpoint: the pipelines there are, and those to come."""
+        """Go on from a checkpoint: the pipelines there are, and those to come."""
         self._counts, self._clip, self._params = dict(enumerate(counts)), dict(enumerate(clip)), {}
         for index, followed in enumerate(self._followed):
             if index < len(counts):
@@ -118,7 +118,7 @@ class FollowedOptimizers:
         )
 
     def update(self, optimizers: Sequence[Any]) -> None:
-        """Follows these and no others."""
+        """Follow these and no others."""
         wanted = [bare(optimizer) for optimizer in optimizers]
         for index, followed in enumerate(self._followed):  # a place may be empty for a while
             self._counts[index] = followed.pipeline.counts()
@@ -136,7 +136,7 @@ class FollowedOptimizers:
                 self._followed.insert(index, Followed(optimizer, self._new(optimizer, index)))
 
     def close(self) -> None:
-        """Takes the pipelines off."""
+        """Take the pipelines off."""
         while self._followed:
             self._followed.pop().pipeline.close()
 

@@ -1,4 +1,4 @@
-"""The schedulers that a Trainer has at present: told how long the run is, and held on steps that did not happen."""
+"""The schedulers that a Trainer has at present: they learn how long the run is, and stand still on skipped steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FollowedSchedulers:
         )
 
     def update(self, trainer: Trainer) -> None:
-        """Takes in the schedulers there are.
+        """Take in the schedulers there are.
 
         Raises:
             MisconfigurationException: Two of them set the rates of one optimizer, and one is ours.
@@ -54,7 +54,7 @@ class FollowedSchedulers:
                 _hold(scheduler, pipeline)
 
     def hold(self) -> None:
-        """Has our schedulers stand still for the steps that will be skipped from now on."""
+        """Have our schedulers stand still for the steps that will be skipped from now on."""
         for scheduler, pipeline in self._held:
             _hold(scheduler, pipeline)
 

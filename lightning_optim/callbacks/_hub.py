@@ -37,6 +37,11 @@ class HubCallback(Contributor):
     def _attached(self, trainer: L.Trainer) -> None:
         """Join the hub when a run begins, before any hook (`ModuleMethod`): a subclass may override all of them."""
         if trainer.state.fn == TrainerFn.FITTING:
+            present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            # Lightning sets `log` once in a run: a hub that this one is in by then is left of a fit that ended without
+            # any hook, because another callback's `on_exception` raised.
+            if self._hub is not None and any(callback is self for callback in present):
+                self._hub.abandon()
             Hub.of(trainer)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -123,7 +128,7 @@ class Hub(Hears):
         callback._at_setup(self.trainer, self.trainer.lightning_module)
 
     def on_close(self, undo: Callable[[], object]) -> None:
-        """Registers something to be undone at the end of the fit, however it ends; newest first."""
+        """Register something to be undone at the end of the fit, however it ends; newest first."""
         self._undo.callback(undo)
 
     def _join_all(self) -> None:
@@ -215,11 +220,11 @@ class Hub(Hears):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Undo everything: Lightning does not call `teardown` after an exception. The user's must arrive, not ours."""
         failed: list[str] = []
-        told = [partial(member._at_exception, trainer, pl_module, exception) for member in self.members]
-        undo: list[Callable[[], None]] = [*told, self.close]
-        for do in undo:
+        members = [partial(member._at_exception, trainer, pl_module, exception) for member in self.members]
+        last: list[Callable[[], None]] = [*members, self.close]
+        for call in last:
             try:
-                do()
+                call()
             except Exception as error:
                 failed.append(f"{type(error).__name__}: {error}")
         if failed:

@@ -35,7 +35,7 @@ class ModuleMethod:
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
-        """Learns which of the two it is."""
+        """Learn which of the two it is."""
         self._name = name
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -49,7 +49,7 @@ class ModuleMethod:
         return method
 
     def __set__(self, instance: Any, method: Any) -> None:
-        """Takes what Lightning sets, or anything that a test of the user's does."""
+        """Take what Lightning sets, or anything that a test of the user's does."""
         module = getattr(method, "__self__", None)
         if not isinstance(module, LightningModule):
             vars(instance)[self._name] = method
@@ -118,7 +118,7 @@ def averaged_models(trainer: Trainer) -> list[Module]:
 
 
 def enter_fit(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:
-    """Brings a Trainer to where ``fit`` is when it begins: it knows its model, its data and what it is doing."""
+    """Bring a Trainer to where ``fit`` is when it begins: it knows its model, its data and what it is doing."""
     trainer.strategy.connect(model)
     trainer._data_connector.attach_data(model, datamodule=datamodule)
     trainer.state.fn = TrainerFn.FITTING
@@ -152,5 +152,5 @@ def count_training_batches(trainer: Trainer) -> int | float:
 
 
 def configure_optimizers(trainer: Trainer, model: LightningModule) -> None:
-    """Calls ``configure_optimizers``, as ``fit`` does, and hands what it returns to the Trainer."""
+    """Call ``configure_optimizers``, as ``fit`` does, and hand what it returns to the Trainer."""
     trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = _init_optimizers_and_lr_schedulers(model)

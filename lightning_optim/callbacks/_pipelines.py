@@ -58,7 +58,7 @@ class Pipelines:
         return [followed.pipeline for followed in self._optimizers]
 
     def start(self) -> None:
-        """Puts a pipeline on each optimizer and tells the schedulers how long the run is; once."""
+        """Put a pipeline on each optimizer and tell the schedulers how long the run is; once."""
         if self._is_started:
             return
         self._is_started = True
@@ -84,7 +84,7 @@ class Pipelines:
             self._start_freezing(followed.optimizer)
 
     def follow(self) -> None:
-        """Matches pipelines and schedulers with those that the Trainer has now."""
+        """Match pipelines and schedulers with those that the Trainer has now."""
         if not self._is_started:
             return
         trainer = self._trainer
@@ -123,7 +123,7 @@ class Pipelines:
             member._at_step(trainer, index)
 
     def settle(self) -> None:
-        """Accounts for announced steps that did not come, as when a GradScaler finds an overflow."""
+        """Account for announced steps that did not come, as when a GradScaler finds an overflow."""
         scaled = getattr(self._trainer.precision_plugin, "scaler", None) is not None
         for followed in self._optimizers:
             if followed.pipeline.is_expecting and not scaled:
@@ -142,7 +142,7 @@ class Pipelines:
             followed.owe(asking, self._trainer)
 
     def hold_schedules(self) -> None:
-        """Has our schedulers stand still for the steps that will be skipped from now on."""
+        """Have our schedulers stand still for the steps that will be skipped from now on."""
         self._schedulers.hold()
 
     def counts(self) -> list[StepCounts]:
@@ -156,7 +156,7 @@ class Pipelines:
         return {**state, "clip": clip} if any(clip) else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from counts and clip states, by the places of the optimizers."""
+        """Go on from counts and clip states, by the places of the optimizers."""
         self._optimizers.restore([StepCounts(*counts) for counts in state.get("counts", [])], state.get("clip", []))
 
     def _follow_if_new(self, optimizer: Optimizer) -> None:
@@ -227,7 +227,7 @@ class Pipelines:
 
 
 def unscale(trainer: L.Trainer, optimizer: Optimizer) -> None:
-    """Takes the loss scale out of the gradients, as Lightning does except where an optimizer does so in its kernel.
+    """Take the loss scale out of the gradients, as Lightning does except where an optimizer does so in its kernel.
 
     Hooks of the user then see the gradients they would see without 16-bit precision, at the price of one pass.
     """

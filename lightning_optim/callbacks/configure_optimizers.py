@@ -33,7 +33,7 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
     role = "ConfigureOptimizers"
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the place of the module's method for the time of the fit."""
+        """Take the place of the module's method for the time of the fit."""
         if self.hub.has_configured:
             raise MisconfigurationException(
                 f"{self!r} came to the Trainer when its optimizers were made already. Give it to "
@@ -60,7 +60,7 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
         (rank_zero_warn if warn else rank_zero_info)(message)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Adds the way out to Lightning's message about a missing method."""
+        """Add the way out to Lightning's message about a missing method."""
         # Lightning verifies the module before it calls any hook of a callback, so this is the first chance to help.
         missing = isinstance(exception, MisconfigurationException) and f"No `{_METHOD}()`" in str(exception)
         if missing and not is_overridden(_METHOD, pl_module):
@@ -73,7 +73,7 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
 
 
 def attach(model: L.LightningModule, factory: OptimizerFactory) -> None:
-    """Gives a module that defines no ``configure_optimizers`` the one of ``factory``.
+    """Give a module that defines no ``configure_optimizers`` the one of ``factory``.
 
     Args:
         model: The module; it keeps the method until it is attached to no more (it is an instance attribute).

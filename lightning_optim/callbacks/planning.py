@@ -41,7 +41,9 @@ def make_plan(trainer: L.Trainer, model: L.LightningModule, datamodule: L.Lightn
     present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     others = [callback for callback in present if issubclass(type(callback), BaseFinetuning)]
     ours = [callback for callback in present if is_ours(callback)]
-    hub = Hub.of(trainer)
+    if (hub := Hub.of(trainer)).members:  # It is left of a fit that ended without any hook.
+        hub.abandon()
+        hub = Hub.of(trainer)
     try:
         _walk(plan, trainer, model, datamodule, hub, ours, others)
     finally:
@@ -84,7 +86,7 @@ def _walk(
         plan.horizon = horizon_of(trainer)
     configured = False
     if not is_overridden("configure_optimizers", model):
-        return  # which Lightning's own check has told
+        return  # which is among the conflicts: Lightning checks it, too
     with attempt():
         lightning_private.configure_optimizers(trainer, model)
         configured = True

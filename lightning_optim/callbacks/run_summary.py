@@ -41,23 +41,23 @@ class RunSummary(HubCallback):
         self.metrics = metrics
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forgets the last fit: one that has nothing left to train never starts or ends training."""
+        """Forget the last fit: one that has nothing left to train never starts or ends training."""
         self._first_step, self._start, self._seconds = trainer.global_step, 0.0, 0.0
         self._counts: list[StepCounts] = []
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._first_step = trainer.global_step
         self._start = time.perf_counter()
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops the clock, and collects what is gone after the fit."""
+        """Stop the clock, and collect what is gone after the fit."""
         self._seconds = time.perf_counter() - self._start
         self._counts = self.hub.counts()
 
     @rank_zero_only
     def _at_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints the tables, after the progress bar has closed."""
+        """Print the tables, after the progress bar has closed."""
         from rich.console import Console
         from rich.table import Table
 

@@ -27,7 +27,7 @@ def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def run_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Runs the closure now, because gradients exist only afterwards, and leaves one that returns the known loss.
+    """Run the closure now, because gradients exist only afterwards, and leave one that returns the known loss.
 
     Args:
         args: Positional arguments of ``step``, the optimizer first.

@@ -27,7 +27,7 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def leave_step_uncompiled(cls: type[Optimizer]) -> None:
-    """Has ``cls.step`` run outside of any trace, together with the step hooks.
+    """Have ``cls.step`` run outside of any trace, together with the step hooks.
 
     Args:
         cls: A class of which an instance has been made: then torch has put the calls of the hooks into ``step``.

@@ -42,7 +42,7 @@ class HeatMap:
         return self._values[:, : len(self.steps)]
 
     def add(self, step: int, names: Sequence[str], values: np.ndarray) -> None:
-        """Takes in the values of one report."""
+        """Take in the values of one report."""
         if self._in_last == 0 or self._in_last == self._per_column:
             if len(self.steps) == self._limit:
                 self._halve()

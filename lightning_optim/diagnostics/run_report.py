@@ -23,7 +23,7 @@ class Run:
     Args:
         name: The run's folder, as short as the runs allow.
         scalars: Points by tag, in order of their steps.
-        alarms: What monitor and guard have told, in Markdown.
+        alarms: What monitor and guard have reported, in Markdown.
         heat_maps: The monitor's last images of all tensors, as PNG, by quantity.
     """
 
@@ -50,7 +50,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
-    """Reads the event files in a folder.
+    """Read the event files in a folder.
 
     Args:
         folder: Where a logger has written.
@@ -83,7 +83,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Reads several, each called by the parts of its path in which they differ."""
+    """Read several, each called by the parts of its path in which they differ."""
     parts = [Path(folder).resolve().parts for folder in folders]
     shared = 0
     while len(parts) > 1 and len({part[: shared + 1] for part in parts}) == 1:
@@ -146,7 +146,7 @@ def generalisation(runs: Iterable[Run]) -> list[list[str]]:
 
 
 def write_report(runs: Sequence[Run], folder: str | Path, targets: Sequence[float] | None = None) -> Path:
-    """Writes ``report.html``, which needs no other file, and each figure as PNG.
+    """Write ``report.html``, which needs no other file, and each figure as PNG.
 
     Args:
         runs: What to show.
@@ -183,7 +183,7 @@ def write_report(runs: Sequence[Run], folder: str | Path, targets: Sequence[floa
 
 
 def _saved(picture: bytes, title: str, folder: Path) -> str:
-    """Writes a PNG into a folder, and gives it as a part of the page."""
+    """Write a PNG into a folder, and return it as a part of the page."""
     (folder / f"{re.sub('[^a-z0-9]+', '_', title.lower())}.png").write_bytes(picture)
     encoded = base64.b64encode(picture).decode()
     return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">'

@@ -62,7 +62,7 @@ _CHARTS = {
 
 
 def add_scalars(writer: Any, values: Mapping[str, float], step: int) -> None:
-    """Writes many scalars as one record: a tenth of the time of one by one.
+    """Write many scalars as one record: a tenth of the time of one by one.
 
     Args:
         writer: A `torch.utils.tensorboard.SummaryWriter`.
@@ -76,7 +76,7 @@ def add_scalars(writer: Any, values: Mapping[str, float], step: int) -> None:
 
 
 def add_histogram(writer: Any, tag: str, edges: Sequence[float], counts: Sequence[float], step: int) -> None:
-    """Writes a histogram that has been counted already.
+    """Write a histogram that has been counted already.
 
     Args:
         writer: A `torch.utils.tensorboard.SummaryWriter`.
@@ -92,7 +92,7 @@ def add_histogram(writer: Any, tag: str, edges: Sequence[float], counts: Sequenc
 
 
 def purge_from(writer: Any, step: int) -> None:
-    """Tells TensorBoard to forget what it has of this run from ``step`` on: a run has been taken up there.
+    """Tell TensorBoard to forget what it has of this run from ``step`` on: a run has been taken up there.
 
     Without it, curves double back. The points stay in the files.
 

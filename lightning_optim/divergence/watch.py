@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,7 @@ class StepGuard(NonFiniteGradient):
         self.spikes = spikes
         self._skips = [signal in skip for signal in SIGNALS]
         self._loss = loss
-        self.rows = rows or StepLog()
+        self.rows = StepLog() if rows is None else rows  # an empty log is falsy
         self.detectors = tuple(detectors)
         self.alive: tuple[bool, ...] = ()
         self._steps = 0
@@ -131,7 +132,7 @@ class StepGuard(NonFiniteGradient):
             flags = torch.cat([flags, torch.stack(found)])
             skip = skip | flags[len(SIGNALS) :].any()
         columns = [values, flags, stats.norm_sq, *([] if stats.places is None else [stats.places])]
-        self._now = columns, _Layout(stats.group_sizes, loss is not None, stats.places is not None)
+        self._now = columns, _Layout(stats.group_sizes, loss is not None, stats.places is not None, len(self.detectors))
         return skip
 
     def commit(self, skip: Tensor) -> None:
@@ -170,8 +171,11 @@ class StepGuard(NonFiniteGradient):
             "steps": self._steps,
             "spikes": {} if self.spikes is None else self.spikes.state_dict(),
             "rows": self.rows.state_dict(),
-            "detectors": {detector.name: state for detector in self.detectors if (state := detector.state_dict())},
-            "layouts": {step: [list(x.group_sizes), x.has_loss, x.has_places] for step, x in self._layouts.items()},
+            "detectors": {name: state for name, one in self._named_detectors() if (state := one.state_dict())},
+            "layouts": {
+                step: [list(x.group_sizes), x.has_loss, x.has_places, x.num_detectors]
+                for step, x in self._layouts.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,9 +186,17 @@ class StepGuard(NonFiniteGradient):
         if self.spikes is not None and state["spikes"]:
             self.spikes.load_state_dict(state["spikes"])
         known = state.get("detectors", {})  # checkpoints of 0.1 have none
+        for name, detector in self._named_detectors():
+            if name in known:
+                detector.load_state_dict(known[name])
+
+    def _named_detectors(self) -> Iterator[tuple[str, Detector]]:
+        """Each further detector by a name of its own in checkpoints: two of one class must not share their state."""
+        taken: Counter[str] = Counter()
         for detector in self.detectors:
-            if detector.name in known:
-                detector.load_state_dict(known[detector.name])
+            taken[detector.name] += 1
+            number = taken[detector.name]
+            yield detector.name if number == 1 else f"{detector.name}_{number}", detector
 
     def _limits_on(self, device: torch.device, spikes: SpikeWindow) -> Tensor:
         """Return the limits, shape [2, signals]; uploaded only if they have changed."""
@@ -202,8 +214,10 @@ class StepGuard(NonFiniteGradient):
         count = len(SIGNALS)
         skipped, values, rest = bool(row[0]), row[1 : 1 + count].tolist(), row[1 + count :]
         flags = [bool(flag) and math.isfinite(value) for flag, value in zip(rest[:count], values, strict=True)]
-        others, rest = rest[count : count + len(self.detectors)], rest[count + len(self.detectors) :]
-        detected = tuple(_found(d) for d, flag in zip(self.detectors, others, strict=True) if flag)
+        others, rest = rest[count : count + layout.num_detectors], rest[count + layout.num_detectors :]
+        # A row that was on its way when a run was saved may be of other detectors than there are now.
+        present = self.detectors if layout.num_detectors == len(self.detectors) else ()
+        detected = tuple(_found(d) for d, flag in zip(present, others, strict=False) if flag)
         norm_sq = rest[: sum(layout.group_sizes)]
         places = rest[len(norm_sq) :] if layout.has_places else None
         bad = ~np.isfinite(norm_sq)
@@ -236,6 +250,7 @@ class _Layout:
     group_sizes: tuple[int, ...]
     has_loss: bool
     has_places: bool
+    num_detectors: int = 0
 
 
 def _found(detector: Detector) -> str:

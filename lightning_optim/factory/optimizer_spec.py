@@ -176,7 +176,7 @@ class _FusedIfPossible:
         return self._make(groups)
 
     def unfused(self, groups: Iterable[Any]) -> Optimizer:
-        """Makes it as it is without being asked for a form."""
+        """Make it as it is without being asked for a form."""
         return self._make(groups)
 
 

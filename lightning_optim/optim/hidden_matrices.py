@@ -70,7 +70,7 @@ def split_group(group: Mapping[str, Any], not_hidden: Sequence[str | None]) -> l
 
 
 def _split_by_form(group: dict[str, Any], found: Mapping[int, NamedParameter]) -> Iterator[dict[str, Any]]:
-    """``group`` told whether its tensors of three and more dimensions are kernels or stacks, in two if it has both."""
+    """``group`` marked as holding kernels or stacks, as tensors of three and more dimensions; in two if it has both."""
     forms: dict[bool, list[Any]] = {}
     matrices = []
     for name, param in group["params"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -213,9 +214,14 @@ class Plateau:
         return {"reductions": self.reductions, "best": self.best, "bad": self.bad, "grace": self.grace}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state returned by `state_dict`."""
-        self.reductions, self.best, self.bad = state["reductions"], state["best"], state["bad"]
-        self.grace = state["grace"]
+        """Restore the state returned by `state_dict`, of 0.1 as well, where it had the level in place of its number."""
+        self.best, self.bad, self.grace = state["best"], state["bad"], state.get("grace", 0)
+        self.reductions = state["reductions"] if "reductions" in state else self._reductions_to(state["level"])
+
+    def _reductions_to(self, level: float) -> int:
+        """The number of reductions from 1 to ``level``."""
+        lowest = max(level, self.schedule.floor) * (1 + 1e-9)  # the level was a product, which rounds
+        return next(n for n in itertools.count() if self.schedule.factor**n <= lowest)
 
 
 class Observer(LRScheduler):

@@ -80,7 +80,7 @@ class ForeignDecay:
         self._handle = optimizer.register_step_pre_hook(uncompiled(self._before))
 
     def close(self) -> None:
-        """Leaves the optimizer as it was."""
+        """Leave the optimizer as it was."""
         self._handle.remove()
 
     @torch.no_grad()

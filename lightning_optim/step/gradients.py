@@ -77,7 +77,7 @@ class Gradients:
         return param.grad is not None or (self.shards is not None and param in self.shards and param.requires_grad)
 
     def _redistribute(self) -> None:
-        """Sees to it that each gradient lies as its parameter does: everything below reads what is on this rank."""
+        """See to it that each gradient lies as its parameter does: everything below reads what is on this rank."""
         for i, param in enumerate(self.params):
             grad = gradient_of(param, partial(self._label, i))
             if grad is not None:  # flat shards, of which this rank may hold nothing

@@ -217,6 +217,21 @@ def test_a_detector_goes_on_from_a_checkpoint(tmp_path):
     assert same == [1, 4]  # steps 5 and 8 of the whole run
 
 
+def test_a_rollback_takes_a_detector_back_too():
+    class RollsBack(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 3:
+                (detector,) = guard._guarded[0].watch.detectors
+                before = dict(detector.state_dict())
+                guard._snapshots.restore()
+                counts.extend([before, detector.state_dict()])
+
+    guard, counts = lo.DivergenceGuard(detectors=[EveryThird()]), []
+    make_trainer([guard, RollsBack()]).fit(Net(), batches(5))
+    assert counts[0] != counts[1]
+    assert counts[1] == EveryThird().state_dict()  # that of the first snapshot, before training
+
+
 def test_what_is_no_detector_is_refused():
     with pytest.raises(TypeError, match=r"must be an instance of lightning_optim\.divergence\.Detector"):
         lo.DivergenceGuard(detectors=[len])

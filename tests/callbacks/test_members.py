@@ -344,6 +344,34 @@ def test_an_error_in_the_trial_of_a_tuner_which_no_hook_tells_of_does_not_reach_
     assert "configure_optimizers" not in vars(model)
 
 
+@pytest.mark.parametrize("same_module", [False, True])
+def test_a_fit_whose_hooks_were_cut_short_leaves_nothing_to_the_next_one_of_its_trainer(same_module):
+    class Raises(L.Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            raise KeyError("another's")
+
+    class Fails(Net):
+        fails = True
+
+        def training_step(self, batch, batch_idx):
+            if self.fails and batch_idx == 1:
+                raise RuntimeError("mine")
+            return super().training_step(batch, batch_idx)
+
+    configure, clipping = lo.ConfigureOptimizers("sgd", lr=0.25), lo.GradientClipping(LIMIT)
+    trainer, model = make_trainer([Raises(), configure, clipping]), Fails()
+    with pytest.raises(KeyError, match="another's"):
+        trainer.fit(model, batches(3))
+    if not same_module:
+        model = Fails()
+    model.fails = False
+    trainer.fit(model, batches(3))
+    assert type(trainer.optimizers[0]) is lo.optim.SGD  # not that of the module's own method
+    assert clipping._kept[CHECKPOINT_KEY]["counts"] == [[3, 3, 0]]
+    assert "configure_optimizers" not in vars(model)
+    assert not any(type(callback) is Hub for callback in trainer.callbacks)
+
+
 def test_lightning_sets_the_modules_log_on_a_callback_before_any_hook_of_each_run():
     """How a callback of ours hears of a run whatever a subclass overrides."""
     events = []

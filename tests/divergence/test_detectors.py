@@ -10,6 +10,7 @@ import torch
 from lightning_optim.core.stats import TENSOR_COLUMNS, GradStats
 from lightning_optim.divergence import (
     Alarm,
+    Detector,
     DivergenceJudge,
     Ladder,
     LRCut,
@@ -280,6 +281,56 @@ def test_a_watch_resumed_with_rows_on_their_way_decides_alike():
     assert expected[90]
     assert expected[97]
     assert 8 <= sum(expected[101:]) <= 16
+
+
+class Every(Detector):
+    """Asks for every ``period``-th step to be skipped."""
+
+    def __init__(self, period):
+        self.period, self.count = period, 0
+        self.reason = f"{period} steps have passed"
+
+    def __call__(self, stats):
+        return torch.tensor((self.count + 1) % self.period == 0)
+
+    def commit(self, skip):
+        self.count += 1
+
+    def state_dict(self):
+        return {"period": self.period, "count": self.count}
+
+    def load_state_dict(self, state):
+        assert state["period"] == self.period
+        self.count = state["count"]
+
+
+def _guarded_steps(watch, steps):
+    for _ in range(steps):
+        skip = watch(GradStats(torch.tensor([1.0, 4.0]), group_sizes=(1, 1)))
+        watch.commit(skip.float())
+
+
+def test_two_detectors_of_one_class_have_a_state_each():
+    saved = StepGuard(detectors=[Every(2), Every(3)])
+    _guarded_steps(saved, 5)
+    resumed = StepGuard(detectors=[Every(2), Every(3)])
+    resumed.load_state_dict(saved.state_dict())
+    assert [detector.count for detector in resumed.detectors] == [5, 5]
+    _guarded_steps(resumed, 1)
+    (seen,) = resumed.read()
+    assert seen.detected == ("every: 2 steps have passed", "every: 3 steps have passed")
+
+
+@pytest.mark.parametrize("present", [[], [Every(2), Every(5)]])
+def test_rows_on_their_way_are_read_as_they_were_written_whatever_detectors_there_are_now(present):
+    saved = StepGuard(detectors=[Every(2)], rows=_Late())
+    _guarded_steps(saved, 2)
+    resumed = StepGuard(detectors=present, rows=_Late())
+    resumed.load_state_dict(saved.state_dict())
+    seen = resumed.read(everything=True)
+    assert [one.group_norms for one in seen] == [(1.0, 2.0)] * 2
+    assert [one.skipped for one in seen] == [False, True]
+    assert [one.detected for one in seen] == [(), ()]  # which of those there are now has asked is not known
 
 
 def test_rows_come_in_order_and_once():

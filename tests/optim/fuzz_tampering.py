@@ -61,10 +61,6 @@ def _emptied(tensor: Tensor) -> Tensor:
     return result
 
 
-def _expanded(shape: torch.Size, one: Tensor) -> Tensor:
-    return one.expand(shape)
-
-
 def _imaginary(values: Tensor) -> Tensor:
     if values.dtype not in (torch.float32, torch.float64):
         return torch._neg_view(-values)

@@ -26,6 +26,7 @@ from lightning_optim.schedules import (
     Tanh,
     Warmup,
 )
+from lightning_optim.schedules.plateau import Plateau
 
 PEAKS = (0.4, 0.02)
 
@@ -186,6 +187,14 @@ def test_a_plateau_behind_a_warmup_from_a_rate_and_beside_a_schedule_of_a_groups
         scheduler.observe(1.0)
     assert scheduler.get_last_lr() == pytest.approx([0.2, 0.01, 0.1])
     assert _rates(optimizer, scheduler, 10)[-1] == pytest.approx([0.2, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(("floor", "level", "reductions"), [(0.0, 1.0, 0), (0.0, 0.3 * 0.3 * 0.3, 3), (0.2, 0.2, 2)])
+def test_a_plateaus_state_of_0_1_had_its_level(floor, level, reductions):
+    plateau = Plateau(ReduceOnPlateau(factor=0.3, floor=floor))
+    plateau.load_state_dict({"level": level, "best": 0.5, "bad": 2})
+    assert (plateau.reductions, plateau.best, plateau.bad, plateau.grace) == (reductions, 0.5, 2, 0)
+    assert plateau.level == pytest.approx(level)
 
 
 def test_a_plateau_goes_on_from_its_state():

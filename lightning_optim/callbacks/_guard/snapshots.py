@@ -120,7 +120,7 @@ def _parts(
 ) -> list[Part]:
     """Return all that a rollback restores; neither the position in the data nor the count of steps."""
     precision = trainer.precision_plugin
-    baselines = [own for g in guarded for own in (g.watch.spikes, g.judge.trend) if own is not None]
+    baselines = [own for g in guarded for own in (g.watch.spikes, g.judge.trend, *g.watch.detectors) if own is not None]
     return [
         Tensors(lambda: [pl_module, *averaged_models(trainer)]),
         *(OptimizerState(pipeline.optimizer) for pipeline in hub.pipelines),

@@ -25,6 +25,7 @@ from lightning_optim.kernels.rules import Rule
 from lightning_optim.kernels.weight_decay import decay_form
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.admission import GRADIENT, Owned, Ruled, Subject
+from lightning_optim.optim.occupied import Occupied
 from lightning_optim.optim.state import complete_state, tensor_names
 from lightning_optim.optim.tensor_form import Form
 
@@ -139,6 +140,7 @@ class Batches:
             self._grad_form = Form(grads)
             self._grad_bytes = storage_bytes(grads)
             self._lazy = [i for i, grad in enumerate(grads) if grad.is_neg() or grad._is_zerotensor()]
+            self._occupied = Occupied(self._held, grads)
         self._written, self._read = [], []
 
     def refill(self, optimizer: Ruled, rules: Sequence[Rule]) -> bool:
@@ -164,6 +166,8 @@ class Batches:
             return False
         for i in self._lazy:
             grads[i] = resolved(grads[i])
+        if self._occupied.reached_by(grads):  # which sorting refuses
+            return False
         for batch, rows in zip(self.batches, self.rows, strict=True):
             batch.grads.extend(map(grads.__getitem__, rows))
         return True

@@ -436,3 +436,32 @@ def test_forms_are_told_apart(private: bool, monkeypatch: pytest.MonkeyPatch) ->
         assert not form.fits(tensors[:2])
         assert not form.fits([nn.Parameter(torch.zeros(6, 4).t()), *tensors[1:]])
     assert Form([]).fits([])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shift", [-1, 0, 3])
+def test_a_later_gradient_in_the_memory_of_a_parameter_is_refused(backend: str, shift: int) -> None:
+    flat = torch.randn(40)
+    weight = nn.Parameter(flat[10:20])
+    other = nn.Parameter(torch.randn(10))
+    optimizer = optim.AdamW([("weight", weight), ("other", other)], lr=0.1, backend=backend)
+    for _ in range(2):
+        weight.grad, other.grad = torch.randn(10), torch.randn(10)
+        optimizer.step()
+    weight.grad = torch.zeros_like(flat)[10:20]  # apart from it, and the step is as ever
+    optimizer.step()
+    before = flat.clone()
+    weight.grad = flat[10 + shift : 20 + shift]
+    with pytest.raises(RuntimeError, match=r"gradient of parameter 'weight'.* share memory"):
+        optimizer.step()
+    assert torch.equal(flat, before)
+
+
+def test_gradients_side_by_side_with_parameters_are_not_in_their_memory() -> None:
+    flat = torch.randn(60)
+    params = [nn.Parameter(flat[start : start + 10]) for start in (0, 20, 40)]
+    optimizer = optim.SGD(params, lr=0.1)
+    for _ in range(3):
+        for i, param in enumerate(params):
+            param.grad = flat[20 * i + 10 : 20 * i + 20]
+        optimizer.step()

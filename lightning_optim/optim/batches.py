@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -51,6 +51,8 @@ class Batches:
         self.rows: list[list[int]] = []
         self._written: list[Owned] = []
         self._read: list[Owned] = []
+        self._fulls: list[Tensor] = []
+        self._with_grad: list[tuple[Tensor, Callable[[], str]]] = []
         sizes: list[int] = []
         numel: list[int] = []
         by_key: dict[Any, int] = {}
@@ -60,8 +62,10 @@ class Batches:
             first = len(numel)
             for index, param in enumerate(group["params"]):
                 position += 1
-                if gradient_of(param, functools.partial(optimizer.label, group, index)) is None:
+                label = functools.partial(optimizer.label, group, index)
+                if gradient_of(param, label) is None:
                     continue
+                self._with_grad.append((param, label))
                 subject = Subject(optimizer, group, index)
                 state = optimizer.state[param]
                 admission.check_state(subject, local(param), rule, {n: local(v) for n, v in state.items()})
@@ -79,8 +83,9 @@ class Batches:
     def _place(self, by_key: dict[Any, int], subject: Subject, param: Tensor, state: dict[str, Any], rule: Rule) -> int:
         """Enter one parameter; returns the number of its batch."""
         group = subject.group
-        own = {name: local(state[name]) for name in tensor_names(rule, state)}
-        arrays = own | {name: local(state[name]) for name in low_precision.companions(state)}
+        own = {name: state[name] for name in tensor_names(rule, state)}
+        fulls = own | {name: state[name] for name in low_precision.companions(state)}
+        arrays = {name: local(full) for name, full in fulls.items()}
         scalar_names = ("step", *rule.scalar_state) if rule.counts_steps else tuple(rule.scalar_state)
         scalars = {name: state[name] for name in scalar_names}
         form = decay_form(group)
@@ -90,7 +95,7 @@ class Batches:
             kahan, stochastic = low_precision.storage(group, param, rule, state)
         keys = {"rounding_key": state["rounding_key"]} if stochastic else {}
         grad = admission.grad_of(subject, param)
-        plain = self._admit(subject, {"": local(param), **arrays, **scalars, **keys}, grad)
+        plain = self._admit(subject, {"": param, **fulls, **scalars, **keys}, grad)
         admission.check_counts(subject, scalars)
         dtypes = [(name, tensor.dtype) for name, tensor in arrays.items()]
         key = (
@@ -111,29 +116,31 @@ class Batches:
         batch.rounding_keys.extend(keys.values())
         return by_key[key]
 
-    def _admit(self, subject: Subject, written: dict[str, Tensor], grad: Tensor) -> bool:
-        """Whether kernels may run on one parameter's tensors."""
+    def _admit(self, subject: Subject, fulls: dict[str, Tensor], grad: Tensor) -> bool:
+        """Whether kernels may run on one parameter's tensors; of DTensors, on this rank's shards."""
+        written = {role: local(full) for role, full in fulls.items()}
         plain = admission.check_memory(subject, {**written, GRADIENT: grad})
         if plain:
             self._written += [(tensor, subject, role) for role, tensor in written.items()]
             self._read.append((grad, subject, GRADIENT))
+            self._fulls += fulls.values()
         return plain
 
     def _remember(self, optimizer: Ruled, rules: Sequence[Rule]) -> None:
         """Note everything that was asked above, to see at the next step whether it still holds."""
-        self._same, self._equal, grads = _look(optimizer, rules)
-        # What FSDP2 makes of a DTensor's shard between two steps is its own affair.
-        self._kept = all(
-            batch.plain and all(type(tensor) in PLAIN for tensor in (*batch.full_params, *batch.grads))
-            for batch in self.batches
-        )
+        self._same, self._equal, fulls = _look(optimizer, rules)
+        grads = list(map(local, fulls))
+        self._sharded = not {*map(type, self._fulls), *map(type, fulls)}.issubset(PLAIN)
+        kinds = {type(tensor) for tensor, _, _ in (*self._written, *self._read)}
+        dtensors = all(type(full) in PLAIN or hasattr(full, "to_local") for full in (*self._fulls, *fulls))
+        self._kept = dtensors and kinds.issubset(PLAIN) and all(batch.plain for batch in self.batches)
         if self._kept:
             self._held = [tensor for tensor, _, _ in self._written]
             self._addresses = list(map(Tensor.data_ptr, self._held))
             # To keep a storage makes asking cheap. Not those of parameters, which are moved (`Module.to`): their old
             # memory would stay.
-            self._params = [tensor for tensor, _, role in self._written if not role]
-            self._param_bytes = storage_bytes(self._params)
+            self._params = [i for i, (_, _, role) in enumerate(self._written) if not role]
+            self._param_bytes = storage_bytes([self._held[i] for i in self._params])
             self._state_storages = [tensor.untyped_storage() for tensor, _, role in self._written if role]
             self._state_bytes = list(map(_NBYTES, self._state_storages))
             self._form = Form(self._held)
@@ -148,17 +155,21 @@ class Batches:
         if not self._kept:
             return False
         same, equal, grads = _look(optimizer, rules)
-        if not set(map(type, grads)).issubset(PLAIN):
-            return False
         if equal != self._equal or len(same) != len(self._same) or not all(map(operator.is_, same, self._same)):
+            return False
+        held = self._held
+        if self._sharded:  # a DTensor may have been given another shard (FSDP2 does so), and its gradient is one, too
+            held = list(map(local, self._fulls))
+            grads = [local(grad) for param, label in self._with_grad if (grad := gradient_of(param, label)) is not None]
+        if not set(map(type, grads)).issubset(PLAIN):
             return False
         # An object may have been given other memory (`weight.data = ...`, `set_`, `resize_`; new memory is asked for
         # before the old is let go, so it has another address), or another form (`t_`, and `resize_` to less).
         # Gradients are new at nearly each step.
-        if list(map(Tensor.data_ptr, self._held)) != self._addresses or not self._form.fits(self._held):
+        if list(map(Tensor.data_ptr, held)) != self._addresses or not self._form.fits(held):
             return False
         # A storage that is emptied and filled again may be where it was, and smaller.
-        if storage_bytes(self._params) != self._param_bytes:
+        if storage_bytes([held[i] for i in self._params]) != self._param_bytes:
             return False
         if list(map(_NBYTES, self._state_storages)) != self._state_bytes:
             return False

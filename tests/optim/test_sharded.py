@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lightning_optim import optim
 from lightning_optim.kernels import measure
@@ -45,3 +45,33 @@ def compare_shards_with_wholes() -> None:
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_two_ranks_do_what_one_does() -> None:
     run_ranks(compare_shards_with_wholes)
+
+
+def sorted_once() -> None:
+    """What was sorted holds for DTensors, too, until a shard is another one; the update is that of plain tensors."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    values = [torch.randn(6, 5), torch.randn(7)]
+    whole = [value.clone().requires_grad_() for value in values]
+    sharded = [torch.nn.Parameter(distribute_tensor(value, mesh, [Shard(0)])) for value in values]
+    one, other = (optim.AdamW(params, lr=0.1, backend="cpu") for params in (whole, sharded))
+    kept = []
+    for step in range(5):
+        for a, b in zip(whole, sharded, strict=True):
+            a.grad = torch.randn(a.shape)
+            placement = Replicate() if step == 4 else Shard(0)  # another one than the parameter's is redistributed
+            b.grad = distribute_tensor(a.grad, mesh, [placement])
+        if step == 2:
+            shard = sharded[0]._local_tensor
+            sharded[0]._local_tensor = shard.detach().clone()  # as FSDP2 gives a parameter another shard
+        one.step()
+        other.step()
+        kept.append(other._batches)
+        for a, b in zip(whole, sharded, strict=True):
+            torch.testing.assert_close(a.detach(), b.full_tensor().detach())
+    assert [kept[i] is kept[i - 1] for i in (1, 2, 3)] == [True, False, True]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_shards_are_sorted_once() -> None:
+    run_ranks(sorted_once)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from lightning_optim import kernels, optim
 from lightning_optim.kernels import measure
 from lightning_optim.kernels.triton import backend as triton_backend
 from lightning_optim.kernels.triton.functions import add_blocks, add_squares
+from tests.kernels.bfloat16 import round_as_hardware_does
 from tests.optim.cases import (
     CASES,
     Case,
@@ -45,18 +45,7 @@ TENSORS = (
 
 @pytest.fixture(autouse=True)
 def _bfloat16_as_hardware_rounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts the low bits off, where every GPU rounds to nearest, ties to even."""
-    from triton.runtime import interpreter
-
-    original = interpreter._convert_float
-
-    def convert(values: Any, source: Any, target: Any, mode: Any) -> Any:
-        if source.name == "fp32" and target.name == "bf16":
-            floats = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-            return floats.bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
-        return original(values, source, target, mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    round_as_hardware_does(monkeypatch.setattr)
 
 
 ELEMENTWISE = tuple(case for case in CASES if case.elementwise)

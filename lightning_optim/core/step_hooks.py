@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.core.placements import gradient_of
+from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local, sum_over_shards
 
 
@@ -80,5 +80,16 @@ def _is_zero(lr: float | Tensor) -> bool:
 def _has_value(grad: Tensor) -> bool:
     """Whether any element differs from 0; of a sharded gradient on any rank, so that all ranks say the same."""
     here = local(grad)
-    count = torch.count_nonzero(here.coalesce().values() if here.is_sparse else here)
+    if not _has_memory(here):  # which torch would read all the same; what the step does with it is for others to say
+        count = torch.ones((), dtype=torch.int64, device=here.device)
+    else:
+        count = torch.count_nonzero(here.coalesce().values() if here.is_sparse else here)
     return bool(sum_over_shards(count.reshape(1), [grad]))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the storage of a plain tensor holds all its elements; FSDP empties some between steps."""
+    if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.numel() == 0:
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + last + 1) * tensor.element_size()

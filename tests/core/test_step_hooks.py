@@ -145,3 +145,14 @@ def test_an_optimizer_without_gradients_or_with_a_rate_has_no_trial():
     fill(net, 0.0)
     optimizer.param_groups[0]["lr"] = 0.1
     assert not is_trial_step(optimizer)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_gradient_without_memory_is_refused_at_a_rate_of_0_too(backend):
+    weight = nn.Parameter(torch.ones(300))
+    optimizer = optim.AdamW([("weight", weight)], lr=0.0, backend=backend)
+    weight.grad = torch.ones(300)
+    weight.grad.untyped_storage().resize_(0)
+    assert not is_trial_step(optimizer)
+    with pytest.raises(RuntimeError, match="gradient of parameter 'weight'"):
+        optimizer.step()

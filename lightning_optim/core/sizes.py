@@ -1,6 +1,16 @@
-"""Numbers of bytes for people."""
+"""Numbers of bytes: of tensors, and for people."""
 
 from __future__ import annotations
+
+from torch import Tensor
+
+
+def span(tensor: Tensor) -> int:
+    """Bytes from the first to the end of the last element."""
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return tensor.nbytes
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (1 + steps) * tensor.element_size()
 
 
 def format_bytes(count: float) -> str:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local, sum_over_shards
+from lightning_optim.core.sizes import span
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,5 +92,5 @@ def _has_memory(tensor: Tensor) -> bool:
     """Whether the storage of a plain tensor holds all its elements; FSDP empties some between steps."""
     if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.numel() == 0:
         return True
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + last + 1) * tensor.element_size()
+    needed = tensor.storage_offset() * tensor.element_size() + span(tensor)
+    return tensor.untyped_storage().nbytes() >= needed

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.placements import PLAIN
+from lightning_optim.core.sizes import span
 
 FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 """What kernels load as real numbers."""
@@ -141,14 +142,6 @@ def as_real(tensor: Tensor) -> Tensor:
     A view, unless ``tensor`` is lazily conjugated.
     """
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def span(tensor: Tensor) -> int:
-    """Bytes from the first to the end of the last element."""
-    if tensor.is_contiguous() or tensor.numel() == 0:
-        return tensor.nbytes
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (1 + steps) * tensor.element_size()
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from lightning_optim.kernels.plain import span
+from lightning_optim.core.sizes import span
 
 
 class Occupied:

@@ -9,8 +9,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._pipelines import has_engine
 from lightning_optim.clipping import ClipRule, GlobalNorm, make_clip_rule
-from lightning_optim.core.durations import Horizon
+from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.schedules import Schedule, get_schedule
+from lightning_optim.schedules.live import LiveCurve
+from lightning_optim.schedules.run import Run
 
 
 class GradientClipping(HubCallback):
@@ -97,16 +99,19 @@ class GradientClipping(HubCallback):
         """Return the rule, which holds no state and serves all optimizers."""
         return self.rule
 
-    def clip_limit(self, horizon: Horizon) -> Callable[[int], float] | None:
+    def clip_limit(self, run: Run) -> Callable[[int], float] | None:
         """Return the factor on the limit as a function of the optimizer step, or None for a constant limit.
 
         Args:
-            horizon: Length of the run.
+            run: The run of the optimizer, which is asked for its length.
 
         Raises:
             ValueError: The schedule does not fit into the run.
         """
-        return None if self.schedule is None else self.schedule.over(horizon)
+        if self.schedule is None:
+            return None
+        self.schedule.phases(horizon_of(self.hub.trainer))
+        return LiveCurve(self.schedule, run)
 
     def __repr__(self) -> str:
         plain = type(self.rule).__name__ == "GlobalNorm"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _PATTERN = re.compile(r"\s*(?P<amount>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>steps?|epochs?|%|percent)\s*", re.IGNORECASE)
 _FORMS = "Write a number of optimizer steps (500 or '500 steps'), of epochs ('2 epochs') or a share of the run ('5%')."
@@ -12,15 +13,52 @@ _FORMS = "Write a number of optimizer steps (500 or '500 steps'), of epochs ('2 
 
 @dataclass(frozen=True)
 class Horizon:
-    """How long a run is, in optimizer steps.
+    """The length of a run in optimizer steps.
 
     Args:
-        total_steps: Optimizer steps of the whole run, or None if nothing bounds them (such as ``max_time`` alone).
-        steps_per_epoch: Optimizer steps of one epoch, or None if it is not known (an ``IterableDataset``).
+        total_steps: Optimizer steps of the whole run, at least 0; None if nothing bounds them (such as ``max_time``
+            alone).
+        steps_per_epoch: Optimizer steps of one epoch, on average; None if it is not known (an ``IterableDataset``).
+        epoch_ends: Number of steps taken by the end of each epoch, in ascending order, where epochs differ in length;
+            empty where all have ``steps_per_epoch``.
+        is_trial: Whether the run is shorter than the one that is configured (``fast_dev_run``, a finder's trial): a
+            schedule that is longer than the run is then scaled to it, not refused.
+
+    Raises:
+        ValueError: A length is negative or not finite.
+
+    Example:
+        >>> Duration.parse("2 epochs").steps(Horizon(total_steps=30, epoch_ends=(5, 15, 30)))
+        15
     """
 
     total_steps: int | None = None
     steps_per_epoch: float | None = None
+    epoch_ends: tuple[int, ...] = field(default=(), compare=False)
+    is_trial: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "steps_per_epoch"):
+            length = getattr(self, name)
+            if length is not None and not (length >= 0 and math.isfinite(length)):
+                raise ValueError(f"Invalid {name}={length!r} of Horizon: must be at least 0 and finite, or None.")
+
+    def steps_at(self, epochs: float) -> float | None:
+        """Return the number of steps taken after ``epochs`` epochs, interpolated within one; None if not known."""
+        ends = (0, *self.epoch_ends)
+        if len(ends) == 1:
+            return None if self.steps_per_epoch is None else epochs * self.steps_per_epoch
+        whole = min(int(epochs), len(ends) - 2)  # Beyond the last known epoch, further ones are as long as that.
+        return ends[whole] + (epochs - whole) * (ends[whole + 1] - ends[whole])
+
+    def epochs_at(self, step: float) -> float | None:
+        """Return the number of epochs that have passed after ``step`` steps: the inverse of `steps_at`."""
+        ends = (0, *self.epoch_ends)
+        if len(ends) == 1:
+            return step / self.steps_per_epoch if self.steps_per_epoch else None
+        whole = min(max(bisect.bisect_right(ends, step) - 1, 0), len(ends) - 2)
+        length = ends[whole + 1] - ends[whole]
+        return whole + ((step - ends[whole]) / length if length else 0.0)
 
 
 @dataclass(frozen=True)
@@ -92,9 +130,10 @@ class Duration:
         if self.unit == "steps":
             return int(self.amount)
         if self.unit == "epochs":
-            if horizon.steps_per_epoch is None:
+            found = horizon.steps_at(self.amount)
+            if found is None:
                 raise ValueError(f"The duration '{self}' needs the length of an epoch, which is not known. {_FORMS}")
-            exact = self.amount * horizon.steps_per_epoch
+            exact = found
         else:
             if horizon.total_steps is None:
                 raise ValueError(f"The duration '{self}' needs the length of the run, which is not known. {_FORMS}")

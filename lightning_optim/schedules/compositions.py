@@ -62,7 +62,7 @@ class OneCycle(Cosine):
             ValueError: As there, or the run is too short for the second of three phases.
         """
         phases = super().phases(run)
-        if self.three_phase and phases.shape < phases.warmup:
+        if self.three_phase and phases.shape < phases.warmup and not run.is_trial:
             raise ValueError(
                 f"{self}: down again in the {phases.warmup} steps that the warmup took does not fit into the "
                 f"{phases.shape} steps left after it. Give a warmup of less than half of the run."

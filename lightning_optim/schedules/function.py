@@ -42,7 +42,7 @@ class FromFunction(Schedule):
 
     def shape(self, at: Position) -> float:
         """Return the value of the function."""
-        return float(self.function(at.step))
+        return float(self.function(int(at.step)))
 
     def __repr__(self) -> str:
         # Without the address that repr(function) has, so that a resumed run sees the same schedule.

@@ -97,10 +97,10 @@ class Warmup(_Phase):
         start = min(self.start_lr / peak, math.nextafter(1.0, 0.0))  # a group added later may have a smaller rate
         return replace(self, start=start, start_lr=None)
 
-    def multiplier(self, step: int, steps: int) -> float:
+    def multiplier(self, step: float, steps: int) -> float:
         """Compute the fraction of the peak at ``step`` of a warmup of ``steps`` steps."""
         start = self.start or 0.0
-        progress = (step + 1) / steps if self.start is None else step / steps
+        progress = min((step + 1) / steps, 1.0) if self.start is None else step / steps
         if self.shape == "constant":
             return start
         if self.shape == "exponential":
@@ -148,7 +148,7 @@ class Cooldown(_Phase):
         """Return this cooldown with ``final_lr`` as a multiplier of ``peak``, which is above 0."""
         return self if self.final_lr is None else replace(self, final=self.final_lr / peak, final_lr=None)
 
-    def multiplier(self, stable: float, step: int, steps: int) -> float:
+    def multiplier(self, stable: float, step: float, steps: int) -> float:
         """Compute the multiplier at ``step`` of a cooldown of ``steps`` steps that begins at ``stable``."""
         return self.final + (stable - self.final) * COOLDOWN_SHAPES[self.shape](min(step / steps, 1.0))
 

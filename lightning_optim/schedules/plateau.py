@@ -21,7 +21,8 @@ from lightning_optim.schedules.phases import Cooldown, Warmup
 class ReduceOnPlateau(Schedule):
     """The peak, multiplied by ``factor`` whenever ``monitor`` has not improved for ``patience`` observations.
 
-    Under Lightning the metric is observed once per epoch, after validation; in a plain loop whenever
+    Under Lightning the metric is observed after each validation; at the end of each epoch where nothing is validated,
+    where ``monitor`` is logged in training, or where no callback of ours is on the Trainer. In a plain loop whenever
     [`Scheduler.observe`][lightning_optim.schedules.Scheduler.observe] is called. Observations during the warmup do not
     count. Levels, best value and patience are saved with the scheduler.
 
@@ -233,9 +234,20 @@ class Observer(LRScheduler):
 
     def __init__(self, scheduler: Any) -> None:  # LRScheduler's own constructor takes a step
         self.optimizer = scheduler.optimizer
-        self._scheduler = scheduler
+        self.scheduler = scheduler
+        self.is_idle = False
+        """Whether `step` does nothing, because somebody else calls `look` after each validation."""
 
     def step(self, metric: Any = None) -> None:
+        """Observe the metric at the end of an epoch.
+
+        Args:
+            metric: A number or a tensor of shape [].
+        """
+        if not self.is_idle and metric is not None:
+            self.look(metric)
+
+    def look(self, metric: Any) -> None:
         """Observe the metric, averaged over ranks, so that all of them decide alike.
 
         Args:
@@ -245,7 +257,7 @@ class Observer(LRScheduler):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(value)
             value = value / torch.distributed.get_world_size()
-        self._scheduler.observe(float(value))
+        self.scheduler.observe(float(value))
 
     def get_lr(self) -> list[Any]:
         """Return the learning rate of each group, as the scheduler has set it."""

@@ -80,22 +80,28 @@ class CosineRestarts(Schedule):
     def shape(self, at: Position) -> float:
         """Compute the cosine of the cycle that ``at`` lies in."""
         growth = self.length_multiplier
+        step = at.step
         if self.cycle is not None:
             length: float = self.cycle.steps(at.run)
+            if self.cycle.unit == "epochs" and at.run.epoch_ends:  # Cycles end where epochs do.
+                began, now = at.run.epochs_at(at.start), at.run.epochs_at(at.start + at.step)
+                assert began is not None
+                assert now is not None
+                step, length = now - began + 1e-9, self.cycle.amount
         else:
             assert self.cycles is not None
             if at.step >= at.length:  # the end of the last cycle, not the beginning of another
                 return self.final
             share = self.cycles if growth == 1 else (growth**self.cycles - 1) / (growth - 1)
             length = at.length / share
-        index, into = _locate(at.step, length, growth)
+        index, into = _locate(step, length, growth)
         if self.cycles is not None and index >= self.cycles:  # by rounding
             return self.final
         peak = self.peak_multiplier**index
         return self.final + (peak - self.final) * COOLDOWN_SHAPES["cosine"](min(into, 1.0))
 
 
-def _locate(step: int, length: float, growth: float) -> tuple[int, float]:
+def _locate(step: float, length: float, growth: float) -> tuple[int, float]:
     """In which cycle ``step`` lies, and how far into it as a fraction."""
     if growth == 1:
         index = int(step // length)

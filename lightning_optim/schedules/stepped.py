@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_optim.core.durations import Duration
-from lightning_optim.schedules.base import Position, Schedule
+from lightning_optim.core.durations import Duration, Horizon
+from lightning_optim.schedules.base import Phases, Position, Schedule
 from lightning_optim.schedules.phases import Cooldown, Warmup
 
 
@@ -47,6 +47,11 @@ class StepDecay(Schedule):
 
     def shape(self, at: Position) -> float:
         """factor^⌊step / every⌋."""
+        if self.every.unit == "epochs" and at.run.epoch_ends:
+            began, now = at.run.epochs_at(at.start), at.run.epochs_at(at.start + at.step)
+            assert began is not None
+            assert now is not None
+            return float(self.factor ** math.floor((now - began) / self.every.amount + 1e-9))
         return float(self.factor ** (at.step // self.every.steps(at.run)))
 
 
@@ -86,6 +91,29 @@ class MultiStepDecay(Schedule):
             )
         self.milestones = [Duration.parse(milestone) for milestone in milestones]
         self.factor = _checked_factor(self, factor)
+
+    def phases(self, run: Horizon) -> Phases:
+        """Convert the lengths of the parts into optimizer steps, as `Schedule.phases` does.
+
+        Raises:
+            ValueError: As there, or all milestones lie beyond the end of the run.
+        """
+        beyond = self._beyond(run)
+        if len(beyond) == len(self.milestones) and not run.is_trial:
+            raise ValueError(
+                f"{self}: no milestone lies within the run of {run.total_steps} optimizer steps, so the rate would "
+                "never fall. Give earlier ones, or the schedule 'constant'."
+            )
+        return super().phases(run)
+
+    def notes(self, run: Horizon) -> list[str]:
+        """Name the milestones beyond the end of the run."""
+        named = ", ".join(f"'{milestone}'" for milestone in self._beyond(run))
+        return [f"{self}: beyond the run of {run.total_steps} optimizer steps: {named}."] if named else []
+
+    def _beyond(self, run: Horizon) -> list[Duration]:
+        total = run.total_steps
+        return [] if total is None else [each for each in self.milestones if each.steps(run) >= total]
 
     def shape(self, at: Position) -> float:
         """factor^(milestones passed)."""

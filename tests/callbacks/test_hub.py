@@ -198,8 +198,8 @@ def _assert_clean(model, before, optimizers, callbacks):
 
 
 def _factory_hooks(optimizer):
-    # The factory itself leaves one on the optimizer it made, which asks for the length of the run.
-    return {key for key, hook in optimizer._optimizer_step_pre_hooks.items() if "OptimizerFactory" in hook.__qualname__}
+    # The scheduler leaves one on its optimizer, which asks for the length of the run.
+    return {key for key, hook in optimizer._optimizer_step_pre_hooks.items() if "Scheduler._before_step" in hook.__qualname__}
 
 
 @pytest.mark.parametrize("error", ERRORS)

@@ -190,7 +190,7 @@ class GuardWithADetector(lo.DivergenceGuard):
     ("guard", "said"),
     [
         (lambda: lo.DivergenceGuard(detectors=[EveryThird()]), "every_third: it is a third step"),
-        (GuardWithADetector, "another detector of the step asked for it"),
+        (GuardWithADetector, "another detector of the step requested it"),
     ],
 )
 def test_a_detector_of_ones_own_skips_steps_and_each_is_told(guard, said):

@@ -280,7 +280,7 @@ def test_one_rate_serves_all_widths_in_the_first_step():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({}, "needed are base_width and width"),
+        ({}, "Give base_width and width"),
         ({"base_width": 4}, "base_width=4, width=None"),
         ({"base_width": 4, "width": 8, "base_shapes": {"a": [1]}}, "base_shapes alone"),
         ({"base_width": 0, "width": 8}, "base_width=0"),

@@ -246,7 +246,7 @@ def test_a_model_with_nothing_to_train_is_refused(model, told):
         ({"pattern": "x", "lr": math.inf}, "finite"),
         ({"pattern": "x", "lr": 0.1, "lr_multiplier": 2}, "one of them"),
         ({"pattern": "x", "betas": [0.9, 1.0]}, r"\[0, 1\)"),
-        ({"pattern": "x", "options": {"lr": 1}}, "beside the options, as `lr`"),
+        ({"pattern": "x", "options": {"lr": 1}}, "outside of the options, as `lr`"),
         ({"pattern": "x", "options": {"name": "y"}}, "'name'"),
         ({"pattern": "x", "frozen_until": "one epoch"}, "'2 epochs'"),
         ({"pattern": "x", "frozen_until": 0.1}, "'10%'"),

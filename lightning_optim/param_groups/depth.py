@@ -73,7 +73,7 @@ def _places(model: nn.Module, parameters: Sequence[NamedParameter], pattern: str
         if not indices:
             names = ", ".join(repr(parameter.name) for parameter in parameters[:4])
             raise ValueError(
-                f"Invalid pattern={pattern!r} of layer_decay: must match a parameter. Their names are {names}, ..."
+                f"Invalid pattern={pattern!r} of layer_decay: matches no parameter. Their names are {names}, ..."
             )
         return _around(parameters, {name: ("", index) for name, index in indices.items()})
     for prefix, module in model.named_modules():

@@ -200,7 +200,7 @@ def test_muon_is_routed_within_each_depth():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"layer_decay": 0}, r"layer_decay=0;.*\(0, 1\]"),
+        ({"layer_decay": 0}, r"layer_decay=0: must be.*\(0, 1\]"),
         ({"layer_decay": 1.5}, "layer_decay=1.5"),
         ({"layer_decay": 0.5, "min_multiplier": 2}, "min_multiplier=2"),
         ({"layer_decay": 0.5, "pattern": "("}, r"pattern='\('"),
@@ -215,9 +215,9 @@ def test_bad_layer_decay_is_refused(options, told):
 @pytest.mark.parametrize(
     ("model", "rules", "told"),
     [
-        (tree(a=linear(), b=linear()), [LayerDecay(0.5)], r"no depth.*group_matcher.*layers\.N.*'a\.weight'.*pattern"),
+        (tree(a=linear(), b=linear()), [LayerDecay(0.5)], r"No depth.*group_matcher.*layers\.N.*'a\.weight'.*pattern"),
         (tree(a=linear()), [LayerDecay(0.5, r"step_(\d+)")], r"matches no parameter.*'a\.weight'"),
-        (tree(a=linear()), [LayerDecay(0.5, r"(\w)\.weight")], r"catches \('a',\) in 'a\.weight'.*number"),
+        (tree(a=linear()), [LayerDecay(0.5, r"(\w)\.weight")], r"captures \('a',\) in 'a\.weight'.*number"),
         (tree(a=linear()), [LayerDecay(0.5), LayerDecay(0.6)], "Two LayerDecay"),
     ],
 )

@@ -115,7 +115,7 @@ def test_the_rate_of_a_tensor_group_is_read_once(monkeypatch):
         (lambda: Cosine(final=0.1, final_lr=1e-3), r"Cosine takes final=0.1.*or final_lr=0.001.*not both"),
         (lambda: Cooldown(5, final=0.1, final_lr=1e-3), r"Cooldown takes final=0.1.*not both"),
         (lambda: Warmup(5, start=0.1, start_lr=1e-3), r"Warmup takes start=0.1.*or start_lr=0.001.*not both"),
-        (lambda: Linear(final_lr=-1.0), r"final_lr=-1.0 of Linear: it is a learning rate"),
+        (lambda: Linear(final_lr=-1.0), r"final_lr=-1.0 of Linear: must be a learning rate"),
         (lambda: Warmup(5, start_lr=float("nan")), r"start_lr=nan of Warmup"),
         (lambda: Warmup(5, "exponential", start_lr=0.0), r"start_lr=0 of an exponential warmup"),
         (lambda: Exponential(final_lr=0.0), r"final_lr=0 of Exponential"),
@@ -222,8 +222,8 @@ def test_a_plateau_goes_on_from_its_state():
         ({"min_lr": -0.1}, r"min_lr=-0.1"),
         ({"min_lr": [0.1, float("nan")]}, r"min_lr=\[0.1, nan\]"),
         ({"eps": float("inf")}, r"eps=inf"),
-        ({"min_lr": [0.1]}, r"min_lr has 1 learning rates, and there are 2 groups"),
-        ({"min_lr": {"hed": 0.1}}, r"min_lr names 'hed', which is no group"),
+        ({"min_lr": [0.1]}, r"min_lr has 1 learning rates, but there are 2 groups"),
+        ({"min_lr": {"hed": 0.1}}, r"min_lr names 'hed', which is not a group"),
     ],
 )
 def test_a_plateau_that_cannot_be_is_refused(options, told):

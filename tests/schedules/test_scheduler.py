@@ -165,7 +165,7 @@ def test_a_named_group_may_have_a_schedule_of_its_own():
         ({"weight_decya": Linear()}, r"SGD has no hyperparameter 'weight_decya'.*'weight_decay'"),
         ({"beta1": Linear()}, r"no hyperparameter 'beta1'"),
         ({"nesterov": Linear()}, r"no hyperparameter 'nesterov'"),
-        ({"lr": Linear()}, r"given as `schedule`"),
+        ({"lr": Linear()}, r"lr as `schedule`"),
         ({"momentum": Linear(final=1.2)}, r"schedule of momentum would set it to 1.*below 1"),
         ({"momentum": Linear(warmup=11)}, r"longer than the run"),
     ],

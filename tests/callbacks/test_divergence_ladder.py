@@ -117,7 +117,9 @@ def test_when_nothing_is_left_training_stops_and_says_why(tmp_path):
     trainer.fit(Faulty(lambda k: float("nan") if k >= 10 else 1.0), batches(60))
     assert trainer.global_step == 25
     told = json.loads((tmp_path / "told" / "divergence_report.json").read_text())
-    assert told["entries"][-1]["text"].startswith("training is stopped, because everything else is used up (lr_cut: 1")
+    assert told["entries"][-1]["text"].startswith(
+        "training is stopped, because all other responses are used up (lr_cut: 1"
+    )
     assert len(told["last_steps"]) == 25
     assert told["last_steps"][-1]["values"]["loss"] is None
     text = (tmp_path / "told" / "divergence_report.md").read_text()

@@ -221,7 +221,7 @@ def test_bad_layer_decay_is_refused(options, told):
         (tree(a=linear()), [LayerDecay(0.5), LayerDecay(0.6)], "Two LayerDecay"),
     ],
 )
-def test_what_has_no_depth_is_refused(model, rules, told):
+def test_models_without_a_recognised_depth_are_refused(model, rules, told):
     with pytest.raises(ValueError, match=told):
         build(model, rules)
 
@@ -246,7 +246,7 @@ def test_hidden_matrices_are_scaled_by_width_and_nothing_else():
 
 
 @pytest.mark.parametrize("scale_head", [False, True])
-def test_a_base_models_shapes_say_what_has_grown_and_by_how_much(scale_head):
+def test_base_shapes_determine_which_matrices_are_scaled_and_by_what_factor(scale_head):
     base = shapes_of(mlp(4, factor=4))
     groups = build(mlp(16, factor=2), [WidthScaling(base_shapes=base, scale_head=scale_head)])
     found = {name: group["lr_multiplier"] for group in groups for name, _ in group["params"]}

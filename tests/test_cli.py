@@ -250,7 +250,7 @@ def test_the_trainers_clipping_beside_ours_is_refused(tmp_path):
         (("lr: 0.3", "learning_rate: 0.3"), "learning_rate"),
     ],
 )
-def test_mistakes_in_the_file_are_told_before_anything_runs(cls, change, told, tmp_path, capsys):
+def test_mistakes_in_the_configuration_are_reported_before_anything_runs(cls, change, told, tmp_path, capsys):
     with pytest.raises((SystemExit, ValueError)) as caught:
         _run(cls, Net, CONFIGURE.replace(*change), tmp_path)
     assert told in str(caught.value) + capsys.readouterr().err

@@ -301,8 +301,8 @@ def test_a_schedule_moves_the_limit_over_the_run_and_over_a_resume(logger, tmp_p
         ({"method": "agcc"}, "Did you mean 'agc'"),
         ({"method": "agc", "method_kwargs": {"clip_facto": 1}}, "Did you mean 'clip_factor'"),
         ({"method": "value", "max_norm": 1.0}, "takes no 'max_norm'"),
-        ({"method": GroupNorm(), "max_norm": 1.0}, "write it into the rule"),
-        ({"max_norm": 1.0, "method_kwargs": {"max_norm": 2.0}}, "write it once"),
+        ({"method": GroupNorm(), "max_norm": 1.0}, "Set it in the rule"),
+        ({"max_norm": 1.0, "method_kwargs": {"max_norm": 2.0}}, "Give one"),
         ({"schedule": "cosin"}, "Did you mean 'cosine"),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_rollback_is_bit_equal_to_the_snapshot_and_so_is_the_second(kind, memo
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_when_nothing_is_left_training_stops_and_says_why(tmp_path):
+def test_when_all_budgets_are_used_up_training_stops_with_the_reason(tmp_path):
     guard = lo.DivergenceGuard(
         lr_cut=LRCut(budget=1), rollback=Rollback(budget=1), cooldown=1, report_dir=str(tmp_path / "told")
     )
@@ -117,7 +117,9 @@ def test_when_nothing_is_left_training_stops_and_says_why(tmp_path):
     trainer.fit(Faulty(lambda k: float("nan") if k >= 10 else 1.0), batches(60))
     assert trainer.global_step == 25
     told = json.loads((tmp_path / "told" / "divergence_report.json").read_text())
-    assert told["entries"][-1]["text"].startswith("training is stopped, because everything else is used up (lr_cut: 1")
+    assert told["entries"][-1]["text"].startswith(
+        "training is stopped, because all other responses are used up (lr_cut: 1"
+    )
     assert len(told["last_steps"]) == 25
     assert told["last_steps"][-1]["values"]["loss"] is None
     text = (tmp_path / "told" / "divergence_report.md").read_text()
@@ -198,7 +200,7 @@ def test_overflows_while_the_scaler_finds_its_scale_are_counted_and_enter_nothin
     assert [len(values) for values in seen[-1]["accepted"]] == [40 - overflows] * 2
 
 
-def test_a_loss_that_is_not_finite_is_told_of_under_a_scaler_too():
+def test_a_loss_that_is_not_finite_is_reported_under_a_scaler_as_well():
     guard = lo.DivergenceGuard()
     make_trainer([guard, _configure()], **precision("16-mixed")).fit(
         Faulty(lambda k: float("nan") if k == 3 else 1.0), batches(6)
@@ -219,6 +221,6 @@ def test_a_loss_that_is_not_finite_is_told_of_under_a_scaler_too():
         (lambda: lo.DivergenceGuard(cooldown=-1), "cooldown=-1 of the ladder"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make, message):
+def test_values_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -199,7 +199,11 @@ def _assert_clean(model, before, optimizers, callbacks):
 
 def _factory_hooks(optimizer):
     # The scheduler leaves one on its optimizer, which asks for the length of the run.
-    return {key for key, hook in optimizer._optimizer_step_pre_hooks.items() if "Scheduler._before_step" in hook.__qualname__}
+    return {
+        key
+        for key, hook in optimizer._optimizer_step_pre_hooks.items()
+        if "Scheduler._before_step" in hook.__qualname__
+    }
 
 
 @pytest.mark.parametrize("error", ERRORS)

@@ -304,7 +304,7 @@ def test_without_tensorboard_nothing_is_counted(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_counts_on_the_device_are_the_hosts_and_nobody_waits_for_them(dtype):
+def test_counts_on_the_device_equal_the_hosts_without_a_synchronisation(dtype):
     values = (torch.randn(70_000, generator=torch.Generator().manual_seed(0)) * 1e-3).to(dtype)
     values[:5] = torch.tensor([0.0, math.nan, math.inf, 1e-30, 6e4])
     on_device = values.cuda()

@@ -399,7 +399,7 @@ def test_what_the_guard_has_done_is_beside_it(logger, tmp_path, guard_first):
 
 
 @pytest.mark.filterwarnings("ignore:Step ")
-def test_each_step_has_one_point_of_the_skipped_ones_whoever_writes_it(logger, tmp_path):
+def test_the_skip_count_is_logged_once_per_step_by_monitor_or_guard(logger, tmp_path):
     parts = [_configure(), lo.DivergenceGuard(), lo.OptimizerMonitor()]
     trainer = make_trainer(parts, logger=logger, log_every_n_steps=4, default_root_dir=tmp_path)
     trainer.fit(Net(nan_batches=[3, 5]), batches(8))

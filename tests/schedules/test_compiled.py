@@ -235,7 +235,7 @@ def test_another_length_or_another_schedule_is_compiled_anew():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
-def test_a_copy_goes_on_by_itself(duplicate):
+def test_a_copy_continues_independently(duplicate):
     scheduler = Scheduler(_optimizer(_named(2, schedule=Linear(final_lr=0.1))), Linear(), Horizon(total_steps=10))
     _rates(scheduler)
     twin = duplicate(scheduler)

@@ -29,7 +29,7 @@ def _said(move):
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, optim.SGD])
-def test_a_scheduler_moved_before_its_optimizer_says_so_once_as_torchs(cls):
+def test_a_scheduler_stepped_before_its_optimizer_warns_once_as_torchs_does(cls):
     def move(make):
         optimizer = cls([nn.Parameter(torch.zeros(1))], lr=1.0)
         scheduler = make(optimizer)
@@ -58,7 +58,7 @@ def _wrapped_anew(scheduler):
 
 
 @pytest.mark.parametrize("first", [lambda s: s.optimizer.step(), _resumed, _skipped, _wrapped_anew])
-def test_where_there_is_nothing_to_say_nothing_is_said(first):
+def test_no_warning_without_a_wrong_order(first):
     scheduler = Scheduler(_optimizer(1.0), Linear(), Horizon(9))
     first(scheduler)
     assert _said(scheduler.step) == []
@@ -75,7 +75,7 @@ def test_a_skipped_step_does_not_use_the_warning_up():
 # Going on without a state.
 
 
-def test_a_run_goes_on_from_the_step_given():
+def test_a_run_continues_from_the_given_step():
     whole = Scheduler(_optimizer(0.4, 0.04, momentum=0.5), Cosine(warmup=3), Horizon(20), {"momentum": Linear()})
     for _ in range(7):
         whole.optimizer.step()

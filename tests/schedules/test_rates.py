@@ -115,7 +115,7 @@ def test_the_rate_of_a_tensor_group_is_read_once(monkeypatch):
         (lambda: Cosine(final=0.1, final_lr=1e-3), r"Cosine takes final=0.1.*or final_lr=0.001.*not both"),
         (lambda: Cooldown(5, final=0.1, final_lr=1e-3), r"Cooldown takes final=0.1.*not both"),
         (lambda: Warmup(5, start=0.1, start_lr=1e-3), r"Warmup takes start=0.1.*or start_lr=0.001.*not both"),
-        (lambda: Linear(final_lr=-1.0), r"final_lr=-1.0 of Linear: it is a learning rate"),
+        (lambda: Linear(final_lr=-1.0), r"final_lr=-1.0 of Linear: must be a learning rate"),
         (lambda: Warmup(5, start_lr=float("nan")), r"start_lr=nan of Warmup"),
         (lambda: Warmup(5, "exponential", start_lr=0.0), r"start_lr=0 of an exponential warmup"),
         (lambda: Exponential(final_lr=0.0), r"final_lr=0 of Exponential"),
@@ -139,7 +139,7 @@ def test_the_rate_of_a_tensor_group_is_read_once(monkeypatch):
         (lambda: lo.GradientClipping(1.0, schedule=Cosine(final_lr=0.1)), r"drive the limit of the gradients"),
     ],
 )
-def test_rates_that_cannot_be_are_refused(make, told):
+def test_invalid_rates_are_refused(make, told):
     with pytest.raises(ValueError, match=told):
         make()
 
@@ -177,7 +177,7 @@ def test_a_plateau_is_torchs_look_by_look(mode, ours, theirs):
     assert rates[0] < PEAKS[0]
 
 
-def test_a_plateau_behind_a_warmup_from_a_rate_and_beside_a_schedule_of_a_groups_own():
+def test_a_plateau_with_a_warmup_from_start_lr_and_another_schedule_in_one_group():
     optimizer = _optimizer(*PEAKS, 0.1)
     optimizer.param_groups[2] |= {"schedule": Linear(warmup=2, final_lr=0.01), "name": "own"}
     schedule = ReduceOnPlateau(warmup=Warmup(2, start_lr=0.01), factor=0.5, patience=0)
@@ -197,7 +197,7 @@ def test_a_plateaus_state_of_0_1_had_its_level(floor, level, reductions):
     assert plateau.level == pytest.approx(level)
 
 
-def test_a_plateau_goes_on_from_its_state():
+def test_a_plateau_continues_from_its_state():
     def make():
         schedule = ReduceOnPlateau(factor=0.5, patience=0, grace=2, min_lr=[0.15, 0.0])
         return Scheduler(_optimizer(*PEAKS), schedule, Horizon())
@@ -222,10 +222,10 @@ def test_a_plateau_goes_on_from_its_state():
         ({"min_lr": -0.1}, r"min_lr=-0.1"),
         ({"min_lr": [0.1, float("nan")]}, r"min_lr=\[0.1, nan\]"),
         ({"eps": float("inf")}, r"eps=inf"),
-        ({"min_lr": [0.1]}, r"min_lr has 1 learning rates, and there are 2 groups"),
-        ({"min_lr": {"hed": 0.1}}, r"min_lr names 'hed', which is no group"),
+        ({"min_lr": [0.1]}, r"min_lr has 1 learning rates, but there are 2 groups"),
+        ({"min_lr": {"hed": 0.1}}, r"min_lr names 'hed', which is not a group"),
     ],
 )
-def test_a_plateau_that_cannot_be_is_refused(options, told):
+def test_an_invalid_plateau_is_refused(options, told):
     with pytest.raises(ValueError, match=told):
         Scheduler(_optimizer(*PEAKS), ReduceOnPlateau(**options), Horizon())

@@ -165,7 +165,7 @@ def test_a_named_group_may_have_a_schedule_of_its_own():
         ({"weight_decya": Linear()}, r"SGD has no hyperparameter 'weight_decya'.*'weight_decay'"),
         ({"beta1": Linear()}, r"no hyperparameter 'beta1'"),
         ({"nesterov": Linear()}, r"no hyperparameter 'nesterov'"),
-        ({"lr": Linear()}, r"given as `schedule`"),
+        ({"lr": Linear()}, r"lr as `schedule`"),
         ({"momentum": Linear(final=1.2)}, r"schedule of momentum would set it to 1.*below 1"),
         ({"momentum": Linear(warmup=11)}, r"longer than the run"),
     ],
@@ -230,7 +230,7 @@ def _moved(schedule, total, steps):
     return scheduler
 
 
-def test_a_longer_run_stays_on_its_old_curve_and_says_so():
+def test_a_longer_run_keeps_its_old_curve_with_a_warning():
     longer = Scheduler(_optimizer(1.0), Linear(final=0.2), Horizon(total_steps=20))
     with pytest.warns(UserWarning, match=r"ends at step 10, this run at 20.*on_resume=\"config\""):
         longer.load_state_dict(_moved(Linear(final=0.2), 10, 5).state_dict())
@@ -274,7 +274,7 @@ def test_another_schedule_is_refused_or_taken_as_said():
     assert told == ["Resumed with the configuration's schedule: lr: Linear() → Cosine(); momentum: none → Linear()."]
 
 
-def test_who_has_the_say_is_one_of_two():
+def test_an_unknown_value_of_on_resume_is_refused():
     with pytest.raises(ValueError, match=r"on_resume='confg'.*'config'"):
         Scheduler(_optimizer(1.0), Linear(), on_resume="confg")
 

@@ -100,7 +100,7 @@ def test_pipelines_can_follow_one_another(case):
         pipe.close()
 
 
-def test_closing_under_somebody_elses_wrapper_keeps_theirs_and_lets_all_through():
+def test_close_keeps_a_later_wrapper_of_step_which_then_forwards_every_call():
     case = TORCH
     parameters = case.parameters()
     optimizer = case.make(parameters)
@@ -246,7 +246,7 @@ def test_a_fused_step_never_asks_the_device_for_a_number(case):
 
 @BOTH
 @pytest.mark.parametrize("bad", [False, True])
-def test_a_record_says_what_happened(case, bad):
+def test_a_record_describes_its_step(case, bad):
     records = []
     parameters = case.parameters()
     first, rest = parameters[:1], parameters[1:]
@@ -290,7 +290,7 @@ def test_only_due_steps_are_reported():
     assert [record.steps for record in records] == [2, 4]
 
 
-def test_clipping_and_guard_are_few_operations_however_many_tensors_there_are():
+def test_operations_of_clipping_and_guard_do_not_grow_with_the_number_of_tensors():
     counts = []
     for tensors in (3, 200):
         parameters = [torch.nn.Parameter(torch.ones(4)) for _ in range(tensors)]

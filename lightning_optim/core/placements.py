@@ -67,8 +67,8 @@ def gradient_of(param: Tensor, label: Callable[[], str] = lambda: "a parameter")
         return grad
     if mesh is not None and given_mesh is not None and given_mesh != mesh:
         raise ValueError(
-            f"The gradient of {label()} is a DTensor on {given_mesh}, the parameter on {mesh}; both must be on the "
-            "same device mesh. Use one mesh in `parallelize_module`, or `fully_shard` over a mesh that includes it."
+            f"The gradient of {label()} is a DTensor on {given_mesh}, the parameter on {mesh}; both must be on one "
+            "device mesh. Use the same mesh in `parallelize_module`, or `fully_shard` over a mesh that includes it."
         )
     param.grad = placed_as(grad.detach(), param)
     return param.grad

@@ -1,4 +1,4 @@
-"""One notation for lengths of training: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``."""
+"""Notation for durations of training: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ class Horizon:
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training that becomes a number of steps once the length of the run is known.
+    """Duration of training, which converts to a number of steps once the length of the run is known.
 
     Args:
-        amount: How many, at least 0.
+        amount: Number of units, at least 0.
         unit: ``"steps"``, ``"epochs"`` or ``"percent"`` (of the whole run).
 
     Raises:
-        ValueError: The amount is negative or not finite, or steps are not whole.
+        ValueError: The unit is unknown, the amount is negative, not finite or above 100%, or steps are not whole.
 
     Example:
         >>> Duration.parse("5%").steps(Horizon(total_steps=1000))
@@ -96,13 +96,13 @@ class Duration:
 
     @classmethod
     def parse(cls, value: int | str | Duration) -> Duration:
-        """Parse any of the notations.
+        """Parse a duration in any of the notations.
 
         Args:
             value: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``, or a `Duration`, which is returned as it is.
 
         Raises:
-            ValueError: It is none of these; the message lists them.
+            ValueError: The value has none of these forms; the message lists them.
         """
         if isinstance(value, Duration):
             return value
@@ -119,13 +119,13 @@ class Duration:
         raise ValueError(f"Cannot read the duration {value!r}.{hint} {_FORMS}")
 
     def steps(self, horizon: Horizon) -> int:
-        """Convert the duration to optimizer steps, rounded to the nearest; one above zero is at least one step.
+        """Convert the duration to optimizer steps, rounded to nearest; a positive duration is at least one step.
 
         Args:
             horizon: Length of the run.
 
         Raises:
-            ValueError: The unit needs a length that ``horizon`` does not know.
+            ValueError: The unit needs a length that is None in ``horizon``.
         """
         if self.unit == "steps":
             return int(self.amount)
@@ -142,7 +142,7 @@ class Duration:
 
     @property
     def is_relative(self) -> bool:
-        """Whether it depends on the length of the whole run."""
+        """Whether the duration depends on the length of the whole run."""
         return self.unit == "percent"
 
     def __bool__(self) -> bool:

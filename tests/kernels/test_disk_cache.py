@@ -141,7 +141,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does for a user without a home
     assert not kernel()[1]
-    assert disk_cache.kept_where() == "."
+    assert disk_cache.cache_note() == "."
     assert len(warnings_in(caplog)) == 1
 
 

@@ -257,7 +257,7 @@ def test_flags_work_with_cautious_and_per_group(backend: str) -> None:
     [
         (torch.bfloat16, {"kahan_sum": True, "stochastic_rounding": True}, "choose one"),
         (torch.float16, {"stochastic_rounding": True}, "is float16.*bfloat16"),
-        (torch.bfloat16, {"kahan_sum": 1}, "kahan_sum=1; needed is True or False"),
+        (torch.bfloat16, {"kahan_sum": 1}, "kahan_sum=1: must be True or False"),
     ],
 )
 def test_what_cannot_work_is_refused(dtype: torch.dtype, arguments: Any, message: str) -> None:

@@ -53,7 +53,7 @@ def test_a_new_option_is_one_entry(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert all(group["lookahead"] is True for group in optimizer.param_groups)
     with pytest.raises(TypeError, match=r"'lookahed'. Did you mean 'lookahead'"):
         cls(params(), lookahed=True)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="lookahead='yes'; needed is True or False"):
+    with pytest.raises(ValueError, match="lookahead='yes': must be True or False"):
         cls(params(), lookahead="yes")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"unknown key 'lookahed'. Did you mean 'lookahead'"):
         cls([{"params": params(), "lookahed": True}])
@@ -68,7 +68,7 @@ def test_a_misspelt_option_names_the_nearest(name: str) -> None:
 
 
 def test_an_option_that_is_not_offered_says_why() -> None:
-    message = "ScheduleFreeAdamW: cautious=True is not offered, x would no longer be the average of z"
+    message = "ScheduleFreeAdamW: cautious=True is not offered, because x would no longer be the average of z"
     assert "cautious" not in optim.ScheduleFreeAdamW.hyperparameters()
     assert "\n    cautious: " not in (inspect.getdoc(optim.ScheduleFreeAdamW) or "")
     with pytest.raises(ValueError, match=message):

@@ -191,7 +191,7 @@ def test_a_divisor_of_the_wrong_shape_is_refused() -> None:
     for param in params[:2]:
         param.grad = torch.ones(1)
     optimizer.divisor = torch.ones(3)
-    with pytest.raises(ValueError, match=r"divisor has shape \(3,\); needed is \[\] or .*, \[2\]"):
+    with pytest.raises(ValueError, match=r"divisor has shape \(3,\), but must be \[\] or .*, \[2\]"):
         optimizer.step()
 
 

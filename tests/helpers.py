@@ -59,7 +59,7 @@ class Net(L.LightningModule):
         x, y = batch
         self.log("val_loss", nn.functional.mse_loss(self(x), y))
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=123.0)
 
 

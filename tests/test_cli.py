@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_layer_decay_can_be_written_in_yaml(cls, tmp_path):
     class Deep(Net):
         def __init__(self):
             super().__init__()
-            self.body = torch.nn.Sequential(self.body, torch.nn.Tanh(), torch.nn.Linear(8, 8))
+            self.body: Any = torch.nn.Sequential(self.body, torch.nn.Tanh(), torch.nn.Linear(8, 8))
 
     callbacks = CONFIGURE.replace("init_args: {", "init_args: {param_groups: [no_decay, {layer_decay: 0.5}], ")
     (optimizer,) = _run(cls, Deep, callbacks, tmp_path).trainer.optimizers
@@ -183,7 +184,7 @@ def test_the_other_commands_run(command, model, tmp_path):
     assert cli.trainer.global_step == 0
 
 
-def _with_steps(model):
+def _with_steps(model: Any):
     class Evaluated(model):
         def test_step(self, batch, batch_idx):
             self.validation_step(batch, batch_idx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
@@ -144,7 +145,7 @@ class Compiled(Net):
 
     def __init__(self):
         super().__init__()
-        self.body = torch.compile(self.body, backend="eager")
+        self.body: Any = torch.compile(self.body, backend="eager")
 
 
 @EVERY
@@ -181,7 +182,7 @@ def test_manual_optimization_clips_only_the_parameters_of_the_optimizer_that_ste
     class OneBackward(TwoOptimizers):
         def training_step(self, batch, batch_idx):
             x, y = batch
-            first, second = self.optimizers()
+            first, second = self.optimizers()  # type: ignore[attr-defined]
             self.manual_backward(nn.functional.mse_loss(self(x), y) * 10)
             before = [p.grad.clone() for p in self.head.parameters()]
             first.step()  # of the body

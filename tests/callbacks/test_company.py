@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.tuning import Tuner
 
 import lightning_optim as lo
 from lightning_optim import callbacks

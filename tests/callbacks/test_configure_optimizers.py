@@ -145,7 +145,7 @@ def test_a_module_without_one_is_refused_with_both_ways_out():
 
 def test_other_misconfigurations_keep_lightnings_message():
     class NoTrainingStep(Net):
-        training_step = L.LightningModule.training_step
+        training_step = L.LightningModule.training_step  # type: ignore[assignment]
 
     with pytest.raises(MisconfigurationException, match="training_step"):
         _fit(NoTrainingStep(), lo.ConfigureOptimizers("sgd", lr=0.1))
@@ -153,7 +153,7 @@ def test_other_misconfigurations_keep_lightnings_message():
 
 def test_a_bare_module_with_another_mistake_keeps_lightnings_message_about_that():
     class Nothing(BareNet):
-        training_step = L.LightningModule.training_step
+        training_step = L.LightningModule.training_step  # type: ignore[assignment]
 
     model = Nothing()
     with pytest.raises(MisconfigurationException, match="training_step"):

@@ -52,7 +52,7 @@ def test_the_gradients_are_read_once_per_step(monkeypatch, logger):
     from lightning_optim.step import gradients
 
     reads = []
-    original = gradients.measure_norm_sq
+    original = gradients.measure_norm_sq  # type: ignore[attr-defined]
     monkeypatch.setattr(
         gradients, "measure_norm_sq", lambda tensors: (reads.append(len(tensors)), original(tensors))[1]
     )

@@ -247,9 +247,7 @@ def test_the_table_of_groups_makes_and_steps_no_optimizer_and_is_filled_in_from_
 
 
 def test_the_state_of_ours_is_told_before_it_is_made(logger, monkeypatch):
-    from lightning_optim.optim import state
-
-    sizes, original = [], state.torch.zeros_like
+    sizes, original = [], torch.zeros_like
 
     def zeros_like(param, *args, **kwargs):
         sizes.append((param.device.type, kwargs.get("dtype")))
@@ -261,7 +259,7 @@ def test_the_state_of_ours_is_told_before_it_is_made(logger, monkeypatch):
                 assert {device for device, _ in sizes} == {"meta"}
                 assert not trainer.optimizers[0].state
 
-    monkeypatch.setattr(state.torch, "zeros_like", zeros_like)
+    monkeypatch.setattr(torch, "zeros_like", zeros_like)
     make_trainer([*_callbacks(), Looks()], logger=logger).fit(Net(), batches(2))
     ((_, groups),) = _texts(_page(logger), "optim/groups")
     assert "| head | 2 | 18 | 0.1 | 0.2 | adamw | 152 B |" in groups

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import time
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
@@ -158,7 +159,7 @@ def test_between_logging_steps_the_host_asks_for_nothing_and_on_them_once(kind, 
 
 
 def test_every_logger_gets_every_point(tmp_path):
-    loggers = [TensorBoardLogger(tmp_path / "a", name=""), CSVLogger(tmp_path / "b", name="")]
+    loggers: list[Any] = [TensorBoardLogger(tmp_path / "a", name=""), CSVLogger(tmp_path / "b", name="")]
     make_trainer([_configure(), lo.OptimizerMonitor()], logger=loggers).fit(Net(), batches(4))
     written = read_events(loggers[0].log_dir)["optim_grad_norm/total"]
     assert len(written) == 4

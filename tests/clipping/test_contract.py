@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_a_step_skipped_for_another_reason_leaves_no_trace_either(name):
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_warmups_count_accepted_steps(name):
-    rule = RULES[name]
+    rule: Any = RULES[name]
     run = Run(rule)
     for seed in range(rule.warmup):
         for _ in range(3):
@@ -325,7 +326,7 @@ def test_what_cannot_be_is_refused_at_construction(make, message):
 
 
 def test_the_limit_can_follow_a_schedule():
-    for rule, norms in ((GlobalNorm(1.0), None), (GroupNorm(1.0), None)):
+    for rule in (GlobalNorm(1.0), GroupNorm(1.0)):
         run = Run(rule, TORCH, clip_limit=lambda step: 1.0 / (step + 1))
         norms = []
         run.optimizer.register_step_post_hook(
@@ -355,7 +356,7 @@ def test_the_same_gradients_give_the_same_norms_in_every_precision(name):
         parameters = TORCH_FUSED.parameters(dtype)
         for index, parameter in enumerate(TORCH_FUSED.parameters(torch.bfloat16)):
             parameters[index].data.copy_(parameter)
-        optimizer = TORCH_FUSED.make(parameters)
+        optimizer: Any = TORCH_FUSED.make(parameters)
         records = []
         pipeline = StepPipeline(optimizer, clip=RULES[name], on_report=records.append)
         generator = torch.Generator().manual_seed(0)

@@ -155,7 +155,7 @@ def test_group_norm_is_clip_grad_norm_of_each_group(kind, dtype):
                 nn.utils.clip_grad_norm_(params[2:3], 0.5)
             optimizer.step()
         finals.append(params)
-    close(*finals, dtype)
+    close(finals[0], finals[1], dtype)
 
 
 def test_after_group_norm_every_group_is_within_its_limit():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -80,9 +82,9 @@ def test_a_frozen_group_stands_still_until_its_time_and_then_starts_fresh(kind, 
     # The schedule runs on all the while, for all groups alike.
     assert all(len(set(row)) == 1 for row in recorder.rates)
     # Moments start fresh: two epochs' worth of steps, not three.
-    state = trainer.optimizers[0].state
-    assert float(state[trainer.model.body.weight]["step"]) == 12 / accumulate
-    assert float(state[trainer.model.head.weight]["step"]) == 18 / accumulate
+    state, model = trainer.optimizers[0].state, cast(Net, trainer.lightning_module)
+    assert float(state[model.body.weight]["step"]) == 12 / accumulate
+    assert float(state[model.head.weight]["step"]) == 18 / accumulate
 
 
 def test_until_then_it_is_as_if_the_body_was_never_in_the_optimizer():
@@ -179,7 +181,7 @@ def test_the_monitor_sees_only_what_moves(logger):
 
 def test_in_a_plain_loop():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     rules = [lo.ParamGroupRule(name="first", pattern="^0", frozen_until="30%")]
     factory = lo.OptimizerFactory("sgd", lr=0.1, schedule="linear", param_groups=rules)
     optimizer, scheduler = factory.build(model, lo.Horizon(total_steps=10))
@@ -256,7 +258,7 @@ def test_lightnings_rate_monitor_names_a_group_that_joined(logger):
 def join_late() -> tuple[list[bool], list[list[float]]]:
     """Whether the group moved in each step, and the weights at the end."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
     wrapped = DistributedDataParallel(model)
     rules = [lo.ParamGroupRule(name="first", pattern="^0", frozen_until="2 steps")]
     factory = lo.OptimizerFactory("adamw", lr=0.1, param_groups=rules)

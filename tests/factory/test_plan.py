@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
@@ -12,6 +13,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import lightning_optim as lo
 from lightning_optim import optim
@@ -28,13 +30,13 @@ class Silent(Data):
     """Its batches must not be loaded."""
 
     def train_dataloader(self):
-        loader = super().train_dataloader()
+        dataset: Any = super().train_dataloader().dataset
 
-        class Dataset(type(loader.dataset)):
+        class Dataset(TensorDataset):
             def __getitem__(self, index):
                 raise AssertionError("a batch was loaded")
 
-        return torch.utils.data.DataLoader(Dataset(*loader.dataset.tensors), batch_size=2, num_workers=1)
+        return torch.utils.data.DataLoader(Dataset(*dataset.tensors), batch_size=2, num_workers=1)
 
 
 def _configure(**options):
@@ -44,7 +46,7 @@ def _configure(**options):
     )
 
 
-def _run(callbacks, model=None, **trainer):
+def _run(callbacks, model=None, **trainer) -> tuple[Any, Net]:
     return make_trainer([*callbacks, Recorder()], **{"max_epochs": 3, **trainer}), model or Net()
 
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_what_goes_together_is_asked_once_for_each_group_and_shape(monkeypatch: 
     parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     twins = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     optimizer = optim.Muon(parameters)
-    rule = type(optimizer.rule_of(optimizer.param_groups[0]))
+    rule: Any = type(optimizer.rule_of(optimizer.param_groups[0]))
     asked: list[object] = []
     together = rule.together
     monkeypatch.setattr(

@@ -37,7 +37,8 @@ def weights(dtype: torch.dtype = torch.bfloat16, n: int = 20_000, seed: int = 0)
 
 def test_every_optimizer_takes_the_flags() -> None:
     for name in optim.list_optimizers():
-        taken = optim.get_optimizer_class(name).hyperparameters()
+        cls: Any = optim.get_optimizer_class(name)
+        taken = cls.hyperparameters()
         assert {"kahan_sum", "stochastic_rounding", "state_bits"} <= taken.keys(), name
 
 

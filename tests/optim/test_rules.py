@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ class TrustRatioRule(UpdateRule):
 
     state = ("exp_avg",)
     sums = ("param_sq", "direction_sq")
-    scalar_state: Any = {"travelled": 0.5}  # noqa: RUF012
+    scalar_state: ClassVar = {"travelled": 0.5}
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
         return {
@@ -214,7 +214,7 @@ def test_kinds_of_weight_decay(kind: str, coefficient: float, backend: str) -> N
     for optimizer in (optim.AdamW, optim.Lion, optim.SGD):
         weight = torch.full((5,), 3.0, dtype=torch.float64, requires_grad=True)
         weight.grad = torch.zeros_like(weight)
-        o = optimizer([weight], lr=2.0, weight_decay=0.1, weight_decay_kind=kind, backend=backend)  # type: ignore[operator]
+        o = optimizer([weight], lr=2.0, weight_decay=0.1, weight_decay_kind=kind, backend=backend)
         o.param_groups[0]["lr"] = 0.5
         o.step()
         o.step()

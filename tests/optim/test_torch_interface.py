@@ -240,7 +240,7 @@ def test_groups_with_one_tensor_rate_have_schedules_of_their_own(case: Case) -> 
 @pytest.mark.parametrize("case", each_case())
 def test_a_misspelt_argument_is_refused(case: Case) -> None:
     with pytest.raises(TypeError, match="weight_decy"):
-        case.optimizer(parameters(case), weight_decy=0.1)  # type: ignore[call-arg]
+        case.optimizer(parameters(case), weight_decy=0.1)
 
 
 def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:

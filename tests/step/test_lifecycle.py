@@ -199,7 +199,7 @@ def _two_hundred_tensors():
 
 def _count_reads(monkeypatch):
     reads = []
-    read = gradients.measure_norm_sq
+    read = gradients.measure_norm_sq  # type: ignore[attr-defined]
     monkeypatch.setattr(gradients, "measure_norm_sq", lambda tensors: (reads.append(len(tensors)), read(tensors))[1])
     return reads
 

@@ -4,6 +4,7 @@ import csv
 import time
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as L
 import pytest
@@ -16,6 +17,7 @@ import lightning_optim as lo
 from lightning_optim.core import transfer
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histograms, PerTensor
 from lightning_optim.divergence import LRCut, Rollback
+from lightning_optim.step import gradients
 from tests.helpers import (
     ADAMWS,
     Net,
@@ -168,10 +170,18 @@ def test_every_logger_gets_every_point(tmp_path):
     assert told == [(step, pytest.approx(value)) for step, value in written]
 
 
-def test_without_a_logger_nothing_is_measured(monkeypatch):
-    monitor = lo.OptimizerMonitor()
-    monkeypatch.setattr(monitor, "on_report", lambda *args: pytest.fail("measured for nobody"))
-    make_trainer([_configure(), monitor]).fit(Net(), batches(4))
+def test_without_a_logger_nothing_is_measured(logger, monkeypatch):
+    measured = []
+    original = gradients.measure_norm_sq
+    monkeypatch.setattr(
+        gradients, "measure_norm_sq", lambda tensors: (measured.append(len(tensors)), original(tensors))[1]
+    )
+    for destination in (False, logger):
+        monitor = lo.OptimizerMonitor()
+        reports = Mock(wraps=monitor.on_report)
+        monkeypatch.setattr(monitor, "on_report", reports)
+        make_trainer([_configure(), monitor], logger=destination).fit(Net(), batches(4))
+        assert reports.call_count == len(measured) == (4 if destination else 0)
 
 
 def test_points_are_written_even_if_training_fails(logger):

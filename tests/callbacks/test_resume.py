@@ -105,8 +105,13 @@ def test_a_checkpoint_resumes_under_other_callbacks_of_ours(tmp_path):
     trainer.fit(Net(), batches(4))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     parts = _parts()
-    make_trainer([parts[0], lo.RunSummary()], max_epochs=2).fit(Net(), batches(4), ckpt_path=tmp_path / "a.ckpt")
-    make_trainer(parts[:1], max_epochs=2).fit(Net(), batches(4), ckpt_path=tmp_path / "a.ckpt")
+    finals = []
+    for others in ([parts[0], lo.RunSummary()], parts[:1]):
+        model, trainer = Net(), make_trainer(others, max_epochs=2)
+        trainer.fit(model, batches(4), ckpt_path=tmp_path / "a.ckpt")
+        assert trainer.global_step == 8
+        finals.append(dict(model.state_dict()))
+    assert bit_equal(*finals)
 
 
 def test_a_checkpoint_made_without_us_resumes_with_us(tmp_path):

@@ -153,6 +153,7 @@ def test_a_state_that_is_replaced_is_refused(how: str, name: str, backend: str, 
 @pytest.mark.parametrize("name", list(optim._classes()))
 def test_every_state_of_every_optimizer_is_compared(name: str, backend: str, launches: list[str]) -> None:
     _, weight, optimizer = started(name, backend)
+    assert optimizer.state[weight]
     for key, value in list(optimizer.state[weight].items()):
         for other in (torch.zeros(9, 7, dtype=value.dtype), torch.zeros(1, dtype=value.dtype)):
             optimizer.state[weight][key] = other
@@ -405,6 +406,7 @@ def test_autograd_knows_what_a_step_has_changed(name: str, backend: str) -> None
     _, weight, optimizer = started(name, backend)
     loss = (weight * weight).sum()
     moments = [t for key, t in optimizer.state[weight].items() if key not in ("step",) and t.dim()]
+    assert moments
     versions = [t._version for t in moments]
     optimizer.found_inf = torch.ones(())
     optimizer.step()  # changes nothing
@@ -458,9 +460,12 @@ def test_a_later_gradient_in_the_memory_of_a_parameter_is_refused(backend: str, 
 
 def test_gradients_side_by_side_with_parameters_are_not_in_their_memory() -> None:
     flat = torch.randn(60)
+    before = flat.clone()
     params = [nn.Parameter(flat[start : start + 10]) for start in (0, 20, 40)]
     optimizer = optim.SGD(params, lr=0.1)
     for _ in range(3):
         for i, param in enumerate(params):
             param.grad = flat[20 * i + 10 : 20 * i + 20]
         optimizer.step()
+    torch.testing.assert_close(flat[::20], before[::20] - 0.3 * before[10::20])
+    assert torch.equal(flat.view(3, 20)[:, 10:], before.view(3, 20)[:, 10:])

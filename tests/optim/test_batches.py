@@ -112,6 +112,7 @@ def test_nothing_is_sorted_twice_when_nothing_changes() -> None:
         optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
         optimizer.step()
         seen.append(optimizer._batches)
+    assert seen[0] is not None
     assert all(batches is seen[0] for batches in seen)
 
 

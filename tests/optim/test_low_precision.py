@@ -271,8 +271,10 @@ def test_a_backend_that_does_not_know_the_flags_leaves_them_to_reference(monkeyp
 
     monkeypatch.setattr(CpuBackend, "low_precision", False)
     monkeypatch.setattr(CpuBackend, "apply", None)
-    params = weights(n=200)
+    params, expected = weights(n=200), weights(n=200)
     run(optim.AdamW(params, kahan_sum=True, backend="cpu"), params, 1)
+    run(optim.AdamW(expected, kahan_sum=True, backend="reference"), expected, 1)
+    assert_same(params, expected)
 
 
 @each_flag

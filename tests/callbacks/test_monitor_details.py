@@ -19,16 +19,7 @@ from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Histograms, PerTens
 from lightning_optim.diagnostics.magnitudes import EDGES, TAGS
 from lightning_optim.step import histograms
 from lightning_optim.step.histograms import ABOVE, BELOW, COLUMNS, FIRST, KINDS, NOT_FINITE, ZERO, magnitudes
-from tests.helpers import (
-    ADAMWS,
-    Net,
-    TwoOptimizers,
-    batches,
-    make_trainer,
-    precision,
-)
-
-RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
+from tests.helpers import ADAMWS, RULES, Net, TwoOptimizers, batches, make_trainer, precision
 
 
 def _fit(logger, count=8, model=None, parts=(), optimizer=ADAMWS["ours"], per_tensor=None, histograms=None, **options):

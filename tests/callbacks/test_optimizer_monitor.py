@@ -17,18 +17,18 @@ import lightning_optim as lo
 from lightning_optim.core import transfer
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histograms, PerTensor
 from lightning_optim.divergence import LRCut, Rollback
-from lightning_optim.step import gradients
 from tests.helpers import (
     ADAMWS,
+    RULES,
     Net,
+    NetWith,
     TwoOptimizers,
     batches,
+    count_reads,
     make_trainer,
     precision,
     read_events,
 )
-
-RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
 
 
 def _configure(**options):
@@ -171,11 +171,7 @@ def test_every_logger_gets_every_point(tmp_path):
 
 
 def test_without_a_logger_nothing_is_measured(logger, monkeypatch):
-    measured = []
-    original = gradients.measure_norm_sq
-    monkeypatch.setattr(
-        gradients, "measure_norm_sq", lambda tensors: (measured.append(len(tensors)), original(tensors))[1]
-    )
+    measured = count_reads(monkeypatch)
     for destination in (False, logger):
         monitor = lo.OptimizerMonitor()
         reports = Mock(wraps=monitor.on_report)
@@ -207,13 +203,11 @@ def test_several_optimizers_get_tags_of_their_own(logger):
 
 
 def test_group_tags_of_an_optimizer_without_names_are_numbers(logger):
-    class Own(Net):
-        def configure_optimizers(self):
-            return torch.optim.SGD(
-                [{"params": self.body.parameters()}, {"params": self.head.parameters(), "lr": 0.3}], 0.1
-            )
+    def configure(module):
+        groups = [{"params": module.body.parameters()}, {"params": module.head.parameters(), "lr": 0.3}]
+        return torch.optim.SGD(groups, 0.1)
 
-    make_trainer([lo.OptimizerMonitor()], logger=logger).fit(Own(), batches(2))
+    make_trainer([lo.OptimizerMonitor()], logger=logger).fit(NetWith(configure), batches(2))
     events = read_events(logger.log_dir)
     assert [events[f"optim_lr/{index}"][0][1] for index in (0, 1)] == pytest.approx([0.1, 0.3])
 

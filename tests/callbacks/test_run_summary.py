@@ -5,12 +5,11 @@ import builtins
 import pytest
 
 import lightning_optim as lo
-from tests.helpers import Net, batches, bit_equal, make_trainer
+from tests.helpers import RULES, Net, batches, bit_equal, make_trainer
 
 
 def _configure():
-    rules = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
-    return lo.ConfigureOptimizers("adamw", lr=0.01, weight_decay=0.2, schedule="cosine", param_groups=rules)
+    return lo.ConfigureOptimizers("adamw", lr=0.01, weight_decay=0.2, schedule="cosine", param_groups=RULES)
 
 
 def _lines(text, word):

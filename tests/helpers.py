@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,14 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     read = gradients.measure_norm_sq  # type: ignore[attr-defined]
     monkeypatch.setattr(gradients, "measure_norm_sq", lambda tensors: (reads.append(len(tensors)), read(tensors))[1])
     return reads
+
+
+def through_a_file(state: Any) -> Any:
+    """What is left of ``state`` in a checkpoint, which may hold nothing but plain values and tensors."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
 
 
 def bit_equal(a: Any, b: Any) -> bool:

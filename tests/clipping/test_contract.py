@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
@@ -29,7 +28,7 @@ from lightning_optim.clipping import (
 from lightning_optim.divergence import Detector
 from lightning_optim.step import StepPipeline
 from tests.clip_rules import OF_CASES
-from tests.helpers import bit_equal
+from tests.helpers import bit_equal, through_a_file
 from tests.optimizer_cases import OURS, TORCH, TORCH_FUSED, Case, set_gradients
 
 RULES = {name: make() for name, make in OF_CASES.items()}
@@ -181,19 +180,12 @@ def test_zclip_touches_few_steady_steps():
 # Resumes.
 
 
-def _saved(pipeline):
-    """Through a file that holds nothing but plain values and tensors."""
-    buffer = io.BytesIO()
-    torch.save(pipeline.clip_state(), buffer)
-    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-
-
 @EVERY
 @pytest.mark.parametrize("at", [0, 3, 11, 25])
 def test_a_resume_in_the_middle_of_a_window_decides_as_the_run_that_went_on(name, at):
     whole = Run(RULES[name]).steps(range(40))
     first = Run(RULES[name]).steps(range(at))
-    rest = Run(RULES[name], clip_state=_saved(first.pipeline), counts=first.pipeline.counts())
+    rest = Run(RULES[name], clip_state=through_a_file(first.pipeline.clip_state()), counts=first.pipeline.counts())
     rest.optimizer.load_state_dict(first.optimizer.state_dict())
     for mine, theirs in zip(rest.parameters, first.parameters, strict=True):
         mine.data.copy_(theirs.data)

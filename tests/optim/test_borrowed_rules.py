@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_optim import optim
 from lightning_optim.optim import FusedOptimizer
+from tests.helpers import through_a_file
 from tests.optim.cases import assert_same, give, gradients
-from tests.optim.test_checkpoints import through_a_file
 
 NAMES = sorted(optim.list_optimizers())
 # What an owner's hyperparameters call something else in these rules, or what these keep in the group; and tensor rules.

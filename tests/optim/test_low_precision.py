@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_optim import optim
 from lightning_optim.kernels import rounding
+from tests.helpers import through_a_file
 from tests.optim.cases import BACKENDS, assert_same, copies, give, gradients, run
-from tests.optim.test_checkpoints import through_a_file
 
 KAHAN, STOCHASTIC = {"kahan_sum": True}, {"stochastic_rounding": True}
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

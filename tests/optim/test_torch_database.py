@@ -19,7 +19,6 @@ for the optimizers that torch has, and over our own settings for all. What is no
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +30,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from tests.helpers import through_a_file
 from tests.optim import cases
 from tests.optim.cases import CASES, Case, assert_same, copies, each_case, give, gradients, run
 
@@ -322,13 +322,6 @@ def _continued(case: Case, arguments: dict[str, Any], through: Callable[[Any], A
     assert_same(optimizer.state_dict()["state"], again.state_dict()["state"])
 
 
-def _saved(state: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
 def _with_plain_steps(state: Any) -> Any:
     return {
         **state,
@@ -353,7 +346,7 @@ def _named(state: Any) -> Any:
 
 @pytest.mark.parametrize(
     "through",
-    [copy.deepcopy, _saved, _with_plain_steps, _without_new_keys, _named],
+    [copy.deepcopy, through_a_file, _with_plain_steps, _without_new_keys, _named],
     ids=lambda f: f.__name__.strip("_"),
 )
 @pytest.mark.parametrize("case", each_case())

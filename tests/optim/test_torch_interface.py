@@ -14,6 +14,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from lightning_optim import optim
+from tests.helpers import through_a_file
 from tests.optim.cases import (
     CASES,
     Case,
@@ -27,7 +28,6 @@ from tests.optim.cases import (
     parameters,
     run,
 )
-from tests.optim.test_checkpoints import through_a_file
 
 SCHEDULERS: dict[str, Any] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),

@@ -208,27 +208,15 @@ def test_manual_optimization_clips_only_the_parameters_of_the_optimizer_that_ste
 
 
 def test_group_limits_may_name_groups_of_any_optimizer():
-    class Two(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
+    limits = {"body": 1.0, "head": 0.1}
 
-        def training_step(self, batch, batch_idx):
-            x, y = batch
-            self.manual_backward(nn.functional.mse_loss(self(x), y))
-            for optimizer in self.optimizers():
-                optimizer.step()
-                optimizer.zero_grad()
+    def model():
+        makes = [lambda p, name=name: torch.optim.SGD([{"params": p, "name": name}], lr=0.1) for name in limits]
+        return TwoOptimizers(*makes)
 
-        def configure_optimizers(self):
-            parts = {"body": self.body, "head": self.head}
-            return [
-                torch.optim.SGD([{"params": part.parameters(), "name": name}], lr=0.1) for name, part in parts.items()
-            ]
-
-    make_trainer([lo.GradientClipping(method=GroupNorm(groups={"head": 0.1, "body": 1.0}))]).fit(Two(), batches(2))
+    make_trainer([lo.GradientClipping(method=GroupNorm(groups=limits))]).fit(model(), batches(2))
     with pytest.raises(ValueError, match=r"no parameter group 'tail'"):
-        make_trainer([lo.GradientClipping(method=GroupNorm(groups={"tail": 0.1}))]).fit(Two(), batches(2))
+        make_trainer([lo.GradientClipping(method=GroupNorm(groups={"tail": 0.1}))]).fit(model(), batches(2))
 
 
 # Company.

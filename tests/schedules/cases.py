@@ -49,6 +49,13 @@ def _wsd(decay: Callable[[float], float], final: float) -> Callable[[int, int], 
     return lambda t, n: 1 if t <= n - 6 else final + (1 - final) * decay((t - (n - 6)) / 6)
 
 
+def cosine(step: int, total: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Multiplier of half a cosine after a linear warmup."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return final + (1 - final) * (1 + cos(pi * (min(step, total) - warmup) / (total - warmup))) / 2
+
+
 def optimizer_of(*rates: float, **options: Any) -> torch.optim.SGD:
     """One group for each rate, with one number to train."""
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in rates]

@@ -13,20 +13,14 @@ from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import Cosine, Linear, MultiStepDecay, ReduceOnPlateau, Scheduler, StepDecay
 from lightning_optim.schedules.plateau import Observer
 from tests.distributed.ranks import run_ranks
-from tests.schedules.cases import optimizer_of
-
-
-def _cosine(step, total, warmup, final):
-    if step < warmup:
-        return (step + 1) / warmup
-    return final + (1 - final) * (1 + math.cos(math.pi * (min(step, total) - warmup) / (total - warmup))) / 2
+from tests.schedules.cases import cosine, optimizer_of
 
 
 def test_scheduler_keeps_the_ratio_of_the_groups():
     optimizer = optimizer_of(0.4, 0.04)
     scheduler = Scheduler(optimizer, Cosine(warmup=4, final=0.1), Horizon(total_steps=20))
     for step in range(25):
-        expected = _cosine(step, 20, 4, 0.1)
+        expected = cosine(step, 20, 4, 0.1)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4 * expected, 0.04 * expected])
         assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
         optimizer.step()

@@ -6,11 +6,11 @@ VENV ?= .venv
 WORKERS ?= 2
 # How pytest-xdist hands tests to them; `worksteal` splits files as well.
 DIST ?= loadfile
-# The tests that run unmeasured. To measure makes tests half as long again; these are the longest, and what they run
-# is kernels and other processes, of which coverage sees little.
+# The tests that run unmeasured: to measure takes a third of the time again, and what these run is kernels and other
+# processes, of which coverage sees little.
 UNMEASURED := tests/browser tests/distributed tests/divergence tests/kernels tests/optim
-# Branch coverage in percent of the whole package by the other tests, below which `make test` fails.
-FLOOR ?= 80
+# Branch coverage of the package by the other tests, in percent, below which `make test` fails; measured was 89.4.
+FLOOR ?= 88
 PYTEST := pytest --numprocesses $(WORKERS) --dist $(DIST)
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest

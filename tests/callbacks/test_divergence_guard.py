@@ -14,6 +14,7 @@ from tests.helpers import (
     ADAMWS,
     SGDS,
     Net,
+    NetWith,
     Recorder,
     Snapshots,
     TwoOptimizers,
@@ -107,11 +108,8 @@ def test_each_skip_is_warned_about_with_its_step():
 
 
 def test_it_needs_no_logger_and_no_other_callback():
-    class Own(Net):
-        def configure_optimizers(self):
-            return torch.optim.RMSprop(self.parameters(), lr=0.01, momentum=0.9)
-
-    model, guard = Own(nan_batches=[0, 3]), lo.DivergenceGuard()
+    model = NetWith(lambda module: torch.optim.RMSprop(module.parameters(), lr=0.01, momentum=0.9), nan_batches=[0, 3])
+    guard = lo.DivergenceGuard()
     make_trainer([guard]).fit(model, batches(6))
     assert guard.skipped_steps == 2
     assert all(p.isfinite().all() for p in model.parameters())

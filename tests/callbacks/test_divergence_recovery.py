@@ -84,5 +84,6 @@ def test_a_healthy_run_is_left_alone(kind, name):
     guard = lo.DivergenceGuard()
     guarded = _fit(kind, 1.0, [guard], name, steps=350)
     assert len(guard.report.entries) <= 1
+    assert not _did(guard)
     if not guard.report.entries and name == "32-true":
         assert guarded == _fit(kind, 1.0, [], name, steps=350)

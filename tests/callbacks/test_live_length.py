@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.tuning import Tuner
 from torch import nn
 
 import lightning_optim as lo
@@ -206,7 +207,7 @@ def test_the_trial_of_a_batch_size_finder_leaves_the_schedule_as_it_was(tmp_path
 # Trials of a configuration for a long run.
 
 
-LONG = {
+LONG: dict[str, Any] = {
     "warmup": {"schedule": "cosine", "warmup": 500},
     "constant": {"warmup": 500},
     "wsd": {"schedule": lo.schedules.WSD(warmup=100, cooldown=300)},

@@ -17,17 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lightning_optim as lo
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Histograms, PerTensor, StepReport
 from lightning_optim.diagnostics.magnitudes import EDGES, TAGS
+from lightning_optim.step import histograms
 from lightning_optim.step.histograms import ABOVE, BELOW, COLUMNS, FIRST, KINDS, NOT_FINITE, ZERO, magnitudes
-from tests.helpers import (
-    ADAMWS,
-    Net,
-    TwoOptimizers,
-    batches,
-    make_trainer,
-    precision,
-)
-
-RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
+from tests.helpers import ADAMWS, RULES, Net, TwoOptimizers, batches, make_trainer, precision
 
 
 def _fit(logger, count=8, model=None, parts=(), optimizer=ADAMWS["ours"], per_tensor=None, histograms=None, **options):
@@ -294,11 +286,14 @@ def test_from_yaml():
     assert parser.instantiate(parser.parse_args([])).monitor.per_tensor is None
 
 
-def test_without_tensorboard_nothing_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_optim.step.histograms.magnitudes", lambda tensor: pytest.fail("counted for nobody"))
-    logger = L.loggers.CSVLogger(tmp_path)
-    parts = [lo.ConfigureOptimizers("adamw"), lo.OptimizerMonitor(per_tensor=PerTensor(), histograms=Histograms())]
-    make_trainer(parts, logger=logger).fit(Net(), batches(2))
+def test_without_tensorboard_nothing_is_counted(logger, tmp_path, monkeypatch):
+    counted = []
+    original = histograms.magnitudes
+    monkeypatch.setattr(histograms, "magnitudes", lambda tensor: (counted.append(1), original(tensor))[1])
+    for destination in (L.loggers.CSVLogger(tmp_path), logger):
+        parts = [lo.ConfigureOptimizers("adamw"), lo.OptimizerMonitor(per_tensor=PerTensor(), histograms=Histograms())]
+        make_trainer(parts, logger=destination).fit(Net(), batches(2))
+        assert bool(counted) is (destination is logger)
 
 
 @pytest.mark.gpu

@@ -84,7 +84,7 @@ def test_quantities(diagnostic, values):
 
 def test_a_report_is_one_transfer_with_every_tag(monkeypatch):
     packed = []
-    original = report_module.PendingValues
+    original = report_module.PendingValues  # type: ignore[attr-defined]
     monkeypatch.setattr(report_module, "PendingValues", lambda values: (packed.append(values), original(values))[1])
     report = StepReport(
         _record(lr=torch.tensor(0.1)), [GradNorm(), ParamNorm(), WeightDecayShare()], StepCounts(), at=7

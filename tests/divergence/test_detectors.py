@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -315,7 +316,8 @@ def test_two_detectors_of_one_class_have_a_state_each():
     _guarded_steps(saved, 5)
     resumed = StepGuard(detectors=[Every(2), Every(3)])
     resumed.load_state_dict(saved.state_dict())
-    assert [detector.count for detector in resumed.detectors] == [5, 5]
+    detectors: list[Any] = list(resumed.detectors)
+    assert [detector.count for detector in detectors] == [5, 5]
     _guarded_steps(resumed, 1)
     (seen,) = resumed.read()
     assert seen.detected == ("every: 2 steps have passed", "every: 3 steps have passed")

@@ -105,7 +105,7 @@ def test_what_is_there_is_read_where_nothing_can_be_written(
         raise PermissionError(30, "Read-only file system")
 
     kernel("before")
-    monkeypatch.setattr(caching.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr(caching.IndexDataCacheFile, "_open_for_write", refuse)
     assert kernel("before")[1]
     assert warnings_in(caplog) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import warnings
 from copy import deepcopy
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from lightning_optim import optim
+from tests.helpers import through_a_file
 from tests.optim.cases import (
     BACKENDS,
     CASES,
@@ -32,13 +32,6 @@ with_twin = pytest.mark.parametrize(
     ("case", "setting"),
     [p for p in each_setting(tuple(c for c in CASES if c.torch_twin)) if p.values[1].theirs is None],
 )
-
-
-def through_a_file(state_dict: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @each

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_optim import optim
 from lightning_optim.kernels import quantization, rounding
 from lightning_optim.optim import FusedOptimizer
+from tests.helpers import through_a_file
 from tests.optim.cases import BACKENDS, assert_same, copies, give, gradients, run
-from tests.optim.test_checkpoints import through_a_file
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_width = pytest.mark.parametrize("bits", [16, 8])

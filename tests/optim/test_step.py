@@ -84,7 +84,7 @@ def test_gradients_are_divided_by_divisor_and_grad_scale(
         values = [None if g is None else g.clone() for g in kept]
         one.step()
         assert all(p.grad is g for p, g in zip(first, kept, strict=True))
-        assert all(v is None or torch.equal(v, g) for v, g in zip(values, kept, strict=True))  # type: ignore[arg-type]
+        assert all(v is None or torch.equal(v, g) for v, g in zip(values, kept, strict=True))
         scaled = [g / (4 * (divisor[i - 1] if per_tensor else divisor)) for i, g in enumerate(grads)]
         give(second, scaled)
         second[0].grad = None

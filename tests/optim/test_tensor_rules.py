@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lightning_optim import optim
 from lightning_optim.optim import soap
@@ -260,6 +260,7 @@ def compare_shards_or_refuse() -> None:
                 one.step()
                 other.step()
             for a, b in zip(whole, sharded, strict=True):
+                assert isinstance(b, DTensor)
                 torch.testing.assert_close(a.detach(), b.full_tensor().detach())
     for refuses in (optim.Muon, optim.NorMuon, optim.SOAP, optim.Adafactor):
         continue_on_copies(refuses, mesh, values[0])
@@ -285,6 +286,7 @@ def continue_on_copies(kind: type[optim.FusedOptimizer], mesh: DeviceMesh, value
             with torch.no_grad():
                 copies[1].copy_(copies[0])
     for param in copies:
+        assert isinstance(param, DTensor)
         torch.testing.assert_close(param.full_tensor().detach(), plain.detach())
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from lightning_optim import optim
+from tests.helpers import through_a_file
 from tests.optim.cases import (
     CASES,
     Case,
@@ -27,7 +28,6 @@ from tests.optim.cases import (
     parameters,
     run,
 )
-from tests.optim.test_checkpoints import through_a_file
 
 SCHEDULERS: dict[str, Any] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
@@ -250,7 +250,7 @@ def test_groups_with_one_tensor_rate_have_schedules_of_their_own(case: Case) -> 
 @pytest.mark.parametrize("case", each_case())
 def test_a_misspelt_argument_is_refused(case: Case) -> None:
     with pytest.raises(TypeError, match="weight_decy"):
-        case.optimizer(parameters(case), weight_decy=0.1)  # type: ignore[call-arg]
+        case.optimizer(parameters(case), weight_decy=0.1)
 
 
 def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:

@@ -49,7 +49,7 @@ class CountedPlateau(ReduceOnPlateau):
 @pytest.fixture
 def calls(monkeypatch):
     CALLS.clear()
-    parse = Duration.parse.__func__
+    parse = Duration.parse.__func__  # type: ignore[attr-defined]
 
     def counted(cls, value):
         CALLS["parse"] += 1

@@ -15,8 +15,8 @@ from lightning_optim import optim
 from lightning_optim.clipping import GlobalNorm
 from lightning_optim.core.stats import StepCounts
 from lightning_optim.divergence import NonFiniteGradient, SpikeWindow, StepGuard
-from lightning_optim.step import StepPipeline, gradients
-from tests.helpers import bit_equal
+from lightning_optim.step import StepPipeline
+from tests.helpers import bit_equal, count_reads
 from tests.optimizer_cases import ALL, OURS, TORCH, TORCH_FUSED, Case, set_gradients
 
 BOTH = pytest.mark.parametrize("case", [OURS, TORCH_FUSED, TORCH], ids=str)
@@ -197,15 +197,8 @@ def _two_hundred_tensors():
     return parameters
 
 
-def _count_reads(monkeypatch):
-    reads = []
-    read = gradients.measure_norm_sq
-    monkeypatch.setattr(gradients, "measure_norm_sq", lambda tensors: (reads.append(len(tensors)), read(tensors))[1])
-    return reads
-
-
 def test_the_gradients_are_read_once_however_many_parts_ask(monkeypatch):
-    reads = _count_reads(monkeypatch)
+    reads = count_reads(monkeypatch)
     optimizer = torch.optim.AdamW(_two_hundred_tensors(), fused=True)
     StepPipeline(
         optimizer,
@@ -219,7 +212,7 @@ def test_the_gradients_are_read_once_however_many_parts_ask(monkeypatch):
 
 
 def test_nothing_is_measured_if_nothing_needs_it(monkeypatch):
-    reads = _count_reads(monkeypatch)
+    reads = count_reads(monkeypatch)
     optimizer = torch.optim.AdamW(_two_hundred_tensors(), fused=True)
     StepPipeline(optimizer, on_report=pytest.fail, report_due=lambda: False)
     with Operations() as seen:

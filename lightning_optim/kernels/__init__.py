@@ -18,7 +18,7 @@ from lightning_optim.core.transfer import upload
 from lightning_optim.kernels import plain
 from lightning_optim.kernels.base import Backend, Batch
 
-_DTYPE = operator.attrgetter("dtype")
+_DTYPE, _DEVICE = map(operator.attrgetter, ("dtype", "device"))
 
 logger = logging.getLogger(__name__)
 
@@ -94,14 +94,14 @@ def _automatic(device_type: str) -> Backend:
 def measure(grads: Sequence[Tensor]) -> Tensor:
     """Square sum of each gradient, in one read, without waiting for the device.
 
-    For any optimizer's gradients: strided or sparse, complex, DTensor (of the whole), of several dtypes.
+    For any optimizer's gradients: strided or sparse, complex, DTensor (of the whole), of several dtypes and devices.
 
     Args:
-        grads: Gradients on one device.
+        grads: Gradients.
 
     Returns:
-        Shape [tensors], on the gradients' device; float64 where it has that (not on MPS), as the square of a float32
-        may be more than a float32 can be. Not finite where a gradient is not.
+        Shape [tensors], on the first gradient's device; float64 where that has it (not on MPS), as the square of a
+        float32 may be more than a float32 can be. Not finite where a gradient is not.
 
     Example:
         >>> measure([torch.tensor([3.0, 4.0]), torch.zeros(2)])
@@ -109,14 +109,18 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
     """
     if not grads:
         return torch.zeros(0, device="cpu")
-    if not set(map(type, grads)).issubset(PLAIN):
+    if len(set(map(_DEVICE, grads))) > 1:
+        return _measure_devices(grads)
+    sharded = not set(map(type, grads)).issubset(PLAIN)
+    if sharded:
         grads = [added_up(grad) for grad in grads]
     tensors = [_numbers(grad) for grad in grads]
     device = tensors[0].device
     automatic = _automatic(device.type)
     dtypes = set(map(_DTYPE, tensors))
     if len(dtypes) == 1 and dtypes <= plain.FLOATS and plain.all_usual(tensors):
-        return sum_over_shards(automatic.measure(tensors), grads)
+        norm_sq = automatic.measure(tensors)
+        return sum_over_shards(norm_sq, grads) if sharded else norm_sq
     kinds: dict[tuple[torch.dtype, Backend], list[int]] = {}
     tensors = list(map(plain.resolved, tensors))
     for i, tensor in enumerate(tensors):
@@ -126,6 +130,19 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
     for (_, backend), indices in kinds.items():
         sums[upload(indices, device)] = backend.measure([tensors[i] for i in indices]).to(sums.dtype)
     return sum_over_shards(sums, grads)
+
+
+def _measure_devices(grads: Sequence[Tensor]) -> Tensor:
+    """As `measure`, device by device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, grad in enumerate(grads):
+        by_device.setdefault(grad.device, []).append(index)
+    parts = [measure([grads[i] for i in indices]) for indices in by_device.values()]
+    order = [i for indices in by_device.values() for i in indices]
+    device = grads[0].device
+    dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    measured = torch.cat([part.to(device, dtype, non_blocking=True) for part in parts])
+    return measured[torch.tensor(order, device=device).argsort()]
 
 
 def _numbers(grad: Tensor) -> Tensor:

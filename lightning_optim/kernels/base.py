@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -131,6 +131,7 @@ class Batch:
         return arithmetic_dtype(self.params[0].dtype)
 
 
+@cache
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float64 for float64, else float32: bf16 and fp16 are ways to store, not to compute."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,6 +1,6 @@
 """Which tensors are plain memory: what a kernel, which gets an address and a number of elements, may be given.
 
-All but `storage_bytes`, `all_usual` and `resolved` is asked when tensors are sorted, not at each step. Private parts of
+All but `all_usual` and `resolved` is asked when tensors are sorted, not at each step. Private parts of
 torch are touched in `_adds_nothing`, `_kind` and `resolved`; ``tests/optim/test_admission.py`` says what is relied on.
 """
 
@@ -50,12 +50,8 @@ def all_usual(tensors: Sequence[Tensor]) -> bool:
         return False
     before = map(operator.mul, map(Tensor.storage_offset, tensors), map(Tensor.element_size, tensors))
     needed = map(operator.add, before, map(_NBYTES, tensors))
-    return all(map(operator.ge, storage_bytes(tensors), needed)) and all(map(Tensor.data_ptr, tensors))
-
-
-def storage_bytes(tensors: Sequence[Tensor]) -> list[int]:
-    """How much memory the storage of each has."""
-    return list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors)))
+    there = map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
+    return all(map(operator.ge, there, needed)) and all(map(Tensor.data_ptr, tensors))
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -31,6 +31,11 @@ class Gradients:
         names: Names of parameters that the optimizer itself does not know.
         shards: If parameters are flat shards: then all of those belong to the step, because this rank having no part of
             one does not mean that others have none.
+
+    Attributes:
+        params: The parameters that have a gradient, in the order of the groups.
+        grads: Their gradients.
+        plain: Whether all of these are plain tensors, none a DTensor.
     """
 
     def __init__(
@@ -55,7 +60,8 @@ class Gradients:
         self.group_sizes = tuple(len(group) for group in groups)
         self.parameters = sum(len(group["params"]) for group in optimizer.param_groups)
         self._names = names
-        if not {*map(type, self.params), *map(type, grads)}.issubset(PLAIN):
+        self.plain = {*map(type, self.params), *map(type, grads)}.issubset(PLAIN)
+        if not self.plain:
             self._redistribute()
         self._norm_sq: Tensor | None = None
         self.stats = ReadGradStats(self)

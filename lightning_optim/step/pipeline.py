@@ -8,7 +8,8 @@ path of a gradient, in the order of the calls:
 2. `StepPipeline._open` collects them (`step/gradients.py`), asks the clip rule for a divisor (`clipping/`) and the
    detectors for a skip flag (`divergence/`). Each of these reads `GradStats`, where a quantity is measured when it is
    first asked for.
-3. `StepOperands.apply` (`step/operands.py`) hands divisor and flag to the update, as tensors on the device.
+3. `OneStep.hand_over` and `StepOperands.apply` (`step/operands.py`) hand divisor and flag to the update, as tensors on
+   the device.
 4. The optimizer updates its parameters with ``grad / divisor``, unless it skips (`kernels/` for ours).
 5. `StepPipeline._after` counts, moves the state of rule and detectors on, and reports (`step/one_step.py`).
 """
@@ -193,17 +194,19 @@ class StepPipeline:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Run the closure, measure, decide and hand over; torch calls the update next."""
-        self._operands.restore()  # The last update may have been interrupted.
-        if is_trial_step(optimizer, closure_of(args, kwargs)):
+        if self._step is not None:  # The last update was interrupted.
+            self._operands.restore()
             self._step = None
+        loss = None
+        if closure_of(args, kwargs) is not None:
+            args, kwargs, loss = run_closure(args, kwargs)
+        elif not optimizer.state and is_trial_step(optimizer):
             return args, kwargs
-        args, kwargs, loss = run_closure(args, kwargs)
         self._expected = False
         step = self._step = self._open()
         if step is not None:
             try:
-                self._operands.apply(*step.held_here(), step.skip, loss)
-                step.measure_clipped()
+                step.hand_over(self._operands, loss)
             except StepSkipped:
                 self._after(optimizer, args, kwargs)
                 raise
@@ -230,7 +233,7 @@ class StepPipeline:
         for detector in self.detectors:
             flag = detector(step.stats).to(torch.float32)
             step.skip = flag if step.skip is None else torch.maximum(step.skip, flag)
-        if step.skip is not None:
+        if step.skip is not None and not gradients.plain:
             step.skip = max_over_ranks(step.skip, gradients.params)
         if step.reported:
             step.measure_update(self.optimizer, self.histograms())

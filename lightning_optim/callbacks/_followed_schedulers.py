@@ -7,7 +7,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from lightning_optim.callbacks._followed import FollowedOptimizers, bare
+from lightning_optim.callbacks._followed import FollowedOptimizers
 from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.schedules import Scheduler
 from lightning_optim.schedules.plateau import Observer
@@ -62,14 +62,14 @@ class FollowedSchedulers:
         found = []
         for scheduler in self._known:
             if isinstance(scheduler, Scheduler):
-                index = self._optimizers.index(bare(scheduler.optimizer))
-                if index is not None:
-                    found.append((scheduler, self._optimizers[index].pipeline))
+                followed = self._optimizers.find(scheduler.optimizer)
+                if followed is not None:
+                    found.append((scheduler, followed.pipeline))
         return found
 
 
 def _hold(scheduler: Scheduler, pipeline: StepPipeline) -> None:
-    scheduler.hold_on(lambda: pipeline.counts().skipped)
+    scheduler.hold_on(pipeline.skipped)
 
 
 def _check(schedulers: list[Any]) -> None:

@@ -163,7 +163,7 @@ class DivergenceGuard(HubCallback):
         (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, StepGuard))
         judge = DivergenceJudge(SlowDivergence(), self._patience, scaled)
         batches = StepBatches(watch.steps, self._save_batches)
-        return GuardedOptimizer(pipeline.optimizer, watch, judge, ParameterHealth(self.health), names, batches)
+        return GuardedOptimizer(pipeline, watch, judge, ParameterHealth(self.health), names, batches)
 
     def _restore(self) -> None:
         """Restore the state of the last checkpoint that was loaded."""
@@ -271,7 +271,7 @@ class DivergenceGuard(HubCallback):
         return reduced
 
     def _count(self) -> int:
-        return sum(counts.skipped for counts in self.hub.counts())
+        return sum(guarded.pipeline.skipped() for guarded in self._guarded)
 
     def _new_alarms(self, everything: bool = False) -> list[tuple[Alarm, StepLocation]]:
         """Judge the steps that have arrived, report what is wrong with them, and return what may need a response."""

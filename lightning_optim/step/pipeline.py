@@ -64,6 +64,10 @@ class StepPipeline:
         group_names: Names of groups that a clip rule may refer to; None for those of the optimizer.
         shards: The flat shards of torch's first FSDP (`FlatShards.of(model)`); None without it.
 
+    Attributes:
+        steps: Number of steps so far, skipped ones included; known without waiting. Read it only.
+        is_expecting: Whether a step was announced that has not happened. Read it only.
+
     Raises:
         TypeError: The optimizer is LBFGS.
         ValueError: The clip rule refers to a group or parameter that does not exist, or needs whole rows of shards.
@@ -111,11 +115,11 @@ class StepPipeline:
         self.histograms = histograms
         counts = counts or StepCounts()
         device = next(p.device for group in optimizer.param_groups for p in group["params"])
-        self._steps = counts.steps
+        self.steps = counts.steps
         self._counts = torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device=device)
         self._counts_on_host = HostMirror(self._counts)
         self._norms = Interval(device)
-        self._expected = False
+        self.is_expecting = False
         self._step: OneStep | None = None
         self._operands = operands_for(optimizer, may_skip=bool(self.detectors))
         if self.clipper is not None:
@@ -144,22 +148,16 @@ class StepPipeline:
     def counts(self) -> StepCounts:
         """Return steps, clipped and skipped so far; on an accelerator the latter two may be a few steps late."""
         self.settle()
-        return StepCounts(self._steps, *map(int, self._counts_on_host.read()))
+        return StepCounts(self.steps, *map(int, self._counts_on_host.read()))
 
-    @property
-    def steps(self) -> int:
-        """Number of steps so far, skipped ones included; known without waiting."""
-        return self._steps
-
-    @property
-    def is_expecting(self) -> bool:
-        """Whether a step was announced that has not happened."""
-        return self._expected
+    def skipped(self) -> int:
+        """Return the number of skipped steps so far, as `counts` has it."""
+        return self.counts().skipped
 
     def load_counts(self, counts: StepCounts) -> None:
         """Restore the counts returned by `counts`."""
-        self._expected = False
-        self._steps = counts.steps
+        self.is_expecting = False
+        self.steps = counts.steps
         self._counts.copy_(torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device="cpu"))
         self._counts_on_host.push()
 
@@ -176,14 +174,15 @@ class StepPipeline:
         """Announce a step: its gradients are ready.
 
         A GradScaler that found an overflow does not call the ``step`` of an optimizer without operands; an announced
-        step that has not happened when the counts are next read is counted as skipped.
+        step that has not happened when the counts are next read, or the next step is announced, is counted as skipped.
         """
-        self._expected = True
+        self.settle()
+        self.is_expecting = True
 
     def settle(self) -> None:
         """Count an announced step that did not happen as skipped."""
-        if self._expected:
-            self._expected = False
+        if self.is_expecting:
+            self.is_expecting = False
             if (step := self._open()) is not None:
                 step.skip = torch.ones_like(self._counts[0], dtype=torch.float32)
                 self._close(step)
@@ -202,7 +201,7 @@ class StepPipeline:
             args, kwargs, loss = run_closure(args, kwargs)
         elif not optimizer.state and is_trial_step(optimizer):
             return args, kwargs
-        self._expected = False
+        self.is_expecting = False
         step = self._step = self._open()
         if step is not None:
             try:
@@ -229,7 +228,7 @@ class StepPipeline:
         step = OneStep(gradients, reported)
         step.skip = skip
         if self.clipper is not None:
-            step.clip = self.clipper.decide(step.stats, self._steps, gradients.parameters, self._counts.device)
+            step.clip = self.clipper.decide(step.stats, self.steps, gradients.parameters, self._counts.device)
         for detector in self.detectors:
             flag = detector(step.stats).to(torch.float32)
             step.skip = flag if step.skip is None else torch.maximum(step.skip, flag)
@@ -242,7 +241,7 @@ class StepPipeline:
 
     def _close(self, step: OneStep) -> None:
         """Count the step, move the state of rule and detectors on, and report it."""
-        self._steps += 1
+        self.steps += 1
         taken = None if step.skip is None else step.skip == 0
         if self.clipper is not None:
             assert step.clip is not None
@@ -260,7 +259,7 @@ class StepPipeline:
             self._norms.add(step.stats.total_norm())
         if step.reported:
             assert self.on_report is not None
-            self.on_report(step.record(self.optimizer, self._steps, self._counts, self._norms.take()))
+            self.on_report(step.record(self.optimizer, self.steps, self._counts, self._norms.take()))
 
     def _all_names(self) -> set[str]:
         return {

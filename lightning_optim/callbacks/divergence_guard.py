@@ -118,7 +118,9 @@ class DivergenceGuard(HubCallback):
     @property
     def overflow_steps(self) -> int:
         """Number of these that were overflows of the GradScaler."""
-        return self._overflows
+        if not self._guarded:  # between fits
+            return self._overflows
+        return sum(guarded.judge.overflow_steps for guarded in self._guarded)
 
     @property
     def rollback_count(self) -> int:
@@ -173,7 +175,6 @@ class DivergenceGuard(HubCallback):
             self.ladder.load_state_dict(self._restored["ladder"])
         self._restored = {}
         self._skipped = self._count()
-        self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
 
     def _at_new_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Guard new optimizers, from the baselines of those they replace; snapshots start afresh."""
@@ -248,6 +249,7 @@ class DivergenceGuard(HubCallback):
             self._restore()
 
     def _at_close(self) -> None:
+        self._overflows = self.overflow_steps
         for guarded in self._guarded:
             guarded.cut.close()
         if self._snapshots is not None:
@@ -289,7 +291,6 @@ class DivergenceGuard(HubCallback):
                 self._reporter.notify(alarm, location, index, None)
                 if alarm.escalates:  # An alarm about single parameters is no trouble of the run unless it does.
                     found.append((alarm, location))
-        self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
         return found
 
     # Responses.

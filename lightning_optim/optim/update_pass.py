@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,17 +15,20 @@ from lightning_optim.core.stats import STEP_SUMS, StepStats
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.rules import UpdateRule
 from lightning_optim.optim import admission
+from lightning_optim.optim.admission import Ruled
 from lightning_optim.optim.batches import Batches
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from lightning_optim.optim.base import FusedOptimizer
 
 _AS_IT_IS = nullcontext()
 
 
-def update(optimizer: FusedOptimizer, batches: Batches) -> StepStats | None:
+class Updated(Ruled, Protocol):
+    """What is needed of an optimizer to update its parameters; GradScaler's `grad_scale` and `found_inf` may come."""
+
+    divisor: Tensor | None
+    collect_step_stats: bool
+
+
+def update(optimizer: Updated, batches: Batches) -> StepStats | None:
     """Update all parameters of ``batches`` once, in place, unless `found_inf` of the optimizer is set.
 
     Returns:
@@ -60,7 +64,7 @@ def update(optimizer: FusedOptimizer, batches: Batches) -> StepStats | None:
     return _stats(batches, collected) if optimizer.collect_step_stats else None
 
 
-def init_shared(optimizer: FusedOptimizer, group: dict[str, Any], rule: UpdateRule) -> None:
+def init_shared(optimizer: Ruled, group: dict[str, Any], rule: UpdateRule) -> None:
     """Give ``group`` the values of `shared`, where it lacks them: those of another group, else the first ones."""
     device = group["params"][0].device
     first = group.get(rule.shared[0])  # a number there is another optimizer's hyperparameter of that name
@@ -75,7 +79,7 @@ def init_shared(optimizer: FusedOptimizer, group: dict[str, Any], rule: UpdateRu
         group[name] = value.to(device, widest_dtype(device), copy=True, non_blocking=True)
 
 
-def _share(optimizer: FusedOptimizer, batches: Batches) -> list[tuple[Tensor, Tensor]]:
+def _share(optimizer: Updated, batches: Batches) -> list[tuple[Tensor, Tensor]]:
     """Give batches the new values of `shared`; pairs (old, new) to be written when all batches are through."""
     pairs = []
     everything = list(zip(batches.batches, batches.backends, batches.rows, strict=True))
@@ -108,7 +112,7 @@ def _share(optimizer: FusedOptimizer, batches: Batches) -> list[tuple[Tensor, Te
     return pairs
 
 
-def _divisor(optimizer: FusedOptimizer, rows: list[int], device: torch.device) -> Tensor | None:
+def _divisor(optimizer: Updated, rows: list[int], device: torch.device) -> Tensor | None:
     """The divisor of the gradients in ``rows``: shape [] or [rows], on ``device``."""
     scale = _on(getattr(optimizer, "grad_scale", None), device)
     divisor = _on(optimizer.divisor, device)

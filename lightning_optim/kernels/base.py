@@ -170,6 +170,9 @@ class Backend(ABC):
     low_precision: ClassVar[bool] = False
     """Whether it knows about `kahan` and `stochastic` of a batch. What it does not, the reference backend does."""
 
+    reads_skip: ClassVar[bool] = False
+    """Whether its kernels read the flag wherever they run. For others, that of tensors on the CPU is read before."""
+
     @abstractmethod
     def why_not(self, device: torch.device) -> str | None:
         """Why this backend cannot run on ``device`` here, as a sentence; None if it can."""

@@ -47,7 +47,7 @@ def update(optimizer: Updated, batches: Batches) -> StepStats | None:
     collected: list[Tensor] = []
     for batch, backend, rows in zip(batches.batches, batches.backends, batches.rows, strict=True):
         skip = _on(getattr(optimizer, "found_inf", None), batch.device)
-        if skip is not None and batch.device.type == "cpu":  # elsewhere only the device knows
+        if skip is not None and batch.device.type == "cpu" and not backend.reads_skip:  # else the device knows
             if is_set(skip):
                 if optimizer.collect_step_stats:
                     collected.append(torch.full((len(rows), len(STEP_SUMS)), math.nan, device="cpu"))

@@ -99,6 +99,30 @@ class Contributor(L.Callback):
         """Release what this callback has set up; the fit is over, however it ended."""
 
 
+class Hearing:
+    """The members of a hub that a hook of every batch concerns: those that define it, not having the default.
+
+    Most members define few of them, and a batch has many. Each list changes in place as members join and leave.
+    """
+
+    HOOKS = ("_at_batch_start", "_at_before_backward", "_at_after_backward", "_at_step", "_at_batch_end", "report_due")
+
+    def __init__(self) -> None:
+        self.batch_start: list[Contributor] = []
+        self.before_backward: list[Contributor] = []
+        self.after_backward: list[Contributor] = []
+        self.step: list[Contributor] = []
+        self.batch_end: list[Contributor] = []
+        self.report_due: list[Contributor] = []
+
+    def update(self, members: Sequence[Contributor]) -> None:
+        """Sort ``members`` into the lists, each in their order."""
+        for hook in self.HOOKS:
+            default = getattr(Contributor, hook)
+            hearing = [m for m in members if getattr(getattr(m, hook), "__func__", None) is not default]
+            getattr(self, hook.removeprefix("_at_"))[:] = hearing
+
+
 def is_ours(callback: Any) -> bool:
     """Return whether ``callback`` is one of ours, by its real type: a mock imitates the class."""
     return issubclass(type(callback), Contributor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,12 +20,21 @@ class Followed:
 
     Args:
         optimizer: The optimizer.
-        pipeline: Its pipeline.
 
+    Attributes:
+        pipeline: Its pipeline.
+        place: Its index in the Trainer's list.
+        reporting: The members that get a report of the step that is under way.
+        asked_at: The batch, by its place on the loggers' axis, in which members were last asked for reports.
     """
 
-    def __init__(self, optimizer: Optimizer, pipeline: StepPipeline) -> None:
-        self.optimizer, self.pipeline = optimizer, pipeline
+    pipeline: StepPipeline
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.place = -1
+        self.reporting: list[Any] = []
+        self.asked_at = -1
         self._reported_at: dict[int, tuple[int, int]] = {}
         self._owed: set[int] = set()
 
@@ -34,14 +43,15 @@ class Followed:
         """All parameters of the optimizer."""
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
-    def asking(self, members: Sequence[Any], trainer: Trainer) -> list[Any]:
-        """Who wants a report of the step that is about to happen, and gets it: one of each batch that is due.
+    def report_due(self, members: Sequence[Any], trainer: Trainer) -> bool:
+        """Find who wants a report of the step that is about to happen, and gets it: one of each batch that is due.
 
         An optimizer steps once per batch, or never, or more than once. So a member that asked in a batch without a step
         is owed a report, and one that had a report in this batch gets no second at the same place on the loggers' axis.
         """
         now, step = logging_step(trainer), self.pipeline.steps
-        asking = []
+        self.asked_at = now
+        self.reporting = []
         for member in members:
             key = id(member)
             batch, reported = self._reported_at.get(key, (-1, -1))
@@ -50,13 +60,12 @@ class Followed:
             if wants:
                 self._reported_at[key] = now, step
                 self._owed.discard(key)
-                asking.append(member)
-        return asking
+                self.reporting.append(member)
+        return bool(self.reporting)
 
-    def owe(self, asking: Sequence[Any], trainer: Trainer) -> None:
-        """Called at the end of a batch, with those for whom it was due."""
-        now = logging_step(trainer)
-        self._owed |= {id(member) for member in asking if self._reported_at.get(id(member), (-1, -1))[0] != now}
+    def owe(self, members: Sequence[Any]) -> None:
+        """Owe these a report of the next step; called at the end of a batch in which the optimizer did not step."""
+        self._owed |= set(map(id, members))
 
 
 class FollowedOptimizers:
@@ -66,29 +75,25 @@ class FollowedOptimizers:
     remembers if it has the same parameters.
 
     Args:
-        make: Makes a pipeline from an optimizer, its place, and the counts and the clip state to go on from.
+        make: Makes a pipeline of an optimizer that is followed, and the counts and the clip state to go on from.
+
+    Attributes:
+        present: The optimizers followed, in the Trainer's order.
+        known: The ids of these.
     """
 
-    def __init__(self, make: Callable[[Optimizer, int, StepCounts | None, Any], StepPipeline]) -> None:
+    def __init__(self, make: Callable[[Followed, StepCounts | None, Any], StepPipeline]) -> None:
         self._make = make
-        self._followed: list[Followed] = []
+        self.present: list[Followed] = []
+        self.known: set[int] = set()
         self._counts: dict[int, StepCounts] = {}
         self._clip: dict[int, dict[str, Any]] = {}
         self._params: dict[int, list[Tensor]] = {}
 
-    def __iter__(self) -> Iterator[Followed]:
-        return iter(self._followed)
-
-    def __len__(self) -> int:
-        return len(self._followed)
-
-    def __getitem__(self, index: int) -> Followed:
-        return self._followed[index]
-
     def restore(self, counts: Sequence[StepCounts], clip: Sequence[dict[str, Any]]) -> None:
         """Go on from a checkpoint: the pipelines there are, and those to come."""
         self._counts, self._clip, self._params = dict(enumerate(counts)), dict(enumerate(clip)), {}
-        for index, followed in enumerate(self._followed):
+        for index, followed in enumerate(self.present):
             if index < len(counts):
                 followed.pipeline.load_counts(counts[index])
             if index < len(clip):
@@ -96,55 +101,65 @@ class FollowedOptimizers:
 
     def counts(self) -> list[StepCounts]:
         """The counts of each place; of what was restored, as long as there are no pipelines."""
-        if not self._followed:
+        if not self.present:
             return list(self._counts.values())
-        return [followed.pipeline.counts() for followed in self._followed]
+        return [followed.pipeline.counts() for followed in self.present]
 
     def clip_states(self) -> list[dict[str, Any]]:
         """What the clip rule remembers at each place."""
-        if not self._followed:
+        if not self.present:
             return list(self._clip.values())
-        return [followed.pipeline.clip_state() for followed in self._followed]
+        return [followed.pipeline.clip_state() for followed in self.present]
 
-    def index(self, optimizer: Optimizer) -> int | None:
-        """The place of an optimizer; None if it is not followed."""
-        return next((i for i, followed in enumerate(self._followed) if followed.optimizer is optimizer), None)
+    def find(self, optimizer: Any) -> Followed | None:
+        """What is kept of an optimizer, or of what a wrapper of it holds; None if it is not followed.
+
+        Raises:
+            MisconfigurationException: It is none, and wraps none.
+        """
+        found = bare(optimizer)
+        return next((followed for followed in self.present if followed.optimizer is found), None)
 
     def follows(self, optimizers: Sequence[Any]) -> bool:
         """Whether these are the optimizers followed, in this order."""
-        return len(optimizers) == len(self._followed) and all(
-            bare(optimizer) is followed.optimizer
-            for optimizer, followed in zip(optimizers, self._followed, strict=True)
+        return len(optimizers) == len(self.present) and all(
+            bare(optimizer) is followed.optimizer for optimizer, followed in zip(optimizers, self.present, strict=True)
         )
 
     def update(self, optimizers: Sequence[Any]) -> None:
         """Follow these and no others."""
         wanted = [bare(optimizer) for optimizer in optimizers]
-        for index, followed in enumerate(self._followed):  # a place may be empty for a while
+        for index, followed in enumerate(self.present):  # a place may be empty for a while
             self._counts[index] = followed.pipeline.counts()
             self._clip[index] = followed.pipeline.clip_state()
             self._params[index] = followed.params
-        present = {id(followed.optimizer): followed for followed in self._followed}
-        for followed in self._followed:
+        present = {id(followed.optimizer): followed for followed in self.present}
+        for followed in self.present:
             if not any(followed.optimizer is optimizer for optimizer in wanted):
                 followed.pipeline.close()
-        self._followed = []  # should the next line refuse one, the others are still to be closed
+        self.known = set()
+        self.present = []  # should the next line refuse one, the others are still to be closed
         stay = [present.get(id(optimizer)) for optimizer in wanted]
-        self._followed = [followed for followed in stay if followed is not None]
+        self.present = [followed for followed in stay if followed is not None]
         for index, optimizer in enumerate(wanted):
             if stay[index] is None:
-                self._followed.insert(index, Followed(optimizer, self._new(optimizer, index)))
+                self.present.insert(index, self._new(optimizer, index))
+        for place, followed in enumerate(self.present):
+            followed.place = place
+        self.known = {id(followed.optimizer) for followed in self.present}
 
     def close(self) -> None:
         """Take the pipelines off."""
-        while self._followed:
-            self._followed.pop().pipeline.close()
+        self.known.clear()
+        while self.present:
+            self.present.pop().pipeline.close()
 
-    def _new(self, optimizer: Optimizer, index: int) -> StepPipeline:
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        before = self._params.get(index)
+    def _new(self, optimizer: Optimizer, place: int) -> Followed:
+        followed = Followed(optimizer)
+        before, params = self._params.get(place), followed.params
         same = before is None or (len(before) == len(params) and all(map(_is, before, params)))
-        return self._make(optimizer, index, self._counts.get(index), self._clip.get(index) if same else None)
+        followed.pipeline = self._make(followed, self._counts.get(place), self._clip.get(place) if same else None)
+        return followed
 
 
 def bare(optimizer: Any) -> Optimizer:

@@ -63,14 +63,14 @@ class FollowedSchedulers:
         found = []
         for scheduler in self._known:
             if isinstance(scheduler, Scheduler):
-                index = self._optimizers.index(bare(scheduler.optimizer))
-                if index is not None:
-                    found.append((scheduler, self._optimizers[index].pipeline))
+                followed = self._optimizers.find(scheduler.optimizer)
+                if followed is not None:
+                    found.append((scheduler, followed.pipeline))
         return found
 
 
 def _hold(scheduler: Scheduler, pipeline: StepPipeline) -> None:
-    scheduler.hold_on(lambda: pipeline.counts().skipped)
+    scheduler.hold_on(pipeline.skipped)
 
 
 def _check(schedulers: list[Any]) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks._contributor import Contributor, Hears, is_ours
+from lightning_optim.callbacks._contributor import Contributor, Hearing, Hears, is_ours
 from lightning_optim.callbacks._lightning import ModuleMethod
 from lightning_optim.callbacks._pipelines import Pipelines
 from lightning_optim.core.stats import StepCounts
@@ -75,7 +75,8 @@ class Hub(Hears):
         self._trainer = weakref.ref(trainer)
         self.members: list[HubCallback] = []
         self._undo = ExitStack()
-        self._pipelines = Pipelines(trainer, self.members, self._undo)
+        self._hearing = Hearing()
+        self._pipelines = Pipelines(trainer, self.members, self._hearing, self._undo)
         self._is_closed = self.has_configured = False
         """Whether the optimizers have been made."""
 
@@ -124,6 +125,7 @@ class Hub(Hears):
                     "thing to every step, so remove one."
                 )
         self.members.append(callback)
+        self._hearing.update(self.members)
         callback._hub, callback._kept = self, {}
         callback._at_setup(self.trainer, self.trainer.lightning_module)
 
@@ -171,17 +173,17 @@ class Hub(Hears):
     ) -> None:
         """Follow optimizers that have been replaced."""
         self._pipelines.follow()
-        for member in self.members:
+        for member in self._hearing.batch_start:
             member._at_batch_start(trainer, pl_module, batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Pass the hook on."""
-        for member in self.members:
+        for member in self._hearing.before_backward:
             member._at_before_backward(trainer, pl_module, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pass the hook on."""
-        for member in self.members:
+        for member in self._hearing.after_backward:
             member._at_after_backward(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -193,7 +195,7 @@ class Hub(Hears):
     ) -> None:
         """Count announced steps that did not happen, and pass the hook on."""
         self._pipelines.settle()
-        for member in self.members:
+        for member in self._hearing.batch_end:
             member._at_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._pipelines.owe_reports()
 
@@ -294,6 +296,7 @@ class Hub(Hears):
         for member in self.members:
             member._hub = None
         self.members.clear()
+        self._hearing.update(self.members)
         if (trainer := self._trainer()) is not None:
             # A new list: Lightning may be going through the old one, and would leave out the next callback.
             present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -119,7 +119,9 @@ class DivergenceGuard(HubCallback):
     @property
     def overflow_steps(self) -> int:
         """Number of skipped steps that were overflows of the GradScaler."""
-        return self._overflows
+        if not self._guarded:  # between fits
+            return self._overflows
+        return sum(guarded.judge.overflow_steps for guarded in self._guarded)
 
     @property
     def rollback_count(self) -> int:
@@ -164,7 +166,7 @@ class DivergenceGuard(HubCallback):
         (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, StepGuard))
         judge = DivergenceJudge(SlowDivergence(), self._patience, scaled)
         batches = StepBatches(watch.steps, self._save_batches)
-        return GuardedOptimizer(pipeline.optimizer, watch, judge, ParameterHealth(self.health), names, batches)
+        return GuardedOptimizer(pipeline, watch, judge, ParameterHealth(self.health), names, batches)
 
     def _restore(self) -> None:
         """Restore the state of the last checkpoint that was loaded."""
@@ -174,7 +176,6 @@ class DivergenceGuard(HubCallback):
             self.ladder.load_state_dict(self._restored["ladder"])
         self._restored = {}
         self._skipped = self._count()
-        self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
 
     def _at_new_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Guard new optimizers with the baselines of those that they replace, and capture new snapshots."""
@@ -249,6 +250,7 @@ class DivergenceGuard(HubCallback):
             self._restore()
 
     def _at_close(self) -> None:
+        self._overflows = self.overflow_steps
         for guarded in self._guarded:
             guarded.cut.close()
         if self._snapshots is not None:
@@ -272,7 +274,7 @@ class DivergenceGuard(HubCallback):
         return reduced
 
     def _count(self) -> int:
-        return sum(counts.skipped for counts in self.hub.counts())
+        return sum(guarded.pipeline.skipped() for guarded in self._guarded)
 
     def _new_alarms(self, everything: bool = False) -> list[tuple[Alarm, StepLocation]]:
         """Judge the steps that have arrived, report what is wrong with them, and return what may need a response."""
@@ -290,7 +292,6 @@ class DivergenceGuard(HubCallback):
                 self._reporter.notify(alarm, location, index, None)
                 if alarm.escalates:  # Other alarms about individual parameters need no response.
                     found.append((alarm, location))
-        self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
         return found
 
     # Responses.

@@ -123,7 +123,7 @@ class OptimizerMonitor(HubCallback):
     def _at_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the gradient of the first of several accumulated batches."""
         if self._meter is not None:
-            self._meter.after_backward(self.report_due(trainer))
+            self._meter.after_backward(trainer.accumulate_grad_batches > 1 and self.report_due(trainer))
 
     def _at_step(self, trainer: L.Trainer, optimizer_index: int) -> None:
         """Start the clock of the update."""

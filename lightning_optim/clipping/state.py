@@ -27,6 +27,7 @@ class Clipper:
         self.rule = rule
         self._limit = limit
         self._saved: Mapping[str, Tensor] | None = None
+        self._prepared_for: int | None = None  # the number of parameters that the state was made for
         self._state: dict[str, Tensor] = {}
         self._next: dict[str, Tensor] = {}
 
@@ -45,7 +46,9 @@ class Clipper:
         Raises:
             ValueError: The schedule of the limit is not above 0 at this step.
         """
-        self._prepare(parameters, device)
+        if parameters != self._prepared_for:
+            self._prepare(parameters, device)
+            self._prepared_for = parameters
         limit = 1.0 if self._limit is None else self._limit(steps)
         if not limit > 0:
             raise ValueError(
@@ -78,7 +81,7 @@ class Clipper:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore the state returned by `state_dict`; that of another kind of rule is ignored, with a warning."""
-        self._state, self._next, self._saved = {}, {}, None
+        self._state, self._next, self._saved, self._prepared_for = {}, {}, None, None
         if saved and saved["rule"] == type(self.rule).__name__:
             self._saved = saved["state"]
         elif saved:

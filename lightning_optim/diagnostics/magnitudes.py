@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_optim.core.magnitude_columns import COLUMNS, FIRST, KINDS
 from lightning_optim.core.suggest import nearest
-from lightning_optim.step.histograms import COLUMNS, FIRST, KINDS
 
 TAGS = {
     "grad": "optim_grad/histogram",

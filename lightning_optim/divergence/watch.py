@@ -72,6 +72,7 @@ class StepGuard(NonFiniteGradient):
         detectors: Further detectors, which may request a skip as well.
 
     Attributes:
+        steps: Number of steps so far, skipped ones included.
         alive: Whether each tensor had a gradient other than 0 at the first step; empty before the host knows.
 
     Example:
@@ -98,16 +99,11 @@ class StepGuard(NonFiniteGradient):
         self.rows = StepLog() if rows is None else rows  # An empty log is falsy.
         self.detectors = tuple(detectors)
         self.alive: tuple[bool, ...] = ()
-        self._steps = 0
+        self.steps = 0
         self._now: tuple[list[Tensor], _Layout] | None = None
         self._layouts: dict[int, _Layout] = {}
         self._seen: list[StepObservation] = []
         self._limits: tuple[list[list[float]], Tensor] | None = None
-
-    @property
-    def steps(self) -> int:
-        """Number of steps so far, skipped ones included."""
-        return self._steps
 
     def __call__(self, stats: GradStats) -> Tensor:
         """Return whether to skip the step, bool, shape [], on the device of ``stats``."""
@@ -139,13 +135,13 @@ class StepGuard(NonFiniteGradient):
         """End the step: send its row to the host, and process the rows that have arrived."""
         assert self._now is not None
         (columns, layout), self._now = self._now, None
-        self._steps += 1
+        self.steps += 1
         for detector in self.detectors:
             detector.commit(skip)
         dtype = columns[0].dtype
         row = torch.cat([column.to(dtype) for column in ((skip != 0).reshape(1), *columns)])
-        self._layouts[self._steps] = layout
-        self.rows.write(self._steps, row)
+        self._layouts[self.steps] = layout
+        self.rows.write(self.steps, row)
         self._learn()
 
     def read(self, everything: bool = False) -> list[StepObservation]:
@@ -168,7 +164,7 @@ class StepGuard(NonFiniteGradient):
     def state_dict(self) -> dict[str, Any]:
         """Return baselines and the rows that have not arrived, as plain numbers and lists."""
         return {
-            "steps": self._steps,
+            "steps": self.steps,
             "spikes": {} if self.spikes is None else self.spikes.state_dict(),
             "rows": self.rows.state_dict(),
             "detectors": {name: state for name, one in self._named_detectors() if (state := one.state_dict())},
@@ -180,7 +176,7 @@ class StepGuard(NonFiniteGradient):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
-        self._steps = state["steps"]
+        self.steps = state["steps"]
         self.rows.load_state_dict(state["rows"])
         self._layouts = {step: _Layout(tuple(sizes), *rest) for step, (sizes, *rest) in state["layouts"].items()}
         if self.spikes is not None and state["spikes"]:

@@ -18,7 +18,7 @@ from lightning_optim.core.transfer import upload
 from lightning_optim.kernels import plain
 from lightning_optim.kernels.base import Backend, Batch
 
-_DTYPE = operator.attrgetter("dtype")
+_DTYPE, _DEVICE = map(operator.attrgetter, ("dtype", "device"))
 
 logger = logging.getLogger(__name__)
 
@@ -98,15 +98,15 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
     """Compute the square sum of each gradient, in one read and without host synchronisation.
 
     Accepts the gradients of any optimizer: strided or sparse, real or complex, DTensors (the sum is over all shards),
-    and several dtypes at once.
+    and several dtypes and devices at once.
 
     Args:
-        grads: Gradients of any shapes on one device.
+        grads: Gradients of any shapes.
 
     Returns:
-        Square sums, shape [tensors], on the device of the gradients. The dtype is float64 where the device supports it
-        (float32 on MPS), because the square of a float32 can overflow float32. An entry is not finite exactly where its
-        gradient is not.
+        Square sums, shape [tensors], on the device of the first gradient. The dtype is float64 where the device
+        supports it (float32 on MPS), because the square of a float32 can overflow float32. An entry is not finite
+        exactly where its gradient is not.
 
     Raises:
         RuntimeError: A gradient has no memory that can be read; the message names its shape and index.
@@ -117,14 +117,18 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
     """
     if not grads:
         return torch.zeros(0, device="cpu")
-    if not set(map(type, grads)).issubset(PLAIN):
+    if len(set(map(_DEVICE, grads))) > 1:
+        return _measure_devices(grads)
+    sharded = not set(map(type, grads)).issubset(PLAIN)
+    if sharded:
         grads = [added_up(grad) for grad in grads]
     tensors = [_numbers(grad) for grad in grads]
     device = tensors[0].device
     automatic = _automatic(device.type)
     dtypes = set(map(_DTYPE, tensors))
     if len(dtypes) == 1 and dtypes <= plain.FLOATS and plain.all_usual(tensors):
-        return sum_over_shards(automatic.measure(tensors), grads)
+        norm_sq = automatic.measure(tensors)
+        return sum_over_shards(norm_sq, grads) if sharded else norm_sq
     kinds: dict[tuple[torch.dtype, Backend], list[int]] = {}
     tensors = list(map(plain.resolved, tensors))
     for i, tensor in enumerate(tensors):
@@ -134,6 +138,19 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
     for (_, backend), indices in kinds.items():
         sums[upload(indices, device)] = backend.measure([tensors[i] for i in indices]).to(sums.dtype)
     return sum_over_shards(sums, grads)
+
+
+def _measure_devices(grads: Sequence[Tensor]) -> Tensor:
+    """As `measure`, device by device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, grad in enumerate(grads):
+        by_device.setdefault(grad.device, []).append(index)
+    parts = [measure([grads[i] for i in indices]) for indices in by_device.values()]
+    order = [i for indices in by_device.values() for i in indices]
+    device = grads[0].device
+    dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    measured = torch.cat([part.to(device, dtype, non_blocking=True) for part in parts])
+    return measured[torch.tensor(order, device=device).argsort()]
 
 
 def _numbers(grad: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -132,6 +132,7 @@ class Batch:
         return arithmetic_dtype(self.params[0].dtype)
 
 
+@cache
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return float64 for float64, otherwise float32: bf16 and fp16 are storage formats only."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -169,6 +170,9 @@ class Backend(ABC):
     name: str
     low_precision: ClassVar[bool] = False
     """Whether the backend implements `kahan` and `stochastic`; otherwise the reference backend runs such batches."""
+
+    reads_skip: ClassVar[bool] = False
+    """Whether its kernels read the flag wherever they run. For others, that of tensors on the CPU is read before."""
 
     @abstractmethod
     def why_not(self, device: torch.device) -> str | None:

@@ -1,8 +1,7 @@
 """Checks of whether tensors are plain memory, so that a kernel may run on an address and a number of elements.
 
-All but `storage_bytes`, `all_usual` and `resolved` run when tensors are sorted into batches, not at each step. Private
-parts of torch are used in `_adds_nothing`, `_kind` and `resolved`; ``tests/optim/test_admission.py`` states what is
-relied on.
+All but `all_usual` and `resolved` run when tensors are sorted into batches, not at each step. Private parts of torch
+are used in `_adds_nothing`, `_kind` and `resolved`; ``tests/optim/test_admission.py`` states what is relied on.
 """
 
 from __future__ import annotations
@@ -51,12 +50,8 @@ def all_usual(tensors: Sequence[Tensor]) -> bool:
         return False
     before = map(operator.mul, map(Tensor.storage_offset, tensors), map(Tensor.element_size, tensors))
     needed = map(operator.add, before, map(_NBYTES, tensors))
-    return all(map(operator.ge, storage_bytes(tensors), needed)) and all(map(Tensor.data_ptr, tensors))
-
-
-def storage_bytes(tensors: Sequence[Tensor]) -> list[int]:
-    """Return the storage size of each tensor in bytes."""
-    return list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors)))
+    there = map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
+    return all(map(operator.ge, there, needed)) and all(map(Tensor.data_ptr, tensors))
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -126,9 +127,19 @@ def decay_form(group: Mapping[str, Any]) -> str:
     return _FORMS.get(_kind(group), "shrink") if decays else "shrink"
 
 
+def decay_forms(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """`decay_form` of each group; asked at every step, of perhaps hundreds."""
+    return list(map(decay_form, groups))
+
+
 def _kind(group: Mapping[str, Any]) -> WeightDecayKind:
-    kind = WeightDecayKind(group["weight_decay_kind"])
-    if kind is WeightDecayKind.L2 and group.get("decoupled_weight_decay"):  # Adam, NAdam, RAdam
+    return _meaning(group["weight_decay_kind"], bool(group.get("decoupled_weight_decay")))
+
+
+@cache  # to convert a name to an enum member takes longer than everything else that a step does with it
+def _meaning(name: str, decoupled: bool) -> WeightDecayKind:
+    kind = WeightDecayKind(name)
+    if kind is WeightDecayKind.L2 and decoupled:  # Adam, NAdam, RAdam
         return WeightDecayKind.DECOUPLED
     return kind
 

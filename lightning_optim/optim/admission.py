@@ -33,6 +33,9 @@ class Ruled(Protocol):
     @property
     def state(self) -> Any: ...  # noqa: D102
 
+    @property
+    def backend(self) -> str: ...  # noqa: D102 - the name of what is to run its kernels
+
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
         """Return the rule that updates the parameters of ``group``."""
 

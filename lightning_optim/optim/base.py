@@ -21,7 +21,7 @@ from lightning_optim.core.stats import StepStats
 from lightning_optim.core.step_hooks import is_trial_step
 from lightning_optim.core.uncompiled import leave_step_uncompiled
 from lightning_optim.kernels.peak_lr import NEED_PEAK, follow_peak, say_peak, start_peak
-from lightning_optim.kernels.rules import Rule
+from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim import admission, low_precision, shared_options, update_pass
 from lightning_optim.optim.batches import Batches
@@ -205,7 +205,7 @@ class FusedOptimizer(Optimizer):
             ValueError: `divisor` has a wrong shape.
             RefusedError: A gradient or a state cannot be used for an update.
         """
-        trial = is_trial_step(self, closure)
+        trial = not self.state and is_trial_step(self, closure)  # state is there after the first step
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -229,7 +229,7 @@ class FusedOptimizer(Optimizer):
         if count and group["weight_decay_kind"] in NEED_PEAK and follow_peak(group) and not self._warned_of_peak:
             self._warned_of_peak = True
             say_peak(type(self).__name__, group)
-        if update_pass.shares(rule) and group["params"]:
+        if isinstance(rule, UpdateRule) and rule.shared and group["params"]:
             update_pass.init_shared(self, group, rule)
 
     def _apply(self, batches: Batches) -> None:

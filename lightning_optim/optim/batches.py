@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim import kernels
 from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local
-from lightning_optim.kernels import Batch
-from lightning_optim.kernels.plain import resolved, storage_bytes
+from lightning_optim.kernels import Backend, Batch
+from lightning_optim.kernels.plain import resolved
 from lightning_optim.kernels.rules import Rule
-from lightning_optim.kernels.weight_decay import decay_form
+from lightning_optim.kernels.weight_decay import decay_form, decay_forms
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.admission import GRADIENT, Owned, Ruled, Subject
 from lightning_optim.optim.occupied import Occupied
@@ -41,6 +42,7 @@ class Batches:
 
     Attributes:
         batches: The batches. They hold gradients from construction or `refill` until `release`.
+        backends: For each batch, the backend that runs it: the one that `backend` of the optimizer asks for, if able.
         rows: For each batch, the index of each of its tensors among all parameters with a gradient.
         group_sizes: Number of parameters with a gradient in each group.
         numel: Number of elements of each parameter with a gradient, over all shards.
@@ -79,6 +81,7 @@ class Batches:
                 numel.append(param.numel())
             sizes.append(len(numel) - first)
         admission.check_apart(self._written, self._read)
+        self.backends = [_backend_for(batch, optimizer.backend) for batch in self.batches]
         self.group_sizes = tuple(sizes)
         self.numel = tuple(numel)
         self._remember(optimizer, rules)
@@ -143,12 +146,12 @@ class Batches:
             # References to storages make the check cheap. Those of parameters are not kept, because `Module.to`
             # replaces them, and a reference would keep the old memory alive.
             self._params = [i for i, (_, _, role) in enumerate(self._written) if not role]
-            self._param_bytes = storage_bytes([self._held[i] for i in self._params])
+            self._param_bytes = _storage_bytes([self._held[i] for i in self._params])
             self._state_storages = [tensor.untyped_storage() for tensor, _, role in self._written if role]
             self._state_bytes = list(map(_NBYTES, self._state_storages))
             self._form = Form(self._held)
             self._grad_form = Form(grads)
-            self._grad_bytes = storage_bytes(grads)
+            self._grad_bytes = _storage_bytes(grads)
             self._lazy = [i for i, grad in enumerate(grads) if grad.is_neg() or grad._is_zerotensor()]
             self._occupied = Occupied(self._held, grads)
         self._written, self._read = [], []
@@ -172,11 +175,11 @@ class Batches:
         if list(map(Tensor.data_ptr, held)) != self._addresses or not self._form.fits(held):
             return False
         # A storage that was freed and allocated again may have the same address but a smaller size.
-        if storage_bytes([held[i] for i in self._params]) != self._param_bytes:
+        if _storage_bytes([held[i] for i in self._params]) != self._param_bytes:
             return False
         if list(map(_NBYTES, self._state_storages)) != self._state_bytes:
             return False
-        if not self._grad_form.fits(grads) or storage_bytes(grads) != self._grad_bytes:
+        if not self._grad_form.fits(grads) or _storage_bytes(grads) != self._grad_bytes:
             return False
         for i in self._lazy:
             grads[i] = resolved(grads[i])
@@ -205,11 +208,27 @@ def _look(optimizer: Ruled, rules: Sequence[Rule]) -> tuple[list[object], list[o
     given = list(map(_GRAD, params))
     states = optimizer.state.values()
     same = [*params, *states, *itertools.chain.from_iterable(map(dict.values, states))]
-    equal = [
+    equal: list[object] = [
+        optimizer.backend,
         list(map(_kind, optimizer.param_groups, rules)),
+        decay_forms(optimizer.param_groups),
         [grad is None for grad in given],
     ]
     return same, equal, [grad for grad in given if grad is not None]
+
+
+def _storage_bytes(tensors: Sequence[Tensor]) -> list[int]:
+    """How much memory the storage of each has."""
+    return list(map(_NBYTES, map(Tensor.untyped_storage, tensors)))
+
+
+def _backend_for(batch: Batch, name: str) -> Backend:
+    """What runs ``batch``: the backend called ``name``, if that can, else the one that runs everything."""
+    backend = kernels.choose(name, batch.device)
+    able = batch.plain and backend.supports(batch)
+    if not able or (batch.low_precision and not backend.low_precision):
+        return kernels.get_backend("reference")
+    return backend
 
 
 _GRAD = operator.attrgetter("grad")
@@ -218,4 +237,4 @@ _GRAD = operator.attrgetter("grad")
 def _kind(group: Mapping[str, Any], rule: Rule) -> tuple[Any, ...]:
     """Return the settings of a group on which batches depend; numbers are read from the group at each step."""
     flags = (group[flag] for flag in low_precision.FLAGS)
-    return (id(group), len(group["params"]), type(rule), group["cautious"], decay_form(group), *flags)
+    return (id(group), len(group["params"]), type(rule), group["cautious"], *flags)

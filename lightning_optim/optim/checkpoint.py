@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,19 +17,27 @@ from lightning_optim.core.suggest import nearest
 from lightning_optim.kernels import plain
 from lightning_optim.optim.admission import Ruled, Subject, check_state
 
-if TYPE_CHECKING:
-    from lightning_optim.optim.base import FusedOptimizer
-
 ADVICE = (
     "Nothing has been loaded. Remove the state of parameters that are new or of another shape from the state dict, so "
     "that they start from new state"
 )
 
+
+class Loadable(Ruled, Protocol):
+    """What is needed of an optimizer to load its state."""
+
+    # torch's own, which `Optimizer.load_state_dict` runs, too
+    _optimizer_load_state_dict_pre_hooks: OrderedDict[int, Callable[..., Any]]
+    _optimizer_load_state_dict_post_hooks: OrderedDict[int, Callable[..., Any]]
+
+    def __setstate__(self, state: dict[str, Any]) -> None: ...
+
+
 OF_PARAMETERS = ("flatten",)
 """Group keys that describe the parameters rather than how they are updated."""
 
 
-def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
+def load_state_dict(optimizer: Loadable, state_dict: Mapping[str, Any]) -> None:
     """Load ``state_dict`` into ``optimizer``; see `FusedOptimizer.load_state_dict`.
 
     Args:

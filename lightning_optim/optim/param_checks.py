@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,12 +11,10 @@ from lightning_optim import kernels
 from lightning_optim.core.placements import is_partial, is_sharded, partial_refused
 from lightning_optim.kernels.rules import TensorRule
 from lightning_optim.optim import low_precision
-
-if TYPE_CHECKING:
-    from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.admission import Ruled
 
 
-def check_params(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
+def check_params(optimizer: Ruled, group: Mapping[str, Any]) -> None:
     """Check every parameter of a group.
 
     Args:

@@ -7,13 +7,16 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, ClassVar, Protocol, TypedDict
 
 from lightning_optim.core.suggest import nearest
 from lightning_optim.kernels.weight_decay import WeightDecayKind
 
-if TYPE_CHECKING:
-    from lightning_optim.optim.base import FusedOptimizer
+
+class Offers(Protocol):
+    """What is needed of an optimizer class to tell which shared options it has; see `FusedOptimizer`."""
+
+    refused_options: ClassVar[Mapping[str, str]]
 
 
 class SharedOptions(TypedDict, total=False):
@@ -65,7 +68,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 """Default of each of the `SharedOptions`; `FusedOptimizer.option_defaults` overrides them for one optimizer."""
 
 
-def defaults_of(owner: type[FusedOptimizer]) -> dict[str, Any]:
+def defaults_of(owner: type[Offers]) -> dict[str, Any]:
     """Return the default of each shared option, `backend` included, in the class ``owner``."""
     merged = dict(DEFAULTS)
     for base in reversed(owner.__mro__):
@@ -73,7 +76,7 @@ def defaults_of(owner: type[FusedOptimizer]) -> dict[str, Any]:
     return merged
 
 
-def check_names(owner: type[FusedOptimizer], given: Iterable[str]) -> None:
+def check_names(owner: type[Offers], given: Iterable[str]) -> None:
     """Check the names of options given to the constructor of ``owner``.
 
     Raises:
@@ -85,7 +88,7 @@ def check_names(owner: type[FusedOptimizer], given: Iterable[str]) -> None:
             raise TypeError(f"{owner.__name__}() got an unexpected keyword argument {name!r}. {nearest(name, known)}")
 
 
-def check_offered(owner: type[FusedOptimizer], group: Mapping[str, Any]) -> None:
+def check_offered(owner: type[Offers], group: Mapping[str, Any]) -> None:
     """Refuse shared options in ``group`` that ``owner`` does not offer.
 
     Raises:
@@ -102,7 +105,7 @@ class OwnSignature:
     `inspect.signature`, `help` and tools built on them then see every option with its name and default.
     """
 
-    def __get__(self, instance: FusedOptimizer | None, owner: type[FusedOptimizer]) -> inspect.Signature:
+    def __get__(self, instance: Offers | None, owner: type[Offers]) -> inspect.Signature:
         """Return the signature of the constructor of ``owner``, without ``self``."""
         _, *parameters = inspect.signature(owner.__init__).parameters.values()
         spelt: list[inspect.Parameter] = []
@@ -112,7 +115,7 @@ class OwnSignature:
         return inspect.Signature(spelt)
 
 
-def _parameters(owner: type[FusedOptimizer]) -> list[inspect.Parameter]:
+def _parameters(owner: type[Offers]) -> list[inspect.Parameter]:
     annotations = {name: getattr(a, "__forward_arg__", a) for name, a in SharedOptions.__annotations__.items()}
     return [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[name])
@@ -121,7 +124,7 @@ def _parameters(owner: type[FusedOptimizer]) -> list[inspect.Parameter]:
     ]
 
 
-def spell_out_docs(owner: type[FusedOptimizer]) -> None:
+def spell_out_docs(owner: type[Offers]) -> None:
     """Insert the documentation of each shared option into the docstring of ``owner``, for `help` and command lines."""
     line = re.search(r"^( *)\*\*options: .*\n", owner.__doc__ or "", re.M)
     section = re.search(r"^Attributes:\n((?: {4}.*\n)+)", inspect.getdoc(SharedOptions) or "", re.M)

@@ -31,6 +31,11 @@ class Gradients:
         names: Names of parameters that the optimizer itself does not know.
         shards: The flat shards, if parameters are such shards; None otherwise. Each of these parameters belongs to the
             step, because other ranks may hold a part of one of which this rank holds none.
+
+    Attributes:
+        params: The parameters that have a gradient, in the order of the groups.
+        grads: Their gradients.
+        plain: Whether all of these are plain tensors, none a DTensor.
     """
 
     def __init__(
@@ -55,7 +60,8 @@ class Gradients:
         self.group_sizes = tuple(len(group) for group in groups)
         self.parameters = sum(len(group["params"]) for group in optimizer.param_groups)
         self._names = names
-        if not {*map(type, self.params), *map(type, grads)}.issubset(PLAIN):
+        self.plain = {*map(type, self.params), *map(type, grads)}.issubset(PLAIN)
+        if not self.plain:
             self._redistribute()
         self._norm_sq: Tensor | None = None
         self.stats = ReadGradStats(self)

@@ -8,21 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.host import widest_dtype
+from lightning_optim.core.magnitude_columns import ABOVE, BELOW, COLUMNS, FIRST, KINDS, LAST, NOT_FINITE, ZERO
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import sum_groups
 from lightning_optim.kernels.plain import as_real
 from lightning_optim.step.gradients import Gradients
 
-KINDS = ("grad", "param", "update")
-
-FIRST, LAST = -40, 15
-"""Exponents e of the columns that count |x| in [2**e, 2**(e + 1)): 9e-13 to 65536, beyond which fp16 is infinite."""
-
-ZERO, BELOW = 0, 1
-"""Columns of exact zeros, and of values smaller than 2**FIRST."""
-COLUMNS = LAST - FIRST + 5
-ABOVE, NOT_FINITE = COLUMNS - 2, COLUMNS - 1
-"""Columns of values of at least 2**(LAST + 1), and of NaN and infinities."""
+__all__ = ["ABOVE", "BELOW", "COLUMNS", "FIRST", "KINDS", "LAST", "NOT_FINITE", "ZERO", "StepHistograms", "magnitudes"]
 
 _CHUNK = 1 << 24
 _FIELDS = {torch.float32: (torch.int32, 23, 0xFF), torch.float64: (torch.int64, 52, 0x7FF)}

@@ -13,29 +13,8 @@ from lightning_optim.core.sharding import local, max_over_shards, sum_over_shard
 from lightning_optim.core.stats import STEP_SUMS, UnitNorms
 from lightning_optim.kernels.plain import as_real
 
-
-@torch.no_grad()
-def measure_norm_sq(tensors: Sequence[Tensor]) -> Tensor:
-    """Compute the square sum of each tensor in one read.
-
-    Args:
-        tensors: At least one, of any shapes, dtypes and devices, sparse and sharded ones included; the sum of a sharded
-            tensor is over all of its shards.
-
-    Returns:
-        Shape [tensors], float64 where the device has it, else float32, on the device of the first tensor.
-    """
-    by_device: dict[torch.device, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append(index)
-    if len(by_device) == 1:
-        return kernels.measure(tensors)
-    parts = [kernels.measure([tensors[i] for i in indices]) for indices in by_device.values()]
-    order = [i for indices in by_device.values() for i in indices]
-    device = tensors[0].device
-    dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-    measured = torch.cat([part.to(device, dtype, non_blocking=True) for part in parts])
-    return measured[torch.tensor(order, device=device).argsort()]
+measure_norm_sq = torch.no_grad()(kernels.measure)
+"""`kernels.measure` without autograd: the tensors may be states and parameters, not only gradients."""
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from lightning_optim.core.transfer import upload
 from lightning_optim.step.foreign_stats import ForeignUpdate
 from lightning_optim.step.gradients import Gradients, group_names_of
 from lightning_optim.step.histograms import StepHistograms
+from lightning_optim.step.operands import StepOperands
 
 
 class OneStep:
@@ -42,7 +44,24 @@ class OneStep:
         self._histograms: StepHistograms | None = None
         self._clipped_norm_sq: Tensor | None = None
 
-    def held_here(self) -> tuple[list[Tensor], Clip | None]:
+    def hand_over(self, operands: StepOperands, loss: Any) -> None:
+        """Hand divisor and skip flag to the update, which comes next, and measure what it will use, for a report.
+
+        Args:
+            operands: The way to the optimizer.
+            loss: The result of the closure.
+
+        Raises:
+            StepSkipped: The update must not happen, and the optimizer takes no flag.
+        """
+        operands.apply(*self._held_here(), self.skip, loss)
+        if self.reported:
+            after = self.stats.norm_sq if self.clip is None else self.clip.norm_sq_after(self.stats)
+            self._clipped_norm_sq = self.gradients.norm_sq_now() if after is None else after
+        if self._foreign is not None:
+            self._foreign.before()
+
+    def _held_here(self) -> tuple[list[Tensor], Clip | None]:
         """Return the gradients that the optimizer will find on this rank, and the clip decision for these alone."""
         grads, clip = self.gradients.grads, self.clip
         if self.gradients.shards is None or (present := self.gradients.present()) is None:
@@ -50,14 +69,6 @@ class OneStep:
         if isinstance(clip, Divisor) and clip.values.dim() == 1:
             clip = Divisor(clip.values[upload(present, clip.values.device)])
         return [grads[i] for i in present], clip
-
-    def measure_clipped(self) -> None:
-        """Measure the gradients that the update is about to use, for a report; call it after clipping."""
-        if self.reported:
-            after = self.stats.norm_sq if self.clip is None else self.clip.norm_sq_after(self.stats)
-            self._clipped_norm_sq = self.gradients.norm_sq_now() if after is None else after
-        if self._foreign is not None:
-            self._foreign.before()
 
     def measure_update(self, optimizer: Optimizer, histograms: Collection[str]) -> None:
         """Prepare the measurement of the update's sums; call it before the update.

@@ -8,7 +8,8 @@ in the order of the calls:
 2. `StepPipeline._open` collects them (`step/gradients.py`), asks the clip rule for a divisor (`clipping/`) and the
    detectors for a skip flag (`divergence/`). Each of these reads `GradStats`, where a quantity is measured on first
    use.
-3. `StepOperands.apply` (`step/operands.py`) hands divisor and flag to the update, as tensors on the device.
+3. `OneStep.hand_over` and `StepOperands.apply` (`step/operands.py`) hand divisor and flag to the update, as tensors on
+   the device.
 4. The optimizer updates its parameters with ``grad / divisor``, unless it skips (`kernels/`, for the optimizers of this
    package).
 5. `StepPipeline._after` counts, advances the state of rule and detectors, and reports (`step/one_step.py`).
@@ -64,6 +65,10 @@ class StepPipeline:
         group_names: Names of groups that a clip rule may refer to; None for those of the optimizer.
         shards: The flat shards of torch's first FSDP (`FlatShards.of(model)`); None without it.
 
+    Attributes:
+        steps: Number of steps so far, skipped ones included; known without waiting. Read it only.
+        is_expecting: Whether a step was announced that has not happened. Read it only.
+
     Raises:
         TypeError: The optimizer is LBFGS.
         ValueError: The clip rule refers to a group or parameter that does not exist, or needs whole rows of matrices,
@@ -112,11 +117,11 @@ class StepPipeline:
         self.histograms = histograms
         counts = counts or StepCounts()
         device = next(p.device for group in optimizer.param_groups for p in group["params"])
-        self._steps = counts.steps
+        self.steps = counts.steps
         self._counts = torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device=device)
         self._counts_on_host = HostMirror(self._counts)
         self._norms = Interval(device)
-        self._expected = False
+        self.is_expecting = False
         self._step: OneStep | None = None
         self._operands = operands_for(optimizer, may_skip=bool(self.detectors))
         if self.clipper is not None:
@@ -146,22 +151,16 @@ class StepPipeline:
     def counts(self) -> StepCounts:
         """Return the numbers of steps, clipped and skipped; on an accelerator the latter two may lag a few steps."""
         self.settle()
-        return StepCounts(self._steps, *map(int, self._counts_on_host.read()))
+        return StepCounts(self.steps, *map(int, self._counts_on_host.read()))
 
-    @property
-    def steps(self) -> int:
-        """Number of steps so far, skipped ones included; available without waiting for the device."""
-        return self._steps
-
-    @property
-    def is_expecting(self) -> bool:
-        """Whether a step has been announced that has not happened yet."""
-        return self._expected
+    def skipped(self) -> int:
+        """Return the number of skipped steps so far, as `counts` has it."""
+        return self.counts().skipped
 
     def load_counts(self, counts: StepCounts) -> None:
         """Restore the counts returned by `counts`."""
-        self._expected = False
-        self._steps = counts.steps
+        self.is_expecting = False
+        self.steps = counts.steps
         self._counts.copy_(torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device="cpu"))
         self._counts_on_host.push()
 
@@ -178,14 +177,15 @@ class StepPipeline:
         """Announce a step: its gradients are ready.
 
         A GradScaler that found an overflow does not call the ``step`` of an optimizer without operands; an announced
-        step that has not happened when the counts are next read is counted as skipped.
+        step that has not happened when the counts are next read, or the next step is announced, is counted as skipped.
         """
-        self._expected = True
+        self.settle()
+        self.is_expecting = True
 
     def settle(self) -> None:
         """Count an announced step that did not happen as skipped."""
-        if self._expected:
-            self._expected = False
+        if self.is_expecting:
+            self.is_expecting = False
             if (step := self._open()) is not None:
                 step.skip = torch.ones_like(self._counts[0], dtype=torch.float32)
                 self._close(step)
@@ -196,17 +196,19 @@ class StepPipeline:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Run the closure, measure, decide and hand over; torch runs the update next."""
-        self._operands.restore()  # The last update may have been interrupted.
-        if is_trial_step(optimizer, closure_of(args, kwargs)):
+        if self._step is not None:  # The last update was interrupted.
+            self._operands.restore()
             self._step = None
+        loss = None
+        if closure_of(args, kwargs) is not None:
+            args, kwargs, loss = run_closure(args, kwargs)
+        elif not optimizer.state and is_trial_step(optimizer):
             return args, kwargs
-        args, kwargs, loss = run_closure(args, kwargs)
-        self._expected = False
+        self.is_expecting = False
         step = self._step = self._open()
         if step is not None:
             try:
-                self._operands.apply(*step.held_here(), step.skip, loss)
-                step.measure_clipped()
+                step.hand_over(self._operands, loss)
             except StepSkipped:
                 self._after(optimizer, args, kwargs)
                 raise
@@ -229,11 +231,11 @@ class StepPipeline:
         step = OneStep(gradients, reported)
         step.skip = skip
         if self.clipper is not None:
-            step.clip = self.clipper.decide(step.stats, self._steps, gradients.parameters, self._counts.device)
+            step.clip = self.clipper.decide(step.stats, self.steps, gradients.parameters, self._counts.device)
         for detector in self.detectors:
             flag = detector(step.stats).to(torch.float32)
             step.skip = flag if step.skip is None else torch.maximum(step.skip, flag)
-        if step.skip is not None:
+        if step.skip is not None and not gradients.plain:
             step.skip = max_over_ranks(step.skip, gradients.params)
         if step.reported:
             step.measure_update(self.optimizer, self.histograms())
@@ -242,7 +244,7 @@ class StepPipeline:
 
     def _close(self, step: OneStep) -> None:
         """Count the step, advance the state of rule and detectors, and report it."""
-        self._steps += 1
+        self.steps += 1
         taken = None if step.skip is None else step.skip == 0
         if self.clipper is not None:
             assert step.clip is not None
@@ -260,7 +262,7 @@ class StepPipeline:
             self._norms.add(step.stats.total_norm())
         if step.reported:
             assert self.on_report is not None
-            self.on_report(step.record(self.optimizer, self._steps, self._counts, self._norms.take()))
+            self.on_report(step.record(self.optimizer, self.steps, self._counts, self._norms.take()))
 
     def _all_names(self) -> set[str]:
         return {

@@ -67,6 +67,32 @@ def test_the_gradients_are_read_once_per_step(monkeypatch, logger):
     assert reads == [6] * 6
 
 
+@pytest.mark.parametrize("of_the_instance", [False, True])
+def test_a_member_is_asked_once_in_a_batch_for_its_report(of_the_instance):
+    asked, reports = [], []
+
+    def report_due(trainer):
+        asked.append(trainer.fit_loop.batch_idx)
+        return trainer.fit_loop.batch_idx % 2 == 1
+
+    class Reports(lo.GradientClipping):
+        def report_due(self, trainer):
+            return report_due(trainer)
+
+        def on_report(self, trainer, optimizer_index, record):
+            reports.append(record.steps)
+
+    class Late(lo.GradientClipping):
+        on_report = Reports.on_report
+
+    member = Late() if of_the_instance else Reports()
+    if of_the_instance:
+        member.report_due = report_due
+    make_trainer([member]).fit(Net(), batches(5))
+    assert asked == [0, 1, 2, 3, 4]
+    assert reports == [2, 4]
+
+
 # Two owners of one thing.
 
 

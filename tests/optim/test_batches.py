@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_optim import optim
+from lightning_optim import kernels, optim
 from tests.optim.cases import assert_same
 
 
@@ -132,6 +132,23 @@ def test_less_memory_in_the_same_place_is_seen(role: str) -> None:
     assert optimizer._batches is not None
     assert not optimizer._batches.refill(optimizer, list(map(optimizer.rule_of, optimizer.param_groups)))
     with pytest.raises(RuntimeError, match=f"needs {4 * numel} bytes of memory, and its storage has {2 * numel}"):
+        optimizer.step()
+
+
+def test_another_backend_takes_over_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = params()
+    optimizer = optim.AdamW(parameters, backend="cpu")
+    calls: list[int] = []
+    reference = kernels.get_backend("reference")
+    apply = reference.apply
+    monkeypatch.setattr(reference, "apply", lambda batch, **given: (calls.append(1), apply(batch, **given))[1])
+    for backend, count in [("cpu", 0), ("reference", 1), ("cpu", 1)]:
+        optimizer.backend = backend
+        give(parameters, seed=1)
+        optimizer.step()
+        assert len(calls) == count
+    optimizer.backend = "nothing"
+    with pytest.raises(ValueError, match="backend='nothing' is unknown"):
         optimizer.step()
 
 

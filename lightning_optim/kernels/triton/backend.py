@@ -27,6 +27,7 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
+    reads_skip = True
 
     def __init__(self) -> None:
         self._elementwise = ElementwiseSteps(run)

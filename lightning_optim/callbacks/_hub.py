@@ -257,6 +257,10 @@ class Hub(Hears):
         """The counts of each optimizer."""
         return self._pipelines.counts()
 
+    def total(self) -> StepCounts:
+        """The counts of all optimizers together, of those that are gone, too."""
+        return self._pipelines.total()
+
     # The end.
 
     def close(self) -> None:

@@ -140,10 +140,14 @@ class StepPipeline:
         self._operands.restore()
         self._operands.close()
 
-    def counts(self) -> StepCounts:
-        """Return steps, clipped and skipped so far; on an accelerator the latter two may be a few steps late."""
+    def counts(self, exact: bool = False) -> StepCounts:
+        """Return steps, clipped and skipped so far.
+
+        Args:
+            exact: Whether to wait for the device; else clipped and skipped may be a few steps late on an accelerator.
+        """
         self.settle()
-        return StepCounts(self._steps, *map(int, self._counts_on_host.read()))
+        return StepCounts(self._steps, *map(int, self._counts.tolist() if exact else self._counts_on_host.read()))
 
     @property
     def steps(self) -> int:

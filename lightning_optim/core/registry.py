@@ -104,10 +104,6 @@ class Registry(Generic[T]):
                 raise ValueError(f"The {self.kind} {name!r} takes no {argument!r}. {nearest(argument, known)}")
         return cls(**arguments)
 
-    def name_of(self, cls: type) -> str | None:
-        """The name that ``cls`` is registered under; None if it is not."""
-        return next((name for name, known in self._classes.items() if known is cls), None)
-
     def names(self, pattern: str = "*") -> list[str]:
         """Registered names that match a shell-style ``pattern``, sorted; aliases are not among them."""
         return sorted(name for name in self._classes if fnmatchcase(name, pattern.lower()))
@@ -155,6 +151,16 @@ def register(cls: Any = None, *, name: str | None = None) -> Any:
             return cls
     bases = ", ".join(registry.base.__name__ for registry in _registries)
     raise TypeError(f"Cannot register {cls!r}: it derives from none of {bases}.")
+
+
+def one_or_several(given: Any) -> tuple[Any, ...]:
+    """``given`` as a tuple: a single name or object stands for a list of one, and is not read letter by letter.
+
+    Example:
+        >>> one_or_several("spikes"), one_or_several(["spikes", "nan"]), one_or_several(())
+        (('spikes',), ('spikes', 'nan'), ())
+    """
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
 
 
 def snake_case(name: str) -> str:

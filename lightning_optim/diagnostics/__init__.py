@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 Report = StepReport
-"""The name of `StepReport` up to 0.1."""
+"""The name of `StepReport` up to 0.1. Remove in 0.2."""
 
 DEFAULT_DIAGNOSTICS: tuple[Diagnostic, ...] = (
     GradNorm(),

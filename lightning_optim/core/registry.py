@@ -85,6 +85,8 @@ class Registry(Generic[T]):
         Raises:
             ValueError: There is none; the message names the nearest.
         """
+        if (cls := self._classes.get(name)) is not None:  # each step asks for the rule of each group
+            return cls
         key = _key(name)
         cls = self._classes.get(self._aliases.get(key, key))
         if cls is None:

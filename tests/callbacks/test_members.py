@@ -117,24 +117,9 @@ def test_subclasses_of_all_that_override_every_hook_without_super_work(unchanged
     _assert_all_works(set(CLASSES), HOOKS, unchanged, tmp_path)
 
 
-ONE_HOOK = [
-    "setup",
-    "on_fit_start",
-    "on_train_start",
-    "on_train_batch_start",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-    "on_save_checkpoint",
-    "on_load_checkpoint",
-    "on_train_end",
-    "teardown",
-    "on_exception",
-]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("hook", ONE_HOOK)
+@pytest.mark.parametrize("hook", HOOKS)
 def test_a_subclass_that_overrides_one_hook_without_super_leaves_all_working(cls, hook, unchanged, tmp_path):
     _assert_all_works({cls}, [hook], unchanged, tmp_path)
 

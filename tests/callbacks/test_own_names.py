@@ -120,6 +120,25 @@ def test_a_diagnostic_of_ones_own(tmp_path):
         assert 0 < largest <= norm
 
 
+def test_a_plan_takes_the_names_too(tmp_path, capsys):
+    for cls in (Tenth, SecondStep, Largest):
+        lo.register(cls)
+    yaml_text = """
+- {class_path: lightning_optim.ConfigureOptimizers, init_args: {optimizer: adamw, lr: 0.1}}
+- {class_path: lightning_optim.GradientClipping, init_args: {method: tenth}}
+- {class_path: lightning_optim.DivergenceGuard, init_args: {detectors: [second_step]}}
+- {class_path: lightning_optim.OptimizerMonitor, init_args: {diagnostics: [largest]}}
+"""
+    path = tmp_path / "run.yaml"
+    config = {"trainer": {**TRAINER, "logger": False, "callbacks": yaml.safe_load(yaml_text)}, "data": {"count": 20}}
+    path.write_text(yaml.safe_dump(config))
+    lo.OptimCLI(Net, Data, args=["plan", "--config", str(path)], save_config_callback=None)
+    assert "No conflicts." in capsys.readouterr().out
+    path.write_text(path.read_text().replace("tenth", "tenht"))
+    with pytest.raises(ValueError, match="Did you mean 'tenth'"):
+        lo.OptimCLI(Net, Data, args=["plan", "--config", str(path)], save_config_callback=None)
+
+
 def test_a_single_name_is_one_name_in_python_and_in_yaml(tmp_path):
     for cls in (SecondStep, Largest):
         lo.register(cls)

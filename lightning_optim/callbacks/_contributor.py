@@ -31,7 +31,7 @@ class Contributor(L.Callback):
     # What a subclass contributes.
 
     def clip_rule(self) -> ClipRule | None:
-        """Return the clip rule; called once per optimizer. None for no clipping."""
+        """Return the clip rule, or None for no clipping; called more than once, also to find out who clips."""
         return None
 
     def clip_limit(self, run: Run) -> Callable[[int], float] | None:

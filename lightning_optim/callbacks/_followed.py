@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -68,11 +70,29 @@ class Followed:
         self._owed |= set(map(id, members))
 
 
+@dataclass(frozen=True)
+class _Left:
+    """What an optimizer that is gone, or a checkpoint, has left at a place of the Trainer's list.
+
+    Args:
+        counts: Its steps.
+        clip: What the clip rule remembers.
+        params: Its parameters; None from a checkpoint, which has none.
+    """
+
+    counts: StepCounts
+    clip: dict[str, Any] | None
+    params: list[Tensor] | None = None
+
+
+_NOTHING = _Left(StepCounts(), None)
+
+
 class FollowedOptimizers:
     """Gives each optimizer a pipeline, and takes it from those that are gone.
 
-    An optimizer that comes in the place of another goes on with the counts of that place, and with what the clip rule
-    remembers if it has the same parameters.
+    An optimizer that comes in the place of another that is gone goes on with its counts, and with what the clip rule
+    remembers if it has the same parameters. Counts of a place that stays empty are kept.
 
     Args:
         make: Makes a pipeline of an optimizer that is followed, and the counts and the clip state to go on from.
@@ -86,29 +106,34 @@ class FollowedOptimizers:
         self._make = make
         self.present: list[Followed] = []
         self.known: set[int] = set()
-        self._counts: dict[int, StepCounts] = {}
-        self._clip: dict[int, dict[str, Any]] = {}
-        self._params: dict[int, list[Tensor]] = {}
+        self._left: dict[int, _Left] = {}
+        self._gone = StepCounts()
 
-    def restore(self, counts: Sequence[StepCounts], clip: Sequence[dict[str, Any]]) -> None:
+    def restore(self, counts: Sequence[StepCounts], clip: Sequence[dict[str, Any]], gone: StepCounts) -> None:
         """Go on from a checkpoint: the pipelines there are, and those to come."""
-        self._counts, self._clip, self._params = dict(enumerate(counts)), dict(enumerate(clip)), {}
-        for index, followed in enumerate(self.present):
-            if index < len(counts):
-                followed.pipeline.load_counts(counts[index])
-            if index < len(clip):
-                followed.pipeline.load_clip_state(clip[index])
+        self._gone = gone
+        restored = [_Left(*both) for both in zip_longest(counts, clip[: len(counts)])]  # no rule, no clip states
+        self._left = dict(enumerate(restored[len(self.present) :], len(self.present)))
+        for followed, left in zip(self.present, restored, strict=False):
+            followed.pipeline.load_counts(left.counts)
+            if left.clip is not None:
+                followed.pipeline.load_clip_state(left.clip)
 
-    def counts(self) -> list[StepCounts]:
-        """The counts of each place; of what was restored, as long as there are no pipelines."""
+    def counts(self, exact: bool = False) -> list[StepCounts]:
+        """The counts of each place, or `exact` ones; of what was restored or left, while there are no pipelines."""
         if not self.present:
-            return list(self._counts.values())
-        return [followed.pipeline.counts() for followed in self.present]
+            return [left.counts for left in self._left_in_order()]
+        return [followed.pipeline.counts(exact) for followed in self.present]
+
+    def gone(self) -> StepCounts:
+        """The counts of optimizers that are gone and have no successor, all together."""
+        left = self._left.values() if self.present else ()
+        return sum((each.counts for each in left), self._gone)
 
     def clip_states(self) -> list[dict[str, Any]]:
         """What the clip rule remembers at each place."""
         if not self.present:
-            return list(self._clip.values())
+            return [left.clip or {} for left in self._left_in_order()]
         return [followed.pipeline.clip_state() for followed in self.present]
 
     def find(self, optimizer: Any) -> Followed | None:
@@ -129,14 +154,13 @@ class FollowedOptimizers:
     def update(self, optimizers: Sequence[Any]) -> None:
         """Follow these and no others."""
         wanted = [bare(optimizer) for optimizer in optimizers]
-        for index, followed in enumerate(self.present):  # a place may be empty for a while
-            self._counts[index] = followed.pipeline.counts()
-            self._clip[index] = followed.pipeline.clip_state()
-            self._params[index] = followed.params
         present = {id(followed.optimizer): followed for followed in self.present}
-        for followed in self.present:
+        for index, followed in enumerate(self.present):
             if not any(followed.optimizer is optimizer for optimizer in wanted):
-                followed.pipeline.close()
+                before = self._left.get(index, _NOTHING).counts
+                pipeline = followed.pipeline
+                self._left[index] = _Left(before + pipeline.counts(exact=True), pipeline.clip_state(), followed.params)
+                pipeline.close()
         self.known = set()
         self.present = []  # should the next line refuse one, the others are still to be closed
         stay = [present.get(id(optimizer)) for optimizer in wanted]
@@ -155,11 +179,14 @@ class FollowedOptimizers:
             self.present.pop().pipeline.close()
 
     def _new(self, optimizer: Optimizer, place: int) -> Followed:
-        followed = Followed(optimizer)
-        before, params = self._params.get(place), followed.params
+        followed, left = Followed(optimizer), self._left.pop(place, _NOTHING)
+        before, params = left.params, followed.params
         same = before is None or (len(before) == len(params) and all(map(_is, before, params)))
-        followed.pipeline = self._make(followed, self._counts.get(place), self._clip.get(place) if same else None)
+        followed.pipeline = self._make(followed, left.counts, left.clip if same else None)
         return followed
+
+    def _left_in_order(self) -> list[_Left]:
+        return [self._left.get(index, _NOTHING) for index in range(max(self._left, default=-1) + 1)]
 
 
 def bare(optimizer: Any) -> Optimizer:

@@ -49,6 +49,13 @@ class HubCallback(Contributor):
         if stage == "fit":
             Hub.of(trainer).join(self)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse to train with this callback if it came after the start: no `setup` was called."""
+        if self._hub is None:
+            raise _late(self)
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save, after a fit, the state that the fit had."""
         if self._hub is None:
@@ -74,6 +81,7 @@ class Hub(Hears):
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = weakref.ref(trainer)
         self.members: list[HubCallback] = []
+        self._seen: list[Any] = []
         self._undo = ExitStack()
         self._hearing = Hearing()
         self._pipelines = Pipelines(trainer, self.members, self._hearing, self._undo)
@@ -133,6 +141,12 @@ class Hub(Hears):
         """Register something to be undone at the end of the fit, however it ends; newest first."""
         self._undo.callback(undo)
 
+    def _refuse_late(self, callbacks: list[Any]) -> None:
+        for callback in callbacks:
+            if is_ours(callback) and callback not in self.members:
+                raise _late(callback)
+        self._seen = list(callbacks)
+
     def _join_all(self) -> None:
         for callback in list(self.trainer.callbacks):  # type: ignore[attr-defined]
             if is_ours(callback):
@@ -171,7 +185,10 @@ class Hub(Hears):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Follow optimizers that have been replaced."""
+        """Follow optimizers that have been replaced, and refuse callbacks of ours that came after the start."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if callbacks != self._seen:  # by identity, in C; a subclass may override the hook in which it would object
+            self._refuse_late(callbacks)
         self._pipelines.follow()
         for member in self._hearing.batch_start:
             member._at_batch_start(trainer, pl_module, batch)
@@ -264,6 +281,10 @@ class Hub(Hears):
         """The counts of each optimizer."""
         return self._pipelines.counts()
 
+    def total(self) -> StepCounts:
+        """The counts of all optimizers together, of those that are gone, too."""
+        return self._pipelines.total()
+
     # The end.
 
     def close(self) -> None:
@@ -293,6 +314,7 @@ class Hub(Hears):
             member._at_save_checkpoint(checkpoint)
 
     def _leave(self) -> None:
+        self._seen = []
         for member in self.members:
             member._hub = None
         self.members.clear()
@@ -301,6 +323,13 @@ class Hub(Hears):
             # A new list: Lightning may be going through the old one, and would leave out the next callback.
             present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             trainer.callbacks = [callback for callback in present if callback is not self]  # type: ignore[attr-defined]
+
+
+def _late(callback: HubCallback) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"{callback!r} was added to trainer.callbacks after training had started, and the optimizers had been prepared "
+        "without it: it would do nothing. Give it to Trainer(callbacks=[...]), or add it in a callback's `setup`."
+    )
 
 
 def _roles(callback: HubCallback) -> set[str]:

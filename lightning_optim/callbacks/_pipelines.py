@@ -157,15 +157,25 @@ class Pipelines:
         """The counts of each optimizer."""
         return self._optimizers.counts()
 
+    def total(self) -> StepCounts:
+        """The counts of all optimizers together, of those that are gone, too."""
+        return sum(self._optimizers.counts(), self._optimizers.gone())
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors, so that checkpoints load with ``weights_only=True``."""
-        state: dict[str, Any] = {"counts": [[c.steps, c.clipped, c.skipped] for c in self._optimizers.counts()]}
-        clip = self._optimizers.clip_states()
-        return {**state, "clip": clip} if any(clip) else state
+        state: dict[str, Any] = {
+            "counts": [[c.steps, c.clipped, c.skipped] for c in self._optimizers.counts(exact=True)]
+        }
+        if any(clip := self._optimizers.clip_states()):
+            state["clip"] = clip
+        if (gone := self._optimizers.gone()) != StepCounts():
+            state["gone"] = [gone.steps, gone.clipped, gone.skipped]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from counts and clip states, by the places of the optimizers."""
-        self._optimizers.restore([StepCounts(*counts) for counts in state.get("counts", [])], state.get("clip", []))
+        counts = [StepCounts(*each) for each in state.get("counts", [])]
+        self._optimizers.restore(counts, state.get("clip", []), StepCounts(*state.get("gone", [])))
 
     def _follow_if_new(self, optimizer: Optimizer) -> None:
         trainer = self._trainer_ref()

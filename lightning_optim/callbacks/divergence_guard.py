@@ -14,6 +14,7 @@ from lightning_optim.callbacks._guard.snapshots import RunSnapshots
 from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocation
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step, plain_name
+from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import (
     DETECTORS,
@@ -68,7 +69,8 @@ class DivergenceGuard(HubCallback):
         save_batches: Whether to save the batches of skipped steps next to the report, for inspection; of at most 16
             steps, ``divergence_batches/step<step>_rank<rank>.pt``.
         detectors: Further detectors that may request the skip of a step, as instances, or as names given by
-            `lightning_optim.register`. Each such step is reported with the detector's `reason`.
+            `lightning_optim.register`; one, or several in a list. Each such step is reported with the detector's
+            `reason`.
 
     Raises:
         ValueError: A threshold is out of range, or the name of a detector is unknown.
@@ -92,14 +94,14 @@ class DivergenceGuard(HubCallback):
         health: HealthLimits | None = HealthLimits(),  # noqa: B008
         report_dir: str | None = None,
         save_batches: bool = False,
-        detectors: Sequence[Detector | str] = (),
+        detectors: Sequence[Detector | str] | Detector | str = (),
     ) -> None:
         if patience < 1:
             raise ValueError(f"Invalid patience={patience!r}: must be a whole number of at least 1, for instance 5.")
         self.spikes, self.lr_cut, self.rollback, self.health = spikes, lr_cut, rollback, health
         self._patience = patience
         self._report_dir, self._save_batches = report_dir, save_batches
-        self.extra_detectors = tuple(_detector(given) for given in detectors)
+        self.extra_detectors = tuple(map(_detector, one_or_several(detectors)))
         self.ladder = Ladder(lr_cut, rollback, stop, cooldown)
         self.report = DivergenceReport()
         self._skipped = 0
@@ -274,7 +276,7 @@ class DivergenceGuard(HubCallback):
         return reduced
 
     def _count(self) -> int:
-        return sum(guarded.pipeline.skipped() for guarded in self._guarded)
+        return self.hub.total().skipped
 
     def _new_alarms(self, everything: bool = False) -> list[tuple[Alarm, StepLocation]]:
         """Judge the steps that have arrived, report what is wrong with them, and return what may need a response."""

@@ -14,6 +14,7 @@ from lightning_optim.callbacks._lightning import logging_due, logging_step
 from lightning_optim.callbacks._monitor.details import MonitorDetails
 from lightning_optim.callbacks._monitor.meter import RunMeter
 from lightning_optim.callbacks._monitor.page import HP_METRICS, MonitorPage, log_scalars
+from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, DIAGNOSTICS, Diagnostic, Histograms, PerTensor, StepReport
 from lightning_optim.diagnostics.advice import BatchAdvice
@@ -32,9 +33,9 @@ class OptimizerMonitor(HubCallback):
     reports the gradients are not read for the monitor, and nothing waits for the device.
 
     Args:
-        diagnostics: Quantities per group: instances, or names given by `lightning_optim.register`; None for all
-            built-in ones (`lightning_optim.diagnostics.DEFAULT_DIAGNOSTICS`). Learning rates, weight decay, loss,
-            health and speed are always shown.
+        diagnostics: Quantities per group: instances, or names given by `lightning_optim.register`; one, or several in a
+            list; None for all built-in ones (`lightning_optim.diagnostics.DEFAULT_DIAGNOSTICS`). Learning rates, weight
+            decay, loss, health and speed are always shown.
         hp_metrics: Tags by which TensorBoard's page of hyperparameters compares runs; add those that the module logs,
             for instance ``val_loss``.
         per_tensor: Display of individual tensors on TensorBoard, as a table of those that stand out and as images of
@@ -59,19 +60,21 @@ class OptimizerMonitor(HubCallback):
 
     def __init__(
         self,
-        diagnostics: Sequence[Diagnostic | str] | None = None,
-        hp_metrics: Sequence[str] = HP_METRICS,
+        diagnostics: Sequence[Diagnostic | str] | Diagnostic | str | None = None,
+        hp_metrics: Sequence[str] | str = HP_METRICS,
         progress_bar: bool = True,
         per_tensor: PerTensor | None = None,
         histograms: Histograms | None = None,
     ) -> None:
-        self.diagnostics = DEFAULT_DIAGNOSTICS if diagnostics is None else tuple(map(_diagnostic, diagnostics))
+        self.diagnostics = (
+            DEFAULT_DIAGNOSTICS if diagnostics is None else tuple(map(_diagnostic, one_or_several(diagnostics)))
+        )
         names = [diagnostic.name for diagnostic in self.diagnostics]
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"Two diagnostics are called {duplicates[0]!r}: names must be unique, because each is part of a tag."
             )
-        self.hp_metrics = tuple(hp_metrics)
+        self.hp_metrics = one_or_several(hp_metrics)
         self.progress_bar = progress_bar
         self.per_tensor, self.histograms = per_tensor, histograms
         self.latest: dict[str, float] = {}

@@ -43,7 +43,7 @@ class RunSummary(HubCallback):
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the results of the last fit, because a fit with nothing left to train never starts or ends training."""
         self._first_step, self._start, self._seconds = trainer.global_step, 0.0, 0.0
-        self._counts: list[StepCounts] = []
+        self._counts = StepCounts()
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -53,7 +53,7 @@ class RunSummary(HubCallback):
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock, and collect the counts, which are not available after the fit."""
         self._seconds = time.perf_counter() - self._start
-        self._counts = self.hub.counts()
+        self._counts = self.hub.total()
 
     @rank_zero_only
     def _at_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -68,11 +68,9 @@ class RunSummary(HubCallback):
             run.add_row(label, "not logged" if value is None else f"{float(value):.4f}")
         steps = trainer.global_step - self._first_step
         run.add_row("steps per second", f"{steps / self._seconds:.1f}" if self._seconds > 0 else "-")
-        total = sum(counts.steps for counts in self._counts)
-        clipped = sum(counts.clipped for counts in self._counts)
-        skipped = sum(counts.skipped for counts in self._counts)
-        run.add_row("steps clipped", f"{clipped / total:.1%} of {total}" if total else "-")
-        run.add_row("steps skipped", str(skipped))
+        counts = self._counts
+        run.add_row("steps clipped", f"{counts.clipped / counts.steps:.1%} of {counts.steps}" if counts.steps else "-")
+        run.add_row("steps skipped", str(counts.skipped))
         console.print(run)
         groups = Table("group", "tensors", "parameters", "lr", "peak lr", "weight decay", title="Parameter groups")
         groups.title_justify = "left"

@@ -106,6 +106,8 @@ class ScheduleFree(HubCallback):
                     self._train(trainer)
 
         def undo() -> None:
+            if vars(trainer).get("save_checkpoint") is not save_average:
+                return  # Wrapped once more in the meantime: what is around ours stays, and ours only passes on by now.
             if wrapped_before:
                 trainer.save_checkpoint = save  # type: ignore[method-assign]
             else:

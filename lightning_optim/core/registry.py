@@ -85,6 +85,8 @@ class Registry(Generic[T]):
         Raises:
             ValueError: No class has that name; the message suggests the nearest one.
         """
+        if (cls := self._classes.get(name)) is not None:  # each step asks for the rule of each group
+            return cls
         key = _key(name)
         cls = self._classes.get(self._aliases.get(key, key))
         if cls is None:
@@ -103,10 +105,6 @@ class Registry(Generic[T]):
             if argument not in known:
                 raise ValueError(f"The {self.kind} {name!r} takes no {argument!r}. {nearest(argument, known)}")
         return cls(**arguments)
-
-    def name_of(self, cls: type) -> str | None:
-        """Return the name under which ``cls`` is registered; None if it is not registered."""
-        return next((name for name, known in self._classes.items() if known is cls), None)
 
     def names(self, pattern: str = "*") -> list[str]:
         """Return the registered names that match a shell-style ``pattern``, sorted and without aliases."""
@@ -158,6 +156,16 @@ def register(cls: Any = None, *, name: str | None = None) -> Any:
             return cls
     bases = ", ".join(registry.base.__name__ for registry in _registries)
     raise TypeError(f"Cannot register {cls!r}: it derives from none of {bases}.")
+
+
+def one_or_several(given: Any) -> tuple[Any, ...]:
+    """``given`` as a tuple: a single name or object stands for a list of one, and is not read letter by letter.
+
+    Example:
+        >>> one_or_several("spikes"), one_or_several(["spikes", "nan"]), one_or_several(())
+        (('spikes',), ('spikes', 'nan'), ())
+    """
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
 
 
 def snake_case(name: str) -> str:

@@ -217,6 +217,9 @@ class StepCounts:
     clipped: int = 0
     skipped: int = 0
 
+    def __add__(self, other: StepCounts) -> StepCounts:
+        return StepCounts(self.steps + other.steps, self.clipped + other.clipped, self.skipped + other.skipped)
+
 
 @dataclass(frozen=True)
 class StepRecord:

@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 Report = StepReport
-"""Former name of `StepReport`, used up to version 0.1."""
+"""Former name of `StepReport`, used up to version 0.1. Remove in 0.2."""
 
 DEFAULT_DIAGNOSTICS: tuple[Diagnostic, ...] = (
     GradNorm(),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.stats import TENSOR_COLUMNS
 from lightning_optim.core.suggest import nearest
 
@@ -78,10 +79,11 @@ class PerTensor:
 
     worst: int = 10
     by: str = "update_ratio"
-    heat_maps: Sequence[str] = ("grad_norm", "update_ratio")
+    heat_maps: Sequence[str] | str = ("grad_norm", "update_ratio")
     every: int = 20
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "heat_maps", one_or_several(self.heat_maps))
         for name in (self.by, *self.heat_maps):
             if name not in QUANTITIES:
                 raise ValueError(f"Unknown quantity {name!r} of a tensor. {nearest(name, QUANTITIES)}")

@@ -148,10 +148,14 @@ class StepPipeline:
         self._operands.restore()
         self._operands.close()
 
-    def counts(self) -> StepCounts:
-        """Return the numbers of steps, clipped and skipped; on an accelerator the latter two may lag a few steps."""
+    def counts(self, exact: bool = False) -> StepCounts:
+        """Return the numbers of steps, clipped and skipped.
+
+        Args:
+            exact: Whether to wait for the device; else clipped and skipped may lag a few steps on an accelerator.
+        """
         self.settle()
-        return StepCounts(self.steps, *map(int, self._counts_on_host.read()))
+        return StepCounts(self.steps, *map(int, self._counts.tolist() if exact else self._counts_on_host.read()))
 
     def skipped(self) -> int:
         """Return the number of skipped steps so far, as `counts` has it."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import lightning.pytorch as L
 import pytest
 import schedulefree
@@ -134,6 +136,46 @@ def test_after_an_exception_the_module_has_the_average_and_can_go_on(tmp_path, w
     optimizer.load_state_dict(checkpoint["optimizer_states"][0])
     optimizer.train()
     assert bit_equal(weights(again), points[1])
+
+
+@pytest.mark.parametrize(
+    "hook", [None, "on_fit_start", "on_train_start", "on_train_batch_end", "on_train_end", "teardown"]
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_save_checkpoint_is_what_it_was_however_a_fit_ends(hook, wrapped, first):
+    def save(*args, **kwargs):
+        pass
+
+    def raises(*args, **kwargs):
+        raise ArithmeticError
+
+    other = L.Callback()
+    if hook is not None:
+        setattr(other, hook, raises)
+    trainer = make_trainer([lo.ScheduleFree(), other] if first else [other, lo.ScheduleFree()])
+    if wrapped:
+        trainer.save_checkpoint = save
+    with contextlib.nullcontext() if hook is None else pytest.raises(ArithmeticError):
+        trainer.fit(Watched(), batches(2))
+    assert vars(trainer).get("save_checkpoint") is (save if wrapped else None)
+
+
+def test_a_wrapper_around_ours_stays():
+    class Wraps(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            inner = trainer.save_checkpoint
+
+            def wrapper(*args, **kwargs):
+                calls.append(args)
+                inner(*args, **kwargs)
+
+            trainer.save_checkpoint = self.wrapper = wrapper
+
+    calls, wraps = [], Wraps()
+    trainer = make_trainer([wraps, lo.ScheduleFree()])
+    trainer.fit(Watched(), batches(2))
+    assert trainer.save_checkpoint is wraps.wrapper
 
 
 def test_a_save_that_fails_leaves_training_where_it_was(tmp_path):

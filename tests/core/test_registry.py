@@ -65,8 +65,7 @@ def test_a_class_of_ones_own_is_found_by_name(cls, registry):
     assert lo.register(cls) is cls
     name = snake_case(cls.__name__)
     assert registry.get(name.upper()) is cls
-    assert name in registry.names()
-    assert registry.name_of(cls) == name
+    assert (name, cls) in registry.items()
 
 
 def test_a_name_may_be_given_and_taken_again_by_the_same_class():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -426,3 +427,38 @@ def test_a_matrix_without_elements_is_no_obstacle(shape: tuple[int, int], rule: 
     optimizer.step()
     assert params[1].isfinite().all()
     assert not torch.equal(params[1], torch.ones(2, 2))
+
+
+def _calls_of_a_step(optimizer: Any) -> int:
+    """Calls of functions, in Python and in C, of one warm step."""
+    calls = 0
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    for _ in range(2):
+        optimizer.step()
+    sys.setprofile(count)
+    try:
+        optimizer.step()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_many_groups_left_to_adamw_cost_about_what_they_cost_with_adamw(backend: str) -> None:
+    """Counted, not timed: a loaded machine changes nothing."""
+
+    def groups(**rule: str) -> list[dict[str, Any]]:
+        made = [torch.ones(4, requires_grad=True) for _ in range(400)]
+        for param in made:
+            param.grad = torch.ones(4)
+        return [{"params": [param], "lr": 1e-3 * (1 + index % 7), **rule} for index, param in enumerate(made)]
+
+    matrix = torch.ones(4, 4, requires_grad=True)
+    matrix.grad = torch.eye(4)
+    adamw = _calls_of_a_step(lo.optim.AdamW(groups(), backend=backend))
+    muon = _calls_of_a_step(lo.optim.Muon([{"params": [matrix]}, *groups(rule="adamw")], backend=backend))
+    assert muon <= 1.3 * adamw

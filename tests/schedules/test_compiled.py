@@ -33,11 +33,15 @@ CALLS: Counter[str] = Counter()
 
 
 class Counted(Cosine):
-    """Counts how often its shape is evaluated."""
+    """Counts how often its shape is evaluated, and it is compiled."""
 
     def shape(self, at):
         CALLS["shape"] += 1
         return super().shape(at)
+
+    def over(self, horizon):
+        CALLS["compiled"] += 1
+        return super().over(horizon)
 
 
 class CountedPlateau(ReduceOnPlateau):

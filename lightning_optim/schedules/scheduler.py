@@ -17,15 +17,11 @@ from lightning_optim.core.suggest import nearest
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.clock import RunClock
-from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
+from lightning_optim.schedules.driven import Driven
+from lightning_optim.schedules.hyperparameters import Hyperparameter
 from lightning_optim.schedules.order import has_stepped, warn_of_order
-from lightning_optim.schedules.rates import GroupRates
 from lightning_optim.schedules.resumed import check_schedules, tell_of_length
 from lightning_optim.schedules.run import EpochEnds, Run, scaled_phases
-from lightning_optim.schedules.written import Written
-
-_SAMPLES = 101
-"""Number of steps of the run at which the values of a hyperparameter are checked beforehand."""
 
 _SAME = 1e-12
 """Relative difference of two multipliers that counts as none: the same number, computed in two ways."""
@@ -97,12 +93,7 @@ class Scheduler(LRScheduler):
         self._tell = tell
         self._told: set[str] = set()
         self._saved: dict[str, Any] | None = None  # the lengths in a checkpoint that has been loaded
-        self._groups = GroupRates(schedule)
-        self._groups.take_schedules(optimizer.param_groups)
-        owner = type(optimizer).__name__
-        self._others: dict[Hyperparameter, Schedule] = {
-            hyperparameter(name, optimizer.defaults, owner): given for name, given in (schedules or {}).items()
-        }
+        self._driven = Driven(optimizer, schedule, schedules or {}, self._tell_once)
         self.horizon: Horizon | None = None
         self._clock = RunClock()
         self._epochs = EpochEnds()
@@ -112,30 +103,24 @@ class Scheduler(LRScheduler):
         self._has_own_length = horizon is not None
         self._is_pinned = self._is_moving_itself = self._steps_now = False
         if last_epoch != -1:
-            self._check_resumable(optimizer, last_epoch)
-        for other, given in self._others.items():
-            given.check_no_rate(other.name)
-        self._groups.check(optimizer.param_groups)
+            self._driven.check_resumable(last_epoch)
+        self._driven.check_peaks()
         self._restored = last_epoch != -1
         self._skipped_steps: Callable[[], int] | None = None
         self._skips_seen = self._skipped = 0
         self._order_is_known = True  # the first call of `step` comes from the constructor
         self._curves: dict[int, tuple[Schedule, Callable[[float], float]]] = {}
         self._compiled_for: Horizon | None = None
-        self._applied = 0.0  # the multiplier of the rates as they are; 0 before there are any
-        self._written = {driven: Written(driven) for driven in (LR, *self._others)}
-        self._held: dict[int, float] = {}  # rates that others have set while the schedule's was 0, by place
-        needs_none = not any(given.needs_length for given in self._all_schedules())
-        if horizon is not None or needs_none:
+        if horizon is not None or not any(given.needs_length for given in self._driven.schedules()):
             self.horizon = horizon or Horizon()
-            self._check(self.horizon, optimizer)
+            self._driven.check(self.horizon)
             self._clock.restart(self.horizon)
         self._is_made = False  # torch's constructor takes a first step
         super().__init__(optimizer, last_epoch)
         self._is_made = True
         self._order_is_known = self._restored
         # A loaded state brings rates of its own, which nobody has written against the schedule.
-        optimizer.register_load_state_dict_post_hook(lambda _: self._forget_written())
+        optimizer.register_load_state_dict_post_hook(lambda _: self._driven.forget_written())
 
     def resolve(self, horizon: Horizon) -> None:
         """Set the length of the run, compile the schedules for it, and set the rates of the next step.
@@ -148,8 +133,8 @@ class Scheduler(LRScheduler):
         """
         self._take_over()
         horizon = self._agreed(horizon)
-        self._check(horizon, self.optimizer)
-        if scaled := scaled_phases(self._all_schedules(), horizon):
+        self._driven.check(horizon)
+        if scaled := scaled_phases(self._driven.schedules(), horizon):
             self._tell_once(
                 "scaled",
                 f"The run has {horizon.total_steps} optimizer steps only: the phases of {', '.join(map(repr, scaled))} "
@@ -159,7 +144,7 @@ class Scheduler(LRScheduler):
             self._tell_once(note, note)
         self.horizon = horizon
         self._compiled_for = None  # even for the same length: a schedule may have been changed since
-        self._groups.forget()
+        self._driven.rates.forget()
         self._apply()
 
     def follow(self, run: Run) -> None:
@@ -228,7 +213,7 @@ class Scheduler(LRScheduler):
             horizon: Length of the run; None for the present one.
         """
         run = horizon or self.horizon or Horizon()
-        return [note for schedule in self._all_schedules() for note in schedule.notes(run)]
+        return [note for schedule in self._driven.schedules() for note in schedule.notes(run)]
 
     def hold_on(self, skipped_steps: Callable[[], int]) -> None:
         """Do not advance for steps that were skipped.
@@ -266,7 +251,7 @@ class Scheduler(LRScheduler):
 
     def _advance(self) -> None:
         if self.horizon is None and self._is_made:
-            needing = next(given for given in self._all_schedules() if given.needs_length)
+            needing = next(given for given in self._driven.schedules() if given.needs_length)
             raise RuntimeError(
                 f"{needing!r} needs the length of the run, which is not known, so the rates would stay as they are. "
                 "Give OptimizerFactory.build or Scheduler a Horizon, or call scheduler.resolve(Horizon(...)) before "
@@ -294,36 +279,36 @@ class Scheduler(LRScheduler):
         Raises:
             ValueError: The schedule follows no metric.
         """
-        if self._groups.plateau is None:
+        if self._driven.rates.plateau is None:
             raise ValueError(f"{self.schedule!r} looks at no metric; use ReduceOnPlateau.")
         phases = self.schedule.phases(self._clock.frame or Horizon())
         if self._clock.at(self.last_epoch) >= phases.warmup + phases.hold:
             self._take_over()
-            self._groups.plateau.observe(value)
+            self._driven.rates.plateau.observe(value)
             self._apply()
 
     @property
     def schedule(self) -> Schedule:
         """The schedule of the groups without one of their own."""
-        return self._groups.schedule
+        return self._driven.rates.schedule
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        self._groups.schedule = schedule
+        self._driven.rates.schedule = schedule
 
     @property
     def group_schedules(self) -> dict[str, Schedule]:
         """Schedules of single groups, by the name of the group."""
-        return self._groups.own
+        return self._driven.rates.own
 
     @property
     def others(self) -> dict[Hyperparameter, Schedule]:
         """Schedules of hyperparameters other than the learning rate."""
-        return dict(self._others)
+        return dict(self._driven.others)
 
     def get_lr(self) -> list[float | Tensor]:
         """Compute the learning rate of each group at the current step; tensors of shape [] where a group has one."""
-        return self._rates(_once(self.value))
+        return self._driven.learning_rates(self._values())
 
     def value(self, schedule: Schedule) -> float:
         """Evaluate any schedule at the current step of this run; 1 as long as the length of the run is not known.
@@ -373,8 +358,7 @@ class Scheduler(LRScheduler):
     def _jumps(self, horizon: Horizon) -> bool:
         """Whether a hyperparameter would jump, were the schedules compiled for this length from now on."""
         step = max(self.last_epoch, 0)
-        in_use = {id(s): s for s in (*self._groups.in_use(self.optimizer.param_groups), *self._others.values())}
-        for schedule in in_use.values():
+        for schedule in self._driven.in_use():
             try:
                 new = schedule.over(horizon)(step)
             except ValueError:  # A phase has become longer than the run.
@@ -387,7 +371,8 @@ class Scheduler(LRScheduler):
         """The length that applies, for which the clock is set: that of this run, or the one in the checkpoint."""
         saved, self._saved = self._saved, None
         total = None if saved is None else saved.get("total_steps")
-        if saved is None or total in (None, present.total_steps):
+        of_no_length = not any(given.needs_length for given in self._driven.schedules())
+        if saved is None or total in (None, present.total_steps) or of_no_length:
             self._set_clock(present, saved)
             return present
         former = Horizon(total, saved["steps_per_epoch"], tuple(saved.get("epoch_ends", ())))
@@ -395,8 +380,7 @@ class Scheduler(LRScheduler):
             self._mark = None  # The length had varied before the checkpoint: it is followed as it would have been.
             self._set_clock(former, saved)
             return former
-        base = LR.base(self.optimizer.param_groups[0])
-        last = self._groups.at_peak(self.schedule, base).over(former)(total)
+        last = next(self._driven.in_use()).over(former)(total)
         tell_of_length(total, present.total_steps, self.last_epoch, last, self._from_config, self._tell)
         self._is_pinned = not self._from_config
         self._set_clock(present if self._from_config else former, None if self._from_config else saved)
@@ -408,117 +392,22 @@ class Scheduler(LRScheduler):
         else:
             self._clock.restart(frame)
 
-    # Rates.
+    def _values(self) -> Callable[[Schedule], float]:
+        """`value`, called once for each schedule: several groups share one, and a step evaluates all together."""
+        values: dict[int, float] = {}
 
-    def _all_schedules(self) -> list[Schedule]:
-        return [*self._groups.schedules(), *self._others.values()]
+        def of(schedule: Schedule) -> float:
+            if id(schedule) not in values:
+                values[id(schedule)] = self.value(schedule)
+            return values[id(schedule)]
 
-    def _rates(self, value: Callable[[Schedule], float]) -> list[float | Tensor]:
-        groups = self.optimizer.param_groups
-        if any("schedule" in group or "initial_lr" not in group for group in groups):
-            self._take_in_new_groups()
-        rates = self._groups.of(groups, value)
-        for index, held in list(self._held.items()):
-            if index < len(rates) and not float(rates[index]):
-                rates[index] = held
-            else:
-                del self._held[index]
-        return rates
+        return of
 
     def _apply(self) -> None:
-        groups = self.optimizer.param_groups
-        value = _once(self.value)
-        for group, lr in zip(groups, self._rates(value), strict=True):
-            LR.write(group, lr)
-        self._applied = self._groups.shared_multiplier(groups[0], value)
-        for other, schedule in self._others.items():
-            multiplier = value(schedule)
-            for group in groups:
-                other.write(group, other.base(group) * multiplier)
-        for written in self._written.values():
-            written.record(groups)
-        # Copies, as torch promises of get_last_lr: a rate that is a tensor changes in place.
-        self._last_lr = [LR.read(group) for group in groups]
+        self._last_lr = self._driven.apply(self._values())
 
     def _take_over(self) -> None:
-        """Make what others have written into the groups the schedule's: peaks with which it gives just that now."""
-        groups = self.optimizer.param_groups
-        if rates := dict(self._written[LR].changed(groups)):
-            self._take_over_rates(rates)
-        for other, schedule in self._others.items():
-            for _, group in self._written[other].changed(groups):
-                if multiplier := self.value(schedule):
-                    group[other.base_key] = other.read(group) / multiplier
-
-    def _take_over_rates(self, changed: Mapping[int, dict[str, Any]]) -> None:
-        groups = self.optimizer.param_groups
-        new = {index: float(group["lr"]) for index, group in changed.items()}
-        found = set(new.values())
-        if self.horizon is None and len(new) == len(groups) > 1 and len(found) == 1:
-            # A finder gives one rate to all groups: it is the peak, and groups keep their ratios.
-            rate = found.pop()
-            for group in groups:
-                peak = rate * group.get("lr_multiplier", 1.0)
-                if "peak_lr" in group and (before := self._groups.peak(group["initial_lr"])):
-                    group["peak_lr"] *= peak / before  # to which our optimizers refer weight decay
-                self._groups.set_peak(group, peak)
-            self._tell_once("finder", f"The learning rate {rate:.6g} that was set before training is the peak now.")
-            return
-        value = _once(self.value)
-        for index, rate in new.items():
-            multiplier = self._groups.multiplier(index, groups[index], value)
-            if multiplier:
-                self._groups.set_peak(groups[index], rate / multiplier)
-            else:
-                self._held[index] = rate
-        named = ", ".join(f"{groups[index].get('name', index)}: {rate:.6g}" for index, rate in new.items())
-        self._tell_once(
-            "written",
-            f"Learning rates were set by others after step {max(self.last_epoch, 0)} ({named}): the schedule goes on "
-            "from them, with peaks changed by as much. Further changes are taken over without a word.",
-        )
-
-    def _take_in_new_groups(self) -> None:
-        self._groups.take_schedules(self.optimizer.param_groups)
-        for group in self.optimizer.param_groups:
-            if self._applied and "initial_lr" not in group:
-                self._join(group, self._applied)
-            LR.base(group)
-
-    def _join(self, group: dict[str, Any], multiplier: float) -> None:
-        """Set the peak of a group that was added during the run: its rate is that of the present step."""
-        group["initial_lr"] = group["lr"] / multiplier
-        if group.get("peak_lr_from", "given") != "given":  # of our optimizers, for weight decay that refers to it
-            group["peak_lr"] = float(group["initial_lr"])
-
-    def _check_resumable(self, optimizer: Optimizer, last_epoch: int) -> None:
-        if isinstance(last_epoch, bool) or not isinstance(last_epoch, int) or last_epoch < -1:
-            raise ValueError(f"Invalid last_epoch={last_epoch!r}: it is a whole number of steps, or -1 for none.")
-        if self._groups.plateau is not None:
-            raise ValueError(
-                f"last_epoch={last_epoch} does not say how often {self.schedule!r} has reduced the rates. Save its "
-                "state_dict(), and load it."
-            )
-        for driven in (LR, *self._others):
-            for index, group in enumerate(optimizer.param_groups):
-                if driven.base_key not in group:
-                    raise KeyError(
-                        f"param '{driven.base_key}' is not specified in param_groups[{index}] when resuming with "
-                        f"last_epoch={last_epoch}: it is the value at the peak, which the present one is not. Load the "
-                        "optimizer's state first, or give the groups theirs."
-                    )
-
-    def _check(self, horizon: Horizon, optimizer: Optimizer) -> None:
-        for schedule in self._all_schedules():
-            schedule.phases(horizon)
-        total = horizon.total_steps or _SAMPLES
-        for other, schedule in self._others.items():
-            bases = [float(other.base(group)) for group in optimizer.param_groups]
-            curve = schedule.over(horizon)
-            for index in range(_SAMPLES):
-                multiplier = curve(round(index * total / (_SAMPLES - 1)))
-                for base in bases:
-                    other.check(base * multiplier)
+        self._driven.take_over(self._values(), max(self.last_epoch, 0), is_placed=self.horizon is not None)
 
     def _tell_once(self, topic: str, message: str, warn: bool = False) -> None:
         if topic not in self._told:
@@ -529,14 +418,8 @@ class Scheduler(LRScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy compiles its schedules anew: what `over` returns cannot be pickled, and would still be the original's.
-        left_out: dict[str, Any] = {
-            "_curves": {},
-            "_compiled_for": None,
-            "_run": None,
-            "_post_hook": None,
-            "_skipped_steps": None,
-        }
-        return {**vars(self), **left_out, "_written": {driven: Written(driven) for driven in self._written}}
+        absent = dict.fromkeys(("_compiled_for", "_run", "_post_hook", "_skipped_steps"))
+        return {**vars(self), **absent, "_curves": {}}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, the length of the run and the schedules as text. Peaks are in the optimizer's groups."""
@@ -545,7 +428,7 @@ class Scheduler(LRScheduler):
             "last_epoch": self.last_epoch,
             "total_steps": horizon.total_steps,
             "steps_per_epoch": horizon.steps_per_epoch,
-            "schedules": self._as_text(),
+            "schedules": self._driven.as_text(),
         }
         if self._skipped:
             state["skipped"] = self._skipped
@@ -559,8 +442,8 @@ class Scheduler(LRScheduler):
             state["varies"] = True
         if self._is_moving_itself and self._run is not None:
             state["run"] = self._run.state_dict()
-        if self._groups.plateau is not None:
-            state["plateau"] = self._groups.plateau.state_dict()
+        if self._driven.rates.plateau is not None:
+            state["plateau"] = self._driven.rates.plateau.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -569,10 +452,10 @@ class Scheduler(LRScheduler):
         Raises:
             ValueError: The state is that of other schedules, and the checkpoint takes precedence.
         """
-        check_schedules(state_dict.get("schedules", {}), self._as_text(), self._from_config, self._tell)
+        check_schedules(state_dict.get("schedules", {}), self._driven.as_text(), self._from_config, self._tell)
         self.last_epoch = int(state_dict["last_epoch"])
         self._skipped = int(state_dict.get("skipped", 0))
-        plateau = self._groups.plateau
+        plateau = self._driven.rates.plateau
         if plateau is not None and "plateau" in state_dict:
             plateau.load_state_dict(state_dict["plateau"])
         if epochs := state_dict.get("epochs"):
@@ -580,7 +463,7 @@ class Scheduler(LRScheduler):
         self._saved = dict(state_dict)
         self._restored = True
         self._order_is_known |= self.last_epoch > 0
-        self._forget_written()
+        self._driven.forget_written()
         self._mark = None
         if self._run is not None and "run" in self._saved:
             self._run.load_state_dict(self._saved["run"])
@@ -590,28 +473,6 @@ class Scheduler(LRScheduler):
             total, per_epoch = self._saved["total_steps"], self._saved["steps_per_epoch"]
             self._set_clock(Horizon(total, per_epoch, tuple(self._saved.get("epoch_ends", ()))), self._saved)
         self._apply()
-
-    def _forget_written(self) -> None:
-        for written in self._written.values():
-            written.forget()
-
-    def _as_text(self) -> dict[str, str]:
-        """Every schedule as text, by what it drives."""
-        others = {other.name: repr(schedule) for other, schedule in self._others.items()}
-        groups = {f"lr of {name}": repr(schedule) for name, schedule in self.group_schedules.items()}
-        return {"lr": repr(self.schedule), **others, **groups}
-
-
-def _once(value: Callable[[Schedule], float]) -> Callable[[Schedule], float]:
-    """``value``, called once for each schedule: several groups share one, and all of a step are evaluated together."""
-    values: dict[int, float] = {}
-
-    def of(schedule: Schedule) -> float:
-        if id(schedule) not in values:
-            values[id(schedule)] = value(schedule)
-        return values[id(schedule)]
-
-    return of
 
 
 def _lengths(horizon: Horizon) -> tuple[Any, ...]:

@@ -108,6 +108,16 @@ def test_no_word_of_a_rate_of_zero_where_the_schedule_ends_above_it(tmp_path):
         make_trainer(callbacks, max_epochs=4).fit(model, batches(10), ckpt_path=tmp_path / "end.ckpt")
 
 
+def test_no_word_of_a_curve_where_the_schedule_has_no_length(tmp_path, recwarn):
+    model, callbacks = _setup("callback", warmup=5)
+    trainer = make_trainer(callbacks, max_epochs=2)
+    trainer.fit(model, batches(10))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    model, callbacks = _setup("callback", warmup=5)
+    make_trainer(callbacks, max_epochs=4).fit(model, batches(10), ckpt_path=tmp_path / "end.ckpt")
+    assert not [warning for warning in recwarn if "curve" in str(warning.message)]
+
+
 # A second fit.
 
 

@@ -183,7 +183,8 @@ def test_each_of_two_optimizers_has_a_length_of_its_own(ours, options):
 def test_max_steps_counts_the_steps_of_all_optimizers():
     class Both(Gan):
         def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
+            optimizers: Any = self.optimizers()
+            for optimizer in optimizers:
                 optimizer.zero_grad()
                 self.manual_backward(self.critic(self.generator(batch[0])).mean())
                 optimizer.step()
@@ -350,7 +351,7 @@ def test_the_cut_of_a_guard_is_none_of_these():
                 guard._guarded[0].cut.lower(0.5)
 
     configure = lo.ConfigureOptimizers("sgd", lr=PEAK, param_groups=[], schedule="cosine")
-    configure._tell = lambda message, warn: said.append(message)  # type: ignore[method-assign]
+    configure._tell = lambda message, warn: said.append(message)
     trainer = make_trainer([configure, guard, Cuts(), recorder], max_epochs=1)
     trainer.fit(Manual("each", "callback"), batches(16))
     assert not said

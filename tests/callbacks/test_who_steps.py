@@ -158,7 +158,8 @@ class Gan(L.LightningModule):
         return [each["optimizer"] for each in made], [each["lr_scheduler"] for each in made]
 
     def training_step(self, batch, batch_idx):
-        generator, critic = self.optimizers()
+        optimizers: Any = self.optimizers()
+        generator, critic = optimizers
         for _ in range(3):
             critic.zero_grad()
             self.manual_backward(self.critic(batch[0]).mean())

@@ -101,8 +101,8 @@ class OptimizerFactory:
     @property
     def settings(self) -> dict[str, Any]:
         """The optimizer's class and its hyperparameters, defaults included, and the schedule, for tables of runs."""
-        defaults = self._optimizer.trial().defaults
-        return {"optimizer": self._optimizer.cls.__name__, **defaults, "schedule": repr(self._schedule)}
+        name, defaults = self._optimizer.cls.__name__, self._optimizer.defaults
+        return {"optimizer": name, **defaults, "schedule": repr(self._schedule)}
 
     def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Any]:
         """Make the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.

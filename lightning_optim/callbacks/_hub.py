@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -23,6 +23,15 @@ from lightning_optim.step import StepPipeline
 
 CHECKPOINT_KEY = "lightning_optim"
 
+_KEPT: weakref.WeakKeyDictionary[L.Trainer, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""State of each Trainer's last fit: a checkpoint can be saved by hand after it, too, and by then the callbacks may have
+been given to another Trainer."""
+
+
+def state_of_last_fit(trainer: L.Trainer) -> dict[str, Any]:
+    """Return what a checkpoint gets that is saved by hand after a Trainer's fit; empty if it has not fitted."""
+    return dict(_KEPT.get(trainer, {}))
+
 
 class HubCallback(Contributor):
     """A contributor that finds its Trainer's hub."""
@@ -31,8 +40,6 @@ class HubCallback(Contributor):
     log_dict = ModuleMethod()
 
     _hub: Hub | None = None
-    _kept: Mapping[str, Any] = {}
-    """State of the last fit: a checkpoint can be saved by hand after it, too."""
 
     def _attached(self, trainer: L.Trainer) -> None:
         """Join the hub when a run begins, before any hook (`ModuleMethod`): a subclass may override all of them."""
@@ -50,9 +57,9 @@ class HubCallback(Contributor):
             Hub.of(trainer).join(self)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save, after a fit, the state that the fit had."""
-        if self._hub is None:
-            checkpoint.update(self._kept)
+        """Save, after a fit, the state that this Trainer's fit had."""
+        if self._hub is None or self._hub.trainer is not trainer:
+            checkpoint.update(state_of_last_fit(trainer))
 
     @property
     def hub(self) -> Hub:
@@ -124,7 +131,7 @@ class Hub(Hears):
                     "thing to every step, so remove one."
                 )
         self.members.append(callback)
-        callback._hub, callback._kept = self, {}
+        callback._hub = self
         callback._at_setup(self.trainer, self.trainer.lightning_module)
 
     def on_close(self, undo: Callable[[], object]) -> None:
@@ -269,11 +276,10 @@ class Hub(Hears):
             stack.push(self._undo)
             for member in self.members:
                 stack.callback(member._at_close)
-            kept: dict[str, Any] = {}
-            for member in self.members:
-                member._kept = kept
-            # Reading counts can fail after an error on the device.
-            self._save(kept)
+            if self.has_configured and (trainer := self._trainer()) is not None:
+                # Else the Trainer still has the optimizers of its last fit.
+                _KEPT[trainer] = kept = {}
+                self._save(kept)  # Reading counts can fail after an error on the device.
 
     def abandon(self) -> None:
         """Close what is left of a fit that ended without any hook; its errors have no receiver."""

@@ -99,16 +99,20 @@ class DivergenceGuard(HubCallback):
         self._patience = patience
         self._report_dir, self._save_batches = report_dir, save_batches
         self.extra_detectors = tuple(_detector(given) for given in detectors)
-        self.ladder = Ladder(lr_cut, rollback, stop, cooldown)
-        self.report = DivergenceReport()
-        self._skipped = 0
+        self._stop, self._cooldown = stop, cooldown
         self._guarded: list[GuardedOptimizer] = []
         self._snapshots: RunSnapshots | None = None
+        self._reporter: GuardReporter | None = None
+        self._reduce: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start as a new guard does: one object may serve many fits, of other folds or seeds."""
+        self.ladder = Ladder(self.lr_cut, self.rollback, self._stop, self._cooldown)
+        self.report = DivergenceReport()
         self._loss: Tensor | None = None
         self._restored: dict[str, Any] = {}
-        self._reduce: Any = None
-        self._overflows = 0
-        self._reporter: GuardReporter | None = None
+        self._skipped = self._overflows = 0
 
     @property
     def skipped_steps(self) -> int:
@@ -146,6 +150,10 @@ class DivergenceGuard(HubCallback):
         self._guarded[optimizer_index].inspect(record)
 
     # The fit.
+
+    def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the last fit; a checkpoint may be loaded after this."""
+        self._begin()
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the state of a resumed run, and capture the first snapshot."""

@@ -86,7 +86,8 @@ class OptimizerMonitor(HubCallback):
         self._details: MonitorDetails | None = None
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the hyperparameters before Lightning does."""
+        """Forget the last fit, and write the hyperparameters before Lightning does."""
+        self.latest, self.alarms, self.advice = {}, [], []
         self._page = MonitorPage(trainer, self.hp_metrics)
         self._page.declare()
 

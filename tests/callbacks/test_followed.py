@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_optim as lo
+from lightning_optim.callbacks._hub import state_of_last_fit
 from lightning_optim.schedules import Linear, Scheduler
 from tests.helpers import Net, batches, make_trainer, read_events
 
@@ -119,8 +120,9 @@ def test_one_that_comes_in_the_middle_of_a_batch_is_protected_or_refused(where, 
     parts, swaps = _parts(tmp_path), Swaps(where=where, make=make)
     model = Sees()
     model.norms.watch = lambda optimizer: optimizer  # gradients are divided in the kernel
-    make_trainer([*parts[:2], swaps], max_epochs=2).fit(model, batches(4))
-    clipped = parts[0]._kept["lightning_optim"]["counts"]
+    trainer = make_trainer([*parts[:2], swaps], max_epochs=2)
+    trainer.fit(model, batches(4))
+    clipped = state_of_last_fit(trainer)["lightning_optim"]["counts"]
     assert clipped == [[8, 8, 0]]
 
 
@@ -228,8 +230,9 @@ def test_the_trial_of_lightnings_finder_in_mid_run_counts_nothing(tmp_path):
 
     parts = _parts(tmp_path)
     finder = Finder(num_training_steps=3, update_attr=False)
-    make_trainer([*parts, finder], max_epochs=2, default_root_dir=tmp_path).fit(Own(), batches(4))
-    assert parts[0]._kept["lightning_optim"]["counts"][0][0] == 8
+    trainer = make_trainer([*parts, finder], max_epochs=2, default_root_dir=tmp_path)
+    trainer.fit(Own(), batches(4))
+    assert state_of_last_fit(trainer)["lightning_optim"]["counts"][0][0] == 8
 
 
 # Manual optimization.

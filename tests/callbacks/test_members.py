@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_optim as lo
 from lightning_optim import callbacks
-from lightning_optim.callbacks._hub import CHECKPOINT_KEY, Hub, HubCallback
+from lightning_optim.callbacks._hub import CHECKPOINT_KEY, Hub, HubCallback, state_of_last_fit
 from tests.helpers import Net, batches, bit_equal, make_trainer
 
 PUBLIC = [getattr(callbacks, name) for name in callbacks.__all__]
@@ -339,8 +339,9 @@ def test_an_error_in_the_trial_of_a_tuner_which_no_hook_tells_of_does_not_reach_
         make_trainer([*first, finder], default_root_dir=tmp_path).fit(model, batches(2))
     model.fails = False
     second = first if same else parts()
-    make_trainer(second).fit(model, batches(2))
-    assert second[1]._kept[CHECKPOINT_KEY]["counts"] == [[2, 2, 0]]
+    trainer = make_trainer(second)
+    trainer.fit(model, batches(2))
+    assert state_of_last_fit(trainer)[CHECKPOINT_KEY]["counts"] == [[2, 2, 0]]
     assert "configure_optimizers" not in vars(model)
 
 
@@ -367,7 +368,7 @@ def test_a_fit_whose_hooks_were_cut_short_leaves_nothing_to_the_next_one_of_its_
     model.fails = False
     trainer.fit(model, batches(3))
     assert type(trainer.optimizers[0]) is lo.optim.SGD  # not that of the module's own method
-    assert clipping._kept[CHECKPOINT_KEY]["counts"] == [[3, 3, 0]]
+    assert state_of_last_fit(trainer)[CHECKPOINT_KEY]["counts"] == [[3, 3, 0]]
     assert "configure_optimizers" not in vars(model)
     assert not any(type(callback) is Hub for callback in trainer.callbacks)
 

@@ -278,7 +278,8 @@ class Hub(Hears):
                 stack.callback(member._at_close)
             if self.has_configured and (trainer := self._trainer()) is not None:
                 # Else the Trainer still has the optimizers of its last fit.
-                _KEPT[trainer] = kept = {}
+                kept: dict[str, Any] = {}
+                _KEPT[trainer] = kept
                 self._save(kept)  # Reading counts can fail after an error on the device.
 
     def abandon(self) -> None:

@@ -16,7 +16,8 @@ from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.factory.added_groups import track_added_groups
 from lightning_optim.factory.freezing import Freezing, freezing_of
 from lightning_optim.factory.optimizer_spec import OptimizerSpec
-from lightning_optim.factory.resume import OptimizerResume, resume_scheduler
+from lightning_optim.factory.resume import OptimizerResume
+from lightning_optim.factory.resume_scheduler import resume_scheduler
 from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
@@ -81,6 +82,7 @@ class OptimizerFactory:
         if on_resume not in _ON_RESUME:
             raise ValueError(f"Unknown on_resume={on_resume!r}. {nearest(str(on_resume), _ON_RESUME)}")
         self._on_resume = on_resume
+        self._saved_names: Sequence[str] = ()  # of a checkpoint's weights, in their order then
         given = {"lr": lr, "weight_decay": weight_decay}
         given = {key: value for key, value in given.items() if value is not None}
         self._optimizer = OptimizerSpec(optimizer, optimizer_kwargs or {}, given)
@@ -136,7 +138,7 @@ class OptimizerFactory:
                 steps=lambda: scheduler.last_epoch,
                 horizon=lambda: getattr(scheduler, "horizon", horizon),
             )
-        OptimizerResume(optimizer, self._on_resume == "config", self._tell)
+        OptimizerResume(optimizer, self._on_resume == "config", self._tell, model, lambda: self._saved_names)
         return optimizer, scheduler
 
     def __call__(self, module: Any) -> Any:

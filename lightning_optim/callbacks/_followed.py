@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -59,6 +60,47 @@ class Followed:
         self._owed |= {id(member) for member in asking if self._reported_at.get(id(member), (-1, -1))[0] != now}
 
 
+@dataclass(frozen=True)
+class SavedPlace:
+    """What a checkpoint has of one optimizer's pipeline.
+
+    Args:
+        counts: Its counts.
+        clip: What its clip rule remembers.
+        names: The names of the optimizer's parameters, in order; empty if they are not known.
+    """
+
+    counts: StepCounts
+    clip: Mapping[str, Any]
+    names: Sequence[str | None] = ()
+
+
+def places_of(present: Sequence[Sequence[str | None]], saved: Sequence[Sequence[str | None]]) -> list[int | None]:
+    """Return for each optimizer which of the saved ones it continues: that with most of its parameters.
+
+    Args:
+        present: The names of each optimizer's parameters.
+        saved: Those of the saved ones; where any has none, they are matched in order.
+
+    Returns:
+        Places among the saved ones; None for an optimizer whose parameters none of them has.
+
+    Example:
+        >>> places_of([["gen.w"], ["disc.w", "disc.b"]], [["disc.b", "disc.w"], ["gen.w", "gen.b"]])
+        [1, 0]
+    """
+    sets = [{name for name in names if name is not None} for names in saved]
+    wanted = [{name for name in names if name is not None} for names in present]
+    if not all(sets) or not all(wanted):
+        return [place if place < len(saved) else None for place in range(len(present))]
+    shared = [(-len(mine & theirs), abs(i - j), i, j) for i, mine in enumerate(wanted) for j, theirs in enumerate(sets)]
+    found: dict[int, int] = {}
+    for overlap, _, i, j in sorted(shared):
+        if overlap and i not in found and j not in found.values():
+            found[i] = j
+    return [found.get(place) for place in range(len(present))]
+
+
 class FollowedOptimizers:
     """Gives each optimizer a pipeline, and takes it from those that are gone.
 
@@ -67,10 +109,21 @@ class FollowedOptimizers:
 
     Args:
         make: Makes a pipeline from an optimizer, its place, and the counts and the clip state to go on from.
+        names_of: Returns the names of an optimizer's parameters, in order.
+
+    Attributes:
+        places: For each optimizer its place in the checkpoint that the run was resumed from; see `places_of`.
+        saved: What that checkpoint has, by place.
     """
 
-    def __init__(self, make: Callable[[Optimizer, int, StepCounts | None, Any], StepPipeline]) -> None:
-        self._make = make
+    def __init__(
+        self,
+        make: Callable[[Optimizer, int, StepCounts | None, Any], StepPipeline],
+        names_of: Callable[[Optimizer], Sequence[str | None]],
+    ) -> None:
+        self._make, self._names_of = make, names_of
+        self.saved: Sequence[SavedPlace] = ()
+        self.places: list[int | None] | None = None
         self._followed: list[Followed] = []
         self._counts: dict[int, StepCounts] = {}
         self._clip: dict[int, dict[str, Any]] = {}
@@ -85,23 +138,43 @@ class FollowedOptimizers:
     def __getitem__(self, index: int) -> Followed:
         return self._followed[index]
 
-    def restore(self, counts: Sequence[StepCounts], clip: Sequence[dict[str, Any]]) -> None:
-        """Go on from a checkpoint: the pipelines there are, and those to come."""
-        self._counts, self._clip, self._params = dict(enumerate(counts)), dict(enumerate(clip)), {}
+    def restore(self, saved: Sequence[SavedPlace]) -> None:
+        """Go on from a checkpoint: the pipelines there are, and those to come, matched by names of parameters."""
+        self.saved, self.places = saved, None
+        if not self._followed:
+            return
+        self._place([followed.optimizer for followed in self._followed])
         for index, followed in enumerate(self._followed):
-            if index < len(counts):
-                followed.pipeline.load_counts(counts[index])
-            if index < len(clip):
-                followed.pipeline.load_clip_state(clip[index])
+            if index in self._counts:
+                followed.pipeline.load_counts(self._counts[index])
+                followed.pipeline.load_clip_state(self._clip[index])
+
+    def _place(self, optimizers: Sequence[Optimizer]) -> None:
+        """Find out which of the saved places each optimizer continues."""
+        self.places = places_of(list(map(self._names_of, optimizers)), [place.names for place in self.saved])
+        found = {i: self.saved[j] for i, j in enumerate(self.places) if j is not None}
+        self._counts = {i: place.counts for i, place in found.items()}
+        self._clip = {i: dict(place.clip) for i, place in found.items()}
+        self._params = {}
+
+    def names(self) -> list[list[str | None]]:
+        """The names of each optimizer's parameters."""
+        if not self._followed:
+            return [list(place.names) for place in self.saved]
+        return [list(self._names_of(followed.optimizer)) for followed in self._followed]
 
     def counts(self) -> list[StepCounts]:
         """The counts of each place; of what was restored, as long as there are no pipelines."""
+        if not self._followed and self.places is None:
+            return [place.counts for place in self.saved]
         if not self._followed:
             return list(self._counts.values())
         return [followed.pipeline.counts() for followed in self._followed]
 
     def clip_states(self) -> list[dict[str, Any]]:
         """What the clip rule remembers at each place."""
+        if not self._followed and self.places is None:
+            return [dict(place.clip) for place in self.saved]
         if not self._followed:
             return list(self._clip.values())
         return [followed.pipeline.clip_state() for followed in self._followed]
@@ -120,6 +193,8 @@ class FollowedOptimizers:
     def update(self, optimizers: Sequence[Any]) -> None:
         """Follow these and no others."""
         wanted = [bare(optimizer) for optimizer in optimizers]
+        if self.places is None and wanted:
+            self._place(wanted)
         for index, followed in enumerate(self._followed):  # a place may be empty for a while
             self._counts[index] = followed.pipeline.counts()
             self._clip[index] = followed.pipeline.clip_state()
@@ -144,6 +219,8 @@ class FollowedOptimizers:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         before = self._params.get(index)
         same = before is None or (len(before) == len(params) and all(map(_is, before, params)))
+        # State of single parameters is matched by name, where they have one.
+        same = same or (set(map(id, before or ())) == set(map(id, params)) and None not in self._names_of(optimizer))
         return self._make(optimizer, index, self._counts.get(index), self._clip.get(index) if same else None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.callbacks._contributor import Contributor, Hears, is_ours
-from lightning_optim.callbacks._lightning import ModuleMethod
+from lightning_optim.callbacks._lightning import ModuleMethod, plain_name
 from lightning_optim.callbacks._pipelines import Pipelines
 from lightning_optim.core.stats import StepCounts
 from lightning_optim.step import StepPipeline
@@ -158,7 +158,7 @@ class Hub(Hears):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore counts and clip states, and pass the hook on."""
-        self._pipelines.load_state_dict(checkpoint.get(CHECKPOINT_KEY, {}))
+        self._pipelines.load_state_dict(checkpoint.get(CHECKPOINT_KEY, {}), names_in(checkpoint))
         for member in self.members:
             member._at_load_checkpoint(checkpoint)
 
@@ -260,6 +260,14 @@ class Hub(Hears):
         """Return whether one of the members writes ``optim_health/skipped_steps`` at this step."""
         return any(member.writes_skip_count(self.trainer) for member in self.members)
 
+    def restored_places(self) -> list[int | None]:
+        """Return for each optimizer its place in the checkpoint that was loaded; None for one that it has not."""
+        return self._pipelines.restored_places()
+
+    def restored_names(self, place: int) -> Sequence[str | None]:
+        """Return the names of the parameters that the optimizer at that place had; empty if they are not known."""
+        return self._pipelines.restored_names(place)
+
     def counts(self) -> list[StepCounts]:
         """The counts of each optimizer."""
         return self._pipelines.counts()
@@ -300,6 +308,15 @@ class Hub(Hears):
             # A new list: Lightning may be going through the old one, and would leave out the next callback.
             present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             trainer.callbacks = [callback for callback in present if callback is not self]  # type: ignore[attr-defined]
+
+
+def names_in(checkpoint: Mapping[str, Any]) -> list[list[str]]:
+    """Return the names of the parameters of each optimizer in a checkpoint of Lightning; empty if any has none."""
+    states = checkpoint.get("optimizer_states", ())
+    groups = [state["param_groups"] for state in states if "param_groups" in state]
+    if len(groups) != len(states) or not all("param_names" in group for several in groups for group in several):
+        return []
+    return [[plain_name(name) for group in several for name in group["param_names"]] for several in groups]
 
 
 def _roles(callback: HubCallback) -> set[str]:

@@ -14,6 +14,7 @@ from lightning_optim.callbacks._guard.snapshots import RunSnapshots
 from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocation
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step, plain_name
+from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import (
     DETECTORS,
@@ -175,8 +176,10 @@ class DivergenceGuard(HubCallback):
 
     def _restore(self) -> None:
         """Restore the state of the last checkpoint that was loaded."""
-        for guarded, state in zip(self._guarded, self._restored.get("optimizers", []), strict=False):
-            guarded.load_state_dict(state)
+        states = self._restored.get("optimizers", [])
+        for guarded, place in zip(self._guarded, self.hub.restored_places(), strict=True):
+            if place is not None and place < len(states):
+                guarded.restore(states[place], self.hub.restored_names(place))
         if "ladder" in self._restored:
             self.ladder.load_state_dict(self._restored["ladder"])
         self._restored = {}
@@ -250,6 +253,7 @@ class DivergenceGuard(HubCallback):
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep the state until training starts; in mid-run, where a tuner goes back after a trial, restore it now."""
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
+        check_version(self._restored, "the state of DivergenceGuard", ("optimizers", "ladder"))
         if self._guarded:
             for guarded in self._guarded:
                 guarded.discard_pending()
@@ -266,7 +270,8 @@ class DivergenceGuard(HubCallback):
     def _state(self) -> dict[str, Any]:
         if not self._guarded:
             return self._restored
-        return {"optimizers": [g.state_dict() for g in self._guarded], "ladder": self.ladder.state_dict()}
+        optimizers = [guarded.state_dict() for guarded in self._guarded]
+        return {"version": VERSION, "optimizers": optimizers, "ladder": self.ladder.state_dict()}
 
     # Observations.
 

@@ -101,7 +101,7 @@ class StepPipeline:
                 "measure. Use another optimizer, or leave out clipping, guard and monitor."
             )
         self.optimizer = optimizer
-        self.clipper = None if clip is None else Clipper(clip, clip_limit)
+        self.clipper = None if clip is None else Clipper(clip, clip_limit, self.param_names)
         self.detectors = tuple(detectors)
         self._names = names or {}
         self._shards = shards
@@ -120,7 +120,7 @@ class StepPipeline:
         if self.clipper is not None:
             self.clipper.load_state_dict(clip_state or {})
             known = set(group_names_of(optimizer)) if group_names is None else group_names
-            self.clipper.rule.check(known, self._all_names())
+            self.clipper.rule.check(known, {name for name in self.param_names() if name is not None})
             if shards is not None and self.clipper.rule.reads_units:
                 raise ValueError(
                     f"{clip!r} needs whole rows of matrices, and FSDP cuts flattened parameters anywhere. Use FSDP2 "
@@ -139,6 +139,10 @@ class StepPipeline:
             self._handles.pop().remove()
         self._operands.restore()
         self._operands.close()
+
+    def param_names(self) -> list[str | None]:
+        """Return the name of each parameter of the optimizer, in order, as far as known."""
+        return [name for group in self.optimizer.param_groups for name in names_of(group, self._names)]
 
     def counts(self) -> StepCounts:
         """Return steps, clipped and skipped so far; on an accelerator the latter two may be a few steps late."""
@@ -258,8 +262,3 @@ class StepPipeline:
         if step.reported:
             assert self.on_report is not None
             self.on_report(step.record(self.optimizer, self._steps, self._counts, self._norms.take()))
-
-    def _all_names(self) -> set[str]:
-        return {
-            name for group in self.optimizer.param_groups for name in names_of(group, self._names) if name is not None
-        }

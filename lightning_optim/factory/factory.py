@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -153,6 +154,14 @@ class OptimizerFactory:
         optimizer, scheduler = self.build(module)
         config = {"scheduler": scheduler, "interval": "step"}
         freezing = freezing_of(optimizer)
+        of_module = weakref.ref(module)
+
+        def trainer() -> Any:
+            # An optimizer or scheduler that is kept after its fit must not keep module, Trainer and data alive.
+            module = of_module()
+            assert module is not None, "a fit whose module is gone"
+            return module.trainer
+
         if not isinstance(scheduler, Scheduler):
             if monitor := getattr(scheduler, "monitor", None):  # Lightning's ReduceLROnPlateau
                 config |= {"interval": "epoch", "monitor": monitor}
@@ -162,12 +171,12 @@ class OptimizerFactory:
                         f"frozen_until counts the schedule's steps, and {type(scheduler).__name__} takes none but at "
                         "the end of an epoch. Needed is a schedule per step, for instance ReduceOnPlateau of ours."
                     )
-                freezing.horizon = lambda: horizon_of(module.trainer)
+                freezing.horizon = lambda: horizon_of(trainer())
             return {"optimizer": optimizer, "lr_scheduler": config}
 
         def resolve() -> None:
             if scheduler.horizon is None:
-                scheduler.resolve(horizon_of(module.trainer, fresh=scheduler.is_fresh))
+                scheduler.resolve(horizon_of(trainer(), fresh=scheduler.is_fresh))
 
         def before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
             if scheduler.horizon is None and not is_trial_step(optimizer, closure_of(args, kwargs)):

@@ -32,6 +32,7 @@ from lightning_optim.core.step_hooks import closure_of, is_trial_step, run_closu
 from lightning_optim.core.transfer import HostMirror
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.divergence import Detector, NonFiniteGradient
+from lightning_optim.optim import FusedOptimizer
 from lightning_optim.step.gradients import Gradients, group_names_of, names_of
 from lightning_optim.step.one_step import OneStep
 from lightning_optim.step.operands import StepSkipped, operands_for
@@ -139,6 +140,10 @@ class StepPipeline:
             self._handles.pop().remove()
         self._operands.restore()
         self._operands.close()
+        # A scheduler still asks for the counts, and must not keep alive what the callbacks refer to: the Trainer, say.
+        self._step, self.on_report, self.report_due, self.histograms = None, None, bool, tuple
+        if isinstance(self.optimizer, FusedOptimizer):
+            self.optimizer.forget_step()
 
     def param_names(self) -> list[str | None]:
         """Return the name of each parameter of the optimizer, in order, as far as known."""

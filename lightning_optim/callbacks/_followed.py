@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,21 @@ class Followed:
 
     Args:
         optimizer: The optimizer.
-        pipeline: Its pipeline.
 
+    Attributes:
+        pipeline: Its pipeline.
+        place: Its index in the Trainer's list.
+        reporting: The members that get a report of the step that is under way.
+        asked_at: The batch, by its place on the loggers' axis, in which members were last asked for reports.
     """
 
-    def __init__(self, optimizer: Optimizer, pipeline: StepPipeline) -> None:
-        self.optimizer, self.pipeline = optimizer, pipeline
+    pipeline: StepPipeline
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.place = -1
+        self.reporting: list[Any] = []
+        self.asked_at = -1
         self._reported_at: dict[int, tuple[int, int]] = {}
         self._owed: set[int] = set()
 
@@ -35,14 +44,15 @@ class Followed:
         """All parameters of the optimizer."""
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
-    def asking(self, members: Sequence[Any], trainer: Trainer) -> list[Any]:
-        """Who wants a report of the step that is about to happen, and gets it: one of each batch that is due.
+    def report_due(self, members: Sequence[Any], trainer: Trainer) -> bool:
+        """Find who wants a report of the step that is about to happen, and gets it: one of each batch that is due.
 
         An optimizer steps once per batch, or never, or more than once. So a member that asked in a batch without a step
         is owed a report, and one that had a report in this batch gets no second at the same place on the loggers' axis.
         """
         now, step = logging_step(trainer), self.pipeline.steps
-        asking = []
+        self.asked_at = now
+        self.reporting = []
         for member in members:
             key = id(member)
             batch, reported = self._reported_at.get(key, (-1, -1))
@@ -51,28 +61,32 @@ class Followed:
             if wants:
                 self._reported_at[key] = now, step
                 self._owed.discard(key)
-                asking.append(member)
-        return asking
+                self.reporting.append(member)
+        return bool(self.reporting)
 
-    def owe(self, asking: Sequence[Any], trainer: Trainer) -> None:
-        """Called at the end of a batch, with those for whom it was due."""
-        now = logging_step(trainer)
-        self._owed |= {id(member) for member in asking if self._reported_at.get(id(member), (-1, -1))[0] != now}
+    def owe(self, members: Sequence[Any]) -> None:
+        """Owe these a report of the next step; called at the end of a batch in which the optimizer did not step."""
+        self._owed |= set(map(id, members))
 
 
 @dataclass(frozen=True)
-class SavedPlace:
-    """What a checkpoint has of one optimizer's pipeline.
+class Left:
+    """What an optimizer that is gone, or a checkpoint, has left at a place of the Trainer's list.
 
     Args:
-        counts: Its counts.
-        clip: What its clip rule remembers.
-        names: The names of the optimizer's parameters, in order; empty if they are not known.
+        counts: Its steps.
+        clip: What the clip rule remembers.
+        params: Its parameters; None from a checkpoint, which has none.
+        names: Their names; empty if they are not known.
     """
 
     counts: StepCounts
-    clip: Mapping[str, Any]
+    clip: dict[str, Any] | None
+    params: list[Tensor] | None = None
     names: Sequence[str | None] = ()
+
+
+_NOTHING = Left(StepCounts(), None)
 
 
 def places_of(present: Sequence[Sequence[str | None]], saved: Sequence[Sequence[str | None]]) -> list[int | None]:
@@ -104,90 +118,91 @@ def places_of(present: Sequence[Sequence[str | None]], saved: Sequence[Sequence[
 class FollowedOptimizers:
     """Gives each optimizer a pipeline, and takes it from those that are gone.
 
-    An optimizer that comes in the place of another goes on with the counts of that place, and with what the clip rule
-    remembers if it has the same parameters.
+    An optimizer that comes in the place of another that is gone goes on with its counts, and with what the clip rule
+    remembers if it has the same parameters. Counts of a place that stays empty are kept.
 
     Args:
-        make: Makes a pipeline from an optimizer, its place, and the counts and the clip state to go on from.
+        make: Makes a pipeline of an optimizer that is followed, and the counts and the clip state to go on from.
         names_of: Returns the names of an optimizer's parameters, in order.
 
     Attributes:
-        places: For each optimizer its place in the checkpoint that the run was resumed from; see `places_of`.
-        saved: What that checkpoint has, by place.
+        present: The optimizers followed, in the Trainer's order.
+        known: The ids of these.
+        saved: What the checkpoint has that the run was resumed from, by its places.
+        places: For each optimizer its place there; see `places_of`. None before there are optimizers.
     """
 
     def __init__(
         self,
-        make: Callable[[Optimizer, int, StepCounts | None, Any], StepPipeline],
+        make: Callable[[Followed, StepCounts | None, Any], StepPipeline],
         names_of: Callable[[Optimizer], Sequence[str | None]],
     ) -> None:
         self._make, self._names_of = make, names_of
-        self.saved: Sequence[SavedPlace] = ()
+        self.saved: Sequence[Left] = ()
         self.places: list[int | None] | None = None
-        self._followed: list[Followed] = []
-        self._counts: dict[int, StepCounts] = {}
-        self._clip: dict[int, dict[str, Any]] = {}
-        self._params: dict[int, list[Tensor]] = {}
+        self.present: list[Followed] = []
+        self.known: set[int] = set()
+        self._left: dict[int, Left] = {}
+        self._gone = StepCounts()
 
-    def __iter__(self) -> Iterator[Followed]:
-        return iter(self._followed)
-
-    def __len__(self) -> int:
-        return len(self._followed)
-
-    def __getitem__(self, index: int) -> Followed:
-        return self._followed[index]
-
-    def restore(self, saved: Sequence[SavedPlace]) -> None:
+    def restore(self, saved: Sequence[Left], gone: StepCounts) -> None:
         """Go on from a checkpoint: the pipelines there are, and those to come, matched by names of parameters."""
-        self.saved, self.places = saved, None
-        if not self._followed:
+        self._gone, self.saved, self.places = gone, saved, None
+        self._left = dict(enumerate(saved))
+        if not self.present:
             return
-        self._place([followed.optimizer for followed in self._followed])
-        for index, followed in enumerate(self._followed):
-            if index in self._counts:
-                followed.pipeline.load_counts(self._counts[index])
-                followed.pipeline.load_clip_state(self._clip[index])
+        self._place([followed.optimizer for followed in self.present])
+        for place, followed in enumerate(self.present):
+            left = self._left.pop(place, None)
+            if left is not None:
+                followed.pipeline.load_counts(left.counts)
+            if left is not None and left.clip is not None:
+                followed.pipeline.load_clip_state(left.clip)
 
     def _place(self, optimizers: Sequence[Optimizer]) -> None:
-        """Find out which of the saved places each optimizer continues."""
-        self.places = places_of(list(map(self._names_of, optimizers)), [place.names for place in self.saved])
-        found = {i: self.saved[j] for i, j in enumerate(self.places) if j is not None}
-        self._counts = {i: place.counts for i, place in found.items()}
-        self._clip = {i: dict(place.clip) for i, place in found.items()}
-        self._params = {}
+        """Give what the checkpoint has left to the optimizers that continue it; the rest stays for later ones."""
+        left = self._left
+        self.places = places_of(list(map(self._names_of, optimizers)), [each.names for each in self.saved])
+        found = {i: left[j] for i, j in enumerate(self.places) if j is not None}
+        rest = [left[j] for j in sorted(left.keys() - set(self.places))]
+        self._left = found | dict(enumerate(rest, len(optimizers)))
 
     def names(self) -> list[list[str | None]]:
-        """The names of each optimizer's parameters."""
-        if not self._followed:
-            return [list(place.names) for place in self.saved]
-        return [list(self._names_of(followed.optimizer)) for followed in self._followed]
+        """The names of the parameters at each place."""
+        if not self.present:
+            return [list(left.names) for left in self._left_in_order()]
+        return [list(self._names_of(followed.optimizer)) for followed in self.present]
 
-    def counts(self) -> list[StepCounts]:
-        """The counts of each place; of what was restored, as long as there are no pipelines."""
-        if not self._followed and self.places is None:
-            return [place.counts for place in self.saved]
-        if not self._followed:
-            return list(self._counts.values())
-        return [followed.pipeline.counts() for followed in self._followed]
+    def counts(self, exact: bool = False) -> list[StepCounts]:
+        """The counts of each place, or `exact` ones; of what was restored or left, while there are no pipelines."""
+        if not self.present:
+            return [left.counts for left in self._left_in_order()]
+        return [followed.pipeline.counts(exact) for followed in self.present]
+
+    def gone(self) -> StepCounts:
+        """The counts of optimizers that are gone and have no successor, all together."""
+        left = self._left.values() if self.present else ()
+        return sum((each.counts for each in left), self._gone)
 
     def clip_states(self) -> list[dict[str, Any]]:
         """What the clip rule remembers at each place."""
-        if not self._followed and self.places is None:
-            return [dict(place.clip) for place in self.saved]
-        if not self._followed:
-            return list(self._clip.values())
-        return [followed.pipeline.clip_state() for followed in self._followed]
+        if not self.present:
+            return [left.clip or {} for left in self._left_in_order()]
+        return [followed.pipeline.clip_state() for followed in self.present]
 
-    def index(self, optimizer: Optimizer) -> int | None:
-        """The place of an optimizer; None if it is not followed."""
-        return next((i for i, followed in enumerate(self._followed) if followed.optimizer is optimizer), None)
+    def find(self, optimizer: Any) -> Followed | None:
+        """What is kept of an optimizer, or of what a wrapper of it holds; None if it is not followed.
+
+        Raises:
+            MisconfigurationException: It is none, and wraps none.
+        """
+        found = bare(optimizer)
+        return next((followed for followed in self.present if followed.optimizer is found), None)
 
     def follows(self, optimizers: Sequence[Any]) -> bool:
         """Whether these are the optimizers followed, in this order."""
-        return len(optimizers) == len(self._followed) and all(
-            bare(optimizer) is followed.optimizer
-            for optimizer, followed in zip(optimizers, self._followed, strict=True)
+        return len(optimizers) == len(self.present) and all(
+            bare(optimizer) is followed.optimizer for optimizer, followed in zip(optimizers, self.present, strict=True)
         )
 
     def update(self, optimizers: Sequence[Any]) -> None:
@@ -195,33 +210,42 @@ class FollowedOptimizers:
         wanted = [bare(optimizer) for optimizer in optimizers]
         if self.places is None and wanted:
             self._place(wanted)
-        for index, followed in enumerate(self._followed):  # a place may be empty for a while
-            self._counts[index] = followed.pipeline.counts()
-            self._clip[index] = followed.pipeline.clip_state()
-            self._params[index] = followed.params
-        present = {id(followed.optimizer): followed for followed in self._followed}
-        for followed in self._followed:
+        present = {id(followed.optimizer): followed for followed in self.present}
+        for index, followed in enumerate(self.present):
             if not any(followed.optimizer is optimizer for optimizer in wanted):
-                followed.pipeline.close()
-        self._followed = []  # should the next line refuse one, the others are still to be closed
+                before = self._left.get(index, _NOTHING).counts
+                pipeline = followed.pipeline
+                counts, names = before + pipeline.counts(exact=True), self._names_of(followed.optimizer)
+                self._left[index] = Left(counts, pipeline.clip_state(), followed.params, names)
+                pipeline.close()
+        self.known = set()
+        self.present = []  # should the next line refuse one, the others are still to be closed
         stay = [present.get(id(optimizer)) for optimizer in wanted]
-        self._followed = [followed for followed in stay if followed is not None]
+        self.present = [followed for followed in stay if followed is not None]
         for index, optimizer in enumerate(wanted):
             if stay[index] is None:
-                self._followed.insert(index, Followed(optimizer, self._new(optimizer, index)))
+                self.present.insert(index, self._new(optimizer, index))
+        for place, followed in enumerate(self.present):
+            followed.place = place
+        self.known = {id(followed.optimizer) for followed in self.present}
 
     def close(self) -> None:
         """Take the pipelines off."""
-        while self._followed:
-            self._followed.pop().pipeline.close()
+        self.known.clear()
+        while self.present:
+            self.present.pop().pipeline.close()
 
-    def _new(self, optimizer: Optimizer, index: int) -> StepPipeline:
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        before = self._params.get(index)
+    def _new(self, optimizer: Optimizer, place: int) -> Followed:
+        followed, left = Followed(optimizer), self._left.pop(place, _NOTHING)
+        before, params = left.params, followed.params
         same = before is None or (len(before) == len(params) and all(map(_is, before, params)))
         # State of single parameters is matched by name, where they have one.
         same = same or (set(map(id, before or ())) == set(map(id, params)) and None not in self._names_of(optimizer))
-        return self._make(optimizer, index, self._counts.get(index), self._clip.get(index) if same else None)
+        followed.pipeline = self._make(followed, left.counts, left.clip if same else None)
+        return followed
+
+    def _left_in_order(self) -> list[Left]:
+        return [self._left.get(index, _NOTHING) for index in range(max(self._left, default=-1) + 1)]
 
 
 def bare(optimizer: Any) -> Optimizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -14,15 +15,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_optim.callbacks._contributor import Contributor, Hears
-from lightning_optim.callbacks._followed import FollowedOptimizers, SavedPlace, bare
+from lightning_optim.callbacks._contributor import Contributor, Hearing, Hears
+from lightning_optim.callbacks._followed import Followed, FollowedOptimizers, Left, bare
 from lightning_optim.callbacks._followed_schedulers import FollowedSchedulers
-from lightning_optim.callbacks._lightning import plain_name
+from lightning_optim.callbacks._lightning import logging_step, plain_name
+from lightning_optim.callbacks._plateau import PlateauLooks
 from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.factory.freezing import freezing_of
-from lightning_optim.factory.run_length import horizon_of
+from lightning_optim.factory.run_length import RunLength
 from lightning_optim.step import StepPipeline
 from lightning_optim.step.gradients import group_names_of, names_of
 
@@ -36,15 +38,17 @@ class Pipelines:
     Args:
         trainer: The Trainer.
         members: The callbacks that contribute; the list may grow until `start`.
+        hearing: Those of them that hooks of every batch concern.
         undo: Takes what is to be undone at the end of the fit.
     """
 
-    def __init__(self, trainer: L.Trainer, members: Sequence[Contributor], undo: ExitStack) -> None:
+    def __init__(self, trainer: L.Trainer, members: Sequence[Contributor], hearing: Hearing, undo: ExitStack) -> None:
         self._trainer_ref = weakref.ref(trainer)
-        self._members = members
+        self._members, self._hearing = members, hearing
         self._undo = undo
         self._optimizers = FollowedOptimizers(self._make_pipeline, self._names_of)
         self._schedulers = FollowedSchedulers(self._optimizers)
+        self.plateaus = PlateauLooks()
         self._is_started = False
 
     @property
@@ -56,7 +60,7 @@ class Pipelines:
     @property
     def present(self) -> list[StepPipeline]:
         """In the order of the Trainer's optimizers."""
-        return [followed.pipeline for followed in self._optimizers]
+        return [followed.pipeline for followed in self._optimizers.present]
 
     def start(self) -> None:
         """Put a pipeline on each optimizer and tell the schedulers how long the run is; once."""
@@ -72,7 +76,7 @@ class Pipelines:
         def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # Of every optimizer of the process: one that has just come is followed before it steps.
             pipelines = this()
-            if pipelines is not None and pipelines._optimizers.index(optimizer) is None:
+            if pipelines is not None and id(optimizer) not in pipelines._optimizers.known:
                 pipelines._follow_if_new(optimizer)
 
         handle = register_optimizer_step_pre_hook(before_step)
@@ -81,7 +85,7 @@ class Pipelines:
         self._undo.callback(handle.remove)
         self._optimizers.update(self._trainer.optimizers)
         self._schedulers.update(self._trainer)
-        for followed in self._optimizers:
+        for followed in self._optimizers.present:
             self._start_freezing(followed.optimizer)
 
     def follow(self) -> None:
@@ -91,12 +95,12 @@ class Pipelines:
         trainer = self._trainer
         changed = not has_engine(trainer) and not self._optimizers.follows(trainer.optimizers)
         if changed:
-            known = [followed.optimizer for followed in self._optimizers]
+            known = [followed.optimizer for followed in self._optimizers.present]
             self._optimizers.update(trainer.optimizers)
         if changed or not self._schedulers.follows(trainer):
             self._schedulers.update(trainer)
         if changed:
-            for followed in self._optimizers:
+            for followed in self._optimizers.present:
                 if not any(followed.optimizer is optimizer for optimizer in known):
                     self._start_freezing(followed.optimizer)
             for member in self._members:
@@ -107,27 +111,28 @@ class Pipelines:
         trainer = self._trainer
         if has_engine(trainer):
             return
-        optimizer = bare(optimizer)
-        if (index := self._optimizers.index(optimizer)) is None:
+        if (followed := self._optimizers.find(optimizer)) is None:
+            optimizer = bare(optimizer)
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} is about to step, and this one is none of the Trainer's optimizers "
                 f"({', '.join(type(o).__name__ for o in trainer.optimizers) or 'it has none'}), so that nothing would "
                 "clip, guard or monitor it. Set `trainer.optimizers = [...]` before the batch in which it steps first; "
                 "changing the list in place does not reach Lightning."
             )
-        pipeline = self._optimizers[index].pipeline
-        pipeline.settle()  # the last one of this batch may have been left out by a GradScaler
         if self._others_look(trainer):
-            unscale(trainer, optimizer)
-        pipeline.expect_step()
-        for member in self._members:
-            member._at_step(trainer, index)
+            followed.pipeline.settle()  # the last one of this batch may have been left out by a GradScaler
+            unscale(trainer, followed.optimizer)
+        followed.pipeline.expect_step()
+        for member in self._hearing.step:
+            member._at_step(trainer, followed.place)
 
     def settle(self) -> None:
         """Account for announced steps that did not come, as when a GradScaler finds an overflow."""
         scaled = getattr(self._trainer.precision_plugin, "scaler", None) is not None
-        for followed in self._optimizers:
-            if followed.pipeline.is_expecting and not scaled:
+        for followed in self._optimizers.present:
+            if not followed.pipeline.is_expecting:
+                continue
+            if not scaled:
                 raise RuntimeError(
                     f"{type(followed.optimizer).__name__} was announced to step, and its step hooks were not called, "
                     "so that nothing has clipped, guarded or monitored it. Something that wraps it steps in its place; "
@@ -138,9 +143,12 @@ class Pipelines:
 
     def owe_reports(self) -> None:
         """At the end of a batch: an optimizer that did not step in it reports at its next step."""
-        asking = [member for member in self._members if member.report_due(self._trainer)]
-        for followed in self._optimizers:
-            followed.owe(asking, self._trainer)
+        trainer = self._trainer
+        now = logging_step(trainer)
+        if late := [followed for followed in self._optimizers.present if followed.asked_at != now]:
+            due = [member for member in self._hearing.report_due if member.report_due(trainer)]
+            for followed in late:
+                followed.owe(due)
 
     def hold_schedules(self) -> None:
         """Have our schedulers stand still for the steps that will be skipped from now on."""
@@ -150,15 +158,22 @@ class Pipelines:
         """The counts of each optimizer."""
         return self._optimizers.counts()
 
+    def total(self) -> StepCounts:
+        """The counts of all optimizers together, of those that are gone, too."""
+        return sum(self._optimizers.counts(), self._optimizers.gone())
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, text and tensors, so that checkpoints load with ``weights_only=True``."""
         state: dict[str, Any] = {
             "version": VERSION,
-            "counts": [[c.steps, c.clipped, c.skipped] for c in self._optimizers.counts()],
+            "counts": [[c.steps, c.clipped, c.skipped] for c in self._optimizers.counts(exact=True)],
             "names": self._optimizers.names(),
         }
-        clip = self._optimizers.clip_states()
-        return {**state, "clip": clip} if any(clip) else state
+        if any(clip := self._optimizers.clip_states()):
+            state["clip"] = clip
+        if (gone := self._optimizers.gone()) != StepCounts():
+            state["gone"] = [gone.steps, gone.clipped, gone.skipped]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any], names: Sequence[Sequence[str | None]] = ()) -> None:
         """Go on from counts and clip states of the optimizers, matched by the names of their parameters.
@@ -170,22 +185,23 @@ class Pipelines:
         Raises:
             ValueError: The state is of a later version.
         """
-        check_version(state, "step counts and clip states", ("counts", "clip", "names"))
-        counts = [StepCounts(*counts) for counts in state.get("counts", [])]
-        clips: list[Mapping[str, Any]] = list(state.get("clip", [])) or [{} for _ in counts]
+        check_version(state, "step counts and clip states", ("counts", "clip", "names", "gone"))
+        counts = [StepCounts(*each) for each in state.get("counts", [])]
         names = state.get("names", names)
         if len(names) != len(counts):
             names = [()] * len(counts)
+        clips = [*state.get("clip", []), *[None] * len(counts)][: len(counts)]  # no rule, no clip states
         clips = [
             {**clip, "names": list(own)} if clip and "version" not in clip and own and None not in own else clip
             for clip, own in zip(clips, names, strict=True)
         ]
-        self._optimizers.restore([SavedPlace(*place) for place in zip(counts, clips, names, strict=True)])
+        left = [Left(one, clip, names=own) for one, clip, own in zip(counts, clips, names, strict=True)]
+        self._optimizers.restore(left, StepCounts(*state.get("gone", [])))
 
     def restored_places(self) -> list[int | None]:
         """Return for each optimizer its place in the checkpoint that the run was resumed from."""
         places = self._optimizers.places
-        return list(range(len(self._optimizers))) if places is None or not self._optimizers.saved else places
+        return list(range(len(self.present))) if places is None or not self._optimizers.saved else places
 
     def restored_names(self, place: int) -> Sequence[str | None]:
         """Return the names of the parameters that the optimizer at that place had; empty if they are not known."""
@@ -202,36 +218,30 @@ class Pipelines:
         if trainer is not None and any(bare(present) is optimizer for present in trainer.optimizers):
             self.follow()
 
-    def _make_pipeline(self, optimizer: Optimizer, index: int, counts: StepCounts | None, clip: Any) -> StepPipeline:
+    def _make_pipeline(self, followed: Followed, counts: StepCounts | None, clip: Any) -> StepPipeline:
         trainer = self._trainer
         clipping = next((member for member in self._members if member.clip_rule() is not None), None)
         model = trainer.strategy.model
-        names: dict[Tensor, str] = {p: plain_name(key) for key, p in trainer.lightning_module.named_parameters()}
-        asking: list[Contributor] = []
-
-        def due() -> bool:
-            place = self._optimizers.index(optimizer)
-            assert place is not None
-            asking[:] = self._optimizers[place].asking(self._members, trainer)
-            return bool(asking)
+        module = trainer.lightning_module
+        names: dict[Tensor, str] = {p: plain_name(key) for key, p in module.named_parameters()}
 
         def report(record: StepRecord) -> None:
-            place = self._optimizers.index(optimizer)
-            assert place is not None
-            for member in asking:
-                member.on_report(trainer, place, record)
+            for member in followed.reporting:
+                member.on_report(trainer, followed.place, record)
 
         return StepPipeline(
-            optimizer,
+            followed.optimizer,
             clip=None if clipping is None else clipping.clip_rule(),
-            clip_limit=None if clipping is None else clipping.clip_limit(horizon_of(trainer)),
+            clip_limit=None
+            if clipping is None
+            else clipping.clip_limit(RunLength(trainer, module, followed.optimizer)),
             clip_state=clip,
             names=names,
             group_names={name for each in trainer.optimizers for name in group_names_of(bare(each))},
             shards=None if model is None else FlatShards.of(model),
             detectors=[detector for member in self._members for detector in member.detectors()],
-            report_due=due,
-            histograms=lambda: {kind for member in asking for kind in member.histograms_due(trainer)},
+            report_due=partial(followed.report_due, self._hearing.report_due, trainer),
+            histograms=lambda: {kind for member in followed.reporting for kind in member.histograms_due(trainer)},
             on_report=report,
             counts=counts,
         )

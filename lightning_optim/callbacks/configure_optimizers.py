@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as L
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.callbacks._lightning import found_lr
 from lightning_optim.factory import OptimizerFactory
 
 _METHOD = "configure_optimizers"
@@ -32,6 +34,8 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
     """
 
     role = "ConfigureOptimizers"
+    _found: tuple[Callable[[], Any], float] = (lambda: None, 0.0)
+    """The module of a finder's fit, held weakly, and what it has found."""
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the place of the module's method for the time of the fit."""
@@ -61,6 +65,19 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Note the order that the module's parameters had, for the state of an optimizer that saved no names."""
         self._saved_names = tuple(checkpoint.get("state_dict", ()))
+
+    def _at_close(self) -> None:
+        """Keep what a LearningRateFinder has found: a Tuner runs it in a fit of its own, before the real one."""
+        if (found := found_lr(self.hub.trainer)) is not None:
+            self._found = (weakref.ref(self.hub.trainer.lightning_module), found)
+
+    def __call__(self, module: Any) -> Any:
+        """Return what Lightning expects of ``configure_optimizers``, at the learning rate that a finder has found."""
+        of, found = self._found
+        self._found_lr = found if of() is module else None
+        if self._found_lr is not None:
+            rank_zero_info(f"{self!r} takes the learning rate {found:.6g} that LearningRateFinder has found.")
+        return super().__call__(module)
 
     def _tell(self, message: str, warn: bool) -> None:
         (rank_zero_warn if warn else rank_zero_info)(message)

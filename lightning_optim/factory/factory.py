@@ -163,9 +163,7 @@ class OptimizerFactory:
                         "the end of an epoch. Needed is a schedule per step, for instance ReduceOnPlateau of ours."
                     )
                 if owner is not None:
-                    # An optimizer that is kept after its fit must not keep module, Trainer and data alive.
-                    of_owner = weakref.ref(owner)
-                    freezing.horizon = lambda: horizon_of(of_owner().trainer)
+                    freezing.horizon = _length_of_run(owner)
             return {"optimizer": optimizer, "lr_scheduler": config}
         if owner is None:  # A callback of ours on the Trainer will have the scheduler follow the run.
             return {"optimizer": optimizer, "lr_scheduler": config}
@@ -190,6 +188,18 @@ class OptimizerFactory:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._optimizer!r}, {self._schedule!r})"
+
+
+def _length_of_run(owner: Any) -> Callable[[], Horizon]:
+    """What returns the length of the run of a LightningModule's Trainer, of which it keeps neither alive."""
+    of_owner = weakref.ref(owner)
+
+    def length() -> Horizon:
+        module = of_owner()
+        assert module is not None, "a run whose module is gone"
+        return horizon_of(module.trainer)
+
+    return length
 
 
 def _length_of(scheduler: Any, given: Horizon | None) -> Horizon | None:

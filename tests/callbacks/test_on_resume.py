@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 
+import lightning.pytorch as L
 import pytest
 import torch
 
@@ -287,7 +288,8 @@ def test_another_optimizer_is_refused_before_training_or_starts_afresh(kind, mid
                 def configure_optimizers(self):
                     return lo.OptimizerFactory("lion", lr=0.1)(self)
 
-            parts, model = [], Own()
+            parts: list[L.Callback] = []
+            model: Untrained = Own()
         else:
             parts, model = [lo.ConfigureOptimizers("lion", lr=0.1)], Untrained()
         with pytest.raises(ValueError, match=r'AdamW, and Lion is configured.*on_resume="config"'):

@@ -25,7 +25,7 @@ class Points(DummyLogger):
         super().__init__()
         self.points = []
 
-    def log_metrics(self, metrics, step):
+    def log_metrics(self, metrics, step=None):
         self.points.append((step, {k: v for k, v in metrics.items() if not k.startswith("optim_speed")}))
 
 
@@ -59,14 +59,15 @@ def _parts(method="adagc", optimizer="adamw", **options):
     ]
 
 
-def _fit(parts, model, loader=None, extra=(), ckpt_path=None, **trainer):
+def _fit(parts, model, loader=None, extra=(), ckpt_path=None, **options):
     logger = Points()
-    trainer = make_trainer([*parts, *extra], logger=logger, **{"max_epochs": 1, **trainer})
+    trainer = make_trainer([*parts, *extra], logger=logger, **{"max_epochs": 1, **options})
     trainer.fit(model, loader or batches(12), ckpt_path=ckpt_path)
     return trainer, logger.points
 
 
-def _result(parts, trainer, points, model):
+def _result(parts, fitted, model):
+    trainer, points = fitted
     guard, monitor = parts[2], parts[3]
     entries = [(entry.step, entry.kind, entry.text) for entry in guard.report.entries]
     numbers = (guard.skipped_steps, guard.rollback_count, guard.overflow_steps, guard.ladder.used)
@@ -87,9 +88,9 @@ def test_four_folds_with_the_same_callbacks_are_four_fits_with_new_ones():
     responses = 0
     for fold in range(4):
         model, alone = Fold(fold), Fold(fold)
-        again = _result(parts, *_fit(parts, model), model)
+        again = _result(parts, _fit(parts, model), model)
         new = _parts()
-        assert _same(again, _result(new, *_fit(new, alone), alone))
+        assert _same(again, _result(new, _fit(new, alone), alone))
         responses += new[2].ladder.used["lr_cut"] + new[2].rollback_count
     assert responses > 0  # there was something to forget
 
@@ -108,7 +109,7 @@ def test_a_fit_begins_anew_however_the_last_one_ended(method, error):
         with pytest.raises((error, SystemExit)):
             _fit(parts, first)
     model, alone, new = Fold(2), Fold(2), _parts(method)
-    assert _same(_result(parts, *_fit(parts, model), model), _result(new, *_fit(new, alone), alone))
+    assert _same(_result(parts, _fit(parts, model), model), _result(new, _fit(new, alone), alone))
 
 
 class _Tested(Fold):
@@ -124,9 +125,9 @@ def test_the_second_fit_may_resume_from_a_checkpoint(tmp_path):
     parts = _parts()
     _fit(parts, Fold(1))
     model, alone, new = Fold(3), Fold(3), _parts()
-    again = _result(parts, *_fit(parts, model, StatefulLoader(12, []), ckpt_path=tmp_path / "a.ckpt"), model)
+    again = _result(parts, _fit(parts, model, StatefulLoader(12, []), ckpt_path=tmp_path / "a.ckpt"), model)
     assert again[7].steps == 12
-    assert _same(again, _result(new, *_fit(new, alone, StatefulLoader(12, []), ckpt_path=tmp_path / "a.ckpt"), alone))
+    assert _same(again, _result(new, _fit(new, alone, StatefulLoader(12, []), ckpt_path=tmp_path / "a.ckpt"), alone))
 
 
 def test_state_that_was_loaded_for_a_fit_that_never_began_is_not_the_next_ones(tmp_path):
@@ -139,7 +140,7 @@ def test_state_that_was_loaded_for_a_fit_that_never_began_is_not_the_next_ones(t
     with pytest.raises(RuntimeError, match="mine"):
         _fit(parts, Fold(3), extra=[Stops()], ckpt_path=tmp_path / "a.ckpt")
     model, alone, new = Fold(2), Fold(2), _parts()
-    assert _same(_result(parts, *_fit(parts, model), model), _result(new, *_fit(new, alone), alone))
+    assert _same(_result(parts, _fit(parts, model), model), _result(new, _fit(new, alone), alone))
 
 
 def test_a_trainer_that_fits_twice_starts_the_callbacks_anew():
@@ -174,7 +175,7 @@ def test_a_fit_that_fails_before_it_has_optimizers_leaves_the_state_of_the_one_b
     trainer.fit(model, batches(4))
     before = copy.deepcopy(state_of_last_fit(trainer))
     trainer.fit_loop.max_epochs = 2
-    trainer.callbacks.append(lo.GradientClipping(1.0))  # a second one
+    trainer.callbacks.append(lo.GradientClipping(1.0))  # type: ignore[attr-defined] # a second one
     with pytest.raises(Exception, match="Two GradientClipping"):
         trainer.fit(model, batches(4))
     assert parts[1]._hub is None
@@ -187,7 +188,7 @@ def test_callbacks_of_a_fit_that_is_over_can_be_copied_and_pickled():
     assert state_of_last_fit(trainer)
     for copies in (copy.deepcopy(parts), pickle.loads(pickle.dumps(parts))):
         model, alone, new = Fold(1), Fold(1), _parts()
-        assert _same(_result(copies, *_fit(copies, model), model), _result(new, *_fit(new, alone), alone))
+        assert _same(_result(copies, _fit(copies, model), model), _result(new, _fit(new, alone), alone))
 
 
 def test_the_average_of_a_schedule_free_optimizer_is_anew_too():

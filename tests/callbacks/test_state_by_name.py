@@ -144,10 +144,10 @@ def test_counts_clip_state_and_guard_follow_their_optimizer_to_another_place(tmp
     trainer, _ = fit(Two())
     trainer.save_checkpoint(path := tmp_path / "a.ckpt")
     states = [copy.deepcopy(state_of_last_fit(trainer))]
-    for swapped in (False, True):
-        again, guard = fit(Two(swapped), ckpt_path=path)  # nothing is left to train
+    for other in (False, True):
+        again, guard = fit(Two(other), ckpt_path=path)  # nothing is left to train
         states.append(state_of_last_fit(again))
-        trained, guard = fit(Two(swapped), epochs=2, ckpt_path=path)
+        trained, guard = fit(Two(other), epochs=2, ckpt_path=path)
         states.append(state_of_last_fit(trained))
         assert guard.skipped_steps == 6
     first, _, straight, _, swapped = states

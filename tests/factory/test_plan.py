@@ -119,7 +119,7 @@ def test_the_state_of_every_optimizer_is_what_it_keeps(name):
         assert plan.state_bytes == kept
 
 
-TORCHS = {
+TORCHS: dict[type[torch.optim.Optimizer], list[dict[str, Any]]] = {
     torch.optim.Adadelta: [{}],
     torch.optim.Adafactor: [{}],
     torch.optim.Adagrad: [{}],

@@ -18,12 +18,10 @@ from tests.helpers import bit_equal
 
 
 class Model(nn.Module):
-    def __init__(self, reordered=False):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        body, head = nn.Linear(3, 4), nn.Linear(4, 2)
-        for name, module in [("head", head), ("body", body)] if reordered else [("body", body), ("head", head)]:
-            self.add_module(name, module)
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
         self.norm = nn.LayerNorm(4)
 
     def forward(self, x):

@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.core.group_keys import CONFIGURED, IDENTITY, is_scheduled
+from lightning_optim.factory.differences import HINT, Tell, differ, shown
 from lightning_optim.factory.optimizer_identity import class_of_group, note_class, saved_class
 from lightning_optim.factory.unnamed_state import fits_by_position, name_parameters
 from lightning_optim.optim.base import class_of_rule
-
-Tell = Callable[[str, bool], None]
-"""Receives a message, and whether it is a warning, that is, whether the configuration was overruled."""
-
-HINT = 'Say on_resume="config" to have the configuration\'s.'
 
 
 class OptimizerResume:
@@ -162,16 +158,18 @@ class OptimizerResume:
 
     def _tell_dropped(self, optimizer: Optimizer, state_dict: Mapping[str, Any], other: str, count: int) -> None:
         kept = len(state_dict["state"]) - count
-        parts = (
-            [
-                f"the state{_kinds(state_dict)} of {count} parameters is dropped, which start with fresh state and the "
-                "configuration's hyperparameters"
-            ]
-            if count or not kept
-            else []
+        parts = []
+        if count or not kept:
+            parts.append(
+                f"the state{_kinds(state_dict)} of {count} parameters is dropped, and they start with fresh state"
+            )
+        if kept:
+            parts.append(f"the state of {kept} continues, because they are updated as before")
+        self._tell(
+            f"Resumed with {type(optimizer).__name__} and a checkpoint of {other}: {'; '.join(parts)}. Hyperparameters "
+            "are the configuration's.",
+            False,
         )
-        parts += [f"that of {kept} continues, because they are updated as before"] if kept else []
-        self._tell(f"Resumed with {type(optimizer).__name__} and a checkpoint of {other}: {'; '.join(parts)}.", False)
 
     def _named(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict with the names of its parameters, if it has none and they can be found out."""
@@ -195,7 +193,7 @@ class OptimizerResume:
             names = [dict(zip(group["params"], own["param_names"], strict=True)) for group, own in pairs]
         self._tell(
             f"The checkpoint's optimizer has no names of parameters: its {sum(map(len, names))} have been matched by "
-            f"{how}, and the shapes of their state agree.",
+            f"{how}{', and the shapes of their state agree' if state_dict['state'] else ''}.",
             False,
         )
         groups = [
@@ -290,19 +288,3 @@ def _source(group: Mapping[str, Any], ids: Sequence[Any], saved: Sequence[Mappin
     with_param = [other for other in saved if set(other["params"]) & set(ids)]
     found = (same_name or with_param or [{}])[0]
     return {key: value for key, value in found.items() if key not in IDENTITY}
-
-
-def differ(a: Any, b: Any) -> bool:
-    """Return whether two values of a hyperparameter differ; lists and tuples of the same numbers do not."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return float(a) != float(b)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):  # tuples become lists in some formats
-        return len(a) != len(b) or any(differ(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a != b)
-
-
-def shown(value: Any) -> str:
-    """Return a value as text for a message."""
-    if isinstance(value, Tensor):
-        value = float(value)
-    return f"{value:.6g}" if isinstance(value, float) else repr(value)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_optim.factory.resume import HINT, Tell, differ, shown
+from lightning_optim.factory.differences import HINT, Tell, differ, shown
 
 _POSITION = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
 _METRICS = {"best", "num_bad_epochs", "cooldown_counter", "mode_worse"}

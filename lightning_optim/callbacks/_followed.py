@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -71,21 +70,49 @@ class Followed:
 
 
 @dataclass(frozen=True)
-class _Left:
+class Left:
     """What an optimizer that is gone, or a checkpoint, has left at a place of the Trainer's list.
 
     Args:
         counts: Its steps.
         clip: What the clip rule remembers.
         params: Its parameters; None from a checkpoint, which has none.
+        names: Their names; empty if they are not known.
     """
 
     counts: StepCounts
     clip: dict[str, Any] | None
     params: list[Tensor] | None = None
+    names: Sequence[str | None] = ()
 
 
-_NOTHING = _Left(StepCounts(), None)
+_NOTHING = Left(StepCounts(), None)
+
+
+def places_of(present: Sequence[Sequence[str | None]], saved: Sequence[Sequence[str | None]]) -> list[int | None]:
+    """Return for each optimizer which of the saved ones it continues: that with most of its parameters.
+
+    Args:
+        present: The names of each optimizer's parameters.
+        saved: Those of the saved ones; where any has none, they are matched in order.
+
+    Returns:
+        Places among the saved ones; None for an optimizer whose parameters none of them has.
+
+    Example:
+        >>> places_of([["gen.w"], ["disc.w", "disc.b"]], [["disc.b", "disc.w"], ["gen.w", "gen.b"]])
+        [1, 0]
+    """
+    sets = [{name for name in names if name is not None} for names in saved]
+    wanted = [{name for name in names if name is not None} for names in present]
+    if not all(sets) or not all(wanted):
+        return [place if place < len(saved) else None for place in range(len(present))]
+    shared = [(-len(mine & theirs), abs(i - j), i, j) for i, mine in enumerate(wanted) for j, theirs in enumerate(sets)]
+    found: dict[int, int] = {}
+    for overlap, _, i, j in sorted(shared):
+        if overlap and i not in found and j not in found.values():
+            found[i] = j
+    return [found.get(place) for place in range(len(present))]
 
 
 class FollowedOptimizers:
@@ -96,28 +123,55 @@ class FollowedOptimizers:
 
     Args:
         make: Makes a pipeline of an optimizer that is followed, and the counts and the clip state to go on from.
+        names_of: Returns the names of an optimizer's parameters, in order.
 
     Attributes:
         present: The optimizers followed, in the Trainer's order.
         known: The ids of these.
+        saved: What the checkpoint has that the run was resumed from, by its places.
+        places: For each optimizer its place there; see `places_of`. None before there are optimizers.
     """
 
-    def __init__(self, make: Callable[[Followed, StepCounts | None, Any], StepPipeline]) -> None:
-        self._make = make
+    def __init__(
+        self,
+        make: Callable[[Followed, StepCounts | None, Any], StepPipeline],
+        names_of: Callable[[Optimizer], Sequence[str | None]],
+    ) -> None:
+        self._make, self._names_of = make, names_of
+        self.saved: Sequence[Left] = ()
+        self.places: list[int | None] | None = None
         self.present: list[Followed] = []
         self.known: set[int] = set()
-        self._left: dict[int, _Left] = {}
+        self._left: dict[int, Left] = {}
         self._gone = StepCounts()
 
-    def restore(self, counts: Sequence[StepCounts], clip: Sequence[dict[str, Any]], gone: StepCounts) -> None:
-        """Go on from a checkpoint: the pipelines there are, and those to come."""
-        self._gone = gone
-        restored = [_Left(*both) for both in zip_longest(counts, clip[: len(counts)])]  # no rule, no clip states
-        self._left = dict(enumerate(restored[len(self.present) :], len(self.present)))
-        for followed, left in zip(self.present, restored, strict=False):
-            followed.pipeline.load_counts(left.counts)
-            if left.clip is not None:
+    def restore(self, saved: Sequence[Left], gone: StepCounts) -> None:
+        """Go on from a checkpoint: the pipelines there are, and those to come, matched by names of parameters."""
+        self._gone, self.saved, self.places = gone, saved, None
+        self._left = dict(enumerate(saved))
+        if not self.present:
+            return
+        self._place([followed.optimizer for followed in self.present])
+        for place, followed in enumerate(self.present):
+            left = self._left.pop(place, None)
+            if left is not None:
+                followed.pipeline.load_counts(left.counts)
+            if left is not None and left.clip is not None:
                 followed.pipeline.load_clip_state(left.clip)
+
+    def _place(self, optimizers: Sequence[Optimizer]) -> None:
+        """Give what the checkpoint has left to the optimizers that continue it; the rest stays for later ones."""
+        left = self._left
+        self.places = places_of(list(map(self._names_of, optimizers)), [each.names for each in self.saved])
+        found = {i: left[j] for i, j in enumerate(self.places) if j is not None}
+        rest = [left[j] for j in sorted(left.keys() - set(self.places))]
+        self._left = found | dict(enumerate(rest, len(optimizers)))
+
+    def names(self) -> list[list[str | None]]:
+        """The names of the parameters at each place."""
+        if not self.present:
+            return [list(left.names) for left in self._left_in_order()]
+        return [list(self._names_of(followed.optimizer)) for followed in self.present]
 
     def counts(self, exact: bool = False) -> list[StepCounts]:
         """The counts of each place, or `exact` ones; of what was restored or left, while there are no pipelines."""
@@ -154,12 +208,15 @@ class FollowedOptimizers:
     def update(self, optimizers: Sequence[Any]) -> None:
         """Follow these and no others."""
         wanted = [bare(optimizer) for optimizer in optimizers]
+        if self.places is None and wanted:
+            self._place(wanted)
         present = {id(followed.optimizer): followed for followed in self.present}
         for index, followed in enumerate(self.present):
             if not any(followed.optimizer is optimizer for optimizer in wanted):
                 before = self._left.get(index, _NOTHING).counts
                 pipeline = followed.pipeline
-                self._left[index] = _Left(before + pipeline.counts(exact=True), pipeline.clip_state(), followed.params)
+                counts, names = before + pipeline.counts(exact=True), self._names_of(followed.optimizer)
+                self._left[index] = Left(counts, pipeline.clip_state(), followed.params, names)
                 pipeline.close()
         self.known = set()
         self.present = []  # should the next line refuse one, the others are still to be closed
@@ -182,10 +239,12 @@ class FollowedOptimizers:
         followed, left = Followed(optimizer), self._left.pop(place, _NOTHING)
         before, params = left.params, followed.params
         same = before is None or (len(before) == len(params) and all(map(_is, before, params)))
+        # State of single parameters is matched by name, where they have one.
+        same = same or (set(map(id, before or ())) == set(map(id, params)) and None not in self._names_of(optimizer))
         followed.pipeline = self._make(followed, left.counts, left.clip if same else None)
         return followed
 
-    def _left_in_order(self) -> list[_Left]:
+    def _left_in_order(self) -> list[Left]:
         return [self._left.get(index, _NOTHING) for index in range(max(self._left, default=-1) + 1)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -16,12 +16,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.callbacks._contributor import Contributor, Hearing, Hears, is_ours
-from lightning_optim.callbacks._lightning import ModuleMethod
+from lightning_optim.callbacks._lightning import ModuleMethod, plain_name
 from lightning_optim.callbacks._pipelines import Pipelines
 from lightning_optim.core.stats import StepCounts
 from lightning_optim.step import StepPipeline
 
 CHECKPOINT_KEY = "lightning_optim"
+
+_KEPT: weakref.WeakKeyDictionary[L.Trainer, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""State of each Trainer's last fit: a checkpoint can be saved by hand after it, too, and by then the callbacks may have
+been given to another Trainer."""
+
+
+def state_of_last_fit(trainer: L.Trainer) -> dict[str, Any]:
+    """Return what a checkpoint gets that is saved by hand after a Trainer's fit; empty if it has not fitted."""
+    return dict(_KEPT.get(trainer, {}))
 
 
 class HubCallback(Contributor):
@@ -31,8 +40,6 @@ class HubCallback(Contributor):
     log_dict = ModuleMethod()
 
     _hub: Hub | None = None
-    _kept: Mapping[str, Any] = {}
-    """State of the last fit: a checkpoint can be saved by hand after it, too."""
 
     def _attached(self, trainer: L.Trainer) -> None:
         """Join the hub when a run begins, before any hook (`ModuleMethod`): a subclass may override all of them."""
@@ -57,9 +64,9 @@ class HubCallback(Contributor):
             raise _late(self)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save, after a fit, the state that the fit had."""
-        if self._hub is None:
-            checkpoint.update(self._kept)
+        """Save, after a fit, the state that this Trainer's fit had."""
+        if self._hub is None or self._hub.trainer is not trainer:
+            checkpoint.update(state_of_last_fit(trainer))
 
     @property
     def hub(self) -> Hub:
@@ -134,7 +141,7 @@ class Hub(Hears):
                 )
         self.members.append(callback)
         self._hearing.update(self.members)
-        callback._hub, callback._kept = self, {}
+        callback._hub = self
         callback._at_setup(self.trainer, self.trainer.lightning_module)
 
     def on_close(self, undo: Callable[[], object]) -> None:
@@ -167,7 +174,7 @@ class Hub(Hears):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore counts and clip states, and pass the hook on."""
-        self._pipelines.load_state_dict(checkpoint.get(CHECKPOINT_KEY, {}))
+        self._pipelines.load_state_dict(checkpoint.get(CHECKPOINT_KEY, {}), names_in(checkpoint))
         for member in self.members:
             member._at_load_checkpoint(checkpoint)
 
@@ -277,6 +284,14 @@ class Hub(Hears):
         """Return whether one of the members writes ``optim_health/skipped_steps`` at this step."""
         return any(member.writes_skip_count(self.trainer) for member in self.members)
 
+    def restored_places(self) -> list[int | None]:
+        """Return for each optimizer its place in the checkpoint that was loaded; None for one that it has not."""
+        return self._pipelines.restored_places()
+
+    def restored_names(self, place: int) -> Sequence[str | None]:
+        """Return the names of the parameters that the optimizer at that place had; empty if they are not known."""
+        return self._pipelines.restored_names(place)
+
     def counts(self) -> list[StepCounts]:
         """The counts of each optimizer."""
         return self._pipelines.counts()
@@ -297,11 +312,11 @@ class Hub(Hears):
             stack.push(self._undo)
             for member in self.members:
                 stack.callback(member._at_close)
-            kept: dict[str, Any] = {}
-            for member in self.members:
-                member._kept = kept
-            # Reading counts can fail after an error on the device.
-            self._save(kept)
+            if self.has_configured and (trainer := self._trainer()) is not None:
+                # Else the Trainer still has the optimizers of its last fit.
+                kept: dict[str, Any] = {}
+                _KEPT[trainer] = kept
+                self._save(kept)  # Reading counts can fail after an error on the device.
 
     def abandon(self) -> None:
         """Close what is left of a fit that ended without any hook; its errors have no receiver."""
@@ -323,6 +338,15 @@ class Hub(Hears):
             # A new list: Lightning may be going through the old one, and would leave out the next callback.
             present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             trainer.callbacks = [callback for callback in present if callback is not self]  # type: ignore[attr-defined]
+
+
+def names_in(checkpoint: Mapping[str, Any]) -> list[list[str]]:
+    """Return the names of the parameters of each optimizer in a checkpoint of Lightning; empty if any has none."""
+    states = checkpoint.get("optimizer_states", ())
+    groups = [state["param_groups"] for state in states if "param_groups" in state]
+    if len(groups) != len(states) or not all("param_names" in group for several in groups for group in several):
+        return []
+    return [[plain_name(name) for group in several for name in group["param_names"]] for several in groups]
 
 
 def _late(callback: HubCallback) -> MisconfigurationException:

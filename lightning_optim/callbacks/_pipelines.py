@@ -16,16 +16,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_optim.callbacks._contributor import Contributor, Hearing, Hears
-from lightning_optim.callbacks._followed import Followed, FollowedOptimizers, bare
+from lightning_optim.callbacks._followed import Followed, FollowedOptimizers, Left, bare
 from lightning_optim.callbacks._followed_schedulers import FollowedSchedulers
 from lightning_optim.callbacks._lightning import logging_step, plain_name
 from lightning_optim.callbacks._plateau import PlateauLooks
 from lightning_optim.core.flat_shards import FlatShards
+from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.factory.freezing import freezing_of
 from lightning_optim.factory.run_length import RunLength
 from lightning_optim.step import StepPipeline
-from lightning_optim.step.gradients import group_names_of
+from lightning_optim.step.gradients import group_names_of, names_of
 
 
 class Pipelines:
@@ -45,7 +46,7 @@ class Pipelines:
         self._trainer_ref = weakref.ref(trainer)
         self._members, self._hearing = members, hearing
         self._undo = undo
-        self._optimizers = FollowedOptimizers(self._make_pipeline)
+        self._optimizers = FollowedOptimizers(self._make_pipeline, self._names_of)
         self._schedulers = FollowedSchedulers(self._optimizers)
         self.plateaus = PlateauLooks()
         self._is_started = False
@@ -162,9 +163,11 @@ class Pipelines:
         return sum(self._optimizers.counts(), self._optimizers.gone())
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and tensors, so that checkpoints load with ``weights_only=True``."""
+        """Plain numbers, text and tensors, so that checkpoints load with ``weights_only=True``."""
         state: dict[str, Any] = {
-            "counts": [[c.steps, c.clipped, c.skipped] for c in self._optimizers.counts(exact=True)]
+            "version": VERSION,
+            "counts": [[c.steps, c.clipped, c.skipped] for c in self._optimizers.counts(exact=True)],
+            "names": self._optimizers.names(),
         }
         if any(clip := self._optimizers.clip_states()):
             state["clip"] = clip
@@ -172,10 +175,43 @@ class Pipelines:
             state["gone"] = [gone.steps, gone.clipped, gone.skipped]
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from counts and clip states, by the places of the optimizers."""
+    def load_state_dict(self, state: Mapping[str, Any], names: Sequence[Sequence[str | None]] = ()) -> None:
+        """Go on from counts and clip states of the optimizers, matched by the names of their parameters.
+
+        Args:
+            state: As `state_dict` returns it; empty if there is none.
+            names: Names of each optimizer's parameters, for a state of version 1, which has none.
+
+        Raises:
+            ValueError: The state is of a later version.
+        """
+        check_version(state, "step counts and clip states", ("counts", "clip", "names", "gone"))
         counts = [StepCounts(*each) for each in state.get("counts", [])]
-        self._optimizers.restore(counts, state.get("clip", []), StepCounts(*state.get("gone", [])))
+        names = state.get("names", names)
+        if len(names) != len(counts):
+            names = [()] * len(counts)
+        clips = [*state.get("clip", []), *[None] * len(counts)][: len(counts)]  # no rule, no clip states
+        clips = [
+            {**clip, "names": list(own)} if clip and "version" not in clip and own and None not in own else clip
+            for clip, own in zip(clips, names, strict=True)
+        ]
+        left = [Left(one, clip, names=own) for one, clip, own in zip(counts, clips, names, strict=True)]
+        self._optimizers.restore(left, StepCounts(*state.get("gone", [])))
+
+    def restored_places(self) -> list[int | None]:
+        """Return for each optimizer its place in the checkpoint that the run was resumed from."""
+        places = self._optimizers.places
+        return list(range(len(self.present))) if places is None or not self._optimizers.saved else places
+
+    def restored_names(self, place: int) -> Sequence[str | None]:
+        """Return the names of the parameters that the optimizer at that place had; empty if they are not known."""
+        saved = self._optimizers.saved
+        return saved[place].names if place < len(saved) else ()
+
+    def _names_of(self, optimizer: Optimizer) -> list[str | None]:
+        names: dict[Tensor, str] = {p: name for name, p in self._trainer.lightning_module.named_parameters()}
+        found = [name for group in optimizer.param_groups for name in names_of(group, names)]
+        return [None if name is None else plain_name(name) for name in found]
 
     def _follow_if_new(self, optimizer: Optimizer) -> None:
         trainer = self._trainer_ref()

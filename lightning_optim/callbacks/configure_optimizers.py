@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as L
@@ -39,6 +39,7 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the place of the module's method for the time of the fit."""
+        self._saved_names = ()
         if self.hub.has_configured:
             raise MisconfigurationException(
                 f"{self!r} came to the Trainer when its optimizers were made already. Give it to "
@@ -60,6 +61,10 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
         rank_zero_info(f"{self!r} replaces {type(pl_module).__name__}.configure_optimizers.")
         attach(pl_module, self)
         self.hub.on_close(lambda: vars(pl_module).pop(_METHOD, None))
+
+    def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Note the order that the module's parameters had, for the state of an optimizer that saved no names."""
+        self._saved_names = tuple(checkpoint.get("state_dict", ()))
 
     def _at_close(self) -> None:
         """Keep what a LearningRateFinder has found: a Tuner runs it in a fit of its own, before the real one."""

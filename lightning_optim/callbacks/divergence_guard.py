@@ -15,6 +15,7 @@ from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocat
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step, plain_name
 from lightning_optim.core.registry import one_or_several
+from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import (
     DETECTORS,
@@ -102,16 +103,20 @@ class DivergenceGuard(HubCallback):
         self._patience = patience
         self._report_dir, self._save_batches = report_dir, save_batches
         self.extra_detectors = tuple(map(_detector, one_or_several(detectors)))
-        self.ladder = Ladder(lr_cut, rollback, stop, cooldown)
-        self.report = DivergenceReport()
-        self._skipped = 0
+        self._stop, self._cooldown = stop, cooldown
         self._guarded: list[GuardedOptimizer] = []
         self._snapshots: RunSnapshots | None = None
+        self._reporter: GuardReporter | None = None
+        self._reduce: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start as a new guard does: one object may serve many fits, of other folds or seeds."""
+        self.ladder = Ladder(self.lr_cut, self.rollback, self._stop, self._cooldown)
+        self.report = DivergenceReport()
         self._loss: Tensor | None = None
         self._restored: dict[str, Any] = {}
-        self._reduce: Any = None
-        self._overflows = 0
-        self._reporter: GuardReporter | None = None
+        self._skipped = self._overflows = 0
 
     @property
     def skipped_steps(self) -> int:
@@ -152,6 +157,10 @@ class DivergenceGuard(HubCallback):
 
     # The fit.
 
+    def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the last fit; a checkpoint may be loaded after this."""
+        self._begin()
+
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the state of a resumed run, and capture the first snapshot."""
         self._guarded = [self._guard(pipeline, trainer, pl_module) for pipeline in self.hub.pipelines]
@@ -172,8 +181,10 @@ class DivergenceGuard(HubCallback):
 
     def _restore(self) -> None:
         """Restore the state of the last checkpoint that was loaded."""
-        for guarded, state in zip(self._guarded, self._restored.get("optimizers", []), strict=False):
-            guarded.load_state_dict(state)
+        states = self._restored.get("optimizers", [])
+        for guarded, place in zip(self._guarded, self.hub.restored_places(), strict=True):
+            if place is not None and place < len(states):
+                guarded.restore(states[place], self.hub.restored_names(place))
         if "ladder" in self._restored:
             self.ladder.load_state_dict(self._restored["ladder"])
         self._restored = {}
@@ -246,6 +257,7 @@ class DivergenceGuard(HubCallback):
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep the state until training starts; during training, as when a tuner undoes a trial, restore it now."""
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
+        check_version(self._restored, "the state of DivergenceGuard", ("optimizers", "ladder"))
         if self._guarded:
             for guarded in self._guarded:
                 guarded.discard_pending()
@@ -263,7 +275,8 @@ class DivergenceGuard(HubCallback):
     def _state(self) -> dict[str, Any]:
         if not self._guarded:
             return self._restored
-        return {"optimizers": [g.state_dict() for g in self._guarded], "ladder": self.ladder.state_dict()}
+        optimizers = [guarded.state_dict() for guarded in self._guarded]
+        return {"version": VERSION, "optimizers": optimizers, "ladder": self.ladder.state_dict()}
 
     # Observations.
 

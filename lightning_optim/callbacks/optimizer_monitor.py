@@ -89,7 +89,8 @@ class OptimizerMonitor(HubCallback):
         self._details: MonitorDetails | None = None
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the hyperparameters before Lightning does."""
+        """Forget the last fit, and log the hyperparameters before Lightning does."""
+        self.latest, self.alarms, self.advice = {}, [], []
         self._page = MonitorPage(trainer, self.hp_metrics)
         self._page.declare()
 

@@ -34,6 +34,10 @@ class ScheduleFree(HubCallback):
         self._training = False
         self._undo: list[Callable[[], None]] = []
 
+    def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the last fit, which may have ended without any hook."""
+        self._training = False
+
     def _at_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that there is such an optimizer, and wrap ``trainer.save_checkpoint``."""
         if not self._optimizers(trainer):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_optim.clipping.base import Clip, ClipRule, Divisor
+from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import GradStats
 
 logger = logging.getLogger(__name__)
@@ -21,11 +22,20 @@ class Clipper:
     Args:
         rule: The rule.
         limit: Factor of the rule's limit, as a function of the number of optimizer steps so far; None for 1.
+        names: Returns the name of each parameter of the optimizer, in order, by which state of single parameters is
+            matched when it is restored; None where one has no name. Without all names it is matched by position.
     """
 
-    def __init__(self, rule: ClipRule, limit: Callable[[int], float] | None = None) -> None:
+    def __init__(
+        self,
+        rule: ClipRule,
+        limit: Callable[[int], float] | None = None,
+        names: Callable[[], Sequence[str | None]] = tuple,
+    ) -> None:
         self.rule = rule
         self._limit = limit
+        self._names_now = names
+        self._names: Sequence[str] | None = None
         self._saved: Mapping[str, Tensor] | None = None
         self._prepared_for: int | None = None  # the number of parameters that the state was made for
         self._state: dict[str, Tensor] = {}
@@ -73,17 +83,30 @@ class Clipper:
         self._next = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the name and the state of the rule, as copies of tensors; empty for a rule without state."""
+        """Return the name and the state of the rule, as copies of tensors, with the names of parameters it is of.
+
+        Empty for a rule without state.
+        """
         state = self._state or self._saved or {}
         if not state:
             return {}
-        return {"rule": type(self.rule).__name__, "state": {name: t.detach().clone() for name, t in state.items()}}
+        names = {"names": list(self._names)} if self._names is not None and self.rule.per_parameter else {}
+        values = {name: tensor.detach().clone() for name, tensor in state.items()}
+        return {"version": VERSION, "rule": type(self.rule).__name__, "state": values, **names}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore the state returned by `state_dict`; that of another kind of rule is ignored, with a warning."""
-        self._state, self._next, self._saved, self._prepared_for = {}, {}, None, None
+        """Restore the state returned by `state_dict`; that of another kind of rule is ignored, with a warning.
+
+        Args:
+            saved: The state; without ``names``, as version 1 has it, it is matched by position.
+
+        Raises:
+            ValueError: It is of a later version.
+        """
+        check_version(saved, "the state of a clip rule", ("rule", "state", "names"))
+        self._state, self._next, self._saved, self._prepared_for, self._names = {}, {}, None, None, None
         if saved and saved["rule"] == type(self.rule).__name__:
-            self._saved = saved["state"]
+            self._saved, self._names = saved["state"], saved.get("names")
         elif saved:
             logger.warning(
                 "%r starts from new state, because the checkpoint has the state of %s.", self.rule, saved["rule"]
@@ -98,24 +121,47 @@ class Clipper:
         if not fresh:
             return
         fresh["steps"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        names = _unique(self._names_now(), parameters)
         if known is not None:
-            if self._fits(known, fresh):
+            places = _places(names, self._names) if names is not None and self._names is not None else None
+            if self._fits(known, fresh, places):
                 for name, value in fresh.items():
-                    if name in self.rule.per_parameter:
+                    if name not in self.rule.per_parameter:
+                        fresh[name] = known[name]
+                    elif places is None:
                         value[: len(known[name])] = known[name].to(value.device)
                     else:
-                        fresh[name] = known[name]
+                        here, there = places
+                        value[here] = known[name].to(value.device)[there]
             else:
                 logger.warning(
                     "%r starts from new state, because the state in the checkpoint has another size.", self.rule
                 )
-        self._saved = None
+        self._saved, self._names = None, names
         self._state = {name: value.to(device) for name, value in fresh.items()}
 
-    def _fits(self, known: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> bool:
+    def _fits(self, known: Mapping[str, Tensor], fresh: Mapping[str, Tensor], places: _Places | None) -> bool:
+        named = 0 if self._names is None else len(self._names)
         return known.keys() == fresh.keys() and all(
-            known[name].shape[1:] == value.shape[1:] and len(known[name]) <= len(value)
+            known[name].shape[1:] == value.shape[1:]
+            and (len(known[name]) <= len(value) if places is None else len(known[name]) == named)
             if name in self.rule.per_parameter
             else known[name].shape == value.shape
             for name, value in fresh.items()
         )
+
+
+_Places = tuple[list[int], list[int]]
+"""Where parameters are now, and where each of them was."""
+
+
+def _places(names: Sequence[str], before: Sequence[str]) -> _Places:
+    were = {name: place for place, name in enumerate(before)}
+    here = [place for place, name in enumerate(names) if name in were]
+    return here, [were[names[place]] for place in here]
+
+
+def _unique(names: Sequence[str | None], count: int) -> list[str] | None:
+    """The names, if there is one for each parameter and no two are the same."""
+    known = [name for name in names if name is not None]
+    return known if len(known) == len(set(known)) == count else None

@@ -6,6 +6,8 @@ from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from lightning_optim.core.state_version import check_version
+
 
 class Stateful:
     """Mixin that implements `state_dict` and `load_state_dict` for the state that a class declares.
@@ -42,7 +44,7 @@ class Stateful:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state returned by `state_dict`; unknown keys are ignored.
+        """Restore the state returned by `state_dict`; of unknown keys a warning is given.
 
         Args:
             state: The result of `state_dict`.
@@ -55,6 +57,7 @@ class Stateful:
                 f"Invalid state of {type(self).__name__}: {', '.join(map(repr, missing))} missing; it has "
                 f"{', '.join(map(repr, state)) or 'nothing'}. Was it saved by another version of lightning_optim?"
             )
+        check_version(state, f"the state of {type(self).__name__}", (*self.STATE, *self.PARTS))
         for key in self.STATE:
             attribute = self._attribute(key)
             setattr(self, attribute, _like(getattr(self, attribute), state[key]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -169,7 +169,7 @@ class StepGuard(NonFiniteGradient):
             "rows": self.rows.state_dict(),
             "detectors": {name: state for name, one in self._named_detectors() if (state := one.state_dict())},
             "layouts": {
-                step: [list(x.group_sizes), x.has_loss, x.has_places, x.num_detectors]
+                step: [list(x.group_sizes), x.has_loss, x.has_places, x.num_detectors, *([x.moved] if x.moved else [])]
                 for step, x in self._layouts.items()
             },
         }
@@ -185,6 +185,14 @@ class StepGuard(NonFiniteGradient):
         for name, detector in self._named_detectors():
             if name in known:
                 detector.load_state_dict(known[name])
+
+    def move(self, places: Sequence[int]) -> None:
+        """Follow parameters to other places in the optimizer, in the rows that have not arrived yet.
+
+        Args:
+            places: The new place of the parameter at each old place; -1 for one that is gone.
+        """
+        self._layouts = {step: replace(layout, moved=tuple(places)) for step, layout in self._layouts.items()}
 
     def _named_detectors(self) -> Iterator[tuple[str, Detector]]:
         """Yield each further detector with a unique name, because two of one class must not share a checkpoint key."""
@@ -234,7 +242,7 @@ class StepGuard(NonFiniteGradient):
             levels={signal: level for signal, level in zip(SIGNALS, levels, strict=True) if level},
             values=dict(zip(SIGNALS, values, strict=True)),
             medians=dict(zip(SIGNALS, medians, strict=True)),
-            worst=_worst(norm_sq, bad, places) if wrong else (),
+            worst=layout.now(_worst(norm_sq, bad, places)) if wrong else (),
             group_norms=_group_norms(norm_sq, layout.group_sizes),
         )
 
@@ -247,6 +255,12 @@ class _Layout:
     has_loss: bool
     has_places: bool
     num_detectors: int = 0
+    moved: tuple[int, ...] = ()
+    """Where the parameter at each place is now, if the run was resumed with another order; -1 for one that is gone."""
+
+    def now(self, places: tuple[int, ...]) -> tuple[int, ...]:
+        """Return where the parameters at these places are now."""
+        return tuple(self.moved[p] for p in places if self.moved[p] >= 0) if self.moved else places
 
 
 def _found(detector: Detector) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from lightning_optim.factory.added_groups import track_added_groups
 from lightning_optim.factory.freezing import Freezing, freezing_of
 from lightning_optim.factory.optimizer_spec import OptimizerSpec
 from lightning_optim.factory.owner import owner_of
-from lightning_optim.factory.resume import OptimizerResume, resume_scheduler
+from lightning_optim.factory.resume import OptimizerResume
+from lightning_optim.factory.resume_scheduler import resume_scheduler
 from lightning_optim.factory.run_length import RunLength, horizon_of
 from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
@@ -83,6 +85,7 @@ class OptimizerFactory:
         if on_resume not in _ON_RESUME:
             raise ValueError(f"Unknown on_resume={on_resume!r}. {nearest(str(on_resume), _ON_RESUME)}")
         self._on_resume = on_resume
+        self._saved_names: Sequence[str] = ()  # of a checkpoint's weights, in their order then
         given = {"lr": lr, "weight_decay": weight_decay}
         given = {key: value for key, value in given.items() if value is not None}
         self._optimizer = OptimizerSpec(optimizer, optimizer_kwargs or {}, given)
@@ -103,8 +106,8 @@ class OptimizerFactory:
     @property
     def settings(self) -> dict[str, Any]:
         """The optimizer's class and its hyperparameters, defaults included, and the schedule, for tables of runs."""
-        defaults = self._optimizer.trial().defaults
-        return {"optimizer": self._optimizer.cls.__name__, **defaults, "schedule": repr(self._schedule)}
+        name, defaults = self._optimizer.cls.__name__, self._optimizer.defaults
+        return {"optimizer": name, **defaults, "schedule": repr(self._schedule)}
 
     def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Any]:
         """Make the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
@@ -134,7 +137,7 @@ class OptimizerFactory:
         track_added_groups(optimizer, model)
         if any(group.get("frozen_until") is not None for group in optimizer.param_groups):
             Freezing(optimizer, steps=lambda: scheduler.last_epoch, horizon=lambda: _length_of(scheduler, horizon))
-        OptimizerResume(optimizer, self._on_resume == "config", self._tell)
+        OptimizerResume(optimizer, self._on_resume == "config", self._tell, model, lambda: self._saved_names)
         return optimizer, scheduler
 
     def __call__(self, module: Any) -> Any:
@@ -160,7 +163,7 @@ class OptimizerFactory:
                         "the end of an epoch. Needed is a schedule per step, for instance ReduceOnPlateau of ours."
                     )
                 if owner is not None:
-                    freezing.horizon = lambda: horizon_of(owner.trainer)
+                    freezing.horizon = _length_of_run(owner)
             return {"optimizer": optimizer, "lr_scheduler": config}
         if owner is None:  # A callback of ours on the Trainer will have the scheduler follow the run.
             return {"optimizer": optimizer, "lr_scheduler": config}
@@ -185,6 +188,18 @@ class OptimizerFactory:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._optimizer!r}, {self._schedule!r})"
+
+
+def _length_of_run(owner: Any) -> Callable[[], Horizon]:
+    """What returns the length of the run of a LightningModule's Trainer, of which it keeps neither alive."""
+    of_owner = weakref.ref(owner)
+
+    def length() -> Horizon:
+        module = of_owner()
+        assert module is not None, "a run whose module is gone"
+        return horizon_of(module.trainer)
+
+    return length
 
 
 def _length_of(scheduler: Any, given: Horizon | None) -> Horizon | None:

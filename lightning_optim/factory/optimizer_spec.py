@@ -30,6 +30,10 @@ class OptimizerSpec:
         kwargs: Further arguments of the optimizer.
         overrides: Arguments that the caller gives separately (lr, weight decay); none may be in ``kwargs`` as well.
 
+    Attributes:
+        cls: The optimizer's class.
+        defaults: Its hyperparameters.
+
     Raises:
         TypeError: ``spec`` is no optimizer.
         ValueError: An argument is unknown, out of range or given twice.
@@ -46,6 +50,7 @@ class OptimizerSpec:
         self.kwargs = _merge(kwargs or {}, overrides or {})
         self.make, trial = _resolve_optimizer(spec, self.kwargs)
         self.cls = type(trial)
+        self.defaults: dict[str, Any] = dict(trial.defaults)
         self._hyperparameters = {key for group in trial.param_groups for key in group.keys() - RESERVED}
         self._betas = next((group["betas"] for group in trial.param_groups if "betas" in group), ())
 

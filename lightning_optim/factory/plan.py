@@ -6,16 +6,12 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.core.durations import Horizon
-from lightning_optim.optim import FusedOptimizer
-from lightning_optim.optim.state import state_bytes
+from lightning_optim.factory.state_sizes import state_size
 from lightning_optim.schedules import Schedule, Scheduler
 
 _LONGEST_REPLAY = 200_000
@@ -33,7 +29,7 @@ class GroupPlan:
         lr: Peak learning rate.
         weight_decay: None if the optimizer has none.
         rule: Name of the optimizer whose update it uses.
-        state_bytes: What the optimizer will keep for it, in bytes; None if that is not known before it steps.
+        state_bytes: What the optimizer will keep for it, in bytes; None if shapes do not tell before it steps.
         frozen_until: As the rule has it; None if it is trained from the start.
         not_hidden: By name, the kind of each parameter that an optimizer of hidden matrices leaves to AdamW.
     """
@@ -81,15 +77,14 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def plan_groups(optimizer: Optimizer, try_out: bool = True) -> list[GroupPlan]:
-    """Describe the groups of an optimizer that has not stepped yet.
+def plan_groups(optimizer: Optimizer) -> list[GroupPlan]:
+    """Describe the groups of an optimizer.
 
     Args:
-        optimizer: The optimizer; it is not touched.
-        try_out: Whether to find the state of another package's optimizer by constructing one for each parameter and
-            stepping it. If not, its ``state_bytes`` are None.
+        optimizer: The optimizer; it is not touched, and no other one is made of its class.
 
     Example:
+        >>> from torch import nn
         >>> from lightning_optim import OptimizerFactory
         >>> optimizer, _ = OptimizerFactory("adamw", lr=0.1).build(nn.Linear(3, 2))
         >>> [(group.name, group.numel, group.state_bytes) for group in plan_groups(optimizer)]
@@ -98,7 +93,7 @@ def plan_groups(optimizer: Optimizer, try_out: bool = True) -> list[GroupPlan]:
     plans = []
     for index, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-        sizes = [_state_bytes(optimizer, group, param, try_out) for param in group["params"]]
+        sizes = [state_size(optimizer, group, param) for param in group["params"]]
         known = [size for size in sizes if size is not None]
         decay = group.get("weight_decay")
         plans.append(
@@ -179,21 +174,3 @@ def replay(scheduler: LRScheduler, horizon: Horizon, per_epoch: bool = False) ->
                 scheduler.step()
     label = f"lr of group {groups[index].get('name', index)!r} ({type(scheduler).__name__})"
     return Curve(label, lambda step: rates[min(int(step / length), len(rates) - 1)])
-
-
-def _state_bytes(optimizer: Optimizer, group: dict[str, Any], param: Tensor, try_out: bool) -> int | None:
-    """The bytes of state of a parameter; for another package's optimizer by a step of a copy."""
-    if isinstance(optimizer, FusedOptimizer):
-        return state_bytes(param, group, optimizer.rule_of(group))
-    if not try_out:
-        return None
-    twin = nn.Parameter(torch.zeros_like(param))
-    options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-    try:
-        copy = type(optimizer)([{**options, "params": [twin]}], lr=group["lr"])  # type: ignore[call-arg]
-        twin.grad = torch.zeros_like(twin)
-        copy.step()
-    except (TypeError, ValueError, RuntimeError):
-        return None  # another package's optimizer, which needs other arguments
-    state = dict(copy.state.get(twin, {}))
-    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))

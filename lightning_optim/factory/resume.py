@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import inspect
-import warnings
+import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_optim.core.group_keys import CONFIGURED, IDENTITY, is_scheduled
+from lightning_optim.factory.differences import HINT, Tell, differ, shown
+from lightning_optim.factory.optimizer_identity import class_of_group, note_class, saved_class
+from lightning_optim.factory.unnamed_state import fits_by_position, name_parameters
 from lightning_optim.optim.base import class_of_rule
-
-Tell = Callable[[str, bool], None]
-"""Receives a message, and whether it is a warning, that is, whether the configuration was overruled."""
-
-HINT = 'Say on_resume="config" to have the configuration\'s.'
-_POSITION = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
-_METRICS = {"best", "num_bad_epochs", "cooldown_counter", "mode_worse"}
 
 
 class OptimizerResume:
     """Applies the resume policy whenever an optimizer loads a state dict.
 
     Moments and step counts are always the checkpoint's. Hyperparameters are the checkpoint's or the configuration's.
-    Where both sides name their parameters, state is matched by name, however the groups are cut and ordered.
+    Where both sides name their parameters, state is matched by name, however the groups are cut and ordered. Where the
+    checkpoint names none, as that of a stock optimizer, the names are found from the order of the model's parameters
+    (`unnamed_state`), which is reported.
+
+    State of another class of optimizer means something else, so it is never loaded: it is refused, or, where the
+    configuration takes precedence, dropped. The class is saved with the state (`optimizer_identity`).
 
     Args:
         optimizer: As it was configured; its present hyperparameters are the configuration's.
         from_config: Whether the configuration takes precedence.
         tell: Reports what differs.
+        model: The model, which the optimizer's names come from; None if it is not known, then a checkpoint without
+            names is matched by position.
+        order: Returns the names in the order that the model had when the checkpoint was saved; empty for its present
+            order.
 
     Raises:
-        ValueError: When a state dict is loaded that lacks a parameter or has one too many, unless the configuration
-            takes precedence: then these are named and have no state.
+        ValueError: When a state dict is loaded that is of another class of optimizer, or lacks a parameter or has one
+            too many, unless the configuration takes precedence: then these are named and have no state. Also when
+            parameters without names could be matched in more than one way.
 
     Example:
         >>> import torch
@@ -49,14 +55,31 @@ class OptimizerResume:
         0.2
     """
 
-    def __init__(self, optimizer: Optimizer, from_config: bool, tell: Tell) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        from_config: bool,
+        tell: Tell,
+        model: nn.Module | None = None,
+        order: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
         self._from_config = from_config
         self._tell = tell
+        self._model = None if model is None else weakref.ref(model)
+        self._order = order
         # Other callbacks may change the groups before a state is loaded: Lightning's BaseFinetuning does.
         self._configured = {_name(group, i): _configured(optimizer, group) for i, group in _enumerate(optimizer)}
         self._handle = optimizer.register_load_state_dict_pre_hook(self._before)
+        optimizer.register_state_dict_post_hook(note_class)
 
     def _before(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        other = saved_class(optimizer, state_dict)
+        if other is not None:
+            self._check_class(optimizer, state_dict, other)
+            if not any(group.get("rule") for group in (*optimizer.param_groups, *state_dict["param_groups"])):
+                self._tell_dropped(optimizer, state_dict, other, len(state_dict["state"]))
+                return {"state": {}, "param_groups": _packed(optimizer)}
+        given, state_dict = state_dict, self._named(optimizer, state_dict)
         saved: list[dict[str, Any]] = state_dict["param_groups"]
         named = all("param_names" in group for group in (*optimizer.param_groups, *saved))
         now_names = [group.get("param_names") for group in optimizer.param_groups]
@@ -66,11 +89,22 @@ class OptimizerResume:
         if regrouped:
             self._check_names(optimizer, saved)
         ids = _match(optimizer, saved) if regrouped else [group["params"] for group in saved]
+        owner = type(optimizer).__name__
+        classes = {i: class_of_group(group, other or owner) for group in saved for i in group["params"]}
         groups = []
         changes = []
+        foreign: set[Any] = set()
         for index, group in _enumerate(optimizer):
             source = _source(group, ids[index], saved) if regrouped else saved[index]
             configured = self._configured.get(_name(group, index), {})
+            cls = class_of_group({**group, **configured} if self._from_config else {**group, **source}, owner)
+            of_others = {i: classes[i] for i in ids[index] if classes.get(i, cls) != cls}
+            if of_others and not self._from_config:
+                self._refuse_update(group, ids[index], of_others, cls)
+            foreign |= of_others.keys()
+            if len(of_others) == len(ids[index]):  # nothing of this group continues
+                source = {}
+            source = _with_peak(source, group)
             changes += [f"group {_name(group, index)}: {change}" for change in _changes(source, configured)]
             merged: dict[str, Any] = dict(source)
             for key in group.keys() - {"params"} - source.keys():
@@ -81,6 +115,9 @@ class OptimizerResume:
                 merged |= configured
             names = {key: group[key] for key in IDENTITY if key in group}
             groups.append(merged | names | {"params": ids[index]})
+        if foreign or other is not None:
+            of = other or " and ".join(sorted({classes[i] for i in foreign}))
+            self._tell_dropped(optimizer, state_dict, of, len(foreign & state_dict["state"].keys()))
         if changes and self._from_config:
             self._tell(f"Resumed with the configuration's hyperparameters: {'; '.join(changes)}.", False)
         elif changes:
@@ -89,12 +126,81 @@ class OptimizerResume:
                 f"{'; '.join(changes)}. {HINT}",
                 True,
             )
-        if not regrouped and not self._from_config:
+        if not regrouped and not self._from_config and state_dict is given:
             return None
-        known = {saved_id for ids_of_group in ids for saved_id in ids_of_group}
+        known = {saved_id for ids_of_group in ids for saved_id in ids_of_group} - foreign
         of_params = {saved_id for group in saved for saved_id in group["params"]}
         state = {key: value for key, value in state_dict["state"].items() if key in known or key not in of_params}
         return {**state_dict, "state": state, "param_groups": groups}
+
+    def _check_class(self, optimizer: Optimizer, state_dict: Mapping[str, Any], other: str) -> None:
+        """Refuse the state of another class of optimizer, unless the configuration takes precedence."""
+        if self._from_config:
+            return
+        owner = type(optimizer).__name__
+        raise ValueError(
+            f"The checkpoint's optimizer is {other}, and {owner} is configured: its state{_kinds(state_dict)} means "
+            f'something else there. Configure {other} to continue as before, or say on_resume="config" to go on with '
+            f"{owner}: then that state is dropped, and hyperparameters are the configuration's."
+        )
+
+    def _refuse_update(
+        self, group: Mapping[str, Any], ids: Sequence[Any], of_others: Mapping[Any, str], cls: str
+    ) -> None:
+        """Refuse parameters that another rule has updated so far."""
+        names = group.get("param_names", ids)
+        lost = [f"{name} ({of_others[i]})" for name, i in zip(names, ids, strict=True) if i in of_others]
+        raise ValueError(
+            f"The run cannot go on as it was: the group {group.get('name')!r} is updated by {cls}, and the checkpoint "
+            f"has state of another rule for {', '.join(lost)}. Leave them in groups of that rule, or say "
+            'on_resume="config" to start them afresh.'
+        )
+
+    def _tell_dropped(self, optimizer: Optimizer, state_dict: Mapping[str, Any], other: str, count: int) -> None:
+        kept = len(state_dict["state"]) - count
+        parts = []
+        if count or not kept:
+            parts.append(
+                f"the state{_kinds(state_dict)} of {count} parameters is dropped, and they start with fresh state"
+            )
+        if kept:
+            parts.append(f"the state of {kept} continues, because they are updated as before")
+        self._tell(
+            f"Resumed with {type(optimizer).__name__} and a checkpoint of {other}: {'; '.join(parts)}. Hyperparameters "
+            "are the configuration's.",
+            False,
+        )
+
+    def _named(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict with the names of its parameters, if it has none and they can be found out."""
+        saved: list[dict[str, Any]] = state_dict["param_groups"]
+        model = None if self._model is None else self._model()
+        if model is None or any("param_names" in group for group in saved):
+            return state_dict
+        if not all("param_names" in group for group in optimizer.param_groups):
+            return state_dict
+        how = "the order of the model's parameters"
+        names = name_parameters(state_dict, model, self._order())
+        if isinstance(names, str):
+            if not fits_by_position(state_dict, optimizer.param_groups):
+                raise ValueError(
+                    f"The checkpoint's optimizer cannot be matched with this one: {names}. Needed are the checkpoint's "
+                    "groups, in its order (param_groups=[] makes one group of all), or a checkpoint with names, which "
+                    "every optimizer made by OptimizerFactory or ConfigureOptimizers saves."
+                )
+            how = "their places in the groups"
+            pairs = zip(saved, optimizer.param_groups, strict=True)
+            names = [dict(zip(group["params"], own["param_names"], strict=True)) for group, own in pairs]
+        self._tell(
+            f"The checkpoint's optimizer has no names of parameters: its {sum(map(len, names))} have been matched by "
+            f"{how}{', and the shapes of their state agree' if state_dict['state'] else ''}.",
+            False,
+        )
+        groups = [
+            {**group, "params": list(own), "param_names": list(own.values())}
+            for group, own in zip(saved, names, strict=True)
+        ]
+        return {**state_dict, "param_groups": groups}
 
     def _check_names(self, optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
         """Names what only one side has, and refuses it unless the configuration takes precedence."""
@@ -115,49 +221,6 @@ class OptimizerResume:
                 'on_resume="config" to start the former afresh and leave the latter out.'
             )
         self._tell(f"Resumed with other parameters: {', and '.join(lists)}.", False)
-
-
-def resume_scheduler(scheduler: LRScheduler, from_config: bool, tell: Tell) -> None:
-    """Apply the resume policy to a scheduler that is not ours.
-
-    If the configuration takes precedence, the scheduler is stepped from its start to the saved position, so that no
-    number of the old schedule is left in it.
-
-    Args:
-        scheduler: As it was configured, at its start.
-        from_config: Whether the configuration takes precedence.
-        tell: Reports what differs.
-
-    Raises:
-        ValueError: When the state of another kind of scheduler is loaded, unless the configuration takes precedence.
-    """
-    cls = type(scheduler)
-
-    def load_state_dict(self: LRScheduler, state_dict: dict[str, Any]) -> None:
-        if from_config and not isinstance(self, ReduceLROnPlateau):
-            with warnings.catch_warnings():  # torch's, that the optimizer has not stepped
-                warnings.simplefilter("ignore")
-                for _ in range(state_dict["last_epoch"]):
-                    self.step()
-            return
-        mine = cls.state_dict(self)
-        if mine.keys() != state_dict.keys():
-            raise ValueError(
-                f"The checkpoint's scheduler is no {cls.__name__}: it has {', '.join(sorted(state_dict))}. {HINT}"
-            )
-        differing = sorted(
-            f"{key} {_shown(state_dict[key])} (configured: {_shown(mine[key])})"
-            for key in mine.keys() - _POSITION - _METRICS
-            if _differ(mine[key], state_dict[key])
-        )
-        if differing:
-            hint = "" if from_config else f" {HINT}"
-            tell(f"Resumed with the checkpoint's {cls.__name__}: {', '.join(differing)}.{hint}", True)
-        cls.load_state_dict(self, state_dict)
-
-    # torch has no hook for this method of a scheduler, and saves all attributes of an instance in its state dict; so
-    # the method is overridden in a subclass of its class.
-    scheduler.__class__ = type(cls.__name__, (cls,), {"load_state_dict": load_state_dict, "__module__": cls.__module__})
 
 
 def _enumerate(optimizer: Optimizer) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -188,8 +251,27 @@ def _changes(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> Iterato
     for key in configured:
         if key in driven or key not in saved or (key == "peak_lr" and "lr" in driven):
             continue
-        if _differ(configured[key], saved[key]):
-            yield f"{key.removeprefix('initial_')} {_shown(saved[key])} → {_shown(configured[key])}"
+        if differ(configured[key], saved[key]):
+            yield f"{key.removeprefix('initial_')} {shown(saved[key])} → {shown(configured[key])}"
+
+
+def _with_peak(source: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved group, with its rate as the peak if no scheduler has driven it and one drives the group now."""
+    if "lr" not in source or "initial_lr" in source or "initial_lr" not in group:
+        return dict(source)
+    return {**source, "initial_lr": source["lr"]}
+
+
+def _kinds(state_dict: Mapping[str, Any]) -> str:
+    """The names of the state that there is, in brackets."""
+    kinds = sorted({key for entry in state_dict["state"].values() if isinstance(entry, Mapping) for key in entry})
+    return f" ({', '.join(kinds)})" if kinds else ""
+
+
+def _packed(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The groups as they are, with numbers in place of parameters, as in a state dict."""
+    numbers = itertools.count()
+    return [{**group, "params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]
 
 
 def _match(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
@@ -206,17 +288,3 @@ def _source(group: Mapping[str, Any], ids: Sequence[Any], saved: Sequence[Mappin
     with_param = [other for other in saved if set(other["params"]) & set(ids)]
     found = (same_name or with_param or [{}])[0]
     return {key: value for key, value in found.items() if key not in IDENTITY}
-
-
-def _differ(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return float(a) != float(b)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):  # tuples become lists in some formats
-        return len(a) != len(b) or any(_differ(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a != b)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        value = float(value)
-    return f"{value:.6g}" if isinstance(value, float) else repr(value)

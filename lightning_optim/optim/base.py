@@ -235,6 +235,14 @@ class FusedOptimizer(Optimizer):
     def _apply(self, batches: Batches) -> None:
         self.step_stats = update_pass.update(self, batches)
 
+    def forget_step(self) -> None:
+        """Let go of what is kept from the last step to make the next one quicker: tables of parameters and state.
+
+        To be called when training is over: state that is then moved or dropped is freed. A further step makes them
+        anew.
+        """
+        self._batches = None
+
     def make_state(self, params: Iterable[Tensor]) -> None:
         """Create the state that the first step would create for parameters, and keep existing state.
 
@@ -291,6 +299,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.forget_step()  # else the state that is replaced would stay in memory until the next one
         leave_step_uncompiled(type(self))
 
     def label(self, group: Mapping[str, Any], index: int) -> str:

@@ -34,6 +34,7 @@ from lightning_optim.core.step_hooks import closure_of, is_trial_step, run_closu
 from lightning_optim.core.transfer import HostMirror
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.divergence import Detector, NonFiniteGradient
+from lightning_optim.optim import FusedOptimizer
 from lightning_optim.step.gradients import Gradients, group_names_of, names_of
 from lightning_optim.step.one_step import OneStep
 from lightning_optim.step.operands import StepSkipped, operands_for
@@ -108,7 +109,7 @@ class StepPipeline:
                 "measure. Use another optimizer, or remove clipping, guard and monitor."
             )
         self.optimizer = optimizer
-        self.clipper = None if clip is None else Clipper(clip, clip_limit)
+        self.clipper = None if clip is None else Clipper(clip, clip_limit, self.param_names)
         self.detectors = tuple(detectors)
         self._names = names or {}
         self._shards = shards
@@ -127,7 +128,7 @@ class StepPipeline:
         if self.clipper is not None:
             self.clipper.load_state_dict(clip_state or {})
             known = set(group_names_of(optimizer)) if group_names is None else group_names
-            self.clipper.rule.check(known, self._all_names())
+            self.clipper.rule.check(known, {name for name in self.param_names() if name is not None})
             if shards is not None and self.clipper.rule.reads_units:
                 raise ValueError(
                     f"{clip!r} needs whole rows of matrices, but FSDP splits flattened parameters within rows. Use "
@@ -147,6 +148,14 @@ class StepPipeline:
             self._handles.pop().remove()
         self._operands.restore()
         self._operands.close()
+        # A scheduler still asks for the counts, and must not keep alive what the callbacks refer to: the Trainer, say.
+        self._step, self.on_report, self.report_due, self.histograms = None, None, bool, tuple
+        if isinstance(self.optimizer, FusedOptimizer):
+            self.optimizer.forget_step()
+
+    def param_names(self) -> list[str | None]:
+        """Return the name of each parameter of the optimizer, in order, as far as known."""
+        return [name for group in self.optimizer.param_groups for name in names_of(group, self._names)]
 
     def counts(self, exact: bool = False) -> StepCounts:
         """Return the numbers of steps, clipped and skipped.
@@ -267,8 +276,3 @@ class StepPipeline:
         if step.reported:
             assert self.on_report is not None
             self.on_report(step.record(self.optimizer, self.steps, self._counts, self._norms.take()))
-
-    def _all_names(self) -> set[str]:
-        return {
-            name for group in self.optimizer.param_groups for name in names_of(group, self._names) if name is not None
-        }

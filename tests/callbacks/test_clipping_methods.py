@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_optim as lo
-from lightning_optim.callbacks._hub import CHECKPOINT_KEY
+from lightning_optim.callbacks._hub import CHECKPOINT_KEY, state_of_last_fit
 from lightning_optim.clipping import GroupNorm, list_clip_rules
 from tests.clip_rules import OF_NET
 from tests.helpers import (
@@ -43,7 +43,7 @@ def _fit(rule, kind="ours", model=None, callbacks=(), loader=None, **options):
     configure = lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01)
     trainer = make_trainer([configure, clipping, lo.OptimizerMonitor(), recorder, *callbacks], **options)
     trainer.fit(model, loader or batches(12))
-    return model, recorder, configure._kept[CHECKPOINT_KEY]
+    return model, recorder, state_of_last_fit(trainer)[CHECKPOINT_KEY]
 
 
 def test_every_method_is_tested_here():
@@ -241,7 +241,7 @@ def test_schedule_free_optimizers_are_clipped_at_their_training_point(rule):
     configure = lo.ConfigureOptimizers("schedulefreeadamw", lr=0.01)
     trainer = make_trainer([configure, clipping, lo.ScheduleFree(), lo.DivergenceGuard()])
     trainer.fit(model, batches(8), batches(1))
-    assert configure._kept[CHECKPOINT_KEY]["counts"][0][1] > 0
+    assert state_of_last_fit(trainer)[CHECKPOINT_KEY]["counts"][0][1] > 0
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -258,9 +258,10 @@ def test_a_run_resumed_in_the_middle_of_a_window_ends_bit_equal(rule, kind, at, 
     model = Net([5])
     clipping = lo.GradientClipping(method=OF_NET[rule]())
     configure = lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01)
-    make_trainer([configure, clipping]).fit(model, StatefulLoader(14, []), ckpt_path=path)
+    trainer = make_trainer([configure, clipping])
+    trainer.fit(model, StatefulLoader(14, []), ckpt_path=path)
     assert bit_equal(list(model.parameters()), list(whole.parameters()))
-    assert bit_equal(configure._kept[CHECKPOINT_KEY], expected)
+    assert bit_equal(state_of_last_fit(trainer)[CHECKPOINT_KEY], expected)
     assert expected["counts"][0][2] == 1
 
 

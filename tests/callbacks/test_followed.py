@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_optim as lo
+from lightning_optim.callbacks._hub import state_of_last_fit
 from lightning_optim.schedules import Linear, Scheduler
 from tests.helpers import Net, batches, make_trainer, read_events
 
@@ -151,8 +152,9 @@ def test_what_an_optimizer_that_is_gone_has_counted_is_kept_once(changes, expect
         monkeypatch.setattr("lightning_optim.core.transfer.HostMirror.read", lambda mirror: [0, 0])
     model, leaves = Two(nan_batches=[1]), Leaves(changes)
     guard = lo.DivergenceGuard(report_dir=str(tmp_path), rollback=None, lr_cut=None, stop=False)
-    make_trainer([guard, leaves]).fit(model, batches(8))
-    saved = guard._kept["lightning_optim"]
+    trainer = make_trainer([guard, leaves])
+    trainer.fit(model, batches(8))
+    saved = state_of_last_fit(trainer)["lightning_optim"]
     found = [number for steps, _, skipped in saved["counts"] for number in (steps, skipped)]
     gone = saved.get("gone", [0, 0, 0])
     assert found + ([gone[0], gone[2]] if "gone" in saved else []) == expected
@@ -182,9 +184,10 @@ def test_the_counts_of_those_that_are_gone_are_in_checkpoints(tmp_path):
     leaves = Leaves({3: lambda module, now: now[1:]})
     make_trainer([guard(), leaves, Saves()]).fit(Two(nan_batches=[1]), batches(8))
     second = guard()
-    make_trainer([second]).fit(One(), batches(8), ckpt_path=tmp_path / "mid.ckpt")
+    trainer = make_trainer([second])
+    trainer.fit(One(), batches(8), ckpt_path=tmp_path / "mid.ckpt")
     assert second.skipped_steps == 2
-    assert second._kept["lightning_optim"]["gone"] == [3, 0, 1]
+    assert state_of_last_fit(trainer)["lightning_optim"]["gone"] == [3, 0, 1]
 
 
 @pytest.mark.parametrize("where", ["on_train_batch_start", "on_before_zero_grad"])
@@ -200,8 +203,9 @@ def test_one_that_comes_in_the_middle_of_a_batch_is_protected_or_refused(where, 
     parts, swaps = _parts(tmp_path), Swaps(where=where, make=make)
     model = Sees()
     model.norms.watch = lambda optimizer: optimizer  # gradients are divided in the kernel
-    make_trainer([*parts[:2], swaps], max_epochs=2).fit(model, batches(4))
-    clipped = parts[0]._kept["lightning_optim"]["counts"]
+    trainer = make_trainer([*parts[:2], swaps], max_epochs=2)
+    trainer.fit(model, batches(4))
+    clipped = state_of_last_fit(trainer)["lightning_optim"]["counts"]
     assert clipped == [[8, 8, 0]]
 
 
@@ -309,8 +313,9 @@ def test_the_trial_of_lightnings_finder_in_mid_run_counts_nothing(tmp_path):
 
     parts = _parts(tmp_path)
     finder = Finder(num_training_steps=3, update_attr=False)
-    make_trainer([*parts, finder], max_epochs=2, default_root_dir=tmp_path).fit(Own(), batches(4))
-    assert parts[0]._kept["lightning_optim"]["counts"][0][0] == 8
+    trainer = make_trainer([*parts, finder], max_epochs=2, default_root_dir=tmp_path)
+    trainer.fit(Own(), batches(4))
+    assert state_of_last_fit(trainer)["lightning_optim"]["counts"][0][0] == 8
 
 
 # Manual optimization.

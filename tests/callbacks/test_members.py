@@ -16,7 +16,7 @@ from lightning.pytorch.tuner.tuning import Tuner
 
 import lightning_optim as lo
 from lightning_optim import callbacks
-from lightning_optim.callbacks._hub import CHECKPOINT_KEY, Hub, HubCallback
+from lightning_optim.callbacks._hub import CHECKPOINT_KEY, Hub, HubCallback, state_of_last_fit
 from tests.helpers import Net, batches, bit_equal, make_trainer
 
 PUBLIC = [getattr(callbacks, name) for name in callbacks.__all__]
@@ -307,7 +307,7 @@ def test_callbacks_of_others_may_come_and_go_while_training():
     trainer = make_trainer([clipping, Adds("on_train_batch_end", come)])
     trainer.fit(Net(), batches(4))
     assert other in trainer.callbacks  # type: ignore[attr-defined]
-    assert clipping._kept[CHECKPOINT_KEY]["counts"] == [[4, 4, 0]]
+    assert state_of_last_fit(trainer)[CHECKPOINT_KEY]["counts"] == [[4, 4, 0]]
 
 
 @pytest.mark.parametrize("finder", ["lr", "batch_size", "tuner_lr", "tuner_batch_size"])
@@ -339,7 +339,7 @@ def test_lightnings_tuners_which_swap_the_callbacks_for_a_while_are_let_be(finde
         tuner.scale_batch_size(model, max_trials=2, steps_per_trial=1)
     trainer.fit(model)
     steps = -(-16 // model.batch_size)
-    assert clipping._kept[CHECKPOINT_KEY]["counts"][0][0] == steps
+    assert state_of_last_fit(trainer)[CHECKPOINT_KEY]["counts"][0][0] == steps
 
 
 # Callbacks of others.
@@ -443,8 +443,9 @@ def test_an_error_in_the_trial_of_a_tuner_which_no_hook_tells_of_does_not_reach_
         make_trainer([*first, finder], default_root_dir=tmp_path).fit(model, batches(2))
     model.fails = False
     second = first if same else parts()
-    make_trainer(second).fit(model, batches(2))
-    assert second[1]._kept[CHECKPOINT_KEY]["counts"] == [[2, 2, 0]]
+    trainer = make_trainer(second)
+    trainer.fit(model, batches(2))
+    assert state_of_last_fit(trainer)[CHECKPOINT_KEY]["counts"] == [[2, 2, 0]]
     assert "configure_optimizers" not in vars(model)
 
 
@@ -471,7 +472,7 @@ def test_a_fit_whose_hooks_were_cut_short_leaves_nothing_to_the_next_one_of_its_
     model.fails = False
     trainer.fit(model, batches(3))
     assert type(trainer.optimizers[0]) is lo.optim.SGD  # not that of the module's own method
-    assert clipping._kept[CHECKPOINT_KEY]["counts"] == [[3, 3, 0]]
+    assert state_of_last_fit(trainer)[CHECKPOINT_KEY]["counts"] == [[3, 3, 0]]
     assert "configure_optimizers" not in vars(model)
     assert not any(type(callback) is Hub for callback in trainer.callbacks)  # type: ignore[attr-defined]
 

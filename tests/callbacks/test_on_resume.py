@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 
+import lightning.pytorch as L
 import pytest
 import torch
 
@@ -235,3 +236,69 @@ def test_one_can_change_to_another_kind_of_scheduler_and_back(tmp_path):
         _fit(old, ckpt_path=tmp_path / "b.ckpt")
     _, recorder = _fit({**old, "on_resume": "config"}, ckpt_path=tmp_path / "b.ckpt")
     assert _rates(recorder) == pytest.approx([0.8 * 0.5 ** (k // 4) for k in range(9, 16)])
+
+
+class Stock(Net):
+    """The module anyone has, with torch's AdamW of all parameters in one group."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.02)
+
+
+class Reordered(Stock):
+    """The same modules, made in another order since."""
+
+    def __init__(self):
+        super().__init__()
+        self._modules = dict(reversed(self._modules.items()))
+
+
+def _stock(tmp_path):
+    """A checkpoint of stock Lightning after one epoch, and the weights after a second one."""
+    model = Stock()
+    trainer = make_trainer([SaveAt(COUNT, tmp_path / "stock.ckpt")], max_epochs=2)
+    trainer.fit(model, StatefulLoader(COUNT, []))
+    return tmp_path / "stock.ckpt", {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("module", [Net, Reordered])
+def test_a_checkpoint_of_stock_lightning_goes_on_in_our_groups(kind, module, tmp_path, printed):
+    path, expected = _stock(tmp_path)
+    model, options = module(), {"optimizer": kind, "lr": 0.02, "weight_decay": 0.01}
+    with pytest.warns(UserWarning, match=r"group no_decay: weight_decay 0\.01 → 0"):
+        trainer, _ = _fit(options, model=model, ckpt_path=path)
+    assert len(trainer.optimizers[0].param_groups) == 2
+    assert printed.text.count("has no names of parameters: its 6 have been matched by the order") == 1
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=1e-6)
+
+
+class Untrained(Net):
+    def training_step(self, batch, batch_idx):
+        raise AssertionError("trained")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_another_optimizer_is_refused_before_training_or_starts_afresh(kind, middle, inside, tmp_path, printed):
+    stock, _ = _stock(tmp_path)
+    for path in (middle, stock):
+        if inside:
+
+            class Own(Untrained):
+                def configure_optimizers(self):
+                    return lo.OptimizerFactory("lion", lr=0.1)(self)
+
+            parts: list[L.Callback] = []
+            model: Untrained = Own()
+        else:
+            parts, model = [lo.ConfigureOptimizers("lion", lr=0.1)], Untrained()
+        with pytest.raises(ValueError, match=r'AdamW, and Lion is configured.*on_resume="config"'):
+            make_trainer(parts, max_epochs=2).fit(model, StatefulLoader(COUNT, []), ckpt_path=path)
+    start = AtStart("weight_decay", "betas")
+    options = {"optimizer": "lion", "lr": 0.1, "weight_decay": 0.3, "schedule": "linear", "on_resume": "config"}
+    _, recorder = _fit(options, start, ckpt_path=middle)
+    assert start.global_step == 11
+    assert start.state["state"] == {}
+    assert start.rows == [[[0.0, (0.9, 0.99)], [0.3, (0.9, 0.99)]]] * 5
+    assert _rates(recorder) == pytest.approx([0.1 * (1 - k / 16) for k in range(11, 16)])
+    assert "Resumed with Lion and a checkpoint of AdamW" in printed.text

@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_optim as lo
+from lightning_optim.core.state_version import VERSION
 from tests.helpers import (
     ADAMWS,
     Net,
@@ -70,7 +71,9 @@ def test_checkpoints_load_with_weights_only(tmp_path):
     trainer.fit(Net(nan_batches=[1]), batches(4))
     for file in tmp_path.glob("*.ckpt"):
         checkpoint = torch.load(file, weights_only=True)
-        assert checkpoint["lightning_optim"] == {"counts": [[4, checkpoint["lightning_optim"]["counts"][0][1], 1]]}
+        names = [n for g in checkpoint["optimizer_states"][0]["param_groups"] for n in g["param_names"]]
+        counts = [[4, checkpoint["lightning_optim"]["counts"][0][1], 1]]
+        assert checkpoint["lightning_optim"] == {"version": VERSION, "counts": counts, "names": [names]}
         assert checkpoint["lr_schedulers"][0]["last_epoch"] == 3
         assert {group["name"] for group in checkpoint["optimizer_states"][0]["param_groups"]} == {"no_decay", "default"}
     assert len(list(tmp_path.glob("*.ckpt"))) == 2

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lightning_optim as lo
+from lightning_optim.callbacks._hub import state_of_last_fit
 from lightning_optim.diagnostics import Histograms, PerTensor
 from lightning_optim.divergence import Rollback
 from tests.clip_rules import OF_NET
@@ -112,7 +113,7 @@ def fit(kind: str, rule: str, folder: Path, sharded: bool, extra: tuple = (), ck
     model = (Sharded if sharded else Bad)(seed=7)
     loader = StatefulLoader(STEPS, []) if extra or ckpt_path else batches(STEPS, batch_size=4)
     trainer.fit(model, loader, ckpt_path=ckpt_path)
-    (state,) = trainer.callbacks[0]._kept["lightning_optim"].get("clip", [{}])  # type: ignore[attr-defined]
+    (state,) = state_of_last_fit(trainer)["lightning_optim"].get("clip", [{}])
     return {
         "counts": deciding.counts,
         "weights": whole_weights(model),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -118,18 +119,84 @@ def test_the_state_of_every_optimizer_is_what_it_keeps(name):
         assert plan.state_bytes == kept
 
 
-@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adafactor])
-def test_the_state_of_torchs_optimizers_is_found_by_a_step_that_leaves_no_trace(cls):
-    model = nn.Linear(3, 2)
-    optimizer, _ = lo.OptimizerFactory(cls, lr=0.01).build(model)
-    before = model.weight.detach().clone()
+TORCHS: dict[type[torch.optim.Optimizer], list[dict[str, Any]]] = {
+    torch.optim.Adadelta: [{}],
+    torch.optim.Adafactor: [{}],
+    torch.optim.Adagrad: [{}],
+    torch.optim.Adam: [{}, {"amsgrad": True}],
+    torch.optim.AdamW: [{}, {"amsgrad": True, "fused": False}],
+    torch.optim.Adamax: [{}],
+    torch.optim.NAdam: [{}],
+    torch.optim.RAdam: [{}],
+    torch.optim.RMSprop: [{}, {"momentum": 0.9}, {"momentum": 0.9, "centered": True}],
+    torch.optim.Rprop: [{}],
+    torch.optim.SGD: [{}, {"momentum": 0.9}],
+}
+
+
+@pytest.mark.parametrize(("cls", "options"), [(cls, one) for cls, several in TORCHS.items() for one in several])
+def test_the_state_of_torchs_optimizers_is_known_from_shapes(cls, options):
+    model = nn.Sequential(nn.Conv2d(3, 5, 2), nn.Linear(3, 2, dtype=torch.float64))
+    optimizer = cls(model.parameters(), lr=0.01, **options)
     planned = sum(group.state_bytes for group in plan_groups(optimizer))
-    assert torch.equal(model.weight, before)
-    assert not optimizer.state
-    model(torch.randn(2, 3)).sum().backward()
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
     optimizer.step()
     state = [value for entry in optimizer.state.values() for value in entry.values()]
-    assert planned == sum(value.numel() * value.element_size() for value in state if isinstance(value, torch.Tensor))
+    kept = sum(value.numel() * value.element_size() for value in state if isinstance(value, torch.Tensor))
+    assert planned == kept
+    assert sum(group.state_bytes for group in plan_groups(optimizer)) == kept
+
+
+class Counted(torch.optim.SGD):
+    """Counts its instances and their steps, and steps only where it has been given its model."""
+
+    made = steps = 0
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.model = None
+        Counted.made += 1
+
+    def step(self, closure=None):
+        assert self.model is not None
+        Counted.steps += 1
+        return super().step(closure)
+
+
+class OwnOptimizer(Net):
+    def configure_optimizers(self):
+        optimizer = Counted(self.parameters())
+        optimizer.model = self
+        return optimizer
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_no_optimizer_of_the_users_is_made_or_stepped_by_a_fit_or_a_plan(logs, tmp_path):
+    logger = TensorBoardLogger(tmp_path) if logs else False
+    parts = [lo.OptimizerMonitor(), lo.DivergenceGuard(), lo.GradientClipping(1.0), lo.RunSummary()]
+    Counted.made = Counted.steps = 0
+    trainer = make_trainer(parts, max_epochs=1, logger=logger)
+    trainer.fit(OwnOptimizer(), datamodule=Data(3))
+    assert (Counted.made, Counted.steps) == (1, 3)
+    plan = make_plan(make_trainer(parts, max_epochs=1), OwnOptimizer(), Data(3))
+    assert plan.conflicts == []
+    assert (Counted.made, Counted.steps) == (2, 3)  # the module's own, asked for what it would train with
+    assert [group.state_bytes for group in plan.groups] == [None]
+
+
+def test_the_configuration_is_shown_without_making_an_optimizer():
+    class Once(torch.optim.SGD):
+        made = 0
+
+        def __init__(self, params, lr=0.1):
+            super().__init__(params, lr)
+            Once.made += 1
+
+    factory = lo.OptimizerFactory(Once, lr=0.5)
+    made = Once.made
+    assert factory.settings["lr"] == 0.5
+    assert Once.made == made
 
 
 def _conflicts(callbacks, model=None, data=None, **trainer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -96,3 +96,16 @@ class GuardedOptimizer(Stateful):
         """Restore the state returned by `state_dict`."""
         super().load_state_dict(state)
         self.batches.restart(self.watch.steps)
+
+    def restore(self, state: Mapping[str, Any], names: Sequence[str | None]) -> None:
+        """Restore the state of a checkpoint, in which the optimizer may have had its parameters in another order.
+
+        Args:
+            state: As `state_dict` returns it.
+            names: Their names in the order they had; empty if they are not known.
+        """
+        self.load_state_dict(state)
+        now = {name: place for place, name in self.names.items()}
+        moved = tuple(-1 if name is None else now.get(name, -1) for name in names)
+        if moved != tuple(range(len(moved))):
+            self.watch.move(moved)

@@ -79,7 +79,7 @@ class MonitorPage:
         rows: list[list[Any]] = []
         self._awaits_state = False
         for optimizer in map(bare, self._trainer.optimizers):
-            for group, plan in zip(optimizer.param_groups, plan_groups(optimizer, try_out=False), strict=True):
+            for group, plan in zip(optimizer.param_groups, plan_groups(optimizer), strict=True):
                 size = plan.state_bytes if not optimizer.state else _bytes_kept(optimizer, group)
                 self._awaits_state |= size is None
                 shown = "after the first step" if size is None else format_bytes(size)

@@ -42,17 +42,17 @@ class FollowedSchedulers:
         present: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
         _check(present)
         before, self._known = self._known, present
+        held, self._held = self._held, []
+        for scheduler, pipeline in self._pairs():
+            self._held.append((scheduler, pipeline))
+            if not any(scheduler is one and pipeline is other for one, other in held):
+                _hold(scheduler, pipeline)
         for scheduler in present:
             if isinstance(scheduler, Scheduler):
                 if not any(scheduler is known for known in before) and not scheduler.is_following:
                     optimizer = bare(scheduler.optimizer)
                     scheduler.follow(RunLength(trainer, trainer.lightning_module, optimizer))
                 scheduler.refresh()
-        held, self._held = self._held, []
-        for scheduler, pipeline in self._pairs():
-            self._held.append((scheduler, pipeline))
-            if not any(scheduler is one and pipeline is other for one, other in held):
-                _hold(scheduler, pipeline)
 
     def hold(self) -> None:
         """Have our schedulers stand still for the steps that will be skipped from now on."""

@@ -107,7 +107,7 @@ class Scheduler(LRScheduler):
         self._driven.check_peaks()
         self._restored = last_epoch != -1
         self._skipped_steps: Callable[[], int] | None = None
-        self._skips_seen = self._skipped = 0
+        self._skipped = 0
         self._order_is_known = True  # the first call of `step` comes from the constructor
         self._curves: dict[int, tuple[Schedule, Callable[[float], float]]] = {}
         self._compiled_for: Horizon | None = None
@@ -222,7 +222,7 @@ class Scheduler(LRScheduler):
             skipped_steps: Returns the number of optimizer steps skipped so far; called after each step.
         """
         self._skipped_steps = skipped_steps
-        self._skips_seen = skipped_steps()
+        self._skipped = skipped_steps()
 
     def step(self, epoch: int | None = None) -> None:
         """Advance by one step, less the steps found to have been skipped since the last call.
@@ -257,10 +257,8 @@ class Scheduler(LRScheduler):
                 "Give OptimizerFactory.build or Scheduler a Horizon, or call scheduler.resolve(Horizon(...)) before "
                 "the first step; under Lightning, put a callback of lightning_optim on the Trainer."
             )
-        skipped = self._skips_seen if self._skipped_steps is None else self._skipped_steps()
-        new = skipped - self._skips_seen
-        self._skips_seen = skipped
-        self._skipped += new
+        skipped = self._skipped if self._skipped_steps is None else self._skipped_steps()
+        new, self._skipped = skipped - self._skipped, skipped
         if not self._order_is_known and new < 1:
             self._order_is_known = True
             if not has_stepped(self.optimizer):
@@ -430,8 +428,6 @@ class Scheduler(LRScheduler):
             "steps_per_epoch": horizon.steps_per_epoch,
             "schedules": self._driven.as_text(),
         }
-        if self._skipped:
-            state["skipped"] = self._skipped
         if horizon.epoch_ends:
             state["epoch_ends"] = list(horizon.epoch_ends)
         if self._epochs.first is not None:
@@ -454,7 +450,6 @@ class Scheduler(LRScheduler):
         """
         check_schedules(state_dict.get("schedules", {}), self._driven.as_text(), self._from_config, self._tell)
         self.last_epoch = int(state_dict["last_epoch"])
-        self._skipped = int(state_dict.get("skipped", 0))
         plateau = self._driven.rates.plateau
         if plateau is not None and "plateau" in state_dict:
             plateau.load_state_dict(state_dict["plateau"])

@@ -148,7 +148,7 @@ def test_another_backend_takes_over_at_the_next_step(monkeypatch: pytest.MonkeyP
         optimizer.step()
         assert len(calls) == count
     optimizer.backend = "nothing"
-    with pytest.raises(ValueError, match="backend='nothing' is unknown"):
+    with pytest.raises(ValueError, match="Invalid backend='nothing'"):
         optimizer.step()
 
 

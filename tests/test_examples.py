@@ -38,10 +38,16 @@ def test_configurations_run(name, brief, elsewhere, capsys):
     assert list(elsewhere.rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("name", ["callbacks", "plain_torch"])
+@pytest.mark.parametrize("name", ["callbacks", "fabric", "plain_torch"])
 def test_scripts_run(name, elsewhere, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, "3"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_fabric_recognises_digits(precision, elsewhere):
+    assert runpy.run_path(str(EXAMPLES / "fabric.py"))["main"](precision=precision) > 0.97
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks._lightning import logging_step
 from lightning_optim.core.stats import StepCounts
+from lightning_optim.core.wrappers import unwrap_optimizer
 from lightning_optim.step import StepPipeline
 
 
@@ -153,21 +154,10 @@ def bare(optimizer: Any) -> Optimizer:
     Raises:
         MisconfigurationException: There is none.
     """
-    found = optimizer
-    while not (isinstance(found, Optimizer) and "_optimizer_step_pre_hooks" in vars(found)):
-        inner = next((vars(found)[name] for name in _WRAPPED if name in getattr(found, "__dict__", {})), None)
-        if inner is None or inner is found:
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__} is no torch.optim.Optimizer, has no step hooks and wraps (as `optimizer`) "
-                "none that has, so its steps cannot be clipped, guarded or monitored. Needed is a subclass of "
-                "torch.optim.Optimizer whose __init__ calls super().__init__(params, defaults)."
-            )
-        found = inner
-    return found
-
-
-_WRAPPED = ("_optimizer", "optimizer", "base_optimizer")
-"""Where wrappers keep the optimizer that they wrap: Lightning's, most others', SAM's."""
+    try:
+        return unwrap_optimizer(optimizer)
+    except TypeError as error:
+        raise MisconfigurationException(str(error)) from None
 
 
 def _is(one: Any, other: Any) -> bool:

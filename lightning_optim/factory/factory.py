@@ -13,6 +13,7 @@ from lightning_optim.core.durations import Horizon
 from lightning_optim.core.step_hooks import closure_of, is_trial_step
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.uncompiled import uncompiled
+from lightning_optim.core.wrappers import unwrap_module
 from lightning_optim.factory.added_groups import track_added_groups
 from lightning_optim.factory.freezing import Freezing, freezing_of
 from lightning_optim.factory.optimizer_spec import OptimizerSpec
@@ -108,7 +109,7 @@ class OptimizerFactory:
         """Make the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
 
         Args:
-            model: The model to optimize.
+            model: The model to optimize, or what Fabric's ``setup`` or ``setup_module`` makes of it.
             horizon: Length of the run; None if `Scheduler.resolve` will be called before the first step.
 
         Returns:
@@ -117,6 +118,7 @@ class OptimizerFactory:
         Raises:
             ValueError: The rules do not fit the model, or the schedule the length of the run.
         """
+        model = unwrap_module(model)
         # Muon, for one, treats parts of a group differently, and sees which from the modules.
         groups_of = getattr(self._optimizer.cls, "groups_of", build_param_groups)
         optimizer = self._optimizer.make_for(model, groups_of(model, self._rules))

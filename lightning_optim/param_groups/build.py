@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.wrappers import unwrap_module
 from lightning_optim.param_groups.parts import named_parameters
 from lightning_optim.param_groups.rules import REST, ParamGroupRule
 from lightning_optim.param_groups.scalings import LayerDecay, WidthScaling
@@ -66,7 +67,7 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
     Parameters that no rule takes form the last group, ``"default"``.
 
     Args:
-        model: The model; its names are those of ``model.named_parameters()``.
+        model: The model; its names are those of ``model.named_parameters()``, without what Fabric puts before them.
         rules: Ordered rules or names of presets (`list_presets`); the first match wins. A `LayerDecay` or
             `WidthScaling` among them, anywhere, cuts the groups further.
 
@@ -80,6 +81,7 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
             all of them named (presets may match nothing: they describe what is usual, not what is there).
     """
     check_rules(rules)
+    model = unwrap_module(model)
     scalings = [rule for rule in rules if isinstance(rule, LayerDecay | WidthScaling)]
     given = [rule for rule in rules if isinstance(rule, str | ParamGroupRule)]
     resolved = [_PRESETS[rule] if isinstance(rule, str) else rule for rule in given]

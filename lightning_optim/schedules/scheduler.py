@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.core.durations import Horizon
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.wrappers import unwrap_optimizer
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
 from lightning_optim.schedules.order import has_stepped, warn_of_order
@@ -83,6 +84,7 @@ class Scheduler(LRScheduler):
     ) -> None:
         if on_resume not in ("checkpoint", "config"):
             raise ValueError(f"Unknown on_resume={on_resume!r}. {nearest(str(on_resume), ('checkpoint', 'config'))}")
+        optimizer = unwrap_optimizer(optimizer)
         self._from_config = on_resume == "config"
         self._tell = tell
         self._saved_horizon: Horizon | None = None

@@ -31,6 +31,7 @@ from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.core.step_hooks import closure_of, is_trial_step, run_closure
 from lightning_optim.core.transfer import HostMirror
 from lightning_optim.core.uncompiled import uncompiled
+from lightning_optim.core.wrappers import unwrap_optimizer
 from lightning_optim.divergence import Detector, NonFiniteGradient
 from lightning_optim.step.gradients import Gradients, group_names_of, names_of
 from lightning_optim.step.one_step import OneStep
@@ -48,7 +49,8 @@ class StepPipeline:
     no operands) a detector has to ask for it.
 
     Args:
-        optimizer: The optimizer; not LBFGS, which evaluates its closure several times per step.
+        optimizer: The optimizer, or what Fabric's ``setup`` makes of it; not LBFGS, which evaluates its closure several
+            times per step.
         clip: The clip rule; None for no clipping.
         clip_limit: Factor on the limit of the clip rule, as a function of the steps taken so far; for instance a
             `Schedule`. None for 1.
@@ -64,7 +66,7 @@ class StepPipeline:
         shards: The flat shards of torch's first FSDP (`FlatShards.of(model)`); None without it.
 
     Raises:
-        TypeError: The optimizer is LBFGS.
+        TypeError: The optimizer is LBFGS, or is none of torch's and wraps none.
         ValueError: The clip rule refers to a group or parameter that does not exist, or needs whole rows of shards.
 
     Example:
@@ -95,6 +97,7 @@ class StepPipeline:
         group_names: Collection[str] | None = None,
         shards: FlatShards | None = None,
     ) -> None:
+        optimizer = unwrap_optimizer(optimizer)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(
                 "LBFGS evaluates its closure several times per step, so there is no one gradient to clip, check or "

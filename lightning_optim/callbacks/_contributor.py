@@ -34,6 +34,15 @@ class Contributor(L.Callback):
         """Return the clip rule; called once per optimizer. None for no clipping."""
         return None
 
+    def clip_rule_of(self, name: str, names: Sequence[str]) -> ClipRule | None:
+        """Return the clip rule of one of several optimizers.
+
+        Args:
+            name: Its name.
+            names: The names of all.
+        """
+        return self.clip_rule()
+
     def clip_limit(self, horizon: Horizon) -> Callable[[int], float] | None:
         """Return the schedule of the clip limit over the run, or None for a constant limit."""
         return None

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_optim.callbacks._lightning import logging_step
 from lightning_optim.core.stats import StepCounts
 from lightning_optim.core.wrappers import unwrap_optimizer
+from lightning_optim.factory.about import about, optimizer_names
 from lightning_optim.step import StepPipeline
 
 
@@ -63,8 +64,8 @@ class Followed:
 class FollowedOptimizers:
     """Gives each optimizer a pipeline, and takes it from those that are gone.
 
-    An optimizer that comes in the place of another goes on with the counts of that place, and with what the clip rule
-    remembers if it has the same parameters.
+    An optimizer that comes in the place of another goes on with name and counts of that place, and with what the clip
+    rule remembers if it has the same parameters.
 
     Args:
         make: Makes a pipeline from an optimizer, its place, and the counts and the clip state to go on from.
@@ -76,6 +77,7 @@ class FollowedOptimizers:
         self._counts: dict[int, StepCounts] = {}
         self._clip: dict[int, dict[str, Any]] = {}
         self._params: dict[int, list[Tensor]] = {}
+        self._names: dict[int, str | None] = {}
 
     def __iter__(self) -> Iterator[Followed]:
         return iter(self._followed)
@@ -125,6 +127,8 @@ class FollowedOptimizers:
             self._counts[index] = followed.pipeline.counts()
             self._clip[index] = followed.pipeline.clip_state()
             self._params[index] = followed.params
+            self._names[index] = about(followed.optimizer).name
+        self._pass_names_on(wanted)
         present = {id(followed.optimizer): followed for followed in self._followed}
         for followed in self._followed:
             if not any(followed.optimizer is optimizer for optimizer in wanted):
@@ -140,6 +144,13 @@ class FollowedOptimizers:
         """Take the pipelines off."""
         while self._followed:
             self._followed.pop().pipeline.close()
+
+    def _pass_names_on(self, wanted: Sequence[Optimizer]) -> None:
+        used = {about(optimizer).name for optimizer in wanted}
+        for index, optimizer in enumerate(wanted):
+            name = self._names.get(index)
+            if about(optimizer).name is None and name not in used:
+                about(optimizer).name = name
 
     def _new(self, optimizer: Optimizer, index: int) -> StepPipeline:
         params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -158,6 +169,18 @@ def bare(optimizer: Any) -> Optimizer:
         return unwrap_optimizer(optimizer)
     except TypeError as error:
         raise MisconfigurationException(str(error)) from None
+
+
+def names_in(trainer: Trainer) -> list[str]:
+    """Return the names of a Trainer's optimizers, in their order; of those that have none their numbers."""
+    return optimizer_names([bare(optimizer) for optimizer in trainer.optimizers])
+
+
+def prefixes_in(trainer: Trainer) -> list[str]:
+    """Return what stands before the names of groups, which may repeat: each optimizer's name if there are several."""
+    if len(trainer.optimizers) < 2:
+        return [""] * len(trainer.optimizers)
+    return [f"{name}." for name in names_in(trainer)]
 
 
 def _is(one: Any, other: Any) -> bool:

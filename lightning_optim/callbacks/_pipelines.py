@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_optim.callbacks._contributor import Contributor, Hears
-from lightning_optim.callbacks._followed import FollowedOptimizers, bare
+from lightning_optim.callbacks._followed import FollowedOptimizers, bare, names_in
 from lightning_optim.callbacks._followed_schedulers import FollowedSchedulers
 from lightning_optim.callbacks._lightning import plain_name
 from lightning_optim.core.flat_shards import FlatShards
@@ -152,6 +152,8 @@ class Pipelines:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors, so that checkpoints load with ``weights_only=True``."""
         state: dict[str, Any] = {"counts": [[c.steps, c.clipped, c.skipped] for c in self._optimizers.counts()]}
+        if (trainer := self._trainer_ref()) is not None and len(trainer.optimizers) > 1:
+            state["optimizers"] = names_in(trainer)
         clip = self._optimizers.clip_states()
         return {**state, "clip": clip} if any(clip) else state
 
@@ -170,6 +172,8 @@ class Pipelines:
         model = trainer.strategy.model
         names: dict[Tensor, str] = {p: plain_name(key) for key, p in trainer.lightning_module.named_parameters()}
         asking: list[Contributor] = []
+        of_all = names_in(trainer)
+        rule = None if clipping is None else clipping.clip_rule_of(of_all[index], of_all)
 
         def due() -> bool:
             place = self._optimizers.index(optimizer)
@@ -185,8 +189,8 @@ class Pipelines:
 
         return StepPipeline(
             optimizer,
-            clip=None if clipping is None else clipping.clip_rule(),
-            clip_limit=None if clipping is None else clipping.clip_limit(horizon_of(trainer)),
+            clip=rule,
+            clip_limit=None if clipping is None or rule is None else clipping.clip_limit(horizon_of(trainer)),
             clip_state=clip,
             names=names,
             group_names={name for each in trainer.optimizers for name in group_names_of(bare(each))},

@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from lightning_optim.callbacks._followed import names_in
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._guard.reporter import GuardReporter
 from lightning_optim.callbacks._guard.snapshots import RunSnapshots
@@ -277,16 +278,18 @@ class DivergenceGuard(HubCallback):
         """Judge the steps that have arrived, report what is wrong with them, and return what may need a response."""
         assert self._reporter is not None
         found = []
+        names = names_in(self.hub.trainer) if len(self._guarded) > 1 else [None]
         for index, guarded in enumerate(self._guarded):
+            name = names[index] if index < len(names) else None
             for seen in guarded.watch.read(everything):
                 location = guarded.batches.of(seen.step)
                 self.report.see(location.step, index, seen)
                 for alarm in guarded.judge.update(seen, guarded.names):
                     found.append((alarm, location))
-                    self._reporter.notify(alarm, location, index, self._skipped if seen.skipped else None)
+                    self._reporter.notify(alarm, location, index, self._skipped if seen.skipped else None, name)
             for alarm in guarded.health_alarms(everything):
                 location = guarded.batches.of(alarm.step)
-                self._reporter.notify(alarm, location, index, None)
+                self._reporter.notify(alarm, location, index, None, name)
                 if alarm.escalates:  # An alarm about single parameters is no trouble of the run unless it does.
                     found.append((alarm, location))
         self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)

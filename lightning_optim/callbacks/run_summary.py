@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_optim.callbacks._followed import names_in, prefixes_in
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.core.stats import StepCounts
 
@@ -68,20 +69,20 @@ class RunSummary(HubCallback):
             run.add_row(label, "not logged" if value is None else f"{float(value):.4f}")
         steps = trainer.global_step - self._first_step
         run.add_row("steps per second", f"{steps / self._seconds:.1f}" if self._seconds > 0 else "-")
-        total = sum(counts.steps for counts in self._counts)
-        clipped = sum(counts.clipped for counts in self._counts)
-        skipped = sum(counts.skipped for counts in self._counts)
-        run.add_row("steps clipped", f"{clipped / total:.1%} of {total}" if total else "-")
-        run.add_row("steps skipped", str(skipped))
+        names = [f"{name}: " for name in names_in(trainer)] if len(self._counts) > 1 else [""]
+        for of, counts in zip(names, self._counts, strict=False):
+            total = counts.steps
+            run.add_row(f"{of}steps clipped", f"{counts.clipped / total:.1%} of {total}" if total else "-")
+            run.add_row(f"{of}steps skipped", str(counts.skipped))
         console.print(run)
         groups = Table("group", "tensors", "parameters", "lr", "peak lr", "weight decay", title="Parameter groups")
         groups.title_justify = "left"
         for column in groups.columns[1:]:
             column.justify = "right"
-        for optimizer in trainer.optimizers:
+        for prefix, optimizer in zip(prefixes_in(trainer), trainer.optimizers, strict=True):
             for index, group in enumerate(optimizer.param_groups):
                 groups.add_row(
-                    str(group.get("name", index)),
+                    f"{prefix}{group.get('name', index)}",
                     str(len(group["params"])),
                     f"{sum(p.numel() for p in group['params']):,}",
                     f"{float(group['lr']):.3g}",

@@ -105,12 +105,16 @@ class OptimizerFactory:
         defaults = self._optimizer.trial().defaults
         return {"optimizer": self._optimizer.cls.__name__, **defaults, "schedule": repr(self._schedule)}
 
-    def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Any]:
+    def build(
+        self, model: nn.Module, horizon: Horizon | None = None, owner: nn.Module | None = None
+    ) -> tuple[Optimizer, Any]:
         """Make the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
 
         Args:
             model: The model to optimize, or what Fabric's ``setup`` or ``setup_module`` makes of it.
             horizon: Length of the run; None if `Scheduler.resolve` will be called before the first step.
+            owner: The module that ``model`` is a part of and that has the same names for its parameters, if it outlives
+                ``model``.
 
         Returns:
             The optimizer, and a `Scheduler` or whatever scheduler the callable given as ``schedule`` has made.
@@ -131,7 +135,7 @@ class OptimizerFactory:
         else:
             scheduler = self._schedule(optimizer)
             resume_scheduler(scheduler, self._on_resume == "config", self._tell)
-        track_added_groups(optimizer, model)
+        track_added_groups(optimizer, model if owner is None else owner)
         if any(group.get("frozen_until") is not None for group in optimizer.param_groups):
             Freezing(
                 optimizer,
@@ -141,16 +145,18 @@ class OptimizerFactory:
         OptimizerResume(optimizer, self._on_resume == "config", self._tell)
         return optimizer, scheduler
 
-    def __call__(self, module: Any) -> Any:
+    def __call__(self, module: Any, owner: Any = None) -> Any:
         """Return what Lightning expects of ``configure_optimizers``; the Trainer is asked for the run's length later.
 
         Args:
             module: The LightningModule.
+            owner: The LightningModule, if ``module`` is a part of it (`OptimizerFactories`).
 
         Raises:
             ValueError: The rules do not fit the model, or ``frozen_until`` is combined with a scheduler per epoch.
         """
-        optimizer, scheduler = self.build(module)
+        optimizer, scheduler = self.build(module) if owner is None else self.build(module, owner=owner)
+        module = module if owner is None else owner
         config = {"scheduler": scheduler, "interval": "step"}
         freezing = freezing_of(optimizer)
         if not isinstance(scheduler, Scheduler):

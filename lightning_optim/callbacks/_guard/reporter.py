@@ -35,7 +35,9 @@ class GuardReporter:
         self._folder = Path(report_dir or checkpoints or log_dir or trainer.default_root_dir)
         self._files = 0
 
-    def notify(self, alarm: Alarm, location: StepLocation, optimizer: int, skips: int | None) -> None:
+    def notify(
+        self, alarm: Alarm, location: StepLocation, optimizer: int, skips: int | None, name: str | None = None
+    ) -> None:
         """Report an alarm.
 
         Args:
@@ -43,10 +45,12 @@ class GuardReporter:
             location: Where its step took place.
             optimizer: Index of the optimizer.
             skips: Number of skipped steps so far, if the step of the alarm is one; then its batches are saved.
+            name: Name of the optimizer, if there are several.
         """
-        self._add(location.step, location.epoch, location, optimizer, alarm.kind, alarm.text, alarm.names)
+        text = alarm.text if name is None else f"{name}: {alarm.text}"
+        self._add(location.step, location.epoch, location, optimizer, alarm.kind, text, alarm.names)
         skipped = f": {alarm.text}." if skips is None else f" skipped: {alarm.text} ({skips} skipped so far)."
-        rank_zero_warn(f"Step {location.step}{skipped}")
+        rank_zero_warn(f"Step {location.step}{'' if name is None else f' of {name}'}{skipped}")
         if skips is not None:
             self._save_samples(location)
 

@@ -28,6 +28,7 @@ def elsewhere(tmp_path, monkeypatch):
     [
         ("char_lm", ["--trainer.max_steps=3"]),
         ("digits", ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]),
+        ("gan", ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]),
     ],
 )
 def test_configurations_run(name, brief, elsewhere, capsys):
@@ -57,8 +58,15 @@ def test_digits_reach_their_accuracy(elsewhere, capsys):
     assert float(line.split("│")[2]) > 0.97
 
 
+@pytest.mark.slow
+def test_the_generator_learns_to_draw(elsewhere, capsys):
+    main(["fit", "--config", str(EXAMPLES / "gan.yaml"), "--trainer.enable_progress_bar=false"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "energy distance" in line]
+    assert float(line.split("│")[2]) < 1.5  # 3.5 before training
+
+
 def test_modules_of_the_examples_do_not_know_us():
-    for name in ("char_lm", "digits"):
+    for name in ("char_lm", "digits", "gan"):
         source = (EXAMPLES / f"{name}.py").read_text()
         assert "import lightning_optim" not in source
         assert "from lightning_optim" not in source

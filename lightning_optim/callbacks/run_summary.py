@@ -70,7 +70,7 @@ class RunSummary(HubCallback):
         steps = trainer.global_step - self._first_step
         run.add_row("steps per second", f"{steps / self._seconds:.1f}" if self._seconds > 0 else "-")
         names = [f"{name}: " for name in names_in(trainer)] if len(self._counts) > 1 else [""]
-        for of, counts in zip(names, self._counts, strict=False):
+        for of, counts in zip(names, self._counts or [StepCounts()], strict=False):
             total = counts.steps
             run.add_row(f"{of}steps clipped", f"{counts.clipped / total:.1%} of {total}" if total else "-")
             run.add_row(f"{of}steps skipped", str(counts.skipped))

@@ -240,15 +240,14 @@ class Part(nn.Module):
 def _view(module: nn.Module, entry: PartOptimizer) -> Part:
     modules = {path: each for path, each in module.named_modules(remove_duplicate=False) if path}
     known: dict[str, nn.Module | nn.Parameter] = dict(module.named_parameters(remove_duplicate=False)) | modules
-    view, placed = Part(), set[str]()
-    for path in sorted(set(entry.paths), key=len):
+    view = Part()
+    for path in dict.fromkeys(entry.paths):
         if path not in known:
             raise ValueError(
                 f"Optimizer {entry.name!r}: {type(module).__name__} has no part {path!r}. {nearest(path, known)}"
             )
-        if not any(path.startswith(f"{other}.") for other in placed):
+        if not any(path.startswith(f"{other}.") for other in entry.paths):
             view.place(path, known[path])
-            placed.add(path)
     return view
 
 

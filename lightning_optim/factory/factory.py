@@ -14,12 +14,13 @@ from lightning_optim.core.step_hooks import closure_of, is_trial_step
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.core.wrappers import unwrap_module
+from lightning_optim.factory.about import about
 from lightning_optim.factory.added_groups import track_added_groups
 from lightning_optim.factory.freezing import Freezing, freezing_of
 from lightning_optim.factory.optimizer_spec import OptimizerSpec
 from lightning_optim.factory.resume import OptimizerResume, resume_scheduler
 from lightning_optim.factory.run_length import horizon_of
-from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
+from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules, lost_matches
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
 from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
 from lightning_optim.schedules.resolve import resolve_hyperparameter_schedules, resolve_schedule
@@ -135,6 +136,9 @@ class OptimizerFactory:
         else:
             scheduler = self._schedule(optimizer)
             resume_scheduler(scheduler, self._on_resume == "config", self._tell)
+        for note in lost_matches(model, self._rules):
+            about(optimizer).notes.append(note)
+            self._tell(note, False)
         track_added_groups(optimizer, model if owner is None else owner)
         if any(group.get("frozen_until") is not None for group in optimizer.param_groups):
             Freezing(

@@ -84,7 +84,7 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
     model = unwrap_module(model)
     scalings = [rule for rule in rules if isinstance(rule, LayerDecay | WidthScaling)]
     given = [rule for rule in rules if isinstance(rule, str | ParamGroupRule)]
-    resolved = [_PRESETS[rule] if isinstance(rule, str) else rule for rule in given]
+    resolved = resolve_rules(rules)
     parameters = list(named_parameters(model))
     scales = [scaling.scales(model, parameters) for scaling in scalings]
     groups: dict[Any, dict[str, Any]] = {}
@@ -94,7 +94,7 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
         takers = [index for index in taken if not resolved[index].overlay]
         # In the list's order, which decides setting by setting.
         at_work = [index for index in taken if resolved[index].overlay or index == takers[0]]
-        settings = _settings([resolved[index] for index in at_work])
+        settings = settings_of([resolved[index] for index in at_work])
         if not parameter.parameter.requires_grad and "frozen_until" not in settings:
             continue
         used.update(at_work)
@@ -128,8 +128,14 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
     return [groups[key] for key in sorted(groups)]
 
 
-def _settings(rules: Sequence[ParamGroupRule]) -> dict[str, Any]:
-    """The settings of a group of these rules: the first rule that has a setting decides, and multipliers multiply."""
+def resolve_rules(rules: Sequence[Entry]) -> list[ParamGroupRule]:
+    """Return the rules among the entries, in order, presets included and scalings left out."""
+    given = [rule for rule in rules if isinstance(rule, str | ParamGroupRule)]
+    return [_PRESETS[rule] if isinstance(rule, str) else rule for rule in given]
+
+
+def settings_of(rules: Sequence[ParamGroupRule]) -> dict[str, Any]:
+    """Return the settings of a group of these rules: the first that has a setting decides, and multipliers multiply."""
     settings: dict[str, Any] = {"lr_multiplier": 1.0}
     for rule in rules:
         settings = rule.settings() | settings

@@ -114,9 +114,9 @@ class FollowedOptimizers:
         return next((i for i, followed in enumerate(self._followed) if followed.optimizer is optimizer), None)
 
     def follows(self, optimizers: Sequence[Any]) -> bool:
-        """Whether these are the optimizers followed, in this order."""
+        """Whether these are the optimizers followed, in this order, and their pipelines still on them."""
         return len(optimizers) == len(self._followed) and all(
-            bare(optimizer) is followed.optimizer
+            bare(optimizer) is followed.optimizer and followed.pipeline.is_attached
             for optimizer, followed in zip(optimizers, self._followed, strict=True)
         )
 
@@ -129,9 +129,10 @@ class FollowedOptimizers:
             self._params[index] = followed.params
             self._names[index] = about(followed.optimizer).name
         self._pass_names_on(wanted)
-        present = {id(followed.optimizer): followed for followed in self._followed}
+        present = {id(followed.optimizer): followed for followed in self._followed if followed.pipeline.is_attached}
         for followed in self._followed:
-            if not any(followed.optimizer is optimizer for optimizer in wanted):
+            gone = not any(followed.optimizer is optimizer for optimizer in wanted)
+            if gone or id(followed.optimizer) not in present:
                 followed.pipeline.close()
         self._followed = []  # should the next line refuse one, the others are still to be closed
         stay = [present.get(id(optimizer)) for optimizer in wanted]

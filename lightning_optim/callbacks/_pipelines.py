@@ -9,10 +9,11 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_optim.callbacks._contributor import Contributor, Hears
 from lightning_optim.callbacks._followed import FollowedOptimizers, bare, names_in
@@ -45,6 +46,10 @@ class Pipelines:
         self._optimizers = FollowedOptimizers(self._make_pipeline)
         self._schedulers = FollowedSchedulers(self._optimizers)
         self._is_started = False
+        self._stepping: set[int] = set()
+        """Optimizers followed that are in their ``step``: another one that steps meanwhile is a part of them."""
+        self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Optimizers of this process that have no parameter of the module."""
 
     @property
     def _trainer(self) -> L.Trainer:
@@ -70,14 +75,18 @@ class Pipelines:
 
         def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # Of every optimizer of the process: one that has just come is followed before it steps.
-            pipelines = this()
-            if pipelines is not None and pipelines._optimizers.index(optimizer) is None:
-                pipelines._follow_if_new(optimizer)
+            if (pipelines := this()) is not None:
+                pipelines._before_step(optimizer)
 
-        handle = register_optimizer_step_pre_hook(before_step)
-        weakref.finalize(self, handle.remove)  # should the fit end where no hook tells of it
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (pipelines := this()) is not None:
+                pipelines._stepping.discard(id(optimizer))
+
         self._undo.callback(self._optimizers.close)
-        self._undo.callback(handle.remove)
+        handles = register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)
+        for handle in handles:
+            weakref.finalize(self, handle.remove)  # should the fit end where no hook tells of it
+            self._undo.callback(handle.remove)
         self._optimizers.update(self._trainer.optimizers)
         self._schedulers.update(self._trainer)
         for followed in self._optimizers:
@@ -87,10 +96,12 @@ class Pipelines:
         """Match pipelines and schedulers with those that the Trainer has now."""
         if not self._is_started:
             return
+        self._stepping.clear()  # A step that was left by an exception does not say so.
         trainer = self._trainer
         changed = not has_engine(trainer) and not self._optimizers.follows(trainer.optimizers)
         if changed:
             known = [followed.optimizer for followed in self._optimizers]
+            self._refuse_copies(known)
             self._optimizers.update(trainer.optimizers)
         if changed or not self._schedulers.follows(trainer):
             self._schedulers.update(trainer)
@@ -118,7 +129,7 @@ class Pipelines:
         pipeline.settle()  # the last one of this batch may have been left out by a GradScaler
         if self._others_look(trainer):
             unscale(trainer, optimizer)
-        pipeline.expect_step()
+        pipeline.expect_step(may_be_left_out=getattr(trainer.precision_plugin, "scaler", None) is not None)
         for member in self._members:
             member._at_step(trainer, index)
 
@@ -161,10 +172,58 @@ class Pipelines:
         """Go on from counts and clip states, by the places of the optimizers."""
         self._optimizers.restore([StepCounts(*counts) for counts in state.get("counts", [])], state.get("clip", []))
 
-    def _follow_if_new(self, optimizer: Optimizer) -> None:
-        trainer = self._trainer_ref()
-        if trainer is not None and any(bare(present) is optimizer for present in trainer.optimizers):
-            self.follow()
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """See each step of any optimizer: one that has just come is followed before it steps."""
+        index = self._optimizers.index(optimizer)
+        if index is None or not self._optimizers[index].pipeline.is_attached:
+            trainer = self._trainer_ref()
+            if trainer is None:
+                return
+            if any(bare(present) is optimizer for present in trainer.optimizers):
+                self.follow()
+            elif not self._stepping and trainer.training:
+                self._refuse_unknown(trainer, optimizer)
+                return
+        self._stepping.add(id(optimizer))
+
+    def _refuse_unknown(self, trainer: L.Trainer, optimizer: Optimizer) -> None:
+        """Refuse, or report once, that an optimizer steps which Lightning does not have and we cannot follow."""
+        if optimizer in self._strangers:
+            return
+        self._strangers.add(optimizer)
+        params = {param for group in optimizer.param_groups for param in group["params"]}
+        if params.isdisjoint(trainer.lightning_module.parameters()):
+            return
+        protecting = [m for m in self._members if m.clip_rule() is not None or m.detectors()]
+        names = ", ".join(type(member).__name__ for member in protecting or self._members)
+        module = type(trainer.lightning_module).__name__
+        message = (
+            f"{type(optimizer).__name__} is about to step parameters of {module}, and is none of the Trainer's "
+            f"optimizers, so that {names} cannot act on it. Return it from configure_optimizers and take it from "
+            "`self.optimizers()`; in mid-run set `trainer.optimizers = [...]`, as changing the list in place "
+            "does not reach Lightning."
+        )
+        if protecting:
+            raise MisconfigurationException(message)
+        rank_zero_warn(message)
+
+    def _refuse_copies(self, known: Sequence[Optimizer]) -> None:
+        """Refuse what comes in mid-run with none of the module's parameters: it would train nothing."""
+        trainer = self._trainer
+        of_module = set(trainer.lightning_module.parameters())
+
+        def has_some(optimizer: Optimizer) -> bool:
+            return any(param in of_module for group in optimizer.param_groups for param in group["params"])
+
+        for optimizer in map(bare, trainer.optimizers):
+            new = not any(optimizer is each for each in known)
+            if new and not has_some(optimizer) and all(map(has_some, known)):
+                raise MisconfigurationException(
+                    f"The Trainer has got another {type(optimizer).__name__}, and none of its parameters is one of "
+                    f"{type(trainer.lightning_module).__name__}, so that it would train nothing. A deep copy of an "
+                    "optimizer has copies of the parameters: make a new one of `model.parameters()` and load the state "
+                    "dict of the old one, or copy module and optimizer together."
+                )
 
     def _make_pipeline(self, optimizer: Optimizer, index: int, counts: StepCounts | None, clip: Any) -> StepPipeline:
         trainer = self._trainer

@@ -180,7 +180,8 @@ class DivergenceGuard(HubCallback):
         """Guard new optimizers, from the baselines of those they replace; snapshots start afresh."""
         before, self._guarded = self._guarded, []
         for index, pipeline in enumerate(self.hub.pipelines):
-            found = next((guarded for guarded in before if guarded.optimizer is pipeline.optimizer), None)
+            detectors = pipeline.detectors
+            found = next((guarded for guarded in before if any(guarded.watch is d for d in detectors)), None)
             if found is None:
                 found = self._guard(pipeline, trainer, pl_module)
                 if index < len(before):

@@ -117,7 +117,7 @@ class StepPipeline:
         self._counts = torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device=device)
         self._counts_on_host = HostMirror(self._counts)
         self._norms = Interval(device)
-        self._expected = False
+        self._expected, self._may_be_left_out = False, True
         self._step: OneStep | None = None
         self._operands = operands_for(optimizer, may_skip=bool(self.detectors))
         if self.clipper is not None:
@@ -142,6 +142,15 @@ class StepPipeline:
             self._handles.pop().remove()
         self._operands.restore()
         self._operands.close()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the optimizer still has the hooks: calling its ``__init__`` anew, for one, drops them."""
+        present = vars(self.optimizer)
+        return all(
+            handle.id in present.get(f"_optimizer_step_{which}_hooks", ())
+            for handle, which in zip(self._handles, ("pre", "post"), strict=True)
+        )
 
     def counts(self) -> StepCounts:
         """Return steps, clipped and skipped so far; on an accelerator the latter two may be a few steps late."""
@@ -174,17 +183,21 @@ class StepPipeline:
         if self.clipper is not None:
             self.clipper.load_state_dict(state)
 
-    def expect_step(self) -> None:
+    def expect_step(self, may_be_left_out: bool = True) -> None:
         """Announce a step: its gradients are ready.
 
         A GradScaler that found an overflow does not call the ``step`` of an optimizer without operands; an announced
         step that has not happened when the counts are next read is counted as skipped.
+
+        Args:
+            may_be_left_out: Whether there is such a GradScaler. If not, a step that does not come is never counted, and
+                `is_expecting` stays true.
         """
-        self._expected = True
+        self._expected, self._may_be_left_out = True, may_be_left_out
 
     def settle(self) -> None:
         """Count an announced step that did not happen as skipped."""
-        if self._expected:
+        if self._expected and self._may_be_left_out:
             self._expected = False
             if (step := self._open()) is not None:
                 step.skip = torch.ones_like(self._counts[0], dtype=torch.float32)

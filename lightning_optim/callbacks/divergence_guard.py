@@ -8,7 +8,6 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from lightning_optim.callbacks._followed import names_in
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._guard.reporter import GuardReporter
 from lightning_optim.callbacks._guard.snapshots import RunSnapshots
@@ -33,6 +32,7 @@ from lightning_optim.divergence import (
     SpikeWindow,
     StepGuard,
 )
+from lightning_optim.factory.about import about
 from lightning_optim.step import StepPipeline
 
 CHECKPOINT_KEY = "lightning_optim.divergence_guard"
@@ -279,9 +279,8 @@ class DivergenceGuard(HubCallback):
         """Judge the steps that have arrived, report what is wrong with them, and return what may need a response."""
         assert self._reporter is not None
         found = []
-        names = names_in(self.hub.trainer) if len(self._guarded) > 1 else [None]
         for index, guarded in enumerate(self._guarded):
-            name = names[index] if index < len(names) else None
+            name = about(guarded.optimizer).name if len(self._guarded) > 1 else None
             for seen in guarded.watch.read(everything):
                 location = guarded.batches.of(seen.step)
                 self.report.see(location.step, index, seen)

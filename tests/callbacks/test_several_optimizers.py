@@ -256,7 +256,7 @@ def _with_data(model):
 def test_monitor_guard_summary_and_plan_say_the_names(logger, capsys, monkeypatch):
     model = Both(factor=lambda index, batch_idx: float("nan") if (index, batch_idx) == (1, 2) else 1.0)
     parts = [configure(), lo.GradientClipping(1e-3), lo.DivergenceGuard(), lo.OptimizerMonitor(), lo.RunSummary()]
-    with pytest.warns(UserWarning, match="Step 2 of top skipped: "):
+    with pytest.warns(UserWarning, match="Step 2 skipped: top: "):
         fit(parts, model, logger=logger)
     events = read_events(logger.log_dir)
     assert events["optim_lr/feet.default"][0][1] == pytest.approx(0.1)

@@ -45,12 +45,12 @@ class GuardReporter:
             location: Where its step took place.
             optimizer: Index of the optimizer.
             skips: Number of skipped steps so far, if the step of the alarm is one; then its batches are saved.
-            name: Name of the optimizer, if there are several.
+            name: Name of the optimizer; None if it has none.
         """
         text = alarm.text if name is None else f"{name}: {alarm.text}"
         self._add(location.step, location.epoch, location, optimizer, alarm.kind, text, alarm.names)
-        skipped = f": {alarm.text}." if skips is None else f" skipped: {alarm.text} ({skips} skipped so far)."
-        rank_zero_warn(f"Step {location.step}{'' if name is None else f' of {name}'}{skipped}")
+        skipped = f": {text}." if skips is None else f" skipped: {text} ({skips} skipped so far)."
+        rank_zero_warn(f"Step {location.step}{skipped}")
         if skips is not None:
             self._save_samples(location)
 

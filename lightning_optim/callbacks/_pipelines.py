@@ -5,12 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -19,6 +19,7 @@ from lightning_optim.callbacks._contributor import Contributor, Hears
 from lightning_optim.callbacks._followed import FollowedOptimizers, bare, names_in
 from lightning_optim.callbacks._followed_schedulers import FollowedSchedulers
 from lightning_optim.callbacks._lightning import plain_name
+from lightning_optim.callbacks._packages import callback_overrides, module_overrides
 from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.factory.freezing import freezing_of
@@ -282,11 +283,11 @@ class Pipelines:
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             return False  # nothing to hide from them
         module = trainer.lightning_module
-        if is_overridden("configure_gradient_clipping", module) or is_overridden("on_before_optimizer_step", module):
+        if any(map(partial(module_overrides, module), ("configure_gradient_clipping", "on_before_optimizer_step"))):
             return True
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        hooks = [getattr(c, "on_before_optimizer_step", None) for c in callbacks if not isinstance(c, Hears)]
-        return any(getattr(hook, "__func__", hook) is not L.Callback.on_before_optimizer_step for hook in hooks)
+        others = (callback for callback in callbacks if not isinstance(callback, Hears))
+        return any(callback_overrides(callback, "on_before_optimizer_step") for callback in others)
 
 
 def unscale(trainer: L.Trainer, optimizer: Optimizer) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_optim.callbacks._followed import bare
 from lightning_optim.callbacks._hub import CHECKPOINT_KEY, HubCallback
+from lightning_optim.callbacks._packages import is_lightning, module_overrides
 from lightning_optim.core.durations import Horizon
 from lightning_optim.factory import OptimizerFactories, OptimizerFactory, PartOptimizer
 from lightning_optim.factory.about import optimizer_names
@@ -206,8 +206,8 @@ class ConfigureOptimizers(HubCallback, _Factory):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Add the way out to Lightning's message about a missing method."""
         # Lightning verifies the module before it calls any hook of a callback, so this is the first chance to help.
-        missing = isinstance(exception, MisconfigurationException) and f"No `{_METHOD}()`" in str(exception)
-        if missing and not is_overridden(_METHOD, pl_module):
+        missing = is_lightning(exception, "MisconfigurationException") and f"No `{_METHOD}()`" in str(exception)
+        if missing and not module_overrides(pl_module, _METHOD):
             name = type(pl_module).__name__
             exception.args = (
                 f"{name} defines no configure_optimizers, and Lightning checks that before a callback can supply "

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_optim.callbacks._followed import names_in, prefixes_in
 from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.callbacks._packages import tensorboard_loggers
 from lightning_optim.core.stats import StepCounts
 
 
@@ -90,10 +90,9 @@ class RunSummary(HubCallback):
                     f"{group['weight_decay']:g}" if "weight_decay" in group else "-",
                 )
         console.print(groups)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # Printed plainly, in one line, to be copied.
-                print(f"See the run:  tensorboard --logdir {_relative(logger.save_dir)}")
+        for logger in tensorboard_loggers(trainer):
+            # Printed plainly, in one line, to be copied.
+            print(f"See the run:  tensorboard --logdir {_relative(logger.save_dir)}")
 
     def _labels(self, trainer: L.Trainer) -> Mapping[str, str]:
         if self.metrics is not None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_optim.callbacks._guard.step_batches import StepLocation
 from lightning_optim.callbacks._lightning import logging_step
+from lightning_optim.callbacks._packages import tensorboard_loggers
 from lightning_optim.divergence import Alarm, DivergenceReport
 from lightning_optim.divergence.report import Entry
 
@@ -77,9 +77,8 @@ class GuardReporter:
         if not self._report.entries or not trainer.is_global_zero:
             return None
         path = self._report.write(self._folder)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("optim_health/divergence", self._report.markdown(), logging_step(trainer))
+        for logger in tensorboard_loggers(trainer):
+            logger.experiment.add_text("optim_health/divergence", self._report.markdown(), logging_step(trainer))
         return path
 
     def _add(

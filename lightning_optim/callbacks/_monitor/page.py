@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.callbacks._followed import bare, names_in, prefixes_in
 from lightning_optim.callbacks._lightning import logging_step
+from lightning_optim.callbacks._packages import lightning_class, tensorboard_loggers
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
 from lightning_optim.callbacks.gradient_clipping import GradientClipping
 from lightning_optim.core.durations import Horizon
@@ -43,8 +43,8 @@ class MonitorPage:
         self._tags: set[str] = set()
         self._drawn = (0, 0.0)
         self._awaits_state = False
-        loggers = trainer.loggers if trainer.is_global_zero else []
-        self._writers = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+        loggers = tensorboard_loggers(trainer) if trainer.is_global_zero else []
+        self._writers = [logger.experiment for logger in loggers]
 
     def declare(self) -> None:
         """Write the hyperparameters; TensorBoard takes the first ones of a run, and Lightning's compare nothing."""
@@ -146,7 +146,7 @@ class MonitorPage:
 
 
 @rank_zero_only
-def log_scalars(logger: Logger, values: dict[str, float], step: int) -> None:
+def log_scalars(logger: Any, values: dict[str, float], step: int) -> None:
     """Log scalars as ``logger.log_metrics`` does, in one record where that is TensorBoard's own.
 
     Args:
@@ -154,8 +154,8 @@ def log_scalars(logger: Logger, values: dict[str, float], step: int) -> None:
         values: The scalars, by tag.
         step: Their place on the loggers' axis.
     """
-    own = isinstance(logger, TensorBoardLogger) and type(logger).log_metrics is TensorBoardLogger.log_metrics
-    if own and isinstance(logger, TensorBoardLogger) and not logger._prefix:
+    cls: Any = lightning_class(logger, "TensorBoardLogger")
+    if cls is not None and type(logger).log_metrics is cls.log_metrics and not logger._prefix:
         tensorboard.add_scalars(logger.experiment, values, step)
     else:
         logger.log_metrics(values, step)

@@ -370,3 +370,22 @@ def test_from_yaml(tmp_path, capsys):
     assert "No conflicts." in out
     assert "feet.norms" in out
     assert "top: lr of group" in out
+
+
+def test_schedules_of_each_kind_and_groups_that_join():
+    class Grows(Both):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.more = nn.Linear(2, 2)
+                self.trainer.optimizers[1].add_param_group({"params": self.more.parameters(), "lr": 0.1})
+
+    plateau = lo.schedules.ReduceOnPlateau(monitor="val_loss")
+    step_lr = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 3}}
+    trainer = make_trainer([configure({**FEET, "schedule": plateau}, {**TOP, "schedule": step_lr})], max_epochs=2)
+    trainer.fit(Grows(), batches(2), batches(1))
+    assert [type(each.scheduler).__name__ for each in trainer.lr_scheduler_configs] == [
+        "Scheduler",
+        "Observer",
+        "StepLR",
+    ]
+    assert trainer.optimizers[1].param_groups[-1]["param_names"] == ["more.weight", "more.bias"]

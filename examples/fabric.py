@@ -1,9 +1,10 @@
 """The same parts in Lightning Fabric: ``digits`` with a loop of one's own, in any precision.
 
-Run with ``python examples/fabric.py [EPOCHS [PRECISION]]``.
+Run with ``python examples/fabric.py [EPOCHS]``.
 """
 
 import sys
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,7 +18,7 @@ from lightning_optim.clipping import GlobalNorm
 from lightning_optim.divergence import NonFiniteGradient
 
 
-def main(epochs: int = 20, precision: str = "bf16-mixed") -> float:
+def main(epochs: int = 20, precision: Any = "bf16-mixed") -> float:
     """Train on handwritten digits and return the share of them that is recognised.
 
     Args:
@@ -29,8 +30,8 @@ def main(epochs: int = 20, precision: str = "bf16-mixed") -> float:
     fabric.seed_everything(0)
     digits = load_digits()
     images, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
-    loader = DataLoader(TensorDataset(images, labels), batch_size=64, shuffle=True, drop_last=True)
-    loader = fabric.setup_dataloaders(loader)
+    data = DataLoader(TensorDataset(images, labels), batch_size=64, shuffle=True, drop_last=True)
+    loader: Any = fabric.setup_dataloaders(data)
     model = nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.GELU(), nn.Linear(128, 10))
 
     # Groups, optimizer and schedule, as `ConfigureOptimizers` makes them for a Trainer.
@@ -50,10 +51,10 @@ def main(epochs: int = 20, precision: str = "bf16-mixed") -> float:
             optimizer.step()
             scheduler.step()
     with torch.no_grad():
-        accuracy = (model(fabric.to_device(images)).argmax(-1).cpu() == labels).float().mean().item()
+        accuracy: float = (model(fabric.to_device(images)).argmax(-1).cpu() == labels).float().mean().item()
     fabric.print(f"recognised {accuracy:.1%}, {pipeline.counts()}")
     return accuracy
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]), *sys.argv[2:3])
+    main(*map(int, sys.argv[1:2]))

@@ -24,17 +24,19 @@ class DigitsGAN(L.LightningModule):
     def __init__(self, latent: int = 32, width: int = 256) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.latent = latent
         self.automatic_optimization = False
         self.gen = nn.Sequential(perceptron(latent, width, width, PIXELS), nn.Sigmoid())
         self.disc = perceptron(PIXELS, width, width, 1)
 
     def forward(self, noise: Tensor) -> Tensor:
         """Return drawings, `[batch, 64]`, from ``noise``, `[batch, latent]`."""
-        return self.gen(noise)
+        drawn: Tensor = self.gen(noise)
+        return drawn
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Take a step of the discriminator, then one of the generator."""
-        gen, disc = self.optimizers()
+        gen, disc = self.optimizers()  # type: ignore[attr-defined]  # a list, if there are several
         real = batch[0].flatten(1)
         drawn = self(self.noise(len(real)))
 
@@ -58,7 +60,7 @@ class DigitsGAN(L.LightningModule):
 
     def noise(self, count: int) -> Tensor:
         """Return what ``count`` drawings are made from."""
-        return torch.randn(count, self.hparams.latent, device=self.device)
+        return torch.randn(count, self.latent, device=self.device)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Return the optimizers of generator and discriminator."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL)
 
 
-def _blocks(language: str) -> list[pytest.param]:
+def _blocks(language: str) -> list[Any]:
     """Every fenced block of a language, with the page and line it is on; ``notest REASON`` after it leaves it out."""
     found = []
     for page in PAGES:
@@ -66,3 +70,30 @@ def test_relative_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if not re.match(r"\w+:", target):
             assert (page.parent / target).exists(), target
+
+
+def test_on_a_package_index_every_link_of_the_readme_has_a_whole_address(monkeypatch):
+    for name in ("hatchling", "hatchling.metadata", "hatchling.metadata.plugin", "hatchling.metadata.plugin.interface"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))  # of the build's environment, not of the tests'
+    vars(sys.modules["hatchling.metadata.plugin.interface"])["MetadataHookInterface"] = object
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    hatch_build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hatch_build)
+
+    text = (ROOT / "README.md").read_text()
+    hook = hatch_build.ReadmeHook()
+    hook.root = str(ROOT)
+    metadata = {"urls": {"Repository": "https://example.org/it/"}}
+    hook.update(metadata)
+    shown = metadata["readme"]["text"]
+    before, after = (re.findall(r"\]\(([^)]*)\)", each) for each in (text, shown))
+    relative = [target for target in before if not target.startswith("https://")]
+    assert relative
+    assert len(after) == len(before)
+    assert all(target.startswith("https://") for target in after)
+    assert all((ROOT / target).exists() for target in relative)
+    assert (
+        "![The TensorBoard page of the demo run](https://example.org/it/raw/main/docs/images/tensorboard.png)" in shown
+    )
+    hook.update(without := {})
+    assert without["readme"]["text"] == text

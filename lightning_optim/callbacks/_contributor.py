@@ -9,9 +9,9 @@ import lightning.pytorch as L
 from torch import Tensor
 
 from lightning_optim.clipping import ClipRule
-from lightning_optim.core.durations import Horizon
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import Detector
+from lightning_optim.schedules.run import Run
 
 
 class Hears(L.Callback):
@@ -31,7 +31,7 @@ class Contributor(L.Callback):
     # What a subclass contributes.
 
     def clip_rule(self) -> ClipRule | None:
-        """Return the clip rule; called once per optimizer. None for no clipping."""
+        """Return the clip rule, or None for no clipping; called more than once, also to find out who clips."""
         return None
 
     def clip_rule_of(self, name: str, names: Sequence[str]) -> ClipRule | None:
@@ -43,8 +43,8 @@ class Contributor(L.Callback):
         """
         return self.clip_rule()
 
-    def clip_limit(self, horizon: Horizon) -> Callable[[int], float] | None:
-        """Return the schedule of the clip limit over the run, or None for a constant limit."""
+    def clip_limit(self, run: Run) -> Callable[[int], float] | None:
+        """Return the factor on the clip limit as a function of the step, or None for 1; called once per optimizer."""
         return None
 
     def detectors(self) -> Sequence[Detector]:
@@ -106,6 +106,30 @@ class Contributor(L.Callback):
 
     def _at_close(self) -> None:
         """Release what this callback has set up; the fit is over, however it ended."""
+
+
+class Hearing:
+    """The members of a hub that a hook of every batch concerns: those that define it, not having the default.
+
+    Most members define few of them, and a batch has many. Each list changes in place as members join and leave.
+    """
+
+    HOOKS = ("_at_batch_start", "_at_before_backward", "_at_after_backward", "_at_step", "_at_batch_end", "report_due")
+
+    def __init__(self) -> None:
+        self.batch_start: list[Contributor] = []
+        self.before_backward: list[Contributor] = []
+        self.after_backward: list[Contributor] = []
+        self.step: list[Contributor] = []
+        self.batch_end: list[Contributor] = []
+        self.report_due: list[Contributor] = []
+
+    def update(self, members: Sequence[Contributor]) -> None:
+        """Sort ``members`` into the lists, each in their order."""
+        for hook in self.HOOKS:
+            default = getattr(Contributor, hook)
+            hearing = [m for m in members if getattr(getattr(m, hook), "__func__", None) is not default]
+            getattr(self, hook.removeprefix("_at_"))[:] = hearing
 
 
 def is_ours(callback: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,12 +24,21 @@ class Followed:
 
     Args:
         optimizer: The optimizer.
-        pipeline: Its pipeline.
 
+    Attributes:
+        pipeline: Its pipeline.
+        place: Its index in the Trainer's list.
+        reporting: The members that get a report of the step that is under way.
+        asked_at: The batch, by its place on the loggers' axis, in which members were last asked for reports.
     """
 
-    def __init__(self, optimizer: Optimizer, pipeline: StepPipeline) -> None:
-        self.optimizer, self.pipeline = optimizer, pipeline
+    pipeline: StepPipeline
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.place = -1
+        self.reporting: list[Any] = []
+        self.asked_at = -1
         self._reported_at: dict[int, tuple[int, int]] = {}
         self._owed: set[int] = set()
 
@@ -36,14 +47,15 @@ class Followed:
         """All parameters of the optimizer."""
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
-    def asking(self, members: Sequence[Any], trainer: Trainer) -> list[Any]:
-        """Who wants a report of the step that is about to happen, and gets it: one of each batch that is due.
+    def report_due(self, members: Sequence[Any], trainer: Trainer) -> bool:
+        """Find who wants a report of the step that is about to happen, and gets it: one of each batch that is due.
 
         An optimizer steps once per batch, or never, or more than once. So a member that asked in a batch without a step
         is owed a report, and one that had a report in this batch gets no second at the same place on the loggers' axis.
         """
         now, step = logging_step(trainer), self.pipeline.steps
-        asking = []
+        self.asked_at = now
+        self.reporting = []
         for member in members:
             key = id(member)
             batch, reported = self._reported_at.get(key, (-1, -1))
@@ -52,99 +64,126 @@ class Followed:
             if wants:
                 self._reported_at[key] = now, step
                 self._owed.discard(key)
-                asking.append(member)
-        return asking
+                self.reporting.append(member)
+        return bool(self.reporting)
 
-    def owe(self, asking: Sequence[Any], trainer: Trainer) -> None:
-        """Called at the end of a batch, with those for whom it was due."""
-        now = logging_step(trainer)
-        self._owed |= {id(member) for member in asking if self._reported_at.get(id(member), (-1, -1))[0] != now}
+    def owe(self, members: Sequence[Any]) -> None:
+        """Owe these a report of the next step; called at the end of a batch in which the optimizer did not step."""
+        self._owed |= set(map(id, members))
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What an optimizer that is gone, or a checkpoint, has left at a place of the Trainer's list.
+
+    Args:
+        counts: Its steps.
+        clip: What the clip rule remembers.
+        params: Its parameters; None from a checkpoint, which has none.
+    """
+
+    counts: StepCounts
+    clip: dict[str, Any] | None
+    params: list[Tensor] | None = None
+
+
+_NOTHING = _Left(StepCounts(), None)
 
 
 class FollowedOptimizers:
     """Gives each optimizer a pipeline, and takes it from those that are gone.
 
-    An optimizer that comes in the place of another goes on with name and counts of that place, and with what the clip
-    rule remembers if it has the same parameters.
+    An optimizer that comes in the place of another that is gone goes on with its name and counts, and with what the
+    clip rule remembers if it has the same parameters. Counts of a place that stays empty are kept.
 
     Args:
-        make: Makes a pipeline from an optimizer, its place, and the counts and the clip state to go on from.
+        make: Makes a pipeline of an optimizer that is followed, and the counts and the clip state to go on from.
+
+    Attributes:
+        present: The optimizers followed, in the Trainer's order.
+        known: The ids of these.
     """
 
-    def __init__(self, make: Callable[[Optimizer, int, StepCounts | None, Any], StepPipeline]) -> None:
+    def __init__(self, make: Callable[[Followed, StepCounts | None, Any], StepPipeline]) -> None:
         self._make = make
-        self._followed: list[Followed] = []
-        self._counts: dict[int, StepCounts] = {}
-        self._clip: dict[int, dict[str, Any]] = {}
-        self._params: dict[int, list[Tensor]] = {}
+        self.present: list[Followed] = []
+        self.known: set[int] = set()
+        self._left: dict[int, _Left] = {}
+        self._gone = StepCounts()
         self._names: dict[int, str | None] = {}
 
-    def __iter__(self) -> Iterator[Followed]:
-        return iter(self._followed)
-
-    def __len__(self) -> int:
-        return len(self._followed)
-
-    def __getitem__(self, index: int) -> Followed:
-        return self._followed[index]
-
-    def restore(self, counts: Sequence[StepCounts], clip: Sequence[dict[str, Any]]) -> None:
+    def restore(self, counts: Sequence[StepCounts], clip: Sequence[dict[str, Any]], gone: StepCounts) -> None:
         """Go on from a checkpoint: the pipelines there are, and those to come."""
-        self._counts, self._clip, self._params = dict(enumerate(counts)), dict(enumerate(clip)), {}
-        for index, followed in enumerate(self._followed):
-            if index < len(counts):
-                followed.pipeline.load_counts(counts[index])
-            if index < len(clip):
-                followed.pipeline.load_clip_state(clip[index])
+        self._gone = gone
+        restored = [_Left(*both) for both in zip_longest(counts, clip[: len(counts)])]  # no rule, no clip states
+        self._left = dict(enumerate(restored[len(self.present) :], len(self.present)))
+        for followed, left in zip(self.present, restored, strict=False):
+            followed.pipeline.load_counts(left.counts)
+            if left.clip is not None:
+                followed.pipeline.load_clip_state(left.clip)
 
-    def counts(self) -> list[StepCounts]:
-        """The counts of each place; of what was restored, as long as there are no pipelines."""
-        if not self._followed:
-            return list(self._counts.values())
-        return [followed.pipeline.counts() for followed in self._followed]
+    def counts(self, exact: bool = False) -> list[StepCounts]:
+        """The counts of each place, or `exact` ones; of what was restored or left, while there are no pipelines."""
+        if not self.present:
+            return [left.counts for left in self._left_in_order()]
+        return [followed.pipeline.counts(exact) for followed in self.present]
+
+    def gone(self) -> StepCounts:
+        """The counts of optimizers that are gone and have no successor, all together."""
+        left = self._left.values() if self.present else ()
+        return sum((each.counts for each in left), self._gone)
 
     def clip_states(self) -> list[dict[str, Any]]:
         """What the clip rule remembers at each place."""
-        if not self._followed:
-            return list(self._clip.values())
-        return [followed.pipeline.clip_state() for followed in self._followed]
+        if not self.present:
+            return [left.clip or {} for left in self._left_in_order()]
+        return [followed.pipeline.clip_state() for followed in self.present]
 
-    def index(self, optimizer: Optimizer) -> int | None:
-        """The place of an optimizer; None if it is not followed."""
-        return next((i for i, followed in enumerate(self._followed) if followed.optimizer is optimizer), None)
+    def find(self, optimizer: Any) -> Followed | None:
+        """What is kept of an optimizer, or of what a wrapper of it holds; None if it is not followed.
+
+        Raises:
+            MisconfigurationException: It is none, and wraps none.
+        """
+        found = bare(optimizer)
+        return next((followed for followed in self.present if followed.optimizer is found), None)
 
     def follows(self, optimizers: Sequence[Any]) -> bool:
         """Whether these are the optimizers followed, in this order, and their pipelines still on them."""
-        return len(optimizers) == len(self._followed) and all(
+        return len(optimizers) == len(self.present) and all(
             bare(optimizer) is followed.optimizer and followed.pipeline.is_attached
-            for optimizer, followed in zip(optimizers, self._followed, strict=True)
+            for optimizer, followed in zip(optimizers, self.present, strict=True)
         )
 
     def update(self, optimizers: Sequence[Any]) -> None:
         """Follow these and no others."""
         wanted = [bare(optimizer) for optimizer in optimizers]
-        for index, followed in enumerate(self._followed):  # a place may be empty for a while
-            self._counts[index] = followed.pipeline.counts()
-            self._clip[index] = followed.pipeline.clip_state()
-            self._params[index] = followed.params
-            self._names[index] = about(followed.optimizer).name
+        self._names = {index: about(followed.optimizer).name for index, followed in enumerate(self.present)}
         self._pass_names_on(wanted)
-        present = {id(followed.optimizer): followed for followed in self._followed if followed.pipeline.is_attached}
-        for followed in self._followed:
+        present = {id(followed.optimizer): followed for followed in self.present if followed.pipeline.is_attached}
+        for index, followed in enumerate(self.present):
             gone = not any(followed.optimizer is optimizer for optimizer in wanted)
             if gone or id(followed.optimizer) not in present:
-                followed.pipeline.close()
-        self._followed = []  # should the next line refuse one, the others are still to be closed
+                before = self._left.get(index, _NOTHING).counts
+                pipeline = followed.pipeline
+                self._left[index] = _Left(before + pipeline.counts(exact=True), pipeline.clip_state(), followed.params)
+                pipeline.close()
+        self.known = set()
+        self.present = []  # should the next line refuse one, the others are still to be closed
         stay = [present.get(id(optimizer)) for optimizer in wanted]
-        self._followed = [followed for followed in stay if followed is not None]
+        self.present = [followed for followed in stay if followed is not None]
         for index, optimizer in enumerate(wanted):
             if stay[index] is None:
-                self._followed.insert(index, Followed(optimizer, self._new(optimizer, index)))
+                self.present.insert(index, self._new(optimizer, index))
+        for place, followed in enumerate(self.present):
+            followed.place = place
+        self.known = {id(followed.optimizer) for followed in self.present}
 
     def close(self) -> None:
         """Take the pipelines off."""
-        while self._followed:
-            self._followed.pop().pipeline.close()
+        self.known.clear()
+        while self.present:
+            self.present.pop().pipeline.close()
 
     def _pass_names_on(self, wanted: Sequence[Optimizer]) -> None:
         used = {about(optimizer).name for optimizer in wanted}
@@ -153,11 +192,15 @@ class FollowedOptimizers:
             if about(optimizer).name is None and name not in used:
                 about(optimizer).name = name
 
-    def _new(self, optimizer: Optimizer, index: int) -> StepPipeline:
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        before = self._params.get(index)
+    def _new(self, optimizer: Optimizer, place: int) -> Followed:
+        followed, left = Followed(optimizer), self._left.pop(place, _NOTHING)
+        before, params = left.params, followed.params
         same = before is None or (len(before) == len(params) and all(map(_is, before, params)))
-        return self._make(optimizer, index, self._counts.get(index), self._clip.get(index) if same else None)
+        followed.pipeline = self._make(followed, left.counts, left.clip if same else None)
+        return followed
+
+    def _left_in_order(self) -> list[_Left]:
+        return [self._left.get(index, _NOTHING) for index in range(max(self._left, default=-1) + 1)]
 
 
 def bare(optimizer: Any) -> Optimizer:

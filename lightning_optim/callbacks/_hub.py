@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks._contributor import Contributor, Hears, is_ours
+from lightning_optim.callbacks._contributor import Contributor, Hearing, Hears, is_ours
 from lightning_optim.callbacks._lightning import ModuleMethod
 from lightning_optim.callbacks._pipelines import Pipelines
 from lightning_optim.core.stats import StepCounts
@@ -49,6 +49,13 @@ class HubCallback(Contributor):
         if stage == "fit":
             Hub.of(trainer).join(self)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse to train with this callback if it came after the start: no `setup` was called."""
+        if self._hub is None:
+            raise _late(self)
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save, after a fit, the state that the fit had."""
         if self._hub is None:
@@ -74,8 +81,10 @@ class Hub(Hears):
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = weakref.ref(trainer)
         self.members: list[HubCallback] = []
+        self._seen: list[Any] = []
         self._undo = ExitStack()
-        self._pipelines = Pipelines(trainer, self.members, self._undo)
+        self._hearing = Hearing()
+        self._pipelines = Pipelines(trainer, self.members, self._hearing, self._undo)
         self._is_closed = self.has_configured = False
         """Whether the optimizers have been made."""
 
@@ -124,12 +133,19 @@ class Hub(Hears):
                     "thing to every step, so remove one."
                 )
         self.members.append(callback)
+        self._hearing.update(self.members)
         callback._hub, callback._kept = self, {}
         callback._at_setup(self.trainer, self.trainer.lightning_module)
 
     def on_close(self, undo: Callable[[], object]) -> None:
         """Register something to be undone at the end of the fit, however it ends; newest first."""
         self._undo.callback(undo)
+
+    def _refuse_late(self, callbacks: list[Any]) -> None:
+        for callback in callbacks:
+            if is_ours(callback) and callback not in self.members:
+                raise _late(callback)
+        self._seen = list(callbacks)
 
     def _join_all(self) -> None:
         for callback in list(self.trainer.callbacks):  # type: ignore[attr-defined]
@@ -169,19 +185,22 @@ class Hub(Hears):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Follow optimizers that have been replaced."""
+        """Follow optimizers that have been replaced, and refuse callbacks of ours that came after the start."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if callbacks != self._seen:  # by identity, in C; a subclass may override the hook in which it would object
+            self._refuse_late(callbacks)
         self._pipelines.follow()
-        for member in self.members:
+        for member in self._hearing.batch_start:
             member._at_batch_start(trainer, pl_module, batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Pass the hook on."""
-        for member in self.members:
+        for member in self._hearing.before_backward:
             member._at_before_backward(trainer, pl_module, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pass the hook on."""
-        for member in self.members:
+        for member in self._hearing.after_backward:
             member._at_after_backward(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -193,7 +212,7 @@ class Hub(Hears):
     ) -> None:
         """Count announced steps that did not happen, and pass the hook on."""
         self._pipelines.settle()
-        for member in self.members:
+        for member in self._hearing.batch_end:
             member._at_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._pipelines.owe_reports()
 
@@ -203,9 +222,14 @@ class Hub(Hears):
             member._at_validation_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pass the hook on."""
+        """Let schedules look at the metric that they follow, and pass the hook on."""
+        self._pipelines.plateaus.validation_ended(trainer)
         for member in self.members:
             member._at_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let schedules look at the metric that they follow."""
+        self._pipelines.plateaus.epoch_ended(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pass the hook on."""
@@ -257,6 +281,10 @@ class Hub(Hears):
         """The counts of each optimizer."""
         return self._pipelines.counts()
 
+    def total(self) -> StepCounts:
+        """The counts of all optimizers together, of those that are gone, too."""
+        return self._pipelines.total()
+
     # The end.
 
     def close(self) -> None:
@@ -286,13 +314,22 @@ class Hub(Hears):
             member._at_save_checkpoint(checkpoint)
 
     def _leave(self) -> None:
+        self._seen = []
         for member in self.members:
             member._hub = None
         self.members.clear()
+        self._hearing.update(self.members)
         if (trainer := self._trainer()) is not None:
             # A new list: Lightning may be going through the old one, and would leave out the next callback.
             present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             trainer.callbacks = [callback for callback in present if callback is not self]  # type: ignore[attr-defined]
+
+
+def _late(callback: HubCallback) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"{callback!r} was added to trainer.callbacks after training had started, and the optimizers had been prepared "
+        "without it: it would do nothing. Give it to Trainer(callbacks=[...]), or add it in a callback's `setup`."
+    )
 
 
 def _roles(callback: HubCallback) -> set[str]:

@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lightning_optim.callbacks._contributor import Contributor, Hears
-from lightning_optim.callbacks._followed import FollowedOptimizers, bare, names_in
+from lightning_optim.callbacks._contributor import Contributor, Hearing, Hears
+from lightning_optim.callbacks._followed import Followed, FollowedOptimizers, bare, names_in
 from lightning_optim.callbacks._followed_schedulers import FollowedSchedulers
-from lightning_optim.callbacks._lightning import plain_name
+from lightning_optim.callbacks._lightning import logging_step, plain_name
 from lightning_optim.callbacks._packages import callback_overrides, module_overrides
+from lightning_optim.callbacks._plateau import PlateauLooks
 from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.factory.freezing import freezing_of
-from lightning_optim.factory.run_length import horizon_of
+from lightning_optim.factory.run_length import RunLength
 from lightning_optim.step import StepPipeline
 from lightning_optim.step.gradients import group_names_of
 
@@ -37,15 +38,17 @@ class Pipelines:
     Args:
         trainer: The Trainer.
         members: The callbacks that contribute; the list may grow until `start`.
+        hearing: Those of them that hooks of every batch concern.
         undo: Takes what is to be undone at the end of the fit.
     """
 
-    def __init__(self, trainer: L.Trainer, members: Sequence[Contributor], undo: ExitStack) -> None:
+    def __init__(self, trainer: L.Trainer, members: Sequence[Contributor], hearing: Hearing, undo: ExitStack) -> None:
         self._trainer_ref = weakref.ref(trainer)
-        self._members = members
+        self._members, self._hearing = members, hearing
         self._undo = undo
         self._optimizers = FollowedOptimizers(self._make_pipeline)
         self._schedulers = FollowedSchedulers(self._optimizers)
+        self.plateaus = PlateauLooks()
         self._is_started = False
         self._stepping: set[int] = set()
         """Optimizers followed that are in their ``step``: another one that steps meanwhile is a part of them."""
@@ -61,7 +64,7 @@ class Pipelines:
     @property
     def present(self) -> list[StepPipeline]:
         """In the order of the Trainer's optimizers."""
-        return [followed.pipeline for followed in self._optimizers]
+        return [followed.pipeline for followed in self._optimizers.present]
 
     def start(self) -> None:
         """Put a pipeline on each optimizer and tell the schedulers how long the run is; once."""
@@ -90,7 +93,7 @@ class Pipelines:
             self._undo.callback(handle.remove)
         self._optimizers.update(self._trainer.optimizers)
         self._schedulers.update(self._trainer)
-        for followed in self._optimizers:
+        for followed in self._optimizers.present:
             self._start_freezing(followed.optimizer)
 
     def follow(self) -> None:
@@ -101,13 +104,13 @@ class Pipelines:
         trainer = self._trainer
         changed = not has_engine(trainer) and not self._optimizers.follows(trainer.optimizers)
         if changed:
-            known = [followed.optimizer for followed in self._optimizers]
+            known = [followed.optimizer for followed in self._optimizers.present]
             self._refuse_copies(known)
             self._optimizers.update(trainer.optimizers)
         if changed or not self._schedulers.follows(trainer):
             self._schedulers.update(trainer)
         if changed:
-            for followed in self._optimizers:
+            for followed in self._optimizers.present:
                 if not any(followed.optimizer is optimizer for optimizer in known):
                     self._start_freezing(followed.optimizer)
             for member in self._members:
@@ -118,27 +121,28 @@ class Pipelines:
         trainer = self._trainer
         if has_engine(trainer):
             return
-        optimizer = bare(optimizer)
-        if (index := self._optimizers.index(optimizer)) is None:
+        if (followed := self._optimizers.find(optimizer)) is None:
+            optimizer = bare(optimizer)
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} is about to step, and this one is none of the Trainer's optimizers "
                 f"({', '.join(type(o).__name__ for o in trainer.optimizers) or 'it has none'}), so that nothing would "
                 "clip, guard or monitor it. Set `trainer.optimizers = [...]` before the batch in which it steps first; "
                 "changing the list in place does not reach Lightning."
             )
-        pipeline = self._optimizers[index].pipeline
-        pipeline.settle()  # the last one of this batch may have been left out by a GradScaler
         if self._others_look(trainer):
-            unscale(trainer, optimizer)
-        pipeline.expect_step(may_be_left_out=getattr(trainer.precision_plugin, "scaler", None) is not None)
-        for member in self._members:
-            member._at_step(trainer, index)
+            followed.pipeline.settle()  # the last one of this batch may have been left out by a GradScaler
+            unscale(trainer, followed.optimizer)
+        followed.pipeline.expect_step(may_be_left_out=getattr(trainer.precision_plugin, "scaler", None) is not None)
+        for member in self._hearing.step:
+            member._at_step(trainer, followed.place)
 
     def settle(self) -> None:
         """Account for announced steps that did not come, as when a GradScaler finds an overflow."""
         scaled = getattr(self._trainer.precision_plugin, "scaler", None) is not None
-        for followed in self._optimizers:
-            if followed.pipeline.is_expecting and not scaled:
+        for followed in self._optimizers.present:
+            if not followed.pipeline.is_expecting:
+                continue
+            if not scaled:
                 raise RuntimeError(
                     f"{type(followed.optimizer).__name__} was announced to step, and its step hooks were not called, "
                     "so that nothing has clipped, guarded or monitored it. Something that wraps it steps in its place; "
@@ -149,9 +153,12 @@ class Pipelines:
 
     def owe_reports(self) -> None:
         """At the end of a batch: an optimizer that did not step in it reports at its next step."""
-        asking = [member for member in self._members if member.report_due(self._trainer)]
-        for followed in self._optimizers:
-            followed.owe(asking, self._trainer)
+        trainer = self._trainer
+        now = logging_step(trainer)
+        if late := [followed for followed in self._optimizers.present if followed.asked_at != now]:
+            due = [member for member in self._hearing.report_due if member.report_due(trainer)]
+            for followed in late:
+                followed.owe(due)
 
     def hold_schedules(self) -> None:
         """Have our schedulers stand still for the steps that will be skipped from now on."""
@@ -161,22 +168,33 @@ class Pipelines:
         """The counts of each optimizer."""
         return self._optimizers.counts()
 
+    def total(self) -> StepCounts:
+        """The counts of all optimizers together, of those that are gone, too."""
+        return sum(self._optimizers.counts(), self._optimizers.gone())
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors, so that checkpoints load with ``weights_only=True``."""
-        state: dict[str, Any] = {"counts": [[c.steps, c.clipped, c.skipped] for c in self._optimizers.counts()]}
+        state: dict[str, Any] = {
+            "counts": [[c.steps, c.clipped, c.skipped] for c in self._optimizers.counts(exact=True)]
+        }
+        if any(clip := self._optimizers.clip_states()):
+            state["clip"] = clip
+        if (gone := self._optimizers.gone()) != StepCounts():
+            state["gone"] = [gone.steps, gone.clipped, gone.skipped]
         if (trainer := self._trainer_ref()) is not None and len(trainer.optimizers) > 1:
             state["optimizers"] = names_in(trainer)
-        clip = self._optimizers.clip_states()
-        return {**state, "clip": clip} if any(clip) else state
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from counts and clip states, by the places of the optimizers."""
-        self._optimizers.restore([StepCounts(*counts) for counts in state.get("counts", [])], state.get("clip", []))
+        counts = [StepCounts(*each) for each in state.get("counts", [])]
+        self._optimizers.restore(counts, state.get("clip", []), StepCounts(*state.get("gone", [])))
 
     def _before_step(self, optimizer: Optimizer) -> None:
         """See each step of any optimizer: one that has just come is followed before it steps."""
-        index = self._optimizers.index(optimizer)
-        if index is None or not self._optimizers[index].pipeline.is_attached:
+        known = id(optimizer) in self._optimizers.known
+        followed = self._optimizers.find(optimizer) if known else None
+        if followed is None or not followed.pipeline.is_attached:
             trainer = self._trainer_ref()
             if trainer is None:
                 return
@@ -226,38 +244,33 @@ class Pipelines:
                     "dict of the old one, or copy module and optimizer together."
                 )
 
-    def _make_pipeline(self, optimizer: Optimizer, index: int, counts: StepCounts | None, clip: Any) -> StepPipeline:
+    def _make_pipeline(self, followed: Followed, counts: StepCounts | None, clip: Any) -> StepPipeline:
         trainer = self._trainer
         clipping = next((member for member in self._members if member.clip_rule() is not None), None)
         model = trainer.strategy.model
-        names: dict[Tensor, str] = {p: plain_name(key) for key, p in trainer.lightning_module.named_parameters()}
-        asking: list[Contributor] = []
+        module = trainer.lightning_module
+        names: dict[Tensor, str] = {p: plain_name(key) for key, p in module.named_parameters()}
         of_all = names_in(trainer)
-        rule = None if clipping is None else clipping.clip_rule_of(of_all[index], of_all)
-
-        def due() -> bool:
-            place = self._optimizers.index(optimizer)
-            assert place is not None
-            asking[:] = self._optimizers[place].asking(self._members, trainer)
-            return bool(asking)
+        place = next(i for i, each in enumerate(trainer.optimizers) if bare(each) is followed.optimizer)
+        rule = None if clipping is None else clipping.clip_rule_of(of_all[place], of_all)
 
         def report(record: StepRecord) -> None:
-            place = self._optimizers.index(optimizer)
-            assert place is not None
-            for member in asking:
-                member.on_report(trainer, place, record)
+            for member in followed.reporting:
+                member.on_report(trainer, followed.place, record)
 
         return StepPipeline(
-            optimizer,
+            followed.optimizer,
             clip=rule,
-            clip_limit=None if clipping is None or rule is None else clipping.clip_limit(horizon_of(trainer)),
+            clip_limit=None
+            if clipping is None or rule is None
+            else clipping.clip_limit(RunLength(trainer, module, followed.optimizer)),
             clip_state=clip,
             names=names,
             group_names={name for each in trainer.optimizers for name in group_names_of(bare(each))},
             shards=None if model is None else FlatShards.of(model),
             detectors=[detector for member in self._members for detector in member.detectors()],
-            report_due=due,
-            histograms=lambda: {kind for member in asking for kind in member.histograms_due(trainer)},
+            report_due=partial(followed.report_due, self._hearing.report_due, trainer),
+            histograms=lambda: {kind for member in followed.reporting for kind in member.histograms_due(trainer)},
             on_report=report,
             counts=counts,
         )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import re
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks._followed import bare
 from lightning_optim.callbacks._hub import CHECKPOINT_KEY, HubCallback
+from lightning_optim.callbacks._lightning import found_lr
 from lightning_optim.callbacks._packages import is_lightning, module_overrides
 from lightning_optim.core.durations import Horizon
 from lightning_optim.factory import OptimizerFactories, OptimizerFactory, PartOptimizer
@@ -74,6 +76,8 @@ class ConfigureOptimizers(HubCallback, _Factory):
     """
 
     role = "ConfigureOptimizers"
+    _found: tuple[Callable[[], Any], float] = (lambda: None, 0.0)
+    """The module of a finder's fit, held weakly, and what it has found."""
 
     def __init__(
         self,
@@ -135,7 +139,18 @@ class ConfigureOptimizers(HubCallback, _Factory):
 
     def __call__(self, module: Any, owner: Any = None) -> Any:
         """Return what Lightning expects of ``configure_optimizers``."""
-        return super().__call__(module, owner) if self._several is None else self._several(module)
+        of, found = self._found
+        self._found_lr = found if of() is module else None
+        if self._several is not None:
+            if self._found_lr is not None:
+                rank_zero_warn(
+                    f"{self!r} leaves out the learning rate {found:.6g} that LearningRateFinder has found: it is one "
+                    "for all, and each of several optimizers has its own."
+                )
+            return self._several(module)
+        if self._found_lr is not None:
+            rank_zero_info(f"{self!r} takes the learning rate {found:.6g} that LearningRateFinder has found.")
+        return super().__call__(module, owner)
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the place of the module's method for the time of the fit."""
@@ -202,6 +217,11 @@ class ConfigureOptimizers(HubCallback, _Factory):
         if self._several is None:
             return super().__repr__()
         return f"{type(self).__name__}(optimizers={self._several.names})"
+
+    def _at_close(self) -> None:
+        """Keep what a LearningRateFinder has found: a Tuner runs it in a fit of its own, before the real one."""
+        if (found := found_lr(self.hub.trainer)) is not None:
+            self._found = (weakref.ref(self.hub.trainer.lightning_module), found)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Add the way out to Lightning's message about a missing method."""

@@ -16,12 +16,12 @@ from lightning_optim.core.stats import StepCounts
 
 
 class RunSummary(HubCallback):
-    """Prints, after training, what came out of it: metrics, speed, clipped and skipped steps, the parameter groups.
+    """Print a summary after training: metrics, speed, clipped and skipped steps, and the parameter groups.
 
-    Needs ``rich``, which comes with ``pip install lightning-optim[cli]``.
+    It needs ``rich``, which ``pip install lightning-optim[cli]`` installs.
 
     Args:
-        metrics: Which of the module's logged metrics to show, and what to call them. None shows all of them.
+        metrics: Logged metrics of the module to show, each with its label; None for all of them.
 
     Raises:
         ModuleNotFoundError: ``rich`` is not installed.
@@ -42,9 +42,9 @@ class RunSummary(HubCallback):
         self.metrics = metrics
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the last fit: one that has nothing left to train never starts or ends training."""
+        """Reset the results of the last fit, because a fit with nothing left to train never starts or ends training."""
         self._first_step, self._start, self._seconds = trainer.global_step, 0.0, 0.0
-        self._counts: list[StepCounts] = []
+        self._counts, self._each = StepCounts(), list[StepCounts]()
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -52,9 +52,9 @@ class RunSummary(HubCallback):
         self._start = time.perf_counter()
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock, and collect what is gone after the fit."""
+        """Stop the clock, and collect the counts, which are not available after the fit."""
         self._seconds = time.perf_counter() - self._start
-        self._counts = self.hub.counts()
+        self._counts, self._each = self.hub.total(), self.hub.counts()
 
     @rank_zero_only
     def _at_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -69,11 +69,13 @@ class RunSummary(HubCallback):
             run.add_row(label, "not logged" if value is None else f"{float(value):.4f}")
         steps = trainer.global_step - self._first_step
         run.add_row("steps per second", f"{steps / self._seconds:.1f}" if self._seconds > 0 else "-")
-        names = [f"{name}: " for name in names_in(trainer)] if len(self._counts) > 1 else [""]
-        for of, counts in zip(names, self._counts or [StepCounts()], strict=False):
-            total = counts.steps
-            run.add_row(f"{of}steps clipped", f"{counts.clipped / total:.1%} of {total}" if total else "-")
-            run.add_row(f"{of}steps skipped", str(counts.skipped))
+        counts = self._counts
+        run.add_row("steps clipped", f"{counts.clipped / counts.steps:.1%} of {counts.steps}" if counts.steps else "-")
+        run.add_row("steps skipped", str(counts.skipped))
+        for name, of_one in zip(names_in(trainer), self._each, strict=False) if len(self._each) > 1 else ():
+            share = f"{of_one.clipped / of_one.steps:.1%} of {of_one.steps}" if of_one.steps else "-"
+            run.add_row(f"{name}: steps clipped", share)
+            run.add_row(f"{name}: steps skipped", str(of_one.skipped))
         console.print(run)
         groups = Table("group", "tensors", "parameters", "lr", "peak lr", "weight decay", title="Parameter groups")
         groups.title_justify = "left"
@@ -91,7 +93,7 @@ class RunSummary(HubCallback):
                 )
         console.print(groups)
         for logger in tensorboard_loggers(trainer):
-            # Printed plainly, in one line, to be copied.
+            # A plain print keeps the command in one line, so that it can be copied.
             print(f"See the run:  tensorboard --logdir {_relative(logger.save_dir)}")
 
     def _labels(self, trainer: L.Trainer) -> Mapping[str, str]:
@@ -101,6 +103,6 @@ class RunSummary(HubCallback):
 
 
 def _relative(path: str) -> str:
-    """The path as seen from the current directory, where that is shorter."""
+    """Return the path relative to the current directory if it is inside, else the absolute path."""
     absolute = Path(path).resolve()
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)

@@ -66,4 +66,4 @@ def track_added_groups(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 welcome_late_groups = track_added_groups
-"""Former name of `track_added_groups`."""
+"""The name of `track_added_groups` up to 0.1. Remove in 0.2."""

@@ -1,9 +1,9 @@
-"""Which parameters a group may hold: their dtype, layout, number and sharding, before the first step."""
+"""Checks of the dtype, layout, uniqueness and sharding of parameters, before the first step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,16 +11,18 @@ from lightning_optim import kernels
 from lightning_optim.core.placements import is_partial, is_sharded, partial_refused
 from lightning_optim.kernels.rules import TensorRule
 from lightning_optim.optim import low_precision
-
-if TYPE_CHECKING:
-    from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.admission import Ruled
 
 
-def check_params(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
-    """Check every parameter of ``group``, which is complete.
+def check_params(optimizer: Ruled, group: Mapping[str, Any]) -> None:
+    """Check every parameter of a group.
+
+    Args:
+        optimizer: The optimizer.
+        group: The complete parameter group.
 
     Raises:
-        ValueError: One cannot be updated; the message names it and says what is needed.
+        ValueError: A parameter cannot be updated; the message names it and the requirement.
     """
     seen: set[int] = set()
     rule = optimizer.rule_of(group)
@@ -28,13 +30,13 @@ def check_params(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
         label = f"{type(optimizer).__name__}: {optimizer.label(group, index)}"
         if not param.is_floating_point():
             raise ValueError(
-                f"{label} has dtype {param.dtype}; needed is a real floating-point one. Frozen "
-                "integers belong in buffers; view complex parameters as real."
+                f"{label} has dtype {param.dtype}, but must have a real floating-point dtype. Frozen integers belong "
+                "in buffers; view complex parameters as real."
             )
         if param.layout is not torch.strided:
-            raise ValueError(f"{label} has the layout {param.layout}; needed is torch.strided (dense).")
-        if id(param) in seen:  # torch warns; here two threads would update the same memory
-            raise ValueError(f"{label} is in the group twice; needed is each parameter once.")
+            raise ValueError(f"{label} has the layout {param.layout}, but must be torch.strided (dense).")
+        if id(param) in seen:  # torch only warns; here two threads would update the same memory.
+            raise ValueError(f"{label} is in the group twice, but each parameter must be given once.")
         seen.add(id(param))
         low_precision.check_param(label, group, param)
         if is_partial(param):

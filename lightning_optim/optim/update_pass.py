@@ -1,35 +1,42 @@
-"""One update of all parameters: each batch through its backend, with what batches share and what they report."""
+"""One update of all parameters: each batch by its backend, with the values that batches share and step statistics."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_optim import kernels
 from lightning_optim.core.host import is_set, widest_dtype
 from lightning_optim.core.stats import STEP_SUMS, StepStats
 from lightning_optim.core.transfer import upload
-from lightning_optim.kernels import Backend, Batch
-from lightning_optim.kernels.rules import Rule, UpdateRule
+from lightning_optim.kernels.rules import UpdateRule
 from lightning_optim.optim import admission
+from lightning_optim.optim.admission import Ruled
 from lightning_optim.optim.batches import Batches
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from lightning_optim.optim.base import FusedOptimizer
 
 _AS_IT_IS = nullcontext()
 
 
-def update(optimizer: FusedOptimizer, batches: Batches) -> StepStats | None:
-    """Update all parameters of ``batches`` once, in place, unless `found_inf` of the optimizer is set.
+class Updated(Ruled, Protocol):
+    """What an optimizer has that updates its parameters; a GradScaler may add ``grad_scale`` and ``found_inf``."""
+
+    divisor: Tensor | None
+    collect_step_stats: bool
+
+
+def update(optimizer: Updated, batches: Batches) -> StepStats | None:
+    """Update all parameters of ``batches`` once, in place, unless `found_inf` of the optimizer is non-zero.
+
+    Args:
+        optimizer: The optimizer.
+        batches: Its batches, with gradients.
 
     Returns:
-        The step's sums, if the optimizer's `collect_step_stats` asks for them.
+        Statistics of the step if `collect_step_stats` of the optimizer is set, otherwise None.
 
     Raises:
         ValueError: The optimizer's `divisor` has another shape than [] or [tensors].
@@ -37,18 +44,23 @@ def update(optimizer: FusedOptimizer, batches: Batches) -> StepStats | None:
     count = len(batches.numel)
     if optimizer.divisor is not None and optimizer.divisor.shape not in ((), (count,)):
         raise ValueError(
-            f"{type(optimizer).__name__}: divisor has shape {tuple(optimizer.divisor.shape)}; needed is [] or one"
-            f" value for each parameter with a gradient, [{count}]."
+            f"{type(optimizer).__name__}: divisor has shape {tuple(optimizer.divisor.shape)}, but must be [] or one "
+            f"value for each parameter with a gradient, [{count}]."
         )
     new_shared = _share(optimizer, batches)
     collected: list[Tensor] = []
-    for batch, rows in zip(batches.batches, batches.rows, strict=True):
+    for batch, backend, rows in zip(batches.batches, batches.backends, batches.rows, strict=True):
         skip = _on(getattr(optimizer, "found_inf", None), batch.device)
-        backend, divisor = _backend_of(optimizer, batch), _divisor(optimizer, rows, batch.device)
+        if skip is not None and batch.device.type == "cpu" and not backend.reads_skip:  # else the device knows
+            if is_set(skip):
+                if optimizer.collect_step_stats:
+                    collected.append(torch.full((len(rows), len(STEP_SUMS)), math.nan, device="cpu"))
+                continue
+            skip = None
+        divisor = _divisor(optimizer, rows, batch.device)
         with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.full_params):
             sums = backend.apply(batch, divisor=divisor, skip=skip, collect=optimizer.collect_step_stats)
-        if not (batch.device.type == "cpu" and is_set(skip)):  # elsewhere only the device knows
-            torch.autograd.graph.increment_version(batch.written)
+        torch.autograd.graph.increment_version(batch.written)
         if sums is not None:
             collected.append(sums)
     for old, new in new_shared:
@@ -56,10 +68,10 @@ def update(optimizer: FusedOptimizer, batches: Batches) -> StepStats | None:
     return _stats(batches, collected) if optimizer.collect_step_stats else None
 
 
-def init_shared(optimizer: FusedOptimizer, group: dict[str, Any], rule: UpdateRule) -> None:
-    """Give ``group`` the values of `shared`, where it lacks them: those of another group, else the first ones."""
+def init_shared(optimizer: Ruled, group: dict[str, Any], rule: UpdateRule) -> None:
+    """Add missing values of `shared` to ``group``: those of another group with the rule, or initial values."""
     device = group["params"][0].device
-    first = group.get(rule.shared[0])  # a number there is another optimizer's hyperparameter of that name
+    first = group.get(rule.shared[0])  # A plain number is a hyperparameter of another optimizer.
     if isinstance(first, Tensor) and first.device == device:
         return
     given = [g for g in optimizer.param_groups if _has_shared(g, rule) and type(optimizer.rule_of(g)) is type(rule)]
@@ -71,39 +83,27 @@ def init_shared(optimizer: FusedOptimizer, group: dict[str, Any], rule: UpdateRu
         group[name] = value.to(device, widest_dtype(device), copy=True, non_blocking=True)
 
 
-def shares(rule: Rule) -> TypeGuard[UpdateRule]:
-    """Whether ``rule`` keeps numbers of which there is one for all parameters."""
-    return isinstance(rule, UpdateRule) and bool(rule.shared)
-
-
-def _backend_of(optimizer: FusedOptimizer, batch: Batch) -> Backend:
-    backend = kernels.choose(optimizer.backend, batch.device)
-    able = batch.plain and backend.supports(batch)
-    if not able or (batch.low_precision and not backend.low_precision):
-        return kernels.get_backend("reference")
-    return backend
-
-
-def _share(optimizer: FusedOptimizer, batches: Batches) -> list[tuple[Tensor, Tensor]]:
-    """Give batches the new values of `shared`; pairs (old, new) to be written when all batches are through."""
+def _share(optimizer: Updated, batches: Batches) -> list[tuple[Tensor, Tensor]]:
+    """Compute the new values of `shared` for the batches; return pairs (old, new) to be written after all updates."""
     pairs = []
-    rules = {type(batch.rule): batch.rule for batch in batches.batches if shares(batch.rule)}
+    everything = list(zip(batches.batches, batches.backends, batches.rows, strict=True))
+    rules = {type(batch.rule): batch.rule for batch in batches.batches}
     for kind, rule in rules.items():
-        assert isinstance(rule, UpdateRule)
-        members = [(b, rows) for b, rows in zip(batches.batches, batches.rows, strict=True) if type(b.rule) is kind]
+        if not (isinstance(rule, UpdateRule) and rule.shared):
+            continue
+        members = [member for member in everything if type(member[0].rule) is kind]
         groups = [g for g in optimizer.param_groups if _has_shared(g, rule) and type(optimizer.rule_of(g)) is kind]
         device = members[0][0].device
         skip = _on(getattr(optimizer, "found_inf", None), device)
         totals: dict[str, Tensor] = {}
-        for batch, rows in members:
+        for batch, backend, rows in members:
             with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.full_params):
-                divisor = _divisor(optimizer, rows, batch.device)
-                sums = _backend_of(optimizer, batch).sums(batch, divisor)
+                sums = backend.sums(batch, _divisor(optimizer, rows, batch.device))
             for name, column in sums.items():
                 total = column.sum().to(device, non_blocking=True)
                 totals[name] = totals[name] + total if name in totals else total
         new = rule.share(groups[0], totals)
-        for batch, _ in members:
+        for batch, _, _ in members:
             for name, value in new.items():
                 batch.shared[name] = value.to(batch.device, non_blocking=True)
         for group in groups:
@@ -116,8 +116,8 @@ def _share(optimizer: FusedOptimizer, batches: Batches) -> list[tuple[Tensor, Te
     return pairs
 
 
-def _divisor(optimizer: FusedOptimizer, rows: list[int], device: torch.device) -> Tensor | None:
-    """The divisor of the gradients in ``rows``: shape [] or [rows], on ``device``."""
+def _divisor(optimizer: Updated, rows: list[int], device: torch.device) -> Tensor | None:
+    """Return the divisor of the gradients at indices ``rows``, shape [] or [rows], on ``device``; None for 1."""
     scale = _on(getattr(optimizer, "grad_scale", None), device)
     divisor = _on(optimizer.divisor, device)
     if divisor is not None and divisor.dim() == 1 and len(rows) != divisor.numel():

@@ -1,8 +1,9 @@
-"""One step in the making: its gradients, and what has been measured and decided about them."""
+"""One step in progress: its gradients, what has been measured about them, and what has been decided."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,20 +15,21 @@ from lightning_optim.core.transfer import upload
 from lightning_optim.step.foreign_stats import ForeignUpdate
 from lightning_optim.step.gradients import Gradients, group_names_of
 from lightning_optim.step.histograms import StepHistograms
+from lightning_optim.step.operands import StepOperands
 
 
 class OneStep:
     """One step, from the reading of its gradients to its record.
 
-    `StepPipeline` fills in ``clip`` and ``skip`` as it decides. A step that is reported is measured around its update,
-    too: by the optimizer's own kernel where that can, else by `ForeignUpdate`.
+    `StepPipeline` sets ``clip`` and ``skip`` as it decides. A step that is reported is also measured around its update:
+    by the optimizer's own kernel where that is possible, else by `ForeignUpdate`.
 
     Args:
         gradients: The gradients that the update is about to use.
         reported: Whether a `StepRecord` of this step is wanted.
 
     Attributes:
-        stats: What is read off the gradients, each quantity when it is first asked for.
+        stats: Statistics of the gradients, each measured on first use.
         clip: The decision of the clip rule; None for no clipping.
         skip: Non-zero if the step must not happen, shape [], on the device; None if nothing can skip it.
     """
@@ -42,8 +44,25 @@ class OneStep:
         self._histograms: StepHistograms | None = None
         self._clipped_norm_sq: Tensor | None = None
 
-    def held_here(self) -> tuple[list[Tensor], Clip | None]:
-        """Return the gradients that the optimizer will find on this rank, and the clipping of these alone."""
+    def hand_over(self, operands: StepOperands, loss: Any) -> None:
+        """Hand divisor and skip flag to the update, which comes next, and measure what it will use, for a report.
+
+        Args:
+            operands: The way to the optimizer.
+            loss: The result of the closure.
+
+        Raises:
+            StepSkipped: The update must not happen, and the optimizer takes no flag.
+        """
+        operands.apply(*self._held_here(), self.skip, loss)
+        if self.reported:
+            after = self.stats.norm_sq if self.clip is None else self.clip.norm_sq_after(self.stats)
+            self._clipped_norm_sq = self.gradients.norm_sq_now() if after is None else after
+        if self._foreign is not None:
+            self._foreign.before()
+
+    def _held_here(self) -> tuple[list[Tensor], Clip | None]:
+        """Return the gradients that the optimizer will find on this rank, and the clip decision for these alone."""
         grads, clip = self.gradients.grads, self.clip
         if self.gradients.shards is None or (present := self.gradients.present()) is None:
             return grads, clip
@@ -51,16 +70,8 @@ class OneStep:
             clip = Divisor(clip.values[upload(present, clip.values.device)])
         return [grads[i] for i in present], clip
 
-    def measure_clipped(self) -> None:
-        """Measure what the update is about to use, for a report; call it once clipping has been applied."""
-        if self.reported:
-            after = self.stats.norm_sq if self.clip is None else self.clip.norm_sq_after(self.stats)
-            self._clipped_norm_sq = self.gradients.norm_sq_now() if after is None else after
-        if self._foreign is not None:
-            self._foreign.before()
-
     def measure_update(self, optimizer: Optimizer, histograms: Collection[str]) -> None:
-        """Arrange for the sums of the update to be measured.
+        """Prepare the measurement of the update's sums; call it before the update.
 
         Args:
             optimizer: The optimizer that is about to step.
@@ -86,7 +97,7 @@ class OneStep:
             self._clipped_norm_sq = torch.full_like(self.stats.norm_sq, torch.nan)
         if self._foreign is not None:
             sums = self._foreign.sums(self._clipped_norm_sq)
-            if self.skip is not None:  # Our own optimizers, too, give NaN where there was no update.
+            if self.skip is not None:  # Fused optimizers also return NaN where there was no update.
                 sums = sums.masked_fill(self.skip > 0, torch.nan)
             update = StepStats(sums, self.gradients.group_sizes, self.stats.numel)
         else:
@@ -101,7 +112,7 @@ class OneStep:
                 {key: value for key, value in group.items() if key not in ("params", "param_names")}
                 for group in optimizer.param_groups
             ),
-            grad=GradStats(self.stats.norm_sq, self.gradients.group_sizes),  # It must not keep the gradients alive.
+            grad=GradStats(self.stats.norm_sq, self.gradients.group_sizes),  # This must not keep the gradients alive.
             clipped_norm_sq=self._clipped_norm_sq,
             skip=zero if self.skip is None else self.skip,
             update=update,
@@ -113,7 +124,7 @@ class OneStep:
         )
 
     def _over_shards(self, update: StepStats) -> StepStats:
-        """Return sums over whole tensors from those that the optimizer has taken over its parts of flat shards."""
+        """Return the sums over whole tensors, from the optimizer's sums over this rank's parts of flat shards."""
         sums = update.sums
         if (present := self.gradients.present()) is not None:
             here = upload(present, sums.device, torch.int64)

@@ -1,16 +1,18 @@
 """One optimizer step, one pass: measure, decide, apply, report.
 
-A pipeline is a pre-hook and a post-hook of one torch optimizer, so nothing else changes: ``optimizer.step()`` clips,
-skips and measures by itself, in a plain loop, with a closure, under a GradScaler and under Lightning alike. This is the
-path of a gradient, in the order of the calls:
+A pipeline is a pre-hook and a post-hook of one torch optimizer, so that ``optimizer.step()`` itself clips, skips and
+measures: in a plain loop, with a closure, under a GradScaler and under Lightning alike. This is the path of a gradient,
+in the order of the calls:
 
 1. `StepPipeline._before` runs the closure, so that the gradients are those of this step.
 2. `StepPipeline._open` collects them (`step/gradients.py`), asks the clip rule for a divisor (`clipping/`) and the
-   detectors for a skip flag (`divergence/`). Each of these reads `GradStats`, where a quantity is measured when it is
-   first asked for.
-3. `StepOperands.apply` (`step/operands.py`) hands divisor and flag to the update, as tensors on the device.
-4. The optimizer updates its parameters with ``grad / divisor``, unless it skips (`kernels/` for ours).
-5. `StepPipeline._after` counts, moves the state of rule and detectors on, and reports (`step/one_step.py`).
+   detectors for a skip flag (`divergence/`). Each of these reads `GradStats`, where a quantity is measured on first
+   use.
+3. `OneStep.hand_over` and `StepOperands.apply` (`step/operands.py`) hand divisor and flag to the update, as tensors on
+   the device.
+4. The optimizer updates its parameters with ``grad / divisor``, unless it skips (`kernels/`, for the optimizers of this
+   package).
+5. `StepPipeline._after` counts, advances the state of rule and detectors, and reports (`step/one_step.py`).
 """
 
 from __future__ import annotations
@@ -43,31 +45,36 @@ __all__ = ["StepPipeline"]
 class StepPipeline:
     """Clip, guard and measure every step of one optimizer.
 
-    The gradients are read once, whatever uses them, and not at all if nothing does. Clipping and skipping reach the
-    update as described in `lightning_optim.step.operands`. With a clip rule, a step with a gradient that is not finite
-    is skipped wherever the host need not wait for the flag; elsewhere (on an accelerator, with an optimizer that takes
-    no operands) a detector has to ask for it.
+    The gradients are read once, however many of these need them, and not at all if none does. Clipping and skipping
+    reach the update as described in `lightning_optim.step.operands`. With a clip rule, a step with a gradient that is
+    not finite is skipped wherever the host need not wait for the flag; elsewhere (on an accelerator, with an optimizer
+    that takes no operands) a detector has to request the skip.
 
     Args:
         optimizer: The optimizer, or what Fabric's ``setup`` makes of it; not LBFGS, which evaluates its closure several
             times per step.
         clip: The clip rule; None for no clipping.
-        clip_limit: Factor on the limit of the clip rule, as a function of the steps taken so far; for instance a
-            `Schedule`. None for 1.
-        detectors: Detectors, each of which may ask for a step to be skipped.
+        clip_limit: Factor on the limit of the clip rule, as a function of the number of steps so far, for instance a
+            `Schedule`; None for 1.
+        detectors: Detectors, each of which may request that a step be skipped.
         on_report: Called with the record of each step for which ``report_due`` returned True.
-        report_due: Called before each update; whether to collect a record of it.
-        histograms: Called before each update of which a record is collected; kinds of magnitudes to count
+        report_due: Called before each update; returns whether to collect a record of the step.
+        histograms: Called before each update of which a record is collected; returns the kinds of magnitudes to count
             (`lightning_optim.step.histograms.KINDS`).
-        counts: Counts to start from, on a resume.
-        clip_state: State to start from, as returned by `clip_state`, on a resume.
-        names: Names of parameters, for clip rules that ask for them; not needed where the optimizer's groups have them.
+        counts: Counts to start from when a run is resumed; None for zeros.
+        clip_state: State to start from when a run is resumed, as returned by `clip_state`; None for the initial state.
+        names: Names of parameters for clip rules that need them; not needed where the optimizer's groups have them.
         group_names: Names of groups that a clip rule may refer to; None for those of the optimizer.
         shards: The flat shards of torch's first FSDP (`FlatShards.of(model)`); None without it.
 
+    Attributes:
+        steps: Number of steps so far, skipped ones included; known without waiting. Read it only.
+        is_expecting: Whether a step was announced that has not happened. Read it only.
+
     Raises:
         TypeError: The optimizer is LBFGS, or is none of torch's and wraps none.
-        ValueError: The clip rule refers to a group or parameter that does not exist, or needs whole rows of shards.
+        ValueError: The clip rule refers to a group or parameter that does not exist, or needs whole rows of matrices,
+            which flat shards do not have.
 
     Example:
         >>> from lightning_optim.clipping import GlobalNorm
@@ -100,8 +107,8 @@ class StepPipeline:
         optimizer = unwrap_optimizer(optimizer)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(
-                "LBFGS evaluates its closure several times per step, so there is no one gradient to clip, check or "
-                "measure. Use another optimizer, or leave out clipping, guard and monitor."
+                "LBFGS evaluates its closure several times per step, so there is no single gradient to clip, check or "
+                "measure. Use another optimizer, or remove clipping, guard and monitor."
             )
         self.optimizer = optimizer
         self.clipper = None if clip is None else Clipper(clip, clip_limit)
@@ -113,11 +120,11 @@ class StepPipeline:
         self.histograms = histograms
         counts = counts or StepCounts()
         device = next(p.device for group in optimizer.param_groups for p in group["params"])
-        self._steps = counts.steps
+        self.steps = counts.steps
         self._counts = torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device=device)
         self._counts_on_host = HostMirror(self._counts)
         self._norms = Interval(device)
-        self._expected, self._may_be_left_out = False, True
+        self.is_expecting, self._may_be_left_out = False, True
         self._step: OneStep | None = None
         self._operands = operands_for(optimizer, may_skip=bool(self.detectors))
         if self.clipper is not None:
@@ -126,8 +133,9 @@ class StepPipeline:
             self.clipper.rule.check(known, self._all_names())
             if shards is not None and self.clipper.rule.reads_units:
                 raise ValueError(
-                    f"{clip!r} needs whole rows of matrices, and FSDP cuts flattened parameters anywhere. Use FSDP2 "
-                    "(fully_shard, Lightning's ModelParallelStrategy), which cuts between rows, or another method."
+                    f"{clip!r} needs whole rows of matrices, but FSDP splits flattened parameters within rows. Use "
+                    "FSDP2 (fully_shard, Lightning's ModelParallelStrategy), which splits between rows, or another "
+                    "method."
                 )
             if self._operands.skips_for_free and not any(isinstance(d, NonFiniteGradient) for d in self.detectors):
                 self.detectors = (NonFiniteGradient(), *self.detectors)
@@ -137,7 +145,7 @@ class StepPipeline:
         ]
 
     def close(self) -> None:
-        """Remove the hooks and leave the optimizer as it was."""
+        """Remove the hooks and undo all changes to the optimizer."""
         while self._handles:
             self._handles.pop().remove()
         self._operands.restore()
@@ -152,25 +160,23 @@ class StepPipeline:
             for handle, which in zip(self._handles, ("pre", "post"), strict=True)
         )
 
-    def counts(self) -> StepCounts:
-        """Return steps, clipped and skipped so far; on an accelerator the latter two may be a few steps late."""
+    def counts(self, exact: bool = False) -> StepCounts:
+        """Return the numbers of steps, clipped and skipped.
+
+        Args:
+            exact: Whether to wait for the device; else clipped and skipped may lag a few steps on an accelerator.
+        """
         self.settle()
-        return StepCounts(self._steps, *map(int, self._counts_on_host.read()))
+        return StepCounts(self.steps, *map(int, self._counts.tolist() if exact else self._counts_on_host.read()))
 
-    @property
-    def steps(self) -> int:
-        """Number of steps so far, skipped ones included; known without waiting."""
-        return self._steps
-
-    @property
-    def is_expecting(self) -> bool:
-        """Whether a step was announced that has not happened."""
-        return self._expected
+    def skipped(self) -> int:
+        """Return the number of skipped steps so far, as `counts` has it."""
+        return self.counts().skipped
 
     def load_counts(self, counts: StepCounts) -> None:
         """Restore the counts returned by `counts`."""
-        self._expected = False
-        self._steps = counts.steps
+        self.is_expecting = False
+        self.steps = counts.steps
         self._counts.copy_(torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device="cpu"))
         self._counts_on_host.push()
 
@@ -187,18 +193,19 @@ class StepPipeline:
         """Announce a step: its gradients are ready.
 
         A GradScaler that found an overflow does not call the ``step`` of an optimizer without operands; an announced
-        step that has not happened when the counts are next read is counted as skipped.
+        step that has not happened when the counts are next read, or the next step is announced, is counted as skipped.
 
         Args:
             may_be_left_out: Whether there is such a GradScaler. If not, a step that does not come is never counted, and
                 `is_expecting` stays true.
         """
-        self._expected, self._may_be_left_out = True, may_be_left_out
+        self.settle()
+        self.is_expecting, self._may_be_left_out = True, may_be_left_out
 
     def settle(self) -> None:
         """Count an announced step that did not happen as skipped."""
-        if self._expected and self._may_be_left_out:
-            self._expected = False
+        if self.is_expecting and self._may_be_left_out:
+            self.is_expecting = False
             if (step := self._open()) is not None:
                 step.skip = torch.ones_like(self._counts[0], dtype=torch.float32)
                 self._close(step)
@@ -208,32 +215,34 @@ class StepPipeline:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """Run the closure, measure, decide and hand over; torch calls the update next."""
-        self._operands.restore()  # The last update may have been interrupted.
-        if is_trial_step(optimizer, closure_of(args, kwargs)):
+        """Run the closure, measure, decide and hand over; torch runs the update next."""
+        if self._step is not None:  # The last update was interrupted.
+            self._operands.restore()
             self._step = None
+        loss = None
+        if closure_of(args, kwargs) is not None:
+            args, kwargs, loss = run_closure(args, kwargs)
+        elif not optimizer.state and is_trial_step(optimizer):
             return args, kwargs
-        args, kwargs, loss = run_closure(args, kwargs)
-        self._expected = False
+        self.is_expecting = False
         step = self._step = self._open()
         if step is not None:
             try:
-                self._operands.apply(*step.held_here(), step.skip, loss)
-                step.measure_clipped()
+                step.hand_over(self._operands, loss)
             except StepSkipped:
                 self._after(optimizer, args, kwargs)
                 raise
         return args, kwargs
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count and report; torch has called the update."""
+        """Count and report, after torch has run the update."""
         step, self._step = self._step, None
         if step is not None:
             self._operands.restore()
             self._close(step)
 
     def _open(self) -> OneStep | None:
-        """Measure and decide; return None if there is no gradient, so that no step can happen."""
+        """Measure and decide; return None if there is no gradient, because then no step can happen."""
         scale, skip = self._operands.incoming()
         gradients = Gradients(self.optimizer, scale, self._names, self._shards)
         if not gradients.grads:
@@ -242,11 +251,11 @@ class StepPipeline:
         step = OneStep(gradients, reported)
         step.skip = skip
         if self.clipper is not None:
-            step.clip = self.clipper.decide(step.stats, self._steps, gradients.parameters, self._counts.device)
+            step.clip = self.clipper.decide(step.stats, self.steps, gradients.parameters, self._counts.device)
         for detector in self.detectors:
             flag = detector(step.stats).to(torch.float32)
             step.skip = flag if step.skip is None else torch.maximum(step.skip, flag)
-        if step.skip is not None:
+        if step.skip is not None and not gradients.plain:
             step.skip = max_over_ranks(step.skip, gradients.params)
         if step.reported:
             step.measure_update(self.optimizer, self.histograms())
@@ -254,8 +263,8 @@ class StepPipeline:
         return step
 
     def _close(self, step: OneStep) -> None:
-        """Count the step, move the state of rule and detectors on, and report it."""
-        self._steps += 1
+        """Count the step, advance the state of rule and detectors, and report it."""
+        self.steps += 1
         taken = None if step.skip is None else step.skip == 0
         if self.clipper is not None:
             assert step.clip is not None
@@ -273,7 +282,7 @@ class StepPipeline:
             self._norms.add(step.stats.total_norm())
         if step.reported:
             assert self.on_report is not None
-            self.on_report(step.record(self.optimizer, self._steps, self._counts, self._norms.take()))
+            self.on_report(step.record(self.optimizer, self.steps, self._counts, self._norms.take()))
 
     def _all_names(self) -> set[str]:
         return {

@@ -106,6 +106,87 @@ def test_an_optimizer_in_the_place_of_another_is_protected_from_its_first_step(h
         assert "step" not in vars(optimizer)
 
 
+class Leaves(L.Callback):
+    """Changes the optimizers at the start of the given batches."""
+
+    def __init__(self, changes):
+        self.changes = changes
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx in self.changes:
+            trainer.optimizers = self.changes[batch_idx](pl_module, list(trainer.optimizers))
+
+
+def _each_steps(module, batch, batch_idx):
+    """A training step of manual optimization in which each of the optimizers there are steps once."""
+    for optimizer in module.trainer.optimizers:
+        module.manual_backward(Net.training_step(module, batch, batch_idx))
+        optimizer.step()
+        module.zero_grad()
+
+
+def _new_sgd(module):
+    return torch.optim.SGD(module.head.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:Step .* skipped")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({3: lambda module, now: now[1:]}, [8, 1, 3, 1]),  # [the second's], and [what the first has left]
+        ({3: lambda module, now: now[:1]}, [8, 1, 3, 1]),
+        ({3: lambda module, now: [now[1]], 5: lambda module, now: [*now, _new_sgd(module)]}, [8, 1, 3, 0, 3, 1]),
+        ({3: lambda module, now: [_new_sgd(module), now[0]]}, [5, 0, 8, 1, 3, 1]),
+        ({3: lambda module, now: [_new_sgd(module), now[1]]}, [8, 1, 8, 1]),
+        ({3: lambda module, now: now[:1], 5: lambda module, now: [*now, _new_sgd(module)]}, [8, 1, 6, 1]),
+        ({3: lambda module, now: now[::-1]}, [8, 1, 8, 1]),
+    ],
+)
+def test_what_an_optimizer_that_is_gone_has_counted_is_kept_once(changes, expected, late, tmp_path, monkeypatch):
+    class Two(Gan):
+        training_step = _each_steps
+
+    if late:  # as an accelerator, whose counts have not arrived
+        monkeypatch.setattr("lightning_optim.core.transfer.HostMirror.read", lambda mirror: [0, 0])
+    model, leaves = Two(nan_batches=[1]), Leaves(changes)
+    guard = lo.DivergenceGuard(report_dir=str(tmp_path), rollback=None, lr_cut=None, stop=False)
+    make_trainer([guard, leaves]).fit(model, batches(8))
+    saved = guard._kept["lightning_optim"]
+    found = [number for steps, _, skipped in saved["counts"] for number in (steps, skipped)]
+    gone = saved.get("gone", [0, 0, 0])
+    assert found + ([gone[0], gone[2]] if "gone" in saved else []) == expected
+    if not late:
+        assert guard.skipped_steps == 2
+
+
+@pytest.mark.filterwarnings("ignore:Step .* skipped")
+def test_the_counts_of_those_that_are_gone_are_in_checkpoints(tmp_path):
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                trainer.save_checkpoint(tmp_path / "mid.ckpt")
+
+    class One(Gan):
+        def configure_optimizers(self):
+            return super().configure_optimizers()[0][1:], []
+
+        training_step = _each_steps
+
+    def guard():
+        return lo.DivergenceGuard(report_dir=str(tmp_path), rollback=None, lr_cut=None, stop=False)
+
+    class Two(Gan):
+        training_step = _each_steps
+
+    leaves = Leaves({3: lambda module, now: now[1:]})
+    make_trainer([guard(), leaves, Saves()]).fit(Two(nan_batches=[1]), batches(8))
+    second = guard()
+    make_trainer([second]).fit(One(), batches(8), ckpt_path=tmp_path / "mid.ckpt")
+    assert second.skipped_steps == 2
+    assert second._kept["lightning_optim"]["gone"] == [3, 0, 1]
+
+
 @pytest.mark.parametrize("where", ["on_train_batch_start", "on_before_zero_grad"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_one_that_comes_in_the_middle_of_a_batch_is_protected_or_refused(where, fused, tmp_path):
@@ -248,7 +329,7 @@ class Gan(Net):
         return [torch.optim.SGD(part, lr=0.01) for part in parts], []
 
     def training_step(self, batch, batch_idx):
-        critic, generator = self.optimizers()
+        critic, generator = self.optimizers()  # type: ignore[attr-defined]
         for _ in range(self.critic_steps):
             self.manual_backward(super().training_step(batch, batch_idx))
             critic.step()
@@ -286,7 +367,7 @@ def test_the_mean_between_reports_is_over_the_optimizers_own_steps(logger):
             return [first, torch.optim.SGD([self.bias], lr=0.0)], []
 
         def training_step(self, batch, batch_idx):
-            critic, generator = self.optimizers()
+            critic, generator = self.optimizers()  # type: ignore[attr-defined]
             self.manual_backward(Net.training_step(self, batch, batch_idx))
             critic.step()
             if batch_idx % 2:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import inspect
 import weakref
+from typing import Any
 from unittest.mock import Mock
 
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.tuner.tuning import Tuner
 
 import lightning_optim as lo
 from lightning_optim import callbacks
@@ -117,24 +119,9 @@ def test_subclasses_of_all_that_override_every_hook_without_super_work(unchanged
     _assert_all_works(set(CLASSES), HOOKS, unchanged, tmp_path)
 
 
-ONE_HOOK = [
-    "setup",
-    "on_fit_start",
-    "on_train_start",
-    "on_train_batch_start",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-    "on_save_checkpoint",
-    "on_load_checkpoint",
-    "on_train_end",
-    "teardown",
-    "on_exception",
-]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("hook", ONE_HOOK)
+@pytest.mark.parametrize("hook", HOOKS)
 def test_a_subclass_that_overrides_one_hook_without_super_leaves_all_working(cls, hook, unchanged, tmp_path):
     _assert_all_works({cls}, [hook], unchanged, tmp_path)
 
@@ -149,7 +136,7 @@ def test_subclasses_without_super_are_undone_after_an_exception_which_arrives(ki
     trainer = make_trainer([*parts.values(), Fails()])
     with pytest.raises(SystemExit if kind is KeyboardInterrupt else kind):
         trainer.fit(model, batches(2))
-    assert not any(isinstance(callback, Hub) for callback in trainer.callbacks)
+    assert not any(isinstance(callback, Hub) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
     assert "configure_optimizers" not in vars(model)
     assert all(part._hub is None for part in parts.values())
@@ -238,6 +225,123 @@ def test_a_supplier_of_optimizers_that_comes_too_late_is_refused():
         make_trainer([lo.GradientClipping(), Late()]).fit(Net(), batches(1))
 
 
+class Adds(L.Callback):
+    """Changes ``trainer.callbacks`` in one of its hooks."""
+
+    done: bool
+
+    def __init__(self, hook, change):
+        def at_hook(trainer, *args):
+            if trainer.global_step == (0 if hook == "on_train_start" else 2) and not self.done:
+                self.done = True
+                change(trainer, self)
+
+        self.done = False
+        setattr(self, hook, at_hook)
+
+
+def _appends(trainer, adds, part):
+    trainer.callbacks.append(part)
+
+
+def _inserts(trainer, adds, part):
+    trainer.callbacks.insert(0, part)
+
+
+def _replaces(trainer, adds, part):
+    trainer.callbacks[trainer.callbacks.index(adds)] = part  # as many as before
+
+
+def _new_list(trainer, adds, part):
+    trainer.callbacks = [*trainer.callbacks, part]
+
+
+@pytest.mark.parametrize("change", [_appends, _inserts, _replaces, _new_list])
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    ("others", "silenced"),
+    [([], False), ([lo.GradientClipping], False), ([lo.GradientClipping], True)],
+    ids=["alone", "with_another", "silenced"],
+)
+def test_one_that_comes_after_training_has_started_is_refused(change, hook, others, silenced, tmp_path):
+    part = (_silenced(lo.DivergenceGuard, HOOKS) if silenced else lo.DivergenceGuard)(report_dir=str(tmp_path))
+    taken = []
+
+    class Counts(L.Callback):
+        def on_train_batch_end(self, *args):
+            taken.append(1)
+
+    adds = Adds(hook, lambda trainer, adds: change(trainer, adds, part))
+    # Behind ours: what comes before their turn in `on_train_start` takes part.
+    trainer = make_trainer([Counts(), *(other() for other in others), adds])
+    with pytest.raises(MisconfigurationException, match=r"DivergenceGuard.* was added .* after training had started"):
+        trainer.fit(Net(), batches(5))
+    assert len(taken) == (0 if hook == "on_train_start" else 2)
+    assert not any(isinstance(callback, Hub) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    assert part._hub is None
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start"])
+def test_one_that_comes_before_training_starts_takes_part(hook, tmp_path):
+    class Adds(L.Callback):
+        pass
+
+    def at_hook(trainer, *args, **kwargs):
+        if guard not in trainer.callbacks:
+            trainer.callbacks.append(guard)
+
+    adds, guard = Adds(), lo.DivergenceGuard(report_dir=str(tmp_path))
+    setattr(adds, hook, at_hook)
+    with pytest.warns(UserWarning, match="Step 1 skipped"):
+        make_trainer([adds, lo.GradientClipping()]).fit(Net(nan_batches=[1]), batches(3))
+    assert guard.skipped_steps == 1
+
+
+def test_callbacks_of_others_may_come_and_go_while_training():
+    other = L.Callback()
+
+    def come(trainer, adds):
+        trainer.callbacks.append(other)
+
+    clipping = lo.GradientClipping(LIMIT)
+    trainer = make_trainer([clipping, Adds("on_train_batch_end", come)])
+    trainer.fit(Net(), batches(4))
+    assert other in trainer.callbacks  # type: ignore[attr-defined]
+    assert clipping._kept[CHECKPOINT_KEY]["counts"] == [[4, 4, 0]]
+
+
+@pytest.mark.parametrize("finder", ["lr", "batch_size", "tuner_lr", "tuner_batch_size"])
+def test_lightnings_tuners_which_swap_the_callbacks_for_a_while_are_let_be(finder, tmp_path):
+    class Tuned(Net):
+        lr, batch_size = 0.1, 1
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.randn(16, 4), batch_size=self.batch_size)
+
+        val_dataloader = train_dataloader
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch, torch.zeros(len(batch), 2)), batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    guard, clipping = lo.DivergenceGuard(report_dir=str(tmp_path)), lo.GradientClipping(LIMIT)
+    own: Any = {
+        "lr": [L.callbacks.LearningRateFinder(num_training_steps=3)],
+        "batch_size": [L.callbacks.BatchSizeFinder(max_trials=2, steps_per_trial=1)],
+    }.get(finder, [])
+    trainer, model = make_trainer([guard, clipping, *own], default_root_dir=tmp_path), Tuned()
+    tuner = Tuner(trainer)
+    if finder == "tuner_lr":
+        tuner.lr_find(model, num_training=3)
+    if finder == "tuner_batch_size":
+        tuner.scale_batch_size(model, max_trials=2, steps_per_trial=1)
+    trainer.fit(model)
+    steps = -(-16 // model.batch_size)
+    assert clipping._kept[CHECKPOINT_KEY]["counts"][0][0] == steps
+
+
 # Callbacks of others.
 
 
@@ -272,7 +376,7 @@ def test_others_keep_their_place_and_come_before_checkpoints_are_saved(tmp_path)
     trainer = make_trainer([last, first, clip], enable_checkpointing=True)
     trainer.fit(Net(), batches(1))
     assert [type(callback) for callback in seen] == [First, lo.GradientClipping, Hub, L.callbacks.ModelCheckpoint]
-    assert trainer.callbacks == [first, clip, last]
+    assert trainer.callbacks == [first, clip, last]  # type: ignore[attr-defined]
 
 
 def test_a_callback_that_passes_its_hooks_on_to_one_of_ours_joins_it():
@@ -369,7 +473,7 @@ def test_a_fit_whose_hooks_were_cut_short_leaves_nothing_to_the_next_one_of_its_
     assert type(trainer.optimizers[0]) is lo.optim.SGD  # not that of the module's own method
     assert clipping._kept[CHECKPOINT_KEY]["counts"] == [[3, 3, 0]]
     assert "configure_optimizers" not in vars(model)
-    assert not any(type(callback) is Hub for callback in trainer.callbacks)
+    assert not any(type(callback) is Hub for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def test_lightning_sets_the_modules_log_on_a_callback_before_any_hook_of_each_run():

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lightning_optim as lo
 from lightning_optim.clipping import ClipRule
-from lightning_optim.diagnostics import Diagnostic
+from lightning_optim.diagnostics import Diagnostic, PerTensor
 from lightning_optim.divergence import Detector
 from tests.helpers import Data, Net
 
@@ -74,7 +74,7 @@ def _fit_from_yaml(callbacks, folder):
     scalars = {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     tags = [tag for tag in events.Tags()["tensors"] if tag.endswith("/text_summary")]
     texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in tags}
-    return scalars, texts, {type(callback): callback for callback in cli.trainer.callbacks}
+    return scalars, texts, {type(callback): callback for callback in cli.trainer.callbacks}  # type: ignore[attr-defined]
 
 
 def test_a_clip_rule_of_ones_own(tmp_path):
@@ -118,6 +118,58 @@ def test_a_diagnostic_of_ones_own(tmp_path):
     assert len(scalars[tag]) == 3
     for largest, norm in zip(scalars[tag], scalars[f"optim_grad_norm/{group}"], strict=True):
         assert 0 < largest <= norm
+
+
+def test_a_plan_takes_the_names_too(tmp_path, capsys):
+    for cls in (Tenth, SecondStep, Largest):
+        lo.register(cls)
+    yaml_text = """
+- {class_path: lightning_optim.ConfigureOptimizers, init_args: {optimizer: adamw, lr: 0.1}}
+- {class_path: lightning_optim.GradientClipping, init_args: {method: tenth}}
+- {class_path: lightning_optim.DivergenceGuard, init_args: {detectors: [second_step]}}
+- {class_path: lightning_optim.OptimizerMonitor, init_args: {diagnostics: [largest]}}
+"""
+    path = tmp_path / "run.yaml"
+    config = {"trainer": {**TRAINER, "logger": False, "callbacks": yaml.safe_load(yaml_text)}, "data": {"count": 20}}
+    path.write_text(yaml.safe_dump(config))
+    lo.OptimCLI(Net, Data, args=["plan", "--config", str(path)], save_config_callback=None)
+    assert "No conflicts." in capsys.readouterr().out
+    path.write_text(path.read_text().replace("tenth", "tenht"))
+    with pytest.raises(ValueError, match="Did you mean 'tenth'"):
+        lo.OptimCLI(Net, Data, args=["plan", "--config", str(path)], save_config_callback=None)
+
+
+def test_a_single_name_is_one_name_in_python_and_in_yaml(tmp_path):
+    for cls in (SecondStep, Largest):
+        lo.register(cls)
+    yaml_text = f"""
+- {{class_path: lightning_optim.DivergenceGuard, init_args: {{detectors: second_step, report_dir: {tmp_path}}}}}
+- class_path: lightning_optim.OptimizerMonitor
+  init_args:
+    diagnostics: largest
+    hp_metrics: val_loss
+    per_tensor: {{class_path: lightning_optim.diagnostics.PerTensor, init_args: {{heat_maps: grad_norm}}}}
+"""
+    with pytest.warns(UserWarning, match="Step 1 skipped"):
+        _, _, found = _fit_from_yaml(yaml_text, tmp_path)
+    in_python = lo.OptimizerMonitor("largest", hp_metrics="val_loss", per_tensor=PerTensor(heat_maps="grad_norm"))
+    for guard, monitor in (
+        (found[lo.DivergenceGuard], found[lo.OptimizerMonitor]),
+        (lo.DivergenceGuard(detectors="second_step"), in_python),
+    ):
+        assert [type(detector) for detector in guard.extra_detectors] == [SecondStep]
+        assert [type(diagnostic) for diagnostic in monitor.diagnostics] == [Largest]
+        assert monitor.hp_metrics == ("val_loss",)
+        assert monitor.per_tensor.heat_maps == ("grad_norm",)
+
+
+def test_a_single_object_is_one_and_anything_else_is_refused():
+    assert len(lo.DivergenceGuard(detectors=SecondStep()).extra_detectors) == 1
+    assert len(lo.OptimizerMonitor(diagnostics=Largest()).diagnostics) == 1
+    with pytest.raises(TypeError, match=r"detectors=\[3\] of DivergenceGuard"):
+        lo.DivergenceGuard(detectors=3)
+    with pytest.raises(TypeError, match=r"diagnostics=\[3\] of OptimizerMonitor"):
+        lo.OptimizerMonitor(diagnostics=3)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ plugins = pytest.importorskip("pytorch_lightning.plugins")
 LIMIT = 1e-3
 
 
-class Twin(pl.LightningModule):
+class Twin(pl.LightningModule):  # type: ignore[name-defined]
     """A module of the other package.
 
     Args:
@@ -99,7 +99,7 @@ def test_what_is_asked_of_lightnings_classes():
     with pytest.raises(ValueError, match="Expected a parent"):
         is_overridden("training_step", Twin())  # why it is not asked this way
 
-    class Looks(pl.Callback):
+    class Looks(pl.Callback):  # type: ignore[name-defined]
         def on_before_optimizer_step(self, *args):
             pass
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import lightning.pytorch as L
 import pytest
 import schedulefree
@@ -67,7 +69,7 @@ def expected(steps):
 
 
 @pytest.mark.parametrize("sanity", [0, 1])
-def test_validation_sees_the_average_and_training_goes_on_as_if_it_had_not_been(sanity):
+def test_validation_uses_the_average_and_does_not_change_training(sanity):
     points, averages = expected(8)
     model, recorder = Watched(), Recorder()
     trainer = make_trainer(
@@ -136,6 +138,46 @@ def test_after_an_exception_the_module_has_the_average_and_can_go_on(tmp_path, w
     assert bit_equal(weights(again), points[1])
 
 
+@pytest.mark.parametrize(
+    "hook", [None, "on_fit_start", "on_train_start", "on_train_batch_end", "on_train_end", "teardown"]
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_save_checkpoint_is_what_it_was_however_a_fit_ends(hook, wrapped, first):
+    def save(*args, **kwargs):
+        pass
+
+    def raises(*args, **kwargs):
+        raise ArithmeticError
+
+    other = L.Callback()
+    if hook is not None:
+        setattr(other, hook, raises)
+    trainer = make_trainer([lo.ScheduleFree(), other] if first else [other, lo.ScheduleFree()])
+    if wrapped:
+        trainer.save_checkpoint = save
+    with contextlib.nullcontext() if hook is None else pytest.raises(ArithmeticError):
+        trainer.fit(Watched(), batches(2))
+    assert vars(trainer).get("save_checkpoint") is (save if wrapped else None)
+
+
+def test_a_wrapper_around_ours_stays():
+    class Wraps(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            inner = trainer.save_checkpoint
+
+            def wrapper(*args, **kwargs):
+                calls.append(args)
+                inner(*args, **kwargs)
+
+            trainer.save_checkpoint = self.wrapper = wrapper
+
+    calls, wraps = [], Wraps()
+    trainer = make_trainer([wraps, lo.ScheduleFree()])
+    trainer.fit(Watched(), batches(2))
+    assert trainer.save_checkpoint is wraps.wrapper
+
+
 def test_a_save_that_fails_leaves_training_where_it_was(tmp_path):
     class Attempt(L.Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -170,7 +212,7 @@ def test_it_works_with_the_authors_own_optimizer():
     torch.testing.assert_close(weights(model), averages[-1], rtol=1e-4, atol=1e-5)
 
 
-def test_without_it_a_resumed_step_says_what_is_missing(tmp_path):
+def test_a_resumed_step_without_the_callback_is_refused_naming_it(tmp_path):
     make_trainer([lo.ScheduleFree(), SaveAt(4, tmp_path / "4.ckpt")]).fit(Watched(), batches(4))
     with pytest.raises(RuntimeError, match="the callback ScheduleFree"):
         make_trainer(max_epochs=2).fit(Watched(), batches(4), ckpt_path=tmp_path / "4.ckpt")

@@ -88,7 +88,7 @@ def test_in_a_module_it_is_the_same():
             return lo.OptimizerFactories([lo.PartOptimizer(**FEET), TOP])(self)
 
     class Bare(Both):
-        configure_optimizers = BareNet.configure_optimizers
+        configure_optimizers = BareNet.configure_optimizers  # type: ignore[assignment]
 
     own, attached = Own(), Bare()
     lo.attach(attached, lo.OptimizerFactories([FEET, TOP]))
@@ -155,11 +155,11 @@ def test_what_is_frozen_needs_no_optimizer_and_a_tied_weight_one():
     model.net.requires_grad_(False)
     model.scale.requires_grad_(False)
     assert len(fit([configure()], model).optimizers) == 2
-    model = Both()
-    model.tied = nn.Linear(8, 8, bias=False)
-    model.tied.weight = model.body.weight
+    tied = Both()
+    tied.tied = nn.Linear(8, 8, bias=False)
+    tied.tied.weight = tied.body.weight
     with pytest.raises(ValueError, match=r"'body\.weight' is in the parts of two optimizers"):
-        fit([configure(FEET, {**TOP, "part": ["head", "tied"]})], model)
+        fit([configure(FEET, {**TOP, "part": ["head", "tied"]})], tied)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_limits_of_clipping_go_by_name():
 def test_limits_by_name_with_another_method():
     clipping = lo.GradientClipping({"feet": 0.5, "top": 2.0}, method="group_norm")
     fit([configure(), clipping])
-    assert [clipping.clip_rule_of(name, ["feet", "top"]).max_norm for name in ("feet", "top")] == [0.5, 2.0]
+    assert [clipping.clip_rule_of(name, ["feet", "top"]).max_norm for name in ("feet", "top")] == [0.5, 2.0]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_names_are_in_checkpoints_and_another_order_is_refused(tmp_path):
 
 class GAN(TwoOptimizers):
     def training_step(self, batch, batch_idx):
-        _gen, _disc = self.optimizers()
+        _gen, _disc = self.optimizers()  # type: ignore[attr-defined]
         raise AssertionError("it has got two")
 
     def configure_optimizers(self):
@@ -316,7 +316,7 @@ class GAN(TwoOptimizers):
 
 class Indexes(GAN):
     def training_step(self, batch, batch_idx):
-        self.optimizers()[1].step()
+        self.optimizers()[1].step()  # type: ignore[index]
 
 
 class Other(GAN):

@@ -6,12 +6,13 @@ import copy
 import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_optim import optim
+from lightning_optim import kernels, optim
 from tests.optim.cases import assert_same
 
 
@@ -111,6 +112,7 @@ def test_nothing_is_sorted_twice_when_nothing_changes() -> None:
         optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
         optimizer.step()
         seen.append(optimizer._batches)
+    assert seen[0] is not None
     assert all(batches is seen[0] for batches in seen)
 
 
@@ -130,6 +132,23 @@ def test_less_memory_in_the_same_place_is_seen(role: str) -> None:
     assert optimizer._batches is not None
     assert not optimizer._batches.refill(optimizer, list(map(optimizer.rule_of, optimizer.param_groups)))
     with pytest.raises(RuntimeError, match=f"needs {4 * numel} bytes of memory, and its storage has {2 * numel}"):
+        optimizer.step()
+
+
+def test_another_backend_takes_over_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = params()
+    optimizer = optim.AdamW(parameters, backend="cpu")
+    calls: list[int] = []
+    reference = kernels.get_backend("reference")
+    apply = reference.apply
+    monkeypatch.setattr(reference, "apply", lambda batch, **given: (calls.append(1), apply(batch, **given))[1])
+    for backend, count in [("cpu", 0), ("reference", 1), ("cpu", 1)]:
+        optimizer.backend = backend
+        give(parameters, seed=1)
+        optimizer.step()
+        assert len(calls) == count
+    optimizer.backend = "nothing"
+    with pytest.raises(ValueError, match="backend='nothing' is unknown"):
         optimizer.step()
 
 
@@ -181,7 +200,7 @@ def test_what_goes_together_is_asked_once_for_each_group_and_shape(monkeypatch: 
     parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     twins = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     optimizer = optim.Muon(parameters)
-    rule = type(optimizer.rule_of(optimizer.param_groups[0]))
+    rule: Any = type(optimizer.rule_of(optimizer.param_groups[0]))
     asked: list[object] = []
     together = rule.together
     monkeypatch.setattr(

@@ -90,7 +90,7 @@ def test_many_are_counted_and_frozen_ones_are_not_lost():
     rules = [rule(name="biases", pattern="bias"), rule(name="all", max_ndim=2, lr=0.1)]
     (note,) = lost_matches(model, rules)
     assert "'4.bias' and 4 more" in note
-    for layer in model[1:]:
+    for layer in model[1:]:  # type: ignore[attr-defined]
         layer.bias.requires_grad_(False)
     (note,) = lost_matches(model, rules)
     assert "matches '0.bias', which" in note

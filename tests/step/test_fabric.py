@@ -125,7 +125,7 @@ def test_the_factory_takes_the_module_of_fabric(precision):
 
 class Circle:
     @property
-    def __dict__(self):
+    def __dict__(self):  # type: ignore[override]
         return {"optimizer": self}
 
 

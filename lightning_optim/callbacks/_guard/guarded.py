@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_optim.callbacks._guard.step_batches import StepBatches
 from lightning_optim.core.stateful import Stateful
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import Alarm, DivergenceJudge, LRCutter, ParameterHealth, StepGuard, StepLog
+from lightning_optim.step import StepPipeline
 from lightning_optim.step.gradients import names_of
 
 
@@ -19,7 +19,7 @@ class GuardedOptimizer(Stateful):
     """The guard's parts of one optimizer.
 
     Args:
-        optimizer: The optimizer.
+        pipeline: The pipeline of the optimizer.
         watch: Inspects each step before its update.
         judge: Judges each step afterwards.
         health: Inspects single parameters, when Lightning logs.
@@ -31,14 +31,15 @@ class GuardedOptimizer(Stateful):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        pipeline: StepPipeline,
         watch: StepGuard,
         judge: DivergenceJudge,
         health: ParameterHealth,
         names: Mapping[Tensor, str],
         batches: StepBatches,
     ) -> None:
-        self.optimizer, self.watch, self.judge, self.health = optimizer, watch, judge, health
+        self.pipeline, self.optimizer = pipeline, (optimizer := pipeline.optimizer)
+        self.watch, self.judge, self.health = watch, judge, health
         self.batches = batches
         self.cut = LRCutter(optimizer)
         found = [name for group in optimizer.param_groups for name in names_of(group, names)]
@@ -70,6 +71,8 @@ class GuardedOptimizer(Stateful):
         Args:
             everything: Whether to wait for those that have not.
         """
+        if not self._context:
+            return []
         alarms = []
         for row in self._log.read(everything):
             names, numel, groups, without = self._context.pop(row.step)

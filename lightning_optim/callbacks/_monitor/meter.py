@@ -60,8 +60,8 @@ class RunMeter:
 
     def begin_batch(self, batch: Any) -> None:
         """Count the samples of a batch."""
-        if logging_step(self._trainer) != self._step:
-            self._step, self._micro_batches, self._has_small = logging_step(self._trainer), 0, False
+        if (step := logging_step(self._trainer)) != self._step:
+            self._step, self._micro_batches, self._has_small = step, 0, False
         self._batch_size = _batch_size(batch)
         self._samples += self._batch_size or 0
 

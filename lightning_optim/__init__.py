@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from lightning_optim.core.durations import Duration as Duration
     from lightning_optim.core.durations import Horizon as Horizon
     from lightning_optim.core.registry import register as register
+    from lightning_optim.factory import OptimizerFactories as OptimizerFactories
     from lightning_optim.factory import OptimizerFactory as OptimizerFactory
+    from lightning_optim.factory import PartOptimizer as PartOptimizer
     from lightning_optim.param_groups import LayerDecay as LayerDecay
     from lightning_optim.param_groups import ParamGroupRule as ParamGroupRule
     from lightning_optim.param_groups import WidthScaling as WidthScaling
@@ -44,9 +46,11 @@ _NAMES = {
     "Horizon": "core.durations",
     "LayerDecay": "param_groups",
     "OptimCLI": "cli",
+    "OptimizerFactories": "factory",
     "OptimizerFactory": "factory",
     "OptimizerMonitor": "callbacks",
     "ParamGroupRule": "param_groups",
+    "PartOptimizer": "factory",
     "RunSummary": "callbacks",
     "ScheduleFree": "callbacks",
     "StepPipeline": "step",

@@ -28,6 +28,7 @@ def elsewhere(tmp_path, monkeypatch):
     [
         ("char_lm", ["--trainer.max_steps=3"]),
         ("digits", ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]),
+        ("gan", ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]),
     ],
 )
 def test_configurations_run(name, brief, elsewhere, capsys):
@@ -38,10 +39,16 @@ def test_configurations_run(name, brief, elsewhere, capsys):
     assert list(elsewhere.rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("name", ["callbacks", "plain_torch"])
+@pytest.mark.parametrize("name", ["callbacks", "fabric", "plain_torch"])
 def test_scripts_run(name, elsewhere, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, "3"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_fabric_recognises_digits(precision, elsewhere):
+    assert runpy.run_path(str(EXAMPLES / "fabric.py"))["main"](precision=precision) > 0.97
 
 
 @pytest.mark.slow
@@ -51,8 +58,15 @@ def test_digits_reach_their_accuracy(elsewhere, capsys):
     assert float(line.split("│")[2]) > 0.97
 
 
+@pytest.mark.slow
+def test_the_generator_learns_to_draw(elsewhere, capsys):
+    main(["fit", "--config", str(EXAMPLES / "gan.yaml"), "--trainer.enable_progress_bar=false"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "energy distance" in line]
+    assert float(line.split("│")[2]) < 1.5  # 3.5 before training
+
+
 def test_modules_of_the_examples_do_not_know_us():
-    for name in ("char_lm", "digits"):
+    for name in ("char_lm", "digits", "gan"):
         source = (EXAMPLES / f"{name}.py").read_text()
         assert "import lightning_optim" not in source
         assert "from lightning_optim" not in source

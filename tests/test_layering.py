@@ -19,7 +19,17 @@ ROOT = Path(lightning_optim.__file__).parent
 
 ROOMS = {
     "cli": {"callbacks", "diagnostics", "factory"},
-    "callbacks": {"clipping", "core", "diagnostics", "divergence", "factory", "kernels", "schedules", "step"},
+    "callbacks": {
+        "clipping",
+        "core",
+        "diagnostics",
+        "divergence",
+        "factory",
+        "kernels",
+        "param_groups",
+        "schedules",
+        "step",
+    },
     "step": {"clipping", "core", "divergence", "kernels", "optim"},
     "factory": {"core", "optim", "param_groups", "schedules"},
     "optim": {"core", "kernels", "param_groups"},

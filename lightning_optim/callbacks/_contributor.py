@@ -34,6 +34,15 @@ class Contributor(L.Callback):
         """Return the clip rule, or None for no clipping; called more than once, also to find out who clips."""
         return None
 
+    def clip_rule_of(self, name: str, names: Sequence[str]) -> ClipRule | None:
+        """Return the clip rule of one of several optimizers.
+
+        Args:
+            name: Its name.
+            names: The names of all.
+        """
+        return self.clip_rule()
+
     def clip_limit(self, run: Run) -> Callable[[int], float] | None:
         """Return the factor on the clip limit as a function of the step, or None for 1; called once per optimizer."""
         return None

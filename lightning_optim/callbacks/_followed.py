@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks._lightning import logging_step
 from lightning_optim.core.stats import StepCounts
+from lightning_optim.core.wrappers import unwrap_optimizer
+from lightning_optim.factory.about import about, optimizer_names
 from lightning_optim.step import StepPipeline
 
 
@@ -118,8 +120,8 @@ def places_of(present: Sequence[Sequence[str | None]], saved: Sequence[Sequence[
 class FollowedOptimizers:
     """Gives each optimizer a pipeline, and takes it from those that are gone.
 
-    An optimizer that comes in the place of another that is gone goes on with its counts, and with what the clip rule
-    remembers if it has the same parameters. Counts of a place that stays empty are kept.
+    An optimizer that comes in the place of another that is gone goes on with its name and counts, and with what the
+    clip rule remembers if it has the same parameters. Counts of a place that stays empty are kept.
 
     Args:
         make: Makes a pipeline of an optimizer that is followed, and the counts and the clip state to go on from.
@@ -144,6 +146,7 @@ class FollowedOptimizers:
         self.known: set[int] = set()
         self._left: dict[int, Left] = {}
         self._gone = StepCounts()
+        self._names: dict[int, str | None] = {}
 
     def restore(self, saved: Sequence[Left], gone: StepCounts) -> None:
         """Go on from a checkpoint: the pipelines there are, and those to come, matched by names of parameters."""
@@ -200,9 +203,10 @@ class FollowedOptimizers:
         return next((followed for followed in self.present if followed.optimizer is found), None)
 
     def follows(self, optimizers: Sequence[Any]) -> bool:
-        """Whether these are the optimizers followed, in this order."""
+        """Whether these are the optimizers followed, in this order, and their pipelines still on them."""
         return len(optimizers) == len(self.present) and all(
-            bare(optimizer) is followed.optimizer for optimizer, followed in zip(optimizers, self.present, strict=True)
+            bare(optimizer) is followed.optimizer and followed.pipeline.is_attached
+            for optimizer, followed in zip(optimizers, self.present, strict=True)
         )
 
     def update(self, optimizers: Sequence[Any]) -> None:
@@ -210,9 +214,12 @@ class FollowedOptimizers:
         wanted = [bare(optimizer) for optimizer in optimizers]
         if self.places is None and wanted:
             self._place(wanted)
-        present = {id(followed.optimizer): followed for followed in self.present}
+        self._names = {index: about(followed.optimizer).name for index, followed in enumerate(self.present)}
+        self._pass_names_on(wanted)
+        present = {id(followed.optimizer): followed for followed in self.present if followed.pipeline.is_attached}
         for index, followed in enumerate(self.present):
-            if not any(followed.optimizer is optimizer for optimizer in wanted):
+            gone = not any(followed.optimizer is optimizer for optimizer in wanted)
+            if gone or id(followed.optimizer) not in present:
                 before = self._left.get(index, _NOTHING).counts
                 pipeline = followed.pipeline
                 counts, names = before + pipeline.counts(exact=True), self._names_of(followed.optimizer)
@@ -235,6 +242,13 @@ class FollowedOptimizers:
         while self.present:
             self.present.pop().pipeline.close()
 
+    def _pass_names_on(self, wanted: Sequence[Optimizer]) -> None:
+        used = {about(optimizer).name for optimizer in wanted}
+        for index, optimizer in enumerate(wanted):
+            name = self._names.get(index)
+            if about(optimizer).name is None and name not in used:
+                about(optimizer).name = name
+
     def _new(self, optimizer: Optimizer, place: int) -> Followed:
         followed, left = Followed(optimizer), self._left.pop(place, _NOTHING)
         before, params = left.params, followed.params
@@ -254,21 +268,22 @@ def bare(optimizer: Any) -> Optimizer:
     Raises:
         MisconfigurationException: There is none.
     """
-    found = optimizer
-    while not (isinstance(found, Optimizer) and "_optimizer_step_pre_hooks" in vars(found)):
-        inner = next((vars(found)[name] for name in _WRAPPED if name in getattr(found, "__dict__", {})), None)
-        if inner is None or inner is found:
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__} is no torch.optim.Optimizer, has no step hooks and wraps (as `optimizer`) "
-                "none that has, so its steps cannot be clipped, guarded or monitored. Needed is a subclass of "
-                "torch.optim.Optimizer whose __init__ calls super().__init__(params, defaults)."
-            )
-        found = inner
-    return found
+    try:
+        return unwrap_optimizer(optimizer)
+    except TypeError as error:
+        raise MisconfigurationException(str(error)) from None
 
 
-_WRAPPED = ("_optimizer", "optimizer", "base_optimizer")
-"""Where wrappers keep the optimizer that they wrap: Lightning's, most others', SAM's."""
+def names_in(trainer: Trainer) -> list[str]:
+    """Return the names of a Trainer's optimizers, in their order; of those that have none their numbers."""
+    return optimizer_names([bare(optimizer) for optimizer in trainer.optimizers])
+
+
+def prefixes_in(trainer: Trainer) -> list[str]:
+    """Return what stands before the names of groups, which may repeat: each optimizer's name if there are several."""
+    if len(trainer.optimizers) < 2:
+        return [""] * len(trainer.optimizers)
+    return [f"{name}." for name in names_in(trainer)]
 
 
 def _is(one: Any, other: Any) -> bool:

@@ -11,7 +11,7 @@ from weakref import WeakMethod
 
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
 from lightning.pytorch.trainer.connectors.data_connector import (
@@ -24,6 +24,8 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
 from torch import Tensor
 from torch.nn import Module
+
+from lightning_optim.callbacks._packages import is_lightning
 
 
 class ModuleMethod:
@@ -50,8 +52,8 @@ class ModuleMethod:
 
     def __set__(self, instance: Any, method: Any) -> None:
         """Take what Lightning sets, or anything that a test of the user's does."""
-        module = getattr(method, "__self__", None)
-        if not isinstance(module, LightningModule):
+        module: Any = getattr(method, "__self__", None)
+        if not is_lightning(module, "LightningModule"):
             vars(instance)[self._name] = method
             return
         vars(instance)[self._name] = _Weak(method)
@@ -113,7 +115,7 @@ def loss_scale(trainer: Trainer) -> Tensor | None:
 def averaged_models(trainer: Trainer) -> list[Module]:
     """Return the averages of the model that Lightning's `WeightAveraging` callbacks keep, such as an EMA."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    found = [c._average_model for c in callbacks if issubclass(type(c), WeightAveraging)]  # type: ignore[attr-defined]
+    found = [c._average_model for c in callbacks if is_lightning(c, "WeightAveraging")]  # type: ignore[attr-defined]
     return [model for model in found if model is not None]
 
 

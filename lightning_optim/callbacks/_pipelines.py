@@ -10,15 +10,16 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_optim.callbacks._contributor import Contributor, Hearing, Hears
-from lightning_optim.callbacks._followed import Followed, FollowedOptimizers, Left, bare
+from lightning_optim.callbacks._followed import Followed, FollowedOptimizers, Left, bare, names_in
 from lightning_optim.callbacks._followed_schedulers import FollowedSchedulers
 from lightning_optim.callbacks._lightning import logging_step, plain_name
+from lightning_optim.callbacks._packages import callback_overrides, module_overrides
 from lightning_optim.callbacks._plateau import PlateauLooks
 from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.state_version import VERSION, check_version
@@ -50,6 +51,10 @@ class Pipelines:
         self._schedulers = FollowedSchedulers(self._optimizers)
         self.plateaus = PlateauLooks()
         self._is_started = False
+        self._stepping: set[int] = set()
+        """Optimizers followed that are in their ``step``: another one that steps meanwhile is a part of them."""
+        self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Optimizers of this process that have no parameter of the module."""
 
     @property
     def _trainer(self) -> L.Trainer:
@@ -75,14 +80,18 @@ class Pipelines:
 
         def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # Of every optimizer of the process: one that has just come is followed before it steps.
-            pipelines = this()
-            if pipelines is not None and id(optimizer) not in pipelines._optimizers.known:
-                pipelines._follow_if_new(optimizer)
+            if (pipelines := this()) is not None:
+                pipelines._before_step(optimizer)
 
-        handle = register_optimizer_step_pre_hook(before_step)
-        weakref.finalize(self, handle.remove)  # should the fit end where no hook tells of it
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (pipelines := this()) is not None:
+                pipelines._stepping.discard(id(optimizer))
+
         self._undo.callback(self._optimizers.close)
-        self._undo.callback(handle.remove)
+        handles = register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)
+        for handle in handles:
+            weakref.finalize(self, handle.remove)  # should the fit end where no hook tells of it
+            self._undo.callback(handle.remove)
         self._optimizers.update(self._trainer.optimizers)
         self._schedulers.update(self._trainer)
         for followed in self._optimizers.present:
@@ -92,10 +101,12 @@ class Pipelines:
         """Match pipelines and schedulers with those that the Trainer has now."""
         if not self._is_started:
             return
+        self._stepping.clear()  # A step that was left by an exception does not say so.
         trainer = self._trainer
         changed = not has_engine(trainer) and not self._optimizers.follows(trainer.optimizers)
         if changed:
             known = [followed.optimizer for followed in self._optimizers.present]
+            self._refuse_copies(known)
             self._optimizers.update(trainer.optimizers)
         if changed or not self._schedulers.follows(trainer):
             self._schedulers.update(trainer)
@@ -122,7 +133,7 @@ class Pipelines:
         if self._others_look(trainer):
             followed.pipeline.settle()  # the last one of this batch may have been left out by a GradScaler
             unscale(trainer, followed.optimizer)
-        followed.pipeline.expect_step()
+        followed.pipeline.expect_step(may_be_left_out=getattr(trainer.precision_plugin, "scaler", None) is not None)
         for member in self._hearing.step:
             member._at_step(trainer, followed.place)
 
@@ -173,6 +184,8 @@ class Pipelines:
             state["clip"] = clip
         if (gone := self._optimizers.gone()) != StepCounts():
             state["gone"] = [gone.steps, gone.clipped, gone.skipped]
+        if (trainer := self._trainer_ref()) is not None and len(trainer.optimizers) > 1:
+            state["optimizers"] = names_in(trainer)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], names: Sequence[Sequence[str | None]] = ()) -> None:
@@ -213,10 +226,59 @@ class Pipelines:
         found = [name for group in optimizer.param_groups for name in names_of(group, names)]
         return [None if name is None else plain_name(name) for name in found]
 
-    def _follow_if_new(self, optimizer: Optimizer) -> None:
-        trainer = self._trainer_ref()
-        if trainer is not None and any(bare(present) is optimizer for present in trainer.optimizers):
-            self.follow()
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """See each step of any optimizer: one that has just come is followed before it steps."""
+        known = id(optimizer) in self._optimizers.known
+        followed = self._optimizers.find(optimizer) if known else None
+        if followed is None or not followed.pipeline.is_attached:
+            trainer = self._trainer_ref()
+            if trainer is None:
+                return
+            if any(bare(present) is optimizer for present in trainer.optimizers):
+                self.follow()
+            elif not self._stepping and trainer.training:
+                self._refuse_unknown(trainer, optimizer)
+                return
+        self._stepping.add(id(optimizer))
+
+    def _refuse_unknown(self, trainer: L.Trainer, optimizer: Optimizer) -> None:
+        """Refuse, or report once, that an optimizer steps which Lightning does not have and we cannot follow."""
+        if optimizer in self._strangers:
+            return
+        self._strangers.add(optimizer)
+        params = {param for group in optimizer.param_groups for param in group["params"]}
+        if params.isdisjoint(trainer.lightning_module.parameters()):
+            return
+        protecting = [m for m in self._members if m.clip_rule() is not None or m.detectors()]
+        names = ", ".join(type(member).__name__ for member in protecting or self._members)
+        module = type(trainer.lightning_module).__name__
+        message = (
+            f"{type(optimizer).__name__} is about to step parameters of {module}, and is none of the Trainer's "
+            f"optimizers, so that {names} cannot act on it. Return it from configure_optimizers and take it from "
+            "`self.optimizers()`; in mid-run set `trainer.optimizers = [...]`, as changing the list in place "
+            "does not reach Lightning."
+        )
+        if protecting:
+            raise MisconfigurationException(message)
+        rank_zero_warn(message)
+
+    def _refuse_copies(self, known: Sequence[Optimizer]) -> None:
+        """Refuse what comes in mid-run with none of the module's parameters: it would train nothing."""
+        trainer = self._trainer
+        of_module = set(trainer.lightning_module.parameters())
+
+        def has_some(optimizer: Optimizer) -> bool:
+            return any(param in of_module for group in optimizer.param_groups for param in group["params"])
+
+        for optimizer in map(bare, trainer.optimizers):
+            new = not any(optimizer is each for each in known)
+            if new and not has_some(optimizer) and all(map(has_some, known)):
+                raise MisconfigurationException(
+                    f"The Trainer has got another {type(optimizer).__name__}, and none of its parameters is one of "
+                    f"{type(trainer.lightning_module).__name__}, so that it would train nothing. A deep copy of an "
+                    "optimizer has copies of the parameters: make a new one of `model.parameters()` and load the state "
+                    "dict of the old one, or copy module and optimizer together."
+                )
 
     def _make_pipeline(self, followed: Followed, counts: StepCounts | None, clip: Any) -> StepPipeline:
         trainer = self._trainer
@@ -224,6 +286,9 @@ class Pipelines:
         model = trainer.strategy.model
         module = trainer.lightning_module
         names: dict[Tensor, str] = {p: plain_name(key) for key, p in module.named_parameters()}
+        of_all = names_in(trainer)
+        place = next(i for i, each in enumerate(trainer.optimizers) if bare(each) is followed.optimizer)
+        rule = None if clipping is None else clipping.clip_rule_of(of_all[place], of_all)
 
         def report(record: StepRecord) -> None:
             for member in followed.reporting:
@@ -231,9 +296,9 @@ class Pipelines:
 
         return StepPipeline(
             followed.optimizer,
-            clip=None if clipping is None else clipping.clip_rule(),
+            clip=rule,
             clip_limit=None
-            if clipping is None
+            if clipping is None or rule is None
             else clipping.clip_limit(RunLength(trainer, module, followed.optimizer)),
             clip_state=clip,
             names=names,
@@ -267,11 +332,11 @@ class Pipelines:
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             return False  # nothing to hide from them
         module = trainer.lightning_module
-        if is_overridden("configure_gradient_clipping", module) or is_overridden("on_before_optimizer_step", module):
+        if any(map(partial(module_overrides, module), ("configure_gradient_clipping", "on_before_optimizer_step"))):
             return True
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        hooks = [getattr(c, "on_before_optimizer_step", None) for c in callbacks if not isinstance(c, Hears)]
-        return any(getattr(hook, "__func__", hook) is not L.Callback.on_before_optimizer_step for hook in hooks)
+        others = (callback for callback in callbacks if not isinstance(callback, Hears))
+        return any(callback_overrides(callback, "on_before_optimizer_step") for callback in others)
 
 
 def unscale(trainer: L.Trainer, optimizer: Optimizer) -> None:

@@ -1,23 +1,41 @@
 from __future__ import annotations
 
+import inspect
+import re
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.optim import Optimizer
 
-from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.callbacks._followed import bare
+from lightning_optim.callbacks._hub import CHECKPOINT_KEY, HubCallback
 from lightning_optim.callbacks._lightning import found_lr
-from lightning_optim.factory import OptimizerFactory
+from lightning_optim.callbacks._packages import is_lightning, module_overrides
+from lightning_optim.core.durations import Horizon
+from lightning_optim.factory import OptimizerFactories, OptimizerFactory, PartOptimizer
+from lightning_optim.factory.about import optimizer_names
+from lightning_optim.param_groups import Entry
+from lightning_optim.schedules import Schedule, Warmup
 
 _METHOD = "configure_optimizers"
+_WRONG_NUMBER = re.compile(r"unpack|not subscriptable|not iterable|has no len\(\)|index out of range")
+"""What Python says where a module takes more or fewer optimizers from ``self.optimizers()`` than there are."""
 
 
-class ConfigureOptimizers(HubCallback, OptimizerFactory):
+class _Factory(OptimizerFactory):
+    """A factory that reports on the first rank only."""
+
+    def _tell(self, message: str, warn: bool) -> None:
+        (rank_zero_warn if warn else rank_zero_info)(message)
+
+
+class ConfigureOptimizers(HubCallback, _Factory):
     r"""Supplies the optimizer, its parameter groups and its schedule; the module's own are not asked.
 
     Takes the arguments of [`OptimizerFactory`][lightning_optim.OptimizerFactory]. The schedule moves once per optimizer
@@ -26,16 +44,113 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
     Lightning insists that the class of the module defines ``configure_optimizers``. For one that does not, use
     `lightning_optim.OptimCLI`, or [`attach`][lightning_optim.attach] this callback to the module before ``fit``.
 
+    A module that optimizes manually may have several optimizers, each of a part of it: ``optimizers`` lists them, and
+    ``self.optimizers()`` returns them in that order.
+
+    Args:
+        optimizer: As of `OptimizerFactory`, and so on to ``on_resume``.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of the groups without their own.
+        optimizer_kwargs: Further arguments of the optimizer.
+        schedule: The schedule of the learning rate.
+        warmup: Length of the warmup for a schedule given by name.
+        param_groups: Rules and presets.
+        schedules: Schedules of other hyperparameters.
+        on_resume: Resume policy, also of several optimizers.
+        optimizers: In place of all arguments before ``on_resume``: the optimizers of several parts, each a
+            `PartOptimizer` or a mapping with its arguments.
+
+    Raises:
+        ValueError: As of `OptimizerFactory`; or an argument is given in addition to ``optimizers``.
+        TypeError: As of `OptimizerFactory`.
+
     Example:
         >>> trainer = L.Trainer(
         ...     callbacks=[ConfigureOptimizers("adamw", lr=3e-4, weight_decay=0.1, schedule="cosine", warmup="5%")],
         ...     logger=False, enable_checkpointing=False,
         ... )
+        >>> two = ConfigureOptimizers(optimizers=[
+        ...     {"name": "generator", "part": "gen", "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.999)},
+        ...     {"name": "discriminator", "part": "disc", "optimizer": "adam", "lr": 1e-4, "schedule": "linear"},
+        ... ])
     """
 
     role = "ConfigureOptimizers"
     _found: tuple[Callable[[], Any], float] = (lambda: None, 0.0)
     """The module of a finder's fit, held weakly, and what it has found."""
+
+    def __init__(
+        self,
+        optimizer: str | Callable[[Iterable[Any]], Optimizer] | Mapping[str, Any] = "adamw",
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        schedule: str | Schedule | Callable[[Any], Any] | Mapping[str, Any] | None = None,
+        warmup: int | str | Warmup | None = None,
+        param_groups: Sequence[Entry] | None = None,
+        schedules: Mapping[str, str | Schedule] | None = None,
+        on_resume: str = "checkpoint",
+        optimizers: Sequence[PartOptimizer] | None = None,
+    ) -> None:
+        of_one = {
+            "optimizer": optimizer,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "optimizer_kwargs": optimizer_kwargs,
+            "schedule": schedule,
+            "warmup": warmup,
+            "param_groups": param_groups,
+            "schedules": schedules,
+        }
+        self._several: OptimizerFactories | None = None
+        if optimizers is None:
+            super().__init__(**of_one, on_resume=on_resume)  # type: ignore[arg-type]
+            return
+        defaults = inspect.signature(OptimizerFactory).parameters
+        given = [name for name, value in of_one.items() if value is not defaults[name].default]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} given in addition to optimizers=[...]: write "
+                f"{'it' if len(given) == 1 else 'them'} into each optimizer of the list."
+            )
+        self._several = OptimizerFactories(optimizers, on_resume, make=_Factory)
+
+    @property
+    def schedule(self) -> Any:
+        """The schedule of the learning rate; None for several optimizers, each of which has its own."""
+        return None if self._several is not None else super().schedule
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The optimizers and their hyperparameters, for tables of runs."""
+        return super().settings if self._several is None else self._several.settings
+
+    def build(
+        self, model: nn.Module, horizon: Horizon | None = None, owner: nn.Module | None = None
+    ) -> tuple[Optimizer, Any]:
+        """Make the optimizer and its scheduler; see `OptimizerFactory`.
+
+        Raises:
+            ValueError: As of `OptimizerFactory`; or there are several optimizers.
+        """
+        if self._several is not None:
+            raise ValueError(f"{self!r} makes several optimizers. In a plain loop, build each by its OptimizerFactory.")
+        return super().build(model, horizon, owner)
+
+    def __call__(self, module: Any, owner: Any = None) -> Any:
+        """Return what Lightning expects of ``configure_optimizers``."""
+        of, found = self._found
+        self._found_lr = found if of() is module else None
+        if self._several is not None:
+            if self._found_lr is not None:
+                rank_zero_warn(
+                    f"{self!r} leaves out the learning rate {found:.6g} that LearningRateFinder has found: it is one "
+                    "for all, and each of several optimizers has its own."
+                )
+            return self._several(module)
+        if self._found_lr is not None:
+            rank_zero_info(f"{self!r} takes the learning rate {found:.6g} that LearningRateFinder has found.")
+        return super().__call__(module, owner)
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the place of the module's method for the time of the fit."""
@@ -58,35 +173,67 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
                     "(LightningCLI does so for its keys `optimizer` and `lr_scheduler`.) Remove one."
                 )
             return
-        rank_zero_info(f"{self!r} replaces {type(pl_module).__name__}.configure_optimizers.")
+        rank_zero_info(f"{self!r} replaces {type(pl_module).__name__}.configure_optimizers.{self._advice(pl_module)}")
         attach(pl_module, self)
         self.hub.on_close(lambda: vars(pl_module).pop(_METHOD, None))
 
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Note the order that the module's parameters had, for the state of an optimizer that saved no names."""
+        """Note the order of the module's parameters, for the state of an optimizer that saved no names.
+
+        Raises:
+            ValueError: It has these optimizers in another order: Lightning restores them by their places.
+        """
         self._saved_names = tuple(checkpoint.get("state_dict", ()))
+        saved = checkpoint.get(CHECKPOINT_KEY, {}).get("optimizers", [])
+        names = [] if self._several is None else self._several.names
+        if any(name in saved and saved.index(name) != place for place, name in enumerate(names)):
+            raise ValueError(
+                f"The checkpoint has the optimizers {', '.join(saved)}, in this order, and the configuration "
+                f"{', '.join(names)}. Write them in the checkpoint's order, in which `self.optimizers()` returns them."
+            )
+
+    def _advice(self, pl_module: L.LightningModule) -> str:
+        """What to do if the module's own method makes several optimizers, which only a call of it would show."""
+        if pl_module.automatic_optimization or self._several is not None:
+            return ""
+        return (
+            f" {type(pl_module).__name__} optimizes manually, and `self.optimizers()` returns this one optimizer, of "
+            f"all parameters. {_HOW_TO_HAVE_SEVERAL}"
+        )
+
+    def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Explain an error of a module that takes another number of optimizers than there is."""
+        if pl_module.automatic_optimization or not isinstance(exception, TypeError | ValueError | IndexError):
+            return
+        message = str(exception)
+        of_list = "Lightning" in message or "values to unpack" in message or "index out of range" in message
+        if not (of_list and _WRONG_NUMBER.search(message)):
+            return
+        names = optimizer_names([bare(optimizer) for optimizer in trainer.optimizers])
+        if self._several is None:
+            hint = (
+                f"{self!r} replaces {type(pl_module).__name__}.configure_optimizers and makes one optimizer, which "
+                f"`self.optimizers()` returns. {_HOW_TO_HAVE_SEVERAL}"
+            )
+        else:
+            hint = f"If this comes from `self.optimizers()`: it returns {len(names)}: {', '.join(names)}."
+        exception.args = (f"{message}. {hint}", *exception.args[1:])
+
+    def __repr__(self) -> str:
+        if self._several is None:
+            return super().__repr__()
+        return f"{type(self).__name__}(optimizers={self._several.names})"
 
     def _at_close(self) -> None:
         """Keep what a LearningRateFinder has found: a Tuner runs it in a fit of its own, before the real one."""
         if (found := found_lr(self.hub.trainer)) is not None:
             self._found = (weakref.ref(self.hub.trainer.lightning_module), found)
 
-    def __call__(self, module: Any) -> Any:
-        """Return what Lightning expects of ``configure_optimizers``, at the learning rate that a finder has found."""
-        of, found = self._found
-        self._found_lr = found if of() is module else None
-        if self._found_lr is not None:
-            rank_zero_info(f"{self!r} takes the learning rate {found:.6g} that LearningRateFinder has found.")
-        return super().__call__(module)
-
-    def _tell(self, message: str, warn: bool) -> None:
-        (rank_zero_warn if warn else rank_zero_info)(message)
-
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Add the way out to Lightning's message about a missing method."""
         # Lightning verifies the module before it calls any hook of a callback, so this is the first chance to help.
-        missing = isinstance(exception, MisconfigurationException) and f"No `{_METHOD}()`" in str(exception)
-        if missing and not is_overridden(_METHOD, pl_module):
+        missing = is_lightning(exception, "MisconfigurationException") and f"No `{_METHOD}()`" in str(exception)
+        if missing and not module_overrides(pl_module, _METHOD):
             name = type(pl_module).__name__
             exception.args = (
                 f"{name} defines no configure_optimizers, and Lightning checks that before a callback can supply "
@@ -95,12 +242,13 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
             )
 
 
-def attach(model: L.LightningModule, factory: OptimizerFactory) -> None:
+def attach(model: L.LightningModule, factory: OptimizerFactory | OptimizerFactories) -> None:
     """Give a module that defines no ``configure_optimizers`` the one of ``factory``.
 
     Args:
         model: The module; it keeps the method until it is attached to no more (it is an instance attribute).
-        factory: An `OptimizerFactory`, or the `ConfigureOptimizers` callback that the Trainer will have.
+        factory: An `OptimizerFactory` or `OptimizerFactories`, or the `ConfigureOptimizers` callback that the Trainer
+            will have.
 
     Raises:
         TypeError: ``factory`` is neither.
@@ -110,7 +258,7 @@ def attach(model: L.LightningModule, factory: OptimizerFactory) -> None:
         >>> model = L.LightningModule()
         >>> attach(model, OptimizerFactory("adamw", lr=1e-3))
     """
-    if not isinstance(factory, OptimizerFactory):
+    if not isinstance(factory, OptimizerFactory | OptimizerFactories):
         raise TypeError(
             f"attach needs an OptimizerFactory or a ConfigureOptimizers callback, got {factory!r}. For instance "
             "attach(model, OptimizerFactory('adamw', lr=1e-3))."
@@ -129,5 +277,12 @@ def attach(model: L.LightningModule, factory: OptimizerFactory) -> None:
     model.configure_optimizers = types.MethodType(configure_optimizers, model)  # type: ignore[method-assign]
 
 
-def _owner(method: Any) -> OptimizerFactory | None:
+_HOW_TO_HAVE_SEVERAL = (
+    "If the module works with several optimizers, list them, each with the path of its part: "
+    'ConfigureOptimizers(optimizers=[{"name": "generator", "part": "gen", "optimizer": "adam", "lr": 2e-4}, '
+    '{"name": "discriminator", "part": "disc", ...}]).'
+)
+
+
+def _owner(method: Any) -> Any:
     return getattr(method, "owner", None)

@@ -34,6 +34,7 @@ from lightning_optim.divergence import (
     SpikeWindow,
     StepGuard,
 )
+from lightning_optim.factory.about import about
 from lightning_optim.step import StepPipeline
 
 CHECKPOINT_KEY = "lightning_optim.divergence_guard"
@@ -194,7 +195,8 @@ class DivergenceGuard(HubCallback):
         """Guard new optimizers with the baselines of those that they replace, and capture new snapshots."""
         before, self._guarded = self._guarded, []
         for index, pipeline in enumerate(self.hub.pipelines):
-            found = next((guarded for guarded in before if guarded.optimizer is pipeline.optimizer), None)
+            detectors = pipeline.detectors
+            found = next((guarded for guarded in before if any(guarded.watch is d for d in detectors)), None)
             if found is None:
                 found = self._guard(pipeline, trainer, pl_module)
                 if index < len(before):
@@ -296,15 +298,16 @@ class DivergenceGuard(HubCallback):
         assert self._reporter is not None
         found = []
         for index, guarded in enumerate(self._guarded):
+            name = about(guarded.optimizer).name if len(self._guarded) > 1 else None
             for seen in guarded.watch.read(everything):
                 location = guarded.batches.of(seen.step)
                 self.report.see(location.step, index, seen)
                 for alarm in guarded.judge.update(seen, guarded.names):
                     found.append((alarm, location))
-                    self._reporter.notify(alarm, location, index, self._skipped if seen.skipped else None)
+                    self._reporter.notify(alarm, location, index, self._skipped if seen.skipped else None, name)
             for alarm in guarded.health_alarms(everything):
                 location = guarded.batches.of(alarm.step)
-                self._reporter.notify(alarm, location, index, None)
+                self._reporter.notify(alarm, location, index, None, name)
                 if alarm.escalates:  # Other alarms about individual parameters need no response.
                     found.append((alarm, location))
         return found

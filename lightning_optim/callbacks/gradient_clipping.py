@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._pipelines import has_engine
 from lightning_optim.clipping import ClipRule, GlobalNorm, make_clip_rule
+from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.schedules import Schedule, get_schedule
 from lightning_optim.schedules.live import LiveCurve
@@ -29,7 +30,9 @@ class GradientClipping(HubCallback):
 
     Args:
         max_norm: Largest norm of all gradients of one optimizer as one vector, above 0; 1.0 if neither this nor
-            ``method`` is given. Other methods with a ``max_norm`` take it from here as well.
+            ``method`` is given. Other methods with a ``max_norm`` take it from here, too. For several optimizers it may
+            be a mapping from the name of each (`ConfigureOptimizers`; else its number, ``"0"``) to its limit, or to
+            None for no clipping.
         method: Name of a rule (`lightning_optim.clipping.list_clip_rules`) or a rule, such as
             ``lightning_optim.clipping.GroupNorm(groups={"head": 0.5})``.
         method_kwargs: Arguments of a method given by name.
@@ -40,24 +43,28 @@ class GradientClipping(HubCallback):
     Raises:
         ValueError: A name is unknown, for which the message names the nearest, or a value is out of range or given
             twice.
-        MisconfigurationException: At the start of the fit, if the Trainer clips as well.
+        MisconfigurationException: At the start of the fit, if the Trainer clips as well, or if ``max_norm``
+            names other optimizers than there are.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[GradientClipping(max_norm=1.0)], logger=False, enable_checkpointing=False)
         >>> GradientClipping(method="block_rms", method_kwargs={"max_rms": 0.01})
         GradientClipping(BlockRMS(max_rms=0.01))
+        >>> GradientClipping(max_norm={"generator": 1.0, "discriminator": 0.5})
+        GradientClipping(max_norm={'generator': 1.0, 'discriminator': 0.5})
     """
 
     role = "GradientClipping"
 
     def __init__(
         self,
-        max_norm: float | None = None,
+        max_norm: float | dict[str, float | None] | None = None,
         method: str | ClipRule = "global_norm",
         method_kwargs: dict[str, Any] | None = None,
         schedule: str | Schedule | None = None,
     ) -> None:
         kwargs = dict(method_kwargs or {})
+        self.rules: dict[str, ClipRule | None] | None = None
         if isinstance(method, ClipRule):
             if given := {**({} if max_norm is None else {"max_norm": max_norm}), **kwargs}:
                 raise ValueError(f"{given} is given in addition to method={method!r}. Set it in the rule.")
@@ -65,7 +72,17 @@ class GradientClipping(HubCallback):
         else:
             if max_norm is not None and "max_norm" in kwargs:
                 raise ValueError(f"max_norm={max_norm!r} is given in addition to method_kwargs={kwargs!r}. Give one.")
-            self.rule = make_clip_rule(method, kwargs if max_norm is None else {"max_norm": max_norm, **kwargs})
+            if isinstance(max_norm, Mapping):
+                self.rules = {
+                    name: None if limit is None else make_clip_rule(method, {"max_norm": limit, **kwargs})
+                    for name, limit in max_norm.items()
+                }
+                rules = [rule for rule in self.rules.values() if rule is not None]
+                if not rules:
+                    raise ValueError(f"Invalid max_norm={max_norm!r}: it must give a limit for at least one optimizer.")
+                self.rule = rules[0]
+            else:
+                self.rule = make_clip_rule(method, kwargs if max_norm is None else {"max_norm": max_norm, **kwargs})
         self.schedule = get_schedule(schedule)() if isinstance(schedule, str) else schedule
         if isinstance(self.schedule, Schedule):
             self.schedule.check_no_rate("the limit of the gradients")
@@ -83,7 +100,7 @@ class GradientClipping(HubCallback):
     def _hand_to_engine(self, trainer: L.Trainer) -> None:
         """Let DeepSpeed clip, which supports one constant global norm."""
         rule = self.rule
-        if not isinstance(rule, GlobalNorm) or self.schedule is not None:
+        if not isinstance(rule, GlobalNorm) or self.schedule is not None or self.rules is not None:
             raise MisconfigurationException(
                 f"{self!r} cannot be used with {type(trainer.strategy).__name__}: DeepSpeed's engine clips by itself, "
                 "by a constant global norm only. Use GradientClipping(max_norm=...), or FSDP2 (ModelParallelStrategy)."
@@ -97,8 +114,39 @@ class GradientClipping(HubCallback):
         config["gradient_clipping"] = rule.max_norm
 
     def clip_rule(self) -> ClipRule:
-        """Return the rule, which has no state and is shared by all optimizers."""
+        """Return the rule, which holds no state and serves all optimizers; of several rules the first."""
         return self.rule
+
+    def clip_rule_of(self, name: str, names: Sequence[str]) -> ClipRule | None:
+        """Return the rule of one of several optimizers.
+
+        Args:
+            name: Its name.
+            names: The names of all.
+
+        Raises:
+            MisconfigurationException: Limits are given by name, and not for exactly these.
+        """
+        if self.rules is None:
+            return self.rule
+        for given in self.rules:
+            if given not in names:
+                raise MisconfigurationException(
+                    f"{self!r} has a limit for an optimizer {given!r}, and there is none. {nearest(given, names)}"
+                )
+        if missing := [each for each in names if each not in self.rules]:
+            raise MisconfigurationException(
+                f"{self!r} has no limit for the optimizer {missing[0]!r}. To leave it unclipped, write "
+                f"{missing[0]}: None in max_norm (null in YAML)."
+            )
+        return self.rules[name]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What clips, for tables of runs."""
+        if self.rules is None:
+            return {"clipping": repr(self.rule)}
+        return {f"{name}/clipping": repr(rule) for name, rule in self.rules.items()}
 
     def clip_limit(self, run: Run) -> Callable[[int], float] | None:
         """Return the factor on the limit as a function of the optimizer step, or None for a constant limit.
@@ -116,5 +164,10 @@ class GradientClipping(HubCallback):
 
     def __repr__(self) -> str:
         plain = type(self.rule).__name__ == "GlobalNorm"
-        rule = f"max_norm={self.rule.max_norm!r}" if plain else repr(self.rule)  # type: ignore[attr-defined]
+        if self.rules is not None and plain:
+            rule = f"max_norm={ {name: getattr(one, 'max_norm', None) for name, one in self.rules.items()}!r}"
+        elif self.rules is not None:
+            rule = repr(self.rules)
+        else:
+            rule = f"max_norm={self.rule.max_norm!r}" if plain else repr(self.rule)  # type: ignore[attr-defined]
         return f"{type(self).__name__}({rule}{'' if self.schedule is None else f', schedule={self.schedule!r}'})"

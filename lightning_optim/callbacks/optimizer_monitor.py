@@ -9,6 +9,7 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_optim.callbacks._followed import names_in
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step
 from lightning_optim.callbacks._monitor.details import MonitorDetails
@@ -27,7 +28,8 @@ class OptimizerMonitor(HubCallback):
     Every ``log_every_n_steps`` steps of the Trainer it logs learning rate and weight decay as the step used them,
     gradient norms before and after clipping, the change of the parameters, absolute and relative to their size and to
     the optimizer's moments, the loss between reports, clipped and skipped steps, and speed. Tags have the form
-    ``optim_<quantity>/<group>``, with one section of TensorBoard per quantity.
+    ``optim_<quantity>/<group>``, with one section of TensorBoard per quantity; ``optim_<quantity>/<optimizer>.<group>``
+    if there are several optimizers, by their names (`ConfigureOptimizers`) or else their numbers.
 
     All values of a report are transferred to the host in one packed tensor, and logged when it has arrived. Between
     reports the gradients are not read for the monitor, and nothing waits for the device.
@@ -224,10 +226,11 @@ class OptimizerMonitor(HubCallback):
             some = "1 gradient is" if count == 1 else f"{count} gradients are"
             alarms.append(f"Step {report.at}: {some} not finite, the first that of `{report.culprit}`.")
         several = len(trainer.optimizers) > 1  # Optimizers may share group names.
+        names = names_in(trainer) if several else []
 
         def tag_of(tag: str) -> str:
             family, name = tag.split("/", 1)
-            return f"{family}/{index}.{name}" if several and tag not in report.of_run else tag
+            return f"{family}/{names[index]}.{name}" if several and tag not in report.of_run else tag
 
         values = {tag_of(tag): value for tag, value in values.items()} | rest
         for logger in trainer.loggers:

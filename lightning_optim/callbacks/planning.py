@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as L
@@ -13,8 +14,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim.callbacks import _lightning as lightning_private
 from lightning_optim.callbacks._contributor import is_ours
+from lightning_optim.callbacks._followed import bare, prefixes_in
 from lightning_optim.callbacks._hub import Hub, HubCallback
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
+from lightning_optim.factory.about import about
 from lightning_optim.factory.freezing import check_frozen_until
 from lightning_optim.factory.plan import Plan, plan_curves, plan_groups, replay
 from lightning_optim.factory.run_length import horizon_of
@@ -104,7 +107,10 @@ def _walk(
 
 
 def _describe(plan: Plan, trainer: L.Trainer, attempt: Callable[[], Any]) -> None:
-    plan.groups = [group for optimizer in trainer.optimizers for group in plan_groups(optimizer)]
+    optimizers, prefixes = [bare(optimizer) for optimizer in trainer.optimizers], prefixes_in(trainer)
+    for prefix, optimizer in zip(prefixes, optimizers, strict=True):
+        plan.groups += [replace(group, name=prefix + group.name) for group in plan_groups(optimizer)]
+        plan.notes += [_of(prefix, note) for note in about(optimizer).notes]
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
         if not isinstance(scheduler, Scheduler):
@@ -118,11 +124,17 @@ def _describe(plan: Plan, trainer: L.Trainer, attempt: Callable[[], Any]) -> Non
             last = max((plan.horizon.total_steps or 1) - 1, 0)
             for curve in curves:
                 curve.values(last)  # refuses a run that it does not fit
-            plan.curves += curves
+            of = dict(zip(map(id, optimizers), prefixes, strict=True)).get(id(bare(scheduler.optimizer)), "")
+            plan.curves += [replace(curve, label=_of(of, curve.label)) for curve in curves]
     for group in plan.groups:
         if group.frozen_until is not None:
             with attempt():
                 check_frozen_until(group.name, group.frozen_until, plan.horizon)
+
+
+def _of(prefix: str, text: str) -> str:
+    """A text about one of several optimizers, of which the prefix is that of its groups."""
+    return f"{prefix.removesuffix('.')}: {text}" if prefix else text
 
 
 def _replay(plan: Plan, config: Any) -> None:

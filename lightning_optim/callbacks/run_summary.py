@@ -7,10 +7,11 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_optim.callbacks._followed import names_in, prefixes_in
 from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.callbacks._packages import tensorboard_loggers
 from lightning_optim.core.stats import StepCounts
 
 
@@ -43,7 +44,7 @@ class RunSummary(HubCallback):
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the results of the last fit, because a fit with nothing left to train never starts or ends training."""
         self._first_step, self._start, self._seconds = trainer.global_step, 0.0, 0.0
-        self._counts = StepCounts()
+        self._counts, self._each = StepCounts(), list[StepCounts]()
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -53,7 +54,7 @@ class RunSummary(HubCallback):
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock, and collect the counts, which are not available after the fit."""
         self._seconds = time.perf_counter() - self._start
-        self._counts = self.hub.total()
+        self._counts, self._each = self.hub.total(), self.hub.counts()
 
     @rank_zero_only
     def _at_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,15 +72,19 @@ class RunSummary(HubCallback):
         counts = self._counts
         run.add_row("steps clipped", f"{counts.clipped / counts.steps:.1%} of {counts.steps}" if counts.steps else "-")
         run.add_row("steps skipped", str(counts.skipped))
+        for name, of_one in zip(names_in(trainer), self._each, strict=False) if len(self._each) > 1 else ():
+            share = f"{of_one.clipped / of_one.steps:.1%} of {of_one.steps}" if of_one.steps else "-"
+            run.add_row(f"{name}: steps clipped", share)
+            run.add_row(f"{name}: steps skipped", str(of_one.skipped))
         console.print(run)
         groups = Table("group", "tensors", "parameters", "lr", "peak lr", "weight decay", title="Parameter groups")
         groups.title_justify = "left"
         for column in groups.columns[1:]:
             column.justify = "right"
-        for optimizer in trainer.optimizers:
+        for prefix, optimizer in zip(prefixes_in(trainer), trainer.optimizers, strict=True):
             for index, group in enumerate(optimizer.param_groups):
                 groups.add_row(
-                    str(group.get("name", index)),
+                    f"{prefix}{group.get('name', index)}",
                     str(len(group["params"])),
                     f"{sum(p.numel() for p in group['params']):,}",
                     f"{float(group['lr']):.3g}",
@@ -87,10 +92,9 @@ class RunSummary(HubCallback):
                     f"{group['weight_decay']:g}" if "weight_decay" in group else "-",
                 )
         console.print(groups)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # A plain print keeps the command in one line, so that it can be copied.
-                print(f"See the run:  tensorboard --logdir {_relative(logger.save_dir)}")
+        for logger in tensorboard_loggers(trainer):
+            # A plain print keeps the command in one line, so that it can be copied.
+            print(f"See the run:  tensorboard --logdir {_relative(logger.save_dir)}")
 
     def _labels(self, trainer: L.Trainer) -> Mapping[str, str]:
         if self.metrics is not None:

@@ -33,27 +33,27 @@ def screen(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     return {SCREEN: charts}
 
 
-# With several optimizers a tag has the optimizer's index before its second part.
+# With several optimizers a tag has the name or index of one before its second part.
 _CHARTS = {
     "loss: mean and max": [r"^optim_loss/(mean|max)$"],
     "loss: how far it stands out": [r"^optim_loss/robust_z$"],
     "learning rate": [r"^optim_lr/[^/]+$"],
     "gradient norm": [
-        r"^optim_grad_norm/(\d+\.)?(total|interval_max|interval_mean)$",
-        r"^optim_grad_norm_clipped/(\d+\.)?total$",
+        r"^optim_grad_norm/([\w-]+\.)?(total|interval_max|interval_mean)$",
+        r"^optim_grad_norm_clipped/([\w-]+\.)?total$",
     ],
-    "gradient norm of each group": [r"^optim_grad_norm/(?!(\d+\.)?(total$|interval_))[^/]+$"],
+    "gradient norm of each group": [r"^optim_grad_norm/(?!([\w-]+\.)?(total$|interval_))[^/]+$"],
     "clipped, skipped, not finite": [
-        r"^optim_health/(\d+\.)?(clip_rate|skipped_steps|overflow_steps|nonfinite_gradients)$"
+        r"^optim_health/([\w-]+\.)?(clip_rate|skipped_steps|overflow_steps|nonfinite_gradients)$"
     ],
     "the guard: rollbacks, and its cut of the rate": [r"^optim_health/(rollbacks|lr_cut)$"],
     "update over parameters": [r"^optim_update_ratio/.+$"],
-    "effective rate": [r"^optim_lr/(\d+\.)?effective/.+$"],
-    "cosine of gradient and momentum": [r"^optim_grad/(\d+\.)?cosine/.+$"],
-    "gradient over second moment": [r"^optim_grad/(\d+\.)?over_second_moment/.+$"],
-    "below eps, and exactly zero": [r"^optim_grad/(\d+\.)?(below_eps|zero)/.+$"],
+    "effective rate": [r"^optim_lr/([\w-]+\.)?effective/.+$"],
+    "cosine of gradient and momentum": [r"^optim_grad/([\w-]+\.)?cosine/.+$"],
+    "gradient over second moment": [r"^optim_grad/([\w-]+\.)?over_second_moment/.+$"],
+    "below eps, and exactly zero": [r"^optim_grad/([\w-]+\.)?(below_eps|zero)/.+$"],
     "parameter norm": [r"^optim_param_norm/[^/]+$"],
-    "share of weight decay": [r"^optim_weight_decay/(\d+\.)?share/.+$"],
+    "share of weight decay": [r"^optim_weight_decay/([\w-]+\.)?share/.+$"],
     "noise scale and batch size": [r"^optim_grad/(noise_scale|batch_size)$"],
     "loss scale": [r"^optim_health/loss_scale$"],
     "speed": [r"^optim_speed/steps_per_second$"],

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_optim.core.durations import Horizon
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.wrappers import unwrap_module
+from lightning_optim.factory.about import about
 from lightning_optim.factory.added_groups import track_added_groups
 from lightning_optim.factory.freezing import Freezing, freezing_of
 from lightning_optim.factory.optimizer_spec import OptimizerSpec
@@ -19,7 +21,7 @@ from lightning_optim.factory.owner import owner_of
 from lightning_optim.factory.resume import OptimizerResume
 from lightning_optim.factory.resume_scheduler import resume_scheduler
 from lightning_optim.factory.run_length import RunLength, horizon_of
-from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
+from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules, lost_matches
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
 from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
 from lightning_optim.schedules.resolve import resolve_hyperparameter_schedules, resolve_schedule
@@ -109,12 +111,16 @@ class OptimizerFactory:
         name, defaults = self._optimizer.cls.__name__, self._optimizer.defaults
         return {"optimizer": name, **defaults, "schedule": repr(self._schedule)}
 
-    def build(self, model: nn.Module, horizon: Horizon | None = None) -> tuple[Optimizer, Any]:
+    def build(
+        self, model: nn.Module, horizon: Horizon | None = None, owner: nn.Module | None = None
+    ) -> tuple[Optimizer, Any]:
         """Make the optimizer and its scheduler, in a plain loop or wherever the length of the run is known.
 
         Args:
-            model: The model to optimize.
+            model: The model to optimize, or what Fabric's ``setup`` or ``setup_module`` makes of it.
             horizon: Length of the run; None if `Scheduler.resolve` will be called before the first step.
+            owner: The module that ``model`` is a part of and that has the same names for its parameters, if it outlives
+                ``model``.
 
         Returns:
             The optimizer, and a `Scheduler` or whatever scheduler the callable given as ``schedule`` has made.
@@ -122,6 +128,7 @@ class OptimizerFactory:
         Raises:
             ValueError: The rules do not fit the model, or the schedule the length of the run.
         """
+        model = unwrap_module(model)
         # Muon, for one, treats parts of a group differently, and sees which from the modules.
         groups_of = getattr(self._optimizer.cls, "groups_of", build_param_groups)
         optimizer = self._optimizer.make_for(model, groups_of(model, self._rules))
@@ -134,23 +141,27 @@ class OptimizerFactory:
         else:
             scheduler = self._schedule(optimizer)
             resume_scheduler(scheduler, self._on_resume == "config", self._tell)
-        track_added_groups(optimizer, model)
+        for note in lost_matches(model, self._rules):
+            about(optimizer).notes.append(note)
+            self._tell(note, False)
+        track_added_groups(optimizer, model if owner is None else owner)
         if any(group.get("frozen_until") is not None for group in optimizer.param_groups):
             Freezing(optimizer, steps=lambda: scheduler.last_epoch, horizon=lambda: _length_of(scheduler, horizon))
         OptimizerResume(optimizer, self._on_resume == "config", self._tell, model, lambda: self._saved_names)
         return optimizer, scheduler
 
-    def __call__(self, module: Any) -> Any:
+    def __call__(self, module: Any, owner: Any = None) -> Any:
         """Return what Lightning expects of ``configure_optimizers``; the Trainer is asked for the run's length later.
 
         Args:
             module: The LightningModule.
+            owner: The LightningModule, if ``module`` is a part of it (`OptimizerFactories`).
 
         Raises:
             ValueError: The rules do not fit the model, or ``frozen_until`` is combined with a scheduler per epoch.
         """
-        optimizer, scheduler = self.build(module)
-        owner = owner_of(module)
+        optimizer, scheduler = self.build(module) if owner is None else self.build(module, owner=owner)
+        owner = owner_of(module) if owner is None else owner
         config = {"scheduler": scheduler, "interval": "step"}
         freezing = freezing_of(optimizer)
         if not isinstance(scheduler, Scheduler):

@@ -2,6 +2,7 @@
 
 from lightning_optim.param_groups.build import Entry, build_param_groups, check_rules, list_presets
 from lightning_optim.param_groups.depth import parameter_depths
+from lightning_optim.param_groups.losses import lost_matches
 from lightning_optim.param_groups.parts import (
     NamedParameter,
     is_hidden_matrix,
@@ -24,6 +25,7 @@ __all__ = [
     "is_hidden_matrix",
     "list_parts",
     "list_presets",
+    "lost_matches",
     "named_parameters",
     "parameter_depths",
     "shapes_of",

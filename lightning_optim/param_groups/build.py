@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.wrappers import unwrap_module
 from lightning_optim.param_groups.parts import named_parameters
 from lightning_optim.param_groups.rules import REST, ParamGroupRule
 from lightning_optim.param_groups.scalings import LayerDecay, WidthScaling
@@ -67,7 +68,7 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
     Parameters that no rule takes form the last group, ``"default"``.
 
     Args:
-        model: The model; its names are those of ``model.named_parameters()``.
+        model: The model; its names are those of ``model.named_parameters()``, without what Fabric puts before them.
         rules: Ordered rules or names of presets (`list_presets`); the first match wins. A `LayerDecay` or
             `WidthScaling` at any position splits the groups further.
 
@@ -81,9 +82,10 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
             nothing; the message names all of these. A preset may match nothing, because it is not specific to a model.
     """
     check_rules(rules)
+    model = unwrap_module(model)
     scalings = [rule for rule in rules if isinstance(rule, LayerDecay | WidthScaling)]
     given = [rule for rule in rules if isinstance(rule, str | ParamGroupRule)]
-    resolved = [_PRESETS[rule] if isinstance(rule, str) else rule for rule in given]
+    resolved = resolve_rules(rules)
     parameters = list(named_parameters(model))
     scales = [scaling.scales(model, parameters) for scaling in scalings]
     groups: dict[Any, dict[str, Any]] = {}
@@ -93,7 +95,7 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
         takers = [index for index in taken if not resolved[index].overlay]
         # The order of the list is kept, because the first rule that has a setting decides it.
         at_work = [index for index in taken if resolved[index].overlay or index == takers[0]]
-        settings = _settings([resolved[index] for index in at_work])
+        settings = settings_of([resolved[index] for index in at_work])
         if not parameter.parameter.requires_grad and "frozen_until" not in settings:
             continue
         used.update(at_work)
@@ -127,8 +129,14 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
     return [groups[key] for key in sorted(groups)]
 
 
-def _settings(rules: Sequence[ParamGroupRule]) -> dict[str, Any]:
-    """Return the settings of a group of these rules: the first rule with a setting decides it; multipliers multiply."""
+def resolve_rules(rules: Sequence[Entry]) -> list[ParamGroupRule]:
+    """Return the rules among the entries, in order, presets included and scalings left out."""
+    given = [rule for rule in rules if isinstance(rule, str | ParamGroupRule)]
+    return [_PRESETS[rule] if isinstance(rule, str) else rule for rule in given]
+
+
+def settings_of(rules: Sequence[ParamGroupRule]) -> dict[str, Any]:
+    """Return the settings of a group of these rules: the first that has a setting decides, and multipliers multiply."""
     settings: dict[str, Any] = {"lr_multiplier": 1.0}
     for rule in rules:
         settings = rule.settings() | settings

@@ -15,6 +15,7 @@ from lightning_optim.core.durations import Horizon
 from lightning_optim.core.step_hooks import closure_of, is_trial_step
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.uncompiled import uncompiled
+from lightning_optim.core.wrappers import unwrap_optimizer
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.clock import RunClock
 from lightning_optim.schedules.driven import Driven
@@ -89,6 +90,7 @@ class Scheduler(LRScheduler):
     ) -> None:
         if on_resume not in ("checkpoint", "config"):
             raise ValueError(f"Unknown on_resume={on_resume!r}. {nearest(str(on_resume), ('checkpoint', 'config'))}")
+        optimizer = unwrap_optimizer(optimizer)
         self._from_config = on_resume == "config"
         self._tell = tell
         self._told: set[str] = set()

@@ -33,6 +33,7 @@ from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.core.step_hooks import closure_of, is_trial_step, run_closure
 from lightning_optim.core.transfer import HostMirror
 from lightning_optim.core.uncompiled import uncompiled
+from lightning_optim.core.wrappers import unwrap_optimizer
 from lightning_optim.divergence import Detector, NonFiniteGradient
 from lightning_optim.optim import FusedOptimizer
 from lightning_optim.step.gradients import Gradients, group_names_of, names_of
@@ -51,7 +52,8 @@ class StepPipeline:
     that takes no operands) a detector has to request the skip.
 
     Args:
-        optimizer: The optimizer; not LBFGS, which evaluates its closure several times per step.
+        optimizer: The optimizer, or what Fabric's ``setup`` makes of it; not LBFGS, which evaluates its closure several
+            times per step.
         clip: The clip rule; None for no clipping.
         clip_limit: Factor on the limit of the clip rule, as a function of the number of steps so far, for instance a
             `Schedule`; None for 1.
@@ -71,7 +73,7 @@ class StepPipeline:
         is_expecting: Whether a step was announced that has not happened. Read it only.
 
     Raises:
-        TypeError: The optimizer is LBFGS.
+        TypeError: The optimizer is LBFGS, or is none of torch's and wraps none.
         ValueError: The clip rule refers to a group or parameter that does not exist, or needs whole rows of matrices,
             which flat shards do not have.
 
@@ -103,6 +105,7 @@ class StepPipeline:
         group_names: Collection[str] | None = None,
         shards: FlatShards | None = None,
     ) -> None:
+        optimizer = unwrap_optimizer(optimizer)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(
                 "LBFGS evaluates its closure several times per step, so there is no single gradient to clip, check or "
@@ -122,7 +125,7 @@ class StepPipeline:
         self._counts = torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device=device)
         self._counts_on_host = HostMirror(self._counts)
         self._norms = Interval(device)
-        self.is_expecting = False
+        self.is_expecting, self._may_be_left_out = False, True
         self._step: OneStep | None = None
         self._operands = operands_for(optimizer, may_skip=bool(self.detectors))
         if self.clipper is not None:
@@ -157,6 +160,15 @@ class StepPipeline:
         """Return the name of each parameter of the optimizer, in order, as far as known."""
         return [name for group in self.optimizer.param_groups for name in names_of(group, self._names)]
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the optimizer still has the hooks: calling its ``__init__`` anew, for one, drops them."""
+        present = vars(self.optimizer)
+        return all(
+            handle.id in present.get(f"_optimizer_step_{which}_hooks", ())
+            for handle, which in zip(self._handles, ("pre", "post"), strict=True)
+        )
+
     def counts(self, exact: bool = False) -> StepCounts:
         """Return the numbers of steps, clipped and skipped.
 
@@ -186,18 +198,22 @@ class StepPipeline:
         if self.clipper is not None:
             self.clipper.load_state_dict(state)
 
-    def expect_step(self) -> None:
+    def expect_step(self, may_be_left_out: bool = True) -> None:
         """Announce a step: its gradients are ready.
 
         A GradScaler that found an overflow does not call the ``step`` of an optimizer without operands; an announced
         step that has not happened when the counts are next read, or the next step is announced, is counted as skipped.
+
+        Args:
+            may_be_left_out: Whether there is such a GradScaler. If not, a step that does not come is never counted, and
+                `is_expecting` stays true.
         """
         self.settle()
-        self.is_expecting = True
+        self.is_expecting, self._may_be_left_out = True, may_be_left_out
 
     def settle(self) -> None:
         """Count an announced step that did not happen as skipped."""
-        if self.is_expecting:
+        if self.is_expecting and self._may_be_left_out:
             self.is_expecting = False
             if (step := self._open()) is not None:
                 step.skip = torch.ones_like(self._counts[0], dtype=torch.float32)

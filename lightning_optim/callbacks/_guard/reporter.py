@@ -6,11 +6,11 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_optim.callbacks._guard.step_batches import StepLocation
 from lightning_optim.callbacks._lightning import logging_step
+from lightning_optim.callbacks._packages import tensorboard_loggers
 from lightning_optim.divergence import Alarm, DivergenceReport
 from lightning_optim.divergence.report import Entry
 
@@ -35,7 +35,9 @@ class GuardReporter:
         self._folder = Path(report_dir or checkpoints or log_dir or trainer.default_root_dir)
         self._files = 0
 
-    def notify(self, alarm: Alarm, location: StepLocation, optimizer: int, skips: int | None) -> None:
+    def notify(
+        self, alarm: Alarm, location: StepLocation, optimizer: int, skips: int | None, name: str | None = None
+    ) -> None:
         """Report an alarm.
 
         Args:
@@ -43,9 +45,11 @@ class GuardReporter:
             location: Where its step took place.
             optimizer: Index of the optimizer.
             skips: Number of skipped steps so far, if the step of the alarm is one; then its batches are saved.
+            name: Name of the optimizer; None if it has none.
         """
-        self._add(location.step, location.epoch, location, optimizer, alarm.kind, alarm.text, alarm.names)
-        skipped = f": {alarm.text}." if skips is None else f" skipped: {alarm.text} ({skips} skipped so far)."
+        text = alarm.text if name is None else f"{name}: {alarm.text}"
+        self._add(location.step, location.epoch, location, optimizer, alarm.kind, text, alarm.names)
+        skipped = f": {text}." if skips is None else f" skipped: {text} ({skips} skipped so far)."
         rank_zero_warn(f"Step {location.step}{skipped}")
         if skips is not None:
             self._save_samples(location)
@@ -73,9 +77,8 @@ class GuardReporter:
         if not self._report.entries or not trainer.is_global_zero:
             return None
         path = self._report.write(self._folder)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("optim_health/divergence", self._report.markdown(), logging_step(trainer))
+        for logger in tensorboard_loggers(trainer):
+            logger.experiment.add_text("optim_health/divergence", self._report.markdown(), logging_step(trainer))
         return path
 
     def _add(

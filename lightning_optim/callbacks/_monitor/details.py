@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_optim.callbacks._lightning import plain_name
+from lightning_optim.callbacks._packages import tensorboard_loggers
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.diagnostics import StepReport, tensorboard
 from lightning_optim.diagnostics.heat_map import HeatMap
@@ -26,7 +26,7 @@ class MonitorDetails:
     """
 
     def __init__(self, trainer: L.Trainer, per_tensor: PerTensor | None, histograms: Histograms | None) -> None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        loggers = tensorboard_loggers(trainer)
         self._per_tensor = per_tensor if loggers else None
         self._histograms = histograms if loggers else None
         self._writers = [logger.experiment for logger in loggers] if trainer.is_global_zero else []

@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks._followed import bare
+from lightning_optim.callbacks._followed import bare, names_in, prefixes_in
 from lightning_optim.callbacks._lightning import logging_step
+from lightning_optim.callbacks._packages import lightning_class, tensorboard_loggers
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
 from lightning_optim.callbacks.gradient_clipping import GradientClipping
 from lightning_optim.core.durations import Horizon
 from lightning_optim.core.sizes import format_bytes
 from lightning_optim.diagnostics import tensorboard
+from lightning_optim.factory.about import about
 from lightning_optim.factory.plan import plan_curves, plan_groups
 from lightning_optim.factory.plan_text import draw_curves
 from lightning_optim.schedules import Scheduler
@@ -42,8 +43,8 @@ class MonitorPage:
         self._tags: set[str] = set()
         self._drawn = (0, 0.0)
         self._awaits_state = False
-        loggers = trainer.loggers if trainer.is_global_zero else []
-        self._writers = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+        loggers = tensorboard_loggers(trainer) if trainer.is_global_zero else []
+        self._writers = [logger.experiment for logger in loggers]
 
     def declare(self) -> None:
         """Write the hyperparameters; TensorBoard takes the first ones of a run, and Lightning's compare nothing."""
@@ -78,13 +79,13 @@ class MonitorPage:
         header = ["group", "tensors", "parameters", "lr", "weight decay", "rule", "state"]
         rows: list[list[Any]] = []
         self._awaits_state = False
-        for optimizer in map(bare, self._trainer.optimizers):
+        for prefix, optimizer in zip(prefixes_in(self._trainer), map(bare, self._trainer.optimizers), strict=True):
             for group, plan in zip(optimizer.param_groups, plan_groups(optimizer), strict=True):
                 size = plan.state_bytes if not optimizer.state else _bytes_kept(optimizer, group)
                 self._awaits_state |= size is None
                 shown = "after the first step" if size is None else format_bytes(size)
                 numbers = [f"{plan.numel:,}", f"{plan.lr:.4g}", plan.weight_decay]
-                rows.append([plan.name, len(plan.parameters), *numbers, plan.rule, shown])
+                rows.append([prefix + plan.name, len(plan.parameters), *numbers, plan.rule, shown])
         for writer in self._writers:
             writer.add_text("optim/groups", tensorboard.markdown_table(header, rows), logging_step(self._trainer))
 
@@ -92,13 +93,17 @@ class MonitorPage:
         """Draw the schedule and the position of the run in it; nothing without matplotlib."""
         self._drawn = (logging_step(self._trainer), time.monotonic())
         schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
+        names = names_in(self._trainer)
         for scheduler in schedulers:
             if isinstance(scheduler, Scheduler) and scheduler.horizon is not None and self._writers:
                 step = logging_step(self._trainer)
                 image = _drawn(scheduler, scheduler.horizon, step)
+                tag = "optim/schedule"
+                if len(names) > 1 and (name := about(bare(scheduler.optimizer)).name) is not None:
+                    tag = f"{tag}/{name}"
                 for writer in self._writers:
                     if image is not None:
-                        writer.add_image("optim/schedule", image, step, dataformats="HWC")
+                        writer.add_image(tag, image, step, dataformats="HWC")
 
     def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str], advice: str | None) -> None:
         """Write the screen of all charts so far, new alarms, and advice, once a report has been written.
@@ -141,7 +146,7 @@ class MonitorPage:
 
 
 @rank_zero_only
-def log_scalars(logger: Logger, values: dict[str, float], step: int) -> None:
+def log_scalars(logger: Any, values: dict[str, float], step: int) -> None:
     """Log scalars as ``logger.log_metrics`` does, in one record where that is TensorBoard's own.
 
     Args:
@@ -149,8 +154,8 @@ def log_scalars(logger: Logger, values: dict[str, float], step: int) -> None:
         values: The scalars, by tag.
         step: Their place on the loggers' axis.
     """
-    own = isinstance(logger, TensorBoardLogger) and type(logger).log_metrics is TensorBoardLogger.log_metrics
-    if own and isinstance(logger, TensorBoardLogger) and not logger._prefix:
+    cls: Any = lightning_class(logger, "TensorBoardLogger")
+    if cls is not None and type(logger).log_metrics is cls.log_metrics and not logger._prefix:
         tensorboard.add_scalars(logger.experiment, values, step)
     else:
         logger.log_metrics(values, step)
@@ -164,7 +169,7 @@ def settings(trainer: L.Trainer) -> dict[str, Any]:
         if issubclass(type(callback), ConfigureOptimizers):
             found |= {f"optim/{name}": value for name, value in callback.settings.items()}
         if issubclass(type(callback), GradientClipping):
-            found["optim/clipping"] = repr(callback.clip_rule())
+            found |= {f"optim/{name}": value for name, value in callback.settings.items()}
     found |= {
         "trainer/precision": str(trainer.precision),
         "trainer/accumulate_grad_batches": trainer.accumulate_grad_batches,

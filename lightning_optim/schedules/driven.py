@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules.base import Schedule
+from lightning_optim.schedules.checks import check_values
 from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
 from lightning_optim.schedules.rates import Group, GroupRates, Value
 from lightning_optim.schedules.written import Written
@@ -61,7 +62,7 @@ class Driven:
     def in_use(self) -> Iterator[Schedule]:
         """Yield the schedules that groups follow, as multipliers, each once; that of the first group first."""
         known: set[int] = set()
-        for schedule in (*self.rates.in_use(self._groups), *self.others.values()):
+        for schedule in (*(found for found, _ in self.rates.in_use(self._groups)), *self.others.values()):
             if id(schedule) not in known:
                 known.add(id(schedule))
                 yield schedule
@@ -166,10 +167,13 @@ class Driven:
         """Refuse schedules that do not fit a run.
 
         Raises:
-            ValueError: A schedule does not fit, or a hyperparameter would leave its range.
+            ValueError: A schedule does not fit, gives no multiplier, or would take a hyperparameter out of its range.
         """
         for schedule in self.schedules():
             schedule.phases(horizon)
+        peaks = {id(schedule): (schedule, peak) for schedule, peak in self.rates.in_use(self._groups)}
+        for schedule, peak in peaks.values():
+            check_values(schedule, horizon, "lr", peak)
         total = horizon.total_steps or _SAMPLES
         for other, schedule in self.others.items():
             bases = [float(other.base(group)) for group in self._groups]

@@ -106,10 +106,11 @@ class GroupRates:
         """Convert schedules to multipliers anew: one may have been changed in place."""
         self._at_peak.clear()
 
-    def in_use(self, groups: Iterable[Group]) -> Iterator[Schedule]:
-        """Yield the schedules as the groups follow them, as multipliers."""
+    def in_use(self, groups: Iterable[Group]) -> Iterator[tuple[Schedule, float]]:
+        """Yield for each group the schedule that it follows, as multipliers, and its peak."""
         for group in groups:
-            yield self.at_peak(self.own.get(group.get("name", ""), self.schedule), LR.base(group))
+            base = LR.base(group)
+            yield self.at_peak(self.own.get(group.get("name", ""), self.schedule), base), self.peak(base)
 
     def _rate(self, index: int, group: Group, value: Value) -> float | Tensor:
         own = self.own.get(group.get("name", ""))

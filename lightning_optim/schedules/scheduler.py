@@ -17,6 +17,7 @@ from lightning_optim.core.suggest import nearest
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.core.wrappers import unwrap_optimizer
 from lightning_optim.schedules.base import Schedule
+from lightning_optim.schedules.checks import check_value
 from lightning_optim.schedules.clock import RunClock
 from lightning_optim.schedules.driven import Driven
 from lightning_optim.schedules.hyperparameters import Hyperparameter
@@ -315,6 +316,9 @@ class Scheduler(LRScheduler):
 
         Args:
             schedule: The schedule, compiled by its first evaluation.
+
+        Raises:
+            ValueError: The value is no multiplier: negative or not finite.
         """
         frame = self._clock.frame
         if frame is None:
@@ -326,7 +330,10 @@ class Scheduler(LRScheduler):
         if known is not schedule or curve is None:
             curve = schedule.over(frame)
             self._curves[id(schedule)] = (schedule, curve)  # kept alive with its curve, so that the id stays its own
-        return curve(self._clock.at(max(self.last_epoch, 0)))
+        step = max(self.last_epoch, 0)
+        found = curve(self._clock.at(step))
+        check_value(found, schedule, step)
+        return found
 
     # The length of the run.
 

@@ -115,6 +115,8 @@ class Pipelines:
                 "changing the list in place does not reach Lightning."
             )
         pipeline = self._optimizers[index].pipeline
+        if pipeline.is_evaluating:
+            return  # the same step, of which the optimizer evaluates the closure again
         pipeline.settle()  # the last one of this batch may have been left out by a GradScaler
         if self._others_look(trainer):
             unscale(trainer, optimizer)
@@ -194,7 +196,7 @@ class Pipelines:
             detectors=[detector for member in self._members for detector in member.detectors()],
             report_due=due,
             histograms=lambda: {kind for member in asking for kind in member.histograms_due(trainer)},
-            on_report=report,
+            on_report=report if any(map(_reports, self._members)) else None,
             counts=counts,
         )
 
@@ -205,7 +207,7 @@ class Pipelines:
 
     def _check_engine(self) -> None:
         """Refuse detectors and reports: DeepSpeed's engine clips by itself, and has no hook in between."""
-        asking = [m for m in self._members if m.detectors() or type(m).on_report is not Contributor.on_report]
+        asking = [member for member in self._members if member.detectors() or _reports(member)]
         if asking:
             names = ", ".join(type(member).__name__ for member in asking)
             raise MisconfigurationException(
@@ -224,6 +226,10 @@ class Pipelines:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         hooks = [getattr(c, "on_before_optimizer_step", None) for c in callbacks if not isinstance(c, Hears)]
         return any(getattr(hook, "__func__", hook) is not L.Callback.on_before_optimizer_step for hook in hooks)
+
+
+def _reports(member: Contributor) -> bool:
+    return type(member).on_report is not Contributor.on_report
 
 
 def unscale(trainer: L.Trainer, optimizer: Optimizer) -> None:

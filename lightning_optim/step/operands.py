@@ -28,14 +28,19 @@ _ATTRIBUTES = ("grad_scale", "found_inf", "divisor")
 
 
 class StepSkipped(Exception):  # noqa: N818 - control flow, not an error
-    """Leaves the ``step`` of an optimizer without an update, with the loss of the closure."""
+    """Leaves the ``step`` of an optimizer without an update, with the loss of the closure.
 
-    def __init__(self, loss: Any) -> None:
+    Args:
+        loss: The result of the closure.
+        optimizer: Whose ``step`` to leave: one that another steps by may be in between.
+    """
+
+    def __init__(self, loss: Any, optimizer: Optimizer) -> None:
         super().__init__(  # This is read only where an optimizer was replaced after its `step` was entered.
             "This step has to be left out, and `step` was entered before it could be wrapped. Replace an optimizer "
             "between two batches (in on_train_epoch_start, say), not within one."
         )
-        self.loss = loss
+        self.loss, self.optimizer = loss, optimizer
 
 
 class StepOperands(ABC):
@@ -43,6 +48,8 @@ class StepOperands(ABC):
 
     skips_for_free: bool
     """Whether a step can be skipped without the host waiting for the device."""
+    in_kernel: bool = False
+    """Whether the kernel itself takes the flag, at the very end of a step."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -87,7 +94,7 @@ def operands_for(optimizer: Optimizer, may_skip: bool) -> StepOperands:
 class InKernel(StepOperands):
     """StepOperands of the optimizer's own kernel: no pass over memory, no synchronisation."""
 
-    skips_for_free = True
+    skips_for_free = in_kernel = True
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
@@ -148,7 +155,7 @@ class AroundStep(StepOperands):
     def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
         """Scale the gradients in place, or raise `StepSkipped`."""
         if self._may_skip and skip is not None and PendingValues(skip.reshape(1)).read()[0]:
-            raise StepSkipped(loss)
+            raise StepSkipped(loss, self.optimizer)
         if clip is not None:
             clip.apply_([local(grad) for grad in grads], None)
 
@@ -171,6 +178,8 @@ def _catch_skip(optimizer: Optimizer, operands: AroundStep) -> types.MethodType:
         try:
             return inner(*args, **kwargs)
         except StepSkipped as skipped:
+            if skipped.optimizer is not optimizer:
+                raise
             return skipped.loss
 
     return types.MethodType(step, optimizer)

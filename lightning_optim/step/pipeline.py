@@ -4,17 +4,21 @@ A pipeline is a pre-hook and a post-hook of one torch optimizer, so nothing else
 skips and measures by itself, in a plain loop, with a closure, under a GradScaler and under Lightning alike. This is the
 path of a gradient, in the order of the calls:
 
-1. `StepPipeline._before` runs the closure, so that the gradients are those of this step.
+1. The optimizer evaluates its closure; `StepPipeline._evaluated` is called when the gradients of this step are there.
 2. `StepPipeline._open` collects them (`step/gradients.py`), asks the clip rule for a divisor (`clipping/`) and the
    detectors for a skip flag (`divergence/`). Each of these reads `GradStats`, where a quantity is measured when it is
    first asked for.
 3. `StepOperands.apply` (`step/operands.py`) hands divisor and flag to the update, as tensors on the device.
 4. The optimizer updates its parameters with ``grad / divisor``, unless it skips (`kernels/` for ours).
 5. `StepPipeline._after` counts, moves the state of rule and detectors on, and reports (`step/one_step.py`).
+
+An optimizer that steps by another one inside it (`step/evaluations.py`) has hooks on both: what has to be left out is
+left out of the outer step, before anything has changed, and 3 to 5 happen around the inner one.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -28,13 +32,14 @@ from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.interval import Interval
 from lightning_optim.core.sharding import max_over_ranks
 from lightning_optim.core.stats import StepCounts, StepRecord
-from lightning_optim.core.step_hooks import closure_of, is_trial_step, run_closure
+from lightning_optim.core.step_hooks import after_closure, calls_already, closure_of, is_trial_step
 from lightning_optim.core.transfer import HostMirror
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.divergence import Detector, NonFiniteGradient
+from lightning_optim.step.evaluations import Evaluations, updating_optimizer
 from lightning_optim.step.gradients import Gradients, group_names_of, names_of
 from lightning_optim.step.one_step import OneStep
-from lightning_optim.step.operands import StepSkipped, operands_for
+from lightning_optim.step.operands import AroundStep, StepOperands, StepSkipped, operands_for
 
 __all__ = ["StepPipeline"]
 
@@ -47,8 +52,14 @@ class StepPipeline:
     is skipped wherever the host need not wait for the flag; elsewhere (on an accelerator, with an optimizer that takes
     no operands) a detector has to ask for it.
 
+    An optimizer that evaluates its closure several times per step and updates by another one inside it, as
+    sharpness-aware minimization does (``SAM(base)``), is clipped, guarded and measured around the step of that one,
+    with the gradients of the last evaluation. One that updates by itself is clipped at each evaluation, as Lightning's
+    own clipping does; a detector is refused, because such a step cannot be left half done.
+
     Args:
-        optimizer: The optimizer; not LBFGS, which evaluates its closure several times per step.
+        optimizer: The optimizer. LBFGS only without ``clip``, ``detectors`` and ``on_report``: it evaluates its closure
+            at many points of a line, so that no gradient is that of the step.
         clip: The clip rule; None for no clipping.
         clip_limit: Factor on the limit of the clip rule, as a function of the steps taken so far; for instance a
             `Schedule`. None for 1.
@@ -64,7 +75,7 @@ class StepPipeline:
         shards: The flat shards of torch's first FSDP (`FlatShards.of(model)`); None without it.
 
     Raises:
-        TypeError: The optimizer is LBFGS.
+        TypeError: The optimizer is LBFGS, and its gradients are to be clipped, checked or measured.
         ValueError: The clip rule refers to a group or parameter that does not exist, or needs whole rows of shards.
 
     Example:
@@ -95,12 +106,15 @@ class StepPipeline:
         group_names: Collection[str] | None = None,
         shards: FlatShards | None = None,
     ) -> None:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError(
-                "LBFGS evaluates its closure several times per step, so there is no one gradient to clip, check or "
-                "measure. Use another optimizer, or leave out clipping, guard and monitor."
-            )
         self.optimizer = optimizer
+        self._updates = updating_optimizer(optimizer)
+        self._has_inner = self._updates is not optimizer
+        needs_gradients = clip is not None or bool(detectors) or on_report is not None
+        if isinstance(self._updates, torch.optim.LBFGS) and needs_gradients:
+            raise TypeError(
+                f"{type(self._updates).__name__} evaluates its closure several times per step, so there is no one "
+                "gradient to clip, check or measure. Use another optimizer, or leave out clipping, guard and monitor."
+            )
         self.clipper = None if clip is None else Clipper(clip, clip_limit)
         self.detectors = tuple(detectors)
         self._names = names or {}
@@ -116,7 +130,13 @@ class StepPipeline:
         self._norms = Interval(device)
         self._expected = False
         self._step: OneStep | None = None
-        self._operands = operands_for(optimizer, may_skip=bool(self.detectors))
+        self._operands = operands_for(self._updates, may_skip=bool(self.detectors))
+        self._outer: StepOperands | None = None
+        if self._has_inner:
+            self._outer = AroundStep(optimizer, may_skip=bool(self.detectors))
+        self._is_guarded = bool(self.detectors)
+        self._evaluations = Evaluations(optimizer, tracks=self._has_inner or clip is not None or bool(detectors))
+        self._repeats_said = False
         if self.clipper is not None:
             self.clipper.load_state_dict(clip_state or {})
             known = set(group_names_of(optimizer)) if group_names is None else group_names
@@ -130,14 +150,21 @@ class StepPipeline:
                 self.detectors = (NonFiniteGradient(), *self.detectors)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(uncompiled(self._before)),
-            optimizer.register_step_post_hook(uncompiled(self._after)),
+            optimizer.register_step_post_hook(uncompiled(self._after_outer if self._has_inner else self._after)),
         ]
+        if self._has_inner:
+            self._handles += [
+                self._updates.register_step_pre_hook(uncompiled(self._before_inner)),
+                self._updates.register_step_post_hook(uncompiled(self._after)),
+            ]
 
     def close(self) -> None:
         """Remove the hooks and leave the optimizer as it was."""
         while self._handles:
             self._handles.pop().remove()
         self._operands.restore()
+        if self._outer is not None:
+            self._outer.close()
         self._operands.close()
 
     def counts(self) -> StepCounts:
@@ -154,6 +181,11 @@ class StepPipeline:
     def is_expecting(self) -> bool:
         """Whether a step was announced that has not happened."""
         return self._expected
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether a step is under way in which the closure has been evaluated already."""
+        return self._evaluations.count > 0
 
     def load_counts(self, counts: StepCounts) -> None:
         """Restore the counts returned by `counts`."""
@@ -192,34 +224,115 @@ class StepPipeline:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """Run the closure, measure, decide and hand over; torch calls the update next."""
+        """Begin a step, which goes on when its gradients are there."""
+        closure = closure_of(args, kwargs)
+        if calls_already(closure, self._evaluated):
+            return args, kwargs  # a `super().step(closure)` within it
         self._operands.restore()  # The last update may have been interrupted.
-        if is_trial_step(optimizer, closure_of(args, kwargs)):
-            self._step = None
+        self._step = None
+        if is_trial_step(optimizer, closure):
             return args, kwargs
-        args, kwargs, loss = run_closure(args, kwargs)
+        self._evaluations.begin(watch=self._has_inner or closure is not None)
+        return after_closure(args, kwargs, self._evaluated)
+
+    def _evaluated(self, loss: Any) -> None:
+        """Measure, decide and hand over: gradients are there, and the optimizer goes on from them."""
+        self._evaluations.count += 1
+        self._operands.restore()
         self._expected = False
+        earlier, self._step = self._step, None
+        can_leave = self._evaluations.nothing_has_changed()
+        if self._has_inner and not can_leave:
+            return  # The step inside opens it, with the gradients that are there by then.
         step = self._step = self._open()
-        if step is not None:
-            try:
-                self._operands.apply(*step.held_here(), step.skip, loss)
-                step.measure_clipped()
-            except StepSkipped:
-                self._after(optimizer, args, kwargs)
-                raise
-        return args, kwargs
+        if step is None:
+            return
+        if earlier is not None:
+            step.continues(earlier)
+        if self._outer is None:
+            if not can_leave:
+                self._check_half_done(step)
+            self._hand_over(step, loss)
+            return
+        try:
+            self._outer.apply([], None, step.skip, loss)
+        except StepSkipped:
+            self._after(self.optimizer, (), {})
+            raise
+
+    def _before_inner(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin the step of the optimizer inside, which is the update."""
+        if is_trial_step(optimizer, closure_of(args, kwargs)):
+            return args, kwargs
+        return after_closure(args, kwargs, self._update_follows)
+
+    def _update_follows(self, loss: Any) -> None:
+        """Decide and hand over to the step inside; measure first, unless these gradients have been."""
+        self._operands.restore()
+        self._expected = False
+        if self._step is None or self._evaluations.count > 1:
+            self._step = self._open()
+        if self._step is not None:
+            self._hand_over(self._step, loss)
+
+    def _hand_over(self, step: OneStep, loss: Any) -> None:
+        try:
+            self._operands.apply(*step.held_here(), step.skip, loss)
+            step.measure_clipped()
+        except StepSkipped:
+            self._after(self._updates, (), {})
+            raise
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count and report; torch has called the update."""
         step, self._step = self._step, None
+        self._evaluations.count = 0
         if step is not None:
             self._operands.restore()
             self._close(step)
 
+    def _after_outer(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """End a step of an optimizer that steps by another one, which has been counted with that."""
+        step, self._step = self._step, None
+        self._evaluations.count = 0
+        if step is not None and self._evaluations.have_moved():
+            inner = type(self._updates).__name__
+            raise RuntimeError(
+                f"{type(optimizer).__name__} has changed parameters without a step of the {inner} inside it, so that "
+                "nothing has clipped, guarded or monitored the update. Needed is one that updates by the `step` of the "
+                "optimizer that it holds, or one that holds none."
+            )
+
+    def _check_half_done(self, step: OneStep) -> None:
+        """Refuse what cannot be had where the weights are not those that the step began with, and no step is inside."""
+        if self._operands.in_kernel:
+            return
+        label = type(self.optimizer).__name__
+        why = (
+            f"{label} evaluates its closure more than once per step, or after it has moved the weights, and updates "
+            "them by itself: left out in between, such a step would leave them where they are no weights of the run."
+        )
+        if self._is_guarded:
+            raise RuntimeError(
+                f"A guard cannot leave out steps of {label}. {why} Needed is an optimizer that steps by one inside it, "
+                "such as SAM(params, base_optimizer), or a run without DivergenceGuard."
+            )
+        if step.skip is not None and bool(step.skip):
+            raise RuntimeError(f"A gradient is not finite at the last evaluation of the closure. {why}")
+        if self.clipper is not None and not self._repeats_said:
+            self._repeats_said = True
+            warnings.warn(
+                f"{label} evaluates its closure more than once per step and updates the parameters by itself: the "
+                "gradients of each evaluation are clipped, as Lightning's own clipping does.",
+                stacklevel=2,
+            )
+
     def _open(self) -> OneStep | None:
         """Measure and decide; return None if there is no gradient, so that no step can happen."""
         scale, skip = self._operands.incoming()
-        gradients = Gradients(self.optimizer, scale, self._names, self._shards)
+        gradients = Gradients(self._updates, scale, self._names, self._shards)
         if not gradients.grads:
             return None
         reported = self.on_report is not None and self.report_due()
@@ -233,7 +346,7 @@ class StepPipeline:
         if step.skip is not None:
             step.skip = max_over_ranks(step.skip, gradients.params)
         if step.reported:
-            step.measure_update(self.optimizer, self.histograms())
+            step.measure_update(self._updates, self.histograms())
             _ = step.stats.norm_sq  # It must be read before clipping rewrites the gradients.
         return step
 
@@ -257,7 +370,7 @@ class StepPipeline:
             self._norms.add(step.stats.total_norm())
         if step.reported:
             assert self.on_report is not None
-            self.on_report(step.record(self.optimizer, self._steps, self._counts, self._norms.take()))
+            self.on_report(step.record(self._updates, self._steps, self._counts, self._norms.take()))
 
     def _all_names(self) -> set[str]:
         return {

@@ -19,9 +19,11 @@ from lightning_optim.callbacks._followed import FollowedOptimizers, bare
 from lightning_optim.callbacks._followed_schedulers import FollowedSchedulers
 from lightning_optim.callbacks._lightning import plain_name
 from lightning_optim.core.flat_shards import FlatShards
+from lightning_optim.core.operands_flag import unscales_itself
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.factory.freezing import freezing_of
 from lightning_optim.factory.run_length import horizon_of
+from lightning_optim.factory.trainer_clipping import let_others_clip
 from lightning_optim.step import StepPipeline
 from lightning_optim.step.gradients import group_names_of
 
@@ -168,6 +170,7 @@ class Pipelines:
 
     def _make_pipeline(self, optimizer: Optimizer, index: int, counts: StepCounts | None, clip: Any) -> StepPipeline:
         trainer = self._trainer
+        let_others_clip(optimizer, trainer.lightning_module)
         clipping = next((member for member in self._members if member.clip_rule() is not None), None)
         model = trainer.strategy.model
         names: dict[Tensor, str] = {p: plain_name(key) for key, p in trainer.lightning_module.named_parameters()}
@@ -238,7 +241,7 @@ def unscale(trainer: L.Trainer, optimizer: Optimizer) -> None:
     Hooks of the user then see the gradients they would see without 16-bit precision, at the price of one pass.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scaler is not None and unscales_itself(optimizer):
         scaler.unscale_(optimizer)
 
 

@@ -60,7 +60,13 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
         (rank_zero_warn if warn else rank_zero_info)(message)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Add the way out to Lightning's message about a missing method."""
+        """Add the way out to Lightning's messages about a missing method, and about clipping."""
+        if isinstance(exception, RuntimeError) and "does not allow for gradient clipping" in str(exception):
+            exception.args = (
+                f"{exception} It is: {self!r} has made it so, and where a GradScaler is, gradients that a fused "
+                "optimizer gets still carry the loss scale. Use the callback lightning_optim.GradientClipping, which "
+                "clips in the kernel, in place of clip_gradients; or give the optimizer fused=False, if it is torch's.",
+            )
         # Lightning verifies the module before it calls any hook of a callback, so this is the first chance to help.
         missing = isinstance(exception, MisconfigurationException) and f"No `{_METHOD}()`" in str(exception)
         if missing and not is_overridden(_METHOD, pl_module):

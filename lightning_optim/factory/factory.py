@@ -18,6 +18,7 @@ from lightning_optim.factory.freezing import Freezing, freezing_of
 from lightning_optim.factory.optimizer_spec import OptimizerSpec
 from lightning_optim.factory.resume import OptimizerResume, resume_scheduler
 from lightning_optim.factory.run_length import horizon_of
+from lightning_optim.factory.trainer_clipping import let_others_clip
 from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
 from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
@@ -149,6 +150,7 @@ class OptimizerFactory:
             ValueError: The rules do not fit the model, or ``frozen_until`` is combined with a scheduler per epoch.
         """
         optimizer, scheduler = self.build(module)
+        let_others_clip(optimizer, module)
         config = {"scheduler": scheduler, "interval": "step"}
         freezing = freezing_of(optimizer)
         if not isinstance(scheduler, Scheduler):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.clipping import Clip, Divisor
+from lightning_optim.core.operands_flag import takes_operands
 from lightning_optim.core.sharding import local
 from lightning_optim.core.transfer import PendingValues
 
@@ -86,7 +87,7 @@ def operands_for(optimizer: Optimizer, may_skip: bool) -> StepOperands:
         optimizer: The optimizer.
         may_skip: Whether anything other than a GradScaler can skip a step.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False) and not _skip_forgets_momentum(optimizer):
+    if takes_operands(optimizer) and not _skip_forgets_momentum(optimizer):
         return InKernel(optimizer)
     return AroundStep(optimizer, may_skip)
 
@@ -143,9 +144,7 @@ class AroundStep(StepOperands):
         super().__init__(optimizer)
         # A GradScaler calls an optimizer that declares operands even on an overflow; it is here for another reason.
         self.skips_for_free = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
-        self._may_skip = may_skip = (
-            may_skip or self.skips_for_free or getattr(optimizer, "_step_supports_amp_scaling", False)
-        )
+        self._may_skip = may_skip = may_skip or self.skips_for_free or takes_operands(optimizer)
         self._closed = False
         if may_skip:
             self._had = vars(optimizer).get("step")

@@ -170,7 +170,7 @@ class Hub(Hears):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Follow optimizers that have been replaced."""
-        self._pipelines.follow()
+        self._pipelines.begin_batch()
         for member in self.members:
             member._at_batch_start(trainer, pl_module, batch)
 
@@ -180,7 +180,8 @@ class Hub(Hears):
             member._at_before_backward(trainer, pl_module, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pass the hook on."""
+        """Note that there are gradients, and pass the hook on."""
+        self._pipelines.had_backward = True
         for member in self.members:
             member._at_after_backward(trainer, pl_module)
 

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lightning_optim.callbacks._contributor import Contributor, Hears
 from lightning_optim.callbacks._followed import FollowedOptimizers, bare
 from lightning_optim.callbacks._followed_schedulers import FollowedSchedulers
-from lightning_optim.callbacks._lightning import plain_name
+from lightning_optim.callbacks._lightning import optimizers_of, plain_name
 from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.operands_flag import unscales_itself
 from lightning_optim.core.stats import StepCounts, StepRecord
@@ -47,6 +47,8 @@ class Pipelines:
         self._optimizers = FollowedOptimizers(self._make_pipeline)
         self._schedulers = FollowedSchedulers(self._optimizers)
         self._is_started = False
+        self.had_backward = False
+        """Whether there was a backward pass in this batch."""
 
     @property
     def _trainer(self) -> L.Trainer:
@@ -80,20 +82,25 @@ class Pipelines:
         weakref.finalize(self, handle.remove)  # should the fit end where no hook tells of it
         self._undo.callback(self._optimizers.close)
         self._undo.callback(handle.remove)
-        self._optimizers.update(self._trainer.optimizers)
+        self._optimizers.update(optimizers_of(self._trainer))
         self._schedulers.update(self._trainer)
         for followed in self._optimizers:
             self._start_freezing(followed.optimizer)
+
+    def begin_batch(self) -> None:
+        """Follow the optimizers there are, in a batch that has not been through backward."""
+        self.had_backward = False
+        self.follow()
 
     def follow(self) -> None:
         """Match pipelines and schedulers with those that the Trainer has now."""
         if not self._is_started:
             return
         trainer = self._trainer
-        changed = not has_engine(trainer) and not self._optimizers.follows(trainer.optimizers)
+        changed = not has_engine(trainer) and not self._optimizers.follows(optimizers_of(trainer))
         if changed:
             known = [followed.optimizer for followed in self._optimizers]
-            self._optimizers.update(trainer.optimizers)
+            self._optimizers.update(optimizers_of(trainer))
         if changed or not self._schedulers.follows(trainer):
             self._schedulers.update(trainer)
         if changed:
@@ -106,7 +113,7 @@ class Pipelines:
     def announce(self, optimizer: Optimizer) -> None:
         """Lightning says that the optimizer's gradients are ready and its step follows."""
         trainer = self._trainer
-        if has_engine(trainer):
+        if has_engine(trainer) or not optimizers_of(trainer):
             return
         optimizer = bare(optimizer)
         if (index := self._optimizers.index(optimizer)) is None:
@@ -116,6 +123,8 @@ class Pipelines:
                 "clip, guard or monitor it. Set `trainer.optimizers = [...]` before the batch in which it steps first; "
                 "changing the list in place does not reach Lightning."
             )
+        if not self.had_backward and trainer.lightning_module.automatic_optimization and _has_scaler(trainer):
+            return  # `training_step` returned None: Lightning neither unscales nor steps, and updates no scaler
         pipeline = self._optimizers[index].pipeline
         if pipeline.is_evaluating:
             return  # the same step, of which the optimizer evaluates the closure again
@@ -128,7 +137,7 @@ class Pipelines:
 
     def settle(self) -> None:
         """Account for announced steps that did not come, as when a GradScaler finds an overflow."""
-        scaled = getattr(self._trainer.precision_plugin, "scaler", None) is not None
+        scaled = _has_scaler(self._trainer)
         for followed in self._optimizers:
             if followed.pipeline.is_expecting and not scaled:
                 raise RuntimeError(
@@ -221,18 +230,26 @@ class Pipelines:
 
     def _others_look(self, trainer: L.Trainer) -> bool:
         """Return whether a hook that is not ours reads the gradients before a step."""
-        if getattr(trainer.precision_plugin, "scaler", None) is None:
+        if not _has_scaler(trainer):
             return False  # nothing to hide from them
         module = trainer.lightning_module
         if is_overridden("configure_gradient_clipping", module) or is_overridden("on_before_optimizer_step", module):
             return True
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        hooks = [getattr(c, "on_before_optimizer_step", None) for c in callbacks if not isinstance(c, Hears)]
+        # By the object, not its class: a mock of a callback has its hooks there, and what is duck-typed may have none.
+        others = [callback for callback in callbacks if not issubclass(type(callback), Hears)]
+        hooks = [
+            getattr(callback, "on_before_optimizer_step", L.Callback.on_before_optimizer_step) for callback in others
+        ]
         return any(getattr(hook, "__func__", hook) is not L.Callback.on_before_optimizer_step for hook in hooks)
 
 
 def _reports(member: Contributor) -> bool:
     return type(member).on_report is not Contributor.on_report
+
+
+def _has_scaler(trainer: L.Trainer) -> bool:
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
 def unscale(trainer: L.Trainer, optimizer: Optimizer) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import types
+import copy
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -47,9 +48,8 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
         if present is not None:
             if _owner(present) is not self:
                 raise MisconfigurationException(
-                    f"Two owners of the optimizer of {type(pl_module).__name__}: {self!r}, and "
-                    f"{_owner(present) or 'LightningCLI'}, which has set configure_optimizers on the module. "
-                    "(LightningCLI does so for its keys `optimizer` and `lr_scheduler`.) Remove one."
+                    f"Two owners of the optimizer of {type(pl_module).__name__}: {self!r}, and {_describe(present)}. "
+                    "Remove one."
                 )
             return
         rank_zero_info(f"{self!r} replaces {type(pl_module).__name__}.configure_optimizers.")
@@ -105,12 +105,36 @@ def attach(model: L.LightningModule, factory: OptimizerFactory) -> None:
             f"{_owner(present) or present!r}; cannot attach {factory!r} as well."
         )
 
-    def configure_optimizers(self: L.LightningModule) -> Any:
-        return factory(self)
+    model.configure_optimizers = _Attached(_configure_optimizers, factory, model)  # type: ignore[method-assign]
 
-    configure_optimizers.owner = factory  # type: ignore[attr-defined]
-    model.configure_optimizers = types.MethodType(configure_optimizers, model)  # type: ignore[method-assign]
+
+class _Attached(partial[Any]):
+    """The method that a factory supplies; unlike a function made on the spot it goes where a pickled module goes."""
+
+    @property
+    def owner(self) -> OptimizerFactory:
+        """Who has attached it."""
+        owner: OptimizerFactory = self.args[0]
+        return owner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Attached:
+        # Of a copied module; the callback in the Trainer is the one that it was attached by.
+        return _Attached(self.func, self.owner, copy.deepcopy(self.args[1], memo))
+
+
+def _configure_optimizers(factory: OptimizerFactory, model: L.LightningModule) -> Any:
+    return factory(model)
 
 
 def _owner(method: Any) -> OptimizerFactory | None:
-    return getattr(method, "owner", None)
+    return method.owner if isinstance(method, _Attached) else None
+
+
+def _describe(method: Any) -> str:
+    """Who has set ``configure_optimizers`` on a module."""
+    if (owner := _owner(method)) is not None:
+        return f"{owner!r}, which has been attached to it"
+    made = getattr(method, "__func__", None)  # LightningCLI makes a method of a partial
+    if isinstance(made, partial) and made.keywords.keys() >= {"optimizer", "lr_scheduler"}:
+        return "LightningCLI, which has set its configure_optimizers for the keys `optimizer` and `lr_scheduler`"
+    return f"{method!r}, which was set on the module itself (`model.configure_optimizers = ...`)"

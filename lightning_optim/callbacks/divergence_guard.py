@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._guard.reporter import GuardReporter
@@ -154,7 +155,11 @@ class DivergenceGuard(HubCallback):
         self._reporter = GuardReporter(self.report, trainer, self._report_dir)
         self._reduce = trainer.strategy.reduce if trainer.world_size > 1 else None
         self._restore()
-        if self.rollback is not None:
+        self._start_snapshots(trainer, pl_module)
+
+    def _start_snapshots(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Capture the first snapshot, as soon as all parameters exist: those of lazy layers are made by a batch."""
+        if self.rollback is not None and not any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
             self._snapshots = RunSnapshots(self.rollback, trainer, pl_module, self.hub, self._guarded)
 
     def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> GuardedOptimizer:
@@ -189,9 +194,8 @@ class DivergenceGuard(HubCallback):
             if guarded not in self._guarded:
                 guarded.cut.close()
         if self._snapshots is not None:
-            assert self.rollback is not None
             self._snapshots.close()
-            self._snapshots = RunSnapshots(self.rollback, trainer, pl_module, self.hub, self._guarded)
+            self._start_snapshots(trainer, pl_module)
 
     def _at_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Add up the losses of the micro-batches of a step, on the device."""
@@ -223,6 +227,8 @@ class DivergenceGuard(HubCallback):
             self._respond(trainer, *escalating[0])
         elif snapshots is not None and any(stepped) and not alarms:
             snapshots.capture_if_due(step)
+        elif self.rollback is not None and snapshots is None and not alarms:
+            self._start_snapshots(trainer, pl_module)
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judge the steps that have not arrived yet, and write the report."""

@@ -1,8 +1,8 @@
 """The mark by which torch's GradScaler and Lightning tell an optimizer that takes a loss scale in its kernel.
 
 An optimizer with ``_step_supports_amp_scaling`` gets gradients that still carry the loss scale, and Lightning clips
-none of these in mixed precision, also where there is no scale. Where something else is to clip, the mark is hidden: then the
-gradients are unscaled first, as for any other optimizer. That the kernel takes the operands all the same is kept.
+none of these in mixed precision, also where there is no scale. Where something else is to clip, the mark is hidden:
+then the gradients are unscaled first, as for any other optimizer. That the kernel takes operands all the same is kept.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ def takes_operands(optimizer: Optimizer) -> bool:
 def unscales_itself(optimizer: Optimizer) -> bool:
     """Whether its gradients still carry the loss scale when it steps under a GradScaler."""
     return bool(getattr(optimizer, _MARK, False))
+
+
+def drop_operands(optimizer: Optimizer) -> None:
+    """Mark an optimizer as one that takes no operands, because it uses another kernel from now on."""
+    vars(optimizer).pop(_HIDDEN, None)
+    setattr(optimizer, _MARK, False)
 
 
 def hide_operands(optimizer: Optimizer) -> None:

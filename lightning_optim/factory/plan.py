@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -104,8 +105,8 @@ def plan_groups(optimizer: Optimizer, try_out: bool = True) -> list[GroupPlan]:
         plans.append(
             GroupPlan(
                 name=str(group.get("name", index)),
-                parameters=tuple((n, tuple(p.shape)) for n, p in zip(names, group["params"], strict=True)),
-                numel=sum(param.numel() for param in group["params"]),
+                parameters=tuple((n, _shape(p)) for n, p in zip(names, group["params"], strict=True)),
+                numel=sum(map(_numel, group["params"])),
                 lr=float(group.get("initial_lr", group["lr"])),
                 weight_decay=None if decay is None else float(decay),
                 rule=str(group.get("rule") or type(optimizer).__name__.lower()),
@@ -137,7 +138,7 @@ def plan_curves(scheduler: Scheduler) -> list[Curve]:
     shared = [group for group in groups if group.get("name") not in own]
     curves = []
     if shared:
-        largest = max(shared, key=lambda group: sum(param.numel() for param in group["params"]))
+        largest = max(shared, key=lambda group: sum(map(_numel, group["params"])))
         label = f"lr of group {largest['name']!r}" if "name" in largest else "lr"
         curves.append(curve(label, float(largest["initial_lr"]), scheduler.schedule))
     for group in groups:
@@ -169,7 +170,7 @@ def replay(scheduler: LRScheduler, horizon: Horizon, per_epoch: bool = False) ->
     if total is None or total / length > _LONGEST_REPLAY:
         raise ValueError("the run has no end" if total is None else f"the run has {total:,} steps")
     groups = scheduler.optimizer.param_groups
-    index = max(range(len(groups)), key=lambda i: sum(param.numel() for param in groups[i]["params"]))
+    index = max(range(len(groups)), key=lambda i: sum(map(_numel, groups[i]["params"])))
     rates = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)")  # no optimizer step came before
@@ -181,8 +182,19 @@ def replay(scheduler: LRScheduler, horizon: Horizon, per_epoch: bool = False) ->
     return Curve(label, lambda step: rates[min(int(step / length), len(rates) - 1)])
 
 
+def _shape(param: Tensor) -> tuple[int, ...]:
+    """The shape; () as long as a lazy layer has none."""
+    return () if isinstance(param, UninitializedParameter) else tuple(param.shape)
+
+
+def _numel(param: Tensor) -> int:
+    return 0 if isinstance(param, UninitializedParameter) else param.numel()
+
+
 def _state_bytes(optimizer: Optimizer, group: dict[str, Any], param: Tensor, try_out: bool) -> int | None:
     """The bytes of state of a parameter; for another package's optimizer by a step of a copy."""
+    if isinstance(param, UninitializedParameter):
+        return None
     if isinstance(optimizer, FusedOptimizer):
         return state_bytes(param, group, optimizer.rule_of(group))
     if not try_out:

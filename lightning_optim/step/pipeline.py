@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_optim.clipping import Clipper, ClipRule
 from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.interval import Interval
+from lightning_optim.core.operands_flag import takes_operands
 from lightning_optim.core.sharding import max_over_ranks
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.core.step_hooks import after_closure, calls_already, closure_of, is_trial_step
@@ -123,7 +124,8 @@ class StepPipeline:
         self.report_due = report_due
         self.histograms = histograms
         counts = counts or StepCounts()
-        device = next(p.device for group in optimizer.param_groups for p in group["params"])
+        devices = (p.device for group in optimizer.param_groups for p in group["params"])
+        device = next(devices, torch.device("cpu"))  # of an optimizer that gets its parameters later
         self._steps = counts.steps
         self._counts = torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device=device)
         self._counts_on_host = HostMirror(self._counts)
@@ -239,6 +241,9 @@ class StepPipeline:
         """Measure, decide and hand over: gradients are there, and the optimizer goes on from them."""
         self._evaluations.count += 1
         self._operands.restore()
+        if self._operands.in_kernel and not takes_operands(self._updates):
+            # Its first gradients have shown that the kernel it was made for does not take them.
+            self._operands = operands_for(self._updates, may_skip=self._is_guarded)
         self._expected = False
         earlier, self._step = self._step, None
         can_leave = self._evaluations.nothing_has_changed()

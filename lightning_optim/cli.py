@@ -1,4 +1,4 @@
-"""The command line: LightningCLI for modules that leave their optimizer to the configuration."""
+"""The command line: LightningCLI for modules whose optimizer is set by the configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_optim.factory.plan_text import format_plan, save_plot
 
 
 class PlanningTrainer(L.Trainer):
-    """A Trainer that can also show what a fit would do."""
+    """Trainer that can also show the plan of a fit."""
 
     def plan(
         self,
@@ -40,19 +40,19 @@ class PlanningTrainer(L.Trainer):
 
         Args:
             model: The module.
-            datamodule: The data.
+            datamodule: The data module.
             parameters: Whether to list every parameter of each group.
-            png: Where to draw the schedules as a picture; needs matplotlib.
-            width: Columns of the plot in the terminal.
-            ckpt_path: Accepted because configurations of a fit have it; the plan is that of a fit from the start.
+            png: Path of a picture of the schedules, which needs matplotlib; None for none.
+            width: Number of columns of the plot in the terminal.
+            ckpt_path: Accepted because configurations of a fit contain it; the plan is that of a fit from the start.
             weights_only: Accepted for the same reason.
 
         Raises:
-            SystemExit: With code 1, if the fit has conflicts.
+            SystemExit: The fit has conflicts; the exit code is 1.
         """
         plan = make_plan(self, model, datamodule)
         if ckpt_path is not None:
-            plan.notes.append(f"This is the run from its start; {ckpt_path} was not read.")
+            plan.notes.append(f"The plan is that of a run from its start; {ckpt_path} was not read.")
         print(format_plan(plan, parameters, width))
         if png is not None:
             save_plot(plan.curves, plan.horizon, png)
@@ -63,12 +63,12 @@ class PlanningTrainer(L.Trainer):
 class OptimCLI(LightningCLI):
     """LightningCLI that also runs modules without ``configure_optimizers``, and prints a summary after ``fit``.
 
-    The configuration is the one of stock LightningCLI, with our callbacks under ``trainer.callbacks``. A
+    The configuration is that of LightningCLI, with the callbacks of this package under ``trainer.callbacks``. A
     `ConfigureOptimizers` among them is attached to a module that defines no ``configure_optimizers``. The key
     ``run_summary`` takes the arguments of `RunSummary`.
 
-    The command ``plan`` takes the configuration of ``fit`` and shows what it would do, without training: parameter
-    groups, schedule, number of steps and all conflicts, with exit code 1 if there are any.
+    The command ``plan`` takes the configuration of ``fit`` and shows, without training, the parameter groups, the
+    schedule, the number of steps and all conflicts; the exit code is 1 if there are any.
 
     Example:
         ```console
@@ -88,11 +88,11 @@ class OptimCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the arguments of the summary."""
+        """Add the arguments of `RunSummary`."""
         parser.add_lightning_class_args(RunSummary, "run_summary")
 
     def instantiate_classes(self) -> None:
-        """Make module, data and Trainer, then attach the optimizer where the module has none."""
+        """Create module, data and Trainer, then attach the optimizer if the module has none."""
         super().instantiate_classes()
         if not is_overridden("configure_optimizers", self.model):
             for callback in getattr(self.trainer, "callbacks", ()):
@@ -102,7 +102,7 @@ class OptimCLI(LightningCLI):
 
 
 def report(args: list[str]) -> None:
-    """Write one page about runs that have been logged to TensorBoard: ``lightning-optim report RUN_DIR...``.
+    """Write one page about runs that were logged to TensorBoard: ``lightning-optim report RUN_DIR...``.
 
     Args:
         args: The command line after ``report``.
@@ -122,13 +122,13 @@ def main(args: list[str] | None = None) -> None:
     """Run the ``lightning-optim`` command: `OptimCLI`, or `report`.
 
     Args:
-        args: The command line after the program's name; None for the process's own.
+        args: The command line after the program's name; None for that of the process.
     """
     given = sys.argv[1:] if args is None else args
     if given[:1] == ["report"]:
         report(given[1:])
         return
-    # As `python -m` does it: class paths such as `examples.char_lm.CharLM` start in the current directory.
+    # As with `python -m`, class paths such as `examples.char_lm.CharLM` start in the current directory.
     sys.path.insert(0, str(Path.cwd()))
     OptimCLI(args=args)
 

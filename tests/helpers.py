@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,7 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+import lightning_optim as lo
+from lightning_optim.step import gradients
+
 FEATURES = 4
+
+# A head of a rate of its own; with `no_decay` three groups of `Net`.
+RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
 
 # One optimizer in the three ways that take divisor and skip differently, as arguments of ConfigureOptimizers.
 ADAMWS: dict[str, dict[str, Any]] = {
@@ -59,7 +67,7 @@ class Net(L.LightningModule):
         x, y = batch
         self.log("val_loss", nn.functional.mse_loss(self(x), y))
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=123.0)
 
 
@@ -67,6 +75,22 @@ class BareNet(Net):
     """The same without ``configure_optimizers``, which Lightning finds out from the class."""
 
     configure_optimizers = L.LightningModule.configure_optimizers
+
+
+class NetWith(Net):
+    """The same with optimizers of a test's own.
+
+    Args:
+        configure: What ``configure_optimizers`` does with the module.
+        options: As for `Net`.
+    """
+
+    def __init__(self, configure: Callable[[Net], Any], **options: Any) -> None:
+        super().__init__(**options)
+        self.configure = configure
+
+    def configure_optimizers(self) -> Any:
+        return self.configure(self)
 
 
 class TwoOptimizers(Net):
@@ -272,6 +296,22 @@ def _snapshot(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         }
     )
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many gradients each measurement of them is, from now on; whoever measures."""
+    reads: list[int] = []
+    read = gradients.measure_norm_sq  # type: ignore[attr-defined]
+    monkeypatch.setattr(gradients, "measure_norm_sq", lambda tensors: (reads.append(len(tensors)), read(tensors))[1])
+    return reads
+
+
+def through_a_file(state: Any) -> Any:
+    """What is left of ``state`` in a checkpoint, which may hold nothing but plain values and tensors."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
 
 
 def bit_equal(a: Any, b: Any) -> bool:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 import lightning_optim as lo
-from tests.helpers import Net, batches, make_trainer, read_events
+from tests.helpers import RULES, Net, batches, make_trainer, read_events
 
-RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
 MAX_NORM = 0.5
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 import lightning_optim as lo
 from lightning_optim.cli import main
 from tests.helpers import BareNet, Data, Net, Recorder
+from tests.schedules.cases import cosine
 
 QUIET = {
     "accelerator": "cpu",
@@ -62,12 +63,6 @@ def _recorder(cli):
     return next(callback for callback in cli.trainer.callbacks if isinstance(callback, Recorder))
 
 
-def _cosine(step, total, warmup, final):
-    if step < warmup:
-        return (step + 1) / warmup
-    return final + (1 - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
-
-
 BOTH = pytest.mark.parametrize("cls", [LightningCLI, lo.OptimCLI])
 
 
@@ -81,7 +76,7 @@ def test_fused_adamw_with_warmup_and_cosine_uses_the_closed_form_at_every_step(c
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0, 0.1]
     rates = _recorder(cli).rates
     assert len(rates) == 20
-    expected = [_cosine(step, 20, 2, 0.1) * 3e-4 for step in range(20)]
+    expected = [cosine(step, 20, 2, 0.1) * 3e-4 for step in range(20)]
     assert [row[2] for row in rates] == pytest.approx(expected)
     assert [row[1] for row in rates] == pytest.approx(expected)
     assert [row[0] for row in rates] == pytest.approx([10 * rate for rate in expected])
@@ -104,7 +99,7 @@ def test_torchs_adamw_from_yaml_is_fused(cls, quoted, tmp_path):
 def test_names_alone_do_the_same(cls, tmp_path):
     cli = _run(cls, Net, CONFIGURE, tmp_path)
     assert type(cli.trainer.optimizers[0]) is lo.optim.AdamW
-    expected = [0.3 * _cosine(step, 20, 2, 0) for step in range(20)]
+    expected = [0.3 * cosine(step, 20, 2, 0) for step in range(20)]
     assert [row[0] for row in _recorder(cli).rates] == pytest.approx(expected)
 
 
@@ -141,7 +136,7 @@ def test_layer_decay_can_be_written_in_yaml(cls, tmp_path):
     class Deep(Net):
         def __init__(self):
             super().__init__()
-            self.body = torch.nn.Sequential(self.body, torch.nn.Tanh(), torch.nn.Linear(8, 8))
+            self.body: Any = torch.nn.Sequential(self.body, torch.nn.Tanh(), torch.nn.Linear(8, 8))
 
     callbacks = CONFIGURE.replace("init_args: {", "init_args: {param_groups: [no_decay, {layer_decay: 0.5}], ")
     (optimizer,) = _run(cls, Deep, callbacks, tmp_path).trainer.optimizers
@@ -160,14 +155,14 @@ def test_layer_decay_can_be_written_in_yaml(cls, tmp_path):
 
 def test_the_command_line_overrides_the_file(tmp_path):
     cli = _run(lo.OptimCLI, Net, CONFIGURE, tmp_path, "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2")
-    expected = [0.3 * _cosine(step, 20, 2, 0) for step in range(20)]
+    expected = [0.3 * cosine(step, 20, 2, 0) for step in range(20)]
     assert [row[0] for row in _recorder(cli).rates] == pytest.approx(expected)
     assert cli.trainer.global_step == 20
 
 
 def test_a_module_without_configure_optimizers_runs_through_optimcli(tmp_path):
     cli = _run(lo.OptimCLI, BareNet, CONFIGURE, tmp_path)
-    expected = [0.3 * _cosine(step, 20, 2, 0) for step in range(20)]
+    expected = [0.3 * cosine(step, 20, 2, 0) for step in range(20)]
     assert [row[0] for row in _recorder(cli).rates] == pytest.approx(expected)
 
 
@@ -183,7 +178,7 @@ def test_the_other_commands_run(command, model, tmp_path):
     assert cli.trainer.global_step == 0
 
 
-def _with_steps(model):
+def _with_steps(model: Any):
     class Evaluated(model):
         def test_step(self, batch, batch_idx):
             self.validation_step(batch, batch_idx)
@@ -250,7 +245,7 @@ def test_the_trainers_clipping_beside_ours_is_refused(tmp_path):
         (("lr: 0.3", "learning_rate: 0.3"), "learning_rate"),
     ],
 )
-def test_mistakes_in_the_file_are_told_before_anything_runs(cls, change, told, tmp_path, capsys):
+def test_mistakes_in_the_configuration_are_reported_before_anything_runs(cls, change, told, tmp_path, capsys):
     with pytest.raises((SystemExit, ValueError)) as caught:
         _run(cls, Net, CONFIGURE.replace(*change), tmp_path)
     assert told in str(caught.value) + capsys.readouterr().err

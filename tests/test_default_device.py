@@ -74,7 +74,7 @@ def test_a_step_is_the_same_whatever_the_default_device(case: Case, backend: str
 @pytest.mark.parametrize("flags", [{"state_bits": 8}, {"state_bits": 16}], ids=["8", "16"])
 def test_state_in_fewer_bits_is_where_the_weights_are(flags: dict[str, int]) -> None:
     weight = torch.nn.Parameter(torch.ones(5000, device="cpu"))
-    optimizer = optim.AdamW([weight], **flags)  # type: ignore[arg-type]
+    optimizer = optim.AdamW([weight], **flags)
     weight.grad = torch.ones(5000, device="cpu")
     optimizer.step()
     assert {v.device.type for v in optimizer.state[weight].values()} == {"cpu"}

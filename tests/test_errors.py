@@ -110,7 +110,7 @@ FACTORY = [
             "schedule": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3),
         },
         ValueError,
-        ["weight_decay", "somebody else's"],
+        ["weight_decay", "another library's"],
     ),
     (
         {"param_groups": [lo.ParamGroupRule(name="x", pattern="head", schedule=schedules.Linear(final=2))]},

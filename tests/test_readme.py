@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL)
 
 
-def _blocks(language: str) -> list[pytest.param]:
+def _blocks(language: str) -> list[Any]:
     """Every fenced block of a language, with the page and line it is on; ``notest REASON`` after it leaves it out."""
     found = []
     for page in PAGES:

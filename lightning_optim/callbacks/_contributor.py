@@ -9,9 +9,9 @@ import lightning.pytorch as L
 from torch import Tensor
 
 from lightning_optim.clipping import ClipRule
-from lightning_optim.core.durations import Horizon
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import Detector
+from lightning_optim.schedules.run import Run
 
 
 class Hears(L.Callback):
@@ -34,8 +34,8 @@ class Contributor(L.Callback):
         """Return the clip rule; called once per optimizer. None for no clipping."""
         return None
 
-    def clip_limit(self, horizon: Horizon) -> Callable[[int], float] | None:
-        """Return the schedule of the clip limit over the run, or None for a constant limit."""
+    def clip_limit(self, run: Run) -> Callable[[int], float] | None:
+        """Return the factor on the clip limit as a function of the step, or None for 1; called once per optimizer."""
         return None
 
     def detectors(self) -> Sequence[Detector]:

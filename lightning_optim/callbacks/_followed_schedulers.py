@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from lightning_optim.callbacks._followed import FollowedOptimizers, bare
-from lightning_optim.factory.run_length import horizon_of
+from lightning_optim.factory.run_length import RunLength
 from lightning_optim.schedules import Scheduler
 from lightning_optim.schedules.plateau import Observer
 from lightning_optim.step import StepPipeline
@@ -43,10 +43,11 @@ class FollowedSchedulers:
         _check(present)
         before, self._known = self._known, present
         for scheduler in present:
-            new = not any(scheduler is known for known in before)
-            if new and isinstance(scheduler, Scheduler) and scheduler.asks_for_horizon:
-                # Again, if a tuner has run a shorter fit before this one.
-                scheduler.resolve(horizon_of(trainer, fresh=scheduler.is_fresh))
+            if isinstance(scheduler, Scheduler):
+                if not any(scheduler is known for known in before) and not scheduler.is_following:
+                    optimizer = bare(scheduler.optimizer)
+                    scheduler.follow(RunLength(trainer, trainer.lightning_module, optimizer))
+                scheduler.refresh()
         held, self._held = self._held, []
         for scheduler, pipeline in self._pairs():
             self._held.append((scheduler, pipeline))

@@ -204,9 +204,14 @@ class Hub(Hears):
             member._at_validation_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pass the hook on."""
+        """Let schedules look at the metric that they follow, and pass the hook on."""
+        self._pipelines.plateaus.validation_ended(trainer)
         for member in self.members:
             member._at_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let schedules look at the metric that they follow."""
+        self._pipelines.plateaus.epoch_ended(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pass the hook on."""

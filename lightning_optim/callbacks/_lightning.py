@@ -11,7 +11,7 @@ from weakref import WeakMethod
 
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers, _MockOptimizer
 from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
 from lightning.pytorch.trainer.connectors.data_connector import (
@@ -121,6 +121,17 @@ def averaged_models(trainer: Trainer) -> list[Module]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     found = [c._average_model for c in callbacks if issubclass(type(c), WeightAveraging)]  # type: ignore[attr-defined]
     return [model for model in found if model is not None]
+
+
+def found_lr(trainer: Trainer) -> float | None:
+    """Return the learning rate that a LearningRateFinder on the Trainer has found and set; None without one."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for finder in callbacks:
+        if issubclass(type(finder), LearningRateFinder):
+            assert isinstance(finder, LearningRateFinder)
+            if finder.optimal_lr is not None and finder._update_attr:
+                return finder.optimal_lr.suggestion()
+    return None
 
 
 def enter_fit(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:

@@ -18,11 +18,12 @@ from lightning_optim.callbacks._contributor import Contributor, Hears
 from lightning_optim.callbacks._followed import FollowedOptimizers, bare
 from lightning_optim.callbacks._followed_schedulers import FollowedSchedulers
 from lightning_optim.callbacks._lightning import optimizers_of, plain_name
+from lightning_optim.callbacks._plateau import PlateauLooks
 from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.operands_flag import unscales_itself
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.factory.freezing import freezing_of
-from lightning_optim.factory.run_length import horizon_of
+from lightning_optim.factory.run_length import RunLength
 from lightning_optim.factory.trainer_clipping import let_others_clip
 from lightning_optim.step import StepPipeline
 from lightning_optim.step.gradients import group_names_of
@@ -46,6 +47,7 @@ class Pipelines:
         self._undo = undo
         self._optimizers = FollowedOptimizers(self._make_pipeline)
         self._schedulers = FollowedSchedulers(self._optimizers)
+        self.plateaus = PlateauLooks()
         self._is_started = False
         self.had_backward = False
         """Whether there was a backward pass in this batch."""
@@ -182,7 +184,8 @@ class Pipelines:
         let_others_clip(optimizer, trainer.lightning_module)
         clipping = next((member for member in self._members if member.clip_rule() is not None), None)
         model = trainer.strategy.model
-        names: dict[Tensor, str] = {p: plain_name(key) for key, p in trainer.lightning_module.named_parameters()}
+        module = trainer.lightning_module
+        names: dict[Tensor, str] = {p: plain_name(key) for key, p in module.named_parameters()}
         asking: list[Contributor] = []
 
         def due() -> bool:
@@ -200,7 +203,7 @@ class Pipelines:
         return StepPipeline(
             optimizer,
             clip=None if clipping is None else clipping.clip_rule(),
-            clip_limit=None if clipping is None else clipping.clip_limit(horizon_of(trainer)),
+            clip_limit=None if clipping is None else clipping.clip_limit(RunLength(trainer, module, optimizer)),
             clip_state=clip,
             names=names,
             group_names={name for each in trainer.optimizers for name in group_names_of(bare(each))},

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.callbacks._lightning import found_lr
 from lightning_optim.factory import OptimizerFactory
 
 _METHOD = "configure_optimizers"
@@ -32,6 +35,8 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
     """
 
     role = "ConfigureOptimizers"
+    _found: tuple[Callable[[], Any], float] = (lambda: None, 0.0)
+    """The module of a finder's fit, held weakly, and what it has found."""
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the place of the module's method for the time of the fit."""
@@ -55,6 +60,19 @@ class ConfigureOptimizers(HubCallback, OptimizerFactory):
         rank_zero_info(f"{self!r} replaces {type(pl_module).__name__}.configure_optimizers.")
         attach(pl_module, self)
         self.hub.on_close(lambda: vars(pl_module).pop(_METHOD, None))
+
+    def _at_close(self) -> None:
+        """Keep what a LearningRateFinder has found: a Tuner runs it in a fit of its own, before the real one."""
+        if (found := found_lr(self.hub.trainer)) is not None:
+            self._found = (weakref.ref(self.hub.trainer.lightning_module), found)
+
+    def __call__(self, module: Any) -> Any:
+        """Return what Lightning expects of ``configure_optimizers``, at the learning rate that a finder has found."""
+        of, found = self._found
+        self._found_lr = found if of() is module else None
+        if self._found_lr is not None:
+            rank_zero_info(f"{self!r} takes the learning rate {found:.6g} that LearningRateFinder has found.")
+        return super().__call__(module)
 
     def _tell(self, message: str, warn: bool) -> None:
         (rank_zero_warn if warn else rank_zero_info)(message)

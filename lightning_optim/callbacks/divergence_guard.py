@@ -36,39 +36,40 @@ from lightning_optim.divergence import (
 from lightning_optim.step import StepPipeline
 
 CHECKPOINT_KEY = "lightning_optim.divergence_guard"
-"""Key in a checkpoint. Lightning's own key for a callback's state has the class and its arguments in it."""
+"""Key in a checkpoint; Lightning's own key for a callback's state contains the class and its arguments."""
 
 
 class DivergenceGuard(HubCallback):
-    """Keep a run alive through bad batches, spikes and divergence, and report what was done.
+    """Keep a run alive through bad batches, spikes and divergence, and report all observations and responses.
 
     A step is skipped if its loss or a gradient is not finite, or if the loss or the gradient norm is far above the last
-    ones. Parameters, moments, step counters and the schedule stay bit for bit what they were. The decision is made on
+    values. Parameters, moments, step counters and the schedule are then bit for bit unchanged. The decision is made on
     the device from the reduced gradients and loss, so all ranks decide alike. It is exact for every optimizer; with
     optimizers that take the flag in their kernel (all fused ones) the host never waits. Each skip gives a warning with
     the parameters concerned, and is logged as ``optim_health/skipped_steps``.
 
-    Where skipping is not enough (bad steps in a row, a jump of the loss that stays, a slow rise, a collapse of the loss
-    scale) there is a ladder of responses: a lower learning rate for a while; a return to a snapshot of weights,
-    optimizer, schedule, scaler and averages, and on with the next batches; the end of the run. Observations and
+    Where skipping is not enough (consecutive bad steps, a lasting jump of the loss, a slow rise, a collapse of the loss
+    scale) there is a ladder of responses: a temporarily lower learning rate; a return to a snapshot of weights,
+    optimizer, schedule, scaler and averages, continuing with the next batches; the end of the run. Observations and
     responses are in ``divergence_report.md`` and ``.json`` next to the checkpoints, and in TensorBoard's text tab.
 
-    Under 16-bit precision with a GradScaler, its overflows are skipped steps, too, but raise no warning.
+    Under 16-bit precision with a GradScaler, its overflows are skipped steps as well, but raise no warning.
 
     Args:
-        spikes: Limits beyond which a loss or gradient norm is a spike; None to skip only what is not finite.
+        spikes: Limits beyond which a loss or gradient norm is a spike; None to skip only values that are not finite.
         lr_cut: The first rung; None for none.
         rollback: The second rung; None for none, and no snapshots.
         stop: Whether to end the run when the other rungs are used up.
-        patience: Number of bad steps in a row after which the first rung is taken, at least 1.
-        cooldown: Number of steps after a response in which steps are skipped, but there is no further response.
-        health: Limits beyond which single parameters or groups are reported as dead, stalled, vanishing or exploding,
-            and the learning rate as too high or too low, when Lightning logs; None for no such report.
+        patience: Number of consecutive bad steps after which the first rung is taken, at least 1.
+        cooldown: Number of steps after a response in which bad steps are skipped without a further response, at least
+            0.
+        health: Limits beyond which individual parameters or groups are reported as dead, stalled, vanishing or
+            exploding, and the learning rate as too high or too low, when Lightning logs; None for no such report.
         report_dir: Folder of the report; None for the folder of the checkpoints, or else of the logs.
         save_batches: Whether to save the batches of skipped steps next to the report, for inspection; of at most 16
             steps, ``divergence_batches/step<step>_rank<rank>.pt``.
-        detectors: Further detectors that may ask for steps to be skipped; each such step is reported with the
-            detector's `reason`. Instances, or names given by `lightning_optim.register`.
+        detectors: Further detectors that may request the skip of a step, as instances, or as names given by
+            `lightning_optim.register`. Each such step is reported with the detector's `reason`.
 
     Raises:
         ValueError: A threshold is out of range, or the name of a detector is unknown.
@@ -95,7 +96,7 @@ class DivergenceGuard(HubCallback):
         detectors: Sequence[Detector | str] = (),
     ) -> None:
         if patience < 1:
-            raise ValueError(f"Invalid patience={patience!r}: it must be a whole number of at least 1, for instance 5.")
+            raise ValueError(f"Invalid patience={patience!r}: must be a whole number of at least 1, for instance 5.")
         self.spikes, self.lr_cut, self.rollback, self.health = spikes, lr_cut, rollback, health
         self._patience = patience
         self._report_dir, self._save_batches = report_dir, save_batches
@@ -118,7 +119,7 @@ class DivergenceGuard(HubCallback):
 
     @property
     def overflow_steps(self) -> int:
-        """Number of these that were overflows of the GradScaler."""
+        """Number of skipped steps that were overflows of the GradScaler."""
         return self._overflows
 
     @property
@@ -127,7 +128,7 @@ class DivergenceGuard(HubCallback):
         return self.ladder.used["rollback"]
 
     def health_points(self) -> dict[str, float]:
-        """Return rollbacks and overflows so far, and the present factor on the learning rate."""
+        """Return the numbers of rollbacks and overflows so far, and the present factor on the learning rate."""
         counts = {"rollbacks": self.rollback_count, "overflow_steps": self.overflow_steps}
         return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0)}
 
@@ -181,7 +182,7 @@ class DivergenceGuard(HubCallback):
         self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
 
     def _at_new_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Guard new optimizers, from the baselines of those they replace; snapshots start afresh."""
+        """Guard new optimizers with the baselines of those that they replace, and capture new snapshots."""
         before, self._guarded = self._guarded, []
         for index, pipeline in enumerate(self.hub.pipelines):
             found = next((guarded for guarded in before if guarded.optimizer is pipeline.optimizer), None)
@@ -205,7 +206,7 @@ class DivergenceGuard(HubCallback):
         self._loss = loss if self._loss is None else self._loss + loss
 
     def _at_step(self, trainer: L.Trainer, optimizer_index: int) -> None:
-        """Count a step of a cut of the learning rate."""
+        """Count a step for the cut of the learning rate."""
         self._guarded[optimizer_index].cut.advance()
 
     def _at_batch_end(
@@ -237,7 +238,7 @@ class DivergenceGuard(HubCallback):
         self._reporter.write(trainer)
 
     def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write the report: what came before an error may explain it."""
+        """Write the report, because the steps before an error may explain it."""
         if self._reporter is not None:
             self._reporter.write(trainer)
 
@@ -246,7 +247,7 @@ class DivergenceGuard(HubCallback):
         checkpoint[CHECKPOINT_KEY] = self._state()
 
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Keep the state until training starts; in mid-run, where a tuner goes back after a trial, restore it now."""
+        """Keep the state until training starts; during training, as when a tuner undoes a trial, restore it now."""
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
         if self._guarded:
             for guarded in self._guarded:
@@ -293,7 +294,7 @@ class DivergenceGuard(HubCallback):
             for alarm in guarded.health_alarms(everything):
                 location = guarded.batches.of(alarm.step)
                 self._reporter.notify(alarm, location, index, None)
-                if alarm.escalates:  # An alarm about single parameters is no trouble of the run unless it does.
+                if alarm.escalates:  # Other alarms about individual parameters need no response.
                     found.append((alarm, location))
         self._overflows = sum(guarded.judge.overflow_steps for guarded in self._guarded)
         return found
@@ -310,10 +311,10 @@ class DivergenceGuard(HubCallback):
         if rung == "lr_cut":
             text = self._cut_lr()
         elif rung == "rollback":
-            text = f"back to the state after step {back_to}, on with the next batches" + self._roll_back()
+            text = f"back to the state after step {back_to}, continuing with the next batches" + self._roll_back()
         else:
             trainer.should_stop = True
-            text = f"training is stopped, because everything else is used up ({self.ladder.why_stop()})"
+            text = f"training is stopped, because all other responses are used up ({self.ladder.why_stop()})"
         self._reporter.notify_response(trainer, alarm, location, text)
 
     def _cut_lr(self) -> str:

@@ -9,8 +9,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._pipelines import has_engine
 from lightning_optim.clipping import ClipRule, GlobalNorm, make_clip_rule
-from lightning_optim.core.durations import Horizon
+from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.schedules import Schedule, get_schedule
+from lightning_optim.schedules.live import LiveCurve
+from lightning_optim.schedules.run import Run
 
 
 class GradientClipping(HubCallback):
@@ -20,14 +22,14 @@ class GradientClipping(HubCallback):
     hands its divisor to the update (`step/pipeline.py`). Nothing of the module or the Trainer is patched.
 
     Unlike ``Trainer(gradient_clip_val=...)`` it works with fused optimizers in 16-bit precision, in manual optimization
-    and with sharded parameters, and reports what it does. Gradients are measured without the loss scale. With an
-    optimizer whose kernel takes a divisor (all fused ones) clipping costs one read of the gradients, else one more
-    write; nothing waits for the device. Steps with a gradient that is not finite are skipped, and enter the state of no
-    rule.
+    and with sharded parameters, and it reports clipped steps. Gradients are measured without the loss scale. With an
+    optimizer whose kernel takes a divisor (all fused ones) clipping costs one read of the gradients, otherwise one more
+    write; nothing waits for the device. Steps with a gradient that is not finite are skipped, and do not enter the
+    state of a rule.
 
     Args:
         max_norm: Largest norm of all gradients of one optimizer as one vector, above 0; 1.0 if neither this nor
-            ``method`` is given. Other methods with a ``max_norm`` take it from here, too.
+            ``method`` is given. Other methods with a ``max_norm`` take it from here as well.
         method: Name of a rule (`lightning_optim.clipping.list_clip_rules`) or a rule, such as
             ``lightning_optim.clipping.GroupNorm(groups={"head": 0.5})``.
         method_kwargs: Arguments of a method given by name.
@@ -36,7 +38,8 @@ class GradientClipping(HubCallback):
             optimizer steps, skipped ones included.
 
     Raises:
-        ValueError: A name is unknown, or a value out of range or given twice; the message names the nearest.
+        ValueError: A name is unknown, for which the message names the nearest, or a value is out of range or given
+            twice.
         MisconfigurationException: At the start of the fit, if the Trainer clips as well.
 
     Example:
@@ -57,18 +60,18 @@ class GradientClipping(HubCallback):
         kwargs = dict(method_kwargs or {})
         if isinstance(method, ClipRule):
             if given := {**({} if max_norm is None else {"max_norm": max_norm}), **kwargs}:
-                raise ValueError(f"{given} given in addition to method={method!r}: write it into the rule.")
+                raise ValueError(f"{given} is given in addition to method={method!r}. Set it in the rule.")
             self.rule = method
         else:
             if max_norm is not None and "max_norm" in kwargs:
-                raise ValueError(f"max_norm={max_norm!r} given in addition to method_kwargs={kwargs!r}: write it once.")
+                raise ValueError(f"max_norm={max_norm!r} is given in addition to method_kwargs={kwargs!r}. Give one.")
             self.rule = make_clip_rule(method, kwargs if max_norm is None else {"max_norm": max_norm, **kwargs})
         self.schedule = get_schedule(schedule)() if isinstance(schedule, str) else schedule
         if isinstance(self.schedule, Schedule):
             self.schedule.check_no_rate("the limit of the gradients")
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a second owner of clipping, and hand the limit to an engine that clips by itself."""
+        """Check that the Trainer does not clip as well, and pass the limit to an engine that clips by itself."""
         if trainer.gradient_clip_val:
             raise MisconfigurationException(
                 f"Gradients would be clipped twice: by Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) and by "
@@ -94,19 +97,22 @@ class GradientClipping(HubCallback):
         config["gradient_clipping"] = rule.max_norm
 
     def clip_rule(self) -> ClipRule:
-        """Return the rule, which holds no state and serves all optimizers."""
+        """Return the rule, which has no state and is shared by all optimizers."""
         return self.rule
 
-    def clip_limit(self, horizon: Horizon) -> Callable[[int], float] | None:
+    def clip_limit(self, run: Run) -> Callable[[int], float] | None:
         """Return the factor on the limit as a function of the optimizer step, or None for a constant limit.
 
         Args:
-            horizon: Length of the run.
+            run: The run of the optimizer, which is asked for its length.
 
         Raises:
             ValueError: The schedule does not fit into the run.
         """
-        return None if self.schedule is None else self.schedule.over(horizon)
+        if self.schedule is None:
+            return None
+        self.schedule.phases(horizon_of(self.hub.trainer))
+        return LiveCurve(self.schedule, run)
 
     def __repr__(self) -> str:
         plain = type(self.rule).__name__ == "GlobalNorm"

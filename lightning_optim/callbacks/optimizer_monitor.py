@@ -21,31 +21,31 @@ from lightning_optim.step import StepPipeline
 
 
 class OptimizerMonitor(HubCallback):
-    """Log to every logger what the optimizer does to each parameter group.
+    """Log the effect of the optimizer on each parameter group, to every logger.
 
-    Every ``log_every_n_steps`` steps of the Trainer: learning rate and weight decay as the step used them, gradient
-    norms before and after clipping, what the step did to the parameters and how that compares with their size and with
-    the optimizer's moments, the loss between reports, clipped and skipped steps, speed. Tags read
-    ``optim_<quantity>/<group>``, one section of TensorBoard per quantity.
+    Every ``log_every_n_steps`` steps of the Trainer it logs learning rate and weight decay as the step used them,
+    gradient norms before and after clipping, the change of the parameters, absolute and relative to their size and to
+    the optimizer's moments, the loss between reports, clipped and skipped steps, and speed. Tags have the form
+    ``optim_<quantity>/<group>``, with one section of TensorBoard per quantity.
 
-    All values of a report cross to the host in one packed transfer, written when it has arrived; between reports the
-    gradients are not read for the monitor, and nothing waits for the device.
+    All values of a report are transferred to the host in one packed tensor, and logged when it has arrived. Between
+    reports the gradients are not read for the monitor, and nothing waits for the device.
 
     Args:
-        diagnostics: Quantities per group: instances, or names given by `lightning_optim.register`; None for all that
-            are built in (`lightning_optim.diagnostics.DEFAULT_DIAGNOSTICS`). Learning rates, weight decay, loss, health
-            and speed are always shown.
+        diagnostics: Quantities per group: instances, or names given by `lightning_optim.register`; None for all
+            built-in ones (`lightning_optim.diagnostics.DEFAULT_DIAGNOSTICS`). Learning rates, weight decay, loss,
+            health and speed are always shown.
         hp_metrics: Tags by which TensorBoard's page of hyperparameters compares runs; add those that the module logs,
             for instance ``val_loss``.
-        per_tensor: Display of single tensors on TensorBoard, as a table of those that stand out and as images of all of
-            them over time; None for none.
+        per_tensor: Display of individual tensors on TensorBoard, as a table of those that stand out and as images of
+            all of them over time; None for none.
         histograms: Histograms per group on TensorBoard; None for none.
-        progress_bar: Whether the progress bar shows gradient norm and skipped steps, with a logger or without.
+        progress_bar: Whether the progress bar shows gradient norm and skipped steps, with or without a logger.
 
     Attributes:
-        latest: The last report that has arrived, by tag; of the first optimizer, if there are several.
-        alarms: A sentence for each report with a gradient that was not finite, which names the first of them.
-        advice: Sentences of advice about the size of the batches.
+        latest: The last report that has arrived, by tag; with several optimizers, that of the first.
+        alarms: A sentence for each report with a gradient that was not finite, which names the first of these.
+        advice: Sentences of advice on the batch size.
 
     Raises:
         ValueError: Two diagnostics have the same name, or a name is unknown.
@@ -69,7 +69,7 @@ class OptimizerMonitor(HubCallback):
         names = [diagnostic.name for diagnostic in self.diagnostics]
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
-                f"Two diagnostics are called {duplicates[0]!r}; each name makes a tag, so it must be unique."
+                f"Two diagnostics are called {duplicates[0]!r}: names must be unique, because each is part of a tag."
             )
         self.hp_metrics = tuple(hp_metrics)
         self.progress_bar = progress_bar
@@ -86,16 +86,16 @@ class OptimizerMonitor(HubCallback):
         self._details: MonitorDetails | None = None
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the hyperparameters before Lightning does."""
+        """Log the hyperparameters before Lightning does."""
         self._page = MonitorPage(trainer, self.hp_metrics)
         self._page.declare()
 
     def report_due(self, trainer: L.Trainer) -> bool:
-        """Return whether Lightning logs at this step, and a logger or the progress bar takes the values."""
+        """Return whether Lightning logs at this step and a logger or the progress bar shows the values."""
         return (bool(trainer.loggers) or self._bar(trainer)) and logging_due(trainer)
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the interval of the first report, also on a resume."""
+        """Start the interval of the first report, of a resumed run as well."""
         self._last = dict(zip(self.hub.pipelines, self.hub.counts(), strict=True))
         self._meter = RunMeter(trainer) if trainer.loggers or self._bar(trainer) else None
         self._batch_advice = BatchAdvice()
@@ -111,12 +111,12 @@ class OptimizerMonitor(HubCallback):
             self._page.show_groups()
 
     def _at_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Count samples."""
+        """Count the samples of the batch."""
         if self._meter is not None:
             self._meter.begin_batch(batch)
 
     def _at_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Measure the gradient of this rank alone."""
+        """Measure the gradient of this rank before it is averaged over ranks."""
         if self._meter is not None and self._meter.averages and self.report_due(trainer):
             self._meter.before_average()
 
@@ -131,21 +131,21 @@ class OptimizerMonitor(HubCallback):
             self._meter.begin_update()
 
     def writes_skip_count(self, trainer: L.Trainer) -> bool:
-        """Return whether a report is due and there is one optimizer: of several, each has a tag of its own."""
+        """Return whether a report is due and there is one optimizer, because several have tags of their own."""
         return bool(trainer.loggers) and len(trainer.optimizers) == 1 and self.report_due(trainer)
 
     def histograms_due(self, trainer: L.Trainer) -> Sequence[str]:
-        """Return the kinds that the coming report shows."""
+        """Return the kinds of histograms that the coming report shows."""
         return () if self._details is None else self._details.histograms_due()
 
     def on_report(self, trainer: L.Trainer, optimizer_index: int, record: StepRecord) -> None:
-        """Compute the diagnostics on the device."""
+        """Compute the diagnostics of one optimizer on the device."""
         if self._meter is None:
             return
         pipeline = self.hub.pipelines[optimizer_index]
         report = StepReport(record, self.diagnostics, self._last[pipeline], at=logging_step(trainer))
         self._meter.on_record(report, record)
-        if not self._open:  # The first report of a batch has the values that belong to the run.
+        if not self._open:  # The first report of a batch contains the values that belong to the run.
             health = self.hub.health_points()
             report.add([f"optim_health/{name}" for name in health], list(health.values()), of_run=True)
         if self._details is not None:
@@ -156,7 +156,7 @@ class OptimizerMonitor(HubCallback):
     def _at_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Send the reports of this batch, and write those that have arrived, each at its own step."""
+        """Send the reports of this batch, and log those that have arrived, each at its own step."""
         if self._meter is not None:
             self._meter.end_batch(outputs)
         self._send()
@@ -164,7 +164,7 @@ class OptimizerMonitor(HubCallback):
             self._write(trainer)
 
     def _at_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pause the clock: validation is no part of the time of a step."""
+        """Pause the clock, because validation is not part of the time of a step."""
         if self._meter is not None:
             self._meter.clock.pause()
 
@@ -174,13 +174,13 @@ class OptimizerMonitor(HubCallback):
             self._meter.clock.resume()
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the reports that have not arrived yet."""
+        """Log the reports that have not arrived yet."""
         self._flush(trainer)
         if self._page is not None:
             self._page.end()
 
     def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write the reports that have not arrived yet: the last steps before a crash matter most."""
+        """Log the reports that have not arrived yet, because the last steps before a crash matter most."""
         self._flush(trainer)
 
     def _at_close(self) -> None:
@@ -192,7 +192,7 @@ class OptimizerMonitor(HubCallback):
         return self.progress_bar and trainer.progress_bar_callback is not None
 
     def _send(self) -> None:
-        """Send the open reports; the first of a batch has the values that belong to the run."""
+        """Send the open reports, the first of which contains the values that belong to the run."""
         reports, self._open = self._open, []
         if reports and self._details is not None:
             self._details.next_batch()
@@ -219,7 +219,7 @@ class OptimizerMonitor(HubCallback):
             count = int(values["optim_health/nonfinite_gradients"])
             some = "1 gradient is" if count == 1 else f"{count} gradients are"
             alarms.append(f"Step {report.at}: {some} not finite, the first that of `{report.culprit}`.")
-        several = len(trainer.optimizers) > 1  # Their group names repeat.
+        several = len(trainer.optimizers) > 1  # Optimizers may share group names.
 
         def tag_of(tag: str) -> str:
             family, name = tag.split("/", 1)
@@ -245,7 +245,7 @@ class OptimizerMonitor(HubCallback):
 
 @dataclass(frozen=True)
 class _Sent:
-    """A report of one optimizer in transfer, and a function for the values that the host knows by then."""
+    """A report of one optimizer in transfer, and a function that returns the values that only the host knows."""
 
     index: int
     report: StepReport

@@ -15,7 +15,7 @@ from lightning_optim.callbacks import _lightning as lightning_private
 from lightning_optim.callbacks._contributor import is_ours
 from lightning_optim.callbacks._hub import Hub, HubCallback
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
-from lightning_optim.core.durations import Duration, Horizon
+from lightning_optim.factory.freezing import check_frozen_until
 from lightning_optim.factory.plan import Plan, plan_curves, plan_groups, replay
 from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.schedules import Schedule, Scheduler
@@ -113,6 +113,7 @@ def _describe(plan: Plan, trainer: L.Trainer, attempt: Callable[[], Any]) -> Non
         with attempt():
             if scheduler.horizon is None:
                 scheduler.resolve(plan.horizon)
+            plan.notes += scheduler.notes()
             curves = plan_curves(scheduler)
             last = max((plan.horizon.total_steps or 1) - 1, 0)
             for curve in curves:
@@ -121,7 +122,7 @@ def _describe(plan: Plan, trainer: L.Trainer, attempt: Callable[[], Any]) -> Non
     for group in plan.groups:
         if group.frozen_until is not None:
             with attempt():
-                _check_frozen(group.name, group.frozen_until, plan.horizon)
+                check_frozen_until(group.name, group.frozen_until, plan.horizon)
 
 
 def _replay(plan: Plan, config: Any) -> None:
@@ -135,15 +136,6 @@ def _replay(plan: Plan, config: Any) -> None:
         plan.curves.append(replay(config.scheduler, plan.horizon, per_epoch=config.interval == "epoch"))
     except ValueError as error:
         plan.notes.append(f"{name} cannot be drawn: {error}.")
-
-
-def _check_frozen(name: str, frozen_until: str, horizon: Horizon) -> None:
-    steps, total = Duration.parse(frozen_until).steps(horizon), horizon.total_steps
-    if total is not None and steps >= total:
-        raise ValueError(
-            f"The group {name!r} is frozen until {frozen_until!r}, which is step {steps:,}, and the run ends after "
-            f"{total:,}: it would never be trained. Needed is an earlier end, or requires_grad=False."
-        )
 
 
 def _collector(conflicts: list[str]) -> Callable[[], Any]:

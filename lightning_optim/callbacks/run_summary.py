@@ -15,12 +15,12 @@ from lightning_optim.core.stats import StepCounts
 
 
 class RunSummary(HubCallback):
-    """Prints, after training, what came out of it: metrics, speed, clipped and skipped steps, the parameter groups.
+    """Print a summary after training: metrics, speed, clipped and skipped steps, and the parameter groups.
 
-    Needs ``rich``, which comes with ``pip install lightning-optim[cli]``.
+    It needs ``rich``, which ``pip install lightning-optim[cli]`` installs.
 
     Args:
-        metrics: Which of the module's logged metrics to show, and what to call them. None shows all of them.
+        metrics: Logged metrics of the module to show, each with its label; None for all of them.
 
     Raises:
         ModuleNotFoundError: ``rich`` is not installed.
@@ -41,7 +41,7 @@ class RunSummary(HubCallback):
         self.metrics = metrics
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the last fit: one that has nothing left to train never starts or ends training."""
+        """Reset the results of the last fit, because a fit with nothing left to train never starts or ends training."""
         self._first_step, self._start, self._seconds = trainer.global_step, 0.0, 0.0
         self._counts: list[StepCounts] = []
 
@@ -51,7 +51,7 @@ class RunSummary(HubCallback):
         self._start = time.perf_counter()
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock, and collect what is gone after the fit."""
+        """Stop the clock, and collect the counts, which are not available after the fit."""
         self._seconds = time.perf_counter() - self._start
         self._counts = self.hub.counts()
 
@@ -91,7 +91,7 @@ class RunSummary(HubCallback):
         console.print(groups)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                # Printed plainly, in one line, to be copied.
+                # A plain print keeps the command in one line, so that it can be copied.
                 print(f"See the run:  tensorboard --logdir {_relative(logger.save_dir)}")
 
     def _labels(self, trainer: L.Trainer) -> Mapping[str, str]:
@@ -101,6 +101,6 @@ class RunSummary(HubCallback):
 
 
 def _relative(path: str) -> str:
-    """The path as seen from the current directory, where that is shorter."""
+    """Return the path relative to the current directory if it is inside, else the absolute path."""
     absolute = Path(path).resolve()
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)

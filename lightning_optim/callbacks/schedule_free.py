@@ -13,12 +13,12 @@ class ScheduleFree(HubCallback):
     """Validate, save and finish with the averaged weights of a schedule-free optimizer.
 
     Such an optimizer trains at one point and is evaluated at another. This callback moves the parameters to the average
-    for each validation and each checkpoint, whatever saves it, and back for training; after the fit, or an
-    exception, they stay there, so that ``trainer.test`` and ``torch.save`` need no further thought. With
-    `ScheduleFreeAdamW` going back is exact: neither validation nor saving changes the run, and a run resumes from
-    its checkpoints bit for bit. With `schedulefree`'s own optimizers going back rounds.
+    for each validation and each checkpoint, whichever code saves it, and back for training. After the fit or an
+    exception they stay at the average, so that ``trainer.test`` and ``torch.save`` use it. With `ScheduleFreeAdamW`
+    moving back is exact: neither validation nor saving changes the run, and a run resumes from its checkpoints bit for
+    bit. With the optimizers of the package `schedulefree` moving back has rounding errors.
 
-    Running statistics of batch norm remain those of the training point; recompute them before they matter.
+    Running statistics of batch norm remain those of the training point; recompute them before evaluation.
 
     Raises:
         MisconfigurationException: At the start of the fit, if no optimizer has `train` and `eval`.
@@ -45,13 +45,13 @@ class ScheduleFree(HubCallback):
         self._wrap_save_checkpoint(trainer)
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move to the training point; a checkpoint that was just restored has the average."""
+        """Move to the training point, because a checkpoint that was just restored contains the average."""
         self._train(trainer)
 
     _at_new_optimizers = _at_train_start
 
     def _at_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move to the average; outside a fit the parameters are the average already."""
+        """Move to the average; outside of a fit the parameters are at the average already."""
         self._eval(trainer)
 
     def _at_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -63,7 +63,7 @@ class ScheduleFree(HubCallback):
         self._eval(trainer)
 
     def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Move to the average: Lightning does not call `on_train_end` after an exception."""
+        """Move to the average, because Lightning does not call `on_train_end` after an exception."""
         self._eval(trainer)
 
     def _at_close(self) -> None:
@@ -89,8 +89,8 @@ class ScheduleFree(HubCallback):
     def _wrap_save_checkpoint(self, trainer: L.Trainer) -> None:
         """Save every checkpoint from the average.
 
-        No hook serves: Lightning calls `on_save_checkpoint` after the weights are collected, and not at all for
-        checkpoints of weights only.
+        A hook would not suffice: Lightning calls `on_save_checkpoint` after the weights are collected, and not at all
+        for checkpoints of weights only.
         """
         save = trainer.save_checkpoint
         wrapped_before = "save_checkpoint" in vars(trainer)
@@ -109,7 +109,7 @@ class ScheduleFree(HubCallback):
             if wrapped_before:
                 trainer.save_checkpoint = save  # type: ignore[method-assign]
             else:
-                del trainer.save_checkpoint  # uncovers the method
+                del trainer.save_checkpoint  # This uncovers the method of the class.
 
         trainer.save_checkpoint = save_average  # type: ignore[method-assign]
         self._undo.append(undo)

@@ -12,20 +12,20 @@ from lightning_optim.step.foreign_decay import ForeignDecay, check_decay
 
 
 class WeightDecay(HubCallback):
-    """Decoupled weight decay for an optimizer of another package, which has none or only L2.
+    """Decoupled weight decay for an optimizer of another package that has none or only L2.
 
-    Right before each update the weights shrink by a factor, all in one foreach call: exactly AdamW's decay, whatever
-    the optimizer. It stands still on skipped steps. The optimizers of `lightning_optim.optim` need no callback: they
-    have every kind built in.
+    Right before each update the weights are multiplied by a factor, all in one foreach call. This is exactly AdamW's
+    decay, for any optimizer. Skipped steps do not decay. The optimizers of `lightning_optim.optim` need no callback,
+    because they have every kind built in.
 
     Args:
-        weight_decay: λ, above 0. It acts on all parameter groups but those in ``groups``.
+        weight_decay: λ, above 0, of all parameter groups except those in ``groups``.
         kind: `decoupled` (lr·λ per step), `independent` (lr/peak·λ) or `corrected` (lr²·λ/peak).
-        groups: λ of single parameter groups by their name. None means 0 for a group called ``no_decay``, if there is
-            one, which is what the factory calls biases, norms and embeddings.
+        groups: λ of individual parameter groups, by name. None means 0 for a group called ``no_decay``, if there is
+            one; this is the factory's name for the group of biases, norms and embeddings.
 
     Raises:
-        ValueError: A value is out of range; when training starts: weights would decay twice, or a group is unknown.
+        ValueError: A value is out of range; or, when training starts, weights would decay twice or a group is unknown.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[WeightDecay(0.1)], logger=False, enable_checkpointing=False)

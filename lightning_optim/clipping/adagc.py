@@ -19,14 +19,14 @@ class AdaGC(ClipRule):
 
         ĝᵢ = gᵢ / max(1, ‖gᵢ‖ / (ratio · γᵢ)),   γᵢ ← β · γᵢ + (1 − β) · ‖ĝᵢ‖
 
-    A tensor clipped ``patience`` times in a row has a new level: γᵢ becomes its norm. (By itself γ grows by a
-    thousandth per step at most, so that a layer just unfrozen would be held down for hundreds of steps.)
+    If a tensor is clipped ``patience`` times in a row, γᵢ is set to its norm, the new level. (Otherwise γ grows by at
+    most a thousandth per step, so that a layer that has just been unfrozen would be clipped for hundreds of steps.)
 
     Args:
         max_norm: Limit on the global norm during the warmup, above 0.
-        ratio: By how much a norm may be above γ, at least 1.
-        beta: β, in [0, 1).
-        warmup: Steps with the global limit; skipped ones are not counted.
+        ratio: Largest ratio of a norm to γ, at least 1.
+        beta: β, the decay rate of the average, in [0, 1).
+        warmup: Number of steps with the global limit; skipped steps are not counted.
         patience: Number of clipped steps in a row after which the new level is adopted; None for never, as in the
             paper.
 
@@ -50,7 +50,9 @@ class AdaGC(ClipRule):
         self.max_norm = above_zero("max_norm", max_norm, 1.0)
         self.ratio = above_zero("ratio", ratio, 1.05)
         if self.ratio < 1:
-            raise ValueError(f"Invalid ratio={ratio!r}: below 1 every step would be clipped, each to less.")
+            raise ValueError(
+                f"Invalid ratio={ratio!r}: it must be at least 1, because below 1 every step would be clipped."
+            )
         if not 0 <= beta < 1:
             raise ValueError(f"Invalid beta={beta!r}: it must be in [0, 1), for instance 0.98.")
         self.beta = float(beta)
@@ -84,6 +86,6 @@ class AdaGC(ClipRule):
         if self.patience is not None:
             moved = flags >= self.patience
             new, flags = torch.where(moved, norms, new), torch.where(moved, 0, flags)
-        # A gradient of zeros says nothing about the level: γ would be 0, and the tensor would be held at 0.
+        # A gradient of zeros does not set the level, because γ = 0 would clip all later gradients to 0.
         new = torch.where(norms > 0, new, gamma)
         return {"gamma": scatter(state["gamma"], stats, new), "flags": scatter(state["flags"], stats, flags)}

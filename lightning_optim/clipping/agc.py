@@ -11,21 +11,21 @@ from lightning_optim.core.suggest import nearest
 
 
 class AGC(ClipRule):
-    r"""Adaptive gradient clipping: each output unit's gradient is limited to a share of the unit's own weights.
+    r"""Adaptive gradient clipping: the gradient of each output unit is limited to a fraction of the unit's weights.
 
-    A unit is a row of a matrix, a filter of a convolution, and all of a vector. Its gradient's norm is brought down to
-    clip_factor · max(‖w‖, eps). Made for networks without normalisation layers. Units have to be scaled one by one,
-    which no optimizer does in its kernel, so the gradients are rewritten, in one pass; their norms and those of the
-    weights are read once each.
+    A unit is a row of a matrix, a filter of a convolution, or a whole vector. The norm of its gradient is limited to
+    clip_factor · max(‖w‖, eps). The rule is designed for networks without normalisation layers. The kernels of the
+    optimizers do not support a factor per unit, so the gradients are rewritten in one pass; gradients and weights are
+    read once each for their norms.
 
     Args:
         clip_factor: λ, above 0: 0.01 in the paper, more for small batches.
-        eps: Smallest norm that weights are taken to have, above 0, so that what starts at zero can train.
-        exclude: Patterns (``re.search``) of names of parameters that are not clipped. The paper leaves out the
+        eps: Lower bound of the norm of weights, above 0, so that weights which start at zero can train.
+        exclude: Patterns (``re.search``) of names of parameters that are not clipped. The paper excludes the
             classifier, so give its name: ``["^head\."]``.
 
     Raises:
-        ValueError: An argument is out of range, or no pattern; later, if a pattern matches no parameter.
+        ValueError: An argument is out of range, or not a valid pattern; later, if a pattern matches no parameter.
 
     References:
         Brock et al., High-performance large-scale image recognition without normalization, 2021,
@@ -36,9 +36,11 @@ class AGC(ClipRule):
 
     def __init__(self, clip_factor: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = ()) -> None:
         self.clip_factor = above_zero("clip_factor", clip_factor, 0.01)
-        self.eps = above_zero("eps", eps, 1e-3, "leave gradient clipping out; at 0, what starts at zero stays there")
+        self.eps = above_zero(
+            "eps", eps, 1e-3, "leave gradient clipping out; at 0, weights that start at zero would never change"
+        )
         if isinstance(exclude, str):
-            raise ValueError(f"Invalid exclude={exclude!r}: it is a list of patterns, so write [{exclude!r}].")
+            raise ValueError(f"Invalid exclude={exclude!r}: it must be a list of patterns, such as [{exclude!r}].")
         self.exclude = tuple(exclude)
         for pattern in self.exclude:
             try:
@@ -59,7 +61,7 @@ class AGC(ClipRule):
         for pattern in self.exclude:
             if not names:
                 raise ValueError(
-                    f"{self!r} goes by names, and the parameters have none. Give the optimizer named_parameters(), or "
+                    f"{self!r} needs names, and the parameters have none. Give the optimizer named_parameters(), or "
                     "the pipeline their names."
                 )
             if not any(re.search(pattern, name) for name in names):

@@ -1,4 +1,4 @@
-"""The interface of clip rules, and the three forms of their decision: divisor, divisor of each unit, clamp."""
+"""The interface of clip rules, and the forms of their decision: one divisor, a divisor of each unit, or a clamp."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ STATELESS: State = MappingProxyType({})
 
 
 class ClipRule(ABC):
-    """A rule for clipping: by how much the gradients of a step are scaled down.
+    """Base class of clip rules, which decide how much the gradients of a step are scaled down.
 
     A rule is two pure functions on the device, neither of which may synchronise with the host: calling it returns the
-    divisor of the gradients, and `updated` its next state. It holds no tensors itself, so that one object serves
-    several optimizers. `Clipper` keeps the state, under one contract for all rules:
+    divisor of the gradients, and `updated` its next state. A rule holds no tensors, so that one object can serve
+    several optimizers. `Clipper` holds the state, under one contract for all rules:
 
-    - A step that is skipped, for a gradient that is not finite or for any other reason, leaves the state as it was.
-    - The state has ``steps``, the steps accepted so far, int64, shape []: warmups count these.
-    - The state is in checkpoints.
+    - A step that is skipped, because a gradient is not finite or for any other reason, does not change the state.
+    - The state has ``steps``, the number of accepted steps so far, int64, shape [], which warmups count.
+    - The state is saved in checkpoints.
 
     To add one, subclass, define `__call__`, and use it as ``GradientClipping(method=MyRule())``, or by name after
     `lightning_optim.register`.
@@ -42,10 +42,10 @@ class ClipRule(ABC):
     """
 
     per_parameter: ClassVar[tuple[str, ...]] = ()
-    """Names of state with one value for each parameter of the optimizer, whether it has a gradient or not."""
+    """Names of state with one value for each parameter of the optimizer, including parameters without a gradient."""
 
     reads_units: ClassVar[bool] = False
-    """Whether it reads the norm of each row, which flat shards of FSDP1 cut anywhere."""
+    """Whether the rule needs the norm of each row, which is not available for the flat shards of FSDP1."""
 
     @abstractmethod
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor | Clip:
@@ -172,7 +172,7 @@ class UnitDivisor(Clip):
 
 
 class Clamp(Clip):
-    """Clamp of each element to [-limit, limit]; of complex gradients, of their real and imaginary parts.
+    """Clamp of each element to [-limit, limit]; for complex gradients, of real and imaginary parts.
 
     Args:
         limit: The limit.
@@ -193,7 +193,7 @@ class Clamp(Clip):
         """Clamp each element, one launch per tensor."""
         for grad in grads:
             limit = self.limit if scale is None else scale.to(grad.device, non_blocking=True) * self.limit
-            if grad.is_complex():  # symmetric, so that a lazy conjugation may stay
+            if grad.is_complex():  # The clamp is symmetric, so a lazy conjugation needs no resolution.
                 grad = torch.view_as_real(grad.conj() if grad.is_conj() else grad)
             grad.clamp_(-limit, limit)  # type: ignore[arg-type] # numbers and tensors alike, which the stubs deny
 
@@ -203,7 +203,7 @@ def gather(values: Tensor, stats: GradStats) -> Tensor:
 
     Args:
         values: One value for each parameter, shape [parameters].
-        stats: Statistics of the gradients, which know the places of their tensors.
+        stats: Statistics of the gradients, with the indices of their tensors.
 
     Returns:
         Shape [tensors].
@@ -216,7 +216,7 @@ def scatter(values: Tensor, stats: GradStats, new: Tensor) -> Tensor:
 
     Args:
         values: One value for each parameter, shape [parameters].
-        stats: Statistics of the gradients, which know the places of their tensors.
+        stats: Statistics of the gradients, with the indices of their tensors.
         new: The new values, shape [tensors].
 
     Returns:
@@ -233,14 +233,14 @@ def above_zero(name: str, value: float, usual: float, instead: str = "leave grad
         name: Name of the argument, for the message.
         value: What was given.
         usual: An example of a good value.
-        instead: How to get what a value of 0 might be meant for.
+        instead: Way to turn clipping off, for a message about a value of 0.
 
     Raises:
         ValueError: ``value`` is not a finite number above 0.
     """
     if not math.isfinite(value) or value <= 0:
         raise ValueError(
-            f"Invalid {name}={value!r}: it must be a finite number above 0, for instance {usual}. To not clip, "
+            f"Invalid {name}={value!r}: it must be a finite number above 0, for instance {usual}. For no clipping, "
             f"{instead}."
         )
     return float(value)

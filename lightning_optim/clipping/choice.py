@@ -1,4 +1,4 @@
-"""Names of clip rules."""
+"""Registry of clip rules by name."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _BUILT_IN: dict[str, type[ClipRule]] = {
 
 
 CLIP_RULES: Registry[ClipRule] = Registry("clipping method", ClipRule)
-"""Clip rules by name; `lightning_optim.register` adds a user's own."""
+"""Clip rules by name; `lightning_optim.register` adds rules of users."""
 
 for _name, _cls in _BUILT_IN.items():
     CLIP_RULES.add(_cls, _name)
 
 
 def list_clip_rules() -> list[str]:
-    """Return the registered names, sorted."""
+    """Return the names of all registered clip rules, sorted."""
     return CLIP_RULES.names()
 
 
@@ -43,7 +43,7 @@ def get_clip_rule(name: str) -> type[ClipRule]:
     """Return the rule class called ``name``.
 
     Raises:
-        ValueError: There is none; the message names the nearest.
+        ValueError: No rule has that name; the message suggests the nearest one.
     """
     return CLIP_RULES.get(name)
 
@@ -52,7 +52,7 @@ def make_clip_rule(name: str, arguments: Mapping[str, Any]) -> ClipRule:
     """Create the rule called ``name`` with these arguments.
 
     Raises:
-        ValueError: The name is unknown, or the rule has no such argument; the message names the nearest.
+        ValueError: The name or an argument is unknown; the message suggests the nearest one.
 
     Example:
         >>> make_clip_rule("value", {"max_value": 0.5})

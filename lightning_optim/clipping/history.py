@@ -1,4 +1,4 @@
-"""Rules whose limit on the global norm comes from the norms so far: a percentile, a robust z-score."""
+"""Rules whose limit on the global norm depends on recent norms, by a percentile or a robust z-score."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, St
 from lightning_optim.core.stats import GradStats
 
 SMALLEST = 1e-30
-"""Stands for a norm of 0, which has no logarithm and cannot be divided by."""
+"""Replacement for a norm of 0, which has no logarithm and cannot be a divisor."""
 
 
 class AutoClip(ClipRule):
     """Limit the global norm to a percentile of the last norms, the present one included.
 
-    The norms remembered are those before clipping, so a new level of the norm becomes the limit as it fills the window.
-    Note that a percentile of p clips (100 − p) % of steady steps. The paper's 10 clips nine steps of ten: rather a
-    normalised gradient than protection from spikes, for which 90 to 99 are better.
+    The window has norms before clipping, so the limit follows a new level of the norm as that fills the window. Note
+    that percentile p clips (100 − p) % of the steps of a steady run. The 10 of the paper clips nine steps out of ten,
+    which normalises the gradient rather than protecting from spikes; for protection use 90 to 99.
 
     Args:
-        percentile: Which percentile, above 0 and at most 100. The default is the paper's.
-        window: How many norms are remembered. (The paper remembers all of the run.)
-        warmup: Steps before the first clipping; skipped ones are not counted.
+        percentile: The percentile, above 0 and at most 100. The default is that of the paper.
+        window: Number of norms in the window. (The paper uses all norms of the run.)
+        warmup: Number of steps before the first clipping; skipped steps are not counted.
 
     Raises:
         ValueError: An argument is out of range.
@@ -51,7 +51,7 @@ class AutoClip(ClipRule):
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
         """Return the divisor, at least 1, shape []."""
         norm = stats.total_norm()
-        kept = norm.to(state["norms"].dtype)  # as the window rounds it: a norm is never above itself
+        kept = norm.to(state["norms"].dtype)  # Rounded like the window, so that a norm is never above itself.
         norm = torch.where(kept.isfinite(), kept.to(norm.dtype), norm)
         ordered = self._norms(norm, state).sort().values
         known = (state["steps"] + 1).clamp(max=self.window)
@@ -68,23 +68,24 @@ class AutoClip(ClipRule):
 
 
 class ZClip(ClipRule):
-    """Clip a global norm that stands out from the last ones, by its robust z-score in log space.
+    """Clip a global norm that is an outlier among recent ones, by its robust z-score in log space.
 
     With x = log ‖g‖, the median and σ = 1.4826 · MAD of the last ``window`` x (but σ at least 0.04, a spread of 4 %):
 
         z = (x − median) / σ;    z > threshold:  x ← median + threshold² / z · σ
 
-    as in ZClip: the further out, the closer to the median. Unlike there, a few spikes move neither median nor MAD;
-    in log space, the spread of a quantity that is a product of many is the same at every level; and what is flagged
-    does not enter the window. ``patience`` flags in a row are a new level: the window is moved there, and clipping
-    ends. (A mean and variance of clipped values never follow a level that has risen by half.)
+    as in ZClip: the larger the outlier, the closer to the median. It differs from the paper in three points: a few
+    spikes change neither median nor MAD; in log space, the spread of a quantity that is a product of many factors is
+    the same at every level; and flagged norms do not enter the window. After ``patience`` consecutive flags, the window
+    is shifted to the new level, and clipping ends. (The mean and variance of clipped values never follow a level that
+    has risen by half.)
 
     Args:
-        threshold: z₀, above 0; 2.5, as in ZClip, touches about 1 % of steady steps.
-        window: How many steps are remembered.
-        warmup: Steps before the first clipping; skipped ones are not counted.
+        threshold: z₀, above 0; 2.5, as in the paper, affects about 1 % of the steps of a steady run.
+        window: Number of steps in the window.
+        warmup: Number of steps before the first clipping; skipped steps are not counted.
         patience: Number of consecutive flags after which the new level is adopted.
-        max_norm: A fixed limit on the norm in addition, from the first step on, for the warmup; None for none.
+        max_norm: Additional fixed limit on the norm, from the first step on, for the warmup; None for no limit.
 
     Raises:
         ValueError: An argument is out of range.
@@ -112,7 +113,7 @@ class ZClip(ClipRule):
         self.max_norm = None if max_norm is None else above_zero("max_norm", max_norm, 1.0, "give None")
 
     def init_state(self, parameters: int) -> dict[str, Tensor]:
-        """Return an empty window, and no flagged values since the last that was not flagged."""
+        """Return an empty window, and an empty list of consecutive flagged values."""
         return {
             "logs": torch.full((self.window,), torch.inf, device="cpu"),
             "known": torch.zeros((), dtype=torch.int64, device="cpu"),
@@ -133,7 +134,7 @@ class ZClip(ClipRule):
         """Add a norm that is not flagged to the window; move the window after ``patience`` flags in a row."""
         assert isinstance(clip, Divisor)
         x = _log(stats.total_norm())
-        # The schedule of the limit is left out: it says what may pass, not what is normal.
+        # The schedule of the limit is ignored here, because it does not change which norms are normal.
         _, flag = self._excess(stats.total_norm(), state)
         flagged = _put(state["flagged"], state["flags"], x)
         flags = torch.where(flag, state["flags"] + 1, torch.zeros_like(state["flags"]))
@@ -149,7 +150,7 @@ class ZClip(ClipRule):
         }
 
     def _excess(self, norm: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """By how much log ``norm`` is above where it would be clipped to, and whether it is flagged."""
+        """Return the amount by which log ``norm`` exceeds its clipped value, and whether it is flagged, [] each."""
         x = _log(norm)
         known = state["known"]
         median = self._median(state["logs"], known)
@@ -168,13 +169,13 @@ def _log(norm: Tensor) -> Tensor:
 
 
 def _put(ring: Tensor, count: Tensor, value: Tensor) -> Tensor:
-    """The ring with ``value`` as its entry number ``count``."""
+    """Return the ring buffer, [window], with ``value``, [], as entry number ``count``."""
     here = torch.arange(len(ring), device=ring.device) == count % len(ring)
     return torch.where(here, value.to(ring.dtype), ring)
 
 
 def _quantile(ordered: Tensor, known: Tensor, q: float) -> Tensor:
-    """A quantile of the first ``known`` of ``ordered``, between two as numpy's default has it; shape []."""
+    """Return the quantile of the first ``known`` values of ``ordered``, shape [], interpolated as numpy's default."""
     position = (known - 1) * q
     below = position.floor().to(torch.int64)
     above = torch.minimum(below + 1, known - 1)

@@ -52,10 +52,10 @@ class GroupNorm(ClipRule):
 
     Args:
         max_norm: Limit of the groups that are not in ``groups``; None for no clipping of those.
-        groups: Limit of each group by its name, or its number where it has none; None for no clipping of it.
+        groups: Limit of each group by its name, or by its index if it has no name; None for no clipping of the group.
 
     Raises:
-        ValueError: A limit is not a finite number above 0, or there is none; later, if a group does not exist.
+        ValueError: A limit is not a finite number above 0, or no group has a limit; later, if a group does not exist.
 
     Example:
         >>> import torch
@@ -82,7 +82,7 @@ class GroupNorm(ClipRule):
             names: Names of the parameters.
 
         Raises:
-            ValueError: A group does not exist; the message names the nearest.
+            ValueError: A group does not exist; the message suggests the nearest name.
         """
         for name in self.groups:
             if name not in group_names:
@@ -105,8 +105,9 @@ class BlockRMS(ClipRule):
     The divisor of a tensor is max(1, RMS(g) / max_rms).
 
     Args:
-        max_rms: Largest root mean square of a tensor's gradient, above 0. The default is that of the sources, made for
-            updates; gradients are mostly far smaller, so inspect their RMS first.
+        max_rms: Largest root mean square of a tensor's gradient, above 0. The default is that of the publications,
+        which
+            clip updates; gradients are usually much smaller, so inspect their RMS first.
 
     Raises:
         ValueError: ``max_rms`` is not a finite number above 0.
@@ -133,8 +134,8 @@ class BlockRMS(ClipRule):
 class Value(ClipRule):
     """Clamp each element of the gradients to [−max_value, max_value], as torch's ``clip_grad_value_`` does.
 
-    Of complex gradients, real and imaginary parts. This changes the gradient's direction. No optimizer takes a limit in
-    its kernel, so the gradients are rewritten.
+    For complex gradients, real and imaginary parts are clamped. This changes the direction of the gradient. The kernels
+    of the optimizers do not support it, so the gradients are rewritten in place.
 
     Args:
         max_value: Largest absolute value of an element, above 0.

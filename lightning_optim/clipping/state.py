@@ -1,4 +1,4 @@
-"""A clip rule at work on one optimizer: its state, from step to step and over a resume."""
+"""State of a clip rule for one optimizer, from step to step and across checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Clipper:
 
     Args:
         rule: The rule.
-        limit: Factor on the rule's limit, as a function of the optimizer steps taken so far; None for 1.
+        limit: Factor of the rule's limit, as a function of the number of optimizer steps so far; None for 1.
     """
 
     def __init__(self, rule: ClipRule, limit: Callable[[int], float] | None = None) -> None:
@@ -39,6 +39,9 @@ class Clipper:
             parameters: Number of parameters of the optimizer.
             device: The device of the state.
 
+        Returns:
+            The decision, whose tensors are on the device of ``stats``.
+
         Raises:
             ValueError: The schedule of the limit is not above 0 at this step.
         """
@@ -46,8 +49,8 @@ class Clipper:
         limit = 1.0 if self._limit is None else self._limit(steps)
         if not limit > 0:
             raise ValueError(
-                f"The schedule multiplies the limit of {self.rule!r} by {limit} at step {steps}: nothing would pass. "
-                "It has to stay above 0, for instance Cosine(final=0.1)."
+                f"The schedule multiplies the limit of {self.rule!r} by {limit} at step {steps}, which would clip all "
+                "gradients to 0. It must stay above 0, for instance Cosine(final=0.1)."
             )
         answer = self.rule(stats, self._state, limit)
         clip = Divisor(answer) if isinstance(answer, Tensor) else answer
@@ -67,7 +70,7 @@ class Clipper:
         self._next = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return name and state of the rule, as plain tensors; empty for a rule without state."""
+        """Return the name and the state of the rule, as copies of tensors; empty for a rule without state."""
         state = self._state or self._saved or {}
         if not state:
             return {}
@@ -79,7 +82,9 @@ class Clipper:
         if saved and saved["rule"] == type(self.rule).__name__:
             self._saved = saved["state"]
         elif saved:
-            logger.warning("%r starts afresh: the checkpoint has the state of %s.", self.rule, saved["rule"])
+            logger.warning(
+                "%r starts from new state, because the checkpoint has the state of %s.", self.rule, saved["rule"]
+            )
 
     def _prepare(self, parameters: int, device: torch.device) -> None:
         """Create the state, or extend it for parameters that have joined the optimizer."""
@@ -98,7 +103,9 @@ class Clipper:
                     else:
                         fresh[name] = known[name]
             else:
-                logger.warning("%r starts afresh: the state in the checkpoint is of another size.", self.rule)
+                logger.warning(
+                    "%r starts from new state, because the state in the checkpoint has another size.", self.rule
+                )
         self._saved = None
         self._state = {name: value.to(device) for name, value in fresh.items()}
 

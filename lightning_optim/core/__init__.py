@@ -1,1 +1,1 @@
-"""Helpers over torch alone that two folders or more use."""
+"""Helpers that depend on torch only and are used by two or more folders."""

@@ -1,10 +1,11 @@
-"""One notation for lengths of training: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``."""
+"""Notation for durations of training: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``."""
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _PATTERN = re.compile(r"\s*(?P<amount>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>steps?|epochs?|%|percent)\s*", re.IGNORECASE)
 _FORMS = "Write a number of optimizer steps (500 or '500 steps'), of epochs ('2 epochs') or a share of the run ('5%')."
@@ -12,27 +13,64 @@ _FORMS = "Write a number of optimizer steps (500 or '500 steps'), of epochs ('2 
 
 @dataclass(frozen=True)
 class Horizon:
-    """How long a run is, in optimizer steps.
+    """The length of a run in optimizer steps.
 
     Args:
-        total_steps: Optimizer steps of the whole run, or None if nothing bounds them (such as ``max_time`` alone).
-        steps_per_epoch: Optimizer steps of one epoch, or None if it is not known (an ``IterableDataset``).
+        total_steps: Optimizer steps of the whole run, at least 0; None if nothing bounds them (such as ``max_time``
+            alone).
+        steps_per_epoch: Optimizer steps of one epoch, on average; None if it is not known (an ``IterableDataset``).
+        epoch_ends: Number of steps taken by the end of each epoch, in ascending order, where epochs differ in length;
+            empty where all have ``steps_per_epoch``.
+        is_trial: Whether the run is shorter than the one that is configured (``fast_dev_run``, a finder's trial): a
+            schedule that is longer than the run is then scaled to it, not refused.
+
+    Raises:
+        ValueError: A length is negative or not finite.
+
+    Example:
+        >>> Duration.parse("2 epochs").steps(Horizon(total_steps=30, epoch_ends=(5, 15, 30)))
+        15
     """
 
     total_steps: int | None = None
     steps_per_epoch: float | None = None
+    epoch_ends: tuple[int, ...] = field(default=(), compare=False)
+    is_trial: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "steps_per_epoch"):
+            length = getattr(self, name)
+            if length is not None and not (length >= 0 and math.isfinite(length)):
+                raise ValueError(f"Invalid {name}={length!r} of Horizon: must be at least 0 and finite, or None.")
+
+    def steps_at(self, epochs: float) -> float | None:
+        """Return the number of steps taken after ``epochs`` epochs, interpolated within one; None if not known."""
+        ends = (0, *self.epoch_ends)
+        if len(ends) == 1:
+            return None if self.steps_per_epoch is None else epochs * self.steps_per_epoch
+        whole = min(int(epochs), len(ends) - 2)  # Beyond the last known epoch, further ones are as long as that.
+        return ends[whole] + (epochs - whole) * (ends[whole + 1] - ends[whole])
+
+    def epochs_at(self, step: float) -> float | None:
+        """Return the number of epochs that have passed after ``step`` steps: the inverse of `steps_at`."""
+        ends = (0, *self.epoch_ends)
+        if len(ends) == 1:
+            return step / self.steps_per_epoch if self.steps_per_epoch else None
+        whole = min(max(bisect.bisect_right(ends, step) - 1, 0), len(ends) - 2)
+        length = ends[whole + 1] - ends[whole]
+        return whole + ((step - ends[whole]) / length if length else 0.0)
 
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training that becomes a number of steps once the length of the run is known.
+    """Duration of training, which converts to a number of steps once the length of the run is known.
 
     Args:
-        amount: How many, at least 0.
+        amount: Number of units, at least 0.
         unit: ``"steps"``, ``"epochs"`` or ``"percent"`` (of the whole run).
 
     Raises:
-        ValueError: The amount is negative or not finite, or steps are not whole.
+        ValueError: The unit is unknown, the amount is negative, not finite or above 100%, or steps are not whole.
 
     Example:
         >>> Duration.parse("5%").steps(Horizon(total_steps=1000))
@@ -58,13 +96,13 @@ class Duration:
 
     @classmethod
     def parse(cls, value: int | str | Duration) -> Duration:
-        """Parse any of the notations.
+        """Parse a duration in any of the notations.
 
         Args:
             value: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``, or a `Duration`, which is returned as it is.
 
         Raises:
-            ValueError: It is none of these; the message lists them.
+            ValueError: The value has none of these forms; the message lists them.
         """
         if isinstance(value, Duration):
             return value
@@ -81,20 +119,21 @@ class Duration:
         raise ValueError(f"Cannot read the duration {value!r}.{hint} {_FORMS}")
 
     def steps(self, horizon: Horizon) -> int:
-        """Convert the duration to optimizer steps, rounded to the nearest; one above zero is at least one step.
+        """Convert the duration to optimizer steps, rounded to nearest; a positive duration is at least one step.
 
         Args:
             horizon: Length of the run.
 
         Raises:
-            ValueError: The unit needs a length that ``horizon`` does not know.
+            ValueError: The unit needs a length that is None in ``horizon``.
         """
         if self.unit == "steps":
             return int(self.amount)
         if self.unit == "epochs":
-            if horizon.steps_per_epoch is None:
+            found = horizon.steps_at(self.amount)
+            if found is None:
                 raise ValueError(f"The duration '{self}' needs the length of an epoch, which is not known. {_FORMS}")
-            exact = self.amount * horizon.steps_per_epoch
+            exact = found
         else:
             if horizon.total_steps is None:
                 raise ValueError(f"The duration '{self}' needs the length of the run, which is not known. {_FORMS}")
@@ -103,7 +142,7 @@ class Duration:
 
     @property
     def is_relative(self) -> bool:
-        """Whether it depends on the length of the whole run."""
+        """Whether the duration depends on the length of the whole run."""
         return self.unit == "percent"
 
     def __bool__(self) -> bool:

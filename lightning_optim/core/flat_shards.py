@@ -1,7 +1,7 @@
-"""Sums over whole parameters that torch's first FSDP has flattened and split. Its private parts are used only here.
+"""Sums over parameters that FSDP1 has flattened and sharded. Private parts of FSDP1 are used in this module only.
 
-A rank holds some elements of some parameters, as plain tensors, and no gradient at all of the others. (The second one,
-`fully_shard`, has DTensors; see `sharding`.) ``tests/distributed/test_fsdp1.py`` says what is relied on.
+A rank holds some elements of some parameters, as plain tensors, and no gradient of the other parameters. (FSDP2,
+`fully_shard`, uses DTensors; see `sharding`.) ``tests/distributed/test_fsdp1.py`` states what is relied on.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lightning_optim.core.transfer import upload
 
 
 class FlatShards:
-    """Which parameters are cut, over which ranks, and how large they are as a whole.
+    """The sharded parameters of FSDP1 with their process groups and unsharded sizes.
 
     Args:
-        units: For each unit of FSDP that cuts, its process group, and the whole size of its parameters.
+        units: For each sharding unit of FSDP, its process group and the unsharded number of elements of its parameters.
     """
 
     def __init__(self, units: Sequence[tuple[Any, dict[Tensor, int]]]) -> None:
@@ -31,7 +31,7 @@ class FlatShards:
 
     @classmethod
     def of(cls, module: nn.Module) -> FlatShards | None:
-        """The shards of ``module``; None if there are none."""
+        """Return the sharded parameters of ``module``; None if there are none."""
         units = list(_units(module))
         return cls(units) if units else None
 
@@ -39,16 +39,24 @@ class FlatShards:
         return param in self._sizes
 
     def numel(self, param: Tensor) -> int:
-        """Number of elements of a parameter as a whole."""
+        """Return the number of elements of a parameter over all its shards."""
         return self._sizes.get(param, param.numel())
 
     def sum(self, values: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """``values`` ([tensors] or [tensors, columns]) of this rank's parts, added over the ranks that share each."""
+        """Add per-tensor values of local shards over the ranks among which each tensor is sharded.
+
+        Args:
+            values: Values of this rank's shards, [tensors] or [tensors, columns].
+            params: The parameters.
+
+        Returns:
+            A new tensor of the same shape.
+        """
         return self._reduce(values, params, "SUM")
 
     def max(self, values: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """The largest of ``values``; infinite if any rank has a NaN."""
-        # MAX may drop a NaN, depending on the library that communicates, but none drops an infinity.
+        """Compute the maximum of per-tensor values, else as `sum`; infinite if any rank has a NaN."""
+        # Some communication libraries drop a NaN in MAX, but none drops an infinity.
         return self._reduce(values.nan_to_num(nan=torch.inf, posinf=torch.inf), params, "MAX")
 
     def _reduce(self, values: Tensor, params: Sequence[Tensor], operation: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""One-element tensors on the host, and the widest dtype of a device."""
+"""Reading one-element tensors on the host, and the widest floating-point dtype of a device."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def read(tensor: Tensor) -> float:
-    """The value of a one-element CPU tensor, from its memory: no operator is dispatched, so nothing is synchronised."""
+    """Return the value of a one-element CPU tensor from its memory, without dispatching an operator."""
     return float(tensor.detach().resolve_neg().numpy().reshape(()))
 
 
 def is_set(skip: Tensor | None) -> bool:
-    """Whether ``skip`` (on the CPU) asks for nothing to change."""
+    """Return whether the flag ``skip``, shape [], on the CPU, is given and non-zero."""
     return skip is not None and read(skip) != 0
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """Float64 wherever the device has it."""
+    """Return float64 if the device supports it, otherwise float32."""
     return torch.float32 if device.type == "mps" else torch.float64

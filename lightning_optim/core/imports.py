@@ -1,4 +1,4 @@
-"""Things given by their import path."""
+"""Import of objects by their full path."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lightning_optim.core.suggest import nearest
 
 
 def import_object(path: str, what: str, base: type | tuple[type, ...]) -> Any:
-    """What ``path`` names.
+    """Import the object with the full path ``path``.
 
     Args:
-        path: A full import path, ``torch.optim.AdamW``.
-        what: What it is wanted for, for messages.
+        path: A full import path, such as ``torch.optim.AdamW``.
+        what: Role of the object, for messages.
         base: Classes whose subclasses are suggested if the name is unknown.
 
     Raises:
-        ValueError: The module cannot be imported, or has no such name; the message names the nearest.
+        ValueError: The module cannot be imported or has no such name; the message suggests the nearest one.
 
     Example:
         >>> import_object("math.pi", "number", object)

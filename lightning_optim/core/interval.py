@@ -1,4 +1,4 @@
-"""Running count, mean and maximum of a number between two reports, kept on the device."""
+"""Running count, mean and maximum of a scalar between two reports, accumulated on the device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _AT_ONCE = 64
 
 
 class Interval:
-    """Count, mean and maximum of the finite values seen since they were last taken; the host never waits.
+    """Count, mean and maximum of the finite values since the last reset, without host synchronisation.
 
-    A mean alone hides a spike of one step, and smoothing hides it once more: so the maximum is kept as well.
+    A mean hides a spike of a single step, and smoothing hides it further, so the maximum is recorded as well.
 
     Args:
-        device: Where the values are.
+        device: Device of the values.
 
     Example:
         >>> interval = Interval(torch.device("cpu"))
@@ -32,8 +32,8 @@ class Interval:
         self._waiting: list[Tensor] = []
 
     def add(self, value: Tensor) -> None:
-        """Add one value, shape [], which must not change afterwards; NaN and infinities are left out."""
-        # Every step does this, so what is computed is computed for many at once.
+        """Add one value, shape [], which must not change afterwards; NaN and infinities are ignored."""
+        # This runs at every step, so values are collected and reduced many at a time.
         self._waiting.append(value.detach())
         if len(self._waiting) == _AT_ONCE:
             self._add_up()
@@ -48,7 +48,7 @@ class Interval:
         torch.maximum(self._largest, torch.where(finite, values, -torch.inf).max(), out=self._largest)
 
     def take_sums(self) -> tuple[Tensor, Tensor]:
-        """(count, sum), shape [2], and the maximum, shape []; starts anew. Both add up over ranks."""
+        """Return (count, sum), shape [2], and the maximum, shape [], and reset; both can be reduced over ranks."""
         self._add_up()
         sums, largest = self._sums.clone(), self._largest.clone()
         self._sums.zero_()
@@ -56,11 +56,11 @@ class Interval:
         return sums, largest
 
     def take(self) -> Tensor:
-        """Count, mean and maximum, shape [3]; NaN for the latter two if there was nothing. Starts anew."""
+        """Return count, mean and maximum, shape [3], and reset; without values, mean and maximum are NaN."""
         return summarise(*self.take_sums())
 
 
 def summarise(sums: Tensor, largest: Tensor) -> Tensor:
-    """Count, mean and maximum, shape [3], from what `Interval.take_sums` gives."""
+    """Return count, mean and maximum, shape [3], from the results of `Interval.take_sums`."""
     count, total = sums
     return torch.stack([count, total / count, torch.where(count > 0, largest, torch.nan)])

@@ -1,4 +1,4 @@
-"""Old import paths of modules that have moved, kept for one release with a warning."""
+"""Old import paths of moved modules, supported for one release with a warning."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PACKAGE = "lightning_optim."
 
 
 class _MovedModules(MetaPathFinder, Loader):
-    """Finds a stand-in under the old name, which takes its names from the new module."""
+    """Import finder that creates a proxy under the old name, whose attributes are those of the new module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,9 +1,9 @@
-"""Placement of DTensor gradients as their parameters are placed.
+"""Redistribution of DTensor gradients to the placements of their parameters.
 
-Under tensor parallelism autograd leaves some of them otherwise: as terms of a sum that no rank has taken yet
-(`Partial`, of norms that each rank applies to its part of the sequence), or whole on every rank beside a parameter of
-which each has a part (`Replicate` beside `Shard`, of embeddings). What lies on a rank then belongs to other elements
-than the rank's part of the parameter, or is not the gradient of anything.
+Under tensor parallelism autograd gives some gradients other placements: `Partial`, terms of a sum that has not been
+reduced (for norms that each rank applies to its part of the sequence), or `Replicate` for a parameter that is `Shard`
+(for embeddings). The local tensor of such a gradient belongs to other elements than that of the parameter, or is not a
+gradient at all.
 """
 
 from __future__ import annotations
@@ -15,44 +15,46 @@ import torch
 from torch import Tensor
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""The usual types. Looking here first is far faster than asking for an attribute that is missing."""
+"""The usual types. Testing for them first is much faster than looking up an attribute that is missing."""
 
 
 def is_split(placement: Any) -> bool:
-    """Whether ranks hold different parts along this mesh dimension.
+    """Return whether ranks hold different parts along the mesh dimension of ``placement``.
 
-    Not `Placement.is_shard`, which torch 2.13 denies of `_StridedShard`, that of FSDP2 over tensor parallelism.
+    `Placement.is_shard` is not used, because in torch 2.13 it is False for `_StridedShard`, the placement of FSDP2 over
+    tensor parallelism.
     """
     return not (placement.is_replicate() or placement.is_partial())
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ranks hold different parts of ``tensor``."""
+    """Return whether ranks hold different parts of ``tensor``."""
     return any(map(is_split, getattr(tensor, "placements", ())))
 
 
 def is_partial(tensor: Tensor) -> bool:
-    """Whether ranks hold terms of ``tensor`` that have not been added up."""
+    """Return whether ranks hold terms of ``tensor`` that have not been summed."""
     return any(placement.is_partial() for placement in getattr(tensor, "placements", ()))
 
 
 def gradient_of(param: Tensor, label: Callable[[], str] = lambda: "a parameter") -> Tensor | None:
-    """``param.grad``, with the placements of ``param``; None if there is none.
+    """Return ``param.grad`` with the placements of ``param``; None if there is no gradient.
 
-    Whatever reads gradients asks here first. One that is placed otherwise is redistributed, and the result takes its
-    place in ``param.grad``: the same gradient, held by other ranks. So it is done once however many read it, what a
-    clip rule rewrites in place is what the update finds, and nothing is held twice. torch's optimizers would come to
-    the same weights by themselves, for each of their DTensor operations redistributes anew.
+    All code that reads gradients must call this function. A gradient with other placements is redistributed, and the
+    result replaces ``param.grad``: it is the same gradient, distributed differently. This way the redistribution
+    happens once, the update sees what a clip rule has rewritten in place, and no second copy is kept. torch's
+    optimizers arrive at the same weights without it, because each of their DTensor operations redistributes its
+    operands.
 
-    A collective: all ranks ask for the same parameters in the same order. A plain gradient beside a DTensor is taken
-    to be the whole gradient, the same on all ranks.
+    This is a collective: all ranks must call it for the same parameters in the same order. The plain gradient of a
+    DTensor parameter is treated as the whole gradient, equal on all ranks.
 
     Args:
         param: The parameter.
-        label: How messages call it.
+        label: Function that returns the name of the parameter for messages.
 
     Raises:
-        ValueError: The parameter is `Partial`, or the gradient lies on another device mesh.
+        ValueError: The parameter is `Partial`, or the gradient is on another device mesh.
     """
     grad = param.grad
     if grad is None or (type(param) in PLAIN and type(grad) in PLAIN) or grad.layout != torch.strided:
@@ -65,30 +67,33 @@ def gradient_of(param: Tensor, label: Callable[[], str] = lambda: "a parameter")
         return grad
     if mesh is not None and given_mesh is not None and given_mesh != mesh:
         raise ValueError(
-            f"The gradient of {label()} is a DTensor on {given_mesh}, the parameter on {mesh}. Needed is one device "
-            "mesh for both: give it in one `parallelize_module`, or `fully_shard` over a mesh that includes it."
+            f"The gradient of {label()} is a DTensor on {given_mesh}, the parameter on {mesh}; both must be on one "
+            "device mesh. Use the same mesh in `parallelize_module`, or `fully_shard` over a mesh that includes it."
         )
     param.grad = placed_as(grad.detach(), param)
     return param.grad
 
 
 def partial_refused(label: str, param: Tensor) -> str:
-    """Why a parameter that is `Partial` cannot be optimized."""
+    """Return the message that a parameter with `Partial` placements cannot be optimized."""
     return (
         f"{label} is a DTensor with placements {getattr(param, 'placements', ())}: each rank holds a term of a sum "
-        "that is taken nowhere, so there is no parameter to update. Redistribute it to Replicate or Shard before the "
-        "optimizer is made."
+        "that is never computed, so there is no parameter to update. Redistribute it to Replicate or Shard before the "
+        "optimizer is created."
     )
 
 
 @torch.no_grad()
 def placed_as(tensor: Tensor, param: Tensor) -> Tensor:
-    """``tensor`` with the placements of ``param``. A collective, unless it has them already.
+    """Redistribute ``tensor`` to the placements of ``param``. This is a collective, unless it has them already.
 
     Args:
-        tensor: A gradient or state. A plain one is taken to be whole, and the same on all ranks; one of another shape
-            than the parameter's, say a factor, is returned as it is.
-        param: The parameter, a DTensor or plain.
+        tensor: A gradient or state. A plain tensor is treated as whole and equal on all ranks. A tensor whose shape is
+            not that of the parameter, such as a factor, is returned unchanged.
+        param: The parameter, a DTensor or a plain tensor.
+
+    Returns:
+        A tensor in the shape of ``tensor``.
     """
     given: Any = tensor
     if (type(given) in PLAIN and type(param) in PLAIN) or given.shape != param.shape:
@@ -106,7 +111,7 @@ def placed_as(tensor: Tensor, param: Tensor) -> Tensor:
     whole = [Replicate()] * mesh.ndim
     if not isinstance(given, DTensor):
         given = DTensor.from_local(given, mesh, whole, run_check=False)
-    # torch reaches a strided shard from whole tensors only (2.13).
+    # torch 2.13 can redistribute to a strided shard from replicated tensors only.
     if not all(placement.is_shard() for placement in (*placements, *given.placements) if is_split(placement)):
         given = given.redistribute(placements=whole)
     return given.redistribute(placements=placements)  # type: ignore[no-any-return]
@@ -114,7 +119,7 @@ def placed_as(tensor: Tensor, param: Tensor) -> Tensor:
 
 @torch.no_grad()
 def added_up(tensor: Tensor) -> Tensor:
-    """``tensor`` without `Partial`: terms added up, so that each rank has numbers of the tensor itself."""
+    """Redistribute `Partial` placements of ``tensor`` to `Replicate`, which sums their terms."""
     if type(tensor) in PLAIN or not is_partial(tensor):
         return tensor
     from torch.distributed.tensor import Replicate

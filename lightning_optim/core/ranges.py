@@ -1,4 +1,4 @@
-"""Ranges of numbers, with the words for them."""
+"""Ranges of numbers, and their description in words."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The numbers that a hyperparameter may be; of a tuple, that each of its parts may be. NaN is in no range.
+    """Range of a hyperparameter, or of each element of a tuple. NaN is not in any range.
 
     Args:
         low: The smallest number.
         high: The largest number.
-        above: Exclude ``low`` itself.
-        below: Exclude ``high`` itself.
-        whole: Allow whole numbers only, of type int.
-        optional: Allow None, too.
-        tensor: Allow a one-element tensor, which a scheduler may fill, too.
+        above: Whether ``low`` itself is excluded.
+        below: Whether ``high`` itself is excluded.
+        whole: Whether only integers, of type int, are allowed.
+        optional: Whether None is allowed.
+        tensor: Whether a one-element tensor, which a scheduler may fill, is allowed.
 
     Example:
         >>> fraction = Range(0, 1, below=True)
@@ -39,7 +39,7 @@ class Range:
         return above_low and below_high
 
     def needed(self, name: str) -> str:
-        """What the hyperparameter ``name`` must be, in words."""
+        """Describe the valid values of the hyperparameter ``name``, to follow the words "must be"."""
         low, high = not math.isinf(self.low), not math.isinf(self.high)
         finite = (self.below or high) and (self.above or low)
         kind = "a whole number" if self.whole else "a finite number" if finite else "a number"
@@ -60,6 +60,6 @@ class Range:
 NON_NEGATIVE = Range(0, below=True)
 """A finite number of at least 0."""
 FRACTION = Range(0, 1, below=True, tensor=False)
-"""In [0, 1): an average that never takes anything in, or never forgets, is a mistake."""
+"""In [0, 1): an average with a decay rate of 1 would never change, which is a mistake."""
 FINITE = Range(above=True, below=True)
 """Any finite number."""

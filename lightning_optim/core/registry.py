@@ -1,4 +1,4 @@
-"""Classes by name, one registry for each kind of thing a user can name; open to users' own."""
+"""Registries of classes by name, one for each kind of component; users can register classes of their own."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _registries: list[Registry[Any]] = []
 
 
 class Registry(Generic[T]):
-    """The classes of one kind by name: those of this package, and what users `register`.
+    """Registry of the classes of one kind by name: those of this package, and those that users `register`.
 
-    Names are lower case with underscores; a hyphen and capitals are accepted when looking up.
+    Names are lower case with underscores; look-ups also accept hyphens and capitals.
 
     Args:
-        kind: What messages call one of them, for instance "schedule".
-        base: What all of them derive from.
-        aliases: Further names, for instance those of other libraries: alias to name.
+        kind: Name of the kind in messages, for instance "schedule".
+        base: Base class of all entries.
+        aliases: Name of each alias, for instance for the names of other libraries.
 
     Example:
         >>> tables = Registry("table", dict)
@@ -48,11 +48,11 @@ class Registry(Generic[T]):
         """Register ``cls`` under ``name``.
 
         Raises:
-            TypeError: ``cls`` is not a class of this kind.
-            ValueError: Another class has that name.
+            TypeError: ``cls`` is not a subclass of the base class.
+            ValueError: Another class has the name.
         """
         if not (isinstance(cls, type) and issubclass(cls, self.base)):
-            raise TypeError(f"Cannot register {cls!r} as {self.kind} {name!r}: needed is a {self.base.__name__} class.")
+            raise TypeError(f"Cannot register {cls!r} as {self.kind} {name!r}: must be a {self.base.__name__} class.")
         key = _key(name)
         taken = self._classes.get(self._aliases.get(key, key))
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -60,15 +60,15 @@ class Registry(Generic[T]):
                 f"The {self.kind} name {name!r} belongs to {taken.__module__}.{taken.__qualname__}: choose another for "
                 f"{cls.__module__}.{cls.__qualname__}."
             )
-        self._classes[key] = cls  # the same class again: a notebook's cell that is run twice
+        self._classes[key] = cls  # A notebook cell that runs twice defines an equal class again.
 
     def remove(self, name: str) -> None:
-        """Forget ``name``, for tests and notebooks; an unknown name is no error."""
+        """Remove ``name``, for tests and notebooks; an unknown name is ignored."""
         self._classes.pop(_key(name), None)
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """Forget at the end of the block what was registered in it, for tests."""
+        """Remove at the end of the block all names registered in it, for tests."""
         classes = dict(self._classes)
         try:
             yield
@@ -76,14 +76,14 @@ class Registry(Generic[T]):
             self._classes = classes
 
     def close(self) -> None:
-        """Take no more part in `register`."""
+        """Exclude this registry from `register`."""
         _registries.remove(self)
 
     def get(self, name: str) -> type[T]:
-        """The class called ``name``.
+        """Return the class called ``name``.
 
         Raises:
-            ValueError: There is none; the message names the nearest.
+            ValueError: No class has that name; the message suggests the nearest one.
         """
         key = _key(name)
         cls = self._classes.get(self._aliases.get(key, key))
@@ -92,10 +92,10 @@ class Registry(Generic[T]):
         return cls
 
     def make(self, name: str, arguments: Mapping[str, Any]) -> T:
-        """An instance of the class called ``name``.
+        """Create an instance of the class called ``name`` with ``arguments``.
 
         Raises:
-            ValueError: The name is unknown, or the class takes no such argument; the message names the nearest.
+            ValueError: The name or an argument is unknown; the message suggests the nearest one.
         """
         cls = self.get(name)
         known = list(inspect.signature(cls).parameters)
@@ -105,15 +105,15 @@ class Registry(Generic[T]):
         return cls(**arguments)
 
     def name_of(self, cls: type) -> str | None:
-        """The name that ``cls`` is registered under; None if it is not."""
+        """Return the name under which ``cls`` is registered; None if it is not registered."""
         return next((name for name, known in self._classes.items() if known is cls), None)
 
     def names(self, pattern: str = "*") -> list[str]:
-        """Registered names that match a shell-style ``pattern``, sorted; aliases are not among them."""
+        """Return the registered names that match a shell-style ``pattern``, sorted and without aliases."""
         return sorted(name for name in self._classes if fnmatchcase(name, pattern.lower()))
 
     def items(self, pattern: str = "*") -> Iterable[tuple[str, type[T]]]:
-        """(name, class) pairs, sorted by name, of the names that match ``pattern``."""
+        """Return the pairs (name, class) whose names match a shell-style ``pattern``, sorted by name."""
         return [(name, self._classes[name]) for name in self.names(pattern)]
 
 
@@ -122,17 +122,20 @@ def register(cls: C, *, name: str | None = None) -> C: ...
 @overload
 def register(cls: None = None, *, name: str | None = None) -> Callable[[C], C]: ...
 def register(cls: Any = None, *, name: str | None = None) -> Any:
-    """Give a class of one's own a name, to be used wherever the package's own names are: Python, YAML, groups, plan.
+    """Register a class of your own under a name, which Python, YAML, parameter groups and `plan` then accept.
 
-    A class decorator. What the class is (optimizer, schedule, clip rule, detector, diagnostic) follows from its base
-    class.
+    It can be used as a class decorator. The kind of the class (optimizer, schedule, clip rule, detector, diagnostic)
+    follows from its base class.
 
     Args:
         cls: The class.
         name: Its name; by default the class name in lower case with underscores.
 
+    Returns:
+        The class itself; a decorator if ``cls`` is None.
+
     Raises:
-        TypeError: The class derives from none of the bases that have names.
+        TypeError: The class does not derive from the base class of any registry.
         ValueError: Another class of that kind has the name.
 
     Example:
@@ -158,7 +161,7 @@ def register(cls: Any = None, *, name: str | None = None) -> Any:
 
 
 def snake_case(name: str) -> str:
-    """``name`` of a class in lower case with underscores.
+    """Convert the name of a class to lower case with underscores.
 
     Example:
         >>> snake_case("OneCycle"), snake_case("AdaGC"), snake_case("WSD")

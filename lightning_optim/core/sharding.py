@@ -1,4 +1,4 @@
-"""Sums over whole tensors where each rank holds a shard (DTensor: FSDP2, tensor parallelism)."""
+"""Reductions over whole tensors of which each rank holds a shard (DTensors of FSDP2 and tensor parallelism)."""
 
 from __future__ import annotations
 
@@ -14,37 +14,52 @@ from lightning_optim.core.transfer import upload
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor, sharing its memory; any other tensor as it is."""
+    """Return this rank's shard of a DTensor, sharing its memory; return any other tensor unchanged."""
     if type(tensor) in PLAIN:
         return tensor
-    to_local = getattr(tensor, "to_local", None)  # needs no import of torch.distributed
+    to_local = getattr(tensor, "to_local", None)  # This does not import torch.distributed.
     part: Tensor = tensor if to_local is None else to_local()
     if type(part) in PLAIN:
         return part
-    wait = getattr(part, "wait", None)  # of what a collective has still to deliver, which has no memory yet
+    wait = getattr(part, "wait", None)  # The result of a running collective has no memory yet.
     return part if wait is None else wait()
 
 
 def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Add per-tensor ``sums`` ([tensors] or [tensors, columns]) over the ranks among which each tensor is sharded.
+    """Add per-tensor sums over the ranks among which each tensor is sharded.
 
-    One all-reduce per mesh dimension; nothing is done, and nothing copied, for plain tensors. Square sums add across
-    shards; norms do not. Of what several ranks hold alike one rank's sums count, but a NaN of any: so the result is the
-    same on all ranks, bit for bit, even if a replica has gone wrong, and all decide alike.
+    This takes one all-reduce per mesh dimension, and returns ``sums`` itself for plain tensors. Square sums are
+    additive over shards; norms are not. Of replicated data only the sums of one rank count, except that a NaN of any
+    rank counts. The result is therefore the same on all ranks, bit for bit, even if a replica has diverged, so that all
+    ranks make the same decisions.
+
+    Args:
+        sums: Sums of this rank's shards, [tensors] or [tensors, columns].
+        tensors: The tensors.
+
+    Returns:
+        Shape and dtype of ``sums``.
     """
     return _reduce(sums, tensors, "SUM")
 
 
 def max_over_shards(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The largest of per-tensor ``values``, else as `sum_over_shards`; infinite where a rank's shard has a NaN."""
+    """Compute per-tensor maxima, else as `sum_over_shards`; infinite where the shard of any rank has a NaN."""
     return _reduce(values, tensors, "MAX")
 
 
 def max_over_ranks(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The largest ``flag`` ([]) of the ranks that hold ``tensors``, where some of these are plain beside DTensors.
+    """Compute the maximum of a flag over the ranks that hold ``tensors``, if these mix plain tensors and DTensors.
 
-    What is computed from DTensors is the same on all ranks already (`sum_over_shards`). The gradient of a plain tensor
-    should be, but a NaN in it may have come up on one rank alone; what they decide from it has to be the same still.
+    Statistics of DTensors are the same on all ranks already (`sum_over_shards`). The gradient of a plain tensor should
+    be as well, but a NaN in it may have occurred on one rank only, and all ranks must still make the same decision.
+
+    Args:
+        flag: The flag of this rank, shape [].
+        tensors: The tensors.
+
+    Returns:
+        Shape [].
     """
     kinds = set(map(type, tensors))
     if kinds.isdisjoint(PLAIN) or kinds.issubset(PLAIN):
@@ -57,14 +72,18 @@ def max_over_ranks(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def sum_split_units(sums: Tensor, tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> Tensor:
-    """Add sums of output units ([columns, units]) over the ranks that hold parts of one unit.
+    """Add the sums of output units over the ranks that hold parts of one unit.
 
-    Ranks that share a matrix by its rows hold whole units, and communicate nothing. One all-reduce per mesh dimension.
+    Ranks among which a matrix is sharded by rows hold whole units and do not communicate. Otherwise this takes one
+    all-reduce per mesh dimension.
 
     Args:
-        sums: One entry for each unit of this rank's part of each tensor.
+        sums: Sums of the units in this rank's shard of each tensor, [columns, units].
         tensors: The tensors.
-        shapes: What units each has here: [rows, 1, 1], or [] for one.
+        shapes: Local shape of the units of each tensor: [rows, 1, 1], or [] if the tensor is one unit.
+
+    Returns:
+        Shape [columns, units].
     """
     kinds: dict[tuple[Any, int], list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -88,7 +107,7 @@ def _reduce(sums: Tensor, tensors: Sequence[Tensor], operation: str) -> Tensor:
     meshes: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
         mesh = getattr(tensor, "device_mesh", None)
-        if mesh is not None and mesh.get_coordinate() is not None:  # else it lies on other ranks altogether
+        if mesh is not None and mesh.get_coordinate() is not None:  # This rank is part of the mesh.
             meshes.setdefault(mesh, []).append(i)
     if not meshes:
         return sums
@@ -96,10 +115,10 @@ def _reduce(sums: Tensor, tensors: Sequence[Tensor], operation: str) -> Tensor:
     for mesh, indices in meshes.items():
         rows = upload(indices, sums.device)
         part = sums[rows]
-        if operation == "MAX":  # it may drop a NaN, depending on the library that communicates, but no infinity
+        if operation == "MAX":  # Some communication libraries drop a NaN, but none an infinity.
             part = part.nan_to_num(nan=torch.inf, posinf=torch.inf)
         elif copies := [place for place, i in enumerate(indices) if _is_copy(tensors[i])]:
-            part[upload(copies, sums.device)] *= 0  # NaN and infinities stay, as NaN
+            part[upload(copies, sums.device)] *= 0  # NaN and infinities become NaN.
         for dim in range(mesh.ndim):
             torch.distributed.all_reduce(part, getattr(torch.distributed.ReduceOp, operation), mesh.get_group(dim))
         sums[rows] = part
@@ -107,6 +126,6 @@ def _reduce(sums: Tensor, tensors: Sequence[Tensor], operation: str) -> Tensor:
 
 
 def _is_copy(tensor: Any) -> bool:
-    """Whether another rank has the same part of ``tensor`` and comes first."""
+    """Return whether a rank that precedes this one holds the same shard of ``tensor``."""
     where = zip(tensor.placements, tensor.device_mesh.get_coordinate(), strict=True)
     return any(place and not is_split(placement) for placement, place in where)

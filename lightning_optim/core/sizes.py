@@ -1,4 +1,4 @@
-"""Numbers of bytes: of tensors, and for people."""
+"""Sizes in bytes, of tensors and as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def span(tensor: Tensor) -> int:
-    """Bytes from the first to the end of the last element."""
+    """Return the number of bytes from the first element to the end of the last one."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return tensor.nbytes
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -14,7 +14,7 @@ def span(tensor: Tensor) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """``count`` bytes with three digits and a decimal unit.
+    """Format ``count`` bytes with three digits and a decimal unit.
 
     Example:
         >>> format_bytes(84e9), format_bytes(1536)

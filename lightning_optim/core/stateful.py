@@ -1,4 +1,4 @@
-"""State for checkpoints, declared by its keys in place of a pair of methods that list every attribute twice."""
+"""Checkpoint state declared by its keys, instead of by a pair of methods that list every attribute twice."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 
 class Stateful:
-    """Mixin: `state_dict` and `load_state_dict` of what a class declares as its state.
+    """Mixin that implements `state_dict` and `load_state_dict` for the state that a class declares.
 
-    A key in a checkpoint is permanent; the attribute has the same name, mostly with an underscore before it. Plain
-    values are numbers, strings, None, and lists, tuples, sets, deques and dicts of them; each comes back in the
-    container that the attribute has now. A part that is None, because this object does without it, is left out.
+    Checkpoint keys never change. The attribute of a key has the same name, usually with a leading underscore. Plain
+    values are numbers, strings, None, and lists, tuples, sets, deques and dicts of these; loading converts each to the
+    container type of the present attribute. A part whose attribute is None is saved as an empty dict.
 
     Example:
         >>> class Mean(Stateful):
@@ -31,10 +31,10 @@ class Stateful:
     STATE: ClassVar[tuple[str, ...]] = ()
     """Keys of plain values."""
     PARTS: ClassVar[tuple[str, ...]] = ()
-    """Keys of attributes that have a state dict of their own."""
+    """Keys of attributes that have their own `state_dict`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the state as plain numbers, strings, lists and dicts, for a checkpoint."""
+        """Return a copy of the state in plain numbers, strings, lists and dicts, for a checkpoint."""
         parts = {key: getattr(self, self._attribute(key)) for key in self.PARTS}
         return {
             **{key: _plain(getattr(self, self._attribute(key))) for key in self.STATE},
@@ -42,13 +42,13 @@ class Stateful:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state returned by `state_dict`; keys that this version does not know are ignored.
+        """Restore the state returned by `state_dict`; unknown keys are ignored.
 
         Args:
-            state: As `state_dict` returns it.
+            state: The result of `state_dict`.
 
         Raises:
-            KeyError: A key is missing: the checkpoint is of another version. Nothing has been changed then.
+            KeyError: A key is missing, because another version saved the checkpoint. Nothing has been changed then.
         """
         if missing := [key for key in (*self.STATE, *self.PARTS) if key not in state]:
             raise KeyError(
@@ -78,7 +78,7 @@ def _plain(value: Any) -> Any:
 
 
 def _like(present: Any, saved: Any) -> Any:
-    """A copy of ``saved`` in a container as ``present`` is one."""
+    """Return a copy of ``saved`` in a container of the type of ``present``."""
     if isinstance(present, deque):
         return deque(saved, maxlen=present.maxlen)
     if isinstance(present, set):

@@ -1,6 +1,6 @@
-"""What one optimizer step measures: packed device tensors and the meaning of their columns.
+"""Statistics of one optimizer step: packed device tensors and the meaning of their columns.
 
-Square sums rather than norms, because square sums add, over tensors, groups and shards; norms do not.
+Square sums are stored rather than norms, because they are additive over tensors, groups and shards; norms are not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STEP_SUMS = (
     "grad_sq_over_exp_avg_sq",  # Σ g²/v̂, v̂ the bias-corrected second moment after the step
     "below_eps",  # number of elements with √v̂ < eps
     "zero_grad",  # number of elements with g == 0
-    "decay_sq",  # Σ of the square of what weight decay alone took off
+    "decay_sq",  # Σ of the squared part of weight decay in the change
 )
 """The columns of [`StepStats.sums`][lightning_optim.core.stats.StepStats], in order."""
 
@@ -32,17 +32,17 @@ TENSOR_COLUMNS = ("grad_sq", "clipped_sq", *STEP_SUMS)
 
 
 class GradStats:
-    """Statistics of the gradients of one step, without any loss scale.
+    """Statistics of the gradients of one step, with the loss scale removed.
 
     Tensors are in the order of the optimizer's groups, and within a group in the order of its parameters; parameters
-    without a gradient are left out. This class holds what it is given. Within a step the statistics are those of
-    `lightning_optim.step.gradients.ReadGradStats`, a subclass that reads each quantity when it is first asked
-    for, and keeps it: a step reads no more than its rules and reports need.
+    without a gradient are omitted. This class holds the given values. In a step the subclass
+    `lightning_optim.step.gradients.ReadGradStats` computes each quantity on first access and caches it, so that a step
+    reads no more than its rules and reports need.
 
     Args:
-        norm_sq: Square sum of each gradient, shape [tensors], on the gradients' device. In float64 where the device has
-            that, because a gradient of 2e19 is finite, and its square in float32 is not. Not finite where, and only
-            where, a gradient has a NaN or an infinity.
+        norm_sq: Square sum of each gradient, shape [tensors], on the device of the gradients. The dtype is float64
+            where the device supports it, because a gradient of 2e19 is finite, but its square in float32 is not. An
+            entry is not finite exactly where a gradient has a NaN or an infinity.
         group_sizes: Number of tensors in each parameter group; sums to ``tensors``.
         group_names: Name of each parameter group.
         numel: Number of elements of each tensor, over all shards.
@@ -81,12 +81,12 @@ class GradStats:
 
     @cached_property
     def names(self) -> tuple[str | None, ...]:
-        """Name of each tensor, as far as known."""
+        """Name of each tensor; None where it is unknown."""
         raise self._unknown("names")
 
     @cached_property
     def largest(self) -> Tensor:
-        """Largest absolute value in each gradient, shape [tensors]; not finite where there is a NaN or an infinity."""
+        """Largest absolute value in each gradient, shape [tensors]; not finite if the gradient is not finite."""
         raise self._unknown("largest")
 
     @cached_property
@@ -96,7 +96,7 @@ class GradStats:
 
     @cached_property
     def momentum_norm_sq(self) -> Tensor:
-        """Square sum of each first moment, as an average of gradients, shape [tensors]; 0 before the first step."""
+        """Square sum of each first moment, scaled to an average of gradients, shape [tensors]; 0 before step 1."""
         raise self._unknown("momentum_norm_sq")
 
     @cached_property
@@ -106,19 +106,19 @@ class GradStats:
 
     @property
     def norm_sq_is_read(self) -> bool:
-        """Whether `norm_sq` is known without reading the gradients."""
+        """Whether `norm_sq` is available without reading the gradients."""
         return "norm_sq" in self.__dict__
 
     def total_norm(self) -> Tensor:
-        """Norm over all gradients as one vector, shape []."""
+        """Return the norm of all gradients as one vector, shape []."""
         return self._total_norm
 
     def group_norms(self) -> Tensor:
-        """Norm of each parameter group's gradients, shape [groups]."""
+        """Return the norm of the gradients of each parameter group, shape [groups]."""
         return sum_groups(self.norm_sq, self.group_sizes).sqrt()
 
     def finite(self) -> Tensor:
-        """Whether no gradient has a NaN or an infinity, bool, shape []; from what has been read already."""
+        """Return whether all gradients are finite, bool, shape [], from quantities that are already available."""
         return self._finite
 
     @cached_property
@@ -129,22 +129,22 @@ class GradStats:
     def _finite(self) -> Tensor:
         largest_only = "largest" in self.__dict__ and not self.norm_sq_is_read
         known = self.largest if largest_only else self.norm_sq
-        return (known * 0 == 0).all()  # half the operations of isfinite
+        return (known * 0 == 0).all()  # This needs half the operations of isfinite.
 
     def _unknown(self, what: str) -> LookupError:
-        return LookupError(f"These statistics do not have {what}: they were not made from gradients.")
+        return LookupError(f"These statistics do not have {what}, because they were not computed from gradients.")
 
 
 @dataclass(frozen=True)
 class UnitNorms:
-    """Norms of each output unit (row, filter; all of a vector) of gradients and weights, tensor after tensor.
+    """Norms of all output units (a row, a filter, or a whole vector) of gradients and weights, in order of the tensors.
 
     Args:
         grads: Norm of each unit's gradient, over all shards, shape [units].
         params: Norm of its weights, shape [units].
-        shapes: For each tensor, the shape in which its units' numbers spread over it: [rows, 1, 1], or [].
-        sum_shards: From the square sums of local parts, [tensors], to those over all shards.
-        local_sq: Square sum of this rank's part of each unit's gradient, shape [units].
+        shapes: For each tensor, the shape in which values of its units broadcast over it: [rows, 1, 1], or [].
+        sum_shards: Function from square sums of local shards to those over all shards, both [tensors].
+        local_sq: Square sum of this rank's shard of each unit's gradient, shape [units].
     """
 
     grads: Tensor
@@ -155,7 +155,7 @@ class UnitNorms:
 
     @property
     def counts(self) -> list[int]:
-        """How many units each tensor has."""
+        """Number of units of each tensor."""
         return [math.prod(shape) for shape in self.shapes]
 
     def shaped(self, values: Tensor) -> list[Tensor]:
@@ -163,19 +163,19 @@ class UnitNorms:
         return [part.view(shape) for part, shape in zip(torch.split(values, self.counts), self.shapes, strict=True)]
 
     def norm_sq(self, divisors: Tensor | None = None) -> Tensor:
-        """Square sum of each gradient, with units divided by ``divisors`` ([units]), shape [tensors]."""
+        """Return the square sum of each gradient, shape [tensors], with units divided by ``divisors``, [units]."""
         parts = self.local_sq if divisors is None else self.local_sq / divisors.square()
         return self.sum_shards(sum_groups(parts, self.counts))
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one update did, collected on logging steps only.
+    """Statistics of one update, collected on logging steps only.
 
     Args:
-        sums: One row per tensor, one column per name in `STEP_SUMS`, shape [tensors, columns], float32. A column is NaN
-            where the rule has no such quantity (a first moment in plain SGD, say).
-        group_sizes: How many tensors each parameter group has.
+        sums: One row per tensor and one column per name in `STEP_SUMS`, shape [tensors, columns], float32. A column is
+            NaN where the rule does not define the quantity (such as a first moment in plain SGD).
+        group_sizes: Number of tensors in each parameter group.
         numel: Number of elements of each tensor, in the order of the rows.
     """
 
@@ -184,16 +184,16 @@ class StepStats:
     numel: tuple[int, ...]
 
     def groups(self, name: str) -> Tensor:
-        """The sum called ``name`` over each parameter group, shape [groups]."""
+        """Return the sum called ``name`` over each parameter group, shape [groups]."""
         return self._by_group[:, STEP_SUMS.index(name)]
 
     def means(self, name: str) -> Tensor:
-        """The sum called ``name`` over the number of elements, for each parameter group, shape [groups]."""
+        """Return the sum called ``name`` divided by the number of elements of each parameter group, shape [groups]."""
         return self._means_by_group[:, STEP_SUMS.index(name)]
 
     @cached_property
     def _by_group(self) -> Tensor:
-        """All sums at once, because most are asked for: shape [groups, columns]."""
+        """All sums over groups, shape [groups, columns]; computed at once, because most are used."""
         return sum_groups(self.sums, self.group_sizes)
 
     @cached_property
@@ -205,12 +205,12 @@ class StepStats:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Steps so far, as far as the host knows.
+    """Counts of steps so far, as known on the host.
 
     Args:
         steps: Optimizer steps, skipped ones included.
         clipped: Steps whose gradients were scaled down.
-        skipped: Steps that did not happen.
+        skipped: Steps without an update.
     """
 
     steps: int = 0
@@ -220,18 +220,18 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Everything known about one step; the tensors are on the device.
+    """All data recorded about one step, with tensors on the device.
 
     Args:
         group_names: Name of each parameter group that has gradients.
-        hyperparameters: Those groups' ``lr``, ``weight_decay`` and so on, as this step used them.
-        grad: The gradients before clipping, without any loss scale.
-        clipped_norm_sq: Square sum of each gradient as the update used it, shape [tensors].
-        skip: 1.0 if the step did not happen, else 0.0, shape [].
-        update: What the update did to the parameters.
-        steps: Optimizer steps so far, this one included.
-        counts: Of those, the clipped and the skipped ones, int64, shape [2].
-        param_names: Name of each tensor of ``grad``, where it is known.
+        hyperparameters: ``lr``, ``weight_decay`` and so on of these groups, as used in this step.
+        grad: Statistics of the gradients before clipping, with the loss scale removed.
+        clipped_norm_sq: Square sum of each gradient after clipping, shape [tensors].
+        skip: 1.0 if the step was skipped, else 0.0, shape [].
+        update: Statistics of the update.
+        steps: Number of optimizer steps so far, this one included.
+        counts: Numbers of clipped and of skipped steps so far, int64, shape [2].
+        param_names: Name of each tensor of ``grad``, or None where it is unknown.
         norms: Count, mean and maximum of the gradient norm over the steps since the last record whose gradients were
             read and finite, shape [3].
         histograms: How large elements are, by kind, shape [groups, columns], where asked for; see
@@ -251,7 +251,7 @@ class StepRecord:
     histograms: Mapping[str, Tensor] = field(default_factory=dict)
 
     def per_tensor(self) -> Tensor:
-        """Everything known about each tensor, on the device: shape [tensors, columns of `TENSOR_COLUMNS`]."""
+        """Return the statistics of each tensor, on the device, shape [tensors, columns of `TENSOR_COLUMNS`]."""
         sums = self.update.sums
         norms = torch.stack([self.grad.norm_sq, self.clipped_norm_sq], dim=1)
         dtype = torch.promote_types(norms.dtype, sums.dtype)
@@ -259,8 +259,15 @@ class StepRecord:
 
 
 def sum_groups(values: Tensor, group_sizes: Sequence[int]) -> Tensor:
-    """Sums of consecutive runs of ``values`` (shape [tensors, ...]), one per group, shape [groups, ...].
+    """Sum consecutive slices of ``values``, one slice per group.
 
-    Plain sums over slices, in a fixed order: a scatter would use atomics on CUDA and give another result every run.
+    The sums are taken in a fixed order; a scatter would use atomics on CUDA and not be deterministic.
+
+    Args:
+        values: Values of all tensors, shape [tensors, ...].
+        group_sizes: Number of tensors in each group.
+
+    Returns:
+        Shape [groups, ...].
     """
     return torch.stack([part.sum(dim=0) for part in torch.split(values, list(group_sizes))])

@@ -1,14 +1,14 @@
-"""What every hook around `Optimizer.step` needs: gradients that exist, and to know a step that is none.
+"""Helpers for hooks around `Optimizer.step`: running the closure, and recognising trial steps.
 
 torch calls step pre-hooks before the closure, so a hook that needs gradients acts when the closure returns. The closure
 stays the optimizer's to evaluate: when it will, and as often. Sharpness-aware minimization evaluates it again at other
 weights, LBFGS along a line, schedule-free optimizers after they have moved the weights.
 
-`torch.distributed.checkpoint` takes a trial step to have an optimizer make its state: to save or load an optimizer in
-shards it needs tensors to load into, and so, where there is no state yet, fills `p.grad` with zeros, sets every `lr` to
-0 and calls ``step(closure=None)``. That is no step of the training: weights must stay as they are, nothing counts it,
-and on a resume it comes before the data are set up, with the weights already loaded. Whatever sets rates, decays or
-counts from a hook asks `is_trial_step` first.
+`torch.distributed.checkpoint` makes a trial step to create the state of an optimizer: to save or load an optimizer in
+shards it needs tensors to load into, so if there is no state yet, it fills `p.grad` with zeros, sets every `lr` to 0
+and calls ``step(closure=None)``. This is not a training step: weights must not change, nothing may count it, and when a
+run is resumed it happens before the data are set up and after the weights are loaded. A hook that sets learning rates,
+decays weights or counts steps must check `is_trial_step` first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightning_optim.core.sizes import span
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The closure among the arguments of ``step``, as a pre-hook gets them, the optimizer first; None without one."""
+    """Return the closure among the arguments of ``step``, whose first is the optimizer; None if there is none."""
     return kwargs.get("closure", args[1] if len(args) > 1 else None)
 
 
@@ -88,14 +88,14 @@ class _Evaluation:
 
 
 def is_trial_step(optimizer: Optimizer, closure: Any = None) -> bool:
-    """Whether the step about to happen only makes state: none is there, and all rates and gradients are 0.
+    """Return whether the next step only creates state: there is none yet, and all learning rates and gradients are 0.
 
-    A step of the training that looks the same, say the first of a warmup from 0 with a gradient of 0, would change
-    nothing but step counts. Gradients are read, and the host waits for them, only where all else agrees already.
+    A training step that looks the same, such as the first one of a warmup from 0 with zero gradients, would change
+    nothing but step counts. Gradients are read, and the host waits for them, only if all other conditions hold.
 
     Args:
         optimizer: The optimizer, with its gradients in place.
-        closure: What its ``step`` has been given; with one, gradients are still to come and it is no trial.
+        closure: The closure given to ``step``; a step with a closure is never a trial step.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -117,14 +117,14 @@ def is_trial_step(optimizer: Optimizer, closure: Any = None) -> bool:
 
 
 def _is_zero(lr: float | Tensor) -> bool:
-    """Without waiting for a device: a rate there is not the one that the trial step puts in its place."""
+    """Return whether a learning rate is 0; False for one on a device, as trial steps set plain numbers."""
     return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0
 
 
 def _has_value(grad: Tensor) -> bool:
-    """Whether any element differs from 0; of a sharded gradient on any rank, so that all ranks say the same."""
+    """Return whether any element differs from 0, over all shards, so that all ranks agree."""
     here = local(grad)
-    if not _has_memory(here):  # which torch would read all the same; what the step does with it is for others to say
+    if not _has_memory(here):  # torch would read it nevertheless; the step handles such gradients.
         count = torch.ones((), dtype=torch.int64, device=here.device)
     else:
         count = torch.count_nonzero(here.coalesce().values() if here.is_sparse else here)

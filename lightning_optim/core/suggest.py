@@ -1,4 +1,4 @@
-"""Wording shared by error messages: what was given, what is needed, what is nearest."""
+"""Suggestions of similar names for error messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(given: str, options: Iterable[str], limit: int = 3) -> str:
-    """A sentence naming the options most like ``given``, or all of them if none is alike.
+    """Return a sentence that suggests the options most similar to ``given``, or lists all if none is similar.
 
     Example:
         >>> nearest("adamv", ["adamw", "sgd"])
@@ -28,7 +28,7 @@ def nearest(given: str, options: Iterable[str], limit: int = 3) -> str:
 
 
 def _likeness(given: str, option: str) -> tuple[float, bool]:
-    """Share of letters in common; then, because typing errors are seldom in the first, whether that is the same."""
+    """Return the fraction of common letters and whether the first letters agree, as typing errors rarely affect it."""
     return difflib.SequenceMatcher(None, option, given).ratio(), option[:1] == given[:1]
 
 

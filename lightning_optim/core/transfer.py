@@ -1,4 +1,4 @@
-"""Transfers of values between host and device that do not wait for the device."""
+"""Transfers between host and device without synchronisation."""
 
 from __future__ import annotations
 
@@ -10,38 +10,41 @@ from torch import Tensor
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers of the host as a new tensor on ``device``, copied behind what the device is doing.
+    """Copy values from the host to a new tensor on ``device``, asynchronously.
 
-    `torch.tensor(values, device=...)` copies from pageable memory instead, for which CUDA stops the host.
+    `torch.tensor(values, device=...)` would copy from pageable memory, for which CUDA blocks the host.
 
     Args:
-        values: A number, nested lists of them, or a numpy array.
-        device: Where to.
+        values: A number, nested lists of numbers, or a numpy array.
+        device: Target device.
         dtype: As for `torch.tensor`.
 
+    Returns:
+        A tensor in the shape of ``values``.
+
     Raises:
-        RuntimeError: A CUDA graph is being captured: it would copy again, at each replay, what is long gone.
+        RuntimeError: A CUDA graph is being captured, whose replays would copy from memory that is no longer valid.
     """
     host = torch.tensor(values, dtype=dtype, device="cpu")
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "A CUDA graph is being captured, which cannot take in numbers of the host (learning rates, addresses). "
-                "Take the optimizer's step outside of the graph."
+                "A CUDA graph is being captured, which cannot contain values from the host (learning rates, "
+                "addresses). Call the optimizer's step outside of the graph."
             )
-        host = host.pin_memory()  # from torch's own pool, which keeps it until the copy is done
+        host = host.pin_memory()  # torch's allocator keeps pinned memory until the copy is done.
     return host.to(device, non_blocking=True)
 
 
 class HostMirror:
-    """A host-side view of a small device tensor that changes in place; late, but never waited for.
+    """Delayed host copy of a small device tensor that changes in place, without synchronisation.
 
-    On the CPU it reads the tensor's own memory, so it is always exact and costs nothing. On an accelerator each
-    [`push`][lightning_optim.core.transfer.HostMirror.push] starts an asynchronous copy into pinned memory, and reading
-    gives the last values that have arrived, which can be a step or a few behind.
+    On the CPU it reads the memory of the tensor, so it is exact and free. On an accelerator each
+    [`push`][lightning_optim.core.transfer.HostMirror.push] starts an asynchronous copy into pinned memory, and `read`
+    returns the last values that have arrived, which may be a few steps old.
 
     Args:
-        tensor: The tensor to follow; must keep its storage.
+        tensor: The tensor to copy, shape [values]; it must keep its storage.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -52,20 +55,20 @@ class HostMirror:
         self._view: np.ndarray = self._host.numpy()
 
     def push(self) -> None:
-        """Start copying the present values."""
+        """Start an asynchronous copy of the present values."""
         if self._host is not self._tensor:
             self._host.copy_(self._tensor, non_blocking=True)
 
     def read(self) -> list[float]:
-        """The last values that have arrived."""
+        """Return the last values that have arrived."""
         return [value.item() for value in self._view]
 
 
 class PendingValues:
-    """A packed device tensor on its way to the host.
+    """An asynchronous copy of a packed device tensor to the host.
 
     Args:
-        packed: Values to fetch, shape [values]; must not be written to afterwards.
+        packed: Values to copy, shape [values]; they must not change afterwards.
     """
 
     def __init__(self, packed: Tensor) -> None:
@@ -76,15 +79,15 @@ class PendingValues:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
         else:
-            host = packed.cpu()  # no copy on the CPU; other accelerators have no events to poll, so this one waits
+            host = packed.cpu()  # No copy on the CPU; accelerators without events synchronise here.
         self._host = host
 
     def ready(self) -> bool:
-        """Whether the values have arrived."""
+        """Return whether the values have arrived."""
         return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
 
     def read(self) -> np.ndarray:
-        """The values, waiting for them if they are still on their way."""
+        """Return the values, shape [values], and wait for them if they have not arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         values: np.ndarray = self._host.numpy()

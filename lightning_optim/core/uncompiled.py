@@ -1,10 +1,11 @@
-"""Keeps `torch.compile` out of what surrounds and makes a step: it runs as without it, in the midst of compiled code.
+"""Exclusion of optimizer steps and their hooks from `torch.compile`, so that they run eagerly inside compiled code.
 
-A step reads raw addresses and, the first time, compiles kernels of its own. Dynamo would trace into numba's compiler,
-take step counts for constants and compile again for each of them. So a compiled training step breaks its graph at
-``optimizer.step()``, and ``torch.compile(optimizer.step)`` is the step itself.
+A step reads raw addresses and, on first use, compiles kernels. Dynamo would trace into numba's compiler, treat step
+counts as constants and recompile for each of them. Therefore a compiled training step has a graph break at
+``optimizer.step()``, and ``torch.compile(optimizer.step)`` is the eager step.
 
-Call these only where an optimizer exists: to ask for it imports Dynamo, as torch does for its first optimizer.
+Call these functions only after an optimizer has been created: they import Dynamo, as torch does for its first
+optimizer.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ R = TypeVar("R")
 
 
 def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, never traced, whoever calls it; for step hooks, which torch's compiled optimizers trace too."""
-    reason = "the steps of lightning_optim are no graphs of torch"
+    """Return ``function`` excluded from tracing; step hooks need this, because compiled torch optimizers trace them."""
+    reason = "the steps of lightning_optim cannot be traced into a graph"
     untraced: Callable[P, R] = torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]
     return untraced
 
 
 def leave_step_uncompiled(cls: type[Optimizer]) -> None:
-    """Have ``cls.step`` run outside of any trace, together with the step hooks.
+    """Exclude ``cls.step`` from tracing, together with the step hooks.
 
     Args:
-        cls: A class of which an instance has been made: then torch has put the calls of the hooks into ``step``.
+        cls: A class that has an instance, because torch adds the calls of the hooks to ``step`` at construction.
     """
     if not getattr(cls.step, "left_uncompiled", False):
         cls.step = uncompiled(cls.step)  # type: ignore[assignment, method-assign]

@@ -1,4 +1,4 @@
-"""Named quantities computed from the record of one step, on the device, one value per parameter group or one in all."""
+"""Diagnostics: named quantities of one step, computed on the device from its record, per parameter group or in all."""
 
 from lightning_optim.core.registry import Registry, snake_case
 from lightning_optim.diagnostics.base import Diagnostic
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 Report = StepReport
-"""The name of `StepReport` up to 0.1."""
+"""Former name of `StepReport`, used up to version 0.1."""
 
 DEFAULT_DIAGNOSTICS: tuple[Diagnostic, ...] = (
     GradNorm(),

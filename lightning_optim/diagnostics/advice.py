@@ -1,14 +1,14 @@
-"""Advice to a run, in a sentence."""
+"""Advice on the batch size of a run, as a sentence."""
 
 from __future__ import annotations
 
 
 class BatchAdvice:
-    """Advice about the batch size, once it has long been far from the gradient noise scale.
+    """Advice on a batch size that has long been far from the gradient noise scale.
 
     Args:
-        patience: Number of reports in a row after which advice is given.
-        factor: Ratio of noise scale and batch size, or its reciprocal, that is far.
+        patience: Number of consecutive reports after which advice is given.
+        factor: Ratio of noise scale and batch size, or its reciprocal, above which the two are far apart.
 
     Example:
         >>> advice = BatchAdvice(patience=2)
@@ -23,11 +23,14 @@ class BatchAdvice:
         self._in_a_row = 0
 
     def update(self, noise_scale: float | None, batch_size: float | None) -> str | None:
-        """Return advice, or None.
+        """Add a report.
 
         Args:
             noise_scale: Gradient noise scale in samples; None if this report has none.
-            batch_size: Samples of a step; None if that is not known.
+            batch_size: Number of samples of a step; None if it is not known.
+
+        Returns:
+            The advice as a sentence, or None.
         """
         if noise_scale is None or batch_size is None:
             return None
@@ -46,12 +49,12 @@ class BatchAdvice:
 _SENTENCES = {
     1: (
         "below",
-        "its gradients are mostly noise. Twice the batch (or `accumulate_grad_batches`) at twice the rate, with Adam "
-        "√2 times, should need about half the steps.",
+        "its gradients are mostly noise. Twice the batch (or `accumulate_grad_batches`) at twice the learning rate, or "
+        "√2 times the rate with Adam, should need about half the steps.",
     ),
     -1: (
         "above",
-        "most of its samples tell nothing new. A smaller batch would reach the same loss with less work, in about as "
-        "many steps.",
+        "most of its samples add no information. A smaller batch would reach the same loss with less work, in about "
+        "as many steps.",
     ),
 }

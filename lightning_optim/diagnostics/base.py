@@ -12,22 +12,22 @@ from lightning_optim.core.stats import StepRecord
 class Diagnostic(ABC):
     """One quantity, shown as ``optim_<name>/<group>``.
 
-    To add one, subclass, set `name`, and define `compute`; hand an instance to ``OptimizerMonitor(diagnostics=[...])``,
+    To add one, subclass, set `name`, and define `compute`; pass an instance to ``OptimizerMonitor(diagnostics=[...])``,
     or its name after `lightning_optim.register`. A slash in the name puts several quantities into one section of
-    TensorBoard: ``grad/zero`` reads ``optim_grad/zero/<group>``.
+    TensorBoard: the tag of ``grad/zero`` is ``optim_grad/zero/<group>``.
     """
 
     name: str
     has_total = False
-    """Whether `compute` gives one more value at the end, over all groups."""
+    """Whether `compute` returns one more value at the end, over all groups."""
     per_group = True
-    """Whether there is a value for each group; without these and without a total, the tag is ``optim_<name>``."""
+    """Whether `compute` returns a value for each group; with neither these nor a total, the tag is ``optim_<name>``."""
     shows_nan = False
-    """Whether a NaN is written as a point; else it means that there is no such quantity, and nothing is written."""
+    """Whether a NaN is logged; otherwise it means that the quantity does not exist, and nothing is logged."""
 
     @abstractmethod
     def compute(self, record: StepRecord) -> Tensor:
-        """Return the values, without synchronising with the host.
+        """Compute the values without synchronising with the host.
 
         Args:
             record: The record of the step.

@@ -1,4 +1,4 @@
-"""How long steps take, and how much of that is the optimizer's, without waiting for the device."""
+"""The time of steps, and the optimizer's share of it, measured without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 class StepClock:
-    """Seconds per step over an interval, pauses left out, and seconds of one optimizer step within it.
+    """Clock of the steps in an interval, without pauses, and of one optimizer step within it.
 
-    The optimizer's step is timed on the device: with events on CUDA, with the host's clock elsewhere.
+    The optimizer's step is timed by events on CUDA, which do not synchronise, and by the host's clock elsewhere.
 
     Args:
-        now: The host's clock, in seconds.
+        now: Called for the time on the host's clock, in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -24,7 +24,7 @@ class StepClock:
         self._marks: list[float | torch.cuda.Event] = []
 
     def pause(self) -> None:
-        """Stop the clock, for instance for validation."""
+        """Stop the clock, for instance during validation."""
         self._paused = self._now()
 
     def resume(self) -> None:
@@ -34,17 +34,25 @@ class StepClock:
             self._paused = None
 
     def take(self) -> float:
-        """Return the seconds since the last call, without pauses."""
+        """Return the seconds since the last call or the creation, without pauses."""
         now, before = self._now(), self._since
         self._since = now
         return now - before
 
     def begin_update(self, device: torch.device) -> None:
-        """Mark the begin of the optimizer's step."""
+        """Mark the start of the optimizer's step on ``device``."""
         self._marks = [self._mark(device)]
 
     def end_update(self, device: torch.device) -> Callable[[], float]:
-        """Mark the end of the optimizer's step; return a function for its seconds, for when it is done."""
+        """Mark the end of the optimizer's step on ``device``.
+
+        Args:
+            device: The device of the parameters.
+
+        Returns:
+            A function that returns the seconds of the step, to be called once the device has finished it; NaN if the
+            start was not marked.
+        """
         if not self._marks:
             return lambda: float("nan")
         begin, end = self._marks.pop(), self._mark(device)

@@ -1,4 +1,4 @@
-"""A quantity of every tensor over the whole run, as one image of bounded size."""
+"""Heat map of a quantity of every tensor over the whole run, as one image of bounded size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ _ROWS_WITH_NAMES = 60
 
 
 class HeatMap:
-    """Values by tensor and time. Once there are more columns than fit, neighbours become one: the larger value stays.
+    """Values by tensor and time, in a bounded number of columns.
 
-    Tensors may come and go (frozen groups): they have gaps.
+    When all columns are in use, each pair of neighbours is merged into its larger values. A tensor that is missing from
+    some reports (a frozen group) has gaps.
 
     Args:
-        columns: How many columns are kept at most; an even number.
+        columns: Largest number of columns, even.
 
     Example:
         >>> heat_map = HeatMap(columns=2)
@@ -30,7 +31,7 @@ class HeatMap:
 
     def __init__(self, columns: int = COLUMNS) -> None:
         self.steps: list[int] = []
-        """The first step of each column."""
+        """First step of each column."""
         self._limit = columns
         self._rows: dict[str, int] = {}
         self._values = np.full((0, columns), np.nan, dtype=np.float32)
@@ -38,11 +39,17 @@ class HeatMap:
         self._in_last = 0
 
     def values(self) -> np.ndarray:
-        """Shape [tensors, columns so far]; NaN where there is no value."""
+        """Return the values, float32, shape [tensors, columns so far]; NaN where there is none."""
         return self._values[:, : len(self.steps)]
 
     def add(self, step: int, names: Sequence[str], values: np.ndarray) -> None:
-        """Take in the values of one report."""
+        """Add the values of one report.
+
+        Args:
+            step: Step of the report.
+            names: Name of each tensor.
+            values: The quantity of each tensor, shape [tensors].
+        """
         if self._in_last == 0 or self._in_last == self._per_column:
             if len(self.steps) == self._limit:
                 self._halve()
@@ -65,17 +72,20 @@ class HeatMap:
         self._per_column *= 2
 
     def draw(self, title: str, order: Mapping[str, int] = MappingProxyType({})) -> Any:
-        """As pixels, uint8 [height, width, 3], colours on a logarithmic scale; None as long as there is nothing to see.
+        """Draw the map as pixels, with colours on a logarithmic scale.
 
-        Zeros are black, what is not finite is red, what is not there is grey. The scale leaves out the lowest
-        hundredth of the values, which take its lowest colour.
+        Zeros are black, infinities red, and missing values grey. The scale starts above the lowest hundredth of the
+        values, which take its lowest colour.
 
         Args:
-            title: What stands above it.
-            order: Where in the model each tensor is; rows are in this order.
+            title: Title of the image.
+            order: Position of each tensor in the model, by name; rows are in this order.
+
+        Returns:
+            uint8, shape [height, width, 3]; None as long as no value is finite and above 0.
 
         Raises:
-            ModuleNotFoundError: Without matplotlib.
+            ModuleNotFoundError: matplotlib is not installed.
         """
         from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -88,7 +98,7 @@ class HeatMap:
         if not positive.size:
             return None
         low, high = float(np.quantile(positive, 0.01)), float(positive.max())
-        high = max(high, low * 1.01)  # of one value alone there is no scale
+        high = max(high, low * 1.01)  # A single value alone would give an empty scale.
         colours = colormaps["viridis"].with_extremes(under="black", over="red", bad="lightgrey")
         shown = np.where(values == 0, low / 10, np.where(np.isinf(values), high * 10, np.maximum(values, low)))
         height = min(max(2.0, 0.16 * len(values)), 12.0)

@@ -1,4 +1,4 @@
-"""The gradient that one rank computes, before it is averaged with those of the others."""
+"""The norm of the gradient that one rank computes, before gradients are averaged over ranks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lightning_optim.core.host import widest_dtype
 class LocalGradient:
     """Square sums of the gradients of one backward pass as this rank computes them.
 
-    A hook on a parameter runs before the gradient is added up and DistributedDataParallel reduces it, and sees what
-    this pass alone has made. So nothing of DistributedDataParallel is replaced, and no gradient is kept: one small
-    kernel for each parameter. Not for parameters in shards, whose gradients have other hooks.
+    A hook on a parameter runs before the gradient is accumulated and before DistributedDataParallel reduces it, so it
+    receives the gradient of this pass alone. Nothing of DistributedDataParallel is replaced and no gradient is kept;
+    the cost is one small kernel for each parameter. Sharded parameters, whose gradients have other hooks, are not
+    supported.
 
     Args:
         params: The parameters whose gradients are measured.
@@ -34,9 +35,10 @@ class LocalGradient:
         self._handles = [p.register_hook(self._hook(p)) for p in params if p.requires_grad]  # type: ignore[no-untyped-call]
 
     def take(self) -> dict[Tensor, Tensor]:
-        """Return the square sums by parameter, after the pass, and remove the hooks.
+        """Remove the hooks after the pass, and return the square sum of each gradient, shape [], by parameter.
 
-        Empty if a parameter had several gradients (reentrant checkpointing), whose square sums do not add.
+        The result is empty if a parameter had several gradients (reentrant checkpointing), because their square sums do
+        not add up to that of the sum.
         """
         while self._handles:
             self._handles.pop().remove()

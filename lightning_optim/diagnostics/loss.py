@@ -1,4 +1,4 @@
-"""The loss between two reports: its mean and maximum, and how far that stands out."""
+"""The loss between two reports: its mean, its maximum, and the robust z-score of the maximum."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 from lightning_optim.core.interval import Interval, summarise
 
 WINDOW = 128
-_TO_SIGMA = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
+_TO_SIGMA = 1.4826
+"""Standard deviation over median absolute deviation, for a normal distribution."""
 
 
 class LossHistory:
-    """Every loss since the last report, and the last `WINDOW` losses, on the device.
+    """Statistics of the losses since the last report and of the last `WINDOW` losses, kept on the device.
 
     Args:
-        device: Where the losses are.
+        device: Device of the losses.
 
     Example:
         >>> history = LossHistory(torch.device("cpu"))
@@ -37,18 +38,21 @@ class LossHistory:
 
     def add(self, loss: Tensor) -> None:
         """Add a loss, shape []."""
-        self._interval.add(loss.detach().clone())  # It may be a view of a large tensor, or change later.
+        self._interval.add(loss.detach().clone())  # The loss may be a view of a large tensor, or change later.
         self._window[self._seen % WINDOW] = loss
         self._seen += 1
 
     def take(self, reduce: Callable[[Tensor, str], Tensor] = lambda values, how: values) -> Tensor:
-        """Return mean and maximum since the last call, and the robust z-score of the maximum, shape [3].
+        """Return mean and maximum since the last call, and the robust z-score of the maximum.
 
-        The z-score is (max − median) / (1.4826·MAD) over the window, MAD being the median distance from the median; NaN
-        while all losses are alike. The medians are torch's: the lower of the two middle values.
+        The z-score is (max − median) / (1.4826·MAD) over the window, where MAD is the median absolute deviation; it is
+        NaN while all losses are equal. The medians are torch's: the lower of the two middle values.
 
         Args:
-            reduce: Adds values up over all ranks ("sum"), or takes their maximum ("max").
+            reduce: Called with values and "sum" or "max", to reduce them over all ranks.
+
+        Returns:
+            Mean, maximum and z-score, shape [3].
         """
         sums, largest = self._interval.take_sums()
         _, mean, largest = summarise(reduce(sums, "sum"), reduce(largest, "max"))

@@ -1,4 +1,4 @@
-"""Histograms of how large elements are, as a logger takes them."""
+"""Histograms of the magnitudes of elements, in the form that loggers take."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ TAGS = {
 """Tag of a group's histogram, by kind."""
 
 EDGES = tuple(math.log10(2) * (FIRST + column - 2) for column in range(COLUMNS + 1))
-"""Between which the columns lie, in log10 of the magnitude. Zeros are put left of all, what is not finite right."""
+"""Edges of the columns, in log10 of the magnitude; zeros are at the left end, NaN and infinities at the right."""
 
 
 @dataclass(frozen=True)
 class Histograms:
-    """Histograms by `OptimizerMonitor` on TensorBoard, one for each parameter group.
+    """Histograms of magnitudes that `OptimizerMonitor` writes to TensorBoard, one for each parameter group.
 
-    They are of log10 of the magnitudes, in steps of a power of two, counted on the device. Exact zeros have a column of
-    their own at the left end (-12.6 to -12.3), what is below 2**-40 the one next to it; what is not finite has the one
-    at the right end (5.1 to 5.4), what is above 65536 the one before. fp16 ends at -7.2, and loses digits below -4.2.
+    They show log10 of the magnitudes, in steps of a power of two, counted on the device. Exact zeros have their own
+    column at the left end (-12.6 to -12.3), next to that of values below 2**-40; values that are not finite have the
+    column at the right end (5.1 to 5.4), next to that of values above 65536. fp16 ends at -7.2, and loses digits below
+    -4.2.
 
     Args:
         of: ``"grad"`` before clipping and without loss scale, ``"param"`` after the step, and ``"update"``, the change,
-            for which the parameters are copied for the length of the step.
-        every: Number of reports from one histogram to the next.
+            for which the parameters are copied for the duration of the step.
+        every: Number of reports from one histogram to the next, at least 1.
 
     Raises:
-        ValueError: A kind is unknown, or ``every`` not positive; the message names the nearest.
+        ValueError: A kind is unknown, or ``every`` is below 1; the message names the nearest kind.
 
     Example:
         >>> Histograms(of=["grad"], every=5)
@@ -48,19 +49,22 @@ class Histograms:
 
     def __post_init__(self) -> None:
         if isinstance(self.of, str):
-            raise ValueError(f"Invalid of={self.of!r} of Histograms: a list is needed, for instance [{self.of!r}].")
+            raise ValueError(f"Invalid of={self.of!r} of Histograms: must be a list, for instance [{self.of!r}].")
         for kind in self.of:
             if kind not in KINDS:
-                raise ValueError(f"There are no histograms of {kind!r}. {nearest(kind, KINDS)}")
+                raise ValueError(f"Invalid of=[{kind!r}] of Histograms: unknown kind. {nearest(kind, KINDS)}")
         if self.every < 1:
-            raise ValueError(f"Invalid every={self.every!r}: a whole number of at least 1 is needed, for instance 20.")
+            raise ValueError(f"Invalid every={self.every!r}: must be a whole number of at least 1, for instance 20.")
 
 
 def buckets(counts: np.ndarray) -> tuple[list[float], list[float]] | None:
-    """Return edges and counts of the columns from the first to the last that is not empty; None if all are.
+    """Return edges and counts of the columns from the first to the last that is not empty.
 
     Args:
         counts: Counts of one group, shape [columns]; NaN if there was nothing to count.
+
+    Returns:
+        The edges, one more than there are columns, and the counts; None if all columns are empty.
     """
     if np.isnan(counts).any() or not counts.any():
         return None

@@ -1,4 +1,4 @@
-"""The report of a step: from its record to values under tags, in one packed transfer."""
+"""The report of a step: the values of its record by tag, in one packed transfer to the host."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class StepReport:
     Args:
         record: The record of the step.
         diagnostics: The diagnostics to compute.
-        since: The report before this one, or the counts at the start; rates are over the steps from there.
-        at: Place of the step on the loggers' axis.
+        since: The report before this one, or the counts at the start; rates are over the steps since then.
+        at: Position of the step on the loggers' axis.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class StepReport:
         self.steps = record.steps
         self.clipped = 0
         self.culprit: str | None = None
-        """Name of the first gradient with a NaN or an infinity, once read."""
+        """Name of the first gradient with a NaN or an infinity, available after `read`."""
         self.of_run: set[str] = set()
-        """Tags of values that belong to the run."""
+        """Tags of values that belong to the run rather than to this optimizer."""
         self.tables: dict[str, np.ndarray] = {}
-        """The tables of `add_table`, once read."""
+        """The tables of `add_table` by name, available after `read`."""
         self._since: StepReport | StepCounts = since
         self.group_names = record.group_names
         self._param_names = record.param_names
@@ -77,10 +77,10 @@ class StepReport:
         """Add values to the report, before it is sent.
 
         Args:
-            tags: Their tags.
+            tags: Tag of each value.
             values: One for each tag: a tensor on the device, shape [tags], or numbers that the host knows.
-            shows_nan: Whether a NaN among them is worth a point.
-            of_run: Whether they belong to the run rather than to this optimizer.
+            shows_nan: Whether a NaN among the values is logged.
+            of_run: Whether the values belong to the run rather than to this optimizer.
         """
         if of_run:
             self.of_run |= set(tags)
@@ -94,7 +94,7 @@ class StepReport:
             self._shows_nan |= set(tags)
 
     def add_table(self, name: str, values: Tensor) -> None:
-        """Add many values under one name, which are transferred with the others but are no points.
+        """Add a table of values, which is transferred with the others but not logged as scalars.
 
         Args:
             name: Name of the table.
@@ -113,7 +113,7 @@ class StepReport:
 
     @property
     def tensors(self) -> tuple[list[str], list[str], Sequence[int]]:
-        """Name, group and number of elements of each tensor."""
+        """Names, groups and numbers of elements of the tensors, three sequences of length [tensors]."""
         groups = [group for group, size in zip(self.group_names, self._group_sizes, strict=True) for _ in range(size)]
         names = self._param_names or [None] * len(groups)
         pairs = enumerate(zip(names, groups, strict=True))
@@ -125,11 +125,14 @@ class StepReport:
         return self._pending is not None
 
     def ready(self) -> bool:
-        """Whether reading would not have to wait."""
+        """Return whether `read` would return without waiting."""
         return self._pending is not None and self._pending.ready()
 
     def read(self) -> dict[str, float]:
-        """Return every value by its tag, waiting for the transfer; read reports in order: rates are differences."""
+        """Return every value by its tag, waiting for the transfer.
+
+        Reports must be read in order, because rates are differences between them.
+        """
         if self._pending is None:
             self.send()
         assert self._pending is not None
@@ -141,7 +144,7 @@ class StepReport:
         internal = {tag: values.pop(tag) for tag in _INTERNAL if tag in values}
         self.clipped = int(internal["clipped"])
         clip_rate = (self.clipped - self._since.clipped) / (self.steps - self._since.steps)
-        self._since = _START  # read once: a chain of reports would keep the whole run alive
+        self._since = _START  # A chain of reports would keep those of the whole run alive.
         if values.get("optim_health/nonfinite_gradients", 0) > 0 and self._param_names:
             self.culprit = self._param_names[int(internal["first_nonfinite"])]
         values = {**self._known, **values}

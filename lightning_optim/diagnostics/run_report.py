@@ -1,4 +1,4 @@
-"""One page about one run, or about several side by side, from their event files; to be attached to an issue."""
+"""A self-contained page about one run, or several side by side, from their event files; to attach to an issue."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 Points = list[tuple[int, float, float]]
-"""(step, value, seconds since the run began)"""
+"""Points of a curve: step, value, and seconds since the start of the run."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the event files of one run hold.
+    """Contents of the event files of one run.
 
     Args:
-        name: The run's folder, as short as the runs allow.
+        name: Name of the run: the parts of its folder's path by which it differs from other runs.
         scalars: Points by tag, in order of their steps.
-        alarms: What monitor and guard have reported, in Markdown.
-        heat_maps: The monitor's last images of all tensors, as PNG, by quantity.
+        alarms: Alarms and advice of monitor and guard, in Markdown.
+        heat_maps: The monitor's last heat maps as PNG, by quantity.
     """
 
     name: str
@@ -46,18 +46,21 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "Gradient over second moment": ("optim_grad/over_second_moment/[group]",),
     "Clipped, skipped": ("optim_health/clip_rate", "optim_health/skipped_steps", "optim_health/rollbacks"),
 }
-"""What is drawn, in order; `[group]` stands for one part of a tag, and `loss` for all losses that a run has."""
+"""Figures in order, with the tags of each; `[group]` stands for one part of a tag, `loss` for all losses of a run."""
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
     """Read the event files in a folder.
 
     Args:
-        folder: Where a logger has written.
-        name: What to call it; None for the folder's name.
+        folder: Folder that a logger has written to.
+        name: Name of the run; None for the folder's name.
+
+    Returns:
+        The run.
 
     Raises:
-        FileNotFoundError: There is no event file.
+        FileNotFoundError: The folder contains no event file.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -83,7 +86,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Read several, each called by the parts of its path in which they differ."""
+    """Read the event files of several runs, each named by the parts of its folder's path that differ."""
     parts = [Path(folder).resolve().parts for folder in folders]
     shared = 0
     while len(parts) > 1 and len({part[: shared + 1] for part in parts}) == 1:
@@ -93,13 +96,13 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def loss_tags(run: Run) -> list[str]:
-    """The losses of a run: the monitor's, and what the module has logged under a name with "loss" in it."""
+    """Return the tags of a run's losses: the monitor's, and those of the module that contain "loss"."""
     own = [tag for tag in run.scalars if "loss" in tag.lower() and not tag.startswith("optim_")]
     return [tag for tag in ("optim_loss/mean", "optim_loss/max") if tag in run.scalars] + sorted(own)
 
 
 def reached(points: Points, target: float) -> tuple[int, float] | None:
-    """Step and seconds at which values first were at or below ``target``; None if never.
+    """Return step and seconds at which the values first were at or below ``target``; None if they never were.
 
     Example:
         >>> reached([(0, 2.0, 0.0), (10, 0.9, 5.0), (20, 0.7, 10.0)], 1.0)
@@ -109,11 +112,15 @@ def reached(points: Points, target: float) -> tuple[int, float] | None:
 
 
 def convergence(runs: Iterable[Run], targets: Sequence[float] | None = None) -> list[list[str]]:
-    """Rows of (run, loss, reached, step, seconds), for each target.
+    """Return when each run first reached each target.
 
     Args:
         runs: The runs.
-        targets: Losses; None for a half, a quarter and a tenth of the way from the worst first loss to the best.
+        targets: Losses; None for those with a half, a quarter and a tenth of the way left from the worst first loss to
+            the best loss.
+
+    Returns:
+        Rows of run, target, step and seconds.
     """
     runs = list(runs)
     curves = {run.name: run.scalars[tags[0]] for run in runs if (tags := loss_tags(run))}
@@ -132,7 +139,7 @@ def convergence(runs: Iterable[Run], targets: Sequence[float] | None = None) -> 
 
 
 def generalisation(runs: Iterable[Run]) -> list[list[str]]:
-    """Rows of (run, validation loss, at step, training loss there, gap), at the best validation loss."""
+    """Return rows of run, validation loss, step, training loss and their gap, at each run's best validation loss."""
     rows = []
     for run in runs:
         tags = loss_tags(run)
@@ -146,12 +153,12 @@ def generalisation(runs: Iterable[Run]) -> list[list[str]]:
 
 
 def write_report(runs: Sequence[Run], folder: str | Path, targets: Sequence[float] | None = None) -> Path:
-    """Write ``report.html``, which needs no other file, and each figure as PNG.
+    """Write ``report.html``, which needs no other file, and each figure as a PNG file.
 
     Args:
-        runs: What to show.
-        folder: Where to write; made if it is not there.
-        targets: As for `convergence`.
+        runs: The runs to show.
+        folder: Folder to write to; created if it does not exist.
+        targets: Target losses, as for `convergence`.
 
     Returns:
         The path of the page.
@@ -183,7 +190,7 @@ def write_report(runs: Sequence[Run], folder: str | Path, targets: Sequence[floa
 
 
 def _saved(picture: bytes, title: str, folder: Path) -> str:
-    """Write a PNG into a folder, and return it as a part of the page."""
+    """Write a PNG file into a folder, and return the picture as HTML for the page."""
     (folder / f"{re.sub('[^a-z0-9]+', '_', title.lower())}.png").write_bytes(picture)
     encoded = base64.b64encode(picture).decode()
     return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">'
@@ -204,7 +211,7 @@ def _tags(run: Run, patterns: Sequence[str]) -> list[str]:
 
 
 def _figure(title: str, runs: Sequence[Run], patterns: Sequence[str]) -> bytes | None:
-    """One panel for each run, side by side, on the same scale; None if no run has any of it."""
+    """Draw one panel for each run, side by side on one scale, as PNG; return None if no run has any of the tags."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

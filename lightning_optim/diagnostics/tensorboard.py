@@ -1,4 +1,4 @@
-"""A page of TensorBoard: scalars in one write, a screen of charts, and what is no number. Knows event files only."""
+"""Helpers for TensorBoard's event files: many scalars in one write, a layout of charts, histograms and tables."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from itertools import pairwise
 from typing import Any
 
 SCREEN = "Optimizer"
-"""The category of the Custom Scalars page."""
+"""Category of the Custom Scalars page."""
 
 
 def screen(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
-    """The Custom Scalars layout: one screen to read from the top, when a run goes wrong.
+    """Return the Custom Scalars layout: one page of charts, to be read from the top when a run goes wrong.
 
     Args:
-        tags: What a first report shows; charts without a tag are left out.
+        tags: Tags of the first report; charts without any of them are left out.
 
     Returns:
-        As `SummaryWriter.add_custom_scalars` takes it.
+        The layout, in the form that `SummaryWriter.add_custom_scalars` takes.
 
     Example:
         >>> screen(["optim_lr/default", "optim_grad_norm/default"])["Optimizer"]["learning rate"]
@@ -33,7 +33,7 @@ def screen(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     return {SCREEN: charts}
 
 
-# Tags of one of several optimizers have its number before their second part.
+# With several optimizers a tag has the optimizer's index before its second part.
 _CHARTS = {
     "loss: mean and max": [r"^optim_loss/(mean|max)$"],
     "loss: how far it stands out": [r"^optim_loss/robust_z$"],
@@ -62,12 +62,12 @@ _CHARTS = {
 
 
 def add_scalars(writer: Any, values: Mapping[str, float], step: int) -> None:
-    """Write many scalars as one record: a tenth of the time of one by one.
+    """Write many scalars as one record, which takes a tenth of the time of one record each.
 
     Args:
         writer: A `torch.utils.tensorboard.SummaryWriter`.
-        values: By tag.
-        step: Where they belong.
+        values: Values by tag.
+        step: Step of the values.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -76,14 +76,14 @@ def add_scalars(writer: Any, values: Mapping[str, float], step: int) -> None:
 
 
 def add_histogram(writer: Any, tag: str, edges: Sequence[float], counts: Sequence[float], step: int) -> None:
-    """Write a histogram that has been counted already.
+    """Write a histogram whose elements have been counted already.
 
     Args:
         writer: A `torch.utils.tensorboard.SummaryWriter`.
-        tag: Its tag.
-        edges: Between which its columns lie, one more than there are columns.
-        counts: How many elements are in each column; not 0 in the first and the last.
-        step: Where it belongs.
+        tag: Tag of the histogram.
+        edges: Edges of the columns, one more than there are columns.
+        counts: Number of elements in each column; not 0 in the first and the last.
+        step: Step of the histogram.
     """
     centres = [(low + high) / 2 for low, high in pairwise(edges)]
     total = sum(count * centre for count, centre in zip(counts, centres, strict=True))
@@ -92,13 +92,13 @@ def add_histogram(writer: Any, tag: str, edges: Sequence[float], counts: Sequenc
 
 
 def purge_from(writer: Any, step: int) -> None:
-    """Tell TensorBoard to forget what it has of this run from ``step`` on: a run has been taken up there.
+    """Make TensorBoard hide this run's points from ``step`` on, because the run is resumed there.
 
     Without it, curves double back. The points stay in the files.
 
     Args:
         writer: A `torch.utils.tensorboard.SummaryWriter`.
-        step: The first step that will be written anew.
+        step: First step that will be written again.
     """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
@@ -106,7 +106,7 @@ def purge_from(writer: Any, step: int) -> None:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as TensorBoard's text plugin shows it.
+    """Format a Markdown table for TensorBoard's text plugin.
 
     Example:
         >>> print(markdown_table(["group", "lr"], [["head", 0.1]]))

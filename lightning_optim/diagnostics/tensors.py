@@ -1,4 +1,4 @@
-"""Single tensors in a report: which of them stand out, as a table."""
+"""Statistics of individual tensors in a report, and the table of those that stand out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_optim.core.suggest import nearest
 
 
 class TensorRows:
-    """Quantities of every tensor of one step, on the host.
+    """Statistics of every tensor of one step, on the host.
 
     Args:
         names: Name of each tensor.
@@ -27,17 +27,17 @@ class TensorRows:
         self._sums: dict[str, np.ndarray] = dict(zip(TENSOR_COLUMNS, sums.T, strict=True))
 
     def quantity(self, name: str) -> np.ndarray:
-        """One of `QUANTITIES`, shape [tensors]; NaN where there is no such quantity."""
-        with np.errstate(all="ignore"):  # 0/0 is the answer where there is none
+        """Return one of `QUANTITIES`, shape [tensors]; NaN where a tensor has no such quantity."""
+        with np.errstate(all="ignore"):  # 0/0 gives the NaN of a tensor without the quantity.
             values: np.ndarray = QUANTITIES[name](self)
         return values
 
     def sum(self, name: str) -> np.ndarray:
-        """One of `TENSOR_COLUMNS`, shape [tensors]."""
+        """Return one of `TENSOR_COLUMNS`, shape [tensors]."""
         return self._sums[name]
 
     def mean(self, name: str) -> np.ndarray:
-        """The sum called ``name`` over the number of elements."""
+        """Return one of `TENSOR_COLUMNS` divided by the number of elements, shape [tensors]."""
         values: np.ndarray = self._sums[name] / self._numel
         return values
 
@@ -52,24 +52,24 @@ QUANTITIES: dict[str, Callable[[TensorRows], np.ndarray]] = {
     "below_eps": lambda rows: rows.mean("below_eps"),
     "zero": lambda rows: rows.mean("zero_grad"),
 }
-"""By name: what the diagnostics of the same name say of a group. A group's `update_rms` is ``optim_lr/effective``."""
+"""Quantities of a tensor by name, defined as a group's diagnostics are; `update_rms` is a group's ``lr/effective``."""
 
 
 @dataclass(frozen=True)
 class PerTensor:
-    """Display of single tensors by `OptimizerMonitor` on TensorBoard.
+    """Display of individual tensors by `OptimizerMonitor` on TensorBoard.
 
     Their values are transferred with the others of a report.
 
     Args:
-        worst: Number of tensors that the text `optim/tensors` lists; 0 for no text. First those whose gradient is not
-            finite, then those whose ``by`` is the most times larger or smaller than the median tensor's.
-        by: The quantity that ranks them, one of `QUANTITIES`.
-        heat_maps: Quantities of which there is an image `optim/tensors/<quantity>`, tensors × time; needs matplotlib.
-        every: Number of reports from one text and image to the next; the last state is written at the end.
+        worst: Number of tensors that the text `optim/tensors` lists, at least 0; 0 for no text. Those whose gradient is
+            not finite come first, then those whose ``by`` differs from the median tensor's by the largest factor.
+        by: Quantity that ranks the tensors, one of `QUANTITIES`.
+        heat_maps: Quantities shown as images `optim/tensors/<quantity>`, tensors × time; needs matplotlib.
+        every: Number of reports from one text and image to the next, at least 1; the last state is written at the end.
 
     Raises:
-        ValueError: A quantity is unknown or a number out of range; the message names the nearest.
+        ValueError: A quantity is unknown, for which the message names the nearest, or a number is out of range.
 
     Example:
         >>> PerTensor(worst=5, by="grad_norm", heat_maps=())
@@ -86,17 +86,20 @@ class PerTensor:
             if name not in QUANTITIES:
                 raise ValueError(f"Unknown quantity {name!r} of a tensor. {nearest(name, QUANTITIES)}")
         if self.worst < 0:
-            raise ValueError(f"Invalid worst={self.worst!r}: a whole number of at least 0 is needed; 0 for no text.")
+            raise ValueError(f"Invalid worst={self.worst!r}: must be a whole number of at least 0; 0 for no text.")
         if self.every < 1:
-            raise ValueError(f"Invalid every={self.every!r}: a whole number of at least 1 is needed, for instance 20.")
+            raise ValueError(f"Invalid every={self.every!r}: must be a whole number of at least 1, for instance 20.")
 
 
 def worst_first(rows: TensorRows, by: str) -> list[int]:
-    """Return the places of the tensors in the order of how far they stand out.
+    """Return the indices of the tensors, those that stand out most first.
 
-    Those come first whose gradient is not finite, then those farthest from the median, in ratio.
+    Tensors whose gradient is not finite come first, then those that differ from the median by the largest factor.
+    Tensors without the quantity, or with a value of 0, come last.
 
-    Tensors without the quantity, or with 0 of it, come last.
+    Args:
+        rows: The tensors.
+        by: One of `QUANTITIES`.
     """
     with np.errstate(all="ignore"):
         decades = np.log10(rows.quantity(by))
@@ -109,7 +112,7 @@ def worst_first(rows: TensorRows, by: str) -> list[int]:
 
 
 def table_of(rows: TensorRows, detail: PerTensor) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of a table of the worst tensors."""
+    """Return header and rows of the table of the tensors that stand out most."""
     found = {name: rows.quantity(name) for name in QUANTITIES}
     shown = {name: values for name, values in found.items() if not np.isnan(values).all()}
     with np.errstate(all="ignore"):

@@ -1,4 +1,4 @@
-"""Diagnostics of what the step did to the parameters, from the update's own sums."""
+"""Diagnostics of the effect of a step on the parameters, from sums that the update collects in its own pass."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class ParamNorm(Diagnostic):
     name = "param_norm"
 
     def compute(self, record: StepRecord) -> Tensor:
-        """‖p‖ per group."""
+        """‖p‖ per group, shape [groups]."""
         return record.update.groups("param_sq").sqrt()
 
 
 class ParamRMS(Diagnostic):
-    """Root mean square of the parameters before the step, which compares groups of different sizes."""
+    """Root mean square of the parameters before the step, which is comparable between groups of different sizes."""
 
     name = "param_norm/rms"
 
     def compute(self, record: StepRecord) -> Tensor:
-        """√mean(p²) per group."""
+        """√mean(p²) per group, shape [groups]."""
         return record.update.means("param_sq").sqrt()
 
 
@@ -40,50 +40,50 @@ class UpdateNorm(Diagnostic):
     name = "update_norm"
 
     def compute(self, record: StepRecord) -> Tensor:
-        """‖Δp‖ per group."""
+        """‖Δp‖ per group, shape [groups]."""
         return record.update.groups("update_sq").sqrt()
 
 
 class UpdateRatio(Diagnostic):
-    """By what share of their norm the step changed the parameters; nothing where all of a group's parameters are zero.
+    """Norm of the change of the parameters over their norm; not defined for a group whose parameters are all zero.
 
-    A rule of thumb for a healthy run is 1e-3 (Karpathy, CS231n notes); watch a group against its own history.
+    A rule of thumb for a healthy run is 1e-3 (Karpathy, CS231n notes); compare a group with its own history.
     """
 
     name = "update_ratio"
 
     def compute(self, record: StepRecord) -> Tensor:
-        """‖Δp‖ / ‖p‖ per group."""
+        """‖Δp‖ / ‖p‖ per group, shape [groups]."""
         ratio = (record.update.groups("update_sq") / record.update.groups("param_sq")).sqrt()
         return ratio.masked_fill(ratio.isinf(), math.nan)
 
 
 class EffectiveLR(Diagnostic):
-    """How far a weight moved: the root mean square of the changes of all weights of a group.
+    """Effective learning rate: the root mean square of the changes of all weights of a group.
 
-    What the learning rate came to, in one unit for all optimizers: 0.2 to 0.4 times lr with AdamW, lr itself with
-    Lion, lr times the gradient with SGD.
+    It has the same unit for all optimizers: it is 0.2 to 0.4 times lr with AdamW, lr itself with Lion, and lr times the
+    gradient with SGD.
     """
 
     name = "lr/effective"
 
     def compute(self, record: StepRecord) -> Tensor:
-        """√mean(Δp²) per group."""
+        """√mean(Δp²) per group, shape [groups]."""
         return record.update.means("update_sq").sqrt()
 
 
 class WeightDecayShare(Diagnostic):
-    """Norm of what weight decay alone took off, over the norm of the whole change.
+    """Norm of the change by weight decay alone, over the norm of the whole change.
 
-    Every kind has such a share but L2, which is part of the gradient and then of the moments; and in ScheduleFreeAdamW
-    decay moves other sequences than the weights. Of other packages' optimizers it is known for torch's decoupled ones.
-    It may be above 1 where decay and update point apart.
+    It is defined for every kind except L2, which is part of the gradient and then of the moments, and not for
+    ScheduleFreeAdamW, where decay moves sequences other than the weights. Among the optimizers of other packages it is
+    known for torch's decoupled ones. It may be above 1 where decay and update have opposite directions.
     """
 
     name = "weight_decay/share"
 
     def compute(self, record: StepRecord) -> Tensor:
-        """‖decay‖ / ‖Δp‖ per group."""
+        """‖decay‖ / ‖Δp‖ per group, shape [groups]."""
         update_sq = record.update.groups("update_sq")
         shares = (record.update.groups("decay_sq") / update_sq).sqrt()
         factors = [_stated_decay(group) for group in record.hyperparameters]
@@ -95,8 +95,8 @@ class WeightDecayShare(Diagnostic):
 
 
 def _stated_decay(group: Mapping[str, Any]) -> Any:
-    """Return what fraction of a weight decays; NaN if that is not known, None if the update has measured it."""
+    """Return the fraction of a weight that decays; NaN if it is not known, None if the update has measured it."""
     kind, decoupled = group.get("weight_decay_kind"), group.get("decoupled_weight_decay")
-    if kind is None:  # an optimizer of torch's, or of others
+    if kind is None:  # The optimizer is torch's or another package's.
         return group["lr"] * group.get("weight_decay", 0) if decoupled else math.nan
     return math.nan if kind == WeightDecayKind.L2 and not decoupled else None

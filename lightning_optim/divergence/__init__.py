@@ -17,7 +17,7 @@ from lightning_optim.divergence.trend import SlowDivergence
 from lightning_optim.divergence.watch import SIGNALS, StepGuard, StepObservation
 
 Judge, Watch = DivergenceJudge, StepGuard
-"""The names of these two up to 0.1."""
+"""Former names of these two classes, used up to version 0.1."""
 
 __all__ = [
     "ALARM_KINDS",

@@ -1,4 +1,4 @@
-"""The kinds of alarm, what each means and what to change, in one table."""
+"""The table of the kinds of alarm: what each means, and what to change."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class AlarmKind:
     """One kind of alarm.
 
     Args:
-        name: Its name in reports and logs.
+        name: Name in reports and logs.
         advice: What to change, one or two sentences.
-        skip_suffices: Whether a skip of the step leaves nothing of it.
-        escalates: Whether a skip of the step is not enough, so that the guard has to respond.
-        lost: Whether the weights are worse for it, so that a lower rate alone is not enough either.
+        skip_suffices: Whether skipping the step undoes the problem completely.
+        escalates: Whether skipping the step is not enough, so that the guard has to respond.
+        lost: Whether the weights have become worse, so that a lower learning rate alone is not enough either.
     """
 
     name: str
@@ -32,11 +32,11 @@ class Alarm:
 
     Args:
         kind: Name of an `AlarmKind`.
-        step: Optimizer steps so far, that one included.
+        step: Number of optimizer steps so far, that one included.
         text: One sentence.
         names: Parameters or groups concerned, the worst first.
-        escalates: Whether a skip of the step is not enough.
-        lost: Whether the weights are worse for it, so that a lower rate alone is not enough either.
+        escalates: Whether skipping the step is not enough.
+        lost: Whether the weights have become worse, so that a lower learning rate alone is not enough either.
         most: Whether it concerns most of the network, which was healthy before.
     """
 
@@ -50,7 +50,7 @@ class Alarm:
 
     @property
     def skip_suffices(self) -> bool:
-        """Whether a skip of the step leaves nothing of it."""
+        """Whether skipping the step undoes the problem completely."""
         return ALARM_KINDS[self.kind].skip_suffices
 
 
@@ -71,8 +71,8 @@ _KINDS = (
     ),
     AlarmKind(
         "new_level",
-        "A change of data, of the loss or of what is trained? If it was a skipped stretch of a "
-        "healthy run, `DivergenceGuard: {spikes: {threshold: 12}}`.",
+        "Check whether the data, the loss or the trained parameters have changed. If steps of a "
+        "healthy run were skipped, `DivergenceGuard: {spikes: {threshold: 12}}`.",
     ),
     AlarmKind(
         "jump",
@@ -127,13 +127,13 @@ _KINDS = (
     ),
     AlarmKind(
         "detected",
-        "A detector of your own asked for the step to be skipped: its `reason` says why.",
+        "A detector of your own requested the skip of the step; its `reason` says why.",
         skip_suffices=True,
     ),
 )
 
 ALARM_KINDS: Mapping[str, AlarmKind] = MappingProxyType({kind.name: kind for kind in _KINDS})
-"""All kinds by name. Detectors of one's own raise ``detected``."""
+"""All kinds by name. A user's own detectors raise ``detected``."""
 
 
 def alarm(
@@ -150,12 +150,15 @@ def alarm(
 
     Args:
         kind: Name of the kind.
-        step: Optimizer steps so far, that one included.
+        step: Number of optimizer steps so far, that one included.
         text: One sentence.
         names: Parameters or groups concerned, the worst first.
-        escalates: Whether a skip of the step is not enough; None for what the table says.
-        lost: Whether the weights are worse for it; None for what the table says.
+        escalates: Whether skipping the step is not enough; None for the value in the table.
+        lost: Whether the weights have become worse; None for the value in the table.
         most: Whether it concerns most of the network.
+
+    Returns:
+        The alarm.
 
     Raises:
         KeyError: There is no such kind.

@@ -1,4 +1,4 @@
-"""Detectors: from one read of the gradients to whether this step must be skipped, on the device."""
+"""Detectors: decisions on the device, from one read of the gradients, whether this step must be skipped."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning_optim.core.stats import GradStats
 
 
 class Detector(ABC):
-    """A decision, without asking the host, whether the coming update may happen.
+    """Decision, made on the device, whether the coming update must be skipped.
 
-    To add one, subclass, define `__call__`, and hand it to ``DivergenceGuard(detectors=[...])``, or to
-    `StepPipeline` in a plain loop. The guard reports each step that it flags, under `name` and with `reason`.
+    To add one, subclass, define `__call__`, and pass it to ``DivergenceGuard(detectors=[...])``, or to `StepPipeline`
+    in a plain loop. The guard reports each step that it flags, under `name` and with `reason`.
 
     Example:
         >>> import torch
@@ -29,11 +29,11 @@ class Detector(ABC):
     """
 
     reason: str = ""
-    """A clause that says what it has found, for reports."""
+    """Clause that states the finding, for reports."""
 
     @property
     def name(self) -> str:
-        """Its name in reports and checkpoints: that of its class in lower case with underscores."""
+        """Name in reports and checkpoints: that of the class in snake case."""
         return snake_case(type(self).__name__)
 
     @abstractmethod
@@ -41,24 +41,24 @@ class Detector(ABC):
         """Return whether the step must be skipped.
 
         Args:
-            stats: One read of the gradients: square sum of each tensor, shape [tensors], on the device.
+            stats: Statistics of the gradients, such as the square sum of each tensor, shape [tensors], on the device.
 
         Returns:
-            True if so: a bool tensor, shape []; on the device of ``stats``, or on the CPU.
+            True to skip the step: bool, shape [], on the device of ``stats`` or on the CPU.
         """
 
-    def commit(self, skip: Tensor) -> None:  # noqa: B027 - most remember nothing
-        """End the step.
+    def commit(self, skip: Tensor) -> None:  # noqa: B027 - most detectors have no state
+        """Update the state at the end of the step.
 
         Args:
             skip: Non-zero if the step did not happen, for any reason; shape [].
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return its state, as plain numbers and tensors for a checkpoint."""
+        """Return the state, as plain numbers and tensors for a checkpoint."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most remember nothing
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most detectors have no state
         """Restore the state returned by `state_dict`."""
 
 
@@ -67,10 +67,10 @@ DETECTORS: Registry[Detector] = Registry("detector", Detector)
 
 
 class NonFiniteGradient(Detector):
-    """Skip a step with a NaN or an infinity in any gradient.
+    """Detector of a NaN or an infinity in any gradient.
 
-    It reads what clipping has measured, so it costs nothing in addition. Under data parallelism the reduced gradients
-    carry a NaN of one rank to all, so all ranks decide alike without talking.
+    It reads what clipping has measured, so it adds no cost. Under data parallelism the reduced gradients carry a NaN of
+    one rank to all, so that all ranks decide alike without further communication.
 
     Example:
         >>> import torch

@@ -16,9 +16,9 @@ _HISTORY = 10
 _INSPECTIONS = 5
 """Number of inspections that advice about the learning rate is based on."""
 _APART = 10
-"""Least number of steps between two of these, as measured: gradients of neighbouring steps are much alike."""
+"""Smallest number of steps between two of these, as measured: gradients of neighbouring steps are much alike."""
 _NEAR_PEAK = 0.1
-"""Share of its highest rate below which a schedule is about to end the run: small updates are intended there."""
+"""Share of its highest learning rate below which a schedule is near its end, so that small updates are intended."""
 _USUAL_RATIO = 0.01
 """Share of the weights below which an update is no sign of a high learning rate."""
 
@@ -31,7 +31,8 @@ class HealthLimits:
     from a hundredth to a hundred times a good one, of which 62 in 135 end well; all are in the documentation.
 
     Args:
-        warmup: Optimizer steps before the first report: weights that start at zero pass no gradient on at first.
+        warmup: Number of optimizer steps before the first report, because weights that start at zero pass on no
+            gradient at first.
         vanishing: Root mean square of a gradient below this share of the largest one's. Measured: one good run is
             reported, at three times the best rate, and 6 of 33 at too high a rate.
         exploding: Gradient norm of a group above this many times its median over the last 10 inspections. Measured:
@@ -40,16 +41,16 @@ class HealthLimits:
             every tensor above about 1e-8; a tenth of the bad ones fall below the limit.
         below_eps: Share of the elements with a gradient whose second moment is below ``eps``, so that ``eps`` alone
             sets their update. Not calibrated: good runs stay far below it.
-        high_ratio: Update above this share of the weights, at 5 inspections in a row; 1e-3 is usual. Measured: no good
-            run; none of the others either, which at far too high a rate have failed before, and are reported by other
-            limits.
-        low_ratio: Update below this share of the weights, at a steady rate. Measured: no good run, 3 of 40 at too low a
-            rate.
-        against: Mean cosine of gradient and momentum over 5 inspections, each below half of that: steps oscillate
-            across a valley. Measured: 2 of 53 good runs, 6 of 24 at too high a rate.
-        along: Cosine of gradient and momentum above this at 5 inspections in a row, at a steady rate and with updates
-            below 0.01 of the weights: gradients keep the direction of the steps, so that longer steps would do.
-            Measured: 2 of 53 good runs, and 18 of 31 at too low a rate.
+        high_ratio: Update above this share of the weights, at 5 consecutive inspections; 1e-3 is usual. Measured: no
+            good run is reported, and no other run either, because runs at far too high a rate fail before that and are
+            reported by other limits.
+        low_ratio: Update below this share of the weights, at a steady rate. Measured: no good run is reported, and 3 of
+            40 at too low a rate.
+        against: Mean cosine of gradient and momentum over 5 inspections below this, and each cosine below half of it:
+            steps oscillate across a valley. Measured: 2 of 53 good runs are reported, and 6 of 24 at too high a rate.
+        along: Cosine of gradient and momentum above this at 5 consecutive inspections, at a steady rate and with
+            updates below 0.01 of the weights: gradients keep the direction of the steps, so longer steps would be
+            possible. Measured: 2 of 53 good runs are reported, and 18 of 31 at too low a rate.
     """
 
     warmup: int = 20
@@ -72,7 +73,7 @@ class ParameterHealth(Stateful):
         limits: Limits beyond which it is reported; None for the defaults.
     """
 
-    # Attributes have the names of their keys in checkpoints: what was reported, and when advice was last considered.
+    # These are keys in checkpoints, and so stay: `told` is what was reported, `looked` the step of the last advice.
     STATE = ("told", "norms", "ratios", "cosines", "rates", "peaks", "looked")
 
     def __init__(self, limits: HealthLimits | None = None) -> None:
@@ -98,7 +99,7 @@ class ParameterHealth(Stateful):
         """Inspect the statistics of each tensor in one step.
 
         Args:
-            step: Optimizer steps so far.
+            step: Number of optimizer steps so far.
             values: `StepRecord.per_tensor`, row by row: [tensors * columns] numbers.
             names: Name of each tensor.
             numel: Number of elements of each tensor.
@@ -107,7 +108,7 @@ class ParameterHealth(Stateful):
             alive: Whether each tensor had a gradient other than 0 at the first step; empty if that is not known.
 
         Returns:
-            An alarm for each kind of new findings, with the names concerned.
+            One alarm for each kind of new findings, with the names concerned.
         """
         width = len(TENSOR_COLUMNS)
         rows = [dict(zip(TENSOR_COLUMNS, values[i * width : (i + 1) * width], strict=True)) for i in range(len(names))]
@@ -183,24 +184,24 @@ class ParameterHealth(Stateful):
             self._cosines.append(total["grad_exp_avg"] / math.sqrt(scale))
         self._rates.append(max((lr for _, lr, _ in groups), default=0.0))
         peak = max(self._peaks.values(), default=0.0)
-        steady = self._rates[-1] <= self._rates[0] and self._rates[-1] >= _NEAR_PEAK * peak  # not in a warm-up either
+        steady = self._rates[-1] <= self._rates[0] and self._rates[-1] >= _NEAR_PEAK * peak  # A warmup is not steady.
         ratios = self._ratios if len(self._ratios) == _INSPECTIONS else None
         cosine = statistics.fmean(self._cosines) if len(self._cosines) == _INSPECTIONS else 0.0
         advice: dict[str, str] = {}
         if ratios and min(ratios) > limits.high_ratio:
             advice["lr_too_high"] = f"steps change the weights by more than {limits.high_ratio:g} of their norm"
         elif cosine < limits.against and max(self._cosines) < limits.against / 2:
-            advice["lr_too_high"] = "gradients point against the momentum, so steps jump to and fro"
+            advice["lr_too_high"] = "gradients point against the momentum, so the steps oscillate"
         elif ratios and steady and max(ratios) < limits.low_ratio:
             advice["lr_too_low"] = f"steps change the weights by less than {limits.low_ratio:g} of their norm"
         elif ratios and steady and max(ratios) < _USUAL_RATIO and cosine > 0 and min(self._cosines) > limits.along:
-            advice["lr_too_low"] = "gradients keep pointing along the momentum, so a longer step would go on descending"
+            advice["lr_too_low"] = "gradients keep pointing along the momentum, so longer steps would still descend"
         new = {kind: text for kind, text in advice.items() if (kind, "") not in self._told}
         self._told = {(k, n) for k, n in self._told if n != ""} | {(kind, "") for kind in advice}
         return [alarm(kind, step, text) for kind, text in new.items()]
 
     def rolled_back(self) -> None:
-        """Forget what has been reported: the weights that it was about are gone."""
+        """Forget what has been reported, because it concerned weights that no longer exist."""
         self._told.clear()
 
 

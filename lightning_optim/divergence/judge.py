@@ -1,4 +1,4 @@
-"""From the observation of each step to alarms: what is wrong, and whether it is more than one bad batch."""
+"""Judgement of each step: the alarms that its observation raises, and whether they mean more than one bad batch."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from lightning_optim.divergence.trend import SUSTAINED, SlowDivergence
 from lightning_optim.divergence.watch import StepObservation
 
 _DATA = 40
-"""Number of steps, once the data has turned out to be the cause, in which a jump is put down to the data, too.
+"""Number of steps in which a jump is attributed to the data, once the data has turned out to be the cause.
 
-A new level takes 16 flags."""
+It leaves room for the 16 flags after which a new level is adopted."""
 
 
 class DivergenceJudge(Stateful):
     """Judgement of the steps of one optimizer, in order.
 
-    The first loss after a rollback tells whether the weights were the cause: if it is as high with those of the
-    snapshot, the data or the loss function has changed, and another rollback would not help. Then the level is
+    The first loss after a rollback shows whether the weights were the cause: if it is as high with those of the
+    snapshot, the data or the loss function has changed, and another rollback would not help. The level is then
     accepted.
 
     Args:
         trend: Detector of slow divergence; None for none.
-        patience: Number of bad steps in a row that is more than a bad batch.
-        scaled: Whether gradients come out of a GradScaler. Then one that is not finite, at a finite loss, is an
-            overflow, which is how the scaler finds its scale, and raises no alarm. So is one at an infinite loss, which
-            may be finite before scaling; if it is not, that many in a row collapse the scale.
-        overflows: Number of overflows in a row that is a collapse of the loss scale. From its start at 2¹⁶ the scale
-            falls below anything useful (2⁻⁴) within 20.
+        patience: Number of consecutive bad steps that means more than a bad batch.
+        scaled: Whether a GradScaler scales the gradients. One that is not finite, at a finite loss, is then an
+            overflow, by which the scaler finds its scale, and raises no alarm. The same holds at an infinite loss,
+            which may be finite before scaling; if it is not, ``overflows`` of them in a row collapse the scale.
+        overflows: Number of consecutive overflows that is a collapse of the loss scale. From its start at 2¹⁶ the scale
+            falls below any useful value (2⁻⁴) within 20.
     """
 
     STATE = ("counts",)
@@ -57,11 +57,11 @@ class DivergenceJudge(Stateful):
         """Judge a step.
 
         Args:
-            seen: The step.
-            names: Name of each parameter of the optimizer, by its place.
+            seen: The observation of the step.
+            names: Name of each parameter of the optimizer, by its index.
 
         Returns:
-            The alarms, none for a step that is well.
+            The alarms; an empty list for a healthy step.
         """
         counts = self._counts
         worst = tuple(names.get(place, f"parameter {place}") for place in seen.worst)
@@ -98,10 +98,10 @@ class DivergenceJudge(Stateful):
         return [alarm("nonfinite", seen.step, text, bad, escalates=lasts)]
 
     def _detected(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
-        """Alarms of the user's detectors; ``patience`` of them in a row escalate, as other bad steps do."""
+        """Return the alarms of the user's detectors; ``patience`` of them in a row escalate, as other bad steps do."""
         found = seen.detected
-        if seen.skipped and not (found or seen.spikes):  # one that the pipeline has in addition to ours
-            found = ("another detector of the step asked for it",)
+        if seen.skipped and not (found or seen.spikes):  # The pipeline has a detector that is not the guard's.
+            found = ("another detector of the step requested it",)
         if not found:
             return []
         self._counts["bad_in_a_row"] += 1
@@ -117,7 +117,7 @@ class DivergenceJudge(Stateful):
             if self.trend.far(seen.values["loss"]):
                 self._counts["data"] = _DATA
                 self.trend.rebase()
-                text = "the loss is as high with the weights of the snapshot: it is the data, and its level from now on"
+                text = "the loss is as high with the weights of the snapshot, so the data is the cause; it is adopted"
                 alarms.append(alarm("new_level", seen.step, text))
         if seen.spikes:
             high = " and ".join(f"{_LABELS[s]} {seen.values[s]:.3g} against {seen.medians[s]:.3g}" for s in seen.spikes)
@@ -128,16 +128,16 @@ class DivergenceJudge(Stateful):
             alarms.append(alarm("slow_divergence", seen.step, text, lost=lost))
         for signal, factor in seen.levels.items():
             jumped = factor >= SUSTAINED and not self._counts["data"]
-            text = f"{_LABELS[signal]} stays {factor:.3g} times as high; that is its level from now on"
+            text = f"{_LABELS[signal]} stays {factor:.3g} times as high, which is adopted as its new level"
             alarms.append(alarm("jump" if jumped else "new_level", seen.step, text))
             if self.trend is not None and not jumped:
                 self.trend.rebase()
         return alarms
 
     def assess(self, found: Alarm) -> Alarm:
-        """Raise an alarm about parameters to a collapse, if most of the network is dead and it has learned nothing.
+        """Turn an alarm about parameters into a collapse, if most of the network is dead and it has learned nothing.
 
-        The loss has to agree: experts without a token have no gradient either, nor do layers that are left out.
+        The loss has to confirm it, because experts without a token and skipped layers have no gradient either.
 
         Args:
             found: An alarm of `ParameterHealth`.
@@ -151,7 +151,7 @@ class DivergenceJudge(Stateful):
         return found
 
     def rolled_back(self) -> None:
-        """Restart the counts of steps in a row, after a rollback."""
+        """Reset the counts of consecutive steps after a rollback."""
         self._counts |= {"bad_in_a_row": 0, "overflows_in_a_row": 0, "returned": 1, "data": 0}
 
 

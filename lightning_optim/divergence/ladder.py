@@ -1,4 +1,4 @@
-"""Responses to a divergence that skipping a step does not fix: rungs of a ladder, each with a budget."""
+"""Responses to a divergence that skipping a step does not fix: the rungs of a ladder, each with a budget."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LRCut:
 
     def __post_init__(self) -> None:
         if not 0 < self.factor < 1:
-            raise ValueError(f"Invalid factor={self.factor!r} of LRCut: it must be in (0, 1), for instance 0.5.")
+            raise ValueError(f"Invalid factor={self.factor!r} of LRCut: must be in (0, 1), for instance 0.5.")
         _at_least("LRCut", 1, steps=self.steps, budget=self.budget)
         _at_least("LRCut", 0, recover=self.recover)
 
@@ -39,16 +39,16 @@ class LRCut:
 class Rollback:
     """Second rung: a return to the last snapshot of weights, optimizer, schedule, scaler and averages.
 
-    The position in the data is not restored: the batches since the snapshot are left out, which is how PaLM got past
-    its spikes. ``global_step`` continues.
+    The position in the data is not restored: the batches since the snapshot are skipped, as PaLM did to get past its
+    spikes. ``global_step`` continues.
 
     Args:
         every: Number of steps from one snapshot to the next, at least 1.
-        clean: Number of further steps without an alarm after which a snapshot may be returned to, at least 0.
+        clean: Number of further steps without an alarm after which a snapshot can be restored, at least 0.
         memory: Where snapshots are kept: ``"device"``, ``"cpu"`` or ``"disk"``.
         lr_factor: Permanent factor on the learning rate after a rollback, in (0, 1]; 1 keeps the rate. The second
-            return in a row to the same snapshot multiplies by its square, the third by its cube (1/2, then 1/8, then
-            1/64 in all), because a divergence that comes back needs a stronger response.
+            consecutive return to the same snapshot multiplies by its square, the third by its cube (1/2, then 1/8, then
+            1/64 in all), because a divergence that recurs needs a stronger response.
         budget: Largest number of rollbacks in a run, at least 1.
 
     Raises:
@@ -66,17 +66,15 @@ class Rollback:
         _at_least("Rollback", 0, clean=self.clean)
         check_memory(self.memory, "Rollback")
         if not (math.isfinite(self.lr_factor) and 0 < self.lr_factor <= 1):
-            raise ValueError(
-                f"Invalid lr_factor={self.lr_factor!r} of Rollback: it must be in (0, 1]; 1 keeps the rate."
-            )
+            raise ValueError(f"Invalid lr_factor={self.lr_factor!r} of Rollback: must be in (0, 1]; 1 keeps the rate.")
 
 
 class Ladder(Stateful):
     """Choice of the response to an alarm that skipping does not fix.
 
-    The lowest rung first; the next one if there is another such alarm within ``memory`` steps of the last response, if
-    the budget of a rung is used up, or if the weights are lost, which a lower rate does not bring back. For
-    ``cooldown`` steps after a response there is no other, so that it can take effect.
+    The lowest rung is taken first; the next one if there is another such alarm within ``memory`` steps of the last
+    response, if the budget of a rung is used up, or if the weights are lost, which a lower learning rate does not
+    repair. For ``cooldown`` steps after a response there is no other, so that it can take effect.
 
     Args:
         lr_cut: The first rung; None for none.
@@ -119,9 +117,9 @@ class Ladder(Stateful):
         """Choose a response and take it from its budget.
 
         Args:
-            step: Optimizer steps so far.
+            step: Number of optimizer steps so far.
             can_roll_back: Whether there is a snapshot.
-            lost: Whether the weights are worse than they were.
+            lost: Whether the weights have become worse.
 
         Returns:
             ``"lr_cut"``, ``"rollback"``, ``"stop"``, or None for no response.
@@ -130,7 +128,7 @@ class Ladder(Stateful):
         if since < self._cooldown:
             return None
         rungs = list(self._budgets)
-        if lost or since < self._memory:  # the lower rung would not do, has just been tried, or was not enough before
+        if lost or since < self._memory:  # The lower rung would not help, or has just been tried.
             rungs.append(rungs.pop(0))
         for rung in rungs:
             if self._used[rung] < self._budgets[rung] and (rung != "rollback" or can_roll_back):
@@ -140,11 +138,11 @@ class Ladder(Stateful):
         return "stop" if self._stop else None
 
     def why_stop(self) -> str:
-        """Budgets and what has been used of them, as text for a message."""
+        """Return the budgets and the used part of each, as text for a message."""
         return ", ".join(f"{rung}: {self._used[rung]} of {self._budgets[rung]}" for rung in self._budgets)
 
 
 def _at_least(of: str, least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
-            raise ValueError(f"Invalid {name}={value!r} of {of}: it must be a whole number of at least {least}.")
+            raise ValueError(f"Invalid {name}={value!r} of {of}: must be a whole number of at least {least}.")

@@ -1,4 +1,4 @@
-"""A temporary cut of the learning rate, whatever schedule sets it."""
+"""A temporary cut of the learning rate that works with every schedule."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lightning_optim.core.uncompiled import uncompiled
 class LRCutter(Stateful):
     """Factor on the learning rates of an optimizer, applied before each step and removed after it.
 
-    So it works with every schedule, including torch's, which compute the next rate from the last. A cut stays for
-    ``hold`` steps, and the rate returns over ``recover`` more, by equal factors. Skipped steps count.
+    It therefore works with every schedule, including torch's, which compute the next rate from the last. A cut stays
+    for ``hold`` steps, and the rate returns over ``recover`` further steps, by equal factors. Skipped steps count.
 
     Args:
         optimizer: The optimizer, of any package.
@@ -55,7 +55,7 @@ class LRCutter(Stateful):
         return self._lasting * self._passing()
 
     def start(self, factor: float, hold: int, recover: int) -> None:
-        """Start a temporary cut, in addition to what is left of the last one.
+        """Start a temporary cut, on top of what remains of the last one.
 
         Args:
             factor: Factor on the learning rates.
@@ -63,7 +63,7 @@ class LRCutter(Stateful):
             recover: Number of steps over which the rate then returns.
         """
         self._factor = self._passing() * factor
-        self._hold, self._recover, self._age = hold, recover, -1  # the coming step is number 0
+        self._hold, self._recover, self._age = hold, recover, -1  # The coming step has number 0.
 
     def lower(self, factor: float) -> None:
         """Multiply the learning rates by ``factor`` permanently."""
@@ -88,7 +88,7 @@ class LRCutter(Stateful):
         return float(self._factor ** (1 - (over + 1) / (self._recover + 1)))
 
     def _cut(self) -> None:
-        self._restore()  # the last update may have been interrupted
+        self._restore()  # The last update may have been interrupted.
         factor = self.factor
         if factor == 1.0:
             return

@@ -1,4 +1,4 @@
-"""Where large data may be kept, and how much memory and disk is free for it."""
+"""The places where large data can be kept, and the free memory and disk space for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_optim.core.suggest import nearest
 
 MEMORIES = ("device", "cpu", "disk")
 SHARE = 0.5
-"""Largest share of the free memory that is taken: data loaders, caches and the peaks of training need some, too."""
+"""Largest share of the free memory to use: data loaders, caches and the peaks of training need some as well."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -22,11 +22,11 @@ def check_memory(memory: str, whose: str) -> None:
     """Check that ``memory`` is one of `MEMORIES`.
 
     Args:
-        memory: What was given.
-        whose: The class whose argument it is, for the message.
+        memory: The value to check.
+        whose: Name of the class whose argument it is, for the message.
 
     Raises:
-        ValueError: It is none of them.
+        ValueError: ``memory`` is none of them.
     """
     if memory not in MEMORIES:
         raise ValueError(f"Unknown memory={memory!r} of {whose}. {nearest(str(memory), MEMORIES)}")
@@ -55,6 +55,6 @@ def fits_in_memory(need: int, free: int, sharers: int = 1) -> bool:
 
 
 def _of_container() -> int | None:
-    with contextlib.suppress(OSError, ValueError):  # no limit, which is written "max", or none of this kind
+    with contextlib.suppress(OSError, ValueError):  # The limit may be "max", and cgroup files may not exist.
         return int((_CGROUP / "memory.max").read_text()) - int((_CGROUP / "memory.current").read_text())
     return None

@@ -18,7 +18,7 @@ class Entry:
     """One entry of the report: an alarm or a response.
 
     Args:
-        step: Its place on the loggers' axis.
+        step: Position on the loggers' axis.
         epoch: The epoch.
         batches: Indices of the batches of the epoch that made up the step.
         optimizer: Index of the optimizer.
@@ -41,7 +41,7 @@ class DivergenceReport:
 
     Args:
         keep: Number of last steps that are shown with all their numbers.
-        most: Largest number of entries; the first ones, which show how it began, and the last ones are kept.
+        most: Largest number of entries; the first ones, which show how the problem began, and the last ones are kept.
 
     Example:
         >>> report = DivergenceReport()
@@ -57,10 +57,10 @@ class DivergenceReport:
         self._steps: deque[tuple[int, int, StepObservation]] = deque(maxlen=keep)
 
     def see(self, step: int, optimizer: int, seen: StepObservation) -> None:
-        """Add a step.
+        """Add the observation of a step.
 
         Args:
-            step: Its place on the loggers' axis.
+            step: Position of the step on the loggers' axis.
             optimizer: Index of the optimizer.
             seen: The observation of the step.
         """
@@ -74,7 +74,7 @@ class DivergenceReport:
             self._left_out += 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain values; numbers that are not finite as None, which JSON has a word for."""
+        """Return the report as plain values for JSON, with None for numbers that are not finite."""
         return {
             "entries": [asdict(entry) for entry in self.entries],
             "entries_left_out": self._left_out,
@@ -102,10 +102,10 @@ class DivergenceReport:
         return "\n".join(lines) + "\n"
 
     def write(self, folder: str | Path, name: str = "divergence_report") -> Path:
-        """Write both files.
+        """Write the Markdown and the JSON file.
 
         Args:
-            folder: Where to write; created if it does not exist.
+            folder: Folder to write to; created if it does not exist.
             name: Name of the files, without suffix.
 
         Returns:

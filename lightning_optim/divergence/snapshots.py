@@ -18,7 +18,7 @@ from lightning_optim.core.sharding import local
 from lightning_optim.divergence.memory import check_memory
 
 _SUSPECT_STEPS = 16
-"""Number of steps after a skipped one in which no snapshot is confirmed: that many flags in a row are a new level."""
+"""Number of steps after a skipped one in which no snapshot is confirmed: as many consecutive flags are a new level."""
 
 
 class Part(Protocol):
@@ -35,7 +35,7 @@ class Tensors:
     """Parameters and buffers of modules; of sharded ones, the local shards.
 
     Args:
-        modules: Called for the modules.
+        modules: Called to get the modules.
     """
 
     def __init__(self, modules: Callable[[], Iterable[nn.Module]]) -> None:
@@ -100,7 +100,7 @@ class StateDict:
     """The state dict of any object.
 
     Args:
-        get: Called for the state dict.
+        get: Called to get the state dict.
         load: Called with a state dict to restore.
     """
 
@@ -112,7 +112,7 @@ class StateDict:
         return self._get()
 
     def restore(self, saved: Any) -> None:
-        """Load a copy: some objects write into what they are given."""
+        """Load a copy, because some objects modify the state dict that they load."""
         self._load(copy.deepcopy(saved))
 
 
@@ -120,13 +120,13 @@ class Snapshot:
     """A copy of the state of all parts at one moment.
 
     Capturing it costs one copy of weights and optimizer state (AdamW in float32: 12 bytes for each parameter), at the
-    speed of a copy within memory if training is there as well. From an accelerator to the ``"cpu"`` the copy runs
-    behind the training, into pinned memory that is kept for the next; to ``"disk"`` a thread writes a copy, which is
-    gone from memory then.
+    speed of a copy within memory if the training state is in the same memory. From an accelerator to the ``"cpu"`` the
+    copy is asynchronous, into pinned memory that is reused for the next one. For ``"disk"`` a thread writes the copy to
+    a file, after which its memory is free.
 
     Args:
         memory: ``"device"``, ``"cpu"`` or ``"disk"``.
-        folder: Folder of the file; None for that of temporary files.
+        folder: Folder of the file; None for the folder of temporary files.
 
     Raises:
         ValueError: ``memory`` is none of the three.
@@ -155,7 +155,7 @@ class Snapshot:
         self.returns = 0
 
     def capture(self, parts: Iterable[Part], step: int) -> None:
-        """Copy the present state of ``parts``, and remember that it is the state after ``step``."""
+        """Copy the present state of ``parts``, which is the state after ``step``."""
         self._wait()
         self.step, self.returns = step, 0
         self._saved = [_copied(part.live(), old, self._memory) for part, old in _with_old(parts, self._saved)]
@@ -166,7 +166,7 @@ class Snapshot:
             self._write()
 
     def restore(self, parts: Iterable[Part]) -> None:
-        """Restore all parts, and count it; the snapshot stays as it is and can be restored again."""
+        """Restore all parts and count the return; the snapshot is unchanged, and can be restored again."""
         self._wait()
         self.returns += 1
         saved = self._saved if self._file is None else torch.load(self._file, weights_only=False)
@@ -213,7 +213,7 @@ class Snapshot:
 def bytes_needed(parts: Iterable[Part]) -> int:
     """Return the bytes of a snapshot of these parts once every optimizer has its state.
 
-    Of a parameter that has none yet, as before the first step, two float32 numbers for each element are assumed.
+    For a parameter without state, as before the first step, two float32 numbers per element are assumed.
     """
     needed = 0
     for part in parts:
@@ -230,7 +230,7 @@ class SnapshotPair:
     Args:
         memory: Where they are kept; see `Snapshot`.
         clean: Number of steps without an alarm after which a candidate is good.
-        folder: Folder of files; None for that of temporary files.
+        folder: Folder of files; None for the folder of temporary files.
     """
 
     def __init__(self, memory: str, clean: int, folder: str | Path | None = None) -> None:
@@ -246,7 +246,7 @@ class SnapshotPair:
         return self._good if self._good.step >= 0 else None
 
     def capture_first(self, parts: Iterable[Part], step: int) -> None:
-        """Capture the state that a run starts from, which is good without confirmation."""
+        """Capture the state at the start of a run, which is good without confirmation."""
         self._good.capture(parts, step)
 
     def capture(self, parts: Iterable[Part], step: int) -> None:
@@ -263,11 +263,11 @@ class SnapshotPair:
             self._waits = False
 
     def mark_suspect(self, step: int) -> None:
-        """Note that ``step`` was skipped: harmless by itself, but maybe the first of many, so confirmation waits."""
+        """Note that ``step`` was skipped: it may be the first of many, so the candidate is not confirmed at once."""
         self._suspect_at = step
 
     def discard(self) -> None:
-        """Discard the candidate: something was wrong before it was confirmed."""
+        """Discard the candidate, because there was an alarm before it was confirmed."""
         self._waits = False
 
     def close(self) -> None:
@@ -286,7 +286,7 @@ def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copied(value: Any, old: Any, memory: str) -> Any:
-    """A copy of nested containers, into the tensors of an older copy where they fit."""
+    """Copy nested containers, into the tensors of an older copy where they fit."""
     if isinstance(value, Tensor):
         value = local(value.detach())
         if not (isinstance(old, Tensor) and old.shape == value.shape and old.dtype == value.dtype):
@@ -303,7 +303,7 @@ def _copied(value: Any, old: Any, memory: str) -> Any:
 
 
 def _put(now: Any, then: Any) -> Any:
-    """A copy of ``then``, in the tensor ``now`` if it fits."""
+    """Copy ``then``, into the tensor ``now`` if it fits, and return the result."""
     if isinstance(then, Tensor):
         target = local(now) if isinstance(now, Tensor) else None
         if target is not None and target.shape == then.shape and target.dtype == then.dtype:

@@ -1,4 +1,4 @@
-"""Spikes against the last accepted values: limits by a robust z-score, and the adoption of a new level."""
+"""Detection of spikes against the last accepted values by a robust z-score, and adoption of a new level."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 _TOGETHER_FROM = 16
-"""Accepted values before all signals together can stand out."""
+"""Number of accepted values before all signals together can be flagged."""
 _GAP = 8
-"""Number of steps without a flag that ends a row of flags: a new level near the threshold is not always flagged."""
+"""Number of steps without a flag that ends a series of flags: a new level near the threshold is not always flagged."""
 _TO_SIGMA = 1.4826
-"""Of a normal distribution: standard deviation over median absolute deviation."""
+"""Standard deviation over median absolute deviation, for a normal distribution."""
 
 
 class SpikeWindow:
@@ -25,30 +25,31 @@ class SpikeWindow:
 
         (x − median) / σ > threshold    and    v > (1 + min_rise) · median of v
 
-    All signals are flagged if each is above ``together`` times the highest of its last ``window`` accepted values:
-    where the spread is so wide that one signal alone cannot tell, as the loss of small batches late in training, two
-    that do so at once can. This needs no spread, so it begins after 16 steps.
+    All signals are flagged if each is above ``together`` times the highest of its last ``window`` accepted values.
+    Where the spread is so wide that one signal alone is no evidence, as for the loss of small batches late in training,
+    two at once are. This needs no spread, so it starts after 16 steps.
 
-    The robust spread lets a few spikes move nothing, the logarithm makes a spread a share of the level at every level,
-    and the least rise keeps a nearly constant signal quiet. A signal that has been 0 or below in the window, such as a
-    log-likelihood of densities, is judged without logarithm. ``patience`` flags in a row (with gaps of less than 8
-    steps), of any signal, are a new level and not spikes: the windows move there, and the flags end. What is
-    flagged or not finite never enters the window.
+    The robust spread is not moved by a few spikes, the logarithm makes it relative to the level, and the smallest rise
+    avoids flags in a nearly constant signal. A signal that has been 0 or below in the window, such as a log-likelihood
+    of densities, is judged without the logarithm. ``patience`` consecutive flags (with gaps of less than 8 steps), of
+    any signal, are a new level and not spikes: the windows move there, and the flags end. Values that are flagged or
+    not finite never enter the window.
 
-    It lives on the host. On a device a step is compared with `alone` and `together`, which are a few numbers to
-    upload, and when the step has become known here, `update` moves them.
+    The state is on the host. On the device a step is compared with `alone` and `together`, which are a few numbers to
+    upload; when the step has arrived on the host, `update` moves them.
 
     Args:
         signals: Number of signals.
-        threshold: Number of σ above the median. OLMo-core skips at 6 of a mean and standard deviation, which NaN and
-            spikes themselves move; 8 of the robust spread is about as rare on gradients with heavy tails.
-        min_rise: Least rise above the median, as a share of it.
+        threshold: Number of σ above the median, above 0. OLMo-core skips at 6 of a mean and standard deviation, which
+            NaN and spikes themselves move; 8 of the robust spread is about as rare on gradients with heavy tails.
+        min_rise: Smallest rise above the median, as a share of it, at least 0.
         window: Number of accepted values that are kept.
-        warmup: Number of accepted values before the first flag.
-        patience: Number of consecutive flags after which the new level is adopted.
-        together: Multiple of its highest value that every signal has to reach at once. On clean runs (a perceptron on
-            scikit-learn's digits, batches of 32 and 128, and a character model) 2 gave less than one false alarm in
-            3000 steps and found loss ×10 in 37 % (batches of 32) and 68 % (128) of the steps, against 3 % and 7 %.
+        warmup: Number of accepted values before the first flag, from 2 to ``window``.
+        patience: Number of consecutive flags after which the new level is adopted, at least 1.
+        together: Multiple of its highest value that every signal has to reach at once, at least 1. On clean runs (a
+            perceptron on scikit-learn's digits, batches of 32 and 128, and a character model) 2 gave less than one
+            false alarm in 3000 steps, and found a loss ×10 in 37 % (batches of 32) and 68 % (128) of the steps, against
+            3 % and 7 % without it.
 
     Raises:
         ValueError: An argument is out of range.
@@ -73,19 +74,20 @@ class SpikeWindow:
     ) -> None:
         if not (math.isfinite(threshold) and threshold > 0):
             raise ValueError(
-                f"Invalid threshold={threshold!r}: a number of standard deviations above 0 is needed, for instance 8."
+                f"Invalid threshold={threshold!r}: must be a finite number of standard deviations above 0, for "
+                "instance 8."
             )
         if not (math.isfinite(min_rise) and min_rise >= 0):
-            raise ValueError(f"Invalid min_rise={min_rise!r}: a share of at least 0 is needed, for instance 0.1.")
+            raise ValueError(f"Invalid min_rise={min_rise!r}: must be a share of at least 0, for instance 0.1.")
         if not 2 <= warmup <= window:
             raise ValueError(
-                f"Invalid warmup={warmup!r} with window={window!r}: it must be at least 2, and at most the window, or "
+                f"Invalid warmup={warmup!r} with window={window!r}: must be at least 2 and at most the window, or "
                 "nothing would ever be flagged."
             )
         if patience < 1:
-            raise ValueError(f"Invalid patience={patience!r}: a whole number of at least 1 is needed, for instance 16.")
+            raise ValueError(f"Invalid patience={patience!r}: must be a whole number of at least 1, for instance 16.")
         if not together >= 1:
-            raise ValueError(f"Invalid together={together!r}: a factor of at least 1 is needed, for instance 2.")
+            raise ValueError(f"Invalid together={together!r}: must be a factor of at least 1, for instance 2.")
         self.threshold, self.min_rise, self.warmup, self.patience = threshold, min_rise, warmup, patience
         self._factor = together
         self._accepted = [_Accepted(window) for _ in range(signals)]
@@ -108,8 +110,8 @@ class SpikeWindow:
             values: One value of each signal; NaN for a signal that is not known.
             flags: Whether each value was a spike.
             accepted: Whether the step was taken: values of a skipped one do not enter.
-            behind: Number of further steps that have been compared with the present limits by now. A new level is
-                adopted that many flags earlier, because they will be flagged as well.
+            behind: Number of further steps that have already been compared with the present limits. A new level is
+                adopted that many flags earlier, because these steps will be flagged as well.
 
         Returns:
             Factor by which the level of each signal has moved; 0 where it has not.
@@ -123,7 +125,7 @@ class SpikeWindow:
             self._flagged.append(list(values))
             self._flags, self._quiet = self._flags + 1, 0
         else:
-            self._quiet += any(enter)  # a step that was skipped for another reason says nothing
+            self._quiet += any(enter)  # A step skipped for another reason is no evidence.
             if self._quiet >= _GAP:
                 self._flags = 0
         levels = [0.0] * len(values)
@@ -170,7 +172,7 @@ class SpikeWindow:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state returned by `state_dict`; of a longer window, the end. Other signals start afresh."""
+        """Restore the state returned by `state_dict`: the end of a longer window, nothing for other signals."""
         if len(state["accepted"]) != len(self._accepted):
             return
         for known, values in zip(self._accepted, state["accepted"], strict=True):
@@ -187,7 +189,7 @@ class Spikes:
 
     Args:
         threshold: Number of robust standard deviations above the median of the last accepted values, above 0.
-        min_rise: Least rise above the median in addition, as a share of it, at least 0.
+        min_rise: Smallest rise above the median in addition, as a share of it, at least 0.
         window: Number of accepted values that are kept.
         warmup: Number of accepted steps before the first flag, from 2 to ``window``.
         patience: Number of consecutive flags after which the new level is adopted.
@@ -217,7 +219,7 @@ class Spikes:
 
 
 class _Accepted:
-    """The last accepted values of one signal, in the order they came and in that of size."""
+    """Last accepted values of one signal, in order of arrival and in order of size."""
 
     def __init__(self, window: int) -> None:
         self.values: deque[float] = deque(maxlen=window)
@@ -256,9 +258,9 @@ class _Accepted:
         limit = level + sigmas * _TO_SIGMA * _lower_median(sorted(abs(value - level) for value in scaled))
         if not logs:
             return limit
-        return math.exp(limit) if limit < 700 else math.inf  # beyond any float
+        return math.exp(limit) if limit < 700 else math.inf  # exp overflows above 709.
 
 
 def _lower_median(ordered: Sequence[float]) -> float:
-    """The lower of the two middle values; infinite for none."""
+    """Return the lower of the two middle values; infinite for an empty sequence."""
     return ordered[(len(ordered) - 1) // 2] if ordered else math.inf

@@ -1,4 +1,4 @@
-"""A log of steps: one row of numbers per step, from the device to the host without waiting."""
+"""A log of steps: one row of numbers per step, transferred from the device to the host without waiting."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class LogRow:
 class StepLog:
     """Rows in the order in which they were written, each once it has been copied to the host.
 
-    On the CPU a row can be read at once. On an accelerator a row is copied into pinned memory behind what the device is
-    doing, and can be read ``lag`` steps later, on every rank at the same step, so that all ranks respond together. By
-    then it has long arrived.
+    On the CPU a row can be read at once. On an accelerator a row is copied asynchronously into pinned memory, and can
+    be read ``lag`` steps later, on every rank at the same step, so that all ranks respond together. By then the copy
+    has normally finished.
 
     Args:
         lag: Number of further rows after which a row can be read, on an accelerator.
@@ -62,7 +62,7 @@ class StepLog:
         """Return the rows that can be read, in order, and remove them from the log.
 
         Args:
-            everything: Whether to wait for the rows that have not arrived and return them, too.
+            everything: Whether to wait for the rows that have not arrived, and return them as well.
         """
         rows = []
         while self._pending:

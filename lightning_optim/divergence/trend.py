@@ -1,4 +1,4 @@
-"""A loss that moves away from its best, too slowly or too noisily for any single step to stand out."""
+"""Detection of a loss that leaves its best too slowly, or too noisily, for any single step to stand out."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from collections import deque
 from lightning_optim.core.stateful import Stateful
 
 SUSTAINED = 2.0
-"""A level that stays this many times higher is no change of the data or of what is trained: the weights are worse."""
+"""Factor of a lasting rise that no change of the data or of what is trained explains: the weights are worse."""
 
 _WINDOW = 128
 _START = 20
 _LEARNED = 0.05
 _MOST = 7.0
-"""Most that one step can add to the evidence, so that an alarm takes several steps."""
+"""Largest amount that one step adds to the evidence, so that an alarm takes several steps."""
 
 
 class SlowDivergence(Stateful):
     """Alarm on enough evidence that the loss has left its best, by Page's cumulative sum.
 
-    The best is the lowest that an average of the loss has been. What counts as a rise is ``rise`` of it, or the noise
-    if that is more: the root mean square of the loss's change from step to step, over √2. Nor is it less than a
-    twentieth of what has been learned, the median of the first 20 losses less the best: of a model that knows its data
-    by heart the loss wanders by any factor, down there. Each step adds by how many such units its loss is above the
-    best, less one; nothing below 0 is kept, and no step adds more than 7. At ``patience`` there is an alarm: after 50
-    steps two units above the best, after 8 steps far above it. On noise alone the sum falls by a third of a unit a step
-    or more, so that it does not get there (Page, 1954, "Continuous inspection schemes"; measured by
-    ``tests/divergence/test_detectors.py``).
+    The best is the lowest value that an average of the loss has had. The unit of a rise is ``rise`` times the best, or
+    the noise if that is larger: the root mean square of the loss's change from step to step, over √2. The unit is also
+    at least a twentieth of what has been learned, the median of the first 20 losses less the best, because the loss of
+    a model that has memorised its data varies by any factor near 0. Each step adds the number of units by which its
+    loss is above the best, less one; the sum never falls below 0, and no step adds more than 7. When the sum reaches
+    ``patience`` there is an alarm: after 50 steps two units above the best, after 8 steps far above it. On noise alone
+    the sum falls by a third of a unit per step or more, so that it does not get there (Page, 1954, "Continuous
+    inspection schemes"; measured by ``tests/divergence/test_detectors.py``).
 
-    After an alarm the present level is the new best: one alarm for one divergence, the next if it goes on. A level of
-    twice the best is no new best; if it stays there, there is another alarm, each time at twice the evidence.
+    After an alarm the present level is the new best, so that one divergence gives one alarm, and another only if it
+    continues. A level of twice the best is not adopted; while it lasts there are further alarms, each at twice the
+    evidence.
 
     Args:
-        rise: By what share of the best.
-        patience: How much evidence, in steps that are two units above the best.
-        decay: Of the average: 0.95 averages over the last 20 steps or so.
+        rise: Smallest rise that counts, as a share of the best, above 0.
+        patience: Evidence that gives an alarm, in steps of two units above the best, at least 1.
+        decay: Decay of the average, in [0, 1); 0.95 averages over about the last 20 steps.
 
     Raises:
         ValueError: An argument is out of range.
@@ -53,17 +54,17 @@ class SlowDivergence(Stateful):
 
     def __init__(self, rise: float = 0.15, patience: int = 50, decay: float = 0.95) -> None:
         if not (math.isfinite(rise) and rise > 0):
-            raise ValueError(f"Invalid rise={rise!r}: a share of the best loss above 0 is needed, for instance 0.15.")
+            raise ValueError(f"Invalid rise={rise!r}: must be a share of the best loss above 0, for instance 0.15.")
         if patience < 1:
-            raise ValueError(f"Invalid patience={patience!r}: at least one step is needed, for instance 50.")
+            raise ValueError(f"Invalid patience={patience!r}: must be at least 1, for instance 50.")
         if not 0 <= decay < 1:
-            raise ValueError(f"Invalid decay={decay!r}: it lies in [0, 1), for instance 0.95.")
+            raise ValueError(f"Invalid decay={decay!r}: must be in [0, 1), for instance 0.95.")
         self.rise, self.patience, self.decay = rise, patience, decay
         self._first: list[float] = []
         self.rebase()
 
     def rebase(self) -> None:
-        """Forget the present level: after an alarm, or after a jump that was adopted, nothing is known of the next."""
+        """Forget the present level after an alarm or an adopted jump, because the next level is unknown."""
         self._seen, self._average, self._best, self._doubt = 0, 0.0, math.inf, 1.0
         self._evidence = self._unit = 0.0
         self._insisted = 0
@@ -74,7 +75,7 @@ class SlowDivergence(Stateful):
         """Add the loss of a step that was taken.
 
         Args:
-            loss: The loss, a number of the host; one that is not finite is left out.
+            loss: The loss, a number on the host; one that is not finite is ignored.
 
         Returns:
             Whether to raise an alarm.
@@ -84,14 +85,14 @@ class SlowDivergence(Stateful):
         if len(self._first) < _START:
             self._first.append(loss)
         self._last.append(loss)
-        loss = min(loss, self._best + (_MOST + 1) * self._unit)  # one huge loss must not pass for noise from now on
+        loss = min(loss, self._best + (_MOST + 1) * self._unit)  # One huge loss must not count as noise.
         self._recent.append(loss)
         self._seen += 1
         # A plain mean at first, so that the first loss does not linger.
         weight = max(1 - self.decay, 1 / self._seen)
         self._average += weight * (loss - self._average)
         noise = self._noise()
-        doubt = 1 + 2 * math.sqrt(weight - (1 - self.decay))  # the mean of few losses may be luck
+        doubt = 1 + 2 * math.sqrt(weight - (1 - self.decay))  # The mean of a few losses may be low by chance.
         now, before = self._unit_of(self._average, doubt * noise), self._unit_of(self._best, self._doubt * noise)
         if self._average + now < self._best + before:
             self._best, self._doubt, before = self._average, doubt, now
@@ -107,23 +108,23 @@ class SlowDivergence(Stateful):
         return True
 
     def far(self, loss: float) -> bool:
-        """Whether a single loss is too far above the best to be noise: twice as high, and four units above it."""
+        """Return whether a loss is too far above the best to be noise: twice as high, and four units above it."""
         return self._best > 0 and self._unit > 0 and loss >= max(SUSTAINED * self._best, self._best + 4 * self._unit)
 
     @property
     def lost(self) -> bool:
-        """Whether the last losses are twice the best: the weights are worse, which a lower rate alone does not fix."""
+        """Whether the last losses are twice the best: the weights are worse, which a lower rate does not fix."""
         return bool(self._last) and self._best > 0 and statistics.median(self._last) >= SUSTAINED * self._best
 
     @property
     def learned(self) -> bool:
-        """Whether the loss is clearly below the first ones; that of a network that has collapsed is not."""
+        """Whether the loss is clearly below the first ones, unlike that of a network that has collapsed."""
         return bool(self._first) and self._average < 0.95 * self._first[0]
 
     def _unit_of(self, best: float, noise: float) -> float:
         return max(self.rise * abs(best), noise, _LEARNED * (statistics.median(self._first) - best))
 
     def _noise(self) -> float:
-        """Standard deviation from step to step; from differences, which a drift does not enter."""
+        """Return the standard deviation from step to step, computed from differences, which a drift hardly changes."""
         values = list(self._recent)
         return math.sqrt(sum((b - a) ** 2 for a, b in itertools.pairwise(values)) / (2 * max(len(values) - 1, 1)))

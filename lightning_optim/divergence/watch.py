@@ -1,4 +1,4 @@
-"""The guard of one step, before its update: what is wrong with the gradients and the loss, and whether to skip."""
+"""The guard of one step, before its update: inspection of gradients and loss, and the decision whether to skip."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class StepObservation:
     """One step, as the guard observed it.
 
     Args:
-        step: Optimizer steps so far, this one included.
+        step: Number of optimizer steps so far, this one included.
         skipped: Whether the step did not happen, for any reason.
         bad_tensors: Number of gradients with a NaN or an infinity.
         bad_loss: Whether the loss was not finite.
         spikes: Those of `SIGNALS` that were spikes.
-        detected: Findings of further detectors, a clause for each that asked for the step to be skipped.
-        levels: Factor by which the baseline of a signal moved at this step, for those that did.
+        detected: Findings of further detectors, a clause for each that requested a skip.
+        levels: Factor by which the baseline of a signal moved at this step, for each signal whose baseline moved.
         values: Gradient norm and loss; NaN for a loss that is unknown.
-        medians: Medians of the accepted values before; infinite before the first.
-        worst: If anything was wrong: places in the optimizer of the parameters with the worst gradients, those that
-            are not finite first, then the largest.
+        medians: Medians of the values accepted before; infinite before the first.
+        worst: Indices in the optimizer of the parameters with the worst gradients, those that are not finite first,
+            then the largest; empty if nothing was wrong.
         group_norms: Gradient norm of each group.
     """
 
@@ -59,17 +59,17 @@ class StepObservation:
 class StepGuard(NonFiniteGradient):
     """Detector of one optimizer: inspects the loss and gradients of each step, requests a skip, and logs the step.
 
-    A step is skipped if a gradient or the loss is not finite and, where ``skip`` asks for it, if the gradient norm or
-    the loss is a spike. On the device that is a comparison with a few limits. The statistics that the limits follow
-    from are kept on the host, which reads each step from a `StepLog` and never waits for it. All ranks see the same
-    gradients, and read them at the same step; the caller reduces the loss over ranks.
+    A step is skipped if a gradient or the loss is not finite, or if a signal in ``skip`` is a spike. On the device that
+    is a comparison with a few limits. The statistics behind the limits are kept on the host, which reads each step from
+    a `StepLog` and never waits for it. All ranks see the same gradients, and read them at the same step; the caller
+    reduces the loss over ranks.
 
     Args:
         spikes: Limits beyond which a value is a spike; None for no detection of spikes.
         skip: Those of `SIGNALS` whose spikes cause a skip.
-        loss: Called for the loss of the step, shape [], on any device; None if it is not known.
+        loss: Called to get the loss of the step, shape [], on any device, or None if it is not known.
         rows: The log to write to; None for a new one.
-        detectors: Further detectors, which may ask for a skip, too.
+        detectors: Further detectors, which may request a skip as well.
 
     Attributes:
         alive: Whether each tensor had a gradient other than 0 at the first step; empty before the host knows.
@@ -95,7 +95,7 @@ class StepGuard(NonFiniteGradient):
         self.spikes = spikes
         self._skips = [signal in skip for signal in SIGNALS]
         self._loss = loss
-        self.rows = StepLog() if rows is None else rows  # an empty log is falsy
+        self.rows = StepLog() if rows is None else rows  # An empty log is falsy.
         self.detectors = tuple(detectors)
         self.alive: tuple[bool, ...] = ()
         self._steps = 0
@@ -185,13 +185,13 @@ class StepGuard(NonFiniteGradient):
         self._layouts = {step: _Layout(tuple(sizes), *rest) for step, (sizes, *rest) in state["layouts"].items()}
         if self.spikes is not None and state["spikes"]:
             self.spikes.load_state_dict(state["spikes"])
-        known = state.get("detectors", {})  # checkpoints of 0.1 have none
+        known = state.get("detectors", {})  # Checkpoints of version 0.1 have none.
         for name, detector in self._named_detectors():
             if name in known:
                 detector.load_state_dict(known[name])
 
     def _named_detectors(self) -> Iterator[tuple[str, Detector]]:
-        """Each further detector by a name of its own in checkpoints: two of one class must not share their state."""
+        """Yield each further detector with a unique name, because two of one class must not share a checkpoint key."""
         taken: Counter[str] = Counter()
         for detector in self.detectors:
             taken[detector.name] += 1
@@ -215,7 +215,7 @@ class StepGuard(NonFiniteGradient):
         skipped, values, rest = bool(row[0]), row[1 : 1 + count].tolist(), row[1 + count :]
         flags = [bool(flag) and math.isfinite(value) for flag, value in zip(rest[:count], values, strict=True)]
         others, rest = rest[count : count + layout.num_detectors], rest[count + layout.num_detectors :]
-        # A row that was on its way when a run was saved may be of other detectors than there are now.
+        # A row that was in transfer when a run was saved may come from other detectors than the present ones.
         present = self.detectors if layout.num_detectors == len(self.detectors) else ()
         detected = tuple(_found(d) for d, flag in zip(present, others, strict=False) if flag)
         norm_sq = rest[: sum(layout.group_sizes)]
@@ -254,7 +254,7 @@ class _Layout:
 
 
 def _found(detector: Detector) -> str:
-    return f"{detector.name}: {detector.reason}" if detector.reason else f"{detector.name} asked for it"
+    return f"{detector.name}: {detector.reason}" if detector.reason else f"{detector.name} requested it"
 
 
 def _worst(norm_sq: np.ndarray, bad: np.ndarray, places: np.ndarray | None) -> tuple[int, ...]:

@@ -10,14 +10,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_optim.core.durations import Horizon
-from lightning_optim.core.step_hooks import closure_of, is_trial_step
 from lightning_optim.core.suggest import nearest
-from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.factory.added_groups import track_added_groups
 from lightning_optim.factory.freezing import Freezing, freezing_of
 from lightning_optim.factory.optimizer_spec import OptimizerSpec
+from lightning_optim.factory.owner import owner_of
 from lightning_optim.factory.resume import OptimizerResume, resume_scheduler
-from lightning_optim.factory.run_length import horizon_of
+from lightning_optim.factory.run_length import RunLength, horizon_of
 from lightning_optim.factory.trainer_clipping import let_others_clip
 from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
@@ -66,6 +65,9 @@ class OptimizerFactory:
         >>> [(group["name"], round(group["lr"], 3)) for group in optimizer.param_groups]
         [('no_decay', 0.01), ('default', 0.01)]
     """
+
+    _found_lr: float | None = None
+    """A learning rate to take in place of the configured one: a finder's."""
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class OptimizerFactory:
         optimizer = self._optimizer.make_for(model, groups_of(model, self._rules))
         for group in optimizer.param_groups:
             for key in {"lr", "peak_lr"} & group.keys():
-                group[key] = group[key] * group["lr_multiplier"]
+                group[key] = (group[key] if self._found_lr is None else self._found_lr) * group["lr_multiplier"]
         scheduler: Any
         if isinstance(self._schedule, Schedule):
             scheduler = Scheduler(optimizer, self._schedule, horizon, self._schedules, self._on_resume, self._tell)
@@ -132,11 +134,7 @@ class OptimizerFactory:
             resume_scheduler(scheduler, self._on_resume == "config", self._tell)
         track_added_groups(optimizer, model)
         if any(group.get("frozen_until") is not None for group in optimizer.param_groups):
-            Freezing(
-                optimizer,
-                steps=lambda: scheduler.last_epoch,
-                horizon=lambda: getattr(scheduler, "horizon", horizon),
-            )
+            Freezing(optimizer, steps=lambda: scheduler.last_epoch, horizon=lambda: _length_of(scheduler, horizon))
         OptimizerResume(optimizer, self._on_resume == "config", self._tell)
         return optimizer, scheduler
 
@@ -151,6 +149,7 @@ class OptimizerFactory:
         """
         optimizer, scheduler = self.build(module)
         let_others_clip(optimizer, module)
+        owner = owner_of(module)
         config = {"scheduler": scheduler, "interval": "step"}
         freezing = freezing_of(optimizer)
         if not isinstance(scheduler, Scheduler):
@@ -162,31 +161,18 @@ class OptimizerFactory:
                         f"frozen_until counts the schedule's steps, and {type(scheduler).__name__} takes none but at "
                         "the end of an epoch. Needed is a schedule per step, for instance ReduceOnPlateau of ours."
                     )
-                freezing.horizon = lambda: horizon_of(module.trainer)
+                if owner is not None:
+                    freezing.horizon = lambda: horizon_of(owner.trainer)
             return {"optimizer": optimizer, "lr_scheduler": config}
-
-        def resolve() -> None:
-            if scheduler.horizon is None:
-                scheduler.resolve(horizon_of(module.trainer, fresh=scheduler.is_fresh))
-
-        def before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
-            if scheduler.horizon is None and not is_trial_step(optimizer, closure_of(args, kwargs)):
-                resolve()
-
-        def horizon() -> Horizon | None:
-            resolve()
-            return scheduler.horizon
-
-        # Without a callback of ours on the Trainer, the first step is the first to come by after the data are set up.
-        if freezing is not None:
-            freezing.horizon = horizon
-        optimizer.register_step_pre_hook(uncompiled(before_step))
+        if owner is None:  # A callback of ours on the Trainer will have the scheduler follow the run.
+            return {"optimizer": optimizer, "lr_scheduler": config}
+        scheduler.follow(RunLength(owner.trainer, owner, optimizer))
         if not isinstance(scheduler.schedule, ReduceOnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": config}
         observer = {
             "scheduler": Observer(scheduler),
             "interval": "epoch",
-            "frequency": module.trainer.check_val_every_n_epoch or 1,
+            "frequency": owner.trainer.check_val_every_n_epoch or 1,
             "reduce_on_plateau": True,
             "monitor": scheduler.schedule.monitor,
         }
@@ -201,3 +187,11 @@ class OptimizerFactory:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._optimizer!r}, {self._schedule!r})"
+
+
+def _length_of(scheduler: Any, given: Horizon | None) -> Horizon | None:
+    """The length of the run, by the best present knowledge."""
+    if not isinstance(scheduler, Scheduler):
+        return given
+    scheduler.refresh()
+    return scheduler.horizon

@@ -61,6 +61,7 @@ class Freezing:
         self._steps = steps
         self.horizon = horizon
         self._until: dict[str, int] | None = None
+        self._measured: Horizon | None = None
         self._flags = {id(p): p.requires_grad for _, p in self._temporary()}
         # Until it is known how far the run is, too many gradients are better than too few: a step drops what it must.
         for _, param in self._temporary():
@@ -74,7 +75,8 @@ class Freezing:
         """Ask for the length of the run and freeze what is frozen at the next step.
 
         Raises:
-            ValueError: A frozen parameter is sharded (FSDP2), and the optimizer is another package's.
+            ValueError: A frozen parameter is sharded (FSDP2), and the optimizer is another package's; or a group would
+                be frozen to the end of the run.
         """
         optimizer = self._optimizer()
         for group, param in self._temporary():
@@ -87,9 +89,23 @@ class Freezing:
                 )
         horizon = self.horizon()
         if horizon is not None:
-            names = {group["frozen_until"] for group, _ in self._temporary()}
-            self._until = {name: Duration.parse(name).steps(horizon) for name in names}
+            for until, name in {group["frozen_until"]: group.get("name") for group, _ in self._temporary()}.items():
+                duration = Duration.parse(until)
+                if duration.is_relative and horizon.total_steps is None:
+                    return  # The first step names the group and what is missing.
+                check_frozen_until(str(name), until, horizon)
+            self._measure(horizon)
             self._spare(self._steps())
+
+    def _measure(self, horizon: Horizon) -> None:
+        """Convert each ``frozen_until`` into steps; what has been thawed stays so, however long the run becomes."""
+        before, steps = self._until or {}, self._steps()
+        names = {group["frozen_until"] for group, _ in self._temporary()}
+        self._until = {
+            name: before[name] if steps >= before.get(name, steps + 1) else Duration.parse(name).steps(horizon)
+            for name in names
+        }
+        self._measured = horizon
 
     def release(self) -> None:
         """Restore the original ``requires_grad`` of parameters that are still frozen."""
@@ -128,6 +144,8 @@ class Freezing:
             if is_trial_step(optimizer, closure_of(args, kwargs)):
                 return None
             self.start()
+        elif (horizon := self.horizon()) is not None and horizon is not self._measured:
+            self._measure(horizon)
         steps = self._steps()
         frozen = [param for group, param in self._temporary() if self._is_frozen(group, steps)]
         if not any(param.requires_grad or param.grad is not None for param in frozen):
@@ -149,6 +167,25 @@ class Freezing:
         # dropped. What comes after it may be the first batch of an accumulation, so it cannot wait.
         if self._until is not None and any(True for _ in self._temporary()):
             self._spare(self._steps() + 1)
+
+
+def check_frozen_until(name: str, frozen_until: str, horizon: Horizon) -> None:
+    """Refuse a group that would be frozen to the end of the run; a trial run is too short to say so.
+
+    Args:
+        name: Name of the group.
+        frozen_until: Its ``frozen_until``.
+        horizon: Length of the run.
+
+    Raises:
+        ValueError: It ends at the end of the run, or later.
+    """
+    steps, total = Duration.parse(frozen_until).steps(horizon), horizon.total_steps
+    if total is not None and steps >= total and not horizon.is_trial:
+        raise ValueError(
+            f"The group {name!r} is frozen until {frozen_until!r}, which is step {steps:,}, and the run ends after "
+            f"{total:,}: it would never be trained. Needed is an earlier end, or requires_grad=False."
+        )
 
 
 def freezing_of(optimizer: Optimizer) -> Freezing | None:

@@ -1,4 +1,4 @@
-"""How a rule runs over many tensors. Each backend's module is imported only when it is chosen."""
+"""Backends, which run a rule over many tensors; the module of each is imported only when it is chosen."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ NAMES = ("reference", "cpu", "triton")
 AUTOMATIC = {
     "cpu": "cpu",
     "cuda": "triton",
-}  # device type -> backend; reference where there is none, or where it cannot run
+}
+"""Backend by device type; `reference` for other devices, and where the backend named here cannot run."""
 
 
 @cache
 def get_backend(name: str) -> Backend:
-    """The backend called ``name``.
+    """Return the backend called ``name``.
 
     Raises:
-        ImportError: It needs a package that is not installed.
-        ValueError: There is none of that name; the message names the nearest.
+        ImportError: The backend needs a package that is not installed.
+        ValueError: No backend has that name; the message suggests the nearest one.
     """
     if name == "reference":
         from lightning_optim.kernels.reference import ReferenceBackend
@@ -51,11 +52,11 @@ def get_backend(name: str) -> Backend:
         from lightning_optim.kernels.triton.backend import TritonBackend
 
         return TritonBackend()
-    raise ValueError(f"backend={name!r} is unknown. {nearest(name, ('auto', *NAMES))}")
+    raise ValueError(f"Invalid backend={name!r}: must be the name of a backend. {nearest(name, ('auto', *NAMES))}")
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """Why backend ``name`` cannot run on ``device`` here, as a sentence; None if it can."""
+    """Return the reason why backend ``name`` cannot run on ``device``, as a clause; None if it can."""
     try:
         return get_backend(name).why_not(device)
     except ImportError as error:
@@ -63,14 +64,14 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 
 def choose(name: str, device: torch.device) -> Backend:
-    """The backend for tensors on ``device``.
+    """Return the backend for tensors on ``device``.
 
     Args:
-        name: `auto`: the fastest that can run there; a backend's name: that one, or an error.
-        device: Where the parameters are.
+        name: Name of a backend, or `auto` for the fastest one that can run on ``device``.
+        device: Device of the parameters.
 
     Raises:
-        ValueError: The backend asked for does not exist, or cannot run on ``device``; the message says why.
+        ValueError: The named backend does not exist, or cannot run on ``device``; the message gives the reason.
     """
     if name == "auto":
         return _automatic(device.type)
@@ -87,21 +88,28 @@ def _automatic(device_type: str) -> Backend:
     name = AUTOMATIC.get(device_type, "reference")
     reason = why_not(name, torch.device(device_type))
     if reason is not None:
-        logger.info("On %s the backend is reference, the slower one. Not %s: %s", device_type, name, reason)
+        logger.info(
+            "On %s the backend is the slower 'reference', because '%s' cannot run: %s", device_type, name, reason
+        )
     return get_backend("reference" if reason else name)
 
 
 def measure(grads: Sequence[Tensor]) -> Tensor:
-    """Square sum of each gradient, in one read, without waiting for the device.
+    """Compute the square sum of each gradient, in one read and without host synchronisation.
 
-    For any optimizer's gradients: strided or sparse, complex, DTensor (of the whole), of several dtypes.
+    Accepts the gradients of any optimizer: strided or sparse, real or complex, DTensors (the sum is over all shards),
+    and several dtypes at once.
 
     Args:
-        grads: Gradients on one device.
+        grads: Gradients of any shapes on one device.
 
     Returns:
-        Shape [tensors], on the gradients' device; float64 where it has that (not on MPS), as the square of a float32
-        may be more than a float32 can be. Not finite where a gradient is not.
+        Square sums, shape [tensors], on the device of the gradients. The dtype is float64 where the device supports it
+        (float32 on MPS), because the square of a float32 can overflow float32. An entry is not finite exactly where its
+        gradient is not.
+
+    Raises:
+        RuntimeError: A gradient has no memory that can be read; the message names its shape and index.
 
     Example:
         >>> measure([torch.tensor([3.0, 4.0]), torch.zeros(2)])
@@ -129,9 +137,9 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
 
 
 def _numbers(grad: Tensor) -> Tensor:
-    """The numbers of a gradient as one dense, real, local tensor."""
+    """Return the values of a gradient as one dense, real, local tensor."""
     if type(grad) is Tensor and grad.layout is torch.strided and not grad.is_complex():
-        return grad  # nearly always
+        return grad  # This is by far the most common case.
     grad = local(grad.detach())
     if grad.layout != torch.strided:
         # Duplicate indices of an uncoalesced gradient add before they are squared.
@@ -140,8 +148,8 @@ def _numbers(grad: Tensor) -> Tensor:
 
 
 def _for_kernels(tensor: Tensor, index: int) -> bool:
-    """Whether kernels may read ``tensor``, lazily negated or not; refused if nothing may."""
+    """Return whether kernels may read ``tensor``, lazily negated or not; raise RuntimeError if no operation may."""
     reason = plain.why_unsafe(tensor, written=False)
     if reason is not None:
-        raise RuntimeError(f"The gradient of shape {tuple(tensor.shape)}, number {index} of those measured, {reason}.")
+        raise RuntimeError(f"The gradient of shape {tuple(tensor.shape)} at index {index} {reason}.")
     return tensor.dtype in plain.FLOATS and plain.is_plain(tensor)

@@ -1,4 +1,4 @@
-"""What compiled backends share: tensors as addresses, blocks over all of them, and the passes of one step."""
+"""Parts shared by the compiled backends: tensors as addresses, blocks over all of them, the passes of one step."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from lightning_optim.kernels.scalars import commit, scalar_columns
 from lightning_optim.kernels.weight_decay import decay_factor, norm_factor
 
 DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16", "uint8")}
-"""What can be loaded and stored, with the name kernels are built by."""
+"""Dtypes that kernels can load and store, with the name by which kernels are generated."""
 
 
 @dataclass(frozen=True)
 class KernelArgs:
-    """Tensors as a kernel sees them: each row is a tensor, each slot one of its arrays, all of one number of elements.
+    """Tensors as a kernel sees them: each row is a tensor, and each slot is one of its arrays, of equal sizes.
 
     Args:
-        device: Where they are.
-        dtype: Of the arithmetic.
-        numel: Elements of each tensor.
-        addresses: Of the first elements, int64, [tensors, slots].
+        device: Device of the tensors.
+        dtype: Dtype of the arithmetic.
+        numel: Number of elements of each tensor.
+        addresses: Addresses of the first elements, int64, [tensors, slots].
     """
 
     device: torch.device
@@ -45,33 +45,34 @@ class KernelArgs:
 
 
 Run = Callable[[KernelSpec, KernelArgs, Mapping[str, Tensor], Tensor | None], tuple[tuple[str, ...], Tensor]]
-"""A backend's way to build and launch one kernel. Arguments: what to run; what it reads and writes; its scalars by
-name, [tensors] each, float64; a flag, [], non-zero to write nothing. Returns the names of the kernel's sums, and the
-sums, [tensors, names], float64; undefined if the flag is set."""
+"""A backend's function that builds and launches one kernel. Its arguments are the specification of the kernel, the
+tensors it reads and writes, its scalars by name, [tensors] each, float64, and a flag, [], which if non-zero prevents
+all writes. It returns the names of the kernel's sums and the sums, [tensors, names], float64, undefined if the flag is
+set."""
 
 
 class ElementwiseSteps:
-    """The passes of one step of an elementwise rule, each a kernel.
+    """The passes of one step of an elementwise rule, each of which is one kernel.
 
     Args:
-        run: How the backend runs a kernel.
+        run: Function of the backend that runs a kernel.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
 
     def supports(self, batch: Batch) -> bool:
-        """Whether the rule is elementwise, and kernels have loads and stores for all dtypes."""
+        """Return whether the rule is elementwise and kernels can load and store all dtypes."""
         return isinstance(batch.rule, UpdateRule) and all(c[0].dtype in DTYPES for c in slots(batch))
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
-        """See `Backend`."""
+        """Implement `Backend`."""
         columns = scalar_columns(batch, divisor)
         with kernel_args(batch) as args:
             return self.run(batch, args, "sums", False, columns, None)
 
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
-        """See `Backend`."""
+        """Implement `Backend`."""
         rule = batch.rule
         assert isinstance(rule, UpdateRule)
         columns = scalar_columns(batch, divisor)
@@ -106,18 +107,18 @@ class ElementwiseSteps:
         columns: Mapping[str, Tensor],
         skip: Tensor | None,
     ) -> dict[str, Tensor]:
-        """One pass over the batch.
+        """Run one pass over the batch.
 
         Args:
-            batch: Whose.
-            args: Its tensors.
+            batch: The batch.
+            args: The tensors of the batch as arguments of a kernel.
             purpose: As in `KernelSpec`.
             cautious: As in `KernelSpec`.
-            columns: Scalars by name, each [tensors], float64.
-            skip: Non-zero: write nothing; shape [].
+            columns: Scalars by name, [tensors] each, float64.
+            skip: Flag, shape []; if non-zero, nothing is written. None to never skip.
 
         Returns:
-            The kernel's sums by name, over all shards, each [tensors], float64; undefined if ``skip`` is set.
+            The kernel's sums by name, over all shards, [tensors] each, float64; undefined if ``skip`` is set.
         """
         dtypes = tuple(DTYPES[column[0].dtype] for column in slots(batch))
         storing = (batch.decay_form, batch.kahan, batch.stochastic, batch.quantized)
@@ -127,7 +128,7 @@ class ElementwiseSteps:
 
 
 def measure_args(grads: Sequence[Tensor]) -> tuple[KernelArgs, list[Tensor]]:
-    """Gradients of one dtype and device as the arguments of a kernel with one slot; and what must be kept alive."""
+    """Return gradients of one dtype and device as arguments of a kernel with one slot, and tensors to keep alive."""
     kept = list(grads)
     if not all(map(Tensor.is_contiguous, kept)):
         kept = [grad if is_dense(grad) else grad.contiguous() for grad in kept]
@@ -138,7 +139,7 @@ def measure_args(grads: Sequence[Tensor]) -> tuple[KernelArgs, list[Tensor]]:
 
 @contextmanager
 def kernel_args(batch: Batch) -> Iterator[KernelArgs]:
-    """The batch as arguments of a kernel; what had to be copied for it is written back at the end."""
+    """Yield the batch as arguments of a kernel; temporary copies are written back when the block ends."""
     addresses, write_back, keep = find(batch)
     yield KernelArgs(batch.device, batch.dtype, batch.numel, addresses)
     for tensor, copy in write_back:
@@ -147,15 +148,20 @@ def kernel_args(batch: Batch) -> Iterator[KernelArgs]:
 
 
 def slots(batch: Batch) -> list[list[Tensor]]:
-    """Parameters, gradients and states, each a list over tensors, in the order of a kernel's slots."""
+    """Return parameters, gradients and states as lists over tensors, in the order of a kernel's slots."""
     return [batch.params, batch.grads, *batch.state_arrays]
 
 
 def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor]], list[Tensor]]:
-    """Addresses [tensors, slots]; copies to be written back; and all copies, to be kept alive meanwhile.
+    """Find the addresses of all arrays of a batch, and copy arrays to contiguous memory where needed.
 
-    Elements of one index must lie at one offset. Where strides differ, or leave gaps, the odd one is copied to a
-    contiguous tensor first. Random numbers follow the row-major index, so they need contiguous tensors in any case.
+    Elements of one index must lie at one offset. Where the strides of the arrays differ or leave gaps, those that are
+    not contiguous are copied to contiguous tensors. Random numbers are indexed in row-major order, so stochastic
+    rounding needs contiguous tensors in any case.
+
+    Returns:
+        Addresses, int64, [tensors, slots]; pairs (tensor, copy) to be written back; and all copies, to be kept alive
+        while the kernel runs.
     """
     if batch.addresses is not None and all(map(Tensor.is_contiguous, batch.grads)):
         addresses = batch.addresses.copy()
@@ -181,7 +187,7 @@ def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor
 
 @lru_cache(maxsize=256)
 def split(numel: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:
-    """Blocks of up to ``size`` elements, [blocks, 3]: tensor, first element, end."""
+    """Split tensors into blocks of up to ``size`` elements: int64, [blocks, 3] of (tensor, first element, end)."""
     sizes = np.array(numel, dtype=np.int64)
     counts = -(-sizes // size)
     tensor = np.repeat(np.arange(len(sizes)), counts)

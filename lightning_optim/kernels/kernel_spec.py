@@ -1,4 +1,4 @@
-"""The description of a compiled kernel: what it does, and the names its text is written in."""
+"""The specification of a generated kernel, and the names that its source text uses."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ tl np range min int float
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """Everything a kernel is generated from; equal specs share one compiled kernel.
+    """Everything that determines a generated kernel; equal specifications share one compiled kernel.
 
     Args:
-        rule: Whose arithmetic to run.
+        rule: Rule whose arithmetic the kernel runs.
         dtypes: Name of the torch dtype of each of `slots`.
-        purpose: `step` updates; `step+sums` also collects the step sums. The others write nothing: `sums` takes the
-            rule's own sums, `agreement` counts the elements whose update agrees with the gradient, `moved_sq` takes the
-            square sum of parameters after the update.
-        cautious: For the `step`s and `moved_sq`: apply the mask and the column `mask_scale`.
-        decay_form: Which of `weight_decay.APPLY_DECAY` to subtract.
-        kahan: Whether the parameter has a compensation.
-        stochastic: Names of the slots that are rounded stochastically; the scalars then have `rounding.KEY_COLUMNS`.
-        quantized: Names of the states that are kept as codes.
+        purpose: `step` updates; `step+sums` also collects the step sums. The others write nothing: `sums` computes the
+            rule's own sums, `agreement` counts the elements whose update agrees with the gradient, `moved_sq` computes
+            the square sum of parameters after the update.
+        cautious: Whether to apply the mask and the column `mask_scale`, in `step`, `step+sums` and `moved_sq`.
+        decay_form: Name of the function of `weight_decay.APPLY_DECAY` to subtract.
+        kahan: Whether the parameter has a Kahan compensation.
+        stochastic: Names of the slots that are rounded stochastically; the scalars then include `rounding.KEY_COLUMNS`.
+        quantized: Names of the states stored as 8-bit codes.
     """
 
     rule: type[UpdateRule]
@@ -51,7 +51,7 @@ class KernelSpec:
 
     @property
     def writes(self) -> bool:
-        """Whether the kernel takes the step."""
+        """Whether the kernel writes the result of the step."""
         return self.purpose.startswith("step")
 
     @property
@@ -69,7 +69,7 @@ class KernelSpec:
 
     @cached_property
     def scalars(self) -> tuple[str, ...]:
-        """Names of the columns that the kernel reads, each once."""
+        """Names of the scalar columns that the kernel reads, without duplicates."""
         columns = ["inverse_divisor", "l2", *self.own_scalars]
         columns += ["decay"] if self.writes else []
         columns += ["eps", "bias_correction2_sqrt"] if self.purpose == "step+sums" else []
@@ -79,12 +79,12 @@ class KernelSpec:
 
     @cached_property
     def own_scalars(self) -> tuple[str, ...]:
-        """Names of the scalars that the rule's function takes, in its order."""
+        """Names of the scalars that the rule's function takes, in order."""
         return self.rule.sums_scalars() if self.purpose == "sums" else self.rule.update_scalars()
 
     @cached_property
     def sums(self) -> tuple[str, ...]:
-        """Names of the sums that the kernel takes."""
+        """Names of the sums that the kernel computes."""
         if self.purpose == "step+sums":
             return step_sums.collected_by_kernel(self.rule, self.decay_form)
         return {"sums": self.rule.sums, "step": ()}.get(self.purpose, (self.purpose,))
@@ -96,12 +96,12 @@ class KernelSpec:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """The rule's function that the kernel calls."""
+        """Function of the rule that the kernel calls."""
         return self.rule.sums_update if self.purpose == "sums" else self.rule.update
 
     @cached_property
     def variable(self) -> dict[str, str]:
-        """The variable of each scalar in the text: its name, unless the text uses that for something else."""
+        """Variable of each scalar in the text: its name, with a suffix where the text uses that name otherwise."""
         taken = {*_WORDS.split(), *self.slots}
         taken |= {f"{a}_{slot}" for slot in self.slots for a in ("load", "store")}
         taken |= {f"{slot}_{b}" for slot in self.slots for b in ("old", "new", "address", "buffer", "max", "key")}
@@ -111,21 +111,21 @@ class KernelSpec:
 
     @property
     def arguments(self) -> str:
-        """What the rule's function is called with."""
+        """Arguments of the call of the rule's function, as text."""
         old = [f"{name}_old" for name in self.rule.state]
         return ", ".join(["param", "grad", *old, *(self.variable[name] for name in self.own_scalars)])
 
     @property
     def decay_arguments(self) -> str:
-        """What a function of `APPLY_DECAY` or `DECAY_TERM` is called with, without the initial weight."""
+        """Arguments of a call from `APPLY_DECAY` or `DECAY_TERM`, as text, without the initial weight."""
         return f"param, delta, {self.variable['decay']}"
 
     def factors_call(self, name: str, constants: Mapping[str, str]) -> str:
-        """The call that gives the two factors of a step sum.
+        """Return the text of the call that computes the two factors of a step sum.
 
         Args:
-            name: Which one, of `sums`.
-            constants: How the text writes `zero`, `one` and `tiny`.
+            name: Name of the sum, one of `sums`.
+            constants: Text for `zero`, `one` and `tiny`.
         """
         known = {"grad": "raw_grad", **constants, **self.variable}
         known |= {"first_moment": f"{self.rule.first_moment}_old", "second_moment": f"{self.rule.second_moment}_new"}
@@ -134,10 +134,10 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled function, and the columns it reads and fills.
+    """A compiled function with the names of the columns that it reads and fills.
 
     Args:
-        function: What a backend launches.
+        function: Compiled function that the backend launches.
         scalars: Names of the columns of its scalars.
         sums: Names of the columns of its sums.
     """
@@ -147,5 +147,5 @@ class Kernel:
     sums: tuple[str, ...]
 
     def table(self, columns: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The kernel's scalars side by side, [tensors, scalars], from ``columns``, [tensors] each."""
+        """Stack the kernel's scalars, [tensors] each, into one table, [tensors, scalars], of dtype ``dtype``."""
         return torch.stack([columns[name] for name in self.scalars], dim=1).to(dtype)

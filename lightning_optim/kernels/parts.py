@@ -1,4 +1,4 @@
-"""Which tensors of a batch are worked on at once, where that takes memory beyond theirs."""
+"""Partition of a batch into parts that are updated one after the other, which bounds temporary memory."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.rules import TensorRule
 
 SHARE = 32
-"""A part is at most this fraction of a float32 batch, and half of that of one in 16 bits, which the arithmetic widens:
-the seven copies of a part that the costliest step holds then stay below 0.3 of the parameters."""
+"""Reciprocal of the largest fraction of a float32 batch that one part may be; a part of a 16-bit batch, which the
+arithmetic widens, may be half as large. The seven copies of a part that the costliest step holds then stay below 0.3 of
+the parameters."""
 
 AT_LEAST = {"cpu": 2**18}
-"""Elements that are worked on at once even in a small model, by device: a megabyte is worth no loop."""
+"""Smallest limit on the elements of a part, by device: saving less than a megabyte is not worth a loop."""
 
 AT_LEAST_ELSEWHERE = 2**22
-"""16 MB: below that a GPU waits for launches."""
+"""Smallest limit on other devices, 16 MB in float32: below that, a GPU would wait for kernel launches."""
 
 AT_MOST = {"cpu": 2**21}
-"""Elements of a part, by device: as many as temporaries leave in the CPU's cache."""
+"""Largest limit on the elements of a part, by device: temporaries of this size still fit into the CPU's cache."""
 
 AT_MOST_ELSEWHERE = 2**25
-"""128 MB in float32: more gains no speed."""
+"""Largest limit on other devices, 128 MB in float32: larger parts are not faster."""
 
 _SHAPE = operator.attrgetter("shape")
 
 
 def parts(batch: Batch) -> Iterator[list[int]]:
-    """Cut ``batch`` into parts that go through one update each.
+    """Partition ``batch`` into parts that are updated in one call each.
 
-    What a tensor rule says it batches (`TensorRule.together`) is together, as far as the sizes above allow. Sharded
-    tensors count whole, so that all ranks cut alike: sums over shards wait for each other.
+    Tensors that a tensor rule can process together (`TensorRule.together`) share a part as far as the limits above
+    allow. A sharded tensor counts with its full size, so that all ranks make the same parts: a sum over shards is a
+    collective that all of them must enter together.
 
     Args:
-        batch: What to cut.
+        batch: The batch to partition.
 
     Yields:
-        Indices of the tensors of a part; every tensor is in one part.
+        Indices of the tensors of a part; every tensor is in exactly one part.
     """
     sizes = list(map(Tensor.numel, batch.full_params))
     device, stored = batch.device.type, batch.params[0].element_size() / batch.dtype.itemsize
@@ -50,7 +52,7 @@ def parts(batch: Batch) -> Iterator[list[int]]:
     if not isinstance(rule, TensorRule):
         yield from _cut(range(len(sizes)), sizes, largest)
         return
-    # Asked once for each group and shape: a model has hundreds of matrices, and few shapes.
+    # `together` is called once per group and shape, because a model has hundreds of matrices but few shapes.
     answers: dict[tuple[int, torch.Size], Hashable] = {}
     alike: dict[Hashable, list[int]] = {}
     for i, kind in enumerate(zip(map(id, batch.groups), map(_SHAPE, batch.params), strict=True)):
@@ -66,7 +68,7 @@ def parts(batch: Batch) -> Iterator[list[int]]:
 
 
 def _cut(rows: range | list[int], sizes: list[int], largest: int) -> Iterator[list[int]]:
-    """``rows`` in runs of at most ``largest`` elements, or of one tensor that is larger."""
+    """Yield consecutive runs of ``rows`` with at most ``largest`` elements; a larger tensor is a run by itself."""
     part: list[int] = []
     elements = 0
     for row in rows:

@@ -1,15 +1,16 @@
-"""The peak of a learning rate's schedule, which some kinds of weight decay refer to: known, announced, or seen so far.
+"""Peak of the learning rate schedule, on which some kinds of weight decay depend: given, announced or observed.
 
-Each parameter group keeps it as `peak_lr`. The rule, in this order:
+Each parameter group stores it as `peak_lr`. Its value is, in order of precedence:
 
-1. A `peak_lr` that the group is given holds.
-2. Else what a scheduler says: `max_lr` of the group (torch's OneCycleLR), or else its `initial_lr` (every other of
-   torch's, and ours). When that changes, the peak is the new value.
-3. Else the learning rate at construction, as without a scheduler, or under torch's ReduceLROnPlateau.
+1. The `peak_lr` given in the group.
+2. The value that a scheduler announces: `max_lr` of the group (torch's OneCycleLR), otherwise its `initial_lr` (all
+   other schedulers of torch, and ours). If the announced value changes, the peak changes with it.
+3. The learning rate at construction, without a scheduler or with torch's ReduceLROnPlateau.
 
-In all cases a step with a higher rate makes that the peak, with a warning: so no step ever decays by more than at the
-peak. CyclicLR, or a LambdaLR that multiplies a tiny rate, announces nothing: while it first rises, each rate is the
-peak so far, and from the first peak on all is as if it had been known. A caller who knows the peak in advance gives it.
+In all cases a step with a higher learning rate raises the peak to it, with a warning, so that no step decays by more
+than it would at the peak. CyclicLR, and a LambdaLR that multiplies a tiny learning rate, announce no peak: while the
+learning rate rises for the first time, each value is the peak so far, and afterwards the peak is correct. Give
+`peak_lr` if you know it in advance.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from lightning_optim.kernels.weight_decay import WeightDecayKind
 NEED_PEAK = tuple(kind.value for kind in WeightDecayKind if kind.needs_peak)
 
 GIVEN = "given"
-_ROUNDING = 1 + 1e-6  # of a scheduler that computes its own peak
+_ROUNDING = 1 + 1e-6  # This tolerates the rounding error of a scheduler that computes its own peak.
 
 
 def start_peak(group: dict[str, Any], lr: float) -> None:
-    """Give a new group its `peak_lr`, and `peak_lr_from`, which says where it is from.
+    """Set `peak_lr` of a new group, and `peak_lr_from`, the source of that value.
 
     Args:
-        group: Written.
+        group: The parameter group, modified in place.
         lr: Its learning rate.
 
     Example:
@@ -51,13 +52,14 @@ def start_peak(group: dict[str, Any], lr: float) -> None:
 
 
 def follow_peak(group: dict[str, Any]) -> bool:
-    """Bring `peak_lr` of a group up to date, before a step.
+    """Update `peak_lr` of a group before a step.
 
     Args:
-        group: Written. On devices whose memory the host must not read, the peak is a tensor there.
+        group: The parameter group, modified in place. On devices whose memory the host must not read, the peak is a
+            tensor, shape [], on the device.
 
     Returns:
-        Whether the rate is above all that was known of its peak, as far as the host may look.
+        Whether the learning rate exceeded the known peak; always False where the host must not read it.
 
     Example:
         >>> group = {"lr": 0.004, "peak_lr": 0.004, "peak_lr_from": None}
@@ -84,27 +86,28 @@ def follow_peak(group: dict[str, Any]) -> bool:
 
 
 def say_peak(label: str, group: Mapping[str, Any]) -> None:
-    """Warn that a rate exceeded what was known of its peak.
+    """Warn that the learning rate exceeded the known peak.
 
     Args:
-        label: The optimizer's class.
-        group: The group.
+        label: Name of the optimizer's class.
+        group: The parameter group.
     """
     warnings.warn(
-        f"{label}: lr={float(group['lr']):g} is above the peak known so far, to which weight_decay_kind="
-        f"{group['weight_decay_kind']!r} refers; every higher rate is the peak from here on. If lr is still to "
-        "rise (CyclicLR, or a function that multiplies a small lr), give the group the largest one as 'peak_lr'.",
+        f"{label}: lr={float(group['lr']):g} is above the peak known so far, on which weight_decay_kind="
+        f"{group['weight_decay_kind']!r} depends; from now on the highest lr so far is used as the peak. If lr will "
+        "rise further (CyclicLR, or a function that multiplies a small lr), give the group its largest lr as "
+        "'peak_lr'.",
         stacklevel=4,
     )
 
 
 def _announced(group: Mapping[str, Any]) -> float | None:
-    """What a scheduler of torch's, or ours, has written into the group; None if the host cannot read it."""
+    """Return the peak that a scheduler has written into the group; None if there is none or the host cannot read it."""
     value = group.get("max_lr", group.get("initial_lr"))
     value = value if value is None else _host(value)
     return None if isinstance(value, Tensor) else value
 
 
 def _host(value: Any) -> Any:
-    """A number as a float, unless it is in memory that the host must not wait for."""
+    """Convert a number to a float, unless it is a tensor on a device for which the host would have to wait."""
     return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)

@@ -1,7 +1,8 @@
-"""Which tensors are plain memory: what a kernel, which gets an address and a number of elements, may be given.
+"""Checks of whether tensors are plain memory, so that a kernel may run on an address and a number of elements.
 
-All but `storage_bytes`, `all_usual` and `resolved` is asked when tensors are sorted, not at each step. Private parts of
-torch are touched in `_adds_nothing`, `_kind` and `resolved`; ``tests/optim/test_admission.py`` says what is relied on.
+All but `storage_bytes`, `all_usual` and `resolved` run when tensors are sorted into batches, not at each step. Private
+parts of torch are used in `_adds_nothing`, `_kind` and `resolved`; ``tests/optim/test_admission.py`` states what is
+relied on.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from lightning_optim.core.placements import PLAIN
 from lightning_optim.core.sizes import span
 
 FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-"""What kernels load as real numbers."""
+"""Dtypes that kernels load as real numbers."""
 
 _LAYOUT, _NBYTES = map(operator.attrgetter, ("layout", "nbytes"))
 
 DEVICES = ("cpu", "cuda")
-"""Types of devices for which there are kernels, and on which addresses mean something."""
+"""Device types for which there are kernels, and whose tensors have meaningful addresses."""
 
 
 def is_usual(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is plain, contiguous and in memory that is there: what nearly all are, told fast."""
+    """Return whether ``tensor`` is plain, contiguous and fully backed by its storage: a fast test of the usual case."""
     try:
         return (
             type(tensor) in PLAIN
@@ -38,12 +39,12 @@ def is_usual(tensor: Tensor) -> bool:
             and tensor.data_ptr() != 0
             and tensor.untyped_storage().nbytes() >= tensor.nbytes + tensor.storage_offset() * tensor.element_size()
         )
-    except RuntimeError:  # no memory
+    except RuntimeError:  # The tensor has no storage.
         return False
 
 
 def all_usual(tensors: Sequence[Tensor]) -> bool:
-    """Whether all are, and of class Tensor and on one device, asked without a loop in Python."""
+    """Return whether all tensors are `is_usual`, of class Tensor and on one device, without a Python loop."""
     if set(map(type, tensors)) != {Tensor} or set(map(_LAYOUT, tensors)) != {torch.strided}:
         return False
     if not all(map(Tensor.is_contiguous, tensors)) or any(map(Tensor.is_neg, tensors)):
@@ -54,15 +55,16 @@ def all_usual(tensors: Sequence[Tensor]) -> bool:
 
 
 def storage_bytes(tensors: Sequence[Tensor]) -> list[int]:
-    """How much memory the storage of each has."""
+    """Return the storage size of each tensor in bytes."""
     return list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors)))
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the numbers of ``tensor`` are what lies at its address, with its strides.
+    """Return whether the values of ``tensor`` are those at its address, with its strides.
 
-    Not so of classes that hold other tensors (quantized weights, say) or change what operations mean, of lazily negated
-    or conjugated tensors, and off the `DEVICES`. That the memory is there, and large enough, `why_unsafe` says.
+    This is false for subclasses that hold other tensors (such as quantized weights) or change the meaning of
+    operations, for lazily negated or conjugated tensors, and on devices not in `DEVICES`. `why_unsafe` checks that the
+    memory exists and is large enough.
     """
     return (
         tensor.device.type in DEVICES
@@ -74,25 +76,28 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def _adds_nothing(kind: type[Tensor]) -> bool:
-    """Whether a subclass leaves the meaning of all operations to torch."""
+    """Return whether a subclass does not override the meaning of any operation."""
     functions = [getattr(one.__torch_function__, "__func__", one.__torch_function__) for one in (kind, *PLAIN)]
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and functions[0] in functions[1:]
 
 
 def why_unsafe(tensor: Tensor, *, written: bool) -> str | None:
-    """Why nothing, neither a kernel nor torch's operations, may run on ``tensor``, as words after its name; or None.
+    """Return the reason why neither kernels nor torch's operations may run on ``tensor``; None if they may.
 
     Args:
-        tensor: Any.
-        written: Whether it is to be written, and not only read.
+        tensor: Any tensor.
+        written: Whether the tensor is to be written as well as read.
+
+    Returns:
+        The predicate of a sentence whose subject is the tensor, or None.
     """
     if tensor.layout is not torch.strided:
-        return f"has the layout {tensor.layout}; needed is torch.strided"
+        return f"has the layout {tensor.layout}, but must be torch.strided"
     kind = _kind(tensor)
     if kind is not None:
-        return f"is {kind}, which has no numbers that a step could change"
+        return f"is {kind}, which has no values that a step could change"
     if tensor.device.type not in DEVICES or not (type(tensor) in PLAIN or _adds_nothing(type(tensor))):
-        return None  # torch's operations know what to do
+        return None  # The operations of torch define what such a tensor means.
     if tensor.numel() == 0:
         return None
     try:
@@ -104,18 +109,18 @@ def why_unsafe(tensor: Tensor, *, written: bool) -> str | None:
     if storage.nbytes() < needed or storage.data_ptr() == 0:
         return (
             f"needs {needed} bytes of memory, and its storage has {storage.nbytes()}: it has been resized, as FSDP "
-            "does with weights that are not in use"
+            "resizes weights that are not in use"
         )
     if written and overlaps_itself(tensor):
         return (
-            f"has several elements in one place (shape {tuple(tensor.shape)}, strides {tensor.stride()}), as "
-            "`expand` makes them; make a copy of it with .clone()"
+            f"has several elements at one address (shape {tuple(tensor.shape)}, strides {tensor.stride()}), as after "
+            "`expand`; copy it with .clone()"
         )
     return None
 
 
 def _kind(tensor: Tensor) -> str | None:
-    """What ``tensor`` only pretends to be numbers as."""
+    """Return a description of a tensor class without values of its own; None for all other classes."""
     if type(tensor) in PLAIN:
         return "a functional tensor" if torch._is_functional_tensor(tensor) else None
     from torch._subclasses.fake_tensor import FakeTensor
@@ -131,21 +136,21 @@ def _kind(tensor: Tensor) -> str | None:
 
 
 def resolved(grad: Tensor) -> Tensor:
-    """A gradient with its lazy negation, or torch's lazy zeros, put into memory; else itself."""
+    """Materialise a lazily negated or lazily zero gradient; return any other gradient unchanged."""
     grad = grad.resolve_neg()
     return grad.clone() if grad._is_zerotensor() else grad
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Real and imaginary parts of a complex tensor as numbers of their own, [..., 2]; a real tensor as it is.
+    """Return a complex tensor as real and imaginary parts, [..., 2], and a real tensor unchanged.
 
-    A view, unless ``tensor`` is lazily conjugated.
+    The result is a view, unless ``tensor`` is lazily conjugated.
     """
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements are, or might be, one place in memory."""
+    """Return whether two elements have, or may have, the same address."""
     if tensor.is_contiguous():
         return False
     expected = 1
@@ -158,7 +163,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one run of memory, in whatever order."""
+    """Return whether the elements fill one range of memory without gaps, in any order."""
     if tensor.is_contiguous():
         return True
     sizes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
@@ -172,25 +177,25 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def shared(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> tuple[int, int] | None:
-    """Two tensors that have an element in common, of which one at least is written; None if there are none.
+    """Find two tensors that overlap in memory, at least one of which is written.
 
     Args:
-        written: Plain tensors of one device, in memory that is there.
-        read: The same, which may have elements in common with each other.
+        written: Plain tensors of any shapes on one device, backed by memory.
+        read: Tensors of the same kind, which may overlap each other.
 
     Returns:
-        Their places in the two lists one after the other.
+        Indices of the two tensors in the concatenation of both lists; None if there is no overlap.
     """
     tensors = [*written, *read]
     starts = np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)
     ends = starts + np.array([span(tensor) for tensor in tensors], dtype=np.int64)
     order = np.lexsort((ends, starts))
-    order = order[ends[order] > starts[order]]  # without the empty ones
+    order = order[ends[order] > starts[order]]  # Empty tensors overlap nothing.
     last = np.maximum.accumulate(ends[order])
     touching = np.flatnonzero(last[:-1] > starts[order][1:])
     if not len(touching):
         return None
-    # Runs of intervals of which each reaches into the memory of one before it.
+    # A run is a sequence of address ranges each of which overlaps an earlier one of the run.
     breaks = np.flatnonzero(np.concatenate([[True], last[:-1] <= starts[order][1:], [True]]))
     for first, end in itertools.pairwise(breaks):
         if end - first > 1:
@@ -203,11 +208,14 @@ def shared(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> tuple[int,
 def _shared_in_run(
     run: list[int], tensors: Sequence[Tensor], count: int, starts: np.ndarray, ends: np.ndarray
 ) -> tuple[int, int] | None:
-    """As `shared`, of tensors whose memory lies intertwined. Gaps of one may hold the elements of another."""
+    """Find an overlap as `shared` does, within one run of overlapping address ranges.
+
+    Ranges may overlap without common elements, because gaps of one tensor may hold the elements of another.
+    """
     if all(i >= count for i in run):
         return None
     dense = [i for i in run if is_dense(tensors[i])]
-    reach: int | None = None  # of the tensors so far that fill their memory, one that is written and ends last
+    reach: int | None = None  # index of the written dense tensor so far with the highest end address
     reach_read: int | None = None
     for i in dense:
         others = (reach, reach_read) if i < count else (reach,)
@@ -226,11 +234,11 @@ def _shared_in_run(
 def _shared_elements(
     run: list[int], tensors: Sequence[Tensor], count: int, starts: np.ndarray, ends: np.ndarray
 ) -> tuple[int, int] | None:
-    """As `shared`, element by element: the written ones are painted into a map of the memory."""
+    """Find an overlap as `shared` does, element by element: written tensors are marked in a map of the memory."""
     base = min(starts[i] for i in run)
     grain = int(np.gcd.reduce([tensors[i].element_size() for i in run] + [int(starts[i] - base) for i in run]))
     owner = np.full(int(max(ends[i] for i in run) - base) // grain, -1, dtype=np.int32)
-    for i in sorted(run):  # written ones first
+    for i in sorted(run):  # The indices of written tensors come first.
         tensor = tensors[i]
         places = torch.arange(span(tensor) // tensor.element_size(), device="cpu")
         places = places.as_strided(tensor.shape, tensor.stride())

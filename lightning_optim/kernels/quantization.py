@@ -1,9 +1,9 @@
-"""Eight bits per value of optimizer state: blocks of 256, each with its own scale, and a code that is finest near zero.
+"""8-bit quantization of optimizer state: blocks of 256 values with one scale each, and codes that are densest near 0.
 
 Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022, https://arxiv.org/abs/2110.02861, with two
 differences. Values are rounded to one of the two nearest codes at random, in proportion: a second moment changes by a
 thousandth per step, the codes lie a hundredth apart, and rounding to the nearest would let it rise (one large gradient
-suffices) but not fall. And a second moment above 0 never becomes 0, because steps are divided by its root.
+suffices) but not fall. Moreover, a positive second moment is never rounded to 0, because steps are divided by its root.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from torch.nn import functional
 from lightning_optim.kernels.rounding import noise, slot_key
 
 BLOCK = 256
-"""Values that share a scale, the largest magnitude among them."""
+"""Number of values that share a scale, which is the largest magnitude among them."""
 
 
 @cache
 def code_map(signed: bool) -> Tensor:
-    """The values of the 256 codes, ascending, float32, in [-1, 1] or, for second moments, in [0, 1].
+    """Return the values of the 256 codes, ascending, float32, shape [256].
 
-    Seven decades below 1, from 10⁻⁶ up; each has twice the codes of the one below, at the middles of equal parts of
-    its upper nine tenths. With 0 and 1 (but no -1) that makes 256 either way.
+    The codes cover seven decades below 1, from 10⁻⁶ up. Each decade has twice as many codes as the one below, placed at
+    the centres of equal parts of its upper nine tenths. With 0 and 1 (but no -1) there are 256 codes in both cases.
+
+    Args:
+        signed: Whether the codes are in [-1, 1]; otherwise in [0, 1], for second moments.
     """
     values = [0.0, 1.0]
     for decade in range(7):
@@ -38,24 +41,28 @@ def code_map(signed: bool) -> Tensor:
 
 
 def blocks(numel: int) -> int:
-    """How many scales ``numel`` values have."""
+    """Return the number of blocks, and so of scales, of ``numel`` values."""
     return -(-numel // BLOCK)
 
 
 def quantize(values: Tensor, signed: bool, key: Tensor, slot: int) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, shape of ``values``) and scales (float32, [blocks]).
+    """Quantize ``values`` with stochastic rounding.
 
     Args:
-        values: Row-major order makes the blocks. A NaN or an infinity makes its whole block NaN.
-        signed: Which `code_map`.
-        key: Of the random numbers, 0-d int64.
-        slot: See `rounding.slot_key`.
+        values: Tensor of any shape; blocks are consecutive in row-major order. A NaN or an infinity makes its whole
+            block NaN.
+        signed: Argument of `code_map`.
+        key: Key of the random numbers, int64, shape [].
+        slot: Index of the array; see `rounding.slot_key`.
+
+    Returns:
+        Codes, uint8, in the shape of ``values``; and scales, float32, [blocks].
     """
     codes = code_map(signed).to(values.device)
     flat = values.float().reshape(-1)
     padded = functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     scales = padded.abs().amax(1) if len(padded) else padded.new_zeros(0)
-    scales = scales + scales * 0  # an infinity leaves nothing of the others: NaN, too
+    scales = scales + scales * 0  # A block with an infinity cannot be restored, so it becomes NaN.
     unit = torch.where(scales[:, None] > 0, padded / scales[:, None], 0.0).view(-1)[: flat.numel()]
     lower = (torch.bucketize(unit, codes, right=True) - 1).clamp(0, 254)
     below = codes[lower]
@@ -69,13 +76,13 @@ def quantize(values: Tensor, signed: bool, key: Tensor, slot: int) -> tuple[Tens
 
 
 def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    """The values that ``codes`` and ``scales`` stand for, float32."""
+    """Return the values of ``codes`` (uint8, any shape) and ``scales`` (float32, [blocks]): float32, shape of codes."""
     values = code_map(signed).to(codes.device)[codes.reshape(-1).int()]
     return (values * scales.repeat_interleave(BLOCK)[: values.numel()]).view(codes.shape)
 
 
 def zeros(param: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a state of ``param`` that is 0."""
+    """Return codes (uint8, shape of ``param``) and scales (float32, [blocks]) of a state of zeros."""
     zero = int((code_map(signed) == 0).nonzero())
     codes = torch.full(param.shape, zero, dtype=torch.uint8, device=param.device)
     return codes, torch.zeros(blocks(param.numel()), dtype=torch.float32, device=param.device)

@@ -1,4 +1,4 @@
-"""The readable backend: one tensor after the other, in torch operations. The oracle for the others, on any device."""
+"""The reference backend in torch operations, one tensor after the other, on any device; the others are tested by it."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ StepResult = tuple[Tensor, Tensor, dict[str, Tensor]]  # gradient, delta, new st
 
 
 class ReferenceBackend(Backend):
-    """Runs everything, elementwise and tensor rules alike, in plain torch."""
+    """Backend that runs every rule, elementwise or tensor rule, in plain torch operations."""
 
     name = "reference"
     low_precision = True
 
     def why_not(self, device: torch.device) -> str | None:
-        """Never a reason."""
+        """Return None: this backend runs on every device."""
         return None
 
     def supports(self, batch: Batch) -> bool:
-        """Always."""
+        """Return True: this backend runs every batch."""
         return True
 
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
-        """Square sums through torch's multi-tensor norm."""
+        """Implement `Backend` with torch's multi-tensor norm; returns shape [tensors]."""
         return torch.stack(torch._foreach_norm(list(grads), 2, dtype=widest_dtype(grads[0].device))).square()
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
-        """See `Backend`."""
+        """Implement `Backend`."""
         assert isinstance(batch.rule, UpdateRule)
         return _rule_sums(batch, batch.rule, scalar_columns(batch, divisor))
 
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
-        """See `Backend`."""
+        """Implement `Backend`."""
         rule = batch.rule
         if isinstance(rule, TensorRule):
             return apply_tensor_rule(batch, rule.update, divisor=divisor, skip=skip, collect=collect)
@@ -87,16 +87,19 @@ def apply_tensor_rule(
     skip: Tensor | None,
     collect: bool,
 ) -> Tensor | None:
-    """`Backend.apply` for a tensor rule.
+    """Run `Backend.apply` for a tensor rule.
 
     Args:
-        batch: What to update.
-        update: The rule's `update`, or what a backend has in its place.
-        subtract: A backend's faster way to subtract deltas, and decay ([tensors]) of the plain form, from parameters,
-            for steps that need no more than that.
+        batch: The tensors to update.
+        update: The rule's `update`, or a replacement of the backend's.
+        subtract: Faster function of a backend that subtracts deltas and the decay of form `shrink`, coefficients
+            [tensors], from the parameters; used in steps that need nothing else. None if the backend has none.
         divisor: As for `Backend.apply`.
         skip: As for `Backend.apply`.
         collect: As for `Backend.apply`.
+
+    Returns:
+        As `Backend.apply`.
     """
     if _skipped_on_host(batch, skip):
         return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
@@ -133,13 +136,16 @@ def _in_parts(
     run: Callable[[list[int], Batch, Tensor], Tensor | None],
     skip: Tensor | None,
 ) -> Tensor | None:
-    """Update the batch part by part, each stored before the next begins; the step sums, if ``run`` gives such.
+    """Update the batch part by part, storing each part before the next one begins.
 
     Args:
-        batch: What to update.
-        columns: The numbers of all its tensors.
-        run: Updates a part, given the places of its tensors, the part, and its share of the column `decay`.
+        batch: The tensors to update.
+        columns: Scalars of all tensors, [tensors] each.
+        run: Function that updates a part, given the indices of its tensors, the part, and its rows of `decay`.
         skip: As for `Backend.apply`.
+
+    Returns:
+        The step sums, [tensors, columns of `STEP_SUMS`]; None if ``run`` returns none.
     """
     order: list[int] = []
     sums: list[Tensor] = []
@@ -166,7 +172,7 @@ def _finish(
     skip: Tensor | None,
     collect: bool,
 ) -> Tensor | None:
-    """Mask, decay, write and sum; see (5) to (8) of `Backend`."""
+    """Mask, decay, store and sum, as in (5) to (8) of `Backend`."""
     on_host = batch.device.type == "cpu"
     if batch.cautious:
         steps = _cautious(batch, list(steps))
@@ -199,7 +205,7 @@ def _finish(
                 old.copy_(new if on_host or skip is None else torch.where(skip != 0, old, new))
         return row
 
-    # `map` instead of a loop, whose variables would keep one tensor's temporaries alive during the next one's.
+    # The variables of a loop would keep the temporaries of one tensor alive during the next, so this is a `map`.
     sums = [row for row in map(write, range(len(batch.params)), steps) if row is not None]
     if not collect:
         return None
@@ -218,7 +224,7 @@ def _skipped_on_host(batch: Batch, skip: Tensor | None) -> bool:
 
 
 def _needs_no_scaling(columns: dict[str, Tensor]) -> list[bool]:
-    """Which gradients, on the CPU, are used as they are: saves a pass over memory."""
+    """Return for each gradient, on the CPU, whether it is used unscaled, which saves a pass over memory."""
     factors, l2 = columns["inverse_divisor"].tolist(), columns["l2"].tolist()
     return [factor == 1 and weight == 0 for factor, weight in zip(factors, l2, strict=True)]
 
@@ -238,28 +244,28 @@ def _rule_sums(batch: Batch, rule: UpdateRule, columns: dict[str, Tensor]) -> di
 
 @cache
 def rebound(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` over torch tensors."""
+    """Return ``function`` rebound to operations on torch tensors."""
     return rebind(function, NAMED)  # type: ignore[no-any-return]
 
 
 def whole_numel(batch: Batch) -> Tensor:
-    """Number of elements of each tensor, over all its shards, [tensors], float64."""
+    """Return the number of elements of each tensor over all its shards, [tensors], float64."""
     return upload([t.numel() for t in batch.full_params], batch.device, widest_dtype(batch.device))
 
 
 def _rows(columns: dict[str, Tensor], dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """The scalars of each tensor, 0-d."""
+    """Return the scalars of each tensor as 0-d tensors of ``dtype``."""
     values = zip(*(column.to(dtype).unbind() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in values]
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In the dtype of the arithmetic; integers (indices, counters of a tensor rule) as they are."""
+    """Convert to the dtype of the arithmetic; integers (indices, counters of a tensor rule) are not converted."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _moment(batch: Batch, i: int, name: str) -> Tensor:
-    """A state in the dtype of the arithmetic, codes as the values they stand for."""
+    """Return a state in the dtype of the arithmetic; 8-bit codes are dequantized."""
     state = batch.states[i]
     if name in batch.quantized:
         return dequantize(state[name], state[f"{name}_scale"], batch.rule.compressible[name])
@@ -267,7 +273,7 @@ def _moment(batch: Batch, i: int, name: str) -> Tensor:
 
 
 def _grad(batch: Batch, i: int, scalars: dict[str, Tensor]) -> Tensor:
-    """The gradient as the rule sees it: divided, negated for `maximize`, with the L2 term."""
+    """Return the gradient as the rule sees it: divided, negated for `maximize`, with the L2 term."""
     scaled = batch.grads[i].to(batch.dtype) * scalars["inverse_divisor"]
     return scaled.add_(scalars["l2"] * _wide(batch.params[i]))
 
@@ -287,7 +293,7 @@ def _steps(batch: Batch, rule: UpdateRule, scalars: list[dict[str, Tensor]]) -> 
 def _stored(
     batch: Batch, i: int, param: Tensor, change: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Parameter (``param`` before it) and state after the step, the parameter in the dtype it is stored in."""
+    """Return the new parameter in its storage dtype and the new state; ``param`` is the parameter before the step."""
     dtype = batch.params[i].dtype
     quantized = batch.quantized
     for name in batch.stochastic:
@@ -309,9 +315,9 @@ def _stored(
 
 
 def _cautious(batch: Batch, steps: list[StepResult]) -> Iterator[StepResult]:
-    """Updates without the components that point against the gradient (Liang et al., https://arxiv.org/abs/2411.16085).
+    """Mask the components of updates that point against the gradient (Liang et al., https://arxiv.org/abs/2411.16085).
 
-    Rescaled to keep the mean step length, at most a thousandfold, as the authors' code does.
+    The rest is rescaled to keep the mean step length, by a factor of at most 1000, as in the authors' code.
 
     Yields:
         Gradient, masked update and new state of each tensor, in order.
@@ -333,7 +339,7 @@ def _sums(
     scalars: dict[str, Tensor],
     decay_term: Tensor,
 ) -> Tensor:
-    """One row of step sums, in float64 where the device has it; NaN for those that the rule does not have."""
+    """Compute one row of step sums, [columns], float64 where the device supports it; NaN where one is undefined."""
     rule, dtype, device = batch.rule, widest_dtype(batch.device), batch.device
     constants = {"zero": 0.0, "one": 1.0, "tiny": step_sums.TINY}
     known = {name: torch.full((), value, dtype=dtype, device=device) for name, value in constants.items()}

@@ -1,7 +1,7 @@
-"""What an optimizer is, without storage: the arithmetic of one step, and the names of its state.
+"""Update rules: the arithmetic of one optimizer step and the names of its state, without any storage.
 
-A rule is stateless. Where tensors live, how they are cast, in which order blocks are visited, weight decay, clipping,
-`maximize`, `cautious`, skipping and statistics belong to the backend and are the same for every rule.
+A rule is stateless. The device and dtype of tensors, the order of blocks, weight decay, clipping, `maximize`,
+`cautious`, skipping and statistics belong to the backend and are the same for every rule.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ Scalar = Any
 """A float on the host, or a float64 tensor, [] or [tensors], on a device whose memory the host must not read."""
 
 
-# The named functions. In `scalars` and `rescale` they are these, and take floats and tensors alike; in `update` and
-# `sums_update` every backend puts its own in their place. Both sides must agree on NaN: it passes through
-# maximum, minimum and where, and sign(NaN) is 0 as in torch.
+# `scalars` and `rescale` call the following named functions, which take floats and tensors; in `update` and
+# `sums_update` each backend replaces them with its own. Both versions must agree on NaN: maximum, minimum and where
+# propagate it, and sign(NaN) is 0 as in torch.
 
 
 def sqrt(x: Scalar) -> Scalar:
-    """Square root."""
+    """Return the square root."""
     return torch.sqrt(x) if isinstance(x, Tensor) else math.sqrt(x)
 
 
 def absolute(x: Scalar) -> Scalar:
-    """|x|."""
+    """Return |x|."""
     return abs(x)
 
 
 def sign(x: Scalar) -> Scalar:
-    """-1, 0 or 1."""
+    """Return the sign of ``x``: -1, 0 or 1."""
     return torch.sign(x) if isinstance(x, Tensor) else float((x > 0) - (x < 0))
 
 
 def where(condition: Scalar, x: Scalar, y: Scalar) -> Scalar:
-    """``x`` where ``condition`` holds, else ``y``. Both are evaluated."""
+    """Return ``x`` where ``condition`` holds, otherwise ``y``; both are evaluated."""
     if isinstance(condition, Tensor):
-        # Two numbers would make a float32 tensor, whatever the precision around them.
+        # With two Python numbers `torch.where` would return float32, whatever the dtype of the other operands.
         wide = widest_dtype(condition.device)
         x, y = (v if isinstance(v, Tensor) else condition.new_full((), v, dtype=wide) for v in (x, y))
         return torch.where(condition, x, y)
@@ -53,17 +53,17 @@ def where(condition: Scalar, x: Scalar, y: Scalar) -> Scalar:
 
 
 def maximum(x: Scalar, y: Scalar) -> Scalar:
-    """The larger; NaN if either is."""
+    """Return the larger value, or NaN if either value is NaN."""
     return where((x > y) | (x != x), x, y)
 
 
 def minimum(x: Scalar, y: Scalar) -> Scalar:
-    """The smaller; NaN if either is."""
+    """Return the smaller value, or NaN if either value is NaN."""
     return where((x < y) | (x != x), x, y)
 
 
 NAMED_FUNCTIONS = ("sqrt", "absolute", "sign", "where", "maximum", "minimum")
-"""What `update` may call, beside plain helper functions built from the same."""
+"""Names of the functions that `update` may call, in addition to plain helper functions made of the same."""
 
 
 def rebind(
@@ -71,12 +71,15 @@ def rebind(
     named: Mapping[str, Callable[..., Any]],
     compiler: Callable[[Any], Any] = lambda function: function,
 ) -> Any:
-    """``function`` with the named functions replaced by a backend's own, helpers it calls included.
+    """Replace the named functions in ``function``, and in the helpers that it calls, with those of a backend.
 
     Args:
-        function: A plain Python function: arithmetic, the `NAMED_FUNCTIONS`, and helpers made of the same.
-        named: The backend's implementations, by name.
-        compiler: Applied to the function and to each helper, innermost first (`numba.njit`, `triton.jit`).
+        function: A plain Python function of arithmetic, `NAMED_FUNCTIONS`, and helpers made of the same.
+        named: Implementations of the backend by name.
+        compiler: Decorator applied to the function and to each helper, innermost first (`numba.njit`, `triton.jit`).
+
+    Returns:
+        The new function, as returned by ``compiler``.
 
     Raises:
         TypeError: The function uses a name that is neither a helper nor one of the `NAMED_FUNCTIONS`.
@@ -94,167 +97,173 @@ def rebind(
 
 
 class Rule:
-    """What elementwise and tensor rules have in common."""
+    """Base class of elementwise rules and tensor rules."""
 
     state: ClassVar[tuple[str, ...]] = ()
-    """Checkpoint keys of the tensors kept per parameter, in torch's words. Permanent."""
+    """Names of the state tensors of each parameter, as torch names them. They are checkpoint keys and never change."""
 
     counts_steps: ClassVar[bool] = True
-    """Whether `step`, a 0-d float32 tensor per parameter, is kept: updates taken so far, skipped ones not counted."""
+    """Whether each parameter has the state `step`, float32, shape []: the number of updates, without skipped ones."""
 
     scalar_state: ClassVar[Mapping[str, float]] = types.MappingProxyType({})
-    """Further 0-d state per parameter, with its first value (NAdam's `mu_product`). `scalars` gets the old value as a
-    keyword and returns the new one under the same name. Kept in float64, so that products and sums over a million steps
-    keep moving."""
+    """Further 0-d state of each parameter with its initial value (NAdam's `mu_product`). `scalars` receives the old
+    value as a keyword argument and returns the new one under the same name. It is stored in float64, so that products
+    and sums over a million steps do not stagnate."""
 
     set_aside: ClassVar[tuple[str, ...]] = ()
-    """Further state that a parameter may have, of its shape, and that steps do not see."""
+    """Names of further state in the shape of the parameter that may exist and that steps ignore."""
 
     counts_calls: ClassVar[bool] = False
-    """Whether the host counts calls of `step`, skipped or not, in ``group["calls"]``: for rules that must decide on the
-    host what a step does, on devices whose memory it must not read. On the CPU a rule may read `step` instead."""
+    """Whether the host counts calls of `step`, skipped or not, in ``group["calls"]``. It is meant for rules that decide
+    on the host what a step does, on devices whose memory the host must not read. On the CPU a rule may read `step`."""
 
     first_moment: ClassVar[str | None] = None
-    """The state that plays m in the step sums."""
+    """Name of the state that is the first moment m in the step sums; None if the rule has none."""
 
     second_moment: ClassVar[str | None] = None
-    """The state that plays v in the step sums: v̂ = v / bias_correction2, if `scalars` returns `bias_correction2_sqrt`,
-    and v otherwise; `eps` is the group's."""
+    """Name of the state that is the second moment v in the step sums; None if the rule has none. There v̂ is
+    v / bias_correction2 if `scalars` returns `bias_correction2_sqrt`, otherwise v, and `eps` is that of the group."""
 
     compressible: ClassVar[Mapping[str, bool]] = types.MappingProxyType({})
-    """States that `state_bits` may keep in 16 or 8 bits, and whether each has a sign: moments, which start at 0 and
-    stand for averages. The others stay as they are. Without any, a rule refuses `state_bits`."""
+    """States that `state_bits` may store in 16 or 8 bits, and whether each is signed. They must be moments, which start
+    at 0 and are averages. Other states keep full precision, and a rule without such states refuses `state_bits`."""
 
     decays_beside: ClassVar[bool] = True
-    """Whether weights decay outside of `update`, so that the step sums can tell decay's part."""
+    """Whether weights decay outside of `update`, so that the step sums can separate the part of the decay."""
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """The numbers of this step, in float64: learning rate, betas, 1 − beta, bias corrections.
+        """Compute the scalars of this step in float64: learning rate, betas, 1 − beta, bias corrections.
 
-        Written once for two callers: on the host ``step`` is a float; on a device whose memory the host must not read
-        it is a float64 tensor [tensors], and the same arithmetic runs there, because only the device knows which steps
-        were skipped. So: arithmetic and the named functions, no `if` on ``step``.
+        One definition serves both callers. On the host ``step`` is a float. On a device whose memory the host must not
+        read it is a float64 tensor, [tensors], and the same arithmetic runs there, because only the device knows which
+        steps were skipped. The method may therefore use arithmetic and the named functions, but no `if` on ``step``.
 
         Args:
             group: The parameter group; `lr` is a float, or a 0-d device tensor.
-            step: Number of this update, from 1. (0-d state `step` plus one; 1 for a rule that does not count.)
+            step: Number of this update, from 1 (the state `step` plus one; always 1 for a rule that does not count).
             scalar_state: Old values of `scalar_state`.
 
         Returns:
-            The scalars of `update`, by name; new values of `scalar_state`; `decay`, where it is not what `decay` says
-            at this step.
+            The scalars of `update` by name; the new values of `scalar_state`; and `decay`, to override the result of
+            the method `decay` at this step.
         """
         raise NotImplementedError
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
-        """State of a parameter before its first step, by name.
+        """Return the state of a parameter before its first step.
 
-        An elementwise rule leaves out what begins at zero, and gives a number, or a tensor like the parameter, which is
-        copied. A tensor rule gives everything as new tensors, which may differ from parameter to parameter; `state`
-        then names what all have, if anything.
+        Args:
+            param: The parameter.
+            group: Its parameter group.
+
+        Returns:
+            Initial values by name. An elementwise rule omits states that start at zero, and gives a number or a tensor
+            in the shape of the parameter, which is copied. A tensor rule gives all states as new tensors, whose names
+            may differ between parameters; `state` then has the names that all parameters share, if any.
         """
         return {}
 
     def why_not(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
-        """Why this rule cannot update ``param`` of ``group``, as a sentence; None if it can."""
+        """Return the reason why this rule cannot update ``param`` of ``group``, as a sentence; None if it can."""
         return None
 
     def decay(self, group: Mapping[str, Any], usual: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
-        """The pair (c, l2): weights shrink by c·w beside `update`, and l2·w is part of the gradient.
+        """Return the decay coefficients (c, l2): c·w is subtracted in addition to the update, l2·w joins the gradient.
 
-        Override in a rule that decays in its own place, which then returns (0, 0) here and λ among its `scalars`.
+        A rule that applies decay inside `update` overrides this method to return (0, 0), and puts λ into its `scalars`.
 
         Args:
             group: The parameter group.
-            usual: `weight_decay.group_decay` of the group.
+            usual: Result of `weight_decay.group_decay` for the group.
         """
         return usual
 
 
 class UpdateRule(Rule):
-    """An elementwise optimizer: one plain function, run by every backend.
+    """Elementwise rule: one plain function of each element, which every backend runs.
 
-    A subclass states `state`, `scalars` and `update`; it may also state `sums` with `sums_update` and `rescale`, or
-    with `shared` and `share`. See `lightning_optim.optim.lion` for the smallest whole example, `lamb` for `rescale`
+    A subclass defines `state`, `scalars` and `update`; it may also define `sums` with `sums_update` and `rescale`, or
+    with `shared` and `share`. See `lightning_optim.optim.lion` for the smallest complete example, `lamb` for `rescale`
     and `prodigy` for `share`.
     """
 
     sums: ClassVar[tuple[str, ...]] = ()
-    """Names of per-tensor sums that `update` depends on (trust ratios, RMS of the update); taken in a first,
-    read-only pass over the tensors."""
+    """Names of per-tensor sums that `update` depends on (for trust ratios, or the RMS of the update). They are computed
+    in a first, read-only pass over the tensors."""
 
     shared: ClassVar[tuple[str, ...]] = ()
-    """Names of numbers of which there is one for all parameters of the optimizer (Prodigy's `d`).
+    """Names of values that all parameters of the optimizer share (Prodigy's `d`).
 
-    They are kept in every parameter group as 0-d float64 tensors on the device, so they are in checkpoints, and a
-    skipped step leaves them as they are. `scalars` finds the old values in ``group``; `share` turns the `sums`, taken
-    over all tensors before any is updated, into new ones, which `update` may take as ``new_<name>``. There is no
-    `rescale` then.
+    Every parameter group stores them as 0-d float64 tensors on the device, so checkpoints contain them, and a skipped
+    step does not change them. `scalars` finds the old values in ``group``; `share` computes new ones from the `sums`,
+    taken over all tensors before any is updated, and `update` may take these as ``new_<name>``. `rescale` is then not
+    called.
     """
 
     update: ClassVar[Callable[..., Any]]
-    """One element's step: returns `(delta, *state)`, the amount to subtract from the parameter and the new state.
+    """Step of one element; returns `(delta, *state)`, the amount to subtract from the parameter and the new state.
 
-    A static method with named positional parameters: `param, grad`, the state names in order, then names of `scalars`.
-    Pure; arithmetic, comparisons and the `NAMED_FUNCTIONS`; no numeric literals (beside a float32 they promote to
-    float64 in compiled backends: pass constants as scalars). `grad` is already divided, negated for `maximize`, and
-    includes the L2 term; weight decay is added to `delta` by the backend.
+    It is a static method with named positional parameters: `param`, `grad`, the state names in order, then names of
+    `scalars`. It must be pure, and may use arithmetic, comparisons and the `NAMED_FUNCTIONS`, but no numeric literals:
+    in compiled backends these promote float32 to float64, so pass constants as scalars. `grad` is already divided,
+    negated for `maximize`, and includes the L2 term; the backend adds weight decay to `delta`.
     """
 
     sums_update: ClassVar[Callable[..., Any]]
-    """One element's terms of `sums`, as a tuple in that order. Same parameters and rules as for `update`; `state` is as
-    before the step, so a rule that needs the new moments computes them here too (in a helper that both call)."""
+    """Terms of `sums` for one element, as a tuple in that order. The parameters and restrictions are those of `update`;
+    the state is that before the step, so a rule that needs the new moments computes them here as well, in a helper that
+    both functions call."""
 
     def init_shared(self, group: Mapping[str, Any]) -> dict[str, float]:
-        """First values of `shared`, from the first parameter group that has this rule."""
+        """Return the initial values of `shared`, given the first parameter group that has this rule."""
         raise NotImplementedError
 
     def share(self, group: Mapping[str, Any], sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """New values of `shared`, on the device.
+        """Return the new values of `shared`, shape [] each, on the device.
 
         Args:
-            group: The first parameter group that has this rule, with the old values, float64 tensors [].
-            sums: The sums by name over all tensors of the optimizer that have this rule, [] each, float64.
+            group: The first parameter group that has this rule, with the old values, float64, shape [] each.
+            sums: The sums by name over all tensors of the optimizer that have this rule, float64, shape [] each.
         """
         raise NotImplementedError
 
     def rescale(self, scalars: dict[str, Tensor], sums: dict[str, Tensor], numel: Tensor) -> dict[str, Tensor]:
-        """The scalars for `update`, after the first pass.
+        """Return the scalars that `update` takes in place of those from `scalars`, given the result of the first pass.
 
         Args:
-            scalars: What `scalars` returned, plus `decay` and `l2`, each [tensors], float64, on the device.
-            sums: The sums by name, each [tensors], float64; of whole tensors where those are sharded.
-            numel: Number of elements of each (whole) tensor, [tensors], float64.
+            scalars: The result of `scalars`, plus `decay` and `l2`, [tensors] each, float64, on the device.
+            sums: The sums by name, [tensors] each, float64; over all shards where a tensor is sharded.
+            numel: Number of elements of each tensor over all shards, [tensors], float64.
 
         Returns:
-            ``scalars`` with entries changed or added; `decay`, `l2` and `scalar_state` may be among them.
+            The entries to change or add, [tensors] each; `decay`, `l2` and `scalar_state` may be among them.
         """
         raise NotImplementedError
 
     @classmethod
     def update_scalars(cls) -> tuple[str, ...]:
-        """Names of the scalars that `update` takes, in its order."""
+        """Return the names of the scalars that `update` takes, in order."""
         return tuple(inspect.signature(cls.update).parameters)[2 + len(cls.state) :]
 
     @classmethod
     def sums_scalars(cls) -> tuple[str, ...]:
-        """Names of the scalars that `sums_update` takes, in its order."""
+        """Return the names of the scalars that `sums_update` takes, in order."""
         return tuple(inspect.signature(cls.sums_update).parameters)[2 + len(cls.state) :]
 
 
 class TensorRule(Rule):
-    """An optimizer made of tensor operations: matrix factors, orthogonalisation, projections.
+    """Rule made of tensor operations, such as matrix factors, orthogonalisation or projections.
 
-    Runs on any device as written. Divisor, `maximize`, L2, decay, `cautious`, skipping, statistics, casting to and from
-    the stored dtype, and scalar state are the caller's, as for elementwise rules. Parameters that are sharded over
-    ranks are refused: a matrix's factors need the whole matrix.
+    It runs on any device as written. The caller applies divisor, `maximize`, L2, decay, `cautious`, skipping,
+    statistics, casts from and to the stored dtype, and 0-d state, as for elementwise rules. Parameters that are sharded
+    over ranks are refused, because the factors of a matrix need the whole matrix.
     """
 
     def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
-        """What must be equal for tensors to go through one call of `update`; None for each by itself.
+        """Return a key that is equal for tensors which one call of `update` may process; None for a call of its own.
 
-        Tensors that have it equal are handed over in parts, so that memory beyond weights, gradients and state is
-        needed for one part and not for the whole model.
+        Tensors with equal keys are passed in parts, so that temporary memory is needed for one part at a time and not
+        for the whole model.
         """
         return ()
 
@@ -266,22 +275,23 @@ class TensorRule(Rule):
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
-        """One step of several tensors: what to subtract from each, and its new state.
+        """Compute one step of several tensors.
 
-        Several at once so that matrices of one shape can be batched (`together`); the next come when these are stored.
-        Out of place: neither inputs nor state may be written, since a skipped step must leave them as they are and only
-        the device knows whether it is skipped. No host read.
+        Several tensors are passed at once so that matrices of one shape can be batched (`together`); their results are
+        stored before the next call. The method must work out of place and write neither inputs nor state, because a
+        skipped step must not change them and only the device knows whether a step is skipped. It must not synchronise
+        with the host.
 
         Args:
-            params: Shape as the parameter, in the arithmetic dtype (float32, or float64 for float64 parameters).
-            grads: As for `UpdateRule.update`.
-            states: As `init_state` made them, cast to the arithmetic dtype where they are floating point.
-            scalars: What `scalars` returned, as 0-d tensors in the arithmetic dtype.
-            groups: The parameter group of each tensor, for settings that are not numbers.
+            params: Parameters of any shapes, in the arithmetic dtype (float32, or float64 for float64 parameters).
+            grads: Gradients in the shapes and dtype of ``params``, prepared as for `UpdateRule.update`.
+            states: States from `init_state`, cast to the arithmetic dtype where they are floating point.
+            scalars: Results of `scalars`, as 0-d tensors of the arithmetic dtype.
+            groups: Parameter group of each tensor, for settings that are not numbers.
 
         Returns:
-            What to subtract, in order, perhaps made only when it is taken, which saves memory; and the new states,
-            among which those given may appear unchanged.
+            The amounts to subtract, in the shapes of ``params`` and in order, possibly computed lazily to save memory;
+            and the new states, which may contain given tensors unchanged.
         """
         raise NotImplementedError
 
@@ -293,5 +303,5 @@ class TensorRule(Rule):
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
-        """`update` as the cpu backend calls it: the place for kernels where torch's operations are slow."""
+        """Compute `update` on the cpu backend; override it with kernels where torch's operations are slow."""
         return self.update(params, grads, states, scalars, groups)

@@ -1,4 +1,4 @@
-"""The numbers of one step, per tensor, from groups and 0-d state; on the host if it may read them."""
+"""Per-tensor scalars of one step, computed from groups and 0-d state, on the host where it may read these."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ from lightning_optim.kernels.weight_decay import group_decay
 
 
 def scalar_columns(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
-    """Every number the update of a tensor needs, by name, each [tensors], float64, on the batch's device.
+    """Compute all scalars that the update of a batch needs.
 
-    What `rule.scalars` returns, `new_<name>` for what the rule shares, and `inverse_divisor` (negative for `maximize`),
-    `decay`, `l2`, `eps` and `bias_correction2_sqrt`, which the backends and the step sums use; `largest`, for rules.
+    These are the scalars that `rule.scalars` returns, `new_<name>` for each of the rule's shared values, the scalars of
+    the backends and step sums (`inverse_divisor`, negative for `maximize`, `decay`, `l2`, `eps` and
+    `bias_correction2_sqrt`), and `largest`, which rules may use.
+
+    Args:
+        batch: The batch.
+        divisor: Divisor of the gradients, shape [] or [tensors]; None for 1.
+
+    Returns:
+        The scalars by name, [tensors] each, float64 (float32 on MPS), on the device of the batch.
     """
     columns = _host_columns(batch) if batch.device.type == "cpu" else _device_columns(batch)
     if batch.rounding_keys:
@@ -33,11 +41,11 @@ def scalar_columns(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
 
 
 def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> None:
-    """Write the 0-d state of a step that was taken: `step` + 1, the others from ``columns``.
+    """Update the 0-d state after a step: `step` + 1, and the other values from ``columns``.
 
     Args:
-        batch: Whose.
-        columns: What `scalar_columns` gave.
+        batch: The batch, whose `scalar_states` and `rounding_keys` are written.
+        columns: Scalars from `scalar_columns`, [tensors] each.
         skip: As for `Backend.apply`.
     """
     if batch.device.type == "cpu":
@@ -60,19 +68,19 @@ def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> 
 
 
 def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """All numbers of tensors that share ``group`` and 0-d state; floats, or float64 tensors."""
+    """Compute the scalars of tensors that share ``group`` and 0-d state: floats, or float64 tensors, [tensors]."""
     step = old["step"] + 1 if "step" in old else 1.0
     others = {name: value for name, value in old.items() if name != "step"}
     decay, l2 = batch.rule.decay(group, group_decay(group))
     shared = {"inverse_divisor": -1.0 if group["maximize"] else 1.0, "decay": decay, "l2": l2}
-    # Without a second moment `eps` is another optimizer's, in a group that only borrows this rule.
+    # A rule without a second moment may run in a group of another optimizer, whose `eps` is not meant for it.
     eps = group.get("eps", 0.0) if batch.rule.second_moment else 0.0
     shared |= {"eps": eps, "bias_correction2_sqrt": 1.0, "largest": batch.largest}
     return shared | batch.rule.scalars(group, step, **others)
 
 
 def _host_columns(batch: Batch) -> dict[str, Tensor]:
-    # Tensors that share all 0-d state and the group share a row of numbers; nearly always there is one per group.
+    # Tensors with equal 0-d state and the same group share a row of scalars; there is nearly always one per group.
     states = list(batch.counters)
     old = [[counter.item() for counter in counters] for counters in batch.counters.values()]
     keys = list(zip(map(id, batch.groups), *old, strict=True))
@@ -89,7 +97,7 @@ def _host_columns(batch: Batch) -> dict[str, Tensor]:
 
 
 def _readable(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The group with one-element tensors (a learning rate, say) as floats."""
+    """Return the group with one-element tensors, such as a learning rate, converted to floats."""
     return {k: read(v) if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
 
 
@@ -113,7 +121,7 @@ def _device_columns(batch: Batch) -> dict[str, Tensor]:
         }
         for name, value in _numbers(batch, group, old).items():
             parts.setdefault(name, []).append((value, len(indices)))
-    # Here a launch costs more than what it does: plain numbers go over in one copy, the others join them.
+    # Launches cost more than the work itself here, so all plain numbers are uploaded in one copy.
     plain = [name for name, values in parts.items() if not any(isinstance(value, Tensor) for value, _ in values)]
     table = upload([[v for v, count in parts[name] for _ in range(count)] for name in plain], device, dtype)
     columns = dict(zip(plain, table.unbind(), strict=True))

@@ -1,8 +1,8 @@
-"""The statistics of one update, written once for all backends: each is a sum of products x·y over the elements.
+"""Statistics of one update, defined once for all backends: each is a sum of products x·y over the elements.
 
-A function of one element returns the two factors (x, y); a count returns 1 or 0 twice. Like a rule it is plain
-arithmetic over the named functions, and each backend rebinds it (`rules.rebind`). Factors instead of products, because
-a backend may fuse the product with the addition to the total, and with nothing else.
+Each statistic is a function of one element that returns the two factors (x, y); a count returns 1 or 0 twice. Like a
+rule it is plain arithmetic over the named functions, and each backend rebinds it (`rules.rebind`). It returns factors
+instead of their product, because a backend may fuse this product with the addition to the total, and with nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.kernels.rules import Rule, maximum, sqrt, where
 from lightning_optim.kernels.weight_decay import DECAY_TERM
 
-# Arguments have one meaning in all of them:
+# The arguments have the same meaning in all functions:
 #   param, after            the weight before and after the step, as stored
 #   grad                    the gradient after division, without its L2 term
 #   first_moment            m before the step
@@ -87,20 +87,20 @@ FACTORS: dict[str, Callable[..., Any]] = {
         decay_sq,
     )
 }
-"""The functions by name, one for each of `STEP_SUMS`."""
+"""Functions by name, one for each of `STEP_SUMS`."""
 
 TINY = 1e-18
-"""The least √v̂ that a gradient is divided by: positive, and far below any `eps`."""
+"""Smallest √v̂ that a gradient is divided by: positive, and far below any `eps`."""
 
 
 @cache
 def arguments(name: str) -> tuple[str, ...]:
-    """Names of the arguments of the function called ``name``, in its order."""
+    """Return the names of the arguments of the function called ``name``, in order."""
     return tuple(inspect.signature(FACTORS[name]).parameters)
 
 
 def collected(rule: Rule | type[Rule]) -> tuple[str, ...]:
-    """Names of the step sums that ``rule`` has, in the order of `STEP_SUMS`."""
+    """Return the names of the step sums that are defined for ``rule``, in the order of `STEP_SUMS`."""
     missing = {"first_moment"} if rule.first_moment is None else set()
     missing |= {"second_moment"} if rule.second_moment is None else set()
     missing |= set() if rule.decays_beside else {"decay_term"}
@@ -108,5 +108,5 @@ def collected(rule: Rule | type[Rule]) -> tuple[str, ...]:
 
 
 def collected_by_kernel(rule: type[Rule], decay_form: str) -> tuple[str, ...]:
-    """As `collected`, without `decay_sq` where it is `param_sq`, which is taken in any case."""
+    """Return `collected` without `decay_sq` where it equals `param_sq`, which is collected in any case."""
     return tuple(name for name in collected(rule) if name != "decay_sq" or decay_form in DECAY_TERM)

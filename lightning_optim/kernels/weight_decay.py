@@ -1,4 +1,4 @@
-"""What "weight decay" means: one enum, one coefficient function, one expression, shared by every optimizer."""
+"""Kinds of weight decay, their coefficients and their arithmetic, shared by all optimizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class WeightDecayKind(str, Enum):
-    """How `weight_decay` λ acts on a weight w at learning rate lr, beside an update u (w ← w − u without decay).
+    """Action of `weight_decay` λ on a weight w at learning rate lr, for an update u (w ← w − u without decay).
 
     References:
         Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, https://arxiv.org/abs/1711.05101
@@ -30,31 +30,32 @@ class WeightDecayKind(str, Enum):
     """
 
     DECOUPLED = "decoupled"
-    """w ← w - u - c·w with c = lr·λ, as torch's AdamW."""
+    """w ← w - u - c·w with c = lr·λ, as in torch's AdamW."""
     INDEPENDENT = "independent"
-    """The same with c = lr/peak·λ: λ is the fraction lost per step at peak, whatever the peak, and far smaller (1e-4,
-    say). The peak of a schedule of lr is kept in each parameter group as `peak_lr`;
-    `lightning_optim.kernels.peak_lr` says what it is under which scheduler."""
+    """The same with c = lr/peak·λ: λ is the fraction lost per step at the peak of lr, independent of that peak, and far
+    smaller than usual (for example 1e-4). Each parameter group stores the peak as `peak_lr`;
+    `lightning_optim.kernels.peak_lr` describes its value under each scheduler."""
     CORRECTED = "corrected"
-    """The same with c = lr²·λ/peak: keeps the ratio of gradient norm to weight norm steady as lr falls."""
+    """The same with c = lr²·λ/peak, which keeps the ratio of gradient norm to weight norm steady as lr falls."""
     L2 = "l2"
-    """λ·w is added to the gradient and so enters the moments, as torch's Adam and SGD."""
+    """λ·w is added to the gradient and so enters the moments, as in torch's Adam and SGD."""
     L1 = "l1"
-    """w ← S(w - u, lr·λ), where S moves towards 0 by its second argument and stops there: weights become exactly 0."""
+    """w ← S(w - u, lr·λ), where S moves its first argument towards 0 by the second and stops at exactly 0."""
     L2_SP = "l2_sp"
-    """w ← w - u - lr·λ·(w - w₀): towards the weights at the optimizer's first step, for fine-tuning. One more state."""
+    """w ← w - u - lr·λ·(w - w₀): towards the weights at the optimizer's first step, for fine-tuning; one more state."""
     CAUTIOUS = "cautious"
-    """Decoupled, where update and decay point the same way (u·w ≥ 0) only: decay never works against the gradient."""
+    """Decoupled, but only where update and decay point the same way (u·w ≥ 0), so never against the gradient."""
     NORM = "norm"
-    """Each tensor is scaled to a root mean square of λ after its update, instead of decaying: w ← λ·v/rms(v) with
-    v = w - u. λ is then about what the weights were initialised with (0.02, say); tensors with λ = 0 are left alone."""
+    """Instead of decaying, each tensor is rescaled to a root mean square of λ after its update: w ← λ·v/rms(v) with
+    v = w - u. λ is then about the root mean square at initialisation (for example 0.02); tensors with λ = 0 are not
+    rescaled."""
 
     @classmethod
     def parse(cls, given: str | WeightDecayKind) -> WeightDecayKind:
-        """The kind named ``given``.
+        """Return the kind called ``given``.
 
         Raises:
-            ValueError: There is none of that name; the message names the nearest.
+            ValueError: No kind has that name; the message suggests the nearest one.
 
         Example:
             >>> WeightDecayKind.parse("l2").name
@@ -64,7 +65,9 @@ class WeightDecayKind(str, Enum):
             return cls(given)
         except ValueError:
             names = [kind.value for kind in cls]
-            raise ValueError(f"weight_decay_kind={given!r} is unknown. {nearest(str(given), names)}") from None
+            raise ValueError(
+                f"Invalid weight_decay_kind={given!r}: must be the name of a kind. {nearest(str(given), names)}"
+            ) from None
 
     @property
     def needs_peak(self) -> bool:
@@ -73,13 +76,17 @@ class WeightDecayKind(str, Enum):
 
 
 def decay_coefficients(kind: WeightDecayKind, lr: T, weight_decay: Any, peak_lr: float) -> tuple[T | float, T | float]:
-    """The pair (c, l2): the `decay` of the kind's function in `APPLY_DECAY`, and λ for the gradient; one is always 0.
+    """Compute the coefficients (c, l2) of weight decay.
 
     Args:
-        kind: The meaning of ``weight_decay``.
-        lr: Learning rate of this step; a float, or a device tensor, which is then never read on the host.
+        kind: Kind of weight decay.
+        lr: Learning rate of this step, a float or a device tensor of shape [], which the host never reads.
         weight_decay: λ.
-        peak_lr: The largest learning rate of the schedule. Only the kinds with `needs_peak` read it.
+        peak_lr: Largest learning rate of the schedule; used only by kinds with `needs_peak`.
+
+    Returns:
+        c, the argument `decay` of the kind's function in `APPLY_DECAY`, and the factor of w in the gradient. At least
+        one of them is 0.
 
     Example:
         >>> decay_coefficients(WeightDecayKind.CORRECTED, 0.5, 0.1, 1.0)
@@ -88,7 +95,7 @@ def decay_coefficients(kind: WeightDecayKind, lr: T, weight_decay: Any, peak_lr:
     if kind is WeightDecayKind.L2:
         return 0.0, weight_decay
     if kind.needs_peak:
-        peak_lr = where(peak_lr != 0, peak_lr, 1.0)  # a peak of 0, so far, is of rates of 0
+        peak_lr = where(peak_lr != 0, peak_lr, 1.0)  # The peak is 0 while all learning rates so far were 0.
         if kind is WeightDecayKind.INDEPENDENT:
             return lr / peak_lr * weight_decay, 0.0  # type: ignore[operator]
         return lr * lr * weight_decay / peak_lr, 0.0  # type: ignore[operator]
@@ -98,7 +105,7 @@ def decay_coefficients(kind: WeightDecayKind, lr: T, weight_decay: Any, peak_lr:
 
 
 def group_decay(group: Mapping[str, Any]) -> tuple[Any, Any]:
-    """`decay_coefficients` of a parameter group.
+    """Return `decay_coefficients` of a parameter group.
 
     Example:
         >>> group_decay({"lr": 0.5, "weight_decay": 0.1, "peak_lr": 1.0, "weight_decay_kind": "decoupled"})
@@ -109,7 +116,7 @@ def group_decay(group: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def decay_form(group: Mapping[str, Any]) -> str:
-    """Which of `APPLY_DECAY` a parameter group needs; the plainest where nothing decays.
+    """Return the name in `APPLY_DECAY` that a parameter group needs; `shrink` where nothing decays.
 
     Example:
         >>> decay_form({"weight_decay": 0.1, "weight_decay_kind": "independent"})
@@ -121,70 +128,73 @@ def decay_form(group: Mapping[str, Any]) -> str:
 
 def _kind(group: Mapping[str, Any]) -> WeightDecayKind:
     kind = WeightDecayKind(group["weight_decay_kind"])
-    if kind is WeightDecayKind.L2 and group.get("decoupled_weight_decay"):  # torch's word in Adam, NAdam and RAdam
+    if kind is WeightDecayKind.L2 and group.get("decoupled_weight_decay"):  # Adam, NAdam, RAdam
         return WeightDecayKind.DECOUPLED
     return kind
 
 
-# What is subtracted from a weight: the update plus the decay, in one term, because a bf16 parameter rounds
-# `w·(1 − 1e-5)` back to w: decay survives only inside the sum that Kahan compensation or stochastic rounding sees.
-# Run by every backend, with the named functions rebound like those of a rule; so there are no literals.
+# The following functions return the amount to subtract from a weight: update plus decay in one term, because a bf16
+# parameter rounds `w·(1 − 1e-5)` back to w, and decay survives only inside the sum that Kahan compensation or
+# stochastic rounding receives. Every backend runs them with the named functions rebound like those of a rule, so they
+# contain no literals.
 
 
 def shrink(param: Any, delta: Any, decay: Any) -> Any:
-    """Towards 0 in proportion."""
+    """Decay towards 0 in proportion to the weight."""
     return delta + decay * param
 
 
 def shrink_to_zero(param: Any, delta: Any, decay: Any) -> Any:
-    """Towards 0 by a fixed amount, and no further."""
+    """Decay towards 0 by a fixed amount, and stop there."""
     return delta + minimum(maximum(param - delta, -decay), decay)
 
 
 def shrink_where_aligned(param: Any, delta: Any, decay: Any) -> Any:
-    """Towards 0 in proportion, where the update does not point away from it."""
+    """Decay towards 0 in proportion to the weight, except where the update points away from 0."""
     product = delta * param
     return where(product == absolute(product), delta + decay * param, delta)
 
 
 def toward_initial(param: Any, delta: Any, decay: Any, initial: Any) -> Any:
-    """Towards the initial weight in proportion."""
+    """Decay towards the initial weight in proportion to the distance."""
     return delta + decay * (param - initial)
 
 
 def rescale(param: Any, delta: Any, decay: Any) -> Any:
-    """To the moved weight times a factor, which is given in place of the decay."""
+    """Multiply the updated weight by a factor, which ``decay`` holds."""
     return param - decay * (param - delta)
 
 
 APPLY_DECAY: dict[str, Callable[..., Any]] = {
     function.__name__: function for function in (shrink, shrink_to_zero, shrink_where_aligned, toward_initial, rescale)
 }
-"""Amount to subtract from a weight, by form. `toward_initial` also takes `INITIAL`; `rescale` takes `norm_factor`."""
+"""Amount to subtract from a weight, by form. `toward_initial` also takes `INITIAL`; for `rescale`, `decay` is
+`norm_factor`."""
 
-# What decay alone takes off a weight is, for statistics, `decay_factor` times one of these. Not the change minus the
-# update, which for a decay of 1e-8 beside an update of 1e-3 would be rounding. Nor the product itself: a compiler that
-# finds it twice multiplies and adds in another way, and a step that is measured must be bit for bit one that is not.
+# For statistics, the part of the decay in the change of a weight is `decay_factor` times one of the following. It is
+# not computed as the change minus the update, because a decay of 1e-8 next to an update of 1e-3 would be lost to
+# rounding. Nor is the product computed in the kernel: a compiler that finds it twice would contract operations
+# differently, and a step with statistics must equal one without them bit for bit.
 
 
 def shrunk_to_zero(param: Any, delta: Any, decay: Any) -> Any:
-    """Of `shrink_to_zero`."""
+    """Return the decay term of `shrink_to_zero`."""
     return minimum(maximum(param - delta, -decay), decay)
 
 
 def shrunk_where_aligned(param: Any, delta: Any, decay: Any) -> Any:
-    """Of `shrink_where_aligned`."""
+    """Return the decay term of `shrink_where_aligned`."""
     product = delta * param
     return where(product == absolute(product), param, param - param)
 
 
 def distance_from_initial(param: Any, delta: Any, decay: Any, initial: Any) -> Any:
-    """Of `toward_initial`."""
+    """Return the decay term of `toward_initial`."""
     return param - initial
 
 
 def rescaled(param: Any, delta: Any, decay: Any) -> Any:
-    """Of `rescale`."""
+    """Return the decay term of `rescale`."""
     return param - delta
 
 
@@ -194,18 +204,26 @@ DECAY_TERM: dict[str, Callable[..., Any]] = {
     "toward_initial": distance_from_initial,
     "rescale": rescaled,
 }
-"""By form, as `APPLY_DECAY`. Of `shrink` it is the weight, whose square sum is taken anyway."""
+"""Decay term by form. That of `shrink` is the weight, whose square sum is collected in any case."""
 
 
 def decay_factor(form: str, decay: Tensor) -> Tensor:
-    """What to multiply the value of `DECAY_TERM` by, for what decay takes off; ``decay`` as `APPLY_DECAY` has it."""
+    """Return the factor that turns a value of `DECAY_TERM` into the part of the decay in the change of a weight.
+
+    Args:
+        form: Name in `APPLY_DECAY`.
+        decay: Coefficients passed to the function in `APPLY_DECAY`, [tensors].
+
+    Returns:
+        Shape [tensors].
+    """
     if form == "rescale":
         return 1 - decay
     return torch.ones_like(decay) if form == "shrink_to_zero" else decay
 
 
 INITIAL = "initial_param"
-"""The state that `toward_initial` needs: the weight at the optimizer's first step, in the parameter's dtype."""
+"""Name of the state that `toward_initial` needs: the weight at the first step, in the dtype of the parameter."""
 
 _FORMS = {
     WeightDecayKind.L1: "shrink_to_zero",
@@ -216,12 +234,15 @@ _FORMS = {
 
 
 def norm_factor(target: Tensor, moved_sq: Tensor, numel: Tensor) -> Tensor:
-    """What brings moved weights to a root mean square of ``target``; 1 where that is 0, or they are all 0.
+    """Return the factor that rescales updated weights to a root mean square of ``target``.
 
     Args:
         target: λ of each tensor, [tensors].
-        moved_sq: Square sum of each (whole) tensor after its update, [tensors].
-        numel: Number of elements of each (whole) tensor, [tensors].
+        moved_sq: Square sum of each tensor after its update, over all shards, [tensors].
+        numel: Number of elements of each tensor, over all shards, [tensors].
+
+    Returns:
+        Shape [tensors]; 1 where ``target`` is 0 or all weights of a tensor are 0.
     """
     rms = (moved_sq / numel).sqrt()
     return torch.where((target > 0) & (rms > 0), target / rms, 1.0)

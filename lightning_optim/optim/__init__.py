@@ -1,4 +1,4 @@
-"""Fused optimizers under torch's names: one pass over memory per step, on every backend."""
+"""Fused optimizers under torch's names, with one pass over memory per step on every backend."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ for _name in __all__:
 
 
 def list_optimizers(pattern: str = "*") -> dict[str, str]:
-    """Optimizers whose lower-case name matches ``pattern``, each with a line: when to use it, memory, paper.
+    """Return the optimizers whose lower-case names match ``pattern``, each with a line on its use, memory and paper.
 
     Args:
         pattern: A shell-style wildcard.
@@ -83,21 +83,21 @@ def list_optimizers(pattern: str = "*") -> dict[str, str]:
 
 
 def _classes() -> dict[str, type[FusedOptimizer]]:
-    """The optimizers with a rule of their own, by name."""
+    """Return the optimizers that are FusedOptimizers, by name."""
     return {name: cls for name, cls in OPTIMIZERS.items() if issubclass(cls, FusedOptimizer)}
 
 
 def _line(cls: type[Optimizer]) -> str:
     if issubclass(cls, FusedOptimizer):
         return f"{cls.when_to_use} State: {cls.memory} per parameter. {cls.paper}"
-    return (inspect.getdoc(cls) or "").partition("\n")[0]  # a user's own
+    return (inspect.getdoc(cls) or "").partition("\n")[0]  # The class was registered by a user.
 
 
 def get_optimizer_class(name: str) -> type[Optimizer]:
-    """The class called ``name``, in any case; those of `lightning_optim.register`, too.
+    """Return the class called ``name``, which is not case-sensitive and may have been registered by a user.
 
     Raises:
-        ValueError: There is none; the message names the nearest.
+        ValueError: No class has that name; the message suggests the nearest one.
 
     Example:
         >>> get_optimizer_class("adamw").__name__

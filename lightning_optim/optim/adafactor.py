@@ -1,4 +1,4 @@
-"""Adafactor: Adam's second moment, kept as one row and one column per matrix."""
+"""Adafactor: Adam's second moment, factored into one row and one column per matrix."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class AdafactorRule(TensorRule):
-    """The gradient over the root of a factored second moment, clipped to unit RMS, relative to the weights' RMS."""
+    """Adafactor's update: the gradient over the root of a factored second moment, clipped, relative to the weights."""
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Zeros: a row and a column for each matrix, or the whole second moment of a vector."""
+        """Return zeros: a row and a column for each matrix, or the whole second moment of a vector."""
         if param.dim() < 2:
             return {"variance": torch.zeros_like(param, memory_format=torch.preserve_format)}
         *batch, rows, columns = param.shape
         return {"row_var": param.new_zeros(*batch, rows, 1), "col_var": param.new_zeros(*batch, 1, columns)}
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """The relative step size, and how much of the newest square the second moment takes in."""
+        """Relative step size, and the weight of the newest square in the second moment."""
         return {
             "relative_step": minimum(group["lr"], 1 / sqrt(step)),
             "one_minus_beta2": step ** group["beta2_decay"],
@@ -46,7 +46,7 @@ class AdafactorRule(TensorRule):
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """See `TensorRule.update`."""
+        """Implement `TensorRule.update`."""
         deltas, new_states = [], []
         for param, grad, state, numbers, group in zip(params, grads, states, scalars, groups, strict=True):
             eps1 = _eps1(param, group)
@@ -80,9 +80,9 @@ class AdafactorRule(TensorRule):
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
-        """The same in three passes; vectors are matrices of one row, whose column factor is the second moment.
+        """Compute `update` in three passes; vectors are matrices of one row, whose column factor is the second moment.
 
-        g/√max(r·c, ε²) is g·min(1/√r · 1/√c, 1/ε): a root for each row and column, and none for each element.
+        g/√max(r·c, ε²) equals g·min(1/√r · 1/√c, 1/ε), which needs a root for each row and column but none per element.
         """
         from lightning_optim.kernels import measure
         from lightning_optim.kernels.cpu import factored
@@ -120,7 +120,7 @@ def _eps1(param: Tensor, group: Mapping[str, Any]) -> float:
 
 
 def _mean_square(grad: Tensor, dim: int) -> Tensor:
-    """Mean of g² over a dimension, which is kept; a finite gradient's square may be infinite, its mean need not be."""
+    """Return the mean of g² over ``dim``, which is kept; it can be finite even if the square of an element is not."""
     wide = widest_dtype(grad.device)
     norm: Tensor = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=wide)
     mean: Tensor = norm.square_() / grad.shape[dim]
@@ -128,29 +128,29 @@ def _mean_square(grad: Tensor, dim: int) -> Tensor:
 
 
 def _rms(tensor: Tensor) -> Tensor:
-    """Root mean square, finite where the tensor is; 0 of no element."""
+    """Return the root mean square, shape [], finite if the tensor is, and 0 for an empty tensor."""
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=widest_dtype(tensor.device))
     result: Tensor = norm / math.sqrt(max(tensor.numel(), 1))
     return result.to(tensor.dtype)
 
 
 def _row_factor(row_var: Tensor, eps1: float) -> Tensor:
-    """Rows over their mean, so that row times column is the second moment."""
+    """Divide row means by their mean, so that the product of row and column is the second moment."""
     mean = row_var.mean(-2, keepdim=True, dtype=widest_dtype(row_var.device))
     factor: Tensor = row_var / mean.clamp(min=eps1).to(row_var.dtype)
     return factor
 
 
 def _scale(param_rms: Tensor, delta_rms: Tensor, relative_step: Tensor, eps2: Any, d: Any) -> Tensor:
-    """What g/√v is multiplied by: the step size over what exceeds an RMS of d."""
+    """Return the factor of g/√v: the step size divided by max(1, RMS/d)."""
     scale: Tensor = relative_step * param_rms.clamp(min=eps2) / (delta_rms / d).clamp(min=1.0)
     return scale
 
 
 class Adafactor(FusedOptimizer):
-    """Adafactor: adaptive steps at the memory of plain SGD.
+    """Adafactor: adaptive steps with the memory of plain SGD.
 
-    With gradient g at step t, matrices being the last two dimensions, and vectors keeping the whole of v:
+    With gradient g at step t, where the last two dimensions are matrices, and vectors keep the whole of v:
 
         ρ = min(lr, 1/√t),   α = max(ε₂, RMS(w))·ρ,   β̂ = 1 − t^τ
         w ← (1 − lr·λ)·w
@@ -159,14 +159,14 @@ class Adafactor(FusedOptimizer):
         u = g / max(√v, ε₁)
         w ← w − α · u / max(1, RMS(u)/d)
 
-    As `torch.optim.Adafactor`, whose state dicts load here and back, and so with the paper's differences that are
-    documented there: lr bounds ρ, and ε₁ guards v rather than being added to g². Steps are relative to the RMS of the
-    weights. Beside bf16 parameters ε₁ and the state are those of float32.
+    This is `torch.optim.Adafactor`, with interchangeable state dicts and the same documented differences from the
+    paper: lr bounds ρ, and ε₁ bounds v from below instead of being added to g². Steps are relative to the RMS of the
+    weights. For bf16 parameters ε₁ and the state are those of float32.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         lr: The largest relative step size ρ; the paper's is 0.01. A float or a one-element tensor.
-        beta2_decay: τ ≤ 0: the second moment averages over ever more steps.
+        beta2_decay: τ ≤ 0, by which the second moment averages over more and more steps.
         eps: (ε₁, ε₂): the smallest √v, None for the precision of the dtype; and the smallest RMS of weights.
         d: Largest RMS of u, at least 1.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
@@ -191,7 +191,7 @@ class Adafactor(FusedOptimizer):
                 [0.9000, 0.9000, 0.9000]])
     """
 
-    when_to_use = "Where memory for Adam's moments is missing: large language models, T5 and its kin."
+    when_to_use = "Where memory does not suffice for Adam's moments: large language models, the T5 family."
     memory = "rows + columns of each matrix"
     paper = "https://arxiv.org/abs/1804.04235"
     ranges: ClassVar[Mapping[str, Range]] = {
@@ -224,11 +224,11 @@ class Adafactor(FusedOptimizer):
 
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
-        """See `FusedOptimizer.check`."""
+        """Implement `FusedOptimizer.check`."""
         if group["eps"][1] is None:
-            raise ValueError("Adafactor: eps[1]=None; needed is a number of at least 0. Only eps[0] may be None.")
+            raise ValueError("Adafactor: Invalid eps[1]=None: must be a number of at least 0. Only eps[0] may be None.")
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> TensorRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return AdafactorRule()

@@ -1,4 +1,4 @@
-"""Adagrad: steps that shrink with all the gradients a weight has seen."""
+"""Adagrad: gradients divided by the root of the sum of all their squares so far."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class AdagradRule(UpdateRule):
-    """Divides by the root of the sum of squared gradients. The sum is no average, so no second moment is reported."""
+    """Adagrad's update: the gradient divided by the root of the sum of squared gradients."""
 
     state = ("sum",)
     second_moment = "sum"
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
-        """The sum starts at `initial_accumulator_value`."""
+        """Return the initial value of the sum, `initial_accumulator_value`."""
         return {"sum": group["initial_accumulator_value"]}
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
@@ -37,21 +37,21 @@ class AdagradRule(UpdateRule):
 
 
 class Adagrad(FusedOptimizer):
-    """Adagrad: each weight's step shrinks with all the gradients it has seen, so rare features keep learning.
+    """Adagrad: each weight's step shrinks with the sum of its squared gradients, so rare features keep learning.
 
-    With gradient g at step t (decay λw is part of g by default):
+    With gradient g at step t (which includes the decay λ·w by default):
 
         s ← s + g²
         w ← w − lr/(1 + (t − 1)·η) · g / (√s + ε)
 
-    As `torch.optim.Adagrad`, whose state dicts load here and back. Gradients must be dense.
+    This is `torch.optim.Adagrad`, with interchangeable state dicts. Gradients must be dense.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         lr: Learning rate, the size of the first step; a float or a one-element tensor.
-        lr_decay: η ≥ 0, per step; s alone already shrinks steps as 1/√t, so it is seldom needed.
+        lr_decay: η ≥ 0, per step; rarely needed, because s alone makes steps shrink as 1/√t.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
-        initial_accumulator_value: s at the start, ≥ 0; 0.1 tames the first steps.
+        initial_accumulator_value: Initial s ≥ 0; 0.1 limits the first steps.
         eps: ε, added to the denominator, in units of the gradient.
         **options: Options that all optimizers share; see `SharedOptions`.
 
@@ -106,5 +106,5 @@ class Adagrad(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return AdagradRule()

@@ -1,4 +1,4 @@
-"""Adam, and the rule that AdamW shares."""
+"""Adam, and its rule, which AdamW uses as well."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class AdamRule(UpdateRule):
-    """Exponential moving averages of the gradient and its square, both corrected for their start at zero."""
+    """Adam's update from exponential moving averages of the gradient and its square, with bias corrections."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
@@ -57,7 +57,7 @@ class AdamRule(UpdateRule):
 
 
 class AMSGradRule(AdamRule):
-    """Adam that divides by the largest second moment so far."""
+    """Adam's update divided by the root of the largest second moment so far."""
 
     state = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     second_moment = "max_exp_avg_sq"
@@ -87,12 +87,12 @@ class AMSGradRule(AdamRule):
 class Adam(FusedOptimizer):
     """Adam: steps scaled per weight by running moments of the gradient.
 
-    With gradient g at step t (decay λw is part of g, which is why AdamW generalises better with decay):
+    With gradient g at step t (which includes the decay λ·w; AdamW, where it does not, generalises better):
 
         m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²
         w ← w − lr · m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + ε)
 
-    As Algorithm 1 of the paper, and as `torch.optim.Adam`, whose state dicts load here and back.
+    This is Algorithm 1 of the paper and `torch.optim.Adam`, with interchangeable state dicts.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -149,5 +149,5 @@ class Adam(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return AMSGradRule() if group["amsgrad"] else AdamRule()

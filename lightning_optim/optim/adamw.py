@@ -1,4 +1,4 @@
-"""AdamW: Adam whose weights decay apart from the gradient."""
+"""AdamW: Adam with decoupled weight decay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class AdamW(FusedOptimizer):
-    """AdamW: Adam with weight decay apart from the gradient.
+    """AdamW: Adam with weight decay decoupled from the gradient.
 
     With gradient g at step t:
 
@@ -24,8 +24,8 @@ class AdamW(FusedOptimizer):
         m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²
         w ← w − lr · m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + ε)
 
-    As Algorithm 2 of the paper with the schedule multiplier inside lr, which is `torch.optim.AdamW`, whose state dicts
-    load here and back; the paper's own lr-independent decay is ``weight_decay_kind="independent"``.
+    This is Algorithm 2 of the paper with the schedule multiplier inside lr, and `torch.optim.AdamW`, with
+    interchangeable state dicts; the decay independent of lr in the paper is ``weight_decay_kind="independent"``.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -81,5 +81,5 @@ class AdamW(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return AMSGradRule() if group["amsgrad"] else AdamRule()

@@ -1,4 +1,4 @@
-"""Adan: Nesterov's momentum from differences of gradients."""
+"""Adan: Nesterov momentum estimated from differences of gradients."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class AdanRule(UpdateRule):
-    """Averages of the gradient, of its change, and of the square of the gradient extrapolated by that change."""
+    """Adan's update from averages of the gradient, of its change, and of the square of the extrapolated gradient."""
 
     state = ("exp_avg", "exp_avg_sq", "exp_avg_diff", "previous_grad")
     first_moment = "exp_avg"
     second_moment = "exp_avg_sq"
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """Betas, bias corrections, and the decay solved for the new weight."""
+        """Betas, bias corrections, and the coefficients of the proximal decay step."""
         beta1, beta2, beta3 = group["betas"]
         decay, _ = group_decay(group)
         solved = decay_form(group) == "shrink" and not group["no_prox"]
@@ -75,24 +75,25 @@ class AdanRule(UpdateRule):
 
 
 class Adan(FusedOptimizer):
-    """Adan: adaptive steps with Nesterov's momentum, estimated from how the gradient changes.
+    """Adan: adaptive steps with Nesterov momentum, estimated from the change of the gradient.
 
-    With gradient g at step t, and d its difference to the one before (0 at the first step):
+    With gradient g at step t, and d its difference from the previous gradient (0 at the first step):
 
         m ← β₁·m + (1 − β₁)·g,   δ ← β₂·δ + (1 − β₂)·d,   v ← β₃·v + (1 − β₃)·(g + β₂·d)²
         u = lr · (m/(1 − β₁ᵗ) + β₂·δ/(1 − β₂ᵗ)) / (√(v/(1 − β₃ᵗ)) + ε)
         w ← (w − u)/(1 + lr·λ),   or with no_prox   w ← (1 − lr·λ)·w − u
 
-    As Algorithm 1 of the paper with the authors' bias corrections, and in their notation, where betas are what is kept
-    (1 − β in the paper). As `pytorch_optimizer.Adan`, whose ``weight_decouple=True`` is ``no_prox``.
+    This is Algorithm 1 of the paper with the bias corrections and notation of the authors' code, where betas are decay
+    rates (1 − β in the paper), and `pytorch_optimizer.Adan`, whose ``weight_decouple=True`` is ``no_prox``.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
-        lr: Learning rate, about the size of each step; bears 5 to 10 times AdamW's. A float or a one-element tensor.
+        lr: Learning rate, about the size of each step, up to 5 to 10 times that of AdamW; a float or a one-element
+            tensor.
         betas: Decay rates (β₁, β₂, β₃) of the three averages, each in [0, 1).
         eps: ε, added to the denominator, in units of the gradient.
-        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``, the coefficient lr·λ above standing for each kind's.
-        no_prox: Decay as AdamW does instead of by the proximal step.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``, whose coefficient replaces lr·λ above.
+        no_prox: Whether to decay as in AdamW instead of by the proximal step.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -141,5 +142,5 @@ class Adan(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return AdanRule()

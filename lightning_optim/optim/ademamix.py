@@ -19,12 +19,12 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class AdEMAMixRule(AdamRule):
-    """Adam's numerator plus a multiple of an average over ten thousand steps."""
+    """AdEMAMix's update: Adam's numerator plus a multiple of an average over about ten thousand steps."""
 
     state = ("exp_avg", "exp_avg_sq", "exp_avg_slow")
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """Adam's, and the present α and β₃."""
+        """Adam's scalars, and the present α and β₃."""
         beta1, beta2, beta3 = group["betas"]
         alpha = group["alpha"]
         if group["alpha_warmup"]:
@@ -67,7 +67,7 @@ class AdEMAMixRule(AdamRule):
 
 
 class AdEMAMix(FusedOptimizer):
-    """AdEMAMix: AdamW that also follows the average gradient of the last ten thousand steps.
+    """AdEMAMix: AdamW with an additional average of the gradient over about ten thousand steps.
 
     With gradient g at step t:
 
@@ -75,16 +75,16 @@ class AdEMAMix(FusedOptimizer):
         m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²,   s ← β₃·s + (1 − β₃)·g
         w ← w − lr · (m/(1 − β₁ᵗ) + α·s) / (√(v/(1 − β₂ᵗ)) + ε)
 
-    As Algorithm 1 of the paper and as `pytorch_optimizer.AdEMAMix(weight_decouple=True)`. Without the two warmups the
-    slow average is large enough to make early training diverge; the paper warms both up over the whole run:
+    This is Algorithm 1 of the paper and `pytorch_optimizer.AdEMAMix(weight_decouple=True)`. Without the two warmups the
+    slow average can make early training diverge; the paper warms both up over the whole run:
 
         α(t) = α·min(t/T, 1),   β₃(t) = β₁^(ln β₃ / ((1 − t/T)·ln β₃ + t/T·ln β₁)) up to t = T, then β₃
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         lr: Learning rate; a float or a one-element tensor.
-        betas: Decay rates (β₁, β₂, β₃), each in [0, 1); β₃ = 0.9999 for runs of 100 000 steps and more.
-        alpha: α ≥ 0, weight of the slow average; the paper finds 4 to 10 good.
+        betas: Decay rates (β₁, β₂, β₃), each in [0, 1); β₃ = 0.9999 is for runs of at least 100 000 steps.
+        alpha: α ≥ 0, weight of the slow average; the paper recommends 4 to 10.
         alpha_warmup: Steps T over which α rises from 0; 0 for none.
         beta3_warmup: Steps T over which β₃ rises from β₁, which must be above 0; 0 for none.
         eps: ε, added to the denominator, in units of the gradient.
@@ -146,11 +146,11 @@ class AdEMAMix(FusedOptimizer):
 
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
-        """See `FusedOptimizer.check`."""
+        """Implement `FusedOptimizer.check`."""
         if group["beta3_warmup"] and not 0 < group["betas"][0] <= group["betas"][2]:
-            raise ValueError(f"AdEMAMix: beta3_warmup needs 0 < betas[0] <= betas[2]; given betas={group['betas']}.")
+            raise ValueError(f"AdEMAMix: Invalid betas={group['betas']}: beta3_warmup needs 0 < betas[0] <= betas[2].")
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return AdEMAMixRule()

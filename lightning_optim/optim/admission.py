@@ -1,8 +1,8 @@
-"""Lets through what can be updated, and refuses the rest by name, before anything is read or written.
+"""Validation of parameters, gradients and state before a step, with errors that name the tensor.
 
-A kernel gets addresses and one number of elements for a parameter, its gradient and all its state, and believes them.
-torch's operations check more, but broadcast, and so take a state of another shape in silence. Both therefore see only
-what has passed here: when parameters are sorted (`Batches`), and when state is loaded.
+A kernel receives addresses and one number of elements for a parameter, its gradient and all its state, and cannot check
+them. torch's operations check more, but silently broadcast a state of another shape. Therefore all tensors are
+validated here first: when parameters are sorted into batches (`Batches`), and when state is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_optim.optim.state import tensor_names
 
 
 class Ruled(Protocol):
-    """What is needed of an optimizer to sort its parameters, and to speak of them."""
+    """Interface of an optimizer for sorting its parameters and naming them in messages."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...  # noqa: D102 - torch's own
@@ -34,49 +34,49 @@ class Ruled(Protocol):
     def state(self) -> Any: ...  # noqa: D102
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
-        """How a group's parameters are updated."""
+        """Return the rule that updates the parameters of ``group``."""
 
     def label(self, group: Mapping[str, Any], index: int) -> str:
-        """How messages call a parameter."""
+        """Return the text that identifies a parameter in messages."""
 
 
 class RefusedError(ValueError, RuntimeError):
-    """Tensors that no step can take; the message says whose, what was given and what is needed.
+    """Error for tensors that a step cannot use; the message has their name, what was given and the requirement.
 
-    A ValueError like the others that loading raises, and a RuntimeError like those of torch's optimizers in a step.
+    It is a ValueError like the other errors of loading, and a RuntimeError like those of torch's optimizers in a step.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Whose tensors are looked at: the parameter ``index`` of ``group``. Names are made only for a message."""
+    """The parameter ``index`` of ``group``, whose tensors are validated; its name is formatted only for a message."""
 
     optimizer: Ruled
     group: Mapping[str, Any]
     index: int
 
     def refuse(self, role: str, text: str) -> RefusedError:
-        """The error that says ``text`` of the parameter (``role`` empty), its `gradient`, or a state by its name."""
+        """Return the error with the predicate ``text`` about the parameter (empty ``role``), `gradient` or a state."""
         return RefusedError(f"{type(self.optimizer).__name__}: {self.call(role)} {text}.")
 
     def call(self, role: str) -> str:
-        """How messages call a tensor of the parameter."""
+        """Return the text that identifies a tensor of the parameter in messages."""
         name = self.optimizer.label(self.group, self.index)
         return f"{'the gradient' if role == GRADIENT else f'state {role!r}'} of {name}" if role else name
 
 
 GRADIENT = "gradient"
-ADVICE = "Give it the state of this parameter, or drop it (optimizer.state.pop(parameter)) to begin anew"
+ADVICE = "Give it the state of this parameter, or remove it (optimizer.state.pop(parameter)) to start from new state"
 
 
 def _shape_of(name: str, param: Tensor, rule: Rule, own: Mapping[str, torch.Size]) -> torch.Size | None:
-    """The shape that a state called ``name`` must have; None if it is not known here.
+    """Return the shape that a state called ``name`` must have; None if it is unknown.
 
     Args:
-        name: Its name.
-        param: The parameter, or this rank's shard.
-        rule: What updates it.
-        own: Of a tensor rule, the shapes of its own state.
+        name: Name of the state.
+        param: The parameter, or its shard on this rank.
+        rule: The rule that updates it.
+        own: Shapes of the state of a tensor rule, by name.
     """
     if name in own:
         return own[name]
@@ -90,17 +90,17 @@ def _shape_of(name: str, param: Tensor, rule: Rule, own: Mapping[str, torch.Size
 
 
 def _shapes_of_tensor_rule(param: Tensor, group: Mapping[str, Any], rule: Rule) -> dict[str, torch.Size]:
-    """What `init_state` would make, without its memory where the rule's operations work without."""
+    """Return the shapes of the tensors from `init_state`, computed on the meta device where the rule supports it."""
     without = torch.empty(param.shape, dtype=param.dtype, device="meta")
     try:
         first = rule.init_state(without, group)
-    except (NotImplementedError, RuntimeError):  # it reads the weights
+    except (NotImplementedError, RuntimeError):  # The rule reads the weights.
         first = rule.init_state(param, group)
     return {name: value.shape for name, value in first.items() if isinstance(value, Tensor)}
 
 
 _SCALARS = {"step": (torch.float32, torch.float64, torch.int64), "rounding_key": (torch.int64,)}
-"""Dtypes of 0-d state: a half-precision count would stand still at 256."""
+"""Valid dtypes of 0-d state; a half-precision step count would stagnate at 256 or 2048."""
 
 
 def check_state(
@@ -111,39 +111,39 @@ def check_state(
     advice: str = ADVICE,
     elsewhere: Collection[str] = (),
 ) -> None:
-    """Raise `RefusedError` if something in ``state`` has not the shape, or the form, that ``param`` needs.
+    """Check that the entries of ``state`` have the shapes and dtypes that ``param`` needs.
 
     Args:
-        subject: Whose it is.
-        param: The parameter; of a DTensor, its shard where ``state`` has shards.
-        rule: What updates it.
-        state: What there is; what is missing, or unknown, does not matter.
-        advice: What to do, as a sentence without its full stop.
-        elsewhere: Names of further state of the parameter, which is checked by itself.
+        subject: The parameter in its group, for messages.
+        param: The parameter; the local shard of a DTensor if ``state`` has local shards.
+        rule: The rule that updates it.
+        state: The existing state; missing and unknown entries are ignored.
+        advice: Way out for the message, as a sentence without its full stop.
+        elsewhere: Names of further state of the parameter, which is checked separately.
 
     Raises:
-        RefusedError: It does not fit.
+        RefusedError: An entry does not match the parameter.
     """
-    check_memory(subject, {"": param})  # state that is made is made of the weights
+    check_memory(subject, {"": param})  # New state is created from the weights.
     own = {} if isinstance(rule, UpdateRule) or not state else _shapes_of_tensor_rule(param, subject.group, rule)
     missing = sorted(own.keys() - state.keys() - set(elsewhere))
     there = [name for name in tensor_names(rule, state) if isinstance(rule, TensorRule)]
-    if missing and there:  # of parts, or made for another shape
-        raise subject.refuse(missing[0], f"is missing beside {', '.join(map(repr, there))}. {advice}")
+    if missing and there:  # It is incomplete, or was created for another shape.
+        raise subject.refuse(missing[0], f"is missing, but the state has {', '.join(map(repr, there))}. {advice}")
     for name, value in state.items():
         shape = _shape_of(name, param, rule, own)
         if shape is None:
             continue
         if not isinstance(value, Tensor):
-            raise subject.refuse(name, f"is {value!r}; needed is a tensor of shape {tuple(shape)}")
+            raise subject.refuse(name, f"is {value!r}, but must be a tensor of shape {tuple(shape)}")
         if value.shape != shape:
             raise subject.refuse(
                 name,
-                f"has shape {tuple(value.shape)}; needed is {tuple(shape)}, for the parameter has shape "
+                f"has shape {tuple(value.shape)}, but must have shape {tuple(shape)}, because the parameter has shape "
                 f"{tuple(param.shape)}. {advice}",
             )
         if value.is_meta and not param.is_meta:
-            raise subject.refuse(name, "is on the meta device, and has no numbers. " + advice)
+            raise subject.refuse(name, "is on the meta device and has no values. " + advice)
         reason = plain.why_unsafe(value, written=True)
         if reason is not None:
             raise subject.refuse(name, reason)
@@ -152,9 +152,9 @@ def check_state(
         elif name in _SCALARS or name in rule.scalar_state:
             needed = _SCALARS.get(name, _SCALARS["step"][:2])
             if value.dtype not in needed:
-                raise subject.refuse(name, f"is {value.dtype}; needed is {' or '.join(map(str, needed))}")
-            if value.is_neg():  # the host reads and writes it where it lies
-                raise subject.refuse(name, "is lazily negated; put its value there with .resolve_neg()")
+                raise subject.refuse(name, f"has dtype {value.dtype}, but must have {' or '.join(map(str, needed))}")
+            if value.is_neg():  # The host reads and writes its memory directly.
+                raise subject.refuse(name, "is lazily negated; resolve it with .resolve_neg()")
     if isinstance(rule, UpdateRule):
         for name in rule.state:
             if name in state:
@@ -162,18 +162,29 @@ def check_state(
 
 
 def _check_form(subject: Subject, name: str, value: Tensor, scale: Tensor | None) -> None:
-    """An elementwise state is real numbers, or codes with their scales."""
+    """Check that an elementwise state has real numbers, or 8-bit codes with scales."""
     if scale is None and not value.is_floating_point():
-        also = f", or codes of torch.uint8 with scales {name}_scale" if value.dtype == torch.uint8 else ""
-        raise subject.refuse(name, f"is {value.dtype}; needed is a real floating-point dtype{also}")
+        also = f", or be 8-bit codes with scales in {name}_scale" if value.dtype == torch.uint8 else ""
+        raise subject.refuse(name, f"has dtype {value.dtype}, but must have a real floating-point dtype{also}")
     if scale is not None and (value.dtype, scale.dtype) != (torch.uint8, torch.float32):
         raise subject.refuse(
-            name, f"is {value.dtype} with scales of {scale.dtype}; scales are torch.float32, of codes of torch.uint8"
+            name, f"has dtype {value.dtype} and scales of {scale.dtype}, but must have torch.uint8 and torch.float32"
         )
 
 
 def grad_of(subject: Subject, param: Tensor) -> Tensor:
-    """The gradient of ``param``, local and resolved; `RefusedError` if it is none that a step can use."""
+    """Return the local gradient of ``param``, with lazy operations resolved.
+
+    Args:
+        subject: The parameter in its group, for messages.
+        param: The parameter, whose gradient exists.
+
+    Returns:
+        The gradient in the shape of the local parameter.
+
+    Raises:
+        RefusedError: A step cannot use the gradient.
+    """
     whole = param.grad
     assert whole is not None
     if whole.layout is not torch.strided:
@@ -181,7 +192,7 @@ def grad_of(subject: Subject, param: Tensor) -> Tensor:
         raise subject.refuse(
             GRADIENT,
             (f"is sparse ({whole.layout})" if sparse else f"has the layout {whole.layout}")
-            + ". Needed are dense gradients"
+            + ", but must be dense"
             + (": create the layer with sparse=False, or use torch.optim.SparseAdam" if sparse else ""),
         )
     grad, here = local(whole), local(param)
@@ -189,20 +200,26 @@ def grad_of(subject: Subject, param: Tensor) -> Tensor:
         cut = "" if whole.shape != param.shape else f", on this rank {tuple(grad.shape)} and {tuple(here.shape)}"
         raise subject.refuse(
             GRADIENT,
-            f"has shape {tuple(whole.shape)}, and the parameter has shape {tuple(param.shape)}{cut}. Where weights "
-            "have been replaced, clear the gradients (zero_grad) and compute them anew",
+            f"has shape {tuple(whole.shape)}, and the parameter has shape {tuple(param.shape)}{cut}. If weights have "
+            "been replaced, clear the gradients (zero_grad) and compute them again",
         )
     if not grad.is_floating_point():
-        raise subject.refuse(GRADIENT, f"is {grad.dtype}; needed is a real floating-point dtype")
+        raise subject.refuse(GRADIENT, f"has dtype {grad.dtype}, but must have a real floating-point dtype")
     return plain.resolved(grad)
 
 
 def check_memory(subject: Subject, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether kernels may run on these tensors; if not, torch's operations may. `RefusedError` if neither may.
+    """Check that operations may run on the tensors of a parameter, and return whether kernels may as well.
 
     Args:
-        subject: Whose they are.
-        tensors: The parameter (name empty), its `gradient`, and all its state by name; shards of DTensors.
+        subject: The parameter in its group, for messages.
+        tensors: The parameter (under the empty name), its `gradient`, and its state by name; local shards of DTensors.
+
+    Returns:
+        Whether kernels may run on the tensors; otherwise only torch's operations may.
+
+    Raises:
+        RefusedError: Neither kernels nor torch's operations may run on a tensor.
     """
     device = tensors[""].device
     usual = True
@@ -214,29 +231,40 @@ def check_memory(subject: Subject, tensors: Mapping[str, Tensor]) -> bool:
         if reason is not None:
             raise subject.refuse(role, reason)
         if tensor.device != device:
-            raise subject.refuse(role, f"is on {tensor.device}, and the parameter on {device}. Needed is one device")
+            raise subject.refuse(role, f"is on {tensor.device}, but must be on {device} like the parameter")
     return usual or all(map(plain.is_plain, tensors.values()))
 
 
 def check_counts(subject: Subject, scalars: Mapping[str, Tensor]) -> None:
-    """Raise `RefusedError` if a count of steps, which the host can read, is none."""
+    """Check that a step count which the host can read is a non-negative number.
+
+    Args:
+        subject: The parameter in its group, for messages.
+        scalars: 0-d state of the parameter by name, shape [] each.
+
+    Raises:
+        RefusedError: The step count is not valid.
+    """
     step = scalars.get("step")
     if step is not None and step.device.type == "cpu" and type(step) in PLAIN and not 0 <= read(step) < 2**53:
-        raise subject.refuse("step", f"is {read(step)}; needed is the number of steps taken")
+        raise subject.refuse("step", f"is {read(step)}, but must be the number of steps taken")
 
 
 Owned = tuple[Tensor, Subject, str]
-"""A tensor, whose it is, and its role."""
+"""A tensor, the parameter to which it belongs, and its role."""
 
 
 def check_apart(written: Sequence[Owned], grads: Sequence[Owned]) -> None:
-    """Raise `RefusedError` if a step would write an element of one tensor that another one has, too.
+    """Check that no tensor which a step writes shares memory with another tensor.
 
-    Two threads would write it, in turns, or one would read what another has already changed.
+    Otherwise two threads would write the same element, or one would read what another has already changed.
 
     Args:
-        written: Parameters and all their state; plain ones.
+        written: Plain parameters and all their state, of any shapes.
         grads: Their gradients, which may share memory with each other.
+
+    Raises:
+        RefusedError: Two tensors share memory that a step would write.
     """
     for device in {tensor.device for tensor, _, _ in written}:
         here = [[owned for owned in some if owned[0].device == device] for some in (written, grads)]
@@ -245,24 +273,28 @@ def check_apart(written: Sequence[Owned], grads: Sequence[Owned]) -> None:
             (_, subject, role), (_, other, other_role) = ([*here[0], *here[1]][i] for i in found)
             raise subject.refuse(
                 role,
-                f"and {other.call(other_role)} share memory, and a step would write it. Give each memory of its own "
-                "(.clone()); pass a tied weight once",
+                f"and {other.call(other_role)} share memory that a step would write. Give each tensor its own memory "
+                "(.clone()), and pass a tied weight once",
             )
 
 
 @contextmanager
 def by_name(optimizer: Ruled, params: Collection[Tensor]) -> Iterator[None]:
-    """What torch's operations cannot do with ``params``, which are not plain, becomes an error that names them."""
+    """Convert errors of torch's operations on ``params``, which are not plain, to errors that name the parameters.
+
+    Raises:
+        RefusedError: An operation in the block has failed.
+    """
     try:
         yield
-    except Exception as error:  # whatever a class of tensors raises for what it does not know
+    except Exception as error:  # Tensor subclasses raise errors of any type.
         places = [(group, i) for group in optimizer.param_groups for i in range(len(group["params"]))]
         ours = [(g, i) for g, i in places if any(g["params"][i] is param for param in params)]
         group, index = ours[0]
         kind = type(group["params"][index])
         raise RefusedError(
             f"{type(optimizer).__name__}: {optimizer.label(group, index)} ({len(ours)} such), its gradient or its "
-            f"state is more than memory (the parameter is a {kind.__module__}.{kind.__qualname__}), so that operations "
-            f"of torch run instead of kernels. They failed: {type(error).__name__}: {error}. Leave it out of this "
-            "optimizer, and give it to one that its library supports."
+            "state is a tensor subclass with semantics of its own (the parameter is a "
+            f"{kind.__module__}.{kind.__qualname__}), so torch's operations run instead of kernels. They failed: "
+            f"{type(error).__name__}: {error}. Use an optimizer that the library of the subclass supports."
         ) from error

@@ -1,4 +1,4 @@
-"""ADOPT: Adam that normalises by the past only, and therefore converges with any β₂."""
+"""ADOPT: Adam normalised by past gradients only, which converges with any β₂."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class ADOPTRule(UpdateRule):
-    """The first gradient sets the second moment and moves nothing; later ones are divided by it, then taken in."""
+    """ADOPT's update: each gradient is divided by the root of the previous second moment; the first only sets it."""
 
     state = ("exp_avg", "exp_avg_sq")
     first_moment = "exp_avg"
     second_moment = "exp_avg_sq"
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """Betas and the clipping threshold; at the first step a threshold of 0, which keeps m and w where they are."""
+        """Betas and the clipping threshold, which is 0 at the first step, so that m and w do not change."""
         beta1, beta2 = group["betas"]
         first = step == 1
         decay, _ = group_decay(group)
@@ -64,9 +64,9 @@ class ADOPTRule(UpdateRule):
 
 
 class ADOPT(FusedOptimizer):
-    """ADOPT: Adam with each gradient divided by the second moment of those before it.
+    """ADOPT: Adam with each gradient divided by the root of the second moment of previous gradients.
 
-    With gradient g at step t; the first sets v ← g² and changes nothing else:
+    With gradient g at step t > 1, where the first step sets v ← g² and changes nothing else:
 
         w ← (1 − lr·λ)·w
         n = clip(g/max(√v, ε), ±(t − 1)^κ)
@@ -74,15 +74,15 @@ class ADOPT(FusedOptimizer):
         w ← w − lr·m
         v ← β₂·v + (1 − β₂)·g²
 
-    Published codes differ. This is `timm.optim.Adopt(decoupled=True)`: κ = 0.333, no decay at the first step. The paper
-    has κ = 0.25; the authors' newest code has no clipping and a warmup of ε instead.
+    Published implementations differ. This is `timm.optim.Adopt(decoupled=True)`: κ = 0.333, without decay at the first
+    step. The paper has κ = 0.25; the authors' latest code has a warmup of ε instead of clipping.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         lr: Learning rate, about the size of each step; a float or a one-element tensor.
-        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1); the paper's point is that any β₂ will do.
-        eps: ε, the least denominator, in units of the gradient.
-        clip_exp: κ ≥ 0, how the clipping threshold grows; None does not clip.
+        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1); according to the paper any β₂ works.
+        eps: ε, the smallest denominator, in units of the gradient.
+        clip_exp: κ ≥ 0, the exponent by which the clipping threshold grows; None for no clipping.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
@@ -137,5 +137,5 @@ class ADOPT(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return ADOPTRule()

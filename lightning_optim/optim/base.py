@@ -1,4 +1,4 @@
-"""FusedOptimizer: a torch optimizer whose step is one pass of a backend over all tensors."""
+"""FusedOptimizer, the base of torch optimizers whose step is one pass of a backend over all tensors."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ from lightning_optim.optim.param_checks import check_params
 from lightning_optim.optim.ranges import is_number, ranges_of, refuse_unranged, require_ranges
 from lightning_optim.optim.shared_options import OwnSignature, SharedOptions
 from lightning_optim.optim.state import complete_state, tensor_names
-from lightning_optim.optim.widening import say, widen
+from lightning_optim.optim.widening import warn_of_conversions, widen
 
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", Optimizer)
 """Optimizers by name; `lightning_optim.register` adds a user's own."""
 
 
 class FusedOptimizer(Optimizer):
-    """Base of all optimizers here: state, checkpoints and the step pipeline's contract around a rule.
+    """Base class of all optimizers of this package: state, checkpoints and the contract of a step around a rule.
 
-    A subclass has a typed `__init__` that hands its hyperparameters to this one, the `ranges` of those that are
-    numbers, and `rule`. The attributes below steer a step. All are read after the closure has run, none is saved, and
-    none is ever read on the host:
+    A subclass defines a typed `__init__` that passes its hyperparameters to this one, the `ranges` of those that are
+    numbers, and `rule`. The following attributes control a step. They are read after the closure has run, are not part
+    of the state, and their tensors are never read on the host:
 
-    - `grad_scale` (tensor []): gradients are divided by it. Set and removed by `torch.amp.GradScaler`.
-    - `found_inf` (tensor []): non-zero makes the step a no-op, bit for bit, step counts included.
-    - `divisor` (tensor [] or [tensors]): gradients are divided by it, too. Tensors are the parameters that have a
+    - `grad_scale` (tensor []): divisor of the gradients. Set and removed by `torch.amp.GradScaler`.
+    - `found_inf` (tensor []): if non-zero, the step changes nothing, bit for bit, step counts included.
+    - `divisor` (tensor [] or [tensors]): another divisor of the gradients. Tensors are the parameters that have a
       gradient, in the order of `param_groups`.
-    - `collect_step_stats`: also fill `step_stats`, in the same pass. NaN where a step was skipped.
+    - `collect_step_stats`: whether to fill `step_stats` in the same pass, with NaN if the step is skipped.
 
-    `p.grad` is never written; a DTensor that lies otherwise than its parameter is replaced by the same gradient,
-    redistributed (`core.placements.gradient_of`). Parameter groups may override every hyperparameter, and hold any
-    further keys; a group's `rule` names another optimizer whose update to use for it
-    (`{"params": ..., "rule": "lion"}`). Of a tensor lr that several groups are given, the first keeps the tensor itself
-    and each other a copy, so that what drives one (schedulers fill tensors in place) leaves the others alone.
+    `p.grad` is never written; a DTensor gradient whose placements differ from those of its parameter is replaced by the
+    same gradient, redistributed (`core.placements.gradient_of`). Parameter groups may override every hyperparameter and
+    hold any further keys; the key `rule` of a group names another optimizer whose update it uses
+    (`{"params": ..., "rule": "lion"}`). If several groups are given the same tensor as lr, the first keeps the tensor
+    and the others get copies, because schedulers fill tensors in place.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -70,7 +70,7 @@ class FusedOptimizer(Optimizer):
 
     Raises:
         ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
-        TypeError: An option is unknown; or, when a subclass is made, a number in its constructor has no range.
+        TypeError: An option is unknown; or, when a subclass is defined, a number in its constructor has no range.
     """
 
     when_to_use: ClassVar[str]
@@ -78,26 +78,26 @@ class FusedOptimizer(Optimizer):
     memory: ClassVar[str]
     """State per parameter, in words."""
     paper: ClassVar[str]
-    """Where it comes from."""
+    """URL of the publication."""
     ranges: ClassVar[Mapping[str, Range]] = MappingProxyType(
         {"lr": NON_NEGATIVE, "weight_decay": NON_NEGATIVE, "eps": NON_NEGATIVE, "betas": FRACTION}
     )
-    """The range of each number that the constructor takes; of a tuple, of each of its parts. Those of base classes
-    hold, too."""
+    """Range of each number, or of each element of a tuple, that the constructor takes. The ranges of base classes are
+    inherited."""
     option_defaults: ClassVar[SharedOptions] = {}
-    """Defaults of shared options where they are not the usual ones."""
+    """Defaults of shared options that differ from `shared_options.DEFAULTS`."""
     refused_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Shared options that are not offered, with the reason; no base class's."""
+    """Shared options that this class refuses, with the reason; a subclass that defines its own replaces them."""
     __signature__ = OwnSignature()
 
-    grad_scale: Tensor  # no values here: GradScaler multiplies into what it finds, and deletes it afterwards
+    grad_scale: Tensor  # Without default values, as GradScaler multiplies into existing ones and deletes them.
     found_inf: Tensor
     divisor: Tensor | None = None
     collect_step_stats: bool = False
     step_stats: StepStats | None = None
 
-    _peak_said: bool = False  # that a peak of the learning rate was exceeded
-    _batches: Batches | None = None  # of the last step; not part of the state
+    _warned_of_peak: bool = False
+    _batches: Batches | None = None  # The batches of the last step are not part of the state.
 
     _step_supports_amp_scaling: bool  # of the object, as torch's: Lightning's wrapper would not find a change to it
 
@@ -106,7 +106,7 @@ class FusedOptimizer(Optimizer):
         shared_options.check_names(owner, options)
         given: dict[str, Any] = {**shared_options.defaults_of(owner), **defaults, **options}
         self.backend = given.pop("backend")
-        # The constructor's own arguments have been looked at when the class was made.
+        # The constructor's own arguments were checked when the class was defined.
         known = ranges_of(owner).keys() | shared_options.DEFAULTS.keys() | inspect.signature(owner).parameters.keys()
         refuse_unranged(owner, [name for name, value in defaults.items() if is_number(value) and name not in known])
         super().__init__(params, plain_numbers(given))
@@ -120,43 +120,43 @@ class FusedOptimizer(Optimizer):
 
     @classmethod
     def __subclasses__(cls) -> list[type]:
-        """None, to jsonargparse: short names in LightningCLI (`--optimizer SGD`) go on meaning torch's classes.
+        """Return no subclasses, so that short names in LightningCLI (`--optimizer SGD`) still mean torch's classes.
 
-        It looks for all subclasses of torch's Optimizer, and refuses a name that two of them have. Full paths
+        jsonargparse searches all subclasses of torch's Optimizer, and refuses a name that two of them share. Full paths
         (`lightning_optim.optim.SGD`) are resolved without this list.
         """
         return []
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> Rule:
-        """The rule for a parameter group with these hyperparameters."""
+        """Return the rule for a parameter group with the hyperparameters ``group``."""
         raise NotImplementedError
 
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
-        """Check that hyperparameters, each of them valid by itself, agree with each other.
+        """Check that hyperparameters, each valid by itself, are consistent.
 
         Args:
-            group: The parameter group, complete.
+            group: The complete parameter group.
 
         Raises:
-            ValueError: They do not agree.
+            ValueError: The hyperparameters contradict each other.
         """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, as torch's optimizers do.
+        """Add a parameter group, as in torch's optimizers.
 
         Args:
-            param_group: Parameters under "params", and settings where they are not the optimizer's.
+            param_group: Parameters under "params", and the settings that differ from those of the optimizer.
 
         Raises:
-            ValueError: A value or a parameter is not valid; the optimizer is then as it was before.
+            ValueError: A value or a parameter is not valid; the optimizer is then unchanged.
         """
         group = {**param_group, **plain_numbers({k: v for k, v in param_group.items() if k not in PARAMS})}
         owner = type(self)
         if group.get("rule") is not None:
             owner = class_of_rule(group["rule"])
-            shared = {"lr", "weight_decay", *shared_options.DEFAULTS}  # the optimizer's, where the group has none
+            shared = {"lr", "weight_decay", *shared_options.DEFAULTS}  # These default to the optimizer's.
             own = {name: value for name, value in owner.hyperparameters().items() if name not in shared}
             group = own | group
         filled = self.defaults | group
@@ -185,7 +185,7 @@ class FusedOptimizer(Optimizer):
 
     @classmethod
     def hyperparameters(cls) -> dict[str, Any]:
-        """Names and defaults of what the constructor takes, `params` and `backend` aside."""
+        """Return names and defaults of the constructor's arguments, except `params` and `backend`."""
         return {
             name: parameter.default
             for name, parameter in inspect.signature(cls).parameters.items()
@@ -194,13 +194,13 @@ class FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient, once.
+        """Update all parameters that have a gradient once.
 
         Args:
-            closure: Recomputes gradients and returns the loss.
+            closure: Function that recomputes gradients and returns the loss.
 
         Returns:
-            What ``closure`` returned; None without one.
+            The result of ``closure``; None without one.
 
         Raises:
             ValueError: `divisor` has a wrong shape.
@@ -217,18 +217,18 @@ class FusedOptimizer(Optimizer):
         if self._batches is None or not self._batches.refill(self, rules):
             self._batches = Batches(self)
         try:
-            if not trial:  # whose state is made now: some kinds of decay act at a rate of 0, too
+            if not trial:  # A trial step only creates state; some kinds of decay would act even at lr = 0.
                 self._apply(self._batches)
         finally:
             self._batches.release()
         return loss
 
     def _prepare(self, group: dict[str, Any], rule: Rule, *, count: bool) -> None:
-        """Count the call, if it counts, and make the numbers that groups share, where the rule wants them."""
+        """Count the call if ``count``, follow the peak of lr, and create the values that groups share for a rule."""
         if count and rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
             group["calls"] = group.get("calls", 0) + 1
-        if count and group["weight_decay_kind"] in NEED_PEAK and follow_peak(group) and not self._peak_said:
-            self._peak_said = True
+        if count and group["weight_decay_kind"] in NEED_PEAK and follow_peak(group) and not self._warned_of_peak:
+            self._warned_of_peak = True
             say_peak(type(self).__name__, group)
         if update_pass.shares(rule) and group["params"]:
             update_pass.init_shared(self, group, rule)
@@ -237,13 +237,13 @@ class FusedOptimizer(Optimizer):
         self.step_stats = update_pass.update(self, batches)
 
     def make_state(self, params: Iterable[Tensor]) -> None:
-        """Create the state that the first step of parameters would; existing state is kept.
+        """Create the state that the first step would create for parameters, and keep existing state.
 
         Args:
-            params: Some of this optimizer's parameters.
+            params: Parameters of this optimizer.
 
         Raises:
-            RefusedError: Existing state does not fit its parameter.
+            RefusedError: Existing state does not match its parameter.
         """
         wanted = {id(param) for param in params}
         everything = [(group, index) for group in self.param_groups for index in range(len(group["params"]))]
@@ -256,32 +256,36 @@ class FusedOptimizer(Optimizer):
                 complete_state(state, param, group, rule, position)
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
-        """The rule that updates ``group``: its own choice, or this optimizer's."""
+        """Return the rule that updates ``group``: the one named by its key `rule`, or that of this optimizer."""
         name = group.get("rule")
         return self.rule(group) if name is None else class_of_rule(name).rule(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict` of this class, or of torch's optimizer of the same name.
 
-        Unlike torch's: moments of bf16 parameters stay in float32, or come to it, with a warning, where the state dict
-        has them in bf16 (16- and 8-bit state of our own stays); tensors are copied, so the dict is not changed by later
-        steps; and where both sides name their parameters, these are matched by name, whatever their order and grouping.
+        It differs from torch's method in three points. Moments of bf16 parameters are kept in float32, and converted to
+        float32 with a warning if the state dict has them in bf16 (16-bit and 8-bit state saved with `state_bits` is not
+        converted). Tensors are copied, so that later steps do not change the dict. If parameters are named on both
+        sides, they are matched by name, regardless of order and grouping.
+
+        Args:
+            state_dict: State dict of this class, or of torch's optimizer of the same name.
 
         Raises:
-            ValueError: Parameters do not match, or a state does not fit its parameter. Nothing has been loaded then.
+            ValueError: Parameters do not match, or a state does not match its parameter. Nothing has been loaded then.
         """
         load_state_dict(self, state_dict)
         changes = set()
         for group in self.param_groups:
-            rule = self.rule_of(group | {"train_mode": True})  # averaged weights can be loaded, too
+            rule = self.rule_of(group | {"train_mode": True})  # Averaged weights may be loaded.
             for param in group["params"]:
                 if state := self.state.get(param):
                     changes |= widen(state, tensor_names(rule, state), param, group, rule)
-        say(changes)
+        warn_of_conversions(changes)
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's keeps defaults, state and groups alone. What shadows a method (a wrapped `step`) is of this object,
-        # and what GradScaler has set is of this step: nothing would remove it from a copy.
+        # torch's optimizers keep only defaults, state and groups. An attribute that shadows a method (a wrapped `step`)
+        # belongs to this object, and those of GradScaler to the present step: nothing would remove them from a copy.
         own = {name for name in vars(self) if callable(getattr(type(self), name, None))} | {"grad_scale", "found_inf"}
         public = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in own}
         return super().__getstate__() | public
@@ -292,7 +296,7 @@ class FusedOptimizer(Optimizer):
         leave_step_uncompiled(type(self))
 
     def label(self, group: Mapping[str, Any], index: int) -> str:
-        """Text that identifies a parameter in messages: its name, or its index and shape."""
+        """Return the text that identifies a parameter in messages: its name, or its index and shape."""
         names = group.get("param_names")
         return (
             f"parameter {names[index]!r}"
@@ -302,15 +306,15 @@ class FusedOptimizer(Optimizer):
 
 
 def class_of_rule(name: str) -> type[FusedOptimizer]:
-    """The class whose update a group's `rule` names.
+    """Return the optimizer class that the key `rule` of a group names.
 
     Raises:
-        ValueError: No optimizer has that name, or it is no FusedOptimizer.
+        ValueError: No optimizer has that name, or it is not a FusedOptimizer.
     """
     try:
         cls = OPTIMIZERS.get(name)
     except ValueError as error:
-        raise ValueError(f"A parameter group has rule={name!r}: {error}") from None
+        raise ValueError(f"Invalid rule={name!r} of a group: {error}") from None
     if not issubclass(cls, FusedOptimizer):
-        raise ValueError(f"Invalid rule={name!r} of a group: {cls.__name__} must be a FusedOptimizer, and is not.")
+        raise ValueError(f"Invalid rule={name!r} of a group: {cls.__name__} must be a FusedOptimizer.")
     return cls

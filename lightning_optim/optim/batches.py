@@ -1,8 +1,8 @@
-"""Sorts an optimizer's parameters into batches, and keeps the result for as long as it holds.
+"""Sorting of an optimizer's parameters into batches, which are reused while they are valid.
 
-What can run in one call of a backend depends on dtypes, devices, flags and state, which hardly ever change from one
-step to the next; gradients do. To look is several times cheaper than to sort, and a model has up to tens of thousands
-of tensors.
+Which tensors a backend can update in one call depends on dtypes, devices, flags and state, which rarely change between
+steps; only gradients do. Checking that batches are still valid is several times cheaper than sorting, and a model may
+have tens of thousands of tensors.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ _NBYTES = torch.UntypedStorage.nbytes
 
 
 class Batches:
-    """The parameters that have a gradient, by what can run in one call.
+    """Parameters that have a gradient, sorted into batches that a backend updates in one call each.
 
     Args:
-        optimizer: Whose parameters; state that they lack yet is made.
+        optimizer: The optimizer; missing state of its parameters is created.
 
     Attributes:
-        batches: What backends run. Their gradients are there from `refill`, or the construction, until `release`.
-        rows: For each batch, the place of each of its tensors among all parameters with a gradient.
-        group_sizes: How many parameters of each group have a gradient.
-        numel: Number of elements of each of them, whole tensors where sharded.
+        batches: The batches. They hold gradients from construction or `refill` until `release`.
+        rows: For each batch, the index of each of its tensors among all parameters with a gradient.
+        group_sizes: Number of parameters with a gradient in each group.
+        numel: Number of elements of each parameter with a gradient, over all shards.
+
+    Raises:
+        RefusedError: A gradient or a state cannot be used for an update.
     """
 
     def __init__(self, optimizer: Ruled) -> None:
@@ -81,7 +84,7 @@ class Batches:
         self._remember(optimizer, rules)
 
     def _place(self, by_key: dict[Any, int], subject: Subject, param: Tensor, state: dict[str, Any], rule: Rule) -> int:
-        """Enter one parameter; returns the number of its batch."""
+        """Add one parameter to its batch, and return the index of the batch."""
         group = subject.group
         own = {name: state[name] for name in tensor_names(rule, state)}
         fulls = own | {name: state[name] for name in low_precision.companions(state)}
@@ -117,7 +120,7 @@ class Batches:
         return by_key[key]
 
     def _admit(self, subject: Subject, fulls: dict[str, Tensor], grad: Tensor) -> bool:
-        """Whether kernels may run on one parameter's tensors; of DTensors, on this rank's shards."""
+        """Validate the local tensors of one parameter, and return whether kernels may run on them."""
         written = {role: local(full) for role, full in fulls.items()}
         plain = admission.check_memory(subject, {**written, GRADIENT: grad})
         if plain:
@@ -127,7 +130,7 @@ class Batches:
         return plain
 
     def _remember(self, optimizer: Ruled, rules: Sequence[Rule]) -> None:
-        """Note everything that was asked above, to see at the next step whether it still holds."""
+        """Record everything on which the batches depend, to check at the next step whether they are still valid."""
         self._same, self._equal, fulls = _look(optimizer, rules)
         grads = list(map(local, fulls))
         self._sharded = not {*map(type, self._fulls), *map(type, fulls)}.issubset(PLAIN)
@@ -137,8 +140,8 @@ class Batches:
         if self._kept:
             self._held = [tensor for tensor, _, _ in self._written]
             self._addresses = list(map(Tensor.data_ptr, self._held))
-            # To keep a storage makes asking cheap. Not those of parameters, which are moved (`Module.to`): their old
-            # memory would stay.
+            # References to storages make the check cheap. Those of parameters are not kept, because `Module.to`
+            # replaces them, and a reference would keep the old memory alive.
             self._params = [i for i, (_, _, role) in enumerate(self._written) if not role]
             self._param_bytes = storage_bytes([self._held[i] for i in self._params])
             self._state_storages = [tensor.untyped_storage() for tensor, _, role in self._written if role]
@@ -151,24 +154,24 @@ class Batches:
         self._written, self._read = [], []
 
     def refill(self, optimizer: Ruled, rules: Sequence[Rule]) -> bool:
-        """Take the gradients of another step. False if something else has changed: then sort anew."""
+        """Fill the batches with new gradients; return False if anything else has changed, so that they are invalid."""
         if not self._kept:
             return False
         same, equal, grads = _look(optimizer, rules)
         if equal != self._equal or len(same) != len(self._same) or not all(map(operator.is_, same, self._same)):
             return False
         held = self._held
-        if self._sharded:  # a DTensor may have been given another shard (FSDP2 does so), and its gradient is one, too
+        if self._sharded:  # FSDP2 may have replaced the local shards of parameters and gradients.
             held = list(map(local, self._fulls))
             grads = [local(grad) for param, label in self._with_grad if (grad := gradient_of(param, label)) is not None]
         if not set(map(type, grads)).issubset(PLAIN):
             return False
-        # An object may have been given other memory (`weight.data = ...`, `set_`, `resize_`; new memory is asked for
-        # before the old is let go, so it has another address), or another form (`t_`, and `resize_` to less).
-        # Gradients are new at nearly each step.
+        # A tensor may have new memory (`weight.data = ...`, `set_`, `resize_`; it has another address, because it is
+        # allocated before the old memory is freed), or other metadata (`t_`, and `resize_` to fewer elements).
+        # Gradients are new at nearly every step.
         if list(map(Tensor.data_ptr, held)) != self._addresses or not self._form.fits(held):
             return False
-        # A storage that is emptied and filled again may be where it was, and smaller.
+        # A storage that was freed and allocated again may have the same address but a smaller size.
         if storage_bytes([held[i] for i in self._params]) != self._param_bytes:
             return False
         if list(map(_NBYTES, self._state_storages)) != self._state_bytes:
@@ -177,23 +180,26 @@ class Batches:
             return False
         for i in self._lazy:
             grads[i] = resolved(grads[i])
-        if self._occupied.reached_by(grads):  # which sorting refuses
+        if self._occupied.reached_by(grads):  # Sorting again raises the error.
             return False
         for batch, rows in zip(self.batches, self.rows, strict=True):
             batch.grads.extend(map(grads.__getitem__, rows))
         return True
 
     def release(self) -> None:
-        """Let go of the gradients, whose memory is free once the caller drops them too."""
+        """Drop the references to the gradients, so that the caller can free their memory."""
         for batch in self.batches:
             batch.grads.clear()
             batch.shared.clear()
 
 
 def _look(optimizer: Ruled, rules: Sequence[Rule]) -> tuple[list[object], list[object], list[Tensor]]:
-    """What sorting depends on, as objects that must be the same and values that must be equal; and the gradients.
+    """Return the objects that must be identical and the values that must be equal for batches to be valid.
 
-    Without a loop in Python over the tensors: with ten thousand of them that is what a step would mostly do.
+    There is no Python loop over the tensors, which would dominate the time of a step with ten thousand of them.
+
+    Returns:
+        Objects to compare by identity, values to compare by equality, and the gradients.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     given = list(map(_GRAD, params))
@@ -210,6 +216,6 @@ _GRAD = operator.attrgetter("grad")
 
 
 def _kind(group: Mapping[str, Any], rule: Rule) -> tuple[Any, ...]:
-    """What batches depend on of a group. They keep the group itself, whose numbers are therefore always the current."""
+    """Return the settings of a group on which batches depend; numbers are read from the group at each step."""
     flags = (group[flag] for flag in low_precision.FLAGS)
     return (id(group), len(group["params"]), type(rule), group["cautious"], decay_form(group), *flags)

@@ -1,4 +1,4 @@
-"""Loading optimizer state: from our own checkpoints and from torch's, by position or by parameter name."""
+"""Loading of optimizer state from this package and from torch, by position or by parameter name."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
     from lightning_optim.optim.base import FusedOptimizer
 
 ADVICE = (
-    "Nothing has been loaded. Drop the state of parameters that are new or of another shape from the state dict, and "
-    "they begin anew"
+    "Nothing has been loaded. Remove the state of parameters that are new or of another shape from the state dict, so "
+    "that they start from new state"
 )
 
 OF_PARAMETERS = ("flatten",)
-"""What a group says of its parameters, rather than of how they are updated."""
+"""Group keys that describe the parameters rather than how they are updated."""
 
 
 def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Load ``state_dict`` into ``optimizer``; see `FusedOptimizer.load_state_dict`.
 
     Args:
-        optimizer: Changed in place, all of it or, after an error, nothing.
-        state_dict: As from `state_dict` of ours or of torch's optimizer of the same name; tensors are copied.
+        optimizer: The optimizer, modified in place; it is unchanged after an error.
+        state_dict: State dict of this class, or of torch's optimizer of the same name; tensors are copied.
 
     Raises:
-        ValueError: Parameters do not match by position or by name, or a state does not fit its parameter.
+        ValueError: Parameters do not match by position or by name, or a state does not match its parameter.
     """
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = pre_hook(optimizer, state_dict) or state_dict
-    saved_groups = [deepcopy(group) for group in state_dict["param_groups"]]  # each its own tensors
+    saved_groups = [deepcopy(group) for group in state_dict["param_groups"]]  # Groups must not share tensors.
     by_position = _same_order(optimizer.param_groups, saved_groups)
     ids = (
         _ids_by_position(optimizer.param_groups, saved_groups) if by_position else _ids_by_name(optimizer, saved_groups)
@@ -52,8 +52,8 @@ def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) ->
     sources = []
     for i, ids_of_group in enumerate(ids):
         source = owners[ids_of_group[0]] if ids_of_group else saved_groups[i] if i < len(saved_groups) else {}
-        # Names stay: they say which parameters this group has now. What torch does not save keeps its value. So does
-        # what parameters are said to be, where they come from groups that said several things.
+        # Names keep their values, because they identify the present parameters of the group. So do keys that torch does
+        # not save, and descriptions of parameters if these come from saved groups with different descriptions.
         own = {"params"} if by_position else set(PARAMS)
         own |= {key for key in OF_PARAMETERS if len({owners[saved].get(key) for saved in ids_of_group}) > 1}
         sources.append({k: v for k, v in source.items() if k not in own})
@@ -61,16 +61,16 @@ def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) ->
     state: defaultdict[Any, Any] = defaultdict(dict)
     for saved, entry in state_dict["state"].items():
         if saved not in known:
-            state[saved] = deepcopy(entry)  # not of a parameter
+            state[saved] = deepcopy(entry)  # This entry does not belong to a parameter.
     for group, ids_of_group, source in zip(optimizer.param_groups, ids, sources, strict=True):
         for index, (param, saved) in enumerate(zip(group["params"], ids_of_group, strict=True)):
             if saved in state_dict["state"]:
                 entry = state_dict["state"][saved].items()
-                # torch writes None for a momentum that is not there yet.
+                # torch saves None for a momentum that does not exist yet.
                 state[param] = {key: _copied(param, key, value) for key, value in entry if value is not None}
                 _check(Subject(optimizer, group | source, index), param, state[param])
 
-    for group, source in zip(optimizer.param_groups, sources, strict=True):  # nothing has been changed before this
+    for group, source in zip(optimizer.param_groups, sources, strict=True):  # The optimizer is unchanged up to here.
         group.update(source)
     optimizer.__setstate__({"state": state})
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
@@ -78,7 +78,7 @@ def load_state_dict(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) ->
 
 
 def _same_order(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether saved parameters are to be matched by position: names are missing, or are the same in the same order."""
+    """Return whether to match parameters by position: names are missing, or equal and in the same order."""
     if not all("param_names" in group for group in (*groups, *saved)):
         return True
     return [group["param_names"] for group in groups] == [group["param_names"] for group in saved]
@@ -112,12 +112,12 @@ def _ids_by_name(optimizer: Ruled, saved: Sequence[Mapping[str, Any]]) -> list[l
 
 
 def _check(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> None:
-    """Check the state that ``param`` is to continue with: as a whole where both are DTensors, else this rank's part.
+    """Check the loaded state of ``param``: whole tensors if both are DTensors, otherwise local shards.
 
     Raises:
-        RefusedError: It does not fit.
+        RefusedError: A state does not match the parameter.
     """
-    rule = subject.optimizer.rule_of({**subject.group, "train_mode": True})  # averaged weights can be loaded, too
+    rule = subject.optimizer.rule_of({**subject.group, "train_mode": True})  # Averaged weights may be loaded.
     whole = {key: value for key, value in state.items() if hasattr(value, "placements")}
     here = {key: value for key, value in state.items() if key not in whole}
     for part, tensor, others in ((whole, param, here), (here, local(param), whole)):
@@ -126,20 +126,20 @@ def _check(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> None:
 
 
 def _copied(param: Tensor, key: str, value: Any) -> Any:
-    """``value`` on the parameter's device, in the dtype it was saved in; as it is where `check_state` refuses it.
+    """Copy ``value`` to the device of the parameter, in its saved dtype; return unchanged what `check_state` refuses.
 
-    `widening` changes the dtype where need be.
+    `widening` converts the dtype later if necessary.
     """
     if isinstance(value, Tensor) and (value.is_meta or plain.why_unsafe(local(value), written=False)):
         return value
     if key == "step" and isinstance(value, Tensor | int | float):
-        # A number in checkpoints of old; torch keeps it on the CPU unless fused.
+        # Old checkpoints have a plain number; torch stores the tensor on the CPU unless fused.
         value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         value = value.reshape(()) if value.numel() == 1 else value
         dtype = value.dtype if value.is_floating_point() else torch.float32
         return value.to(device=param.device, dtype=dtype, copy=True)
     if isinstance(value, Tensor):
         value = value.detach().to(param.device, copy=True)
-        # torch's SGD makes its momentum of the first gradient, whose placements may have been other ones.
+        # torch's SGD creates its momentum from the first gradient, whose placements may differ.
         return placed_as(value, param)
     return deepcopy(value)

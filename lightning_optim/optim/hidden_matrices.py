@@ -1,4 +1,4 @@
-"""Groups for optimizers of hidden matrices, and an optimizer base that gives all other parameters to AdamW."""
+"""Parameter groups for optimizers of hidden matrices, and a base class that updates all other parameters by AdamW."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from lightning_optim.param_groups.parts import is_stack
 
 
 def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dict[str, Any]]:
-    """Parameter groups of ``model`` for `Muon` or `NorMuon`: as `build_param_groups` makes them, each split in two.
+    """Build parameter groups for `Muon` or `NorMuon`: those of `build_param_groups`, each split into two.
 
-    What is no hidden matrix (`lightning_optim.param_groups.why_not_hidden`) goes to a second group, with
-    ``rule="adamw"``. The optimizer's constructor does the same, but knows embeddings by their names only; here the
-    modules are seen, too. Groups whose rule says which update to use stay as they are.
+    Parameters that are not hidden matrices (`lightning_optim.param_groups.why_not_hidden`) get a second group with
+    ``rule="adamw"``. The constructor of the optimizer does the same, but recognises embeddings by their names only;
+    this function also inspects the modules. Groups that have the key `rule` already are not split.
 
     Args:
         model: The model.
         rules: As for `build_param_groups`.
+
+    Returns:
+        Parameter groups with (name, parameter) pairs.
 
     Example:
         >>> model = nn.ModuleDict({"tokens": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 9)})
@@ -50,12 +53,15 @@ def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dic
 
 
 def split_group(group: Mapping[str, Any], not_hidden: Sequence[str | None]) -> list[dict[str, Any]]:
-    """``group`` without what is no hidden matrix, and a group of this for AdamW; empty ones left out.
+    """Split ``group`` into a group of hidden matrices and a group of other parameters for AdamW.
 
     Args:
-        group: The group.
-        not_hidden: Of each parameter, what else it is than a hidden matrix. The group for AdamW keeps it by name, as
-            `not_hidden`, to be shown in plans.
+        group: The parameter group.
+        not_hidden: Reason why each parameter is not a hidden matrix, None for hidden matrices. The group for AdamW
+            stores the reasons by name under `not_hidden`, for plans.
+
+    Returns:
+        The groups that are not empty.
     """
     params = list(group["params"])
     matrices = [param for param, reason in zip(params, not_hidden, strict=True) if reason is None]
@@ -70,7 +76,7 @@ def split_group(group: Mapping[str, Any], not_hidden: Sequence[str | None]) -> l
 
 
 def _split_by_form(group: dict[str, Any], found: Mapping[int, NamedParameter]) -> Iterator[dict[str, Any]]:
-    """``group`` marked as holding kernels or stacks, as tensors of three and more dimensions; in two if it has both."""
+    """Set `flatten` of ``group`` for kernels or stacks of matrices; split the group if it has both."""
     forms: dict[bool, list[Any]] = {}
     matrices = []
     for name, param in group["params"]:
@@ -91,19 +97,19 @@ def _split_by_form(group: dict[str, Any], found: Mapping[int, NamedParameter]) -
 
 
 class HiddenMatrixOptimizer(FusedOptimizer):
-    """Base of optimizers for hidden matrices: what is none goes to AdamW, in groups of its own.
+    """Base class of optimizers for hidden matrices, which puts all other parameters into separate groups for AdamW.
 
-    A group without `rule` is split where it must be, when it is added: the matrices stay, and the others follow in a
-    group with ``rule="adamw"`` and the settings of the original, its name with `_adamw` after it.
+    A group without `rule` is split if necessary when it is added: the hidden matrices stay, and the other parameters
+    follow in a group with ``rule="adamw"``, the settings of the original, and its name with the suffix `_adamw`.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         defaults: Hyperparameters by name.
-        adamw: Settings for groups that go to AdamW and do not have them: lr, betas, eps, weight_decay; None for none.
+        adamw: Defaults of groups for AdamW: lr, betas, eps, weight_decay; None for those of the original group.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
-        ValueError: As for `FusedOptimizer`; or a parameter of three dimensions needs ``flatten``.
+        ValueError: As for `FusedOptimizer`, or a parameter of three dimensions needs ``flatten``.
         TypeError: An option is unknown.
     """
 
@@ -126,21 +132,21 @@ class HiddenMatrixOptimizer(FusedOptimizer):
     ) -> None:
         self._adamw = {name: value for name, value in adamw.items() if value is not None}
         super().__init__(params, defaults, **options)
-        # AdamW has checked them if it has a group; a mistake is one without such a group, too.
+        # A group for AdamW has been checked, but the settings must be valid without such a group as well.
         check_numbers(type(self).__name__, {f"adamw_{n}": v for n, v in self._adamw.items()}, ranges_of(type(self)))
 
     groups_of = staticmethod(muon_param_groups)
-    """How `OptimizerFactory` makes the groups of a model for this class."""
+    """Function by which `OptimizerFactory` builds the parameter groups of a model for this class."""
 
     @classmethod
     def hyperparameters(cls) -> dict[str, Any]:
-        """See `FusedOptimizer.hyperparameters`; those for AdamW are not this optimizer's own."""
+        """Return the result of `FusedOptimizer.hyperparameters` without the settings for AdamW."""
         return {name: value for name, value in super().hyperparameters().items() if not name.startswith("adamw_")}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; see the class for what becomes of those that are no hidden matrices."""
+        """Add a parameter group, with parameters that are not hidden matrices in a separate group; see the class."""
         params = param_group["params"]
-        if param_group.get("rule") is not None or isinstance(params, set):  # which torch refuses
+        if param_group.get("rule") is not None or isinstance(params, set):  # torch refuses sets.
             parts = [param_group]
         else:
             params = [params] if isinstance(params, Tensor) else list(params)
@@ -158,17 +164,17 @@ class HiddenMatrixOptimizer(FusedOptimizer):
 
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
-        """See `FusedOptimizer.check`."""
+        """Implement `FusedOptimizer.check`."""
         adjust = group["adjust_lr_fn"]
         if not (group["flatten"] is None or isinstance(group["flatten"], bool)):
-            raise ValueError(f"{cls.__name__}: flatten={group['flatten']!r}; needed is None, True or False.")
+            raise ValueError(f"{cls.__name__}: Invalid flatten={group['flatten']!r}: must be None, True or False.")
         if adjust not in (None, "original", "match_rms_adamw"):
             raise ValueError(
-                f"{cls.__name__}: adjust_lr_fn={adjust!r}; needed is None, 'original' or 'match_rms_adamw'."
+                f"{cls.__name__}: Invalid adjust_lr_fn={adjust!r}: must be None, 'original' or 'match_rms_adamw'."
             )
 
 
 def _looks_like(entry: Any) -> str | None:
-    """What a parameter is if it is no hidden matrix, as far as its name and shape tell."""
+    """Return the reason why a parameter is not a hidden matrix by its name and shape; None if it may be one."""
     name, param = entry if isinstance(entry, tuple) else ("", entry)
     return why_not_hidden(param, [name]) if isinstance(param, Tensor) else "unknown"

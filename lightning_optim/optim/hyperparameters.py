@@ -1,4 +1,4 @@
-"""Checks of hyperparameters: each by the range that its optimizer declares, and names that may be misspelt."""
+"""Checks of hyperparameters by the ranges that an optimizer declares, and of names that may be misspelt."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_optim.core.suggest import nearest
 
 
 def plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert real scalars of any kind (numpy's, fractions) to the int or float that checkpoints can hold.
+    """Convert real scalars of any type (numpy scalars, fractions) to int or float, which checkpoints can hold.
 
     Returns:
-        ``values`` with every such scalar converted, those in tuples and lists included.
+        ``values`` with every such scalar converted, also inside tuples and lists.
     """
     return {name: _plain(value) for name, value in values.items()}
 
@@ -32,7 +32,7 @@ def _plain(value: Any) -> Any:
 
 
 def own_tensors(groups: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
-    """Give the last of ``groups`` a copy of each tensor among ``names`` that an earlier group has, too."""
+    """Replace in the last of ``groups`` each tensor among ``names`` that an earlier group shares by a copy."""
     last = groups[-1]
     for name in names:
         value = last.get(name)
@@ -41,73 +41,85 @@ def own_tensors(groups: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
 
 
 def check_lengths(owner: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check that each hyperparameter that is a tuple by default is one of the same length.
+    """Check that each hyperparameter whose default is a tuple has the same length.
+
+    Args:
+        owner: Name of the optimizer, for messages.
+        group: The complete parameter group.
+        defaults: Defaults of the hyperparameters.
 
     Raises:
-        ValueError: One is not.
+        ValueError: A hyperparameter is not a tuple or list of that length.
     """
     for name, default in defaults.items():
         if not isinstance(default, tuple):
             continue
         given = group[name]
         if not isinstance(given, tuple | list):
-            raise ValueError(f"{_where(owner, group)}{name}={given!r}; needed are {len(default)} numbers.")
+            raise ValueError(f"{_where(owner, group)}Invalid {name}={given!r}: must be {len(default)} numbers.")
         if len(given) != len(default):
-            have = f"{len(given)} number" + "s" * (len(given) != 1)
-            raise ValueError(f"{_where(owner, group)}{name}={given} has {have}; needed are {len(default)}.")
+            raise ValueError(
+                f"{_where(owner, group)}Invalid {name}={given}: must be {len(default)} numbers, not {len(given)}."
+            )
 
 
 def number(owner: str, group: Mapping[str, Any], name: str) -> float:
-    """The hyperparameter ``name``, a number or a one-element tensor, as a float.
+    """Return the hyperparameter ``name``, a number or a one-element tensor, as a float.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: The value is neither a number nor a one-element tensor.
     """
     value = group[name]
     if isinstance(value, Tensor):
         if value.numel() != 1:
             shape = tuple(value.shape)
             raise ValueError(
-                f"{_where(owner, group)}{name} has shape {shape}; needed is a number or a one-element tensor."
+                f"{_where(owner, group)}Invalid {name} of shape {shape}: must be a number or a one-element tensor."
             )
         return float(value.detach())
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{_where(owner, group)}{name}={value!r} is a {type(value).__name__}; needed is a number.")
+        kind = type(value).__name__
+        raise ValueError(f"{_where(owner, group)}Invalid {name}={value!r} of type {kind}: must be a number.")
     return float(value)
 
 
 def check_values(
     owner: str, group: Mapping[str, Any], ranges: Mapping[str, Range], defaults: Mapping[str, Any]
 ) -> None:
-    """Check each hyperparameter by itself: numbers by their range, flags for being True or False.
+    """Check each hyperparameter by itself: numbers by their range, flags by their type.
 
     Args:
-        owner: The optimizer's name, for messages.
-        group: The parameter group, complete.
-        ranges: The range of each number.
+        owner: Name of the optimizer, for messages.
+        group: The complete parameter group.
+        ranges: Range of each number.
         defaults: Defaults of the hyperparameters; those that are True or False are flags.
 
     Raises:
-        ValueError: A value is not valid; the message names what was given and what is needed.
+        ValueError: A value is not valid; the message has the given value and the requirement.
     """
     where = _where(owner, group)
     check_numbers(owner, group, ranges)
     check_numbers(owner, group, {name: key.range for name, key in GROUP_KEYS.items() if key.range is not None})
     for name, default in defaults.items():
         if isinstance(default, bool) and not isinstance(group.get(name, False), bool):
-            raise ValueError(f"{where}{name}={group[name]!r}; needed is True or False.")
+            raise ValueError(f"{where}Invalid {name}={group[name]!r}: must be True or False.")
     if group["weight_decay_kind"] in ("independent", "corrected") and group["weight_decay"] and not group["peak_lr"]:
         raise ValueError(
             f"{where}weight_decay_kind={group['weight_decay_kind']!r} divides by the peak learning rate, which is "
-            "lr at construction, here 0, unless something else is known. Give the group its 'peak_lr'."
+            "by default lr at construction, here 0. Give the group its 'peak_lr'."
         )
 
 
 def check_numbers(owner: str, group: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
     """Check the numbers of ``group`` that have a range.
 
+    Args:
+        owner: Name of the optimizer, for messages.
+        group: The parameter group.
+        ranges: Range of each number.
+
     Raises:
-        ValueError: One is out of its range; the message names what was given and what is needed.
+        ValueError: A number is out of its range; the message has the given value and the requirement.
     """
     for name, given, allowed in _parts(group, ranges):
         _check_number(owner, group, name, given, allowed)
@@ -117,16 +129,16 @@ def _check_number(owner: str, group: Mapping[str, Any], name: str, given: Any, a
     if given is None and allowed.optional:
         return
     if isinstance(given, Tensor) and not allowed.tensor:
-        raise ValueError(f"{_where(owner, group)}{name} is a {type(given).__name__}; needed is a number.")
+        raise ValueError(f"{_where(owner, group)}Invalid {name} of type {type(given).__name__}: must be a number.")
     if allowed.whole and not (isinstance(given, int) and not isinstance(given, bool) and given in allowed):
-        raise ValueError(f"{_where(owner, group)}{name}={given!r}; needed is {allowed.needed(name)}.")
+        raise ValueError(f"{_where(owner, group)}Invalid {name}={given!r}: must be {allowed.needed(name)}.")
     value = number(owner, {**group, name: given}, name)
     if value not in allowed:
-        raise ValueError(f"{_where(owner, group)}{name}={value} is out of range; needed is {allowed.needed(name)}.")
+        raise ValueError(f"{_where(owner, group)}Invalid {name}={value}: must be {allowed.needed(name)}.")
 
 
 def _parts(group: Mapping[str, Any], ranges: Mapping[str, Range]) -> Iterator[tuple[str, Any, Range]]:
-    """The numbers of ``group`` that have a range, of a tuple each part by itself (`betas[0]`)."""
+    """Yield name, value and range of each number of ``group``, and of each element of a tuple (`betas[0]`)."""
     for name, allowed in ranges.items():
         if name not in group:
             continue
@@ -138,12 +150,12 @@ def _parts(group: Mapping[str, Any], ranges: Mapping[str, Range]) -> Iterator[tu
 
 
 def refuse_typos(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse keys of a parameter group that are nearly, but not quite, the name of a hyperparameter.
+    """Refuse keys of a parameter group that are similar, but not equal, to the name of a hyperparameter.
 
-    Groups may hold keys of the user's own, so a key that is unlike every hyperparameter is accepted.
+    Groups may hold keys of the user, so a key that is not similar to any hyperparameter is accepted.
 
     Raises:
-        ValueError: There is one; the message names the nearest.
+        ValueError: A key may be misspelt; the message suggests the nearest name.
     """
     known = [name for name in known if name not in PARAMS]
     for key in given:

@@ -1,4 +1,4 @@
-"""LAMB: Adam's direction, with a step in proportion to each tensor's norm."""
+"""LAMB: Adam's direction with a step proportional to the norm of each tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class LAMBRule(UpdateRule):
-    """Adam's direction r plus decay, scaled per tensor to the norm of the weights."""
+    """LAMB's update: Adam's direction plus decay, scaled per tensor to the norm of the weights."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     first_moment: ClassVar[str | None] = "exp_avg"
@@ -25,10 +25,10 @@ class LAMBRule(UpdateRule):
     sums: ClassVar[tuple[str, ...]] = ("param_sq", "step_sq")
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """Betas, bias corrections, and what the trust ratio of this group looks like."""
+        """Betas, bias corrections, and the settings of the trust ratio."""
         beta1, beta2 = group["betas"]
         corrected = group["bias_correction"]
-        shrinks = decay_form(group) == "shrink"  # the other kinds are no part of the update, nor of its norm
+        shrinks = decay_form(group) == "shrink"  # Other kinds do not enter the update or its norm.
         return {
             "lr": group["lr"],
             "step_size": group["lr"] / (1 - beta1**step) if corrected else group["lr"],
@@ -60,19 +60,19 @@ class LAMBRule(UpdateRule):
         decay: Any,
         decay_inside: Any,
     ) -> Any:
-        """w² and (lr·u)², with the new moments."""
+        """Terms w² and (lr·u)² of one element, with the new moments."""
         exp_avg, exp_avg_sq = update_moments(grad, exp_avg, exp_avg_sq, beta1, one_minus_beta1, beta2, one_minus_beta2)
         step = step_size * exp_avg / (sqrt(exp_avg_sq) / bias_correction2_sqrt + eps) + decay_inside * decay * param
         return param * param, step * step
 
     def rescale(self, scalars: dict[str, Tensor], sums: dict[str, Tensor], numel: Tensor) -> dict[str, Tensor]:
-        """Step and decay times ‖w‖/‖u‖."""
+        """Step size and decay multiplied by ‖w‖/‖u‖, [tensors] each."""
         inside = scalars["decay_inside"] * scalars["decay"]
         outside = scalars["decay"] - inside
         norm = sqrt(sums["param_sq"]) * absolute(1 - scalars["shrinks"] * outside)
         step_norm = sqrt(sums["step_sq"])
         adapts = (norm > 0) & (step_norm > 0) & (scalars["adapt"] != 0)
-        # The sum is of (lr·u)², which is 0 for lr = 0: nothing moves then, whatever the ratio.
+        # The sum is of (lr·u)², which is 0 for lr = 0; weights do not change then, for any ratio.
         ratio = where(adapts, minimum(norm * scalars["lr"] / step_norm, scalars["ratio_limit"]), 1.0)
         return {"step_size": scalars["step_size"] * ratio, "decay": inside * ratio + outside}
 
@@ -96,7 +96,7 @@ class LAMBRule(UpdateRule):
 
 
 class LAMB(FusedOptimizer):
-    """LAMB: Adam's direction, with a step in proportion to each tensor's norm, for very large batches.
+    """LAMB: Adam's direction with a step proportional to the norm of each tensor, for very large batches.
 
     With gradient g at step t, and per tensor:
 
@@ -105,10 +105,10 @@ class LAMB(FusedOptimizer):
         w ← w − lr · ‖w‖/‖u‖ · u
 
     The ratio ‖w‖/‖u‖ is 1 where either norm is 0, and for groups without weight decay (biases, norms) unless
-    ``always_adapt``. As Algorithm 2 of the paper with φ the identity, and as `timm.optim.Lamb(max_grad_norm=None)`.
-    That optimizer, like NVIDIA's, also clips the global gradient norm to 1 by default: here that is the step
-    pipeline's `GradientClipping(max_norm=1.0)`. With ``cautious``, components of Adam's direction are left out, and the
-    ratio is that of the whole u, where timm's is that of what remains.
+    ``always_adapt``. This is Algorithm 2 of the paper with φ the identity, and `timm.optim.Lamb(max_grad_norm=None)`.
+    By default timm's and NVIDIA's optimizers also clip the global gradient norm to 1; use
+    `GradientClipping(max_norm=1.0)` for that. With ``cautious``, components of Adam's direction are left out, and the
+    ratio is that of the whole u, whereas timm uses that of the remaining components.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -116,12 +116,12 @@ class LAMB(FusedOptimizer):
             or a one-element tensor.
         betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1).
         eps: ε, added to the denominator, in units of the gradient.
-        weight_decay: λ ≥ 0; a part of u, so that the ratio scales it too. ``weight_decay_kind`` says how it follows
-            the learning rate.
-        bias_correction: Divide m and v by 1 − βᵗ.
-        trust_clip: Let the ratio only shrink steps, never stretch them (LAMBC, https://arxiv.org/abs/2011.13584).
-        always_adapt: Use the ratio in groups without weight decay, too.
-        decoupled_decay: Decay the weights apart from u and before it, as AdamW does.
+        weight_decay: λ ≥ 0; a part of u, so that the ratio scales it as well. ``weight_decay_kind`` determines how it
+            depends on the learning rate.
+        bias_correction: Whether to divide m and v by 1 − βᵗ.
+        trust_clip: Whether to limit the ratio to at most 1 (LAMBC, https://arxiv.org/abs/2011.13584).
+        always_adapt: Whether to use the ratio in groups without weight decay as well.
+        decoupled_decay: Whether to decay the weights before u and separately from it, as in AdamW.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -142,7 +142,7 @@ class LAMB(FusedOptimizer):
         tensor([1.8000, 1.8000, 1.8000, 1.8000])
     """
 
-    when_to_use = "Very large batches (thousands to tens of thousands) with Adam's kind of model, BERT say."
+    when_to_use = "Very large batches (thousands to tens of thousands) for models that need Adam, such as BERT."
     memory = "2 values"
     paper = "https://arxiv.org/abs/1904.00962"
 
@@ -176,5 +176,5 @@ class LAMB(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return LAMBRule()

@@ -1,4 +1,4 @@
-"""LARS: SGD with a step in proportion to each tensor's norm."""
+"""LARS: SGD with a step proportional to the norm of each tensor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class LARSRule(UpdateRule):
-    """Along the gradient, scaled per tensor to the norm of the weights."""
+    """LARS's update without momentum: the gradient, scaled per tensor to the norm of the weights."""
 
     counts_steps: ClassVar[bool] = False
     sums: ClassVar[tuple[str, ...]] = ("param_sq", "grad_sq")
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """Learning rate, and what the trust ratio of this group looks like."""
+        """Learning rate, and the settings of the trust ratio."""
         is_l2 = WeightDecayKind(group["weight_decay_kind"]) is WeightDecayKind.L2
         return {
             "lr": group["lr"],
@@ -36,16 +36,16 @@ class LARSRule(UpdateRule):
         }
 
     def decay(self, group: Mapping[str, Any], usual: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
-        """The L2 term joins the gradient only after its norm has been taken, in `rescale`."""
+        """Coefficients without the L2 term, which `rescale` adds after the norm of the gradient has been computed."""
         return usual[0], 0.0
 
     @staticmethod
     def sums_update(param: Any, grad: Any) -> Any:
-        """w² and g²."""
+        """Terms w² and g² of one element."""
         return param * param, grad * grad
 
     def rescale(self, scalars: dict[str, Tensor], sums: dict[str, Tensor], numel: Tensor) -> dict[str, Tensor]:
-        """The trust ratio, and the L2 term."""
+        """Trust ratio and coefficient of the L2 term, [tensors] each."""
         norm, grad_norm = sqrt(sums["param_sq"]), sqrt(sums["grad_sq"])
         ratio = scalars["trust_coeff"] * norm / (grad_norm + scalars["l2_inside"] * norm + scalars["eps"])
         ratio = where((norm > 0) & (grad_norm > 0), ratio, 1.0)
@@ -60,14 +60,14 @@ class LARSRule(UpdateRule):
 
 
 class LARSMomentumRule(LARSRule):
-    """Along a running sum of scaled gradients."""
+    """LARS's update with momentum, a running sum of scaled gradients."""
 
     state = ("momentum_buffer",)
-    counts_steps = True  # the first gradient is not dampened
+    counts_steps = True  # The step count is needed because the first gradient is not dampened.
     first_moment = "momentum_buffer"
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """As without momentum, and the weights of gradient and buffer in the step."""
+        """Scalars as without momentum, and the weights of gradient and buffer in the step."""
         momentum = group["momentum"]
         return super().scalars(group, step) | {
             "momentum": momentum,
@@ -95,33 +95,33 @@ class LARSMomentumRule(LARSRule):
 
     @staticmethod
     def sums_update(param: Any, grad: Any, momentum_buffer: Any) -> Any:  # type: ignore[override]
-        """w² and g²."""
+        """Terms w² and g² of one element."""
         return param * param, grad * grad
 
 
 class LARS(FusedOptimizer):
-    """LARS: SGD with a step in proportion to each tensor's norm, for very large batches.
+    """LARS: SGD with a step proportional to the norm of each tensor, for very large batches.
 
     With gradient g, and per tensor:
 
         ratio = c·‖w‖ / (‖g‖ + λ·‖w‖ + ε)
         b ← μ·b + (1 − d)·ratio·(g + λ·w)   (the first time b ← ratio·(g + λ·w))
-        w ← w − lr·b,   or with Nesterov's momentum   w ← w − lr·(ratio·(g + λ·w) + μ·b)
+        w ← w − lr·b,   or with Nesterov momentum   w ← w − lr·(ratio·(g + λ·w) + μ·b)
 
     The ratio is 1 where either norm is 0, and for groups without weight decay (biases, norms) unless ``always_adapt``.
-    As Algorithm 1 of the paper, and as `timm.optim.Lars`.
+    This is Algorithm 1 of the paper and `timm.optim.Lars`.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
-        lr: Learning rate, on top of ``trust_coeff``; a float or a one-element tensor.
-        momentum: μ ≥ 0. 0 keeps no state; 0.9 is the paper's.
-        dampening: d, the share of each new gradient left out.
-        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``. Only `l2`, the paper's, is a part of the ratio.
-        nesterov: Look one step ahead; needs momentum and no dampening.
+        lr: Learning rate, multiplied by ``trust_coeff``; a float or a one-element tensor.
+        momentum: μ ≥ 0. 0 keeps no state; the paper uses 0.9.
+        dampening: d in [0, 1], the fraction of each new gradient that is left out.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``. Only `l2`, as in the paper, enters the ratio.
+        nesterov: Whether to use Nesterov momentum; requires momentum above 0 and dampening 0.
         trust_coeff: c, the fraction of a tensor's norm that a step of lr 1 moves.
         eps: ε, added to the denominator of the ratio, in units of the gradient.
-        trust_clip: Let the ratio only lower the learning rate: ratio = min(ratio/lr, 1) (LARC).
-        always_adapt: Use the ratio in groups without weight decay, too.
+        trust_clip: Whether the ratio may only lower the learning rate: ratio = min(ratio/lr, 1) (LARC).
+        always_adapt: Whether to use the ratio in groups without weight decay as well.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -183,12 +183,12 @@ class LARS(FusedOptimizer):
 
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
-        """See `FusedOptimizer.check`."""
+        """Implement `FusedOptimizer.check`."""
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             given = f"momentum={group['momentum']}, dampening={group['dampening']}"
-            raise ValueError(f"LARS: nesterov=True needs momentum above 0 and dampening=0; given {given}.")
+            raise ValueError(f"LARS: nesterov=True needs momentum above 0 and dampening=0, not {given}.")
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return LARSMomentumRule() if group["momentum"] else LARSRule()

@@ -15,7 +15,7 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class LionRule(UpdateRule):
-    """The sign of an average that weighs the newest gradient more than the stored momentum does."""
+    """Lion's update: the sign of an average in which the newest gradient has more weight than in the momentum."""
 
     state = ("exp_avg",)
     compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True}
@@ -50,7 +50,7 @@ class LionRule(UpdateRule):
 
 
 class Lion(FusedOptimizer):
-    """Lion: every weight moves by exactly lr, in the direction of an averaged gradient's sign.
+    """Lion: every weight moves by exactly lr, in the direction of the sign of an averaged gradient.
 
     With gradient g:
 
@@ -58,13 +58,13 @@ class Lion(FusedOptimizer):
         w ← w − lr·sign(β₁·m + (1 − β₁)·g)
         m ← β₂·m + (1 − β₂)·g
 
-    As Program 1 of the paper and as `lion_pytorch.Lion`. Use a learning rate 3 to 10 times smaller than AdamW's and a
-    weight decay as many times larger, which keeps lr·λ.
+    This is Program 1 of the paper and `lion_pytorch.Lion`. Use a learning rate 3 to 10 times smaller than for AdamW,
+    and a weight decay larger by the same factor, which preserves lr·λ.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         lr: Learning rate, the size of each step; a float or a one-element tensor.
-        betas: (β₁, β₂), each in [0, 1): β₁ weighs the momentum in the direction, β₂ in what is remembered.
+        betas: (β₁, β₂), each in [0, 1): weight of the momentum in the direction, and decay rate of the momentum.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
@@ -85,7 +85,7 @@ class Lion(FusedOptimizer):
         tensor([ 0.9000, -1.9000])
     """
 
-    when_to_use = "Half of AdamW's state; large batches of vision and language, with a smaller lr."
+    when_to_use = "Half of AdamW's state; large batches in vision and language, with a smaller lr."
     memory = "1 value"
     paper = "https://arxiv.org/abs/2302.06675"
 
@@ -109,5 +109,5 @@ class Lion(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return LionRule()

@@ -1,4 +1,4 @@
-"""The options `kahan_sum`, `stochastic_rounding` and `state_bits`: when they are valid, and the state they need."""
+"""The options `kahan_sum`, `stochastic_rounding` and `state_bits`: their checks and the state that they need."""
 
 from __future__ import annotations
 
@@ -14,77 +14,82 @@ from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import INITIAL
 
 FLAGS = ("kahan_sum", "stochastic_rounding", "state_bits")
-"""The shared options that this module is about."""
+"""The shared options that this module implements."""
 
 HALF = (torch.bfloat16, torch.float16)
 SMALL = 4096
-"""Below this many elements state stays in 32 bits with `state_bits=8`: there is nothing to gain, and small tensors
-(norms, biases) are the sensitive ones. As in the paper on 8-bit optimizers."""
+"""Tensors with fewer elements keep 32-bit state under `state_bits=8`, because they take little memory and the sensitive
+tensors (norms, biases) are small. The value is that of the paper on 8-bit optimizers."""
 
 
 def check(owner: str, group: Mapping[str, Any], rule: Rule) -> None:
-    """Check that the flags of ``group`` agree with each other and with ``rule``.
+    """Check that the options of ``group`` are consistent with each other and with ``rule``.
 
     Args:
-        owner: The optimizer's name, for the message.
-        group: The parameter group, complete.
-        rule: The rule that updates it.
+        owner: Name of the optimizer, for messages.
+        group: The complete parameter group.
+        rule: The rule that updates the group.
 
     Raises:
-        ValueError: They contradict each other, or ``rule`` cannot honour them.
+        ValueError: The options contradict each other, or ``rule`` does not support them.
     """
     if group["kahan_sum"] and group["stochastic_rounding"]:
         raise ValueError(
-            f"{owner}: kahan_sum=True and stochastic_rounding=True are two answers to the same loss; choose one. "
-            "kahan_sum is the more exact, stochastic_rounding needs no memory."
+            f"{owner}: kahan_sum=True and stochastic_rounding=True are alternatives; choose one. kahan_sum is more "
+            "exact, stochastic_rounding needs no memory."
         )
     bits = group["state_bits"]
     if bits not in (32, 16, 8) or isinstance(bits, bool):
-        raise ValueError(f"{owner}: state_bits={bits!r}; needed is 32, 16 or 8.")
+        raise ValueError(f"{owner}: Invalid state_bits={bits!r}: must be 32, 16 or 8.")
     if bits == 32 or rule.compressible:
         return
     if isinstance(rule, UpdateRule) and not rule.state:
         reason = "it keeps no state with these settings"
     else:
-        reason = "its state is more than moments that average (sums, weights, matrix factors), and needs 32 bits"
-    raise ValueError(f"{owner}: state_bits={bits} cannot be used, because {reason}. Needed is state_bits=32.")
+        reason = "its state has more than moments that average (sums, weights, matrix factors), and needs 32 bits"
+    raise ValueError(f"{owner}: Invalid state_bits={bits}: must be 32, because {reason}.")
 
 
 def check_param(label: str, group: Mapping[str, Any], param: Tensor) -> None:
-    """Check that ``param``, of any shape, can be stored as the flags of ``group`` say.
+    """Check that ``param``, of any shape, supports the options of ``group``.
+
+    Args:
+        label: Name of the parameter, for messages.
+        group: The complete parameter group.
+        param: The parameter.
 
     Raises:
-        ValueError: Its dtype or its sharding does not allow it.
+        ValueError: The dtype or the sharding of the parameter does not support an option.
     """
     if group["stochastic_rounding"] and param.dtype == torch.float16:
         raise ValueError(
-            f"{label} is float16, whose small numbers lose their last bits one by one; stochastic_rounding=True is for "
-            "bfloat16. Use kahan_sum=True, or bfloat16 parameters."
+            f"{label} is float16, whose subnormal numbers have fewer bits; stochastic_rounding=True supports bfloat16 "
+            "only. Use kahan_sum=True, or bfloat16 parameters."
         )
     if group["state_bits"] != 32 and param.dtype == torch.float64:
         raise ValueError(
-            f"{label} is float64; state_bits={group['state_bits']} would throw its precision away. Needed is 32."
+            f"{label} is float64, whose precision state_bits={group['state_bits']} would lose; state_bits must be 32."
         )
     if group["state_bits"] == 8 and hasattr(param, "device_mesh"):
         raise ValueError(
-            f"{label} is a DTensor; state_bits=8 would make scales of each rank's own blocks, which no other sharding "
-            "could load. Needed is 32 or 16."
+            f"{label} is a DTensor; state_bits=8 would store scales of each rank's own blocks, which no other sharding "
+            "could load. state_bits must be 32 or 16."
         )
 
 
 def uses(group: Mapping[str, Any]) -> bool:
-    """Whether any of the flags is set."""
+    """Return whether any of the options is set."""
     return bool(group["kahan_sum"] or group["stochastic_rounding"] or group["state_bits"] != 32)
 
 
 def compressed(group: Mapping[str, Any], param: Tensor, rule: Rule) -> Mapping[str, bool]:
-    """States of ``param`` that begin in fewer than 32 bits, and whether each has a sign."""
+    """Return the states of ``param`` that are created in fewer than 32 bits, and whether each is signed."""
     bits = group["state_bits"]
     return {} if bits == 32 or (bits == 8 and param.numel() < SMALL) else rule.compressible
 
 
 def zeros(name: str, param: Tensor, group: Mapping[str, Any], signed: bool) -> dict[str, Tensor]:
-    """The state ``name`` of a parameter before its first step, as `state_bits` says."""
+    """Create the state ``name`` of a parameter before its first step, in the format given by `state_bits`."""
     if group["state_bits"] == 16:
         return {name: torch.zeros_like(param, dtype=torch.bfloat16, memory_format=torch.preserve_format)}
     codes, scales = quantization.zeros(param, signed)
@@ -94,10 +99,10 @@ def zeros(name: str, param: Tensor, group: Mapping[str, Any], signed: bool) -> d
 def storage(
     group: Mapping[str, Any], param: Tensor, rule: Rule, state: Mapping[str, Any]
 ) -> tuple[bool, tuple[str, ...]]:
-    """Whether ``param`` is compensated, and which of its arrays are rounded stochastically.
+    """Return whether ``param`` has Kahan compensation, and the names of its arrays that are rounded stochastically.
 
-    The first two flags stand in for wider parameters, and have no effect where these are wide. Of the state its own
-    dtype decides, so that loaded state keeps the form it has.
+    `kahan_sum` and `stochastic_rounding` replace wider parameters, and have no effect on float32 and float64. The
+    rounding of state depends on its present dtype, so that loaded state keeps its format.
     """
     rounded = ["param"] if group["stochastic_rounding"] and param.dtype == torch.bfloat16 else []
     low = (torch.bfloat16, torch.uint8) if group["state_bits"] != 32 else (torch.uint8,)
@@ -106,24 +111,24 @@ def storage(
 
 
 def has_codes(state: Mapping[str, Any], rule: Rule) -> bool:
-    """Whether some of ``state`` is in 8 bits, whatever the flags say now."""
+    """Return whether some of ``state`` is stored in 8 bits, regardless of the present options."""
     return any(name in state and state[name].dtype == torch.uint8 for name in rule.compressible)
 
 
 def companions(state: Mapping[str, Any]) -> list[str]:
-    """Names of the arrays in ``state`` that are not the rule's own: compensation, scales, initial weights."""
+    """Return the names of arrays in ``state`` that do not belong to the rule: compensation, scales, initial weights."""
     return [name for name in state if name in ("kahan_comp", INITIAL) or name.endswith("_scale")]
 
 
 def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rule: Rule, position: int) -> None:
-    """Add to ``state`` what the flags need in addition to the rule's own state, where it is missing.
+    """Add to ``state`` missing entries that the options need in addition to the rule's own state.
 
     Args:
-        state: Of ``param``; written.
+        state: State of ``param``, modified in place.
         param: The parameter.
-        group: Its group.
-        rule: What updates it.
-        position: Its place among all parameters of the optimizer; makes its noise its own.
+        group: Its parameter group.
+        rule: The rule that updates it.
+        position: Index of the parameter in the optimizer, from which its random numbers are derived.
     """
     if group["kahan_sum"] and param.dtype in HALF and "kahan_comp" not in state:
         state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)

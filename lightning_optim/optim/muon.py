@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised."""
+"""Muon: orthogonalised momentum."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class MuonRule(TensorRule):
-    """The orthogonal matrix nearest to the momentum."""
+    """Muon's update: the orthogonal matrix nearest to the momentum."""
 
     state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     counts_steps: ClassVar[bool] = False
     first_moment: ClassVar[str | None] = "momentum_buffer"
 
     def why_not(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
-        """See `Rule.why_not`."""
+        """Implement `Rule.why_not`."""
         if param.dim() < 2:
             return f"it has {param.dim()} dimensions, and only matrices can be orthogonalised. Give it rule='adamw'."
         if param.dim() == 3 and group["flatten"] is None:
             return (
-                f"its shape {tuple(param.shape)} may be a stack of matrices or the kernel of a 1-d convolution. Say "
-                "which in its group, flatten=False or flatten=True, or take the groups from "
-                "muon_param_groups(model), which looks at the modules; or give it rule='adamw'."
+                f"its shape {tuple(param.shape)} may be a stack of matrices or the kernel of a 1-d convolution. Set "
+                "flatten=False or flatten=True in its group, use the groups of muon_param_groups(model), which "
+                "inspects the modules, or give it rule='adamw'."
             )
         return None
 
     def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
-        """Matrices of one shape or its transpose, and of equal settings, are one stack."""
+        """Return a key that is equal for matrices of one shape or its transpose with equal settings."""
         _, rows, columns = matrix_shape(param, group)
         settings = (tuple(group["ns_coefficients"]), group["ns_steps"], group["eps"])
         return min(rows, columns), max(rows, columns), settings
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """No momentum."""
+        """Return a momentum of zeros."""
         return {"momentum_buffer": torch.zeros_like(param, memory_format=torch.preserve_format)}
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
@@ -58,7 +58,7 @@ class MuonRule(TensorRule):
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
-        """See `TensorRule.update`."""
+        """Implement `TensorRule.update`."""
         buffers, directions = directions_of(grads, states, scalars, groups, groups[0]["eps"])
 
         def deltas() -> Iterator[Tensor]:
@@ -77,7 +77,18 @@ def directions_of(
     groups: Sequence[Mapping[str, Any]],
     eps: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """New momentum; and the momentum orthogonalised, as matrices or stacks of them, in bfloat16 as published."""
+    """Return the new momentum in the shapes of ``grads``, and the orthogonalised momentum in bfloat16, as published.
+
+    Args:
+        grads: Gradients of any shapes.
+        states: States with `momentum_buffer` in the shape of each gradient.
+        scalars: Scalars of the rule, shape [] each.
+        groups: Parameter group of each gradient.
+        eps: Smallest norm that the Newton-Schulz iteration divides by.
+
+    Returns:
+        New buffers, and orthogonalised matrices, [rows, columns] or [matrices, rows, columns] each.
+    """
     buffers: list[Tensor] = []
 
     def matrices() -> Iterator[Tensor]:
@@ -94,9 +105,9 @@ def directions_of(
 
 
 def matrix_shape(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ...], int, int]:
-    """How a parameter is orthogonalised: [number of matrices] or [] for one, rows, columns.
+    """Return the shape as which a parameter is orthogonalised: (matrices,) or () for a single one, rows, columns.
 
-    Kernels of convolutions, and whatever else the group flattens, are output channels × the rest.
+    Convolution kernels, and other tensors that the group flattens, are output channels × the rest.
     """
     if param.dim() == 2 or group["flatten"] is not False:
         return (), param.shape[0], param.shape[1:].numel()
@@ -105,7 +116,7 @@ def matrix_shape(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ..
 
 
 def step_ratio(matrix: Tensor, adjust_lr_fn: str | None) -> float:
-    """What the learning rate is multiplied by, for a matrix of this shape, or each of a stack."""
+    """Return the factor of the learning rate for the shape of ``matrix``, [..., rows, columns]."""
     rows, columns = matrix.shape[-2:]
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
@@ -122,33 +133,36 @@ class Muon(HiddenMatrixOptimizer):
         W ← (1 − lr·λ)·W
         W ← W − lr·√max(1, A/B)·O,   or with `match_rms_adamw`   W ← W − lr·0.2·√max(A, B)·O
 
-    As the reference of the first paper below and `torch.optim.Muon`, whose state dicts load here and back.
+    This is the reference implementation of the first paper below and `torch.optim.Muon`, with interchangeable state
+    dicts.
 
-    Hidden matrices only are to be orthogonalised. Convolution kernels are, flattened to output channels × the rest;
-    vectors, embeddings and other tables, depthwise kernels and output layers go to AdamW, in groups of their own that
-    this constructor makes, with
-    ``rule="adamw"``. Embeddings and output layers are known by their names: pass `model.named_parameters()` rather than
-    `model.parameters()`, or better `muon_param_groups(model)`, which also looks at the modules. A group's `rule`,
-    "muon" or the name of another optimizer, decides for all its parameters.
+    Only hidden matrices should be orthogonalised. They include convolution kernels, flattened to output channels × the
+    rest. The constructor puts vectors, embeddings and other tables, depthwise kernels and output layers into separate
+    groups with ``rule="adamw"``. It recognises embeddings and output layers by their names, so pass
+    `model.named_parameters()` rather than `model.parameters()`, or better `muon_param_groups(model)`, which also
+    inspects the modules. The key `rule` of a group, "muon" or the name of another optimizer, overrides this for all its
+    parameters.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         lr: Learning rate; a float or a one-element tensor. With `original`, 0.02 is usual for hidden matrices.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
-        momentum: μ in [0, 1); 0.95 remembers about twenty steps.
-        nesterov: Look one step ahead.
+        momentum: μ in [0, 1); 0.95 averages over about twenty steps.
+        nesterov: Whether to use Nesterov momentum.
         ns_coefficients: (a, b, c) of the iteration's quintic.
         eps: Smallest norm of N that is divided by.
         ns_steps: Iterations, 1 to 99; five bring singular values to between about 0.7 and 1.2.
-        adjust_lr_fn: How the step depends on the shape: None or `original`, or `match_rms_adamw`, with which learning
-            rate and weight decay tuned for AdamW fit (the second paper), and so one lr fits all groups.
-        flatten: What parameters of more than two dimensions are: True for kernels, flattened to output channels × the
-            rest; False for stacks of matrices, such as experts, each orthogonalised by itself. None takes four and more
-            dimensions for kernels and refuses three, which may be either; `muon_param_groups` looks at the modules.
-        adamw_lr: Learning rate of the groups that go to AdamW; None for ``lr``.
-        adamw_betas: Their betas; 0.95 rather than 0.999, as with Muon in language models.
-        adamw_eps: Their ε.
-        adamw_weight_decay: Their weight decay; None for ``weight_decay``.
+        adjust_lr_fn: Dependence of the step on the shape of the matrix: None or `original`, or `match_rms_adamw`,
+            which suits learning rate and weight decay tuned for AdamW (the second paper), so that one lr suits all
+            groups.
+        flatten: Meaning of parameters with more than two dimensions: True for convolution kernels, flattened to output
+            channels × the rest; False for stacks of matrices, such as experts, each orthogonalised separately. None
+            treats four and more dimensions as kernels and refuses three, which are ambiguous; `muon_param_groups`
+            inspects the modules.
+        adamw_lr: Learning rate of the groups for AdamW; None for ``lr``.
+        adamw_betas: Betas of the groups for AdamW; β₂ = 0.95 rather than 0.999, as with Muon in language models.
+        adamw_eps: ε of the groups for AdamW.
+        adamw_weight_decay: Weight decay of the groups for AdamW; None for ``weight_decay``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -169,7 +183,7 @@ class Muon(HiddenMatrixOptimizer):
     """
 
     when_to_use = "Hidden matrices of transformers and convolutional networks; fewer steps than AdamW."
-    memory = "1 value (2 for what goes to AdamW)"
+    memory = "1 value (2 in groups for AdamW)"
     paper = "https://kellerjordan.github.io/posts/muon"
 
     def __init__(
@@ -210,5 +224,5 @@ class Muon(HiddenMatrixOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> TensorRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return MuonRule()

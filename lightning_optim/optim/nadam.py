@@ -1,4 +1,4 @@
-"""NAdam: Adam with Nesterov's momentum, on a momentum schedule."""
+"""NAdam: Adam with Nesterov momentum and a momentum schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class NAdamRule(UpdateRule):
-    """Adam's denominator; in the numerator the momentum of the next step."""
+    """NAdam's update: Adam's denominator, and the momentum of the next step in the numerator."""
 
     state = ("exp_avg", "exp_avg_sq")
     scalar_state: ClassVar[Mapping[str, float]] = MappingProxyType({"mu_product": 1.0})
@@ -26,7 +26,7 @@ class NAdamRule(UpdateRule):
     second_moment = "exp_avg_sq"
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """Betas, and the shares of gradient and momentum under the momentum schedule."""
+        """Betas, and the weights of gradient and momentum under the momentum schedule."""
         beta1, beta2 = group["betas"]
         mu = beta1 * (1 - 0.5 * 0.96 ** (step * group["momentum_decay"]))
         mu_next = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * group["momentum_decay"]))
@@ -67,14 +67,14 @@ class NAdamRule(UpdateRule):
 class NAdam(FusedOptimizer):
     """NAdam: Adam whose step looks one momentum step ahead, with a momentum that grows over training.
 
-    With gradient g at step t (decay λw is part of g by default):
+    With gradient g at step t (which includes the decay λ·w by default):
 
         μₜ = β₁·(1 − ½·0.96^(t·ψ)),   Π ← Π·μₜ
         m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²
         w ← w − lr · [(1 − μₜ)/(1 − Π)·g + μₜ₊₁/(1 − Π·μₜ₊₁)·m] / (√(v/(1 − β₂ᵗ)) + ε)
 
-    As `torch.optim.NAdam`, whose state dicts load here and back; Π (`mu_product`) is kept in float64 here. Without the
-    schedule of μ it is `NAdamW`.
+    This is `torch.optim.NAdam`, with interchangeable state dicts; Π (`mu_product`) is stored in float64. `NAdamW` is
+    the same without the schedule of μ.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -83,7 +83,7 @@ class NAdam(FusedOptimizer):
         eps: ε, added to the denominator, in units of the gradient.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         momentum_decay: ψ ≥ 0: μ is half of β₁ at first, and closes 4·ψ per cent of the gap to β₁ per step.
-        decoupled_weight_decay: torch's way to say ``weight_decay_kind="decoupled"``.
+        decoupled_weight_decay: torch's name for ``weight_decay_kind="decoupled"``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -137,5 +137,5 @@ class NAdam(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return NAdamRule()

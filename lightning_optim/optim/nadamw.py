@@ -1,4 +1,4 @@
-"""NAdamW: AdamW with Nesterov's momentum."""
+"""NAdamW: AdamW with Nesterov momentum."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class NAdamWRule(AdamRule):
-    """Adam whose first moment takes in the newest gradient once more for the step."""
+    """Adam's update with Nesterov momentum: the first moment of the step includes the newest gradient once more."""
 
     @staticmethod
     def update(
@@ -49,8 +49,8 @@ class NAdamW(FusedOptimizer):
         m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²
         w ← w − lr · (β₁·m + (1 − β₁)·g)/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + ε)
 
-    As in the AlgoPerf benchmark, whose strongest baseline it is, and as `timm.optim.NAdamW`. It is not `NAdam` with
-    decoupled decay: that has a schedule of its momentum.
+    This is the strongest baseline of the AlgoPerf benchmark, and `timm.optim.NAdamW`. It differs from `NAdam` with
+    decoupled decay, which has a momentum schedule.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -105,5 +105,5 @@ class NAdamW(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return NAdamWRule()

@@ -1,4 +1,4 @@
-"""Newton-Schulz iteration: the nearest (semi-)orthogonal matrix, from matrix products only, many matrices at once."""
+"""Newton-Schulz iteration: the nearest (semi-)orthogonal matrix by matrix products, for many matrices at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic a·x + b·x³ + c·x⁵; chosen by Jordan et al. to raise small singular values as fast as possible.
-Singular values do not converge to 1 but land between about 0.7 and 1.2 after five steps, which serves as well."""
+"""Coefficients of the quintic a·x + b·x³ + c·x⁵, which Jordan et al. chose so that small singular values grow fast.
+Singular values do not converge to 1 but are between about 0.7 and 1.2 after five steps, which works as well."""
 
 
 def orthogonalize(
@@ -19,20 +19,20 @@ def orthogonalize(
     eps: float = 1e-7,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Tensor]:
-    """U·Vᵀ of each matrix U·S·Vᵀ, nearly: all singular values brought close to 1.
+    """Approximate U·Vᵀ of each matrix U·S·Vᵀ by moving all singular values close to 1.
 
-    Matrices of one shape, or of the transposed one, are stacked: on a GPU, and on the CPU's cores, one batched product
-    is faster than many small ones, and the wide form of a matrix has the smaller Gram matrix.
+    Matrices of one shape, or of its transpose, are stacked, because one batched product is faster than many small ones
+    on GPUs and CPUs. Tall matrices are transposed, because the wide form has the smaller Gram matrix.
 
     Args:
         matrices: Shape [rows, columns] each, on one device, of any floating dtype.
         coefficients: (a, b, c) of the quintic.
         steps: Number of iterations.
-        eps: Smallest norm that is divided by.
-        dtype: What the iteration runs in.
+        eps: Smallest norm that a matrix is divided by.
+        dtype: Dtype of the iteration.
 
     Returns:
-        Matrices of the shapes given, in ``dtype``.
+        Matrices in the shapes of ``matrices``, of dtype ``dtype``.
 
     Example:
         >>> (x,) = orthogonalize([torch.tensor([[3.0, 0.0], [0.0, 2.0]])], dtype=torch.float32)
@@ -56,14 +56,17 @@ def orthogonalize_stack(
     eps: float,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Tensor]:
-    """`orthogonalize` for matrices of one shape or its transpose, all in one stack.
+    """Orthogonalize matrices of one shape or its transpose in one stack.
 
     Args:
-        matrices: Shape [rows, columns], or [matrices, rows, columns] for several; each is let go of as it is converted.
+        matrices: Shape [rows, columns] or [matrices, rows, columns] each; no reference is kept after conversion.
         coefficients: As for `orthogonalize`.
         steps: As for `orthogonalize`.
         eps: As for `orthogonalize`.
         dtype: As for `orthogonalize`.
+
+    Returns:
+        As for `orthogonalize`.
     """
     wide = [matrix.to(dtype) for matrix in matrices]
     tall = [matrix.shape[-2] > matrix.shape[-1] for matrix in wide]
@@ -80,10 +83,10 @@ def orthogonalize_stack(
 
 
 def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The iteration on one wide matrix or a stack of them."""
+    """Run the iteration on a wide matrix, [rows, columns], or a stack, [matrices, rows, columns]."""
     a, b, c = coefficients
     add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
-    # The Frobenius norm bounds the largest singular value, which must not be above 1.
+    # The largest singular value must be at most 1, and the Frobenius norm is an upper bound of it.
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT

@@ -1,4 +1,4 @@
-"""NorMuon: Muon with rows of equal step size."""
+"""NorMuon: Muon with equal step sizes of all rows."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lightning_optim.optim.muon import MuonRule, directions_of, matrix_shape, st
 from lightning_optim.optim.newton_schulz import COEFFICIENTS
 from lightning_optim.optim.shared_options import SharedOptions
 
-NEWTON_SCHULZ_EPS = 1e-7  # `eps` is for the rows
+NEWTON_SCHULZ_EPS = 1e-7  # The argument `eps` is that of the rows.
 
 
 class NorMuonRule(MuonRule):
-    """The orthogonal matrix nearest to the momentum, its rows over a running root mean square."""
+    """NorMuon's update: Muon's orthogonal matrix with each row divided by its running root mean square."""
 
     state = ("momentum_buffer", "second_momentum_buffer")
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """No momentum, and zero for each row."""
+        """Return a momentum of zeros, and a mean square of zero for each row."""
         lead, rows, _ = matrix_shape(param, group)
         return super().init_state(param, group) | {"second_momentum_buffer": param.new_zeros(*lead, rows, 1)}
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """As for Muon, and how much of the newest squares the rows take in."""
+        """Scalars of Muon, and the weight of the newest squares in those of the rows."""
         return super().scalars(group, step) | {"one_minus_beta2": 1 - group["beta2"]}
 
     def update(
@@ -43,7 +43,7 @@ class NorMuonRule(MuonRule):
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """See `TensorRule.update`."""
+        """Implement `TensorRule.update`."""
         buffers, directions = directions_of(grads, states, scalars, groups, NEWTON_SCHULZ_EPS)
         deltas, new_states = [], []
         for i, (grad, group, numbers) in enumerate(zip(grads, groups, scalars, strict=True)):
@@ -62,13 +62,13 @@ class NorMuonRule(MuonRule):
 
 
 def _norm(matrix: Tensor) -> Tensor:
-    """Frobenius norm of a matrix, or of each of a stack."""
+    """Return the Frobenius norm of a matrix, shape [], or of each matrix of a stack, [matrices, 1, 1]."""
     norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
     return norm if matrix.dim() > 2 else norm.view(())
 
 
 class NorMuon(HiddenMatrixOptimizer):
-    """NorMuon: Muon whose neurons, the rows of each matrix, all move by similar amounts.
+    """NorMuon: Muon in which all neurons, the rows of each matrix, change by similar amounts.
 
     With gradient G of a matrix of A rows and B columns:
 
@@ -78,30 +78,32 @@ class NorMuon(HiddenMatrixOptimizer):
         W ← (1 − lr·λ)·W
         W ← W − lr·√max(1, A/B)·‖O‖/‖U‖·U,   or with `match_rms_adamw`   W ← W − lr·0.2·√(A·B)/‖U‖·U
 
-    As `pytorch_optimizer.NorMuon`: `original` is its ``update_scale="preserve_norm"``, the authors' code, and
-    `match_rms_adamw` its `match_rms`, Algorithm 1 of the paper.
+    This is `pytorch_optimizer.NorMuon`: `original` is its ``update_scale="preserve_norm"`` and the authors' code, and
+    `match_rms_adamw` is its `match_rms` and Algorithm 1 of the paper.
 
-    Which parameters are hidden matrices, and what becomes of the others, is as for `Muon`.
+    Hidden matrices are recognised as in `Muon`, and the other parameters are updated by AdamW.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         lr: Learning rate; a float or a one-element tensor.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
-        momentum: μ in [0, 1); 0.95 remembers about twenty steps.
+        momentum: μ in [0, 1); 0.95 averages over about twenty steps.
         beta2: β₂ in [0, 1), the decay rate of the rows' mean squares.
-        nesterov: Look one step ahead.
+        nesterov: Whether to use Nesterov momentum.
         ns_coefficients: (a, b, c) of the iteration's quintic.
         eps: ε, added to the root mean square of rows, which is about 1/√B.
         ns_steps: Iterations, 1 to 99; five bring singular values to between about 0.7 and 1.2.
-        adjust_lr_fn: How the step depends on the shape: None or `original`, or `match_rms_adamw`, an RMS of 0.2·lr,
-            with which learning rate and weight decay tuned for AdamW fit, and so one lr fits all groups.
-        flatten: What parameters of more than two dimensions are: True for kernels, flattened to output channels × the
-            rest; False for stacks of matrices, such as experts, each orthogonalised by itself. None takes four and more
-            dimensions for kernels and refuses three, which may be either; `muon_param_groups` looks at the modules.
-        adamw_lr: Learning rate of the groups that go to AdamW; None for ``lr``.
-        adamw_betas: Their betas; 0.95 rather than 0.999, as with Muon in language models.
-        adamw_eps: Their ε.
-        adamw_weight_decay: Their weight decay; None for ``weight_decay``.
+        adjust_lr_fn: Dependence of the step on the shape of the matrix: None or `original`, or `match_rms_adamw`,
+            an RMS of 0.2·lr, which suits learning rate and weight decay tuned for AdamW, so that one lr suits all
+            groups.
+        flatten: Meaning of parameters with more than two dimensions: True for convolution kernels, flattened to output
+            channels × the rest; False for stacks of matrices, such as experts, each orthogonalised separately. None
+            treats four and more dimensions as kernels and refuses three, which are ambiguous; `muon_param_groups`
+            inspects the modules.
+        adamw_lr: Learning rate of the groups for AdamW; None for ``lr``.
+        adamw_betas: Betas of the groups for AdamW; β₂ = 0.95 rather than 0.999, as with Muon in language models.
+        adamw_eps: ε of the groups for AdamW.
+        adamw_weight_decay: Weight decay of the groups for AdamW; None for ``weight_decay``.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -119,8 +121,8 @@ class NorMuon(HiddenMatrixOptimizer):
         [('normuon', ['0.weight', '2.weight']), ('adamw', ['0.bias', '2.bias'])]
     """
 
-    when_to_use = "As Muon, where some neurons would otherwise get most of the update."
-    memory = "1 value and 1 per row (2 for what goes to AdamW)"
+    when_to_use = "Like Muon, where some neurons would otherwise get most of the update."
+    memory = "1 value and 1 per row (2 in groups for AdamW)"
     paper = "https://arxiv.org/abs/2510.05491"
     ranges: ClassVar[Mapping[str, Range]] = {
         "beta2": FRACTION,
@@ -166,5 +168,5 @@ class NorMuon(HiddenMatrixOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> TensorRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return NorMuonRule()

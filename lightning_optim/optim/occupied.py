@@ -1,4 +1,4 @@
-"""The memory that steps write, to see at each step whether a new gradient lies in it."""
+"""Memory ranges that steps write, to check at each step whether a new gradient overlaps them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning_optim.core.sizes import span
 
 
 class Occupied:
-    """Memory of tensors that lie apart from each other, sorted by address.
+    """Memory ranges of tensors that do not overlap each other, sorted by address.
 
     Args:
-        written: Those tensors, of any shapes; plain ones.
-        grads: Gradients of the forms that later ones have, too.
+        written: Plain tensors of any shapes.
+        grads: Gradients whose shapes and strides are those of later gradients.
     """
 
     def __init__(self, written: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -23,12 +23,12 @@ class Occupied:
         first = np.fromiter(map(Tensor.data_ptr, written), np.int64, len(written))[spans > 0]
         order = np.argsort(first)
         self._first = first[order]
-        # What lies before the first of them ends at 0.
+        # A sentinel range in front of the first one ends at 0.
         self._ends = np.concatenate([np.zeros(1, np.int64), (first + spans[spans > 0])[order]])
         self._grad_spans = np.fromiter(map(span, grads), np.int64, len(grads))
 
     def reached_by(self, grads: Sequence[Tensor]) -> bool:
-        """Whether a gradient shares memory with what is written; in one call for all, as thousands may be asked for."""
+        """Return whether a gradient overlaps the written memory; vectorised, because there may be thousands."""
         at = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
-        before = np.searchsorted(self._first, at + self._grad_spans)  # tensors that begin before the gradient ends
+        before = np.searchsorted(self._first, at + self._grad_spans)  # Count of ranges that start before its end.
         return bool(((self._ends[before] > at) & (self._grad_spans > 0)).any())

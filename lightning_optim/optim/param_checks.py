@@ -1,4 +1,4 @@
-"""Which parameters a group may hold: their dtype, layout, number and sharding, before the first step."""
+"""Checks of the dtype, layout, uniqueness and sharding of parameters, before the first step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 
 def check_params(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
-    """Check every parameter of ``group``, which is complete.
+    """Check every parameter of a group.
+
+    Args:
+        optimizer: The optimizer.
+        group: The complete parameter group.
 
     Raises:
-        ValueError: One cannot be updated; the message names it and says what is needed.
+        ValueError: A parameter cannot be updated; the message names it and the requirement.
     """
     seen: set[int] = set()
     rule = optimizer.rule_of(group)
@@ -34,13 +38,13 @@ def check_params(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
         label = f"{type(optimizer).__name__}: {optimizer.label(group, index)}"
         if not param.is_floating_point():
             raise ValueError(
-                f"{label} has dtype {param.dtype}; needed is a real floating-point one. Frozen "
-                "integers belong in buffers; view complex parameters as real."
+                f"{label} has dtype {param.dtype}, but must have a real floating-point dtype. Frozen integers belong "
+                "in buffers; view complex parameters as real."
             )
         if param.layout is not torch.strided:
-            raise ValueError(f"{label} has the layout {param.layout}; needed is torch.strided (dense).")
-        if id(param) in seen:  # torch warns; here two threads would update the same memory
-            raise ValueError(f"{label} is in the group twice; needed is each parameter once.")
+            raise ValueError(f"{label} has the layout {param.layout}, but must be torch.strided (dense).")
+        if id(param) in seen:  # torch only warns; here two threads would update the same memory.
+            raise ValueError(f"{label} is in the group twice, but each parameter must be given once.")
         seen.add(id(param))
         low_precision.check_param(label, group, param)
         if is_partial(param):

@@ -1,4 +1,4 @@
-"""Prodigy: Adam that finds its own learning rate."""
+"""Prodigy: Adam that estimates its own learning rate."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class ProdigyRule(UpdateRule):
-    """Adam over d·g, with d the largest lower bound so far of the distance from the start to the solution."""
+    """Adam's update for d·g, with d the largest lower bound so far of the distance from start to solution."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "s", "p0")
-    counts_steps: ClassVar[bool] = False  # `k` counts, once for all parameters
+    counts_steps: ClassVar[bool] = False  # The shared value `k` counts steps for all parameters.
     first_moment: ClassVar[str | None] = "exp_avg"
     sums: ClassVar[tuple[str, ...]] = ("progress", "s_abs")
     shared: ClassVar[tuple[str, ...]] = ("d", "d_max", "d_numerator", "k")
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Where the parameter started."""
+        """Return a copy of the initial parameter."""
         return {"p0": param.detach().clone(memory_format=torch.preserve_format)}
 
     def init_shared(self, group: Mapping[str, Any]) -> dict[str, float]:
-        """The smallest d to start from, and no steps taken."""
+        """Return the initial d, and a step count of 0."""
         return {"d": group["d0"], "d_max": group["d0"], "d_numerator": 0.0, "k": 0.0}
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """Betas, and the learning rate times d as it was before this step; at a rate of 0 nothing moves or counts."""
+        """Betas, and lr times d from before this step; with lr = 0 neither weights nor state change."""
         beta1, beta2 = group["betas"]
         d, step_size = group["d"], self._step_size(group)
         moving = group["lr"] != 0
@@ -56,10 +56,10 @@ class ProdigyRule(UpdateRule):
         }
 
     def decay(self, group: Mapping[str, Any], usual: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
-        """Decay follows the learning rate found, except the kind that follows none."""
+        """Coefficients multiplied by d, except for kinds that do not depend on the size of lr."""
         decay, l2 = usual
         if WeightDecayKind(group["weight_decay_kind"]) in (WeightDecayKind.INDEPENDENT, WeightDecayKind.NORM):
-            return decay, l2  # no part of them is a step size
+            return decay, l2  # They do not scale with the step size.
         return decay * group["d"] * self._bias_correction(group), l2
 
     def _step_size(self, group: Mapping[str, Any]) -> Scalar:
@@ -87,13 +87,13 @@ class ProdigyRule(UpdateRule):
         moves: Any,
         zero: Any,
     ) -> Any:
-        """How far the gradient says we have come, and |s| with the new s; 0 of what is frozen, whatever it holds."""
+        """Terms of the progress estimate and of |s| with the new s; 0 for frozen groups, even if values are NaN."""
         progress = progress_weight * grad * (p0 - param)
         s_abs = absolute(beta3 * s + s_weight * grad)
         return where(moves > zero, progress, zero), where(moves > zero, s_abs, zero)
 
     def share(self, group: Mapping[str, Any], sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The new d, from progress and path over all parameters that are not frozen."""
+        """Return the new d from the sums over all parameters that are not frozen."""
         d, d_max = group["d"], group["d_max"]
         numerator = _beta3(group) * group["d_numerator"] + sums["progress"]
         estimate = group["d_coef"] * numerator / sums["s_abs"]
@@ -101,7 +101,7 @@ class ProdigyRule(UpdateRule):
         new_d_max = maximum(d_max, estimate)
         new_d = minimum(new_d_max, new_d * group["growth_rate"])
         new = {"d": new_d, "d_max": new_d_max, "d_numerator": numerator, "k": group["k"] + 1}
-        # No gradient so far, or all rates 0: no estimate, and no step of the ones that bias correction counts.
+        # Without gradients so far, or with all lr = 0, there is no estimate, and the step is not counted.
         return {name: where(sums["s_abs"] != 0, value, group[name]) for name, value in new.items()}
 
     @staticmethod
@@ -134,7 +134,7 @@ def _beta3(group: Mapping[str, Any]) -> float:
 
 
 class Prodigy(FusedOptimizer):
-    """Prodigy: Adam that finds its own learning rate; leave ``lr`` at 1 and use any schedule.
+    """Prodigy: Adam that estimates its own learning rate; leave ``lr`` at 1 and use any schedule.
 
     d, one number for all parameters, is the largest lower bound so far of the distance from the start w₀ to the
     solution. With gradient g, γ = d·lr (times Adam's bias corrections with ``use_bias_correction``), and the old d:
@@ -145,27 +145,27 @@ class Prodigy(FusedOptimizer):
         w ← (1 − γ·λ)·w
         w ← w − γ·m / (√v + d·ε), with the new d
 
-    As Algorithm 4 of the paper and as `prodigyopt.Prodigy` (``slice_p`` aside). Groups may differ in lr: each then
-    enters r and s with its own. `d` is a tensor in every parameter group, ``optimizer.param_groups[0]["d"]``, never
-    read on the host here. Under FSDP2 it is that of the whole model; FSDP1's flat parameters are summed per rank only,
+    This is Algorithm 4 of the paper and `prodigyopt.Prodigy` (without ``slice_p``). Groups may have different lr, with
+    which they enter r and s. `d` is a tensor in every parameter group, ``optimizer.param_groups[0]["d"]``, and never
+    read on the host. With FSDP2 it is that of the whole model; the flat parameters of FSDP1 are summed per rank only,
     so use FSDP2.
 
-    A group whose lr is 0 is frozen: it enters neither r nor s, and its state waits. There ours differs from the
-    authors' code, which steps such a group with the others' lr: its weights decay, and drift on old momentum. And the
-    authors take betas, β₃, d_coef and growth_rate of all groups from the first; here only those of d (β₃ of r, d_coef,
-    growth_rate) are the first group's.
+    A group with lr = 0 is frozen: it enters neither r nor s, and its state does not change. The authors' code instead
+    updates such a group with the lr of the others, so that its weights decay and drift by old momentum. It also takes
+    betas, β₃, d_coef and growth_rate of all groups from the first one; here only those of d (β₃ of r, d_coef,
+    growth_rate) are taken from the first group.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
-        lr: Learning rate relative to the one found; a float or a one-element tensor.
+        lr: Learning rate relative to the estimated one; a float or a one-element tensor.
         betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1).
         beta3: β₃, the decay rate of r and s; None for √β₂.
         eps: ε, added to the denominator, in units of the gradient.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``, with γ for lr.
-        use_bias_correction: Correct m and v for their start at zero; the authors advise it for diffusion models.
-        safeguard_warmup: Leave lr out of s, which keeps d sound while a long warmup holds lr small.
-        d0: The first d; rarely matters.
-        d_coef: c; the way to make all steps larger or smaller: 0.5 or 2.
+        use_bias_correction: Whether to correct m and v for their start at zero, as advised for diffusion models.
+        safeguard_warmup: Whether to leave lr out of s, which avoids a wrong d during a long warmup.
+        d0: Initial d; it rarely matters.
+        d_coef: c; 0.5 or 2 make all steps smaller or larger.
         growth_rate: Largest factor by which d may grow in one step; 1.02 acts as a warmup.
         **options: Options that all optimizers share; see `SharedOptions`.
 
@@ -189,7 +189,7 @@ class Prodigy(FusedOptimizer):
         True
     """
 
-    when_to_use = "No learning rate to tune: fine-tuning, diffusion, first experiments."
+    when_to_use = "Training without tuning a learning rate: fine-tuning, diffusion, first experiments."
     memory = "4 values"
     paper = "https://arxiv.org/abs/2306.06101"
     ranges: ClassVar[Mapping[str, Range]] = {
@@ -233,5 +233,5 @@ class Prodigy(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return ProdigyRule()

@@ -1,4 +1,4 @@
-"""RAdam: Adam that waits for its second moment to mean something."""
+"""RAdam: Adam that uses its second moment only once the variance of that is finite."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_optim.optim.moments import update_moments
 from lightning_optim.optim.shared_options import SharedOptions
 
 TRACTABLE = 5.0
-"""Length of the second moment's average, in samples, above which its variance is taken to be finite."""
+"""Effective length of the second moment's average, in samples, above which its variance is treated as finite."""
 
 
 class RAdamRule(UpdateRule):
-    """Momentum at first, then Adam with a factor that rises to 1."""
+    """RAdam's update: momentum at first, then Adam with a rectification factor that rises to 1."""
 
     state = ("exp_avg", "exp_avg_sq")
     first_moment = "exp_avg"
@@ -32,7 +32,7 @@ class RAdamRule(UpdateRule):
         bias_correction2_sqrt = sqrt(bias_correction2)
         longest = 2 / (1 - beta2) - 1
         length = longest - 2 * step * beta2**step / bias_correction2
-        # Both sides of `where` are evaluated: clamped, the root below exists where it is not used, too.
+        # Both sides of `where` are evaluated, so the lengths are clamped to keep the root real where it is not used.
         long, limit = maximum(length, TRACTABLE), maximum(longest, TRACTABLE)
         rectification = sqrt((long - 4) * (long - 2) * limit / ((limit - 4) * (limit - 2) * long))
         step_size = group["lr"] / (1 - beta1**step)
@@ -70,17 +70,17 @@ class RAdamRule(UpdateRule):
 
 
 class RAdam(FusedOptimizer):
-    """RAdam: Adam with a warmup of its own, from how uncertain its second moment still is.
+    """RAdam: Adam with a built-in warmup that follows the uncertainty of its second moment.
 
-    With gradient g at step t (decay λw is part of g by default):
+    With gradient g at step t (which includes the decay λ·w by default):
 
         m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²,   m̂ = m/(1 − β₁ᵗ)
         ρ∞ = 2/(1 − β₂) − 1,   ρ = ρ∞ − 2t·β₂ᵗ/(1 − β₂ᵗ)
         ρ > 5:  r = √((ρ − 4)(ρ − 2)·ρ∞ / ((ρ∞ − 4)(ρ∞ − 2)·ρ)),   w ← w − lr·r·m̂·√(1 − β₂ᵗ)/(√v + ε)
         else:   w ← w − lr·m̂
 
-    With β₂ = 0.999 the first five steps are plain momentum, of the gradient's size, not of lr's. As
-    `torch.optim.RAdam`, whose state dicts load here and back (the paper has ρ > 4).
+    With β₂ = 0.999 the first five steps are plain momentum, whose size depends on that of the gradient. This is
+    `torch.optim.RAdam`, with interchangeable state dicts (the paper has ρ > 4).
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -88,8 +88,7 @@ class RAdam(FusedOptimizer):
         betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1).
         eps: ε, added to the denominator, in units of the gradient.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
-        decoupled_weight_decay: torch's way to say ``weight_decay_kind="decoupled"``, which is what the authors' code
-            does.
+        decoupled_weight_decay: torch's name for ``weight_decay_kind="decoupled"``, which the authors' code uses.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -138,5 +137,5 @@ class RAdam(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return RAdamRule()

@@ -1,4 +1,4 @@
-"""The range of each hyperparameter, declared by the optimizer that has it."""
+"""Ranges of hyperparameters, which each optimizer class declares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_optim.core.ranges import Range
 
 
 def ranges_of(owner: type) -> dict[str, Range]:
-    """The ranges that a class declares and inherits, by the name of the hyperparameter."""
+    """Return the ranges that a class declares and inherits, by name of the hyperparameter."""
     merged: dict[str, Range] = {}
     for base in reversed(owner.__mro__):
         merged |= vars(base).get("ranges", {})
@@ -22,10 +22,10 @@ def ranges_of(owner: type) -> dict[str, Range]:
 
 
 def require_ranges(owner: type) -> None:
-    """Refuse a class whose constructor takes a number that has no range.
+    """Refuse a class whose constructor takes a number without a range.
 
     Raises:
-        TypeError: There is one; the message says what to write.
+        TypeError: A number has no range; the message shows how to declare one.
     """
     known = ranges_of(owner)
     parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
@@ -33,10 +33,14 @@ def require_ranges(owner: type) -> None:
 
 
 def refuse_unranged(owner: type, names: Iterable[str]) -> None:
-    """Raise TypeError if there is a name in ``names``, which are those of numbers without a range."""
+    """Refuse the names of numbers without a range.
+
+    Raises:
+        TypeError: ``names`` is not empty.
+    """
     for name in names:
         raise TypeError(
-            f"{owner.__name__} takes the number {name!r}, and no range says which values are valid. Declare it in the "
+            f"{owner.__name__} takes the number {name!r}, but declares no range of valid values. Declare it in the "
             f'class body: ranges = {{"{name}": Range(0, 1, below=True)}} is 0 <= {name} < 1, Range() is any number but '
             "NaN; see lightning_optim.optim.Range."
         )
@@ -52,7 +56,7 @@ def _is_number(parameter: inspect.Parameter) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a default is a number, or a tuple with one."""
+    """Return whether a default is a number, or a tuple or list that has one."""
     if isinstance(value, tuple | list):
         return any(is_number(part) for part in value)
     return isinstance(value, numbers.Real | Tensor) and not isinstance(value, bool)

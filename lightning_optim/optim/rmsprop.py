@@ -16,7 +16,7 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class RMSpropRule(UpdateRule):
-    """The gradient over the root of its mean square."""
+    """RMSprop's update: the gradient divided by its running root mean square."""
 
     state: ClassVar[tuple[str, ...]] = ("square_avg",)
     second_moment = "square_avg"
@@ -40,7 +40,7 @@ class RMSpropRule(UpdateRule):
 
 
 class MomentumRule(RMSpropRule):
-    """A running sum of such steps."""
+    """RMSprop with momentum, a running sum of normalised gradients."""
 
     state = ("square_avg", "momentum_buffer")
     first_moment = "momentum_buffer"
@@ -64,7 +64,7 @@ class MomentumRule(RMSpropRule):
 
 
 class CenteredRule(RMSpropRule):
-    """Divides by the standard deviation."""
+    """RMSprop that divides by the standard deviation of the gradient."""
 
     state = ("square_avg", "grad_avg")
     first_moment = "grad_avg"
@@ -90,7 +90,7 @@ class CenteredRule(RMSpropRule):
 
 
 class CenteredMomentumRule(RMSpropRule):
-    """Both."""
+    """RMSprop that divides by the standard deviation, with momentum."""
 
     state = ("square_avg", "momentum_buffer", "grad_avg")
     first_moment = "grad_avg"
@@ -119,22 +119,22 @@ class CenteredMomentumRule(RMSpropRule):
 
 
 def _deviation(square_avg: Any, grad_avg: Any, zero: Any, largest: Any) -> Any:
-    # Rounding can take the variance of a constant gradient below zero, where torch's own root is NaN. So it is where
-    # both squares are beyond the dtype, and infinity less infinity is none.
+    # Rounding can make the variance of a constant gradient negative, whose root is NaN in torch. Infinity minus
+    # infinity would be NaN as well, so the square is bounded.
     return sqrt(maximum(square_avg - minimum(grad_avg * grad_avg, largest), zero))
 
 
 class RMSprop(FusedOptimizer):
     """RMSprop: gradients divided by their running root mean square.
 
-    With gradient g (decay λw is part of g by default):
+    With gradient g (which includes the decay λ·w by default):
 
         v ← α·v + (1 − α)·g²
         d = √v,   or if centered   a ← α·a + (1 − α)·g,   d = √(v − a²)
         w ← w − lr·g/(d + ε),   or with momentum   b ← μ·b + g/(d + ε),   w ← w − lr·b
 
-    As `torch.optim.RMSprop`, whose state dicts load here and back; a variance that rounding makes negative counts as 0
-    here.
+    This is `torch.optim.RMSprop`, with interchangeable state dicts; here a variance that rounding makes negative is
+    treated as 0.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -199,7 +199,7 @@ class RMSprop(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         if group["centered"]:
             return CenteredMomentumRule() if group["momentum"] else CenteredRule()
         return MomentumRule() if group["momentum"] else RMSpropRule()

@@ -1,4 +1,4 @@
-"""Schedule-Free AdamW: an average of the weights takes the place of a learning rate schedule."""
+"""Schedule-Free AdamW: an average of the weights instead of a learning rate schedule."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class ScheduleFreeAdamWRule(UpdateRule):
-    """Moves z by Adam's step without momentum, and y towards z; their average x is never stored."""
+    """Update of z by Adam's step without momentum, and of y towards z; the average x is not stored."""
 
     state: ClassVar[tuple[str, ...]] = ("z", "exp_avg_sq")
     scalar_state: ClassVar[Mapping[str, float]] = MappingProxyType({"weight_sum": 0.0, "lr_max": 0.0})
     second_moment = "exp_avg_sq"
-    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg_sq": False}  # z is weights, and stays wide
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg_sq": False}  # z has weights and needs full precision.
     decays_beside = False
 
     set_aside: ClassVar[tuple[str, ...]] = ("y",)
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
-        """All three sequences start at the weights."""
+        """Return the initial z, which is the weights like that of x and y."""
         return {"z": param}
 
     def decay(self, group: Mapping[str, Any], usual: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
-        """Decay moves z as well, so it is part of `update`."""
+        """Coefficients without c, because decay acts on z as well and is part of `update`."""
         return 0.0, usual[1]
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
@@ -45,7 +45,7 @@ class ScheduleFreeAdamWRule(UpdateRule):
         lr_max = maximum(lr, scalar_state["lr_max"])
         weight = step ** group["r"] * lr_max ** group["weight_lr_power"]
         weight_sum = scalar_state["weight_sum"] + weight
-        share = weight / where(weight_sum > 0, weight_sum, 1.0)  # all rates 0 so far: nothing to average
+        share = weight / where(weight_sum > 0, weight_sum, 1.0)  # The sum is 0 while all lr were 0.
         own_decay, _ = group_decay(dict(group) | {"lr": lr})
         return {
             "lr": lr,
@@ -82,13 +82,13 @@ class ScheduleFreeAdamWRule(UpdateRule):
 
 
 class InnerMomentumRule(ScheduleFreeAdamWRule):
-    """The same with Adam's first moment in z's step."""
+    """Schedule-Free update with Adam's first moment in the step of z."""
 
     state = ("z", "exp_avg", "exp_avg_sq")
     first_moment = "exp_avg"
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """Those of `ScheduleFreeAdamWRule`, and the first moment's."""
+        """Scalars of `ScheduleFreeAdamWRule`, and those of the first moment."""
         beta = group["inner_momentum"]
         own = {"beta_z": beta, "one_minus_beta_z": 1 - beta, "bias_correction_z": 1 - beta**step}
         return super().scalars(group, step, **scalar_state) | own
@@ -121,10 +121,10 @@ class InnerMomentumRule(ScheduleFreeAdamWRule):
 
 
 class ScheduleFreeAdamW(FusedOptimizer):
-    """Schedule-Free AdamW: a constant learning rate, and weights as good as after a schedule at any time.
+    """Schedule-Free AdamW: a constant learning rate, with weights as good as after a schedule at any time.
 
-    Three sequences: z takes AdamW's steps without momentum, x is the average of z, and gradients are taken at y between
-    the two. While training the parameters are y; what to validate, save and deploy is x:
+    There are three sequences: z takes AdamW's steps without momentum, x is the average of z, and gradients are computed
+    at y between the two. During training the parameters are y; validate, save and deploy x:
 
         v ← β₂·v + (1 − β₂)·g²,   ĝ = g/(√(v/(1 − β₂ᵗ)) + ε) + λ·y
         c = ω/Σω  with  ω = tʳ·(largest lr so far)^p
@@ -132,24 +132,25 @@ class ScheduleFreeAdamW(FusedOptimizer):
         z ← z − lr·ĝ
         x = y + (1 − 1/β₁)·(z − y)
 
-    As `schedulefree.AdamWScheduleFree`, of the paper's authors; step counts and Σω are kept per parameter, not per
-    group. Call `eval` before validation and saving, and `train` before going on, which restores y bit for bit; in
-    Lightning the callback `ScheduleFree` does. Use no schedule in addition. Batch norm's running statistics are
-    those of y: recompute them at x before they matter. `cautious` is not offered, because x would no longer be the
-    average of z; ``weight_decay_kind`` is `decoupled`, `independent`, `corrected` or `l2`; with ``state_bits`` v
-    has fewer bits, and z, being weights, keeps 32.
+    This is `schedulefree.AdamWScheduleFree` of the paper's authors, except that step counts and Σω are stored per
+    parameter, not per group. Call `eval` before validation and saving, and `train` before training continues, which
+    restores y bit for bit; in Lightning the callback `ScheduleFree` does both. Do not use a schedule in addition. The
+    running statistics of batch normalisation are those of y, so recompute them at x before using them. `cautious` is
+    not offered, because x would no longer be the average of z; ``weight_decay_kind`` must be `decoupled`,
+    `independent`, `corrected` or `l2`; ``state_bits`` applies to v only, because z has weights.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
-        lr: Learning rate, about the size of each step of z; 1 to 10 times what AdamW has with a schedule.
-        betas: (β₁, β₂): β₁ in (0, 1) places y between z and x, 0.95 or 0.98 for very long runs; β₂ as AdamW's.
+        lr: Learning rate, about the size of each step of z; 1 to 10 times that of AdamW with a schedule.
+        betas: (β₁, β₂): β₁ in (0, 1) places y between z and x, 0.95 or 0.98 for very long runs; β₂ is as in AdamW.
         eps: ε, added to the denominator, in units of the gradient.
-        weight_decay: λ ≥ 0, acting at y; its meaning is ``weight_decay_kind``.
-        warmup_steps: Steps over which lr rises linearly; 0 for none. Warmup is still worth having.
-        r: Exponent ≥ 0 of t in the weights ω of the average; above 0 it forgets early steps faster.
-        weight_lr_power: Exponent p of lr in ω, so that steps of the warmup weigh less.
-        inner_momentum: In [0, 1): Adam's own β₁ in the step of z, m̂ in place of g in ĝ; not the β₁ that places y.
-            One more value per parameter; ``schedulefree.ScheduleFreeWrapper`` around AdamW, with its decay at y.
+        weight_decay: λ ≥ 0, evaluated at y; its meaning is ``weight_decay_kind``.
+        warmup_steps: Steps over which lr rises linearly; 0 for none. A warmup is still recommended.
+        r: Exponent ≥ 0 of t in the weights ω of the average; values above 0 forget early steps faster.
+        weight_lr_power: Exponent p of lr in ω, which reduces the weight of warmup steps.
+        inner_momentum: Adam's own β₁ in the step of z, in [0, 1), with m̂ instead of g in ĝ; it differs from the β₁ that
+            places y, and needs one more state. This is ``schedulefree.ScheduleFreeWrapper`` around AdamW, with its
+            decay at y.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -175,7 +176,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
         >>> optimizer.train()
     """
 
-    when_to_use = "Runs of open length, and wherever a schedule is one thing too many to tune."
+    when_to_use = "Runs of unknown length, and wherever tuning a schedule is too much effort."
     memory = "2 values (3 in evaluation mode; 1 more with inner_momentum)"
     paper = "https://arxiv.org/abs/2405.15682"
     refused_options: ClassVar[Mapping[str, str]] = {"cautious": "x would no longer be the average of z"}
@@ -218,13 +219,13 @@ class ScheduleFreeAdamW(FusedOptimizer):
 
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
-        """See `FusedOptimizer.check`."""
+        """Implement `FusedOptimizer.check`."""
         if not group["betas"][0]:
-            raise ValueError("ScheduleFreeAdamW: betas[0]=0 leaves no average; needed is 0 < betas[0] < 1.")
+            raise ValueError("ScheduleFreeAdamW: Invalid betas[0]=0: must be 0 < betas[0] < 1, because it places y.")
         if decay_form(group) != "shrink":
             raise ValueError(
                 f"ScheduleFreeAdamW: weight_decay_kind={group['weight_decay_kind']!r} is not offered, because decay "
-                "has to move the sequence z along; needed is decoupled, independent, corrected or l2."
+                "must act on the sequence z as well; it must be decoupled, independent, corrected or l2."
             )
         if group.get("rule") is not None:
             raise ValueError(
@@ -234,22 +235,22 @@ class ScheduleFreeAdamW(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return InnerMomentumRule() if group["inner_momentum"] else ScheduleFreeAdamWRule()
 
     def _prepare(self, group: dict[str, Any], rule: Rule, *, count: bool) -> None:
         if group.get("rule") is None and not group["train_mode"]:
             raise RuntimeError(
                 "ScheduleFreeAdamW: a step in evaluation mode would start from the averaged weights. Call "
-                "optimizer.train() first; in Lightning, the callback ScheduleFree does."
+                "optimizer.train() first; in Lightning, the callback ScheduleFree does this."
             )
         super()._prepare(group, rule, count=count)
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Make the parameters x, the average; y is set aside as state, so a checkpoint taken now loses nothing.
+        """Set the parameters to x, the average; y is stored as state, so that a checkpoint in this mode is complete.
 
-        Nothing happens in evaluation mode, or to parameters that have not been stepped yet (x and y are one there).
+        In evaluation mode this does nothing, and likewise for parameters without a step so far, where x equals y.
         """
         for group in self.param_groups:
             if group["train_mode"]:
@@ -265,7 +266,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Make the parameters y again, bit for bit what they were. Nothing happens in training mode."""
+        """Restore the parameters to y, bit for bit; in training mode this does nothing."""
         for group in self.param_groups:
             if not group["train_mode"]:
                 group["train_mode"] = True

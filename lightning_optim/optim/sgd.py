@@ -1,4 +1,4 @@
-"""Stochastic gradient descent, with momentum."""
+"""Stochastic gradient descent with momentum."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 class SGDRule(UpdateRule):
-    """Along the gradient."""
+    """Plain gradient descent."""
 
     counts_steps: ClassVar[bool] = False
 
@@ -31,7 +31,7 @@ class SGDRule(UpdateRule):
 
 
 class MomentumRule(UpdateRule):
-    """Along a running sum of gradients."""
+    """Gradient descent along a running sum of gradients."""
 
     state = ("momentum_buffer",)
     compressible: ClassVar[Mapping[str, bool]] = {"momentum_buffer": True}
@@ -50,17 +50,17 @@ class MomentumRule(UpdateRule):
 
 
 class DampenedRule(MomentumRule):
-    """Momentum whose first gradient is not dampened, as torch has it: only this needs a step count."""
+    """Momentum with dampening of all but the first gradient, as in torch; only this rule needs a step count."""
 
     counts_steps = True
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """As for momentum, with full weight to the first gradient."""
+        """As for momentum, with full weight for the first gradient."""
         return super().scalars(group, step) | {"grad_weight": where(step == 1, 1.0, 1 - group["dampening"])}
 
 
 class NesterovRule(MomentumRule):
-    """Momentum that looks one step ahead."""
+    """Nesterov momentum, which looks one step ahead."""
 
     @staticmethod
     def update(param: Any, grad: Any, momentum_buffer: Any, lr: Any, momentum: Any, grad_weight: Any) -> Any:
@@ -72,21 +72,21 @@ class NesterovRule(MomentumRule):
 class SGD(FusedOptimizer):
     """Stochastic gradient descent with momentum.
 
-    With gradient g (decay λw is part of g by default):
+    With gradient g (which includes the decay λ·w by default):
 
         b ← μ·b + (1 − d)·g   (the first time b ← g)
-        w ← w − lr·b,   or with Nesterov's momentum   w ← w − lr·(g + μ·b)
+        w ← w − lr·b,   or with Nesterov momentum   w ← w − lr·(g + μ·b)
 
-    As `torch.optim.SGD`, whose state dicts load here and back. With dampening there is one more state, `step`, which
+    This is `torch.optim.SGD`, with interchangeable state dicts. With dampening there is one more state, `step`, which
     torch ignores.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         lr: Learning rate; a float or a one-element tensor.
-        momentum: μ ≥ 0; 0.9 remembers about ten steps. 0 keeps no state.
-        dampening: d, the share of each new gradient left out.
+        momentum: μ ≥ 0; 0.9 averages over about ten steps. 0 keeps no state.
+        dampening: d in [0, 1], the fraction of each new gradient that is left out.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
-        nesterov: Look one step ahead; needs momentum and no dampening.
+        nesterov: Whether to use Nesterov momentum; requires momentum above 0 and dampening 0.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -140,14 +140,14 @@ class SGD(FusedOptimizer):
 
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
-        """See `FusedOptimizer.check`."""
+        """Implement `FusedOptimizer.check`."""
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             given = f"momentum={group['momentum']}, dampening={group['dampening']}"
-            raise ValueError(f"SGD: nesterov=True needs momentum above 0 and dampening=0; given {given}.")
+            raise ValueError(f"SGD: nesterov=True needs momentum above 0 and dampening=0, not {given}.")
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         if group["momentum"] == 0:
             return SGDRule()
         if group["nesterov"]:

@@ -1,4 +1,4 @@
-"""The options that all optimizers share. A new one is an entry, its documentation and its default, all in this file."""
+"""Options that all optimizers share; a new one is an entry, its documentation and its default in this module."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 class SharedOptions(TypedDict, total=False):
-    """Keyword arguments that every optimizer here takes, with one meaning in all of them.
+    """Keyword arguments that every optimizer of this package takes, with the same meaning in all of them.
 
-    All but ``backend`` are hyperparameters: a parameter group may set its own. An optimizer that cannot honour one
-    refuses it at construction, and says why.
+    All but ``backend`` are hyperparameters, which parameter groups may override. An optimizer that does not support an
+    option refuses it at construction with the reason.
 
     Attributes:
         weight_decay_kind: `decoupled`, `independent`, `corrected`, `l2`, `l1`, `l2_sp`, `cautious` or `norm`; see
-            `WeightDecayKind`. The default is `decoupled`, or what torch's optimizer of the same name does.
-        maximize: Ascend instead of descend.
+            `WeightDecayKind`. The default is `decoupled`, or the behaviour of torch's optimizer of the same name.
+        maximize: Maximize the objective instead of minimizing it.
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
-        kahan_sum: Keep what rounding leaves out of bf16 and fp16 parameters as one more state, so that small changes
-            add up.
-        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes count on average.
+        kahan_sum: Store the rounding error of bf16 and fp16 parameters as one more state, so that small changes
+            accumulate.
+        stochastic_rounding: Round bf16 parameters up or down at random, so that small changes are kept on average.
         state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
-        backend: `auto`, or `reference`, `cpu` or `triton`: then it is an error if that one cannot run on the
-            parameters' device.
+        backend: `auto` for the fastest backend that can run, or `reference`, `cpu` or `triton`, with an error if that
+            backend cannot run on the device of the parameters.
 
     Example:
         >>> import torch
@@ -66,7 +66,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 
 def defaults_of(owner: type[FusedOptimizer]) -> dict[str, Any]:
-    """The default of each shared option in the class ``owner``, `backend` included."""
+    """Return the default of each shared option, `backend` included, in the class ``owner``."""
     merged = dict(DEFAULTS)
     for base in reversed(owner.__mro__):
         merged |= vars(base).get("option_defaults", {})
@@ -74,10 +74,10 @@ def defaults_of(owner: type[FusedOptimizer]) -> dict[str, Any]:
 
 
 def check_names(owner: type[FusedOptimizer], given: Iterable[str]) -> None:
-    """Check the names of options that the constructor of ``owner`` was given.
+    """Check the names of options given to the constructor of ``owner``.
 
     Raises:
-        TypeError: One is unknown, as for any misspelt argument of Python's; the message names the nearest.
+        TypeError: A name is unknown, as for any misspelt argument in Python; the message suggests the nearest one.
     """
     known = list(inspect.signature(owner).parameters)
     for name in given:
@@ -89,21 +89,21 @@ def check_offered(owner: type[FusedOptimizer], group: Mapping[str, Any]) -> None
     """Refuse shared options in ``group`` that ``owner`` does not offer.
 
     Raises:
-        ValueError: One is set; the message says why it is not offered.
+        ValueError: Such an option is set; the message gives the reason why it is not offered.
     """
     for name, reason in owner.refused_options.items():
         if group[name] != DEFAULTS[name]:
-            raise ValueError(f"{owner.__name__}: {name}={group[name]!r} is not offered, {reason}.")
+            raise ValueError(f"{owner.__name__}: {name}={group[name]!r} is not offered, because {reason}.")
 
 
 class OwnSignature:
-    """The signature of an optimizer class, with `**options: Unpack[SharedOptions]` spelt out.
+    """Descriptor of the signature of an optimizer class, in which `**options: Unpack[SharedOptions]` is expanded.
 
-    `inspect.signature`, `help` and all that builds on them then see every option by its name and with its default.
+    `inspect.signature`, `help` and tools built on them then see every option with its name and default.
     """
 
     def __get__(self, instance: FusedOptimizer | None, owner: type[FusedOptimizer]) -> inspect.Signature:
-        """The signature of ``owner``, without ``self``, as for other classes."""
+        """Return the signature of the constructor of ``owner``, without ``self``."""
         _, *parameters = inspect.signature(owner.__init__).parameters.values()
         spelt: list[inspect.Parameter] = []
         for parameter in parameters:
@@ -122,7 +122,7 @@ def _parameters(owner: type[FusedOptimizer]) -> list[inspect.Parameter]:
 
 
 def spell_out_docs(owner: type[FusedOptimizer]) -> None:
-    """Put what each shared option does into the docstring of ``owner``, for `help` and the help of a command line."""
+    """Insert the documentation of each shared option into the docstring of ``owner``, for `help` and command lines."""
     line = re.search(r"^( *)\*\*options: .*\n", owner.__doc__ or "", re.M)
     section = re.search(r"^Attributes:\n((?: {4}.*\n)+)", inspect.getdoc(SharedOptions) or "", re.M)
     if owner.__doc__ and line and section:

@@ -19,18 +19,18 @@ from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_coeffici
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.shared_options import SharedOptions
 
-Bases = list[Tensor | None]  # one per dimension; None for one that is left as it is
+Bases = list[Tensor | None]  # One basis per dimension, [size, size]; None for a dimension that is not rotated.
 
 
 class SOAPRule(TensorRule):
-    """Adam's second moment along slowly rotating directions in which gradients are nearly uncorrelated."""
+    """SOAP's update: Adam in slowly rotating bases in which components of the gradient are nearly uncorrelated."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     counts_calls: ClassVar[bool] = True
     first_moment: ClassVar[str | None] = "exp_avg"
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Moments and Gram matrices of zero; `GG_<dim>` and `Q_<dim>` for each dimension that is preconditioned."""
+        """Return zero moments, and `GG_<dim>` of zeros and `Q_<dim>` for each preconditioned dimension."""
         state = {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in self.state}
         for dim in _preconditioned(param, group):
             size = param.shape[dim]
@@ -39,7 +39,7 @@ class SOAPRule(TensorRule):
         return state
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
-        """Adam's numbers, one step late; and zeros for the first step, which only finds the bases."""
+        """Adam's scalars, delayed by one step, and zeros for the first step, which only computes the bases."""
         beta1, beta2 = group["betas"]
         first = step == 1
         adam_step = where(first, 1.0, step - 1)
@@ -54,12 +54,12 @@ class SOAPRule(TensorRule):
             "one_minus_beta2": where(first, 0.0, 1 - beta2),
             "one_minus_shampoo_beta": 1 - shampoo_beta,
             "decay": where(first, 0.0, decay),
-            # Weights decay after the update here, so where they shrink the update shrinks along.
+            # Weights decay after the update, so shrinking weights also shrinks the update.
             "kept": 1 - decay if decay_form(group) == "shrink" else 1.0,
         }
 
     def together(self, param: Tensor, group: Mapping[str, Any]) -> None:
-        """Each by itself: bases are several times a matrix, and nothing is batched."""
+        """Return None: each tensor has a call of its own, because nothing is batched and bases need much memory."""
 
     def update(
         self,
@@ -69,12 +69,12 @@ class SOAPRule(TensorRule):
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """See `TensorRule.update`."""
+        """Implement `TensorRule.update`."""
         deltas, new_states = [], []
         for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
             bases: Bases = [state.get(f"Q_{dim}") for dim in range(grad.dim())]
             exp_avg = state["exp_avg"].lerp(grad, numbers["one_minus_beta1"])
-            most = largest(grad.dtype)  # a finite gradient's square may be infinite, and would be for ever
+            most = largest(grad.dtype)  # An infinite square would never leave the average.
             squares = _rotated(grad, bases).square().clamp_(max=most)
             exp_avg_sq = state["exp_avg_sq"].lerp(squares, numbers["one_minus_beta2"])
             direction = _rotated(exp_avg, bases) / (exp_avg_sq.sqrt() + group["eps"])
@@ -99,52 +99,52 @@ class SOAPRule(TensorRule):
 
 
 def _preconditioned(param: Tensor, group: Mapping[str, Any]) -> list[int]:
-    """The dimensions that have a basis of their own."""
+    """Return the dimensions that have a basis."""
     if param.dim() == 1 and not group["precondition_1d"]:
         return []
     return [dim for dim, size in enumerate(param.shape) if size <= group["max_precondition_dim"]]
 
 
 def _count(numbers: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:
-    """Which step this is, on the host: the very step where memory may be read, elsewhere the number of calls."""
+    """Return the number of the step on the CPU, and the number of calls on devices that the host must not read."""
     return round(read(numbers["step"])) if numbers["step"].device.type == "cpu" else int(group["calls"])
 
 
 def _rotated(x: Tensor, bases: Bases, back: bool = False) -> Tensor:
-    """``x`` in the coordinates of ``bases``, or back from them."""
-    for basis in bases:  # each turn moves the first dimension to the end
+    """Rotate ``x`` into the coordinates of ``bases``, or back from them."""
+    for basis in bases:  # Each iteration moves the first dimension to the end.
         x = x.movedim(0, -1) if basis is None else torch.tensordot(x, basis, dims=([0], [int(back)]))
     return x
 
 
 def _gram(grad: Tensor, dim: int) -> Tensor:
-    """Products of the slices of ``grad`` along ``dim``, [size, size]."""
+    """Return the Gram matrix of the slices of ``grad`` along ``dim``, [size, size]."""
     rows = grad.movedim(dim, 0).flatten(1) if grad.dim() > 1 else grad[:, None]
     return rows @ rows.mT
 
 
 def _moderate(gram: Tensor) -> Tensor:
-    """``gram`` times a power of two that leaves room for sums of its products: its vectors are the same."""
-    if not gram.numel():  # whose largest torch refuses to tell
+    """Scale ``gram``, [size, size], by a power of two against overflow, which does not change its eigenvectors."""
+    if not gram.numel():  # torch has no maximum of an empty tensor.
         return gram
     return gram * torch.where(gram.abs().amax() > 2.0**100, 2.0**-100, 1.0)
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
-    """Eigenvectors as columns, that of the largest eigenvalue first."""
+    """Return the eigenvectors of ``gram`` as columns, [size, size], in descending order of eigenvalues."""
     gram = _moderate(gram)
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     finite = gram.isfinite().all()
     vectors: Tensor = torch.linalg.eigh(torch.where(finite, gram, identity) + 1e-30 * identity).eigenvectors
-    # LAPACK refuses NaN, which must reach parameters and state as in any other optimizer.
+    # LAPACK raises an error on NaN, which has to propagate to parameters and state as in any other optimizer.
     return torch.where(finite, vectors.flip(1), torch.nan)
 
 
 def _power_iteration(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """A basis nearer to the eigenvectors, and the order into which the old one's vectors were brought for it."""
+    """Return a basis closer to the eigenvectors, [size, size], and the order of the old vectors used for it, [size]."""
     product = _moderate(gram) @ basis
     order = (basis * product).sum(0).argsort(descending=True)
-    # In float32 as the authors have it: orthogonal enough, and the dtype that every device has.
+    # QR runs in float32, as in the authors' code: it is accurate enough, and every device supports it.
     return torch.linalg.qr(product[:, order].float()).Q.to(gram.dtype), order
 
 
@@ -160,27 +160,25 @@ class SOAP(FusedOptimizer):
         L ← β_s·L + (1 − β_s)·G·Gᵀ,   R ← β_s·R + (1 − β_s)·Gᵀ·G
         every `precondition_frequency` steps: Q_L, Q_R ← QR(L·Q_L), QR(R·Q_R), one power iteration
 
-    The first step takes Q from the eigenvectors of L and R, and moves nothing. Tensors of more dimensions have a basis
-    for each; vectors have none and are Adam's. As Algorithm 3 of the paper, and as `pytorch_optimizer.SOAP`. Where the
-    first L or R does not have full rank, its eigenvectors are not unique, and results depend on the last bit.
+    The first step sets Q to the eigenvectors of L and R, and does not change weights. Tensors of more dimensions have a
+    basis for each dimension; vectors have none and are updated by Adam. This is Algorithm 3 of the paper and
+    `pytorch_optimizer.SOAP`. If the first L or R does not have full rank, its eigenvectors are not unique, and results
+    depend on the last bit.
 
-    When bases are refreshed is decided on the host, for the refresh is other code. On the CPU the host sees which step
-    it is, and a skipped step is as if it had not been. On other devices it must not read that, and counts calls
-    (``group["calls"]``, saved in checkpoints): a skipped call still leaves parameters and state bit-equal, but the
-    refresh that was due in it is made up only by the next one; if the first call is skipped, bases start as unit
-    vectors, and the refreshes turn them. The first call waits for the device, for `torch.linalg.eigh` does.
+    The host decides when bases are refreshed, because that runs different code. On the CPU it reads the step count, and
+    a skipped step has no effect. On other devices it must not read the count, and counts calls instead
+    (``group["calls"]``, saved in checkpoints): a skipped call still leaves parameters and state unchanged bit for bit,
+    but a refresh that was due in it happens only with the next one. If the first call is skipped, bases start as unit
+    vectors, and the refreshes rotate them. The first call waits for the device, because `torch.linalg.eigh` does.
 
     Args:
-        params: Parameters, groups, or (name, parameter) pairs.
-        lr: Learning rate, about the size of each step; a float or a one-element tensor.
-        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1).
-        shampoo_beta: β_s, the decay rate of L and R; None for β₂.
-        eps: ε, added to the denominator before its correction, in units of the gradient.
-        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
-        precondition_frequency: Steps from one refresh of the bases to the next; the paper's 10 costs little in quality.
-        max_precondition_dim: Dimensions larger than this keep their coordinates, vocabularies above all.
-        precondition_1d: Whether vectors have a basis, too.
-        **options: Options that all optimizers share; see `SharedOptions`.
+        params: Parameters, groups, or (name, parameter) pairs. lr: Learning rate, about the size of each step; a float
+        or a one-element tensor. betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1). shampoo_beta: β_s, the
+        decay rate of L and R; None for β₂. eps: ε, added to the denominator before its correction, in units of the
+        gradient. weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``. precondition_frequency: Steps between
+        refreshes of the bases; 10, as in the paper, costs little in quality. max_precondition_dim: Largest size of a
+        dimension that has a basis; larger ones, such as vocabularies, have none. precondition_1d: Whether vectors have
+        a basis as well. **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
         ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
@@ -201,7 +199,7 @@ class SOAP(FusedOptimizer):
         True
     """
 
-    when_to_use = "Fewest steps at large batches, where time per step and memory allow; language models."
+    when_to_use = "Fewest steps at large batches, if time per step and memory allow; language models."
     memory = "2 values, and 2 per element of two square matrices as large as each side"
     paper = "https://arxiv.org/abs/2409.11321"
     ranges: ClassVar[Mapping[str, Range]] = {
@@ -240,5 +238,5 @@ class SOAP(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> TensorRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return SOAPRule()

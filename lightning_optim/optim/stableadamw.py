@@ -1,4 +1,4 @@
-"""StableAdamW: AdamW whose learning rate shrinks, tensor by tensor, when gradients outgrow their second moment."""
+"""StableAdamW: AdamW with a lower learning rate for tensors whose gradients are large for their second moment."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 
 def _new_square(grad: Any, exp_avg_sq: Any, beta2_hat: Any, one_minus_beta2_hat: Any, largest: Any) -> Any:
-    # Bounded, as no infinity would ever leave an average: from then on this weight would stand still.
+    # The average is bounded, because an infinity would never leave it, and the weight would never change again.
     return minimum(beta2_hat * exp_avg_sq + one_minus_beta2_hat * grad * grad, largest)
 
 
 class StableAdamWRule(UpdateRule):
-    """Adam with debiased betas, and per tensor a step divided by the RMS of g/√v where that is above 1."""
+    """Adam's update with debiased betas, divided per tensor by the RMS of g/√v where that is above 1."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     first_moment: ClassVar[str | None] = "exp_avg"
@@ -53,13 +53,13 @@ class StableAdamWRule(UpdateRule):
         eps_sq: Any,
         largest: Any,
     ) -> Any:
-        """g²/v, with the new v."""
+        """Term g²/v of one element, with the new v."""
         exp_avg_sq = _new_square(grad, exp_avg_sq, beta2_hat, one_minus_beta2_hat, largest)
-        ratio = grad / sqrt(maximum(exp_avg_sq, eps_sq))  # squared last: g² of a finite g may be infinite
+        ratio = grad / sqrt(maximum(exp_avg_sq, eps_sq))  # The square of a finite g may be infinite.
         return (ratio * ratio,)
 
     def rescale(self, scalars: dict[str, Tensor], sums: dict[str, Tensor], numel: Tensor) -> dict[str, Tensor]:
-        """Learning rate and decay over max(1, RMS)."""
+        """Learning rate and decay divided by max(1, RMS), [tensors] each."""
         divisor = maximum(sqrt(sums["ratio_sq"] / numel), sums["ratio_sq"].new_ones(()))
         decay = where(scalars["decay_is_a_rate"] != 0, scalars["decay"] / divisor, scalars["decay"])
         return {"lr": scalars["lr"] / divisor, "decay": decay}
@@ -95,14 +95,14 @@ class StableAdamW(FusedOptimizer):
         w ← (1 − η·λ)·w
         w ← w − η · m / (√v + ε)
 
-    As Algorithm 2 of the paper with the decay multiplied by η too, and as `optimi.StableAdamW`. A gradient that is
-    suddenly large for its tensor (a stale v, the usual cause of loss spikes) makes that tensor's step small.
+    This is Algorithm 2 of the paper with the decay multiplied by η as well, and `optimi.StableAdamW`. A gradient that
+    is suddenly large for its tensor (v is out of date, the usual cause of loss spikes) makes that tensor's step small.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         lr: Learning rate, about the size of each step; a float or a one-element tensor.
-        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1); 0.99, as the paper's successors use, because
-            stale second moments are what this optimizer guards against.
+        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1); β₂ = 0.99 is that of later work, because this
+            optimizer is meant to limit the effect of outdated second moments.
         eps: ε, added to the denominator, in units of the gradient.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``, with η for lr in every kind but `l2`.
         **options: Options that all optimizers share; see `SharedOptions`.
@@ -151,5 +151,5 @@ class StableAdamW(FusedOptimizer):
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:
-        """See `FusedOptimizer.rule`."""
+        """Implement `FusedOptimizer.rule`."""
         return StableAdamWRule()

@@ -1,4 +1,4 @@
-"""Makes the state of a parameter: on its first step, or what is missing after a flag was switched on."""
+"""Creation of the state of a parameter, on its first step or after an option has been switched on."""
 
 from __future__ import annotations
 
@@ -13,30 +13,33 @@ from lightning_optim.kernels.base import arithmetic_dtype
 from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.kernels.weight_decay import INITIAL, decay_form
 from lightning_optim.optim import low_precision
-from lightning_optim.optim.widening import say, widen
+from lightning_optim.optim.widening import warn_of_conversions, widen
 
 
 def complete_state(
     state: dict[str, Any], param: Tensor, group: dict[str, Any], rule: Rule, position: int
 ) -> dict[str, Any]:
-    """Add to ``state`` what ``rule`` needs and is missing, and return it.
+    """Add to ``state`` the missing entries that ``rule`` needs.
 
     Args:
-        state: Of ``param``; written.
+        state: State of ``param``, modified in place.
         param: The parameter.
-        group: Its group.
-        rule: What updates it.
-        position: Its place among all parameters of the optimizer.
+        group: Its parameter group.
+        rule: The rule that updates it.
+        position: Index of the parameter in the optimizer.
+
+    Returns:
+        ``state``.
     """
     begun = rule.state[0] in state if rule.state else isinstance(rule, TensorRule) and bool(tensor_names(rule, state))
     if state:
-        say(widen(state, tensor_names(rule, state), param, group, rule))
+        warn_of_conversions(widen(state, tensor_names(rule, state), param, group, rule))
     if low_precision.uses(group) or low_precision.has_codes(state, rule):
         low_precision.complete(state, param, group, rule, position)
     if decay_form(group) == "toward_initial" and INITIAL not in state:
         state[INITIAL] = param.detach().clone(memory_format=torch.preserve_format)
     if rule.counts_steps and "step" in state and state["step"].device != param.device:
-        # Lightning, like torch, leaves `step` behind when it moves state to another device.
+        # Lightning, like torch, does not move `step` when it moves state to another device.
         state |= {n: state[n].to(param.device) for n in ("step", *rule.scalar_state)}
     if isinstance(rule, TensorRule):
         if not begun:
@@ -48,7 +51,7 @@ def complete_state(
         assert isinstance(rule, UpdateRule)
         _complete_elementwise(state, param, group, rule)
     if rule.counts_steps and "step" not in state:
-        # torch's SGD counts no steps, but a momentum that exists has begun.
+        # torch's SGD does not count steps, but if there is a momentum, there has been a step.
         state["step"] = _step_count(1.0 if begun else 0.0, param)
     for name, at_first in rule.scalar_state.items():
         if name not in state:
@@ -57,23 +60,26 @@ def complete_state(
 
 
 def state_bytes(param: Tensor, group: dict[str, Any], rule: Rule) -> int | None:
-    """Bytes of the state that ``rule`` will keep of a parameter, without making any; None if its shapes do not tell.
+    """Return the size in bytes of the state that ``rule`` will keep of a parameter, without allocating any.
 
     Args:
         param: The parameter; only its shape and dtype are read.
-        group: Its group.
-        rule: What will update it.
+        group: Its parameter group.
+        rule: The rule that will update it.
+
+    Returns:
+        The size, or None if it does not follow from the shape and dtype of the parameter.
     """
     shape_only = torch.empty(param.shape, dtype=param.dtype, device="meta")
     try:
         state = complete_state({}, shape_only, group, rule, 0)
-    except (KeyError, RuntimeError):  # numbers shared by all groups, or by values, which come with the first step
+    except (KeyError, RuntimeError):  # The state depends on values, or on numbers of the first step.
         return None
     return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
 
 
 def tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the arrays in ``state`` that are the rule's own; a tensor rule's may differ between parameters."""
+    """Return the names of arrays in ``state`` that belong to the rule, which may depend on the parameter."""
     if isinstance(rule, UpdateRule):
         return rule.state
     others = {"step", "rounding_key", *low_precision.companions(state), *rule.scalar_state}
@@ -81,7 +87,7 @@ def tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _complete_elementwise(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rule: UpdateRule) -> None:
-    dtype = arithmetic_dtype(param.dtype)  # a bf16 second moment could not move by a thousandth of itself
+    dtype = arithmetic_dtype(param.dtype)  # A bf16 second moment could not change by a thousandth.
     first = rule.init_state(param, group)
     low = low_precision.compressed(group, param, rule)
     for name in rule.state:
@@ -93,13 +99,13 @@ def _complete_elementwise(state: dict[str, Any], param: Tensor, group: Mapping[s
         value = first.get(name, 0.0)
         if isinstance(value, Tensor):
             state[name] = value.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
-        else:  # as torch's optimizers make it: classes of tensors know zeros_like, and hardly full_like
+        else:  # Tensor subclasses usually support zeros_like, but rarely full_like.
             state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             if value:
                 state[name] += value
 
 
 def _step_count(value: float, param: Tensor) -> Tensor:
-    """Float32, or float64 if that is torch's default dtype, as torch keeps its step counts."""
+    """Create a step count in torch's dtype for it: float32, or float64 if that is torch's default dtype."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.full((), value, dtype=dtype, device=param.device)

@@ -1,8 +1,8 @@
-"""Tells fast whether tensors have the form that others had: a private part of torch, and what stands in for it.
+"""Fast comparison of the metadata of tensors, by a private part of torch with a fallback.
 
-torch's compiler asks the same of its inputs at each call, in one call of C++ for all of them, of class, device, dtype,
-layout, lazy negation, sizes and strides. Attribute by attribute it takes longer than all else that a step does in
-Python. ``tests/optim/test_admission.py`` says what is relied on.
+torch's compiler checks class, device, dtype, layout, lazy negation, sizes and strides of its inputs at each call, in
+one C++ call for all tensors. Comparing these attribute by attribute takes longer than the rest of a step in Python.
+``tests/optim/test_admission.py`` states what is relied on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 try:
     from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # a torch that has moved it
+except ImportError:  # Other versions of torch may not have it.
     TensorGuards = None  # type: ignore[assignment,misc]
 
 _LAYOUT, _DTYPE, _DEVICE, _SHAPE = map(operator.attrgetter, ("layout", "dtype", "device", "shape"))
@@ -32,10 +32,10 @@ _ATTRIBUTES: tuple[Callable[[Tensor], Any], ...] = (
 
 
 class Form:
-    """The form of some strided tensors.
+    """Metadata of strided tensors.
 
     Args:
-        tensors: Whose; they are not kept.
+        tensors: The tensors; no reference to them is kept.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -49,10 +49,10 @@ class Form:
             self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``tensors`` have it, each that of the one in its place. In doubt not: if one is there twice, say."""
+        """Return whether each tensor has the metadata of the one at its index; may be False for repeated tensors."""
         if len(tensors) != self._count:
             return False
         if self._guards is not None:
             return bool(self._guards.check(*tensors))
-        # A sparse tensor has no strides: the first attribute that differs ends the search.
+        # The comparison stops at the first difference, before it reads strides, which sparse tensors do not have.
         return all(list(map(a, tensors)) == seen for a, seen in zip(_ATTRIBUTES, self._seen, strict=True))

@@ -1,4 +1,4 @@
-"""One update of all parameters: each batch through its backend, with what batches share and what they report."""
+"""One update of all parameters: each batch by its backend, with the values that batches share and step statistics."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ _AS_IT_IS = nullcontext()
 
 
 def update(optimizer: FusedOptimizer, batches: Batches) -> StepStats | None:
-    """Update all parameters of ``batches`` once, in place, unless `found_inf` of the optimizer is set.
+    """Update all parameters of ``batches`` once, in place, unless `found_inf` of the optimizer is non-zero.
+
+    Args:
+        optimizer: The optimizer.
+        batches: Its batches, with gradients.
 
     Returns:
-        The step's sums, if the optimizer's `collect_step_stats` asks for them.
+        Statistics of the step if `collect_step_stats` of the optimizer is set, otherwise None.
 
     Raises:
         ValueError: The optimizer's `divisor` has another shape than [] or [tensors].
@@ -37,8 +41,8 @@ def update(optimizer: FusedOptimizer, batches: Batches) -> StepStats | None:
     count = len(batches.numel)
     if optimizer.divisor is not None and optimizer.divisor.shape not in ((), (count,)):
         raise ValueError(
-            f"{type(optimizer).__name__}: divisor has shape {tuple(optimizer.divisor.shape)}; needed is [] or one"
-            f" value for each parameter with a gradient, [{count}]."
+            f"{type(optimizer).__name__}: divisor has shape {tuple(optimizer.divisor.shape)}, but must be [] or one "
+            f"value for each parameter with a gradient, [{count}]."
         )
     new_shared = _share(optimizer, batches)
     collected: list[Tensor] = []
@@ -47,7 +51,7 @@ def update(optimizer: FusedOptimizer, batches: Batches) -> StepStats | None:
         backend, divisor = _backend_of(optimizer, batch), _divisor(optimizer, rows, batch.device)
         with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.full_params):
             sums = backend.apply(batch, divisor=divisor, skip=skip, collect=optimizer.collect_step_stats)
-        if not (batch.device.type == "cpu" and is_set(skip)):  # elsewhere only the device knows
+        if not (batch.device.type == "cpu" and is_set(skip)):  # On other devices the host does not know.
             torch.autograd.graph.increment_version(batch.written)
         if sums is not None:
             collected.append(sums)
@@ -57,9 +61,9 @@ def update(optimizer: FusedOptimizer, batches: Batches) -> StepStats | None:
 
 
 def init_shared(optimizer: FusedOptimizer, group: dict[str, Any], rule: UpdateRule) -> None:
-    """Give ``group`` the values of `shared`, where it lacks them: those of another group, else the first ones."""
+    """Add missing values of `shared` to ``group``: those of another group with the rule, or initial values."""
     device = group["params"][0].device
-    first = group.get(rule.shared[0])  # a number there is another optimizer's hyperparameter of that name
+    first = group.get(rule.shared[0])  # A plain number is a hyperparameter of another optimizer.
     if isinstance(first, Tensor) and first.device == device:
         return
     given = [g for g in optimizer.param_groups if _has_shared(g, rule) and type(optimizer.rule_of(g)) is type(rule)]
@@ -72,7 +76,7 @@ def init_shared(optimizer: FusedOptimizer, group: dict[str, Any], rule: UpdateRu
 
 
 def shares(rule: Rule) -> TypeGuard[UpdateRule]:
-    """Whether ``rule`` keeps numbers of which there is one for all parameters."""
+    """Return whether ``rule`` has values that all parameters share."""
     return isinstance(rule, UpdateRule) and bool(rule.shared)
 
 
@@ -85,7 +89,7 @@ def _backend_of(optimizer: FusedOptimizer, batch: Batch) -> Backend:
 
 
 def _share(optimizer: FusedOptimizer, batches: Batches) -> list[tuple[Tensor, Tensor]]:
-    """Give batches the new values of `shared`; pairs (old, new) to be written when all batches are through."""
+    """Compute the new values of `shared` for the batches; return pairs (old, new) to be written after all updates."""
     pairs = []
     rules = {type(batch.rule): batch.rule for batch in batches.batches if shares(batch.rule)}
     for kind, rule in rules.items():
@@ -117,7 +121,7 @@ def _share(optimizer: FusedOptimizer, batches: Batches) -> list[tuple[Tensor, Te
 
 
 def _divisor(optimizer: FusedOptimizer, rows: list[int], device: torch.device) -> Tensor | None:
-    """The divisor of the gradients in ``rows``: shape [] or [rows], on ``device``."""
+    """Return the divisor of the gradients at indices ``rows``, shape [] or [rows], on ``device``; None for 1."""
     scale = _on(getattr(optimizer, "grad_scale", None), device)
     divisor = _on(optimizer.divisor, device)
     if divisor is not None and divisor.dim() == 1 and len(rows) != divisor.numel():

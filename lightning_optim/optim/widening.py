@@ -1,4 +1,4 @@
-"""Brings state that was made elsewhere, or for parameters of another dtype, into the dtype of the arithmetic."""
+"""Conversion of optimizer state from other sources, or for other parameter dtypes, to the dtype of the arithmetic."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from lightning_optim.kernels.weight_decay import INITIAL
 
 
 def widen(state: dict[str, Any], names: Iterable[str], param: Tensor, group: Mapping[str, Any], rule: Rule) -> set[str]:
-    """Convert the arrays of a rule to the dtype that it computes in: float32, or float64 for float64 parameters.
+    """Convert the arrays of a rule to the dtype of its arithmetic: float32, or float64 for float64 parameters.
 
-    torch keeps moments in the dtype of the parameters. A second moment in bf16 that should fall by a thousandth of
-    itself does not change, so steps become too small without any sign of it. State that `state_bits` keeps in fewer
-    bits is rounded stochastically instead, and stays as it is.
+    torch stores moments in the dtype of the parameters. A second moment in bf16 that should decrease by a thousandth
+    does not change, so that steps silently become too small. State that `state_bits` stores in fewer bits is rounded
+    stochastically instead, and is not converted.
 
     Args:
-        state: Of ``param``; written.
-        names: Of the rule's own arrays; those that are missing are passed over.
+        state: State of ``param``, modified in place.
+        names: Names of the rule's own arrays; missing ones are ignored.
         param: The parameter.
-        group: Its group.
-        rule: What updates it.
+        group: Its parameter group.
+        rule: The rule that updates it.
 
     Returns:
-        The changes to report, for `say`. A change from float32 to float64 is not among them, for it loses nothing.
+        Descriptions of the conversions, for `warn_of_conversions`, without those from float32 to float64, which lose
+        nothing.
     """
     changes = set()
     wide = arithmetic_dtype(param.dtype)
@@ -45,18 +46,18 @@ def widen(state: dict[str, Any], names: Iterable[str], param: Tensor, group: Map
         if (old.dtype, wide) != (torch.float32, torch.float64):
             dtypes = [str(dtype).removeprefix("torch.") for dtype in (old.dtype, wide, param.dtype)]
             changes.add(
-                "was kept in {} goes on in {}, the dtype of the arithmetic beside {} parameters".format(*dtypes)
+                "was stored in {} is converted to {}, the dtype of the arithmetic for {} parameters".format(*dtypes)
             )
     if INITIAL in state and state[INITIAL].dtype != param.dtype:
         state[INITIAL] = state[INITIAL].to(param.dtype)
     return changes
 
 
-def say(changes: set[str]) -> None:
-    """Warn of each of the changes that `widen` made."""
+def warn_of_conversions(changes: set[str]) -> None:
+    """Warn of each conversion returned by `widen`."""
     for change in sorted(changes):
         warnings.warn(
-            f"Optimizer state that {change}. To keep moments in 16 bits, which are then rounded stochastically, so "
-            "that they can move by little, set state_bits=16.",
+            f"Optimizer state that {change}. To store moments in 16 bits with stochastic rounding, which preserves "
+            "small changes, set state_bits=16.",
             stacklevel=4,
         )

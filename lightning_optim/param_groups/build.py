@@ -1,4 +1,4 @@
-"""From a model and a list of rules to a torch optimizer's parameter groups."""
+"""Construction of a torch optimizer's parameter groups from a model and a list of rules."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_optim.param_groups.rules import REST, ParamGroupRule
 from lightning_optim.param_groups.scalings import LayerDecay, WidthScaling
 
 Entry = ParamGroupRule | LayerDecay | WidthScaling | str
-"""What a list of rules may hold."""
+"""Types of the entries in a list of rules."""
 
 _PRESETS = {"no_decay": ParamGroupRule(name="no_decay", part="undecayed", weight_decay=0.0)}
 
 
 def list_presets() -> list[str]:
-    """Return the names that may stand in place of a rule."""
+    """Return the names of presets, each of which can be given in place of a rule."""
     return sorted(_PRESETS)
 
 
@@ -31,23 +31,23 @@ def check_rules(rules: Sequence[Entry]) -> None:
         rules: Rules, scalings and names of presets.
 
     Raises:
-        TypeError: The rules are no list, or an entry is no rule.
+        TypeError: The rules are not a list, or an entry is not a rule.
         ValueError: A preset is unknown, a name is used twice, or there are two scalings of one kind.
     """
     if isinstance(rules, str):
-        raise TypeError(f"Parameter group rules come as a list, got {rules!r}. Write [{rules!r}].")
+        raise TypeError(f"Invalid parameter group rules {rules!r}: must be a list, for instance [{rules!r}].")
     for rule in rules:
         if isinstance(rule, str):
             if rule not in _PRESETS:
                 raise ValueError(f"Unknown parameter group preset {rule!r}. {nearest(rule, _PRESETS)}")
         elif not isinstance(rule, ParamGroupRule | LayerDecay | WidthScaling):
             raise TypeError(
-                f"A parameter group rule is a ParamGroupRule, a LayerDecay, a WidthScaling or the name of a preset "
-                f"({', '.join(_PRESETS)}), got {rule!r}.{_what_to_write(rule)}"
+                f"Invalid parameter group rule {rule!r}: must be a ParamGroupRule, a LayerDecay, a WidthScaling or the "
+                f"name of a preset ({', '.join(_PRESETS)}).{_what_to_write(rule)}"
             )
     for kind in (LayerDecay, WidthScaling):
         if len(twice := [rule for rule in rules if isinstance(rule, kind)]) > 1:
-            raise ValueError(f"Two {kind.__name__} in one list: {twice[0]!r} and {twice[1]!r}. Needed is one.")
+            raise ValueError(f"Two {kind.__name__} in one list: {twice[0]!r} and {twice[1]!r}. Remove one of them.")
     names = [rule if isinstance(rule, str) else rule.name for rule in rules if isinstance(rule, str | ParamGroupRule)]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Duplicate parameter group name {duplicates[0]!r}: each of {names} must be unique.")
@@ -56,28 +56,29 @@ def check_rules(rules: Sequence[Entry]) -> None:
 def _what_to_write(rule: Any) -> str:
     if not isinstance(rule, Mapping):
         return ""
-    return f" Write ParamGroupRule({', '.join(f'{key}={value!r}' for key, value in rule.items())})."  # as in YAML
+    # A mapping is what YAML without a class path gives.
+    return f" Write ParamGroupRule({', '.join(f'{key}={value!r}' for key, value in rule.items())})."
 
 
 def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dict[str, Any]]:
     """Sort every trainable parameter of ``model`` into exactly one group.
 
-    Frozen parameters are in none, unless a rule has them frozen for a time only; tied weights are there once.
+    Frozen parameters are in no group, unless a rule sets ``frozen_until``; tied weights are in one group once.
     Parameters that no rule takes form the last group, ``"default"``.
 
     Args:
         model: The model; its names are those of ``model.named_parameters()``.
         rules: Ordered rules or names of presets (`list_presets`); the first match wins. A `LayerDecay` or
-            `WidthScaling` among them, anywhere, cuts the groups further.
+            `WidthScaling` at any position splits the groups further.
 
     Returns:
         Groups for a torch optimizer: ``params`` as (name, parameter) pairs, from which torch makes ``param_names``,
-        ``name``, ``lr_multiplier`` (`OptimizerFactory` applies it), and whatever a rule sets. Empty groups are left
-        out.
+        ``name``, ``lr_multiplier`` (`OptimizerFactory` applies it), and the settings of the rules. There are no empty
+        groups.
 
     Raises:
-        ValueError: Nothing is trainable, two rules have the same name, a preset is unknown, or rules match nothing,
-            all of them named (presets may match nothing: they describe what is usual, not what is there).
+        ValueError: No parameter is trainable, two rules have the same name, a preset is unknown, or rules match
+            nothing; the message names all of these. A preset may match nothing, because it is not specific to a model.
     """
     check_rules(rules)
     scalings = [rule for rule in rules if isinstance(rule, LayerDecay | WidthScaling)]
@@ -90,13 +91,13 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
     for parameter in parameters:
         taken = [index for index, rule in enumerate(resolved) if rule.matches(parameter)]
         takers = [index for index in taken if not resolved[index].overlay]
-        # In the list's order, which decides setting by setting.
+        # The order of the list is kept, because the first rule that has a setting decides it.
         at_work = [index for index in taken if resolved[index].overlay or index == takers[0]]
         settings = _settings([resolved[index] for index in at_work])
         if not parameter.parameter.requires_grad and "frozen_until" not in settings:
             continue
         used.update(at_work)
-        # Groups come in the order of their rules, the rest last; what is cut off follows what is left.
+        # Groups are sorted by their rules, the rest last; an overlay's part of a group follows the group itself.
         overlays = [index for index in at_work if resolved[index].overlay]
         cuts = [scale[parameter.name] for scale in scales]
         key = (takers[0] if takers else len(resolved), tuple(overlays), tuple(cuts))
@@ -109,7 +110,7 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
     if not groups:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: it has {len(parameters)}, "
-            f"{'all frozen (requires_grad=False)' if parameters else 'so there is nothing to optimize'}."
+            f"{'all of them frozen (requires_grad=False)' if parameters else 'so there is nothing to optimize'}."
         )
     problems = [
         rule.why_nothing(resolved, parameters)
@@ -118,7 +119,7 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
     ]
     names = [group["name"] for group in groups.values()]
     problems += [
-        f"Two groups would be called {name!r}, one of a rule of that name and one of overlays joined. Rename a rule."
+        f"Two groups would be called {name!r}: that of the rule, and one whose name joins overlays. Rename a rule."
         for name in sorted({name for name in names if names.count(name) > 1})
     ]
     if problems:
@@ -127,7 +128,7 @@ def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[di
 
 
 def _settings(rules: Sequence[ParamGroupRule]) -> dict[str, Any]:
-    """The settings of a group of these rules: the first rule that has a setting decides, and multipliers multiply."""
+    """Return the settings of a group of these rules: the first rule with a setting decides it; multipliers multiply."""
     settings: dict[str, Any] = {"lr_multiplier": 1.0}
     for rule in rules:
         settings = rule.settings() | settings

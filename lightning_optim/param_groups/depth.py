@@ -1,4 +1,4 @@
-"""How deep in a model each parameter is: embeddings at 0, then layer by layer, the head last."""
+"""The depth of each parameter in a model: embeddings at 0, then layer by layer, the head last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_optim.param_groups.parts import NamedParameter
 
 _BEFORE, _INSIDE, _AFTER = 0, 1, 2
 Place = tuple[float, ...]
-"""Where a parameter is; places sort by depth, and parameters of one place are equally deep."""
+"""Position of a parameter; positions sort by depth, and parameters with the same position are equally deep."""
 
 _LAYER = re.compile(
     r"(?:^|\.)(?P<kind>layers?|blocks?|h|stages?|resblocks|encoder_layers|decoder_layers|layer(?=\d))\.?(?P<index>\d+)\."
@@ -20,7 +20,7 @@ _LAYER = re.compile(
 """One layer of a stack: ``encoder.layer.3.``, ``layers.3.``, ``h.3.``, ``blocks.3.``, ``layer1.``."""
 _WITHIN = re.compile(r"(?P<kind>(?:blocks|layers)\.)?(?P<index>\d+)\.")
 """A block of a stage, right after it: ``stages.1.blocks.2.``, ``layers.1.blocks.2.`` (Swin), ``layer1.2.`` (ResNet)."""
-_MERGE_WITH_PREVIOUS = 99999  # timm: "belongs to the group before"
+_MERGE_WITH_PREVIOUS = 99999  # timm's number for "belongs to the previous group"
 
 
 def parameter_depths(
@@ -28,20 +28,23 @@ def parameter_depths(
 ) -> dict[str, int]:
     r"""Compute the depth of each parameter, by name, counted from 0 without gaps.
 
-    The first of these that the model has decides: the ``pattern``; timm's ``group_matcher``; layers under the names
-    that transformers and residual networks use (``layer.N``, ``layers.N``, ``blocks.N``, ``h.N``, ``stages.N``); the
-    children of its largest `nn.Sequential` or `nn.ModuleList`. Parameters in no layer come before them if they are
-    embeddings or registered before the first one, else after them. A tied weight is as deep as its first use, and
-    several stacks (encoder and decoder, two towers) are counted side by side, from their ends.
+    The first of these that applies to the model decides: the ``pattern``; timm's ``group_matcher``; layers under the
+    names that transformers and residual networks use (``layer.N``, ``layers.N``, ``blocks.N``, ``h.N``, ``stages.N``);
+    the children of its largest `nn.Sequential` or `nn.ModuleList`. Parameters outside of layers come before them if
+    they are embeddings or registered before the first layer, else after them. A tied weight has the depth of its first
+    use. Several stacks (encoder and decoder, two towers) are numbered in parallel and aligned at their ends.
 
     Args:
         model: The model.
-        parameters: Its parameters, frozen ones included: what is frozen has its depth all the same.
-        pattern: A regular expression found in the names of layers' parameters, whose groups catch the numbers that give
-            the depth: ``"tower\.(\d+)\."``.
+        parameters: Its parameters; frozen ones are included because they count for the depth.
+        pattern: A regular expression to find in parameter names, whose groups capture the numbers that give the depth:
+            ``"tower\.(\d+)\."``.
+
+    Returns:
+        The depth by parameter name.
 
     Raises:
-        ValueError: The model has no depth that is recognised, or the pattern matches nothing or catches no number.
+        ValueError: No depth is recognised in the model, or the pattern matches nothing or captures no number.
 
     Example:
         >>> from lightning_optim.param_groups import named_parameters
@@ -54,9 +57,9 @@ def parameter_depths(
     if places is None:
         names = ", ".join(repr(parameter.name) for parameter in parameters[:4])
         raise ValueError(
-            f"{type(model).__name__} has no depth that is recognised: neither timm's group_matcher, nor layers named "
+            f"No depth is recognised in {type(model).__name__}: it has neither timm's group_matcher, nor layers named "
             "layer.N, layers.N, blocks.N, h.N or stages.N, nor an nn.Sequential or nn.ModuleList of two layers with "
-            f"parameters. Its parameters are {names}, ...: give layer_decay a `pattern` that catches the layer's "
+            f"parameters. Its parameters are {names}, ...: give layer_decay a `pattern` that captures the layer's "
             r"number, for instance 'tower\.(\d+)\.'."
         )
     rank = {place: depth for depth, place in enumerate(sorted(set(places.values())))}
@@ -69,7 +72,9 @@ def _places(model: nn.Module, parameters: Sequence[NamedParameter], pattern: str
         indices = {p.name: found for p in parameters if (found := _first(p.names, lambda n: _caught(regex, n)))}
         if not indices:
             names = ", ".join(repr(parameter.name) for parameter in parameters[:4])
-            raise ValueError(f"The layer_decay pattern {pattern!r} matches no parameter. Their names: {names}, ...")
+            raise ValueError(
+                f"Invalid pattern={pattern!r} of layer_decay: matches no parameter. Their names are {names}, ..."
+            )
         return _around(parameters, {name: ("", index) for name, index in indices.items()})
     for prefix, module in model.named_modules():
         if callable(matcher := getattr(module, "group_matcher", None)):
@@ -81,7 +86,7 @@ def _places(model: nn.Module, parameters: Sequence[NamedParameter], pattern: str
 
 
 def _around(parameters: Sequence[NamedParameter], layers: Mapping[str, tuple[str, Place]]) -> dict[str, Place]:
-    """Places of all parameters, given the stack and the index in it of those that are in layers."""
+    """Return the position of every parameter, given the stack and the index in it for those in layers."""
     stacks: dict[str, list[Place]] = {}
     for stack, index in sorted(set(layers.values())):
         stacks.setdefault(stack, []).append(index)
@@ -91,7 +96,7 @@ def _around(parameters: Sequence[NamedParameter], layers: Mapping[str, tuple[str
     for i, parameter in enumerate(parameters):
         if parameter.name in layers:
             stack, index = layers[parameter.name]
-            # From the end: the last layers of two towers are equally far from the loss.
+            # Layers count from the end, because the last layers of two towers are equally far from the loss.
             places[parameter.name] = (_INSIDE, longest - len(stacks[stack]) + stacks[stack].index(index))
         elif "embedding" in parameter.parts or (i < first and "head" not in parameter.parts):
             places[parameter.name] = (_BEFORE,)
@@ -106,7 +111,7 @@ def _named_layer(name: str) -> tuple[str, Place] | None:
         return None
     index: Place = (int(found["index"]),)
     within = _WITHIN.match(name, found.end())
-    # Not `block.0.layer.1` (T5) or `layers.0.1`, which are parts of one layer.
+    # `block.0.layer.1` (T5) and `layers.0.1` are excluded, because they are parts of one layer.
     if within and found["kind"] in (("layers", "stages", "stage") if within["kind"] else ("layer", "stages", "stage")):
         index += (int(within["index"]),)
     return name[: found.start()], index
@@ -130,9 +135,9 @@ def _children_of_the_largest_stack(
 def _by_timm(
     matcher: Mapping[str, Any] | Callable[[str], Any], parameters: Sequence[NamedParameter], prefix: str
 ) -> dict[str, Place]:
-    """Places by timm's ``group_matcher``: regular expressions whose groups, and a suffix, number the layers.
+    """Return positions by timm's ``group_matcher``: regular expressions whose groups, and a suffix, number the layers.
 
-    What the matcher does not know, and what is outside the module that has it, is the head.
+    Parameters that the matcher does not know, and those outside the module that has it, belong to the head.
     """
     rules: list[tuple[re.Pattern[str], int, Sequence[float]]] = []
     if not callable(matcher):
@@ -172,8 +177,8 @@ def _caught(regex: re.Pattern[str], name: str) -> Place | None:
         place = ()
     if not place:
         raise ValueError(
-            f"The layer_decay pattern {regex.pattern!r} catches {found.groups()} in {name!r}; needed is the number of "
-            r"the layer in parentheses, for instance 'tower\.(\d+)\.'."
+            f"Invalid pattern={regex.pattern!r} of layer_decay: captures {found.groups()} in {name!r}, but must "
+            r"capture the number of the layer, for instance 'tower\.(\d+)\.'."
         )
     return place
 

@@ -17,14 +17,14 @@ _OUTERMOST = (
 _WRAPPERS = r"((model|module|net|network|backbone|transformer|decoder|_orig_mod)\.)*"
 
 HEAD = rf"(^|\.){_ANYWHERE}\.|^{_WRAPPERS}{_OUTERMOST}\.|^(?!.*\.\d+\.)(\w+\.)*{_LEAF}\.(weight|bias)$"
-"""Names of output layers: some wherever they stand, some only as the last part of a name outside of repeated blocks
+"""Names of output layers: some at any position, some only as the last part of a name outside of repeated blocks
 (`decoder` is a layer in one model, and a stack of blocks in another), and some only at the top of the model."""
 
 _HEAD = re.compile(HEAD, re.IGNORECASE)
 
 
 def is_head_name(name: str) -> bool:
-    """Whether a parameter of this name belongs to the output layer, judged by the name alone.
+    """Return whether a parameter of this name belongs to the output layer, judged by the name alone.
 
     Example:
         >>> [is_head_name(name) for name in ("lm_head.weight", "decoder.weight", "decoder.layers.0.fc1.weight")]
@@ -34,11 +34,18 @@ def is_head_name(name: str) -> bool:
 
 
 def output_layers(model: nn.Module) -> set[int]:
-    """Find the modules, by id, that make the output of ``model``; empty if there is no evidence.
+    """Find the output layers of ``model``.
 
-    What a method of the model returns decides (timm's `get_classifier`, Hugging Face's `get_output_embeddings`).
-    Else it is what is called so (`is_head_name`), linear layers that share an embedding's weight, and the only one
-    with as many outputs as the largest embedding has rows. Where there is none of these, see `last_linear`.
+    The result of a method of the model takes precedence (timm's `get_classifier`, Hugging Face's
+    `get_output_embeddings`). Otherwise the output layers are those with such a name (`is_head_name`), linear layers
+    that share an embedding's weight, and a linear layer with as many outputs as the largest embedding has rows, if it
+    is the only one. Where there are none of these, see `last_linear`.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The `id` of each module; empty if there is no evidence.
     """
     declared = _declared(model)
     if declared:
@@ -56,7 +63,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _declared(model: nn.Module) -> set[int]:
-    """The heads that a method of the model returns, or one of its outermost part that has such a method."""
+    """Return the ids of the heads that a method of the model, or of its outermost part with such a method, returns."""
     for module in model.modules():
         for method in ("get_classifier", "get_output_embeddings"):
             if not callable(getattr(module, method, None)):
@@ -82,7 +89,7 @@ def _sharing_an_embedding(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two parameters are one memory; only plain tensors can be asked."""
+    """Return whether two parameters share their memory; False where one is not a plain tensor."""
     if a is b:
         return True
     plain = {type(a), type(b)} <= {Tensor, nn.Parameter} and a.device == b.device and a.device.type != "meta"
@@ -90,9 +97,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def last_linear(model: nn.Module) -> nn.Linear | None:
-    """The last layer in the order of definition, if it is linear, looking into lists and into what holds one module.
+    """Return the last layer in the order of definition if it is linear, else None.
 
-    What holds frozen parameters only (a teacher, an average of the weights) does not count, unless it is linear itself.
+    Lists and modules with a single child are searched. A module with frozen parameters only (a teacher, an average of
+    the weights) is ignored, unless it is a linear layer itself.
     """
     module, in_list = model, False
     while True:

@@ -1,4 +1,4 @@
-"""A model's parameters as the rules see them, and which part of the model each one is."""
+"""The parameters of a model as rules see them: names, modules, and the part of the model that each belongs to."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ NOT_HIDDEN = {
     "state space": r"(^|\.)((log_)?A(_?logs?|_real|_imag|_re|_im)|log_A\w*|(?-i:Ds?)|log_dt|inv_dt|dt_bias"
     r"|time_(decay|first|faaaa|mix_\w+))$",
 }
-"""Names of matrices that are not hidden, by what they are. Tables and numbers of state spaces are parameters of their
-own, with no `.weight` after them."""
+"""Names of matrices that are not hidden, by kind. Tables and numbers of state spaces are direct parameters of a module,
+without `.weight` at the end of the name."""
 
 _NOT_HIDDEN = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in NOT_HIDDEN.items()}
 _BIAS = re.compile(r"(^|[._])bias(_[^.]*)?$")  # bias, in_proj_bias, bias_ih_l0
 
 _PARTS = {
-    "bias": "biases, whatever they add to",
+    "bias": "biases of any layer",
     "norm": "normalisation layers of any family, weights and biases",
     "embedding": "nn.Embedding and nn.EmbeddingBag",
-    "head": "the layer that makes the output: what the model says itself (timm's get_classifier, Hugging Face's "
-    "get_output_embeddings), else what is called head, lm_head, classifier, fc or the like, shares an "
+    "head": "the output layer: that which the model returns itself (timm's get_classifier, Hugging Face's "
+    "get_output_embeddings), else one that is called head, lm_head, classifier, fc or the like, shares an "
     "embedding's weight, or is the last linear layer at the top of the model",
     "hidden_matrix": "matrices and kernels between hidden activations: neither vectors, embeddings and other tables, "
     "depthwise kernels nor the head",
-    "undecayed": "biases, norms, embeddings, and what the model names in timm's no_weight_decay()",
+    "undecayed": "biases, norms, embeddings, and the parameters that timm's no_weight_decay() of the model names",
 }
 
 
@@ -43,10 +43,10 @@ class NamedParameter:
 
     Args:
         parameter: The parameter itself.
-        names: Every name the model has for it, the first one first; a tied weight has several.
+        names: All of its names in the model, in order; a tied weight has several.
         modules: The modules that hold it, in the order of ``names``.
-        parts: Which parts of the model it belongs to (`list_parts`).
-        not_hidden: What it is, in a word or two, if it is no hidden matrix.
+        parts: Parts of the model that it belongs to (`list_parts`).
+        not_hidden: Its kind, as returned by `why_not_hidden`, if it is not a hidden matrix.
     """
 
     parameter: nn.Parameter
@@ -62,7 +62,7 @@ class NamedParameter:
 
 
 def list_parts() -> dict[str, str]:
-    """The parts of a model that a rule's ``part`` may name, each with what it is.
+    """Return the parts of a model that a rule's ``part`` may name, each with a description.
 
     Example:
         >>> print(*list_parts())
@@ -72,7 +72,7 @@ def list_parts() -> dict[str, str]:
 
 
 def named_parameters(model: nn.Module) -> Iterator[NamedParameter]:
-    """Every distinct parameter of the model with all of its names."""
+    """Yield every distinct parameter of the model with all of its names."""
     found: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -90,7 +90,7 @@ def named_parameters(model: nn.Module) -> Iterator[NamedParameter]:
         seen.append(NamedParameter(parameter, names, modules, frozenset(_parts_of(names, modules)), reason))
     heads = output_layers(model)
     trained = any(one.parameter.requires_grad and not heads.isdisjoint(map(id, one.modules)) for one in seen)
-    last = None if trained else last_linear(model)  # what is frozen may be another model's, a teacher's
+    last = None if trained else last_linear(model)  # A frozen head may be that of a teacher.
     if last is not None and any(one.not_hidden is None and one.parameter is not last.weight for one in seen):
         heads = heads | {id(last)}
     undecayed = _named_undecayed(model)
@@ -107,9 +107,9 @@ def named_parameters(model: nn.Module) -> Iterator[NamedParameter]:
 
 
 def is_hidden_matrix(param: Tensor, names: Sequence[str] = (), modules: Sequence[nn.Module] = ()) -> bool:
-    """Whether ``param`` maps hidden activations to hidden activations, and so may be orthogonalised.
+    """Return whether ``param`` maps hidden activations to hidden activations, and so may be orthogonalised.
 
-    See `why_not_hidden`, which names what it is otherwise.
+    `why_not_hidden` gives the reason if it does not.
 
     Args:
         param: The parameter.
@@ -126,12 +126,13 @@ def is_hidden_matrix(param: Tensor, names: Sequence[str] = (), modules: Sequence
 
 
 def why_not_hidden(param: Tensor, names: Sequence[str] = (), modules: Sequence[nn.Module] = ()) -> str | None:
-    """What ``param`` is if it is no hidden matrix; None if it is one.
+    """Return the kind of ``param`` if it is not a hidden matrix; None if it is one.
 
-    Hidden matrices are the weights of linear layers and convolutions, and stacks of such. Vectors are none (biases,
-    norms, and whatever has more than one dimension but only one row or column, such as class tokens), nor depthwise
-    kernels, each of which sees one channel only; nor embeddings and output layers, tables of positions and tokens, and
-    the numbers of state spaces, which are known by the module that holds them or by name (`NOT_HIDDEN`, `heads.HEAD`).
+    Hidden matrices are the weights of linear layers and convolutions, and stacks of such weights. They do not include
+    vectors (biases, norms, and tensors with more than one dimension but only one row or column, such as class tokens);
+    depthwise kernels, each of which reads one channel only; or embeddings, output layers, tables of positions and
+    tokens, and the numbers of state spaces, which are recognised by the module that holds them or by their name
+    (`NOT_HIDDEN`, `heads.HEAD`).
 
     Args:
         param: The parameter.
@@ -161,11 +162,11 @@ def why_not_hidden(param: Tensor, names: Sequence[str] = (), modules: Sequence[n
 
 
 def is_stack(param: Tensor, modules: Sequence[nn.Module]) -> bool:
-    """Whether ``param`` holds several matrices, such as one for each expert, rather than the kernel of a convolution.
+    """Return whether ``param`` holds several matrices, such as one per expert, and not the kernel of a convolution.
 
     Args:
         param: The parameter.
-        modules: The modules that hold it; if these are not known, the answer is no.
+        modules: The modules that hold it; if none is known, the result is False.
     """
     return param.dim() > 2 and bool(modules) and not any(map(_is_convolution, modules))
 
@@ -179,7 +180,7 @@ def _parts_of(names: Sequence[str], modules: Sequence[nn.Module]) -> Iterator[st
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    # By name, too: libraries bring convolutions of their own that are no subclass of torch's.
+    # The name counts as well, because libraries have their own convolutions that do not subclass torch's.
     named = any(re.search(r"Conv(Transpose)?\d?d", base.__name__) for base in type(module).__mro__)
     return named or isinstance(module, nn.modules.conv._ConvNd)
 
@@ -193,7 +194,7 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    # By name, because every model family brings norms of its own (LlamaRMSNorm, LayerNorm2d, FrozenBatchNorm2d).
+    # The name counts, because every model family has its own norms (LlamaRMSNorm, LayerNorm2d, FrozenBatchNorm2d).
     return any(re.search(r"Norm(\dd)?$", base.__name__) for base in type(module).__mro__)
 
 

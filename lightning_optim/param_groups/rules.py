@@ -1,4 +1,4 @@
-"""A rule: which parameters form a group, and the settings of the group."""
+"""A rule of a parameter group: criteria for its parameters, and its settings."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ CRITERIA = ("pattern", "glob", "module_types", "part", "max_ndim", "min_ndim", "
 
 @dataclass(frozen=True, kw_only=True)
 class ParamGroupRule:
-    r"""Which parameters form a group, and what is different about them.
+    r"""Rule of a parameter group: the criteria for its parameters, and the settings in which it differs.
 
-    A parameter matches if it meets every criterion that is given. A tied weight matches under any of its names.
+    A parameter matches if it meets every given criterion. A tied weight matches under any of its names.
 
     Args:
         name: Name of the group, shown in logs and kept in checkpoints.
         pattern: Regular expression searched for in the parameter's full name; anchor it with ``^`` and ``$``.
         glob: Shell-style pattern for the whole name: ``"blocks.*.weight"``; ``*`` crosses dots.
         module_types: Class names of the module that holds the parameter, bare (``LayerNorm``) or full
-            (``torch.nn.LayerNorm``); subclasses match too.
+            (``torch.nn.LayerNorm``); subclasses match as well.
         part: A part of the model by its kind, such as ``"head"`` or ``"hidden_matrix"``
             (`lightning_optim.param_groups.list_parts`).
-        max_ndim: Most dimensions the parameter may have; 1 is biases, norms and other vectors.
-        min_ndim: Fewest dimensions the parameter may have; 2 is matrices and convolution kernels.
+        max_ndim: Largest number of dimensions of the parameter; 1 selects biases, norms and other vectors.
+        min_ndim: Smallest number of dimensions of the parameter; 2 selects matrices and convolution kernels.
         predicate: Any other criterion, a function of a `NamedParameter`.
-        overlay: Whether the rule only changes what it matches, in whichever group another rule puts it: that group is
-            cut in two, so a head can learn faster and still have undecayed biases. Setting by setting the first rule
-            of the list that matches wins; learning-rate multipliers multiply.
+        overlay: Whether the rule only changes settings of the parameters that it matches, in whichever group another
+            rule puts them. That group is split in two, so that a head can learn faster and still have undecayed
+            biases. Each setting is that of the first matching rule in the list; learning-rate multipliers multiply.
         lr_multiplier: The group's learning rate over the optimizer's, at least 0.
-        lr: The group's own peak learning rate, at least 0; None for the optimizer's. The schedule multiplies it, too.
+        lr: The group's own peak learning rate, at least 0; None for the optimizer's. The schedule multiplies it.
         weight_decay: The group's own weight decay; None for the optimizer's.
         betas: The group's own betas; None for the optimizer's.
-        rule: Name of another of our optimizers whose update the group uses (`"lion"`), with that one's defaults. Only
-            with optimizers from `lightning_optim.optim`.
+        rule: Name of another optimizer of `lightning_optim.optim` whose update the group uses (`"lion"`), with its
+            defaults. The optimizer must be one of these as well.
         options: Any further hyperparameters of the optimizer, for instance ``{"eps": 1e-6}``.
-        frozen_until: How long the group is frozen: ``500``, ``"1 epoch"``, ``"10%"``. It is in the optimizer from
-            the start, also if the model has it frozen, but is neither updated nor decayed and has no state until then.
-            None for never.
+        frozen_until: Time for which the group is frozen: ``500``, ``"1 epoch"``, ``"10%"``; None for a group that is
+            not frozen. The group is in the optimizer from the start, even if its parameters are frozen in the model,
+            but until then it is neither updated nor decayed and has no state.
         schedule: The group's own schedule of the learning rate, a name or a `Schedule`; None for the optimizer's.
 
     Raises:
-        ValueError: A criterion or value cannot be used, or there is no criterion at all.
+        ValueError: A criterion or value is invalid, or there is no criterion.
 
     Example:
         >>> from lightning_optim import build_param_groups
@@ -96,8 +96,8 @@ class ParamGroupRule:
             object.__setattr__(self, "schedule", get_schedule(self.schedule)())
         if not self.name or "/" in self.name or self.name in ("total", REST):
             raise ValueError(
-                f"Invalid ParamGroupRule name {self.name!r}: it must not be empty, contain '/', or be 'total' or "
-                f"{REST!r}, which stand for all groups and for what no rule takes."
+                f"Invalid ParamGroupRule name {self.name!r}: must not be empty, contain '/', or be 'total' or "
+                f"{REST!r}, which stand for all groups and for the parameters that no rule takes."
             )
         self._check_criteria()
         for key in ("lr_multiplier", "lr", "weight_decay"):
@@ -105,8 +105,8 @@ class ParamGroupRule:
                 raise self._invalid(key, "finite and at least 0")
         if self.lr is not None and self.lr_multiplier != 1:
             raise ValueError(
-                f"ParamGroupRule {self.name!r} has lr={self.lr} and lr_multiplier={self.lr_multiplier}; needed is one "
-                "of them: its own rate, or one that follows the optimizer's."
+                f"ParamGroupRule {self.name!r} has lr={self.lr} and lr_multiplier={self.lr_multiplier}. Give one of "
+                "them: its own rate, or one that follows the optimizer's."
             )
         if self.betas is not None and not (
             len(self.betas) > 0 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas)
@@ -116,8 +116,8 @@ class ParamGroupRule:
         for key in self.options or {}:
             if key in RESERVED or key in given:
                 raise ValueError(
-                    f"ParamGroupRule {self.name!r}: {key!r} is no option. "
-                    + (f"Write it beside the options, as `{key}`." if key in given else "It is set by the rule itself.")
+                    f"ParamGroupRule {self.name!r}: {key!r} is not an option. "
+                    + (f"Write it outside of the options, as `{key}`." if key in given else "The rule itself sets it.")
                 )
         if self.frozen_until is not None:
             try:
@@ -146,13 +146,13 @@ class ParamGroupRule:
             )
 
     def _invalid(self, key: str, needed: str) -> ValueError:
-        return ValueError(f"ParamGroupRule {self.name!r}: invalid {key}={getattr(self, key)!r}, it must be {needed}.")
+        return ValueError(f"ParamGroupRule {self.name!r}: invalid {key}={getattr(self, key)!r}: must be {needed}.")
 
     def _given_criteria(self) -> dict[str, Any]:
         return {key: value for key in CRITERIA if (value := getattr(self, key)) not in (None, (), [], "")}
 
     def matches(self, parameter: NamedParameter) -> bool:
-        """Whether the parameter meets every criterion of the rule."""
+        """Return whether the parameter meets every criterion of the rule."""
         ndim = parameter.parameter.ndim
         return (
             (self._regex is None or any(self._regex.search(name) for name in parameter.names))
@@ -165,7 +165,7 @@ class ParamGroupRule:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the group, except ``lr_multiplier`` and what is left to the optimizer."""
+        """Return the settings of the group, except ``lr_multiplier`` and those that are the optimizer's."""
         settings: dict[str, Any] = {key: getattr(self, key) for key in ("lr", "weight_decay", "rule")}
         settings["betas"] = None if self.betas is None else tuple(self.betas)
         settings["frozen_until"] = None if self.frozen_until is None else str(self.frozen_until)
@@ -179,7 +179,7 @@ class ParamGroupRule:
         return any(name in self.module_types for name in _class_names(type(module)))
 
     def why_nothing(self, rules: Sequence[ParamGroupRule], parameters: Sequence[NamedParameter]) -> str:
-        """Explain why the rule, one of ``rules``, takes none of ``parameters``, and name what is near."""
+        """Explain why the rule, one of ``rules``, takes none of ``parameters``, and name similar parameters."""
         criteria = ", ".join(f"{key}={value!r}" for key, value in self._given_criteria().items())
         start = f"ParamGroupRule {self.name!r} ({criteria}) matches no trainable parameter"
         matched = [parameter for parameter in parameters if self.matches(parameter)]
@@ -211,5 +211,5 @@ def _class_names(cls: type) -> Iterator[str]:
     for base in cls.__mro__:
         yield base.__name__
         yield f"{base.__module__}.{base.__qualname__}"
-        if base.__module__.startswith("torch.nn.modules."):  # where torch.nn.LayerNorm really lives
+        if base.__module__.startswith("torch.nn.modules."):  # torch.nn.LayerNorm is defined there.
             yield f"torch.nn.{base.__qualname__}"

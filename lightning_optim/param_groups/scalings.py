@@ -1,4 +1,4 @@
-"""Learning rates that follow from the model: by depth, and by width. They cut every group, and multiply its rate."""
+"""Learning rates that depend on the model, by depth or by width; they split every group, and multiply its rate."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ class Scale(NamedTuple):
     """Effect of a scaling on a parameter."""
 
     order: int
-    """Groups of one rule are sorted by this."""
+    """Sort key among the groups of one rule."""
     label: str
-    """Added to the group's name; empty if the parameter stays where it is."""
+    """Prefix of the group's name; empty if the parameter stays in its group."""
     lr_multiplier: float
 
 
 @dataclass(frozen=True)
 class LayerDecay:
-    r"""Layer-wise learning-rate decay: each layer learns slower than the one above it, by a constant factor.
+    r"""Layer-wise learning-rate decay: each layer has a lower rate than the layer above it, by a constant factor.
 
-    Usual when a pretrained model is fine-tuned: what is close to the input is kept. The head, and what else comes after
-    the last layer, has the full rate; embeddings the lowest. Every group of the rules is cut by depth, so `no_decay`
-    gives two groups per depth: ``layer_03`` and ``layer_03_no_decay``.
+    It is usual when a pretrained model is fine-tuned, to preserve the layers close to the input. The head, and all
+    other parameters after the last layer, have the full rate; embeddings have the lowest. Every group of the rules is
+    split by depth, so that `no_decay` gives two groups per depth: ``layer_03`` and ``layer_03_no_decay``.
 
     Args:
-        layer_decay: The factor from one layer to the next below, in (0, 1]. 0.65 to 0.9 are usual, less for larger
-            models.
-        pattern: A regular expression whose groups catch the number of the layer in a parameter's name. None to
-            recognise layers by themselves (`lightning_optim.param_groups.parameter_depths`).
-        min_multiplier: No layer has less than this part of the full rate, in [0, 1].
+        layer_decay: Factor from one layer to the next below, in (0, 1]. 0.65 to 0.9 are usual, less for larger models.
+        pattern: A regular expression whose groups capture the number of the layer in a parameter's name; None to
+            recognise layers automatically (`lightning_optim.param_groups.parameter_depths`).
+        min_multiplier: Lowest fraction of the full rate that a layer has, in [0, 1].
 
     Raises:
-        ValueError: A value is out of range, or the pattern is no regular expression or catches nothing.
+        ValueError: A value is out of range, or the pattern is not a regular expression or has no group.
 
     References:
         Clark et al., ELECTRA, 2020, https://arxiv.org/abs/2003.10555; Bao et al., BEiT, 2021,
@@ -65,18 +64,18 @@ class LayerDecay:
     def __post_init__(self) -> None:
         if not 0 < self.layer_decay <= 1:
             raise ValueError(
-                f"Invalid layer_decay={self.layer_decay!r}; needed is a factor in (0, 1] from a layer to the one below."
+                f"Invalid layer_decay={self.layer_decay!r}: must be in (0, 1], a factor from a layer to the one below."
             )
         if not 0 <= self.min_multiplier <= 1:
-            raise ValueError(f"Invalid min_multiplier={self.min_multiplier!r} of layer_decay; needed is one in [0, 1].")
+            raise ValueError(f"Invalid min_multiplier={self.min_multiplier!r} of layer_decay: must be in [0, 1].")
         try:
             catches = self.pattern is None or re.compile(self.pattern).groups > 0
         except re.error as error:
             raise ValueError(f"Invalid pattern={self.pattern!r} of layer_decay: {error}.") from None
         if not catches:
             raise ValueError(
-                f"Invalid pattern={self.pattern!r} of layer_decay: it catches nothing. Needed is the number of the "
-                r"layer in parentheses, for instance 'tower\.(\d+)\.'."
+                f"Invalid pattern={self.pattern!r} of layer_decay: must capture the number of the layer in "
+                r"parentheses, for instance 'tower\.(\d+)\.'."
             )
 
     def scales(self, model: nn.Module, parameters: Sequence[NamedParameter]) -> dict[str, Scale]:
@@ -92,24 +91,24 @@ class LayerDecay:
 
 @dataclass(frozen=True)
 class WidthScaling:
-    """Learning rates of hidden matrices fall with the width of the model, so a small one's rate serves a large one.
+    """Scaling of the learning rates of hidden matrices with width, which transfers a small model's rate to a large one.
 
-    The Adam column of the maximal update parametrisation (muP): at `width` times as many inputs, a hidden matrix
-    learns at 1/`width` of the rate, while vectors, embeddings and the head keep theirs. Its other halves are the
-    model's: initial variances of 1/fan_in, attention scores over d instead of √d, and outputs divided by the width
-    multiplier, or drawn with variance 1/fan_in² and scaled here as well (`scale_head`).
+    It is the Adam column of the maximal update parametrisation (muP): with n times as many inputs, a hidden matrix
+    learns at 1/n of the rate, while vectors, embeddings and the head keep theirs. The other parts of muP belong in the
+    model: initial variances of 1/fan_in, attention scores over d instead of √d, and outputs divided by the width
+    multiplier, or initialised with variance 1/fan_in² and scaled here as well (`scale_head`).
 
-    With decoupled weight decay, lr·λ falls along with the rate; ``weight_decay_kind="independent"`` keeps it.
+    With decoupled weight decay, lr·λ falls with the rate; ``weight_decay_kind="independent"`` keeps it constant.
 
     Args:
-        base_width: Width of the small model that the learning rate was found with. With `width`.
-        width: Width of this one.
-        base_shapes: In place of both, the small model's shapes by parameter name (`shapes_of`): then each matrix is
-            scaled by its own number of inputs, so several widths may grow unlike each other.
-        scale_head: Whether the head's matrix is scaled like hidden ones. Not for a head that is tied to an embedding.
+        base_width: Width of the small model for which the learning rate was found, at least 1; requires `width`.
+        width: Width of this model, at least 1.
+        base_shapes: In place of both, the small model's shapes by parameter name (`shapes_of`). Each matrix is then
+            scaled by its own number of inputs, so that several widths may grow by different factors.
+        scale_head: Whether the head's matrix is scaled like hidden ones; not for a head that is tied to an embedding.
 
     Raises:
-        ValueError: Neither or both ways are given, a value is out of range, or shapes do not fit the model.
+        ValueError: Neither or both of the two forms are given, a value is out of range, or shapes do not fit the model.
 
     References:
         Yang et al., Tensor Programs V, 2022, https://arxiv.org/abs/2203.03466, tables 3 and 8.
@@ -133,13 +132,13 @@ class WidthScaling:
         widths = (self.base_width, self.width)
         if (self.base_shapes is None) == (widths == (None, None)) or (None in widths and self.base_shapes is None):
             raise ValueError(
-                f"WidthScaling was given base_width={self.base_width}, width={self.width} and "
-                f"{'no ' if self.base_shapes is None else ''}base_shapes; needed are base_width and width, or "
-                "base_shapes alone."
+                f"WidthScaling got base_width={self.base_width}, width={self.width} and "
+                f"{'no ' if self.base_shapes is None else ''}base_shapes. Give base_width and width, or base_shapes "
+                "alone."
             )
         for key in ("base_width", "width"):
             if (value := getattr(self, key)) is not None and value < 1:
-                raise ValueError(f"Invalid {key}={value!r} of WidthScaling; needed is a whole number of at least 1.")
+                raise ValueError(f"Invalid {key}={value!r} of WidthScaling: must be a whole number of at least 1.")
 
     def scales(self, model: nn.Module, parameters: Sequence[NamedParameter]) -> dict[str, Scale]:
         """Compute the scale of each parameter, by name."""
@@ -154,7 +153,7 @@ class WidthScaling:
         return result
 
     def _ratio(self, parameter: NamedParameter) -> float:
-        """How many times as many inputs the matrix has as in the base model."""
+        """Return the number of inputs of the matrix over that in the base model."""
         if self.base_shapes is None:
             assert self.width is not None
             assert self.base_width is not None
@@ -162,10 +161,10 @@ class WidthScaling:
         base, shape = self.base_shapes[parameter.name], tuple(parameter.parameter.shape)
         if len(base) != len(shape):
             raise ValueError(
-                f"WidthScaling: {parameter.name!r} has shape {shape} and base shape {tuple(base)}; needed are as many "
-                "dimensions in both."
+                f"WidthScaling: {parameter.name!r} has shape {shape} and base shape {tuple(base)}, which must have the "
+                "same number of dimensions."
             )
-        # A matrix that has grown on one side only is no hidden one: it reads the input, or makes the output.
+        # A matrix that has grown in its inputs only is not hidden: it makes the output.
         grown_inside = base[0] != shape[0] or "head" in parameter.parts
         return math.prod(shape[1:]) / math.prod(base[1:]) if grown_inside else 1.0
 
@@ -180,7 +179,7 @@ class WidthScaling:
 
 
 def shapes_of(model: nn.Module) -> dict[str, list[int]]:
-    """The shapes of a model's parameters by name, for `WidthScaling.base_shapes`; plain numbers, for YAML as well.
+    """Return the shapes of a model's parameters by name as plain numbers, for `WidthScaling.base_shapes` and YAML.
 
     Example:
         >>> shapes_of(nn.Linear(2, 3))

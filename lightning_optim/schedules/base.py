@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,14 +19,15 @@ class Position:
     """Where in its shape a schedule stands.
 
     Args:
-        step: Steps since the shape began; may lie beyond its end only where the shape needs no length.
+        step: Steps since the shape began; may lie beyond its end only where the shape needs no length, and between
+            two steps where the length of the run has changed (`RunClock`).
         length: Length of the shape in steps; 0 if the run has no known length.
         start: Step of the run at which the shape began: warmup and hold come before.
         warmup: Length of the warmup in steps.
         run: Length of the whole run, in which durations are read.
     """
 
-    step: int
+    step: float
     length: int
     start: int
     warmup: int
@@ -94,6 +96,11 @@ class Schedule(ABC):
             or bool(self.cooldown.duration)
             or any(duration.is_relative for duration in _durations(vars(self)))
         )
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the schedule is undefined without the length of the run or of its epochs."""
+        return self.needs_total or any(duration.unit == "epochs" for duration in _durations(vars(self)))
 
     @property
     def is_absolute(self) -> bool:
@@ -175,7 +182,7 @@ class Schedule(ABC):
         # A subclass that overrides this method and calls super() must not be called again by `over`.
         return (self._curve(run) if _overrides_call(self) else self.over(run))(step)
 
-    def over(self, horizon: Horizon) -> Callable[[int], float]:
+    def over(self, horizon: Horizon) -> Callable[[float], float]:
         """Compile the schedule for a run: durations are converted and phases computed here, once.
 
         Args:
@@ -195,10 +202,10 @@ class Schedule(ABC):
             [0.5, 1.0, 1.0, 0.5, 0.0]
         """
         if _overrides_call(self):
-            return lambda step: self(step, horizon.total_steps, horizon.steps_per_epoch)
+            return lambda step: self(int(step), horizon.total_steps, horizon.steps_per_epoch)
         return self._curve(horizon)
 
-    def _curve(self, run: Horizon) -> Callable[[int], float]:
+    def _curve(self, run: Horizon) -> Callable[[float], float]:
         if self.is_absolute:
             raise ValueError(
                 f"{self} names a learning rate, so it is a multiplier of a known peak only: call for_peak(lr) first. "
@@ -209,7 +216,7 @@ class Schedule(ABC):
         end = start + phases.shape
         bounded = self.shape_needs_total
 
-        def multiplier(step: int) -> float:
+        def multiplier(step: float) -> float:
             if step < phases.warmup:
                 return self.warmup.multiplier(step, phases.warmup)
             if step < start:
@@ -242,17 +249,37 @@ class Schedule(ABC):
         if total is None:
             return Phases(warmup, hold, 0, 0)
         if warmup + hold + cooldown > total:
-            given = f"warmup of {warmup} steps is"
-            if warmup <= total:
-                given = f"warmup, hold and cooldown of {warmup} + {hold} + {cooldown} steps are"
-            raise ValueError(
-                f"{self}: the {given} longer than the run of {total} optimizer steps. Shorten it, or write it as a "
-                "share of the run, for instance '5%'."
-            )
+            if not (run.is_trial or self._is_rounded_up()):
+                given = f"warmup of {warmup} steps is"
+                if warmup <= total:
+                    given = f"warmup, hold and cooldown of {warmup} + {hold} + {cooldown} steps are"
+                raise ValueError(
+                    f"{self}: the {given} longer than the run of {total} optimizer steps. Shorten it, or write it as a "
+                    "share of the run, for instance '5%'."
+                )
+            warmup, hold, cooldown = _scaled((warmup, hold, cooldown), total)
         return Phases(warmup, hold, total - warmup - hold - cooldown, cooldown)
+
+    def notes(self, run: Horizon) -> list[str]:
+        """Return sentences about parts of the schedule that have no effect in a run of this length."""
+        return []
+
+    def _is_rounded_up(self) -> bool:
+        """Whether the phases are shares that fit in any run, and only a run of a few steps has no room for all."""
+        phases = [phase for phase in (self.warmup.duration, self.hold, self.cooldown.duration) if phase]
+        return all(phase.is_relative for phase in phases) and sum(phase.amount for phase in phases) <= 100
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(_arguments(self))})"
+
+
+def _scaled(phases: tuple[int, int, int], total: int) -> tuple[int, int, int]:
+    """Phases in the same proportions that fill ``total`` steps; the warmup is rounded up."""
+    warmup, hold, cooldown = phases
+    together = sum(phases)
+    warmup = min(math.ceil(warmup * total / together), total)
+    cooldown = min(math.floor(cooldown * total / together), total - warmup)
+    return warmup, total - warmup - cooldown if hold else 0, cooldown
 
 
 def _overrides_call(schedule: Schedule) -> bool:

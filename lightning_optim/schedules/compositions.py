@@ -1,4 +1,4 @@
-"""Schedules known by a name of their own that are another one with other defaults."""
+"""Schedules with an established name that are another schedule with different defaults."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from lightning_optim.schedules.shapes import Constant, Cosine
 
 
 class OneCycle(Cosine):
-    """Up by a cosine from 1/25 of the peak, then down by a cosine to nearly nothing.
+    """One cycle: a cosine up from 1/25 of the peak, then a cosine down to nearly 0.
 
     Args:
-        warmup: Length of the way up, which starts at 1/25 of the peak; or a `Warmup`.
+        warmup: Length of the rise, which starts at 1/25 of the peak; or a `Warmup`.
         final: Multiplier reached at the end of the run.
-        hold: How long to stay at the peak.
+        hold: Length of a phase at the peak.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
-        three_phase: Down to where the warmup started in as many steps as the warmup took, and from there to ``final``
-            in the rest of the run, as the paper has it and torch's ``OneCycleLR(three_phase=True)``.
+        three_phase: Whether the schedule first falls to the start of the warmup, in as many steps as the warmup took,
+            and then to ``final`` in the rest of the run, as in the paper and in torch's
+            ``OneCycleLR(three_phase=True)``.
         final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
     Raises:
-        ValueError: ``three_phase`` is to go back to a start that the warmup does not have; or (when called) the way
-            down is longer than what is left of the run.
+        ValueError: ``three_phase`` is set and the warmup has no length or no start; or, when the schedule is called,
+            the second phase is longer than the rest of the run.
 
     References:
-        Smith & Topin, Super-Convergence, 2018, https://arxiv.org/abs/1708.07120. The momentum that goes down and up the
-        other way round is a schedule of ``momentum``, see `OptimizerFactory`.
+        Smith & Topin, Super-Convergence, 2018, https://arxiv.org/abs/1708.07120. The momentum that moves in the
+        opposite direction is a schedule of ``momentum``, see `OptimizerFactory`.
 
     Example:
         >>> [round(OneCycle()(step, 100), 3) for step in (0, 15, 30, 65, 100)]
@@ -51,26 +52,36 @@ class OneCycle(Cosine):
         self.three_phase = three_phase
         if three_phase and (not warmup.length or (warmup.start is None and warmup.start_lr is None)):
             raise ValueError(
-                f"three_phase=True of OneCycle goes back to where the warmup started, in as many steps, got {warmup!r}."
-                " Give it a length and a start, for instance Warmup('30%', 'cosine', start=0.04)."
+                f"Invalid warmup={warmup!r} of OneCycle with three_phase=True: must have a length and a start, to "
+                "which the second phase returns, for instance Warmup('30%', 'cosine', start=0.04)."
             )
 
     def phases(self, run: Horizon) -> Phases:
         """Convert the lengths of the parts into optimizer steps, as `Schedule.phases` does.
 
+        Args:
+            run: Length of the run.
+
+        Returns:
+            The lengths in optimizer steps.
+
         Raises:
-            ValueError: As there, or the run is too short for the second of three phases.
+            ValueError: The phases do not fit into the run, or the second of three phases does not.
         """
         phases = super().phases(run)
-        if self.three_phase and phases.shape < phases.warmup:
+        if self.three_phase and phases.shape < phases.warmup and not run.is_trial:
             raise ValueError(
-                f"{self}: down again in the {phases.warmup} steps that the warmup took does not fit into the "
-                f"{phases.shape} steps left after it. Give a warmup of less than half of the run."
+                f"{self}: the second phase, of {phases.warmup} steps as the warmup, does not fit into the "
+                f"{phases.shape} steps after the warmup. Give a warmup of less than half of the run."
             )
         return phases
 
     def shape(self, at: Position) -> float:
-        """Half a cosine down to ``final``; with ``three_phase`` first to the start of the warmup, then to ``final``."""
+        """Half a cosine to ``final``; with ``three_phase`` half a cosine to the start of the warmup, and a second one.
+
+        Args:
+            at: Position in the shape.
+        """
         if not self.three_phase:
             return super().shape(at)
         start = self.warmup.start or 0.0
@@ -84,14 +95,14 @@ class OneCycle(Cosine):
 class WSD(Constant):
     """Warmup, stable, decay: the peak throughout, and a cooldown at the end.
 
-    The stable part does not depend on the length of the run, so one run can be trained on and cooled down from any of
-    its checkpoints: resume with ``max_steps`` set to where the cooldown ends, its length here, and
+    The stable part does not depend on the length of the run, so a run can be continued, or cooled down from any of its
+    checkpoints: resume with ``max_steps`` set to the end of the cooldown, its length set here, and
     ``on_resume="config"``.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
-        cooldown: Length of the decay to 0 by ``1 − sqrt(progress)``; or a `Cooldown`, which may be linear or a cosine,
-            and end elsewhere.
+        cooldown: Length of the decay to 0 by ``1 − sqrt(progress)``; or a `Cooldown`, which may have another shape and
+            another final value.
         hold: Has no effect of its own here.
 
     References:

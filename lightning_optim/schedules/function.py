@@ -1,4 +1,4 @@
-"""A schedule from any function."""
+"""A schedule defined by any function of the step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lightning_optim.schedules.phases import Cooldown, Warmup
 
 
 class FromFunction(Schedule):
-    """The multiplier that a function of the step returns.
+    """Schedule whose multiplier is the value of a function of the step.
 
     Args:
-        function: From the number of updates since warmup and hold to the multiplier of the peak.
+        function: Function from the number of updates since warmup and hold to the multiplier of the peak.
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
-        hold: How long to stay at the peak after the warmup.
+        hold: Length of a phase at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
 
     Raises:
@@ -37,15 +37,17 @@ class FromFunction(Schedule):
     ) -> None:
         super().__init__(warmup, hold, cooldown)
         if not callable(function):
-            raise TypeError(f"FromFunction needs a function from the step to a multiplier, got {function!r}.")
+            raise TypeError(
+                f"Invalid function={function!r} of FromFunction: must be a function from the step to a multiplier."
+            )
         self.function = function
 
     def shape(self, at: Position) -> float:
         """Return the value of the function."""
-        return float(self.function(at.step))
+        return float(self.function(int(at.step)))
 
     def __repr__(self) -> str:
-        # Without the address that repr(function) has, so that a resumed run sees the same schedule.
+        # repr(function) contains an address, with which a resumed run would seem to have another schedule.
         function = self.function
         name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
         return f"FromFunction({name}, warmup={self.warmup!r}, hold={str(self.hold)!r}, cooldown={self.cooldown!r})"

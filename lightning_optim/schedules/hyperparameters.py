@@ -1,4 +1,4 @@
-"""Which hyperparameters of an optimizer a schedule can drive, and how they are read and written in a group."""
+"""The hyperparameters that a schedule can set, and how they are read and written in a parameter group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_optim.core.suggest import nearest
 
 _IN_BETAS = {"momentum": 0, "beta1": 0, "beta2": 1, "beta3": 2}
-"""Names for parts of ``betas``; ``momentum`` as torch's OneCycleLR has it."""
+"""Names for the elements of ``betas``; ``momentum`` is the name in torch's OneCycleLR."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Hyperparameter:
     """A number in each parameter group.
 
     Args:
-        name: What it is called: a key of the group, or ``momentum``, ``beta1``, ``beta2`` for parts of ``betas``.
-        key: The group's key.
-        index: Which part of the key's value; None for all of it.
+        name: A key of the group, or ``momentum``, ``beta1``, ``beta2``, ``beta3`` for an element of ``betas``.
+        key: Key of the group.
+        index: Index into the key's value; None for the whole value.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Hyperparameter:
 
     @property
     def base_key(self) -> str:
-        """The group's key for the value that the schedule multiplies; ``initial_lr`` is torch's word."""
+        """Key of the group for the value that the schedule multiplies; ``initial_lr`` is torch's name."""
         return f"initial_{self.name}"
 
     def read(self, group: Mapping[str, Any]) -> float | Tensor:
@@ -51,14 +51,17 @@ class Hyperparameter:
             group[self.key] = value
 
     def base(self, group: dict[str, Any]) -> float | Tensor:
-        """Return the value that the schedule multiplies: the one that the group had at first."""
+        """Return the value that the schedule multiplies, which is the group's initial value."""
         if self.base_key not in group:
             group[self.base_key] = self.read(group)
         base: float | Tensor = group[self.base_key]
         return base
 
     def check(self, value: float) -> None:
-        """Refuse a value that a schedule would set.
+        """Check a value that a schedule would set.
+
+        Args:
+            value: The value.
 
         Raises:
             ValueError: The value is negative, not finite, or at least 1 for one of ``betas``.
@@ -80,17 +83,20 @@ def hyperparameter(name: str, defaults: Mapping[str, Any], owner: str) -> Hyperp
     Args:
         name: A key of the groups that holds a number, or ``momentum``, ``beta1``, ``beta2``, ``beta3``.
         defaults: The optimizer's defaults.
-        owner: What to call the optimizer in the message.
+        owner: Name of the optimizer in the message.
+
+    Returns:
+        The hyperparameter.
 
     Raises:
-        ValueError: It has none of that name, or the name is ``lr``, which has a schedule of its own.
+        ValueError: The optimizer has none of that name, or the name is ``lr``, whose schedule is given separately.
 
     Example:
         >>> hyperparameter("momentum", {"lr": 0.1, "betas": (0.9, 0.99)}, "AdamW")
         Hyperparameter(name='momentum', key='betas', index=0)
     """
     if name == "lr":
-        raise ValueError("The schedule of lr is given as `schedule`; `schedules` is for other hyperparameters.")
+        raise ValueError("Invalid key 'lr' in schedules: give the schedule of lr as `schedule`.")
     parts = len(defaults["betas"]) if "betas" in defaults else 0
     found = {key: Hyperparameter(key, "betas", index) for key, index in _IN_BETAS.items() if index < parts}
     found |= {key: Hyperparameter(key, key) for key, value in defaults.items() if _is_number(value) and key != "lr"}

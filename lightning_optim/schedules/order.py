@@ -1,4 +1,4 @@
-"""Whether an optimizer has stepped: the one mark of torch's schedulers that is relied on."""
+"""Detection of whether an optimizer has stepped, from the mark that torch's schedulers leave on it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _MESSAGE = (
 
 
 def has_stepped(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step`` has been called since the first scheduler of torch's kind was made for it.
+    """Return whether ``optimizer.step`` has been called since the first ``LRScheduler`` was created for it.
 
-    ``LRScheduler`` wraps the object's ``step`` and has the wrapper leave a mark. Where another ``step``
-    has replaced it since, or it is gone because the optimizer is a copy, this cannot be known: the answer is yes.
+    ``LRScheduler`` wraps the ``step`` of the object, and the wrapper leaves a mark. If the wrapper has been replaced,
+    or is missing because the optimizer is a copy, the call cannot be detected and is assumed.
     """
     return getattr(optimizer, "_opt_called", False) or not hasattr(optimizer.step, "_wrapped_by_lr_sched")
 
 
 def warn_of_order(stacklevel: int) -> None:
-    """Warn as torch's schedulers do, in the same category and the same first words, which users' filters match."""
+    """Warn as torch's schedulers do, with the same category and the same first words, which users' filters match."""
     warnings.warn(_MESSAGE, UserWarning, stacklevel=stacklevel + 1)

@@ -16,7 +16,7 @@ COOLDOWN_SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2,
     "1-sqrt": lambda progress: 1.0 - math.sqrt(progress),
 }
-"""Decays from 1 at progress 0 to 0 at progress 1."""
+"""Decays by name, each from 1 at progress 0 to 0 at progress 1."""
 
 _RISES = ("linear", "cosine", "exponential", "constant")
 _EXPONENTIAL_START = 0.01
@@ -38,22 +38,22 @@ class _Phase:
 
 @dataclass(frozen=True, repr=False)
 class Warmup(_Phase):
-    """How a schedule rises to the peak.
+    """Warmup: the rise of a schedule to the peak.
 
     Without ``start``, ``n`` steps of a linear warmup use 1/n, 2/n, ..., n/n: the first update never uses the full rate,
-    nor a rate of zero, and the last one of the warmup uses the peak. With ``start`` the first update uses just that
-    fraction, and the first one after the warmup the peak, as in torch's ``LinearLR``, timm and (``start=0``) Hugging
-    Face.
+    nor a rate of zero, and the last one of the warmup uses the peak. With ``start`` the first update uses that
+    fraction, and the first one after the warmup uses the peak, as in torch's ``LinearLR``, timm and (``start=0``)
+    Hugging Face.
 
     Args:
-        length: How long it takes: ``500``, ``"500 steps"``, ``"2 epochs"`` or ``"5%"`` of the run.
+        length: Length of the warmup: ``500``, ``"500 steps"``, ``"2 epochs"`` or ``"5%"`` of the run.
         shape: ``"linear"``, ``"cosine"``, ``"exponential"`` (equal ratios, from 0.01 if no start is given) or
-            ``"constant"`` (stays at ``start``, then jumps).
+            ``"constant"`` (stays at ``start``, then jumps to the peak).
         start: Fraction of the peak to start from, in [0, 1); None to start one step above zero.
         start_lr: Learning rate to start from, the same for every group, in place of ``start``.
 
     Raises:
-        ValueError: The length cannot be read, the shape is unknown, the start does not suit it or is given twice.
+        ValueError: The length cannot be parsed, the shape is unknown, the start does not fit it or is given twice.
 
     Example:
         >>> [Warmup(4).multiplier(step, 4) for step in range(4)]
@@ -79,28 +79,30 @@ class Warmup(_Phase):
                     "learning rate; not both."
                 )
             if self.shape == "exponential" and not self.start_lr:
-                raise ValueError("Invalid start_lr=0 of an exponential warmup: equal ratios never leave 0.")
+                raise ValueError("Invalid start_lr=0 of an exponential warmup: must be above 0; equal ratios keep 0.")
         elif self.start is None:
             if self.shape == "constant":
-                raise ValueError("A constant warmup needs its start, a fraction of the peak, for instance start=0.1.")
+                raise ValueError(
+                    "Invalid start=None of a constant warmup: must be a fraction of the peak, for instance start=0.1."
+                )
         elif not 0 <= self.start < 1 or (self.shape == "exponential" and self.start == 0):
             lowest = "(0" if self.shape == "exponential" else "[0"
             raise ValueError(
-                f"Invalid start={self.start!r} of a {self.shape} warmup: it is a fraction of the peak, so it must lie "
-                f"in {lowest}, 1)."
+                f"Invalid start={self.start!r} of a {self.shape} warmup: must be a fraction of the peak in "
+                f"{lowest}, 1)."
             )
 
     def for_peak(self, peak: float) -> Warmup:
         """Return this warmup with ``start_lr`` as a fraction of ``peak``, which is above 0."""
         if self.start_lr is None:
             return self
-        start = min(self.start_lr / peak, math.nextafter(1.0, 0.0))  # a group added later may have a smaller rate
+        start = min(self.start_lr / peak, math.nextafter(1.0, 0.0))  # A group added later may have a smaller rate.
         return replace(self, start=start, start_lr=None)
 
-    def multiplier(self, step: int, steps: int) -> float:
+    def multiplier(self, step: float, steps: int) -> float:
         """Compute the fraction of the peak at ``step`` of a warmup of ``steps`` steps."""
         start = self.start or 0.0
-        progress = (step + 1) / steps if self.start is None else step / steps
+        progress = min((step + 1) / steps, 1.0) if self.start is None else step / steps
         if self.shape == "constant":
             return start
         if self.shape == "exponential":
@@ -112,16 +114,16 @@ class Warmup(_Phase):
 
 @dataclass(frozen=True, repr=False)
 class Cooldown(_Phase):
-    """How a schedule ends: a decay over the last part of the run, from the value that its shape has reached.
+    """Cooldown: a decay over the last part of the run, from the value that the schedule's shape has reached.
 
     Args:
-        length: How long it takes, counted back from the end of the run.
+        length: Length of the cooldown, counted back from the end of the run.
         shape: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``, the best of those compared in the reference.
         final: Multiplier of the peak reached at the end of the run, at least 0.
         final_lr: Learning rate reached there, the same for every group, in place of ``final``.
 
     Raises:
-        ValueError: The length cannot be read, the shape is unknown, or ``final`` is negative, not finite, or given
+        ValueError: The length cannot be parsed, the shape is unknown, or ``final`` is negative, not finite, or given
             together with ``final_lr``.
 
     References:
@@ -148,13 +150,16 @@ class Cooldown(_Phase):
         """Return this cooldown with ``final_lr`` as a multiplier of ``peak``, which is above 0."""
         return self if self.final_lr is None else replace(self, final=self.final_lr / peak, final_lr=None)
 
-    def multiplier(self, stable: float, step: int, steps: int) -> float:
+    def multiplier(self, stable: float, step: float, steps: int) -> float:
         """Compute the multiplier at ``step`` of a cooldown of ``steps`` steps that begins at ``stable``."""
         return self.final + (stable - self.final) * COOLDOWN_SHAPES[self.shape](min(step / steps, 1.0))
 
 
 def check_final(owner: Any) -> None:
-    """Refuse an invalid ``final`` or ``final_lr`` of a schedule or phase.
+    """Check ``final`` and ``final_lr`` of a schedule or phase.
+
+    Args:
+        owner: The schedule or phase.
 
     Raises:
         ValueError: One of them is negative or not finite, or both are given.
@@ -169,17 +174,17 @@ def check_final(owner: Any) -> None:
         )
     if not (math.isfinite(final) and final >= 0):
         raise ValueError(
-            f"Invalid final={final!r} of {type(owner).__name__}: it is a multiplier of the peak, so it must be finite "
-            "and at least 0; for a learning rate it lies in [0, 1]."
+            f"Invalid final={final!r} of {type(owner).__name__}: must be a multiplier of the peak, finite and at least "
+            "0; for a learning rate it must be in [0, 1]."
         )
 
 
 def check_rate(owner: Any, name: str) -> None:
-    """Refuse an invalid learning rate of a schedule or phase.
+    """Check a learning rate of a schedule or phase.
 
     Args:
         owner: The schedule or phase.
-        name: Its attribute; None is a rate that is not given.
+        name: Name of its attribute, whose value is None if no rate is given.
 
     Raises:
         ValueError: The rate is negative or not finite.
@@ -187,6 +192,5 @@ def check_rate(owner: Any, name: str) -> None:
     rate = getattr(owner, name)
     if rate is not None and not (math.isfinite(rate) and rate >= 0):
         raise ValueError(
-            f"Invalid {name}={rate!r} of {type(owner).__name__}: it is a learning rate, so it must be finite and at "
-            "least 0."
+            f"Invalid {name}={rate!r} of {type(owner).__name__}: must be a learning rate, finite and at least 0."
         )

@@ -1,4 +1,4 @@
-"""Schedules by name: ours, and the names that Hugging Face and timm have for them."""
+"""The registry of schedules by name, with the names in Hugging Face and timm as aliases."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _ALIASES = {  # names in transformers' get_scheduler and in timm
     "warmup_stable_decay": "wsd",
 }
 _CLASS_NAMES = {"multi_step_decay": "multi_step", "step_decay": "step"}
-"""Names of classes that are not those of the registry."""
+"""Class names in snake case that differ from the names in the registry."""
 
 SCHEDULES: Registry[Schedule] = Registry("schedule", Schedule, {**_ALIASES, **_CLASS_NAMES})
 """Schedules by name; `lightning_optim.register` adds a user's own."""
@@ -50,15 +50,21 @@ for _name, _cls in _BUILT_IN.items():
 
 
 def list_schedules() -> list[str]:
-    """Return the names of the schedules; `get_schedule` also knows those of Hugging Face and timm."""
+    """Return the names of the schedules; `get_schedule` also accepts those of Hugging Face and timm."""
     return SCHEDULES.names()
 
 
 def get_schedule(name: str) -> type[Schedule]:
-    """Return the schedule class called ``name`` here, in transformers' ``get_scheduler`` or in timm.
+    """Return the schedule class with a name of this package, of transformers' ``get_scheduler`` or of timm.
+
+    Args:
+        name: The name.
+
+    Returns:
+        The class.
 
     Raises:
-        ValueError: There is none; the message names the nearest.
+        ValueError: The name is unknown; the message names the nearest.
 
     Example:
         >>> get_schedule("warmup_stable_decay").__name__

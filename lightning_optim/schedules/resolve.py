@@ -1,4 +1,4 @@
-"""Resolution of what a user writes to a schedule: a name, a `Schedule`, a scheduler of torch, or a function."""
+"""Resolution of a configuration to a schedule: a name, a `Schedule`, a scheduler of torch, or a function."""
 
 from __future__ import annotations
 
@@ -35,22 +35,25 @@ def resolve_schedule(
     Args:
         given: A name, an import path, a `Schedule`, an ``LRScheduler`` class, a mapping with ``class_path`` and
             ``init_args``, a callable from the optimizer to an ``LRScheduler``, or one from the step to a multiplier.
-        warmup: The warmup, if it is given separately.
-        trial: An optimizer to try a callable on.
+        warmup: The warmup, if it is given separately; None otherwise.
+        trial: An optimizer on which a callable is tried.
+
+    Returns:
+        The schedule, or a function from an optimizer to an ``LRScheduler``.
 
     Raises:
-        TypeError: It is none of these.
+        TypeError: ``given`` is none of these.
         ValueError: A name is unknown, arguments do not fit, or the warmup is given twice.
     """
     kwargs: dict[str, Any] = {}
     if isinstance(given, Mapping):
         if unknown := sorted(set(given) - {"class_path", "init_args"}):
             raise ValueError(
-                f"Unknown key {unknown[0]!r} in schedule={dict(given)!r}: it takes class_path and init_args."
+                f"Invalid schedule={dict(given)!r}: must have the keys class_path and init_args, not {unknown[0]!r}."
             )
         if "class_path" not in given:
             raise ValueError(
-                f"schedule={dict(given)!r} has no class_path, for instance torch.optim.lr_scheduler.StepLR."
+                f"Invalid schedule={dict(given)!r}: must have a class_path, such as torch.optim.lr_scheduler.StepLR."
             )
         kwargs, given = dict(given.get("init_args") or {}), given["class_path"]
     if isinstance(given, str):
@@ -79,18 +82,21 @@ def resolve_hyperparameter_schedules(
     groups: Mapping[str, Schedule],
     trial: Optimizer,
 ) -> dict[str, Schedule]:
-    """Resolve the schedules of other hyperparameters; check them and those of single groups.
+    """Resolve the schedules of other hyperparameters than the learning rate, and check these and those of groups.
 
     Args:
-        schedule: The schedule of the learning rate of all.
-        others: Schedules of hyperparameters, by name.
-        groups: Schedules of the learning rate, by group.
-        trial: An optimizer of the kind.
+        schedule: Schedule of the learning rate of all groups.
+        others: Schedules of other hyperparameters, by name.
+        groups: Schedules of the learning rate of individual groups, by group.
+        trial: An optimizer of the configured kind.
+
+    Returns:
+        The schedules of ``others``, by name.
 
     Raises:
-        ValueError: A hyperparameter is unknown, ours are combined with another library's scheduler, or a learning rate
-            ends above its peak.
-        TypeError: A value is not one of our schedules.
+        ValueError: A hyperparameter is unknown, schedules are combined with another library's scheduler, or a learning
+            rate ends above its peak.
+        TypeError: A value is not a `Schedule` or the name of one.
     """
     for name in others:
         hyperparameter(name, trial.defaults, type(trial).__name__)
@@ -98,21 +104,21 @@ def resolve_hyperparameter_schedules(
     for name, given in {**resolved, **groups}.items():
         if not isinstance(given, Schedule) or isinstance(given, ReduceOnPlateau):
             raise TypeError(
-                f"Invalid schedule of {name}: {given!r}. Give a name such as 'cosine' or a Schedule; only the schedule "
-                "of all learning rates can look at a metric."
+                f"Invalid schedule={given!r} of {name}: must be a name such as 'cosine' or a Schedule; only the "
+                "schedule of all learning rates can depend on a metric."
             )
     for name, given in resolved.items():
         given.check_no_rate(name)
     if (resolved or groups) and not isinstance(schedule, Schedule):
         raise ValueError(
-            f"The schedules of {', '.join([*resolved, *groups])} need a schedule of lightning_optim for the learning "
-            "rate, too, and it is somebody else's."
+            f"The schedules of {', '.join([*resolved, *groups])} require that the schedule of the learning rate is one "
+            "of lightning_optim as well, but it is another library's."
         )
     for of_rate in (schedule, *groups.values()):
         if (final := getattr(of_rate, "final", 0.0)) > 1:
             raise ValueError(
-                f"schedule={of_rate!r} ends above the peak learning rate: final={final!r} must lie in [0, 1]. Only "
-                "other hyperparameters, such as weight decay, may rise."
+                f"Invalid final={final!r} of schedule={of_rate!r}: must be in [0, 1] for a learning rate. Only other "
+                "hyperparameters, such as weight decay, may rise."
             )
     return resolved
 
@@ -131,12 +137,12 @@ def _from_callable(
         raise TypeError(f"Invalid schedule: {label} returned {scheduler!r}; {_FORMS}.")
     if isinstance(scheduler, ReduceLROnPlateau) and not hasattr(scheduler, "monitor"):
         raise ValueError(
-            f"{label} does not say which metric it looks at. Use lightning_optim.schedules.ReduceOnPlateau, or "
+            f"{label} does not specify its metric. Use lightning_optim.schedules.ReduceOnPlateau, or "
             "lightning.pytorch.cli.ReduceLROnPlateau, which have `monitor`."
         )
     if warmup is not None:
         raise ValueError(
-            f"warmup={warmup!r} cannot be put before {label}. Use a schedule of lightning_optim, or torch's "
+            f"warmup={warmup!r} cannot be combined with {label}. Use a schedule of lightning_optim, or torch's "
             "SequentialLR."
         )
     return make
@@ -147,7 +153,7 @@ def _is_function_of_the_step(given: Any) -> bool:
         return False
     try:
         return isinstance(given(0), int | float)
-    except Exception:  # it takes an optimizer, or cannot be used at all, which `given(trial)` finds out
+    except Exception:  # It takes an optimizer, or is invalid, which `given(trial)` detects.
         return False
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,17 +12,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.core.durations import Horizon
+from lightning_optim.core.step_hooks import closure_of, is_trial_step
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.schedules.base import Schedule
+from lightning_optim.schedules.clock import RunClock
 from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
 from lightning_optim.schedules.order import has_stepped, warn_of_order
-from lightning_optim.schedules.plateau import Plateau, ReduceOnPlateau
-
-_FORMER_NAMES = re.compile(r"^(Multi)?Step\(")
-"""Schedules in checkpoints that were saved before `StepDecay` and `MultiStepDecay` had these names."""
+from lightning_optim.schedules.rates import GroupRates
+from lightning_optim.schedules.resumed import check_schedules, tell_of_length
+from lightning_optim.schedules.run import EpochEnds, Run, scaled_phases
+from lightning_optim.schedules.written import Written
 
 _SAMPLES = 101
 """Number of steps of the run at which the values of a hyperparameter are checked beforehand."""
+
+_SAME = 1e-12
+"""Relative difference of two multipliers that counts as none: the same number, computed in two ways."""
 
 
 def _warn(message: str, warn: bool) -> None:
@@ -40,14 +46,18 @@ class Scheduler(LRScheduler):
     always computed from the closed form, never from the previous rate, so nothing drifts over a resume. Other
     hyperparameters are driven in the same way.
 
+    A rate that somebody else writes into a group (a callback of the user's, a finder, ``BackboneFinetuning``) is taken
+    over: the group's peak becomes the one with which the schedule gives that rate now, and this is reported once.
+
     A group that comes with a `Schedule` as its ``schedule``, as `ParamGroupRule` makes it, follows that one; it is
     taken out of the group, because groups are saved in checkpoints.
 
     Args:
         optimizer: The optimizer whose groups are driven.
         schedule: The multiplier of the learning rate as a function of the step.
-        horizon: Length of the run. None if it is not known yet: the optimizer keeps its rates until
-            [`resolve`][lightning_optim.schedules.Scheduler.resolve] is called, which has to be before the first step.
+        horizon: Length of the run. None if it is not known yet: schedules that need no length apply at once; for others
+            the optimizer keeps its rates until [`resolve`][lightning_optim.schedules.Scheduler.resolve] or
+            [`follow`][lightning_optim.schedules.Scheduler.follow] is called, which has to be before the first `step`.
         schedules: Multipliers of other hyperparameters by name: a key of the optimizer's groups, ``momentum``,
             ``beta1`` or ``beta2``.
         on_resume: Resume policy: whether checkpoint or configuration takes precedence. With ``"checkpoint"`` the run
@@ -85,33 +95,47 @@ class Scheduler(LRScheduler):
             raise ValueError(f"Unknown on_resume={on_resume!r}. {nearest(str(on_resume), ('checkpoint', 'config'))}")
         self._from_config = on_resume == "config"
         self._tell = tell
-        self._saved_horizon: Horizon | None = None
-        self.schedule = schedule
-        self.group_schedules: dict[str, Schedule] = {}
-        self._take_schedules(optimizer)
+        self._told: set[str] = set()
+        self._saved: dict[str, Any] | None = None  # the lengths in a checkpoint that has been loaded
+        self._groups = GroupRates(schedule)
+        self._groups.take_schedules(optimizer.param_groups)
         owner = type(optimizer).__name__
         self._others: dict[Hyperparameter, Schedule] = {
             hyperparameter(name, optimizer.defaults, owner): given for name, given in (schedules or {}).items()
         }
-        self._plateau = Plateau(schedule) if isinstance(schedule, ReduceOnPlateau) else None
-        self.horizon = horizon
-        self.asks_for_horizon = horizon is None
+        self.horizon: Horizon | None = None
+        self._clock = RunClock()
+        self._epochs = EpochEnds()
+        self._run: Run | None = None
+        self._mark: object = None
+        self._post_hook: Any = None
+        self._has_own_length = horizon is not None
+        self._is_pinned = self._is_moving_itself = self._steps_now = False
         if last_epoch != -1:
             self._check_resumable(optimizer, last_epoch)
-        self._check_rates(optimizer)
+        for other, given in self._others.items():
+            given.check_no_rate(other.name)
+        self._groups.check(optimizer.param_groups)
         self._restored = last_epoch != -1
         self._skipped_steps: Callable[[], int] | None = None
-        self._skips_seen = 0
+        self._skips_seen = self._skipped = 0
         self._order_is_known = True  # the first call of `step` comes from the constructor
-        self._peaks: dict[int, tuple[Tensor, float]] = {}
-        self._at_peak: dict[tuple[int, float], tuple[Schedule, Schedule]] = {}
-        self._curves: dict[int, tuple[Schedule, Callable[[int], float]]] = {}
+        self._curves: dict[int, tuple[Schedule, Callable[[float], float]]] = {}
         self._compiled_for: Horizon | None = None
         self._applied = 0.0  # the multiplier of the rates as they are; 0 before there are any
-        if horizon is not None:
-            self._check(horizon, optimizer)
+        self._written = {driven: Written(driven) for driven in (LR, *self._others)}
+        self._held: dict[int, float] = {}  # rates that others have set while the schedule's was 0, by place
+        needs_none = not any(given.needs_length for given in self._all_schedules())
+        if horizon is not None or needs_none:
+            self.horizon = horizon or Horizon()
+            self._check(self.horizon, optimizer)
+            self._clock.restart(self.horizon)
+        self._is_made = False  # torch's constructor takes a first step
         super().__init__(optimizer, last_epoch)
+        self._is_made = True
         self._order_is_known = self._restored
+        # A loaded state brings rates of its own, which nobody has written against the schedule.
+        optimizer.register_load_state_dict_post_hook(lambda _: self._forget_written())
 
     def resolve(self, horizon: Horizon) -> None:
         """Set the length of the run, compile the schedules for it, and set the rates of the next step.
@@ -122,11 +146,89 @@ class Scheduler(LRScheduler):
         Raises:
             ValueError: A schedule does not fit the run, or a hyperparameter would leave its range.
         """
-        self.horizon = self._agreed(horizon)
-        self._check(self.horizon, self.optimizer)
+        self._take_over()
+        horizon = self._agreed(horizon)
+        self._check(horizon, self.optimizer)
+        if scaled := scaled_phases(self._all_schedules(), horizon):
+            self._tell_once(
+                "scaled",
+                f"The run has {horizon.total_steps} optimizer steps only: the phases of {', '.join(map(repr, scaled))} "
+                "are scaled to fit.",
+            )
+        for note in self.notes(horizon):
+            self._tell_once(note, note)
+        self.horizon = horizon
         self._compiled_for = None  # even for the same length: a schedule may have been changed since
-        self._at_peak.clear()
+        self._groups.forget()
         self._apply()
+
+    def follow(self, run: Run) -> None:
+        """Ask ``run`` for the length from now on, before each step of the optimizer and whenever it has changed.
+
+        Where the length changes during the run, the rate stays continuous, and the schedule ends where training ends.
+        Where nothing else moves the schedule (manual optimization), it moves with the steps of its optimizer.
+
+        Args:
+            run: The run. A length that was given to the constructor stays.
+        """
+        if self._run is None:
+            # The hooks keep the scheduler alive, should the user keep the optimizer only.
+            self.optimizer.register_step_pre_hook(uncompiled(self._before_step))
+        self._run, self._mark = run, None
+        if self.last_epoch == 0 and not (self._restored or self._has_own_length):
+            self.horizon = self._clock.frame = None
+            self._apply()
+
+    @property
+    def is_following(self) -> bool:
+        """Whether it asks a run for its length."""
+        return self._run is not None
+
+    def refresh(self) -> None:
+        """Ask the run for its length, if that has changed.
+
+        Raises:
+            ValueError: A schedule does not fit the run.
+        """
+        run = self._run
+        mover = None if run is None else run.moved_by(self)
+        if run is None or mover is None:
+            return
+        self._is_moving_itself = mover == "optimizer"
+        mark = run.mark()
+        if not self._has_own_length and (mark != self._mark or self.horizon is None):
+            self._mark = mark
+            self._measure(run)
+
+    def rolled_back(self) -> None:
+        """Go on from a state of this run that has been loaded: the schedule still ends where training ends."""
+        self._saved = self._mark = None
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._run is None or is_trial_step(optimizer, closure_of(args, kwargs)):
+            return
+        self._run.before_step()
+        self.refresh()
+        if self._is_moving_itself and self._post_hook is None:
+            # Registered now, so that it comes after those that restore what they have changed for the step.
+            self._post_hook = optimizer.register_step_post_hook(uncompiled(self._after_step))
+        self._steps_now = self._is_moving_itself
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # torch calls hooks anew for a `super().step()` within a step; that is one step.
+        if self._steps_now and self._run is not None:
+            self._steps_now = False
+            self._run.after_step()
+            self._advance()
+
+    def notes(self, horizon: Horizon | None = None) -> list[str]:
+        """Return sentences about parts of the schedules that have no effect in the run.
+
+        Args:
+            horizon: Length of the run; None for the present one.
+        """
+        run = horizon or self.horizon or Horizon()
+        return [note for schedule in self._all_schedules() for note in schedule.notes(run)]
 
     def hold_on(self, skipped_steps: Callable[[], int]) -> None:
         """Do not advance for steps that were skipped.
@@ -140,24 +242,47 @@ class Scheduler(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """Advance by one step, less the steps found to have been skipped since the last call.
 
-        Warns once if the optimizer has not stepped before the first call.
+        Warns once if the optimizer has not stepped before the first call, and if the call is one too many, because the
+        schedule moves with its optimizer by itself, as in manual optimization under Lightning.
 
         Args:
             epoch: Must be None; torch's schedulers have this argument.
 
         Raises:
             ValueError: ``epoch`` is given.
+            RuntimeError: The schedule needs the length of the run, and it has not been set.
         """
         if epoch is not None:
             raise ValueError(f"Scheduler.step() counts optimizer steps and takes no epoch, got epoch={epoch}.")
+        if self._is_moving_itself:
+            self._tell_once(
+                "own steps",
+                "The schedule moves with the steps of its optimizer, so `lr_schedulers().step()` is ignored: remove "
+                "the call.",
+                True,
+            )
+            return
+        self._advance()
+
+    def _advance(self) -> None:
+        if self.horizon is None and self._is_made:
+            needing = next(given for given in self._all_schedules() if given.needs_length)
+            raise RuntimeError(
+                f"{needing!r} needs the length of the run, which is not known, so the rates would stay as they are. "
+                "Give OptimizerFactory.build or Scheduler a Horizon, or call scheduler.resolve(Horizon(...)) before "
+                "the first step; under Lightning, put a callback of lightning_optim on the Trainer."
+            )
         skipped = self._skips_seen if self._skipped_steps is None else self._skipped_steps()
-        moved = 1 - (skipped - self._skips_seen)
+        new = skipped - self._skips_seen
         self._skips_seen = skipped
-        if not self._order_is_known and moved > 0:
+        self._skipped += new
+        if not self._order_is_known and new < 1:
             self._order_is_known = True
             if not has_stepped(self.optimizer):
-                warn_of_order(stacklevel=2)
-        self.last_epoch += moved
+                warn_of_order(stacklevel=3)
+        if self._is_made:
+            self._take_over()
+        self.last_epoch += 1 - new
         self._apply()
 
     def observe(self, value: float) -> None:
@@ -169,22 +294,32 @@ class Scheduler(LRScheduler):
         Raises:
             ValueError: The schedule follows no metric.
         """
-        if self._plateau is None:
+        if self._groups.plateau is None:
             raise ValueError(f"{self.schedule!r} looks at no metric; use ReduceOnPlateau.")
-        phases = self.schedule.phases(self.horizon or Horizon())
-        if self.last_epoch >= phases.warmup + phases.hold:
-            self._plateau.observe(value)
+        phases = self.schedule.phases(self._clock.frame or Horizon())
+        if self._clock.at(self.last_epoch) >= phases.warmup + phases.hold:
+            self._take_over()
+            self._groups.plateau.observe(value)
             self._apply()
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the groups without one of their own."""
+        return self._groups.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        self._groups.schedule = schedule
+
+    @property
+    def group_schedules(self) -> dict[str, Schedule]:
+        """Schedules of single groups, by the name of the group."""
+        return self._groups.own
 
     @property
     def others(self) -> dict[Hyperparameter, Schedule]:
         """Schedules of hyperparameters other than the learning rate."""
         return dict(self._others)
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether it is at its start and no checkpoint has been loaded."""
-        return self.last_epoch == 0 and not self._restored
 
     def get_lr(self) -> list[float | Tensor]:
         """Compute the learning rate of each group at the current step; tensors of shape [] where a group has one."""
@@ -196,83 +331,155 @@ class Scheduler(LRScheduler):
         Args:
             schedule: The schedule, compiled by its first evaluation.
         """
-        horizon = self.horizon
-        if horizon is None:
+        frame = self._clock.frame
+        if frame is None:
             return 1.0
-        if horizon is not self._compiled_for:
+        if frame is not self._compiled_for:
             self._curves.clear()
-            self._compiled_for = horizon
+            self._compiled_for = frame
         known, curve = self._curves.get(id(schedule), (None, None))
         if known is not schedule or curve is None:
-            curve = schedule.over(horizon)
+            curve = schedule.over(frame)
             self._curves[id(schedule)] = (schedule, curve)  # kept alive with its curve, so that the id stays its own
-        return curve(max(self.last_epoch, 0))
+        return curve(self._clock.at(max(self.last_epoch, 0)))
+
+    # The length of the run.
+
+    def _measure(self, run: Run) -> None:
+        """Take in the length that the run has now."""
+        taken = self.last_epoch + self._skipped
+        horizon = self._epochs.horizon(taken, run.ahead())
+        before = self.horizon
+        if before is None or self._saved is not None or taken == 0:
+            self.resolve(horizon)
+            return
+        if self._is_pinned or _lengths(horizon) == _lengths(before):
+            return
+        self._take_over()
+        self.horizon = horizon
+        if not self._jumps(horizon):
+            self._clock.restart(horizon)
+        else:
+            total = horizon.total_steps
+            self._clock.bend(self.last_epoch, None if total is None else total - self._skipped)
+        self._apply()
+        if before.total_steps != horizon.total_steps:
+            self._tell_once(
+                "length",
+                f"The run is {horizon.total_steps} optimizer steps long now, not {before.total_steps}: from its "
+                "present value on, the schedule is stretched to end where training ends.",
+            )
+
+    def _jumps(self, horizon: Horizon) -> bool:
+        """Whether a hyperparameter would jump, were the schedules compiled for this length from now on."""
+        step = max(self.last_epoch, 0)
+        in_use = {id(s): s for s in (*self._groups.in_use(self.optimizer.param_groups), *self._others.values())}
+        for schedule in in_use.values():
+            try:
+                new = schedule.over(horizon)(step)
+            except ValueError:  # A phase has become longer than the run.
+                return True
+            if not math.isclose(new, self.value(schedule), rel_tol=_SAME, abs_tol=_SAME):
+                return True
+        return False
+
+    def _agreed(self, present: Horizon) -> Horizon:
+        """The length that applies, for which the clock is set: that of this run, or the one in the checkpoint."""
+        saved, self._saved = self._saved, None
+        total = None if saved is None else saved.get("total_steps")
+        if saved is None or total in (None, present.total_steps):
+            self._set_clock(present, saved)
+            return present
+        former = Horizon(total, saved["steps_per_epoch"], tuple(saved.get("epoch_ends", ())))
+        if not self._from_config and saved.get("varies") and self._run is not None:
+            self._mark = None  # The length had varied before the checkpoint: it is followed as it would have been.
+            self._set_clock(former, saved)
+            return former
+        base = LR.base(self.optimizer.param_groups[0])
+        last = self._groups.at_peak(self.schedule, base).over(former)(total)
+        tell_of_length(total, present.total_steps, self.last_epoch, last, self._from_config, self._tell)
+        self._is_pinned = not self._from_config
+        self._set_clock(present if self._from_config else former, None if self._from_config else saved)
+        return present if self._from_config else former
+
+    def _set_clock(self, frame: Horizon, saved: Mapping[str, Any] | None) -> None:
+        if saved is not None and "clock" in saved:
+            self._clock.load_state_dict(saved["clock"])
+        else:
+            self._clock.restart(frame)
+
+    # Rates.
+
+    def _all_schedules(self) -> list[Schedule]:
+        return [*self._groups.schedules(), *self._others.values()]
 
     def _rates(self, value: Callable[[Schedule], float]) -> list[float | Tensor]:
         groups = self.optimizer.param_groups
         if any("schedule" in group or "initial_lr" not in group for group in groups):
             self._take_in_new_groups()
-        shared = self.schedule
-        reduced = self._plateau is not None and self._plateau.reductions > 0
-        if not (self.group_schedules or reduced or shared.is_absolute):  # nearly always, and the quicker way
-            multiplier = value(shared)
-            return [group["initial_lr"] * multiplier for group in groups]
-        return [self._rate(index, group, value) for index, group in enumerate(groups)]
-
-    def _rate(self, index: int, group: dict[str, Any], value: Callable[[Schedule], float]) -> float | Tensor:
-        own = self.group_schedules.get(group.get("name", ""))
-        base = LR.base(group)
-        multiplier = value(self._for_peak(self.schedule if own is None else own, base))
-        if own is not None or self._plateau is None or not self._plateau.reductions:
-            return base * multiplier
-        lowest = self._plateau.schedule.min_lr_of(index, group.get("name"))
-        return self._plateau.rate(self._peak(base), lowest) * multiplier
-
-    def _multiplier(self, value: Callable[[Schedule], float]) -> float:
-        """The present multiplier of the peaks; where the schedule names learning rates, that of the first group."""
-        schedule = self._for_peak(self.schedule, LR.base(self.optimizer.param_groups[0]))
-        return value(schedule) * (self._plateau.level if self._plateau is not None else 1.0)
-
-    def _peak(self, base: float | Tensor) -> float:
-        """``base`` on the host; a tensor is read once only."""
-        if not isinstance(base, Tensor):
-            return base
-        if self._peaks.get(id(base), (None,))[0] is not base:
-            self._peaks[id(base)] = (base, float(base))
-        return self._peaks[id(base)][1]
-
-    def _for_peak(self, schedule: Schedule, base: float | Tensor) -> Schedule:
-        """The schedule as multipliers of this peak; one object for each schedule and peak."""
-        if not schedule.is_absolute:
-            return schedule
-        key = (id(schedule), self._peak(base))
-        known, at_peak = self._at_peak.get(key, (None, schedule))
-        if known is not schedule:
-            at_peak = schedule.for_peak(key[1])
-            self._at_peak[key] = (schedule, at_peak)
-        return at_peak
-
-    def _take_schedules(self, optimizer: Optimizer) -> None:
-        for index, group in enumerate(optimizer.param_groups):
-            if isinstance(own := group.get("schedule"), Schedule):
-                del group["schedule"]
-                self.group_schedules[group.setdefault("name", str(index))] = own
+        rates = self._groups.of(groups, value)
+        for index, held in list(self._held.items()):
+            if index < len(rates) and not float(rates[index]):
+                rates[index] = held
+            else:
+                del self._held[index]
+        return rates
 
     def _apply(self) -> None:
         groups = self.optimizer.param_groups
         value = _once(self.value)
         for group, lr in zip(groups, self._rates(value), strict=True):
             LR.write(group, lr)
-        self._applied = self._multiplier(value)
+        self._applied = self._groups.shared_multiplier(groups[0], value)
         for other, schedule in self._others.items():
             multiplier = value(schedule)
             for group in groups:
                 other.write(group, other.base(group) * multiplier)
+        for written in self._written.values():
+            written.record(groups)
         # Copies, as torch promises of get_last_lr: a rate that is a tensor changes in place.
         self._last_lr = [LR.read(group) for group in groups]
 
+    def _take_over(self) -> None:
+        """Make what others have written into the groups the schedule's: peaks with which it gives just that now."""
+        groups = self.optimizer.param_groups
+        if rates := dict(self._written[LR].changed(groups)):
+            self._take_over_rates(rates)
+        for other, schedule in self._others.items():
+            for _, group in self._written[other].changed(groups):
+                if multiplier := self.value(schedule):
+                    group[other.base_key] = other.read(group) / multiplier
+
+    def _take_over_rates(self, changed: Mapping[int, dict[str, Any]]) -> None:
+        groups = self.optimizer.param_groups
+        new = {index: float(group["lr"]) for index, group in changed.items()}
+        found = set(new.values())
+        if self.horizon is None and len(new) == len(groups) > 1 and len(found) == 1:
+            # A finder gives one rate to all groups: it is the peak, and groups keep their ratios.
+            rate = found.pop()
+            for group in groups:
+                peak = rate * group.get("lr_multiplier", 1.0)
+                if "peak_lr" in group and (before := self._groups.peak(group["initial_lr"])):
+                    group["peak_lr"] *= peak / before  # to which our optimizers refer weight decay
+                self._groups.set_peak(group, peak)
+            self._tell_once("finder", f"The learning rate {rate:.6g} that was set before training is the peak now.")
+            return
+        value = _once(self.value)
+        for index, rate in new.items():
+            multiplier = self._groups.multiplier(index, groups[index], value)
+            if multiplier:
+                self._groups.set_peak(groups[index], rate / multiplier)
+            else:
+                self._held[index] = rate
+        named = ", ".join(f"{groups[index].get('name', index)}: {rate:.6g}" for index, rate in new.items())
+        self._tell_once(
+            "written",
+            f"Learning rates were set by others after step {max(self.last_epoch, 0)} ({named}): the schedule goes on "
+            "from them, with peaks changed by as much. Further changes are taken over without a word.",
+        )
+
     def _take_in_new_groups(self) -> None:
-        self._take_schedules(self.optimizer)
+        self._groups.take_schedules(self.optimizer.param_groups)
         for group in self.optimizer.param_groups:
             if self._applied and "initial_lr" not in group:
                 self._join(group, self._applied)
@@ -287,7 +494,7 @@ class Scheduler(LRScheduler):
     def _check_resumable(self, optimizer: Optimizer, last_epoch: int) -> None:
         if isinstance(last_epoch, bool) or not isinstance(last_epoch, int) or last_epoch < -1:
             raise ValueError(f"Invalid last_epoch={last_epoch!r}: it is a whole number of steps, or -1 for none.")
-        if self._plateau is not None:
+        if self._groups.plateau is not None:
             raise ValueError(
                 f"last_epoch={last_epoch} does not say how often {self.schedule!r} has reduced the rates. Save its "
                 "state_dict(), and load it."
@@ -301,21 +508,8 @@ class Scheduler(LRScheduler):
                         "optimizer's state first, or give the groups theirs."
                     )
 
-    def _check_rates(self, optimizer: Optimizer) -> None:
-        """Refuse learning rates that a schedule names and these groups or hyperparameters cannot have."""
-        groups = optimizer.param_groups
-        for other, schedule in self._others.items():
-            schedule.check_no_rate(other.name)
-        if self._plateau is not None:
-            self._plateau.schedule.check_groups([group.get("name") for group in groups])
-        for index, group in enumerate(groups):
-            schedule = self.group_schedules.get(group.get("name", ""), self.schedule)
-            if schedule.is_absolute:
-                peak = float(group.get("initial_lr", group["lr"]))
-                schedule.check_peak(peak, f"group {group.get('name', index)!r}")
-
     def _check(self, horizon: Horizon, optimizer: Optimizer) -> None:
-        for schedule in (self.schedule, *self.group_schedules.values(), *self._others.values()):
+        for schedule in self._all_schedules():
             schedule.phases(horizon)
         total = horizon.total_steps or _SAMPLES
         for other, schedule in self._others.items():
@@ -326,21 +520,47 @@ class Scheduler(LRScheduler):
                 for base in bases:
                     other.check(base * multiplier)
 
+    def _tell_once(self, topic: str, message: str, warn: bool = False) -> None:
+        if topic not in self._told:
+            self._told.add(topic)
+            self._tell(message, warn)
+
+    # Saving and loading.
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy compiles its schedules anew: what `over` returns cannot be pickled, and would still be the original's.
-        return {**vars(self), "_curves": {}, "_at_peak": {}, "_compiled_for": None}
+        left_out: dict[str, Any] = {
+            "_curves": {},
+            "_compiled_for": None,
+            "_run": None,
+            "_post_hook": None,
+            "_skipped_steps": None,
+        }
+        return {**vars(self), **left_out, "_written": {driven: Written(driven) for driven in self._written}}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, the length of the run and the schedules as text. Peaks are in the optimizer's groups."""
-        total, per_epoch = _lengths(self.horizon or Horizon())
-        state = {
+        horizon = self.horizon or Horizon()
+        state: dict[str, Any] = {
             "last_epoch": self.last_epoch,
-            "total_steps": total,
-            "steps_per_epoch": per_epoch,
-            "schedules": self._written(),
+            "total_steps": horizon.total_steps,
+            "steps_per_epoch": horizon.steps_per_epoch,
+            "schedules": self._as_text(),
         }
-        if self._plateau is not None:
-            state["plateau"] = self._plateau.state_dict()
+        if self._skipped:
+            state["skipped"] = self._skipped
+        if horizon.epoch_ends:
+            state["epoch_ends"] = list(horizon.epoch_ends)
+        if self._epochs.first is not None:
+            state["epochs"] = {"first": self._epochs.first, "past": list(self._epochs.past)}
+        if self._clock.is_bent:
+            state["clock"] = self._clock.state_dict()
+        if "length" in self._told:
+            state["varies"] = True
+        if self._is_moving_itself and self._run is not None:
+            state["run"] = self._run.state_dict()
+        if self._groups.plateau is not None:
+            state["plateau"] = self._groups.plateau.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -349,55 +569,37 @@ class Scheduler(LRScheduler):
         Raises:
             ValueError: The state is that of other schedules, and the checkpoint takes precedence.
         """
-        self._compare(state_dict.get("schedules", {}))
+        check_schedules(state_dict.get("schedules", {}), self._as_text(), self._from_config, self._tell)
         self.last_epoch = int(state_dict["last_epoch"])
-        if self._plateau is not None and "plateau" in state_dict:
-            self._plateau.load_state_dict(state_dict["plateau"])
-        if state_dict.get("total_steps") is not None:
-            self._saved_horizon = Horizon(state_dict["total_steps"], state_dict["steps_per_epoch"])
+        self._skipped = int(state_dict.get("skipped", 0))
+        plateau = self._groups.plateau
+        if plateau is not None and "plateau" in state_dict:
+            plateau.load_state_dict(state_dict["plateau"])
+        if epochs := state_dict.get("epochs"):
+            self._epochs.first, self._epochs.past = epochs["first"], list(epochs["past"])
+        self._saved = dict(state_dict)
         self._restored = True
         self._order_is_known |= self.last_epoch > 0
-        if self.horizon is not None:
+        self._forget_written()
+        self._mark = None
+        if self._run is not None and "run" in self._saved:
+            self._run.load_state_dict(self._saved["run"])
+        if self._run is None and self.horizon is not None:
             self.horizon = self._agreed(self.horizon)
+        elif self._saved.get("total_steps") is not None:  # The rates of that run, until this one's length is known.
+            total, per_epoch = self._saved["total_steps"], self._saved["steps_per_epoch"]
+            self._set_clock(Horizon(total, per_epoch, tuple(self._saved.get("epoch_ends", ()))), self._saved)
         self._apply()
 
-    def _written(self) -> dict[str, str]:
+    def _forget_written(self) -> None:
+        for written in self._written.values():
+            written.forget()
+
+    def _as_text(self) -> dict[str, str]:
         """Every schedule as text, by what it drives."""
         others = {other.name: repr(schedule) for other, schedule in self._others.items()}
         groups = {f"lr of {name}": repr(schedule) for name, schedule in self.group_schedules.items()}
         return {"lr": repr(self.schedule), **others, **groups}
-
-    def _compare(self, saved: Mapping[str, str]) -> None:
-        saved = {key: _FORMER_NAMES.sub(r"\1StepDecay(", written) for key, written in saved.items()}
-        present = {key: _FORMER_NAMES.sub(r"\1StepDecay(", written) for key, written in self._written().items()}
-        changes = [
-            f"{key}: {saved.get(key, 'none')} → {present.get(key, 'none')}"
-            for key in {**saved, **present}
-            if saved and saved.get(key) != present.get(key)
-        ]
-        if not changes:
-            return
-        if not self._from_config:
-            raise ValueError(
-                f"The checkpoint's schedule is not the one configured: {'; '.join(changes)}. Configure the former, or "
-                'say on_resume="config" to go on with the latter from the step reached.'
-            )
-        self._tell(f"Resumed with the configuration's schedule: {'; '.join(changes)}.", False)
-
-    def _agreed(self, present: Horizon) -> Horizon:
-        """The length that applies: that of this run, or the one in the checkpoint."""
-        saved = self._saved_horizon
-        if saved is None or saved.total_steps == present.total_steps:
-            return present if saved is None or self._from_config else saved
-        lengths = f"the checkpoint's schedule ends at step {saved.total_steps}, this run at {present.total_steps}"
-        self._saved_horizon = None if self._from_config else saved
-        if self._from_config:
-            self._tell(f"Resumed with the schedule stretched: {lengths}.", False)
-            return present
-        self._tell(
-            f'Resumed on the old curve, constant beyond its end: {lengths}. Say on_resume="config" to stretch it.', True
-        )
-        return saved
 
 
 def _once(value: Callable[[Schedule], float]) -> Callable[[Schedule], float]:
@@ -412,5 +614,5 @@ def _once(value: Callable[[Schedule], float]) -> Callable[[Schedule], float]:
     return of
 
 
-def _lengths(horizon: Horizon) -> tuple[int | None, float | None]:
-    return horizon.total_steps, horizon.steps_per_epoch
+def _lengths(horizon: Horizon) -> tuple[Any, ...]:
+    return horizon.total_steps, horizon.steps_per_epoch, horizon.epoch_ends

@@ -1,4 +1,4 @@
-"""Smooth shapes: from 1, right after warmup and hold, to ``final`` at the end of the run, and constant beyond."""
+"""Smooth schedules: from 1, right after warmup and hold, to ``final`` at the end of the run, and constant beyond."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_optim.schedules.phases import COOLDOWN_SHAPES, Cooldown, Warmup, 
 
 
 class Constant(Schedule):
-    """The peak throughout. Needs no length of the run.
+    """Constant multiplier of 1; it does not need the length of the run.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
@@ -27,7 +27,7 @@ class Constant(Schedule):
     shape_needs_total = False
 
     def shape(self, at: Position) -> float:
-        """Always 1."""
+        """Return 1."""
         return 1.0
 
 
@@ -38,7 +38,7 @@ class Decay(Schedule):
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
         final: Multiplier reached at the end, at least 0; for a learning rate at most 1. Above 1 the shape rises, as the
             weight decay of DINO does.
-        hold: How long to stay at the peak after the warmup.
+        hold: Length of a phase at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
         final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
@@ -75,7 +75,7 @@ class Linear(Decay):
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
         final: Multiplier reached at the end of the run.
-        hold: How long to stay at the peak after the warmup.
+        hold: Length of a phase at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
         final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
@@ -95,7 +95,7 @@ class Cosine(Decay):
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
         final: Multiplier reached at the end of the run. Language models are often trained to 0.1.
-        hold: How long to stay at the peak after the warmup.
+        hold: Length of a phase at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
         final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
@@ -115,13 +115,13 @@ class Cosine(Decay):
 
 
 class Polynomial(Decay):
-    """A power of what is left of the run: ``(1 − progress) ** power``, scaled to end at ``final``.
+    """A power of the remaining fraction of the run, ``(1 − progress) ** power``, scaled to end at ``final``.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
         power: Exponent, above 0; 1 is a straight line, 0.9 is usual for segmentation.
         final: Multiplier reached at the end of the run.
-        hold: How long to stay at the peak after the warmup.
+        hold: Length of a phase at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
         final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
@@ -145,7 +145,7 @@ class Polynomial(Decay):
     ) -> None:
         super().__init__(warmup, final, hold, cooldown, final_lr=final_lr)
         if not (math.isfinite(power) and power > 0):
-            raise ValueError(f"Invalid power={power!r} of Polynomial: it must be finite and above 0; 1 is a line.")
+            raise ValueError(f"Invalid power={power!r} of Polynomial: must be finite and above 0; 1 is a line.")
         self.power = float(power)
 
     def remaining(self, progress: float) -> float:
@@ -154,12 +154,12 @@ class Polynomial(Decay):
 
 
 class Exponential(Decay):
-    """Equal ratios from step to step, down to ``final``.
+    """Exponential decay to ``final``, with equal ratios from step to step.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
         final: Multiplier reached at the end of the run, above 0. torch's ``gamma`` over ``n`` steps is ``gamma ** n``.
-        hold: How long to stay at the peak after the warmup.
+        hold: Length of a phase at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
         final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
@@ -183,7 +183,7 @@ class Exponential(Decay):
         super().__init__(warmup, final, hold, cooldown, final_lr=final_lr)
         if 0 in (self.final, self.final_lr):
             name = "final" if self.final == 0 else "final_lr"
-            raise ValueError(f"Invalid {name}=0 of Exponential: equal ratios never reach 0; give a number above 0.")
+            raise ValueError(f"Invalid {name}=0 of Exponential: must be above 0, because equal ratios never reach 0.")
 
     def shape(self, at: Position) -> float:
         """final^progress."""
@@ -195,12 +195,12 @@ class Exponential(Decay):
 
 
 class REX(Decay):
-    """Reflected exponential: stays high for long, then falls ever faster; good where the budget is small.
+    """Reflected exponential: high for most of the run, then falling ever faster; suited to small budgets.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
         final: Multiplier reached at the end of the run.
-        hold: How long to stay at the peak after the warmup.
+        hold: Length of a phase at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
         final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
@@ -219,14 +219,15 @@ class REX(Decay):
 
 
 class Tanh(Decay):
-    """A hyperbolic tangent: high for long, then down fast, then flat; ``tanh`` of timm.
+    """A hyperbolic tangent: high for most of the run, then a fast fall, then flat; ``tanh`` of timm.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
-        final: Multiplier at the end of the run, which the curve itself only comes near to.
-        lower: Where on the curve to begin.
-        upper: Where to end; above ``lower``. The curve begins and ends as near to 1 and ``final`` as these are far out.
-        hold: How long to stay at the peak after the warmup.
+        final: Multiplier at the end of the run, which the curve itself only approaches.
+        lower: Argument of the tangent at the start. The lower it is, the closer the curve starts to 1.
+        upper: Argument of the tangent at the end, above ``lower``. The higher it is, the closer the curve ends to
+            ``final``.
+        hold: Length of a phase at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
         final_lr: Learning rate reached at the end, the same for every group, in place of ``final``.
 
@@ -255,7 +256,9 @@ class Tanh(Decay):
     ) -> None:
         super().__init__(warmup, final, hold, cooldown, final_lr=final_lr)
         if not (math.isfinite(lower) and math.isfinite(upper) and lower < upper):
-            raise ValueError(f"Invalid lower={lower!r} and upper={upper!r} of Tanh: upper must be above lower.")
+            raise ValueError(
+                f"Invalid lower={lower!r} and upper={upper!r} of Tanh: must be finite, and upper must be above lower."
+            )
         self.lower, self.upper = float(lower), float(upper)
 
     def remaining(self, progress: float) -> float:
@@ -266,16 +269,16 @@ class Tanh(Decay):
 
 
 class InverseSqrt(Schedule):
-    """The inverse square root of the steps since the warmup. Needs no length of the run.
+    """The inverse square root of the steps since the warmup; it does not need the length of the run.
 
-    The multiplier is ``1 / sqrt(1 + step / timescale)``. With the timescale at its default it is the Transformer's
+    The multiplier is ``1 / sqrt(1 + step / timescale)``. With the default timescale it is the Transformer's
     ``sqrt(warmup / step of the run)``.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
-        timescale: After this time the multiplier is ``1 / sqrt(2)``. None for the length of the warmup, and 10,000
-            steps if there is none.
-        hold: How long to stay at the peak after the warmup.
+        timescale: Time after which the multiplier is ``1 / sqrt(2)``, above 0; None for the length of the warmup, or
+            10,000 steps if there is no warmup.
+        hold: Length of a phase at the peak after the warmup.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
 
     Raises:
@@ -302,7 +305,7 @@ class InverseSqrt(Schedule):
         super().__init__(warmup, hold, cooldown)
         self.timescale = None if timescale is None else Duration.parse(timescale)
         if self.timescale is not None and not self.timescale:
-            raise ValueError(f"Invalid timescale={timescale!r} of InverseSqrt: it must be above 0.")
+            raise ValueError(f"Invalid timescale={timescale!r} of InverseSqrt: must be above 0.")
 
     def shape(self, at: Position) -> float:
         """1 / √(1 + step/timescale)."""

@@ -1,4 +1,4 @@
-"""Schedules that fall in steps: step decay and multi-step decay."""
+"""Piecewise constant schedules: step decay and multi-step decay."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_optim.core.durations import Duration
-from lightning_optim.schedules.base import Position, Schedule
+from lightning_optim.core.durations import Duration, Horizon
+from lightning_optim.schedules.base import Phases, Position, Schedule
 from lightning_optim.schedules.phases import Cooldown, Warmup
 
 
 class StepDecay(Schedule):
-    """Multiplied by ``factor`` after every ``every``, counted from the end of warmup and hold.
+    """Multiplication by ``factor`` at equal intervals, counted from the end of warmup and hold.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
-        every: Length of each level, such as ``"30 epochs"``. Needs no length of the run unless it is a share of it.
+        every: Length of each level, such as ``"30 epochs"``; the length of the run is needed only for a share of it.
         factor: Multiplier from one level to the next, above 0.
-        hold: How long to stay at the peak before the first level.
+        hold: Length of a phase at the peak before the first level.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
 
     Raises:
@@ -42,23 +42,28 @@ class StepDecay(Schedule):
         super().__init__(warmup, hold, cooldown)
         self.every = Duration.parse(every)
         if not self.every:
-            raise ValueError(f"Invalid every={every!r} of StepDecay: it must be above 0, for instance '30 epochs'.")
+            raise ValueError(f"Invalid every={every!r} of StepDecay: must be above 0, for instance '30 epochs'.")
         self.factor = _checked_factor(self, factor)
 
     def shape(self, at: Position) -> float:
         """factor^⌊step / every⌋."""
+        if self.every.unit == "epochs" and at.run.epoch_ends:
+            began, now = at.run.epochs_at(at.start), at.run.epochs_at(at.start + at.step)
+            assert began is not None
+            assert now is not None
+            return float(self.factor ** math.floor((now - began) / self.every.amount + 1e-9))
         return float(self.factor ** (at.step // self.every.steps(at.run)))
 
 
 class MultiStepDecay(Schedule):
-    """Multiplied by ``factor`` at each of the ``milestones``, which count from the beginning of the run.
+    """Multiplication by ``factor`` at each of the ``milestones``, which count from the beginning of the run.
 
     Args:
         warmup: Length of the warmup, or a `Warmup`; ``0`` for none.
-        milestones: When to fall, such as ``["30 epochs", "60 epochs"]``. The first update at the new level is the one
-            after as many.
+        milestones: Times of the reductions, such as ``["30 epochs", "60 epochs"]``. The update that follows as many
+            updates is the first one at the new level.
         factor: Multiplier from one level to the next, above 0.
-        hold: How long to stay at the peak after the warmup, milestones or not.
+        hold: Length of a phase at the peak after the warmup, in which milestones have no effect.
         cooldown: Length of a final decay to 0, or a `Cooldown`; ``0`` for none.
 
     Raises:
@@ -82,13 +87,36 @@ class MultiStepDecay(Schedule):
         super().__init__(warmup, hold, cooldown)
         if isinstance(milestones, int | str | Duration) or not milestones:
             raise ValueError(
-                f"Invalid milestones={milestones!r} of MultiStepDecay: give a list, for instance ['50%', '75%']."
+                f"Invalid milestones={milestones!r} of MultiStepDecay: must be a list, for instance ['50%', '75%']."
             )
         self.milestones = [Duration.parse(milestone) for milestone in milestones]
         self.factor = _checked_factor(self, factor)
 
+    def phases(self, run: Horizon) -> Phases:
+        """Convert the lengths of the parts into optimizer steps, as `Schedule.phases` does.
+
+        Raises:
+            ValueError: As there, or all milestones lie beyond the end of the run.
+        """
+        beyond = self._beyond(run)
+        if len(beyond) == len(self.milestones) and not run.is_trial:
+            raise ValueError(
+                f"{self}: no milestone lies within the run of {run.total_steps} optimizer steps, so the rate would "
+                "never fall. Give earlier ones, or the schedule 'constant'."
+            )
+        return super().phases(run)
+
+    def notes(self, run: Horizon) -> list[str]:
+        """Name the milestones beyond the end of the run."""
+        named = ", ".join(f"'{milestone}'" for milestone in self._beyond(run))
+        return [f"{self}: beyond the run of {run.total_steps} optimizer steps: {named}."] if named else []
+
+    def _beyond(self, run: Horizon) -> list[Duration]:
+        total = run.total_steps
+        return [] if total is None else [each for each in self.milestones if each.steps(run) >= total]
+
     def shape(self, at: Position) -> float:
-        """factor^(milestones passed)."""
+        """factor^(number of milestones passed)."""
         step = at.start + at.step
         return float(self.factor ** sum(milestone.steps(at.run) <= step for milestone in self.milestones))
 
@@ -101,5 +129,5 @@ MultiStep = MultiStepDecay
 
 def _checked_factor(owner: Any, factor: float) -> float:
     if not (math.isfinite(factor) and factor > 0):
-        raise ValueError(f"Invalid factor={factor!r} of {type(owner).__name__}: it must be finite and above 0.")
+        raise ValueError(f"Invalid factor={factor!r} of {type(owner).__name__}: must be finite and above 0.")
     return float(factor)

@@ -23,21 +23,21 @@ _KINDS = (WeightDecayKind.DECOUPLED, WeightDecayKind.INDEPENDENT, WeightDecayKin
 
 
 class ForeignDecay:
-    """Shrinks the parameters of an optimizer of another package right before each of its updates.
+    """Decoupled weight decay for an optimizer of another package, applied right before each of its updates.
 
-    All parameters in one foreach call: w ← (1 - c)·w, which on `torch.optim.AdamW` without a decay of its own gives bit
-    for bit what it does with one. Parameters without a gradient stay as they are, and so does everything on a skipped
-    step.
+    All parameters are scaled in one foreach call, w ← (1 - c)·w. With `torch.optim.AdamW` and ``weight_decay=0`` the
+    result is bit for bit that of its own decay. Parameters without a gradient are left unchanged, and so are all
+    parameters on a skipped step.
 
     Args:
-        optimizer: The optimizer; none of `lightning_optim.optim`, which have every kind built in.
+        optimizer: The optimizer; not one of `lightning_optim.optim`, which have every kind built in.
         weight_decay: λ, above 0.
         kind: `decoupled`, `independent` or `corrected`; see `WeightDecayKind`.
-        groups: λ of single parameter groups by their ``name``.
+        groups: λ of individual parameter groups, by their ``name``; None for ``weight_decay`` in all of them.
 
     Raises:
-        ValueError: The kind acts on more than the weights, a value is out of range, the optimizer decays already, or
-            ``groups`` names none of its groups.
+        ValueError: The kind acts on more than the weights, a value is out of range, the optimizer has a weight decay of
+            its own, or ``groups`` contains a name that is not one of its groups.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.full((1,), 2.0))
@@ -64,15 +64,15 @@ class ForeignDecay:
             raise ValueError(_several(label))
         if isinstance(updates, FusedOptimizer):
             raise ValueError(
-                f"{label} decays weights itself, in every kind and in the same pass. Set its weight_decay and "
-                "weight_decay_kind, and leave this out."
+                f"{label} has every kind of weight decay built in, in the same pass as its update. Set its "
+                "weight_decay and weight_decay_kind instead."
             )
         for index, group in enumerate(optimizer.param_groups):
             if group.get("weight_decay"):
                 raise ValueError(
                     f"Weights would decay twice: {label} has weight_decay={group['weight_decay']} in group "
-                    f"{group.get('name', index)!r}, and decays by {weight_decay} more were asked for. Give the "
-                    "optimizer weight_decay=0."
+                    f"{group.get('name', index)!r}, and this would add {weight_decay}. Set weight_decay=0 of the "
+                    "optimizer."
                 )
         names = [str(group.get("name", index)) for index, group in enumerate(optimizer.param_groups)]
         for name in groups or {}:
@@ -85,7 +85,7 @@ class ForeignDecay:
         self._handle = updates.register_step_pre_hook(uncompiled(self._before))
 
     def close(self) -> None:
-        """Leave the optimizer as it was."""
+        """Remove the decay from the optimizer."""
         self._handle.remove()
 
     def _before(
@@ -115,7 +115,8 @@ class ForeignDecay:
             taking_part = [param for param in group["params"] if param.grad is not None]
             if not taking_part or (decay == 0 and not isinstance(decay, Tensor)):
                 continue
-            if isinstance(decay, Tensor) or found_inf is not None:  # numbers that only the device knows
+            if isinstance(decay, Tensor) or found_inf is not None:
+                # The host does not know these numbers, so the factor is computed on the device.
                 kept = 1 - (decay if found_inf is None else decay * (found_inf == 0))
                 torch._foreach_mul_(taking_part, kept.to(taking_part[0].dtype))
             else:
@@ -146,18 +147,30 @@ def _several(label: str) -> str:
 def check_decay(
     weight_decay: float, kind: str | WeightDecayKind, groups: Mapping[str, float] | None
 ) -> WeightDecayKind:
-    """The kind; refuses, without an optimizer, what can be refused."""
+    """Check the arguments of `ForeignDecay` as far as that is possible without an optimizer.
+
+    Args:
+        weight_decay: λ of all groups.
+        kind: The kind of weight decay.
+        groups: λ of individual groups, by name.
+
+    Returns:
+        The parsed kind.
+
+    Raises:
+        ValueError: The kind acts on more than the weights, or a value is out of range.
+    """
     parsed = WeightDecayKind.parse(kind)
     if parsed not in _KINDS:
         raise ValueError(
-            f"weight_decay_kind={parsed.value!r} needs the update itself, which other packages' optimizers do not "
-            f"show. Needed is {', '.join(repr(kind.value) for kind in _KINDS)}; or an optimizer of "
-            "lightning_optim.optim."
+            f"Invalid kind={parsed.value!r} of weight decay: must be one of "
+            f"{', '.join(repr(kind.value) for kind in _KINDS)} with an optimizer of another package, because the other "
+            "kinds need access to its update. The optimizers of lightning_optim.optim have every kind."
         )
     given = {"weight_decay": weight_decay, **{f"groups[{name!r}]": value for name, value in (groups or {}).items()}}
     for label, value in given.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value < 0 or (label == "weight_decay" and value == 0):
             least = "above 0" if label == "weight_decay" else "at least 0"
-            raise ValueError(f"Invalid {label}={value!r}: it must be a finite number {least}.")
+            raise ValueError(f"Invalid {label}={value!r}: must be a finite number {least}.")
     return parsed

@@ -1,4 +1,4 @@
-"""What a step of an optimizer that measures nothing itself did, read off its parameters, gradients and state."""
+"""Statistics of a step of an optimizer that measures none itself, from its parameters, gradients and state."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
 class ForeignUpdate:
-    """Measures the `STEP_SUMS` around the update of an optimizer of torch or another package.
+    """Measurement of the `STEP_SUMS` around the update of an optimizer of torch or another package.
 
-    One copy of the parameters and one pass over gradients and state, on reported steps only. The momentum is found by
-    its name in the optimizer's state; the second moment for those of torch's optimizers that are known here. A column
-    is NaN where there is nothing to find.
+    It costs one copy of the parameters and one pass over gradients and state, on reported steps only. The momentum is
+    found by its name in the optimizer's state, the second moment for those of torch's optimizers that are known here. A
+    column is NaN where the optimizer has no such quantity.
 
     Args:
         optimizer: The optimizer.
@@ -47,12 +47,15 @@ class ForeignUpdate:
 
     @torch.no_grad()
     def before(self) -> None:
-        """Called when the gradients are what the update will find, up to factors: momentum is read before it moves."""
+        """Measure what must be read before the update, such as the momentum, which the update changes.
+
+        The gradients must be those that the update will find, up to a factor.
+        """
         dots, squares, own = [], [], []
         for param, grad, group in zip(self._params, self._grads, self._groups, strict=True):
             momentum = self._momentum(param)
             wide = _wide(grad)
-            if wide is not None and wide.numel() == 0:  # a shard of which other ranks have all
+            if wide is not None and wide.numel() == 0:  # This rank holds an empty shard.
                 dots.append(_zero(param))
                 squares.append(_zero(param))
             elif wide is None or momentum is None:
@@ -67,14 +70,17 @@ class ForeignUpdate:
 
     @torch.no_grad()
     def sums(self, clipped_norm_sq: Tensor) -> Tensor:
-        """The sums, shape [tensors, columns], after the update.
+        """Compute the sums after the update.
 
         Args:
-            clipped_norm_sq: Square sum of each gradient as the update used it. The gradients that lie here may differ
-                from that by a factor, for loss scale and clipping may have been operands of the kernel.
+            clipped_norm_sq: Square sum of each gradient as the update used it, shape [tensors]. The gradients in memory
+                may differ by a factor, because loss scale and clipping may have been operands of the kernel.
+
+        Returns:
+            The `STEP_SUMS`, shape [tensors, columns], with dtype and device of ``clipped_norm_sq``.
         """
         device, dtype = clipped_norm_sq.device, clipped_norm_sq.dtype
-        if not self._rows:  # the step was left out before anything was read
+        if not self._rows:  # The step was skipped before `before` was called.
             return torch.full((len(self._params), len(STEP_SUMS)), torch.nan, dtype=dtype, device=device)
         zeros, ratios, below, own = [], [], [], []
         for param, grad, group in zip(self._params, self._grads, self._groups, strict=True):
@@ -102,7 +108,7 @@ class ForeignUpdate:
             [torch.stack([v.to(device, dtype, non_blocking=True) for v in column]) for column in columns.values()], 1
         )
         sums = dict(zip(columns, self._sum_shards(sum_over_shards(packed, self._params)).unbind(1), strict=True))
-        # torch's fused kernels divide the gradients in memory, so these may not be now what they were before.
+        # torch's fused kernels divide the gradients in memory, so these may have changed since `before`.
         sums["grad_exp_avg"] = sums["grad_exp_avg"] * _ratio(clipped_norm_sq, sums["grad_sq_before"]).sqrt()
         after = _ratio(clipped_norm_sq, sums["grad_sq_after"])
         sums["grad_sq_over_exp_avg_sq"] = sums["grad_sq_over_exp_avg_sq"] * after
@@ -113,11 +119,11 @@ class ForeignUpdate:
         state = self._optimizer.state.get(param, {})
         found = (state.get(name) for name in _FIRST_MOMENTS)
         momentum = next((m for m in found if isinstance(m, Tensor) and (m.is_floating_point() or m.is_complex())), None)
-        # torch's SGD makes its buffer of the first gradient, which may have been placed otherwise.
+        # torch's SGD clones its buffer from the first gradient, whose placements may differ from the parameter's.
         return None if momentum is None else placed_as(momentum, param)
 
     def _second_moment_root(self, param: Tensor, group: Mapping[str, Any]) -> Tensor | None:
-        """√v̂ as the update has just used it."""
+        """Return √v̂ as the update has just used it, shape of the local shard; None if it is not known."""
         state = self._optimizer.state.get(param, {})
         if isinstance(self._optimizer, torch.optim.RMSprop):
             second = None if group["centered"] else state.get("square_avg")
@@ -125,7 +131,7 @@ class ForeignUpdate:
         if isinstance(self._optimizer, torch.optim.Adagrad):
             return as_real(local(state["sum"])).sqrt() if "sum" in state else None
         if not isinstance(self._optimizer, torch.optim.Adam | torch.optim.NAdam | torch.optim.RAdam):
-            return None  # torch's AdamW is an Adam
+            return None  # torch's AdamW is a subclass of Adam, and so is not refused.
         second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
         if second is None:
             return None
@@ -137,7 +143,7 @@ class ForeignUpdate:
 
 
 def _wide(grad: Tensor) -> Tensor | None:
-    """This rank's part of a gradient, in a dtype whose squares are exact enough; None if it is sparse."""
+    """Return this rank's part of a gradient in at least float32, for the sake of its squares; None if it is sparse."""
     if grad.layout != torch.strided:
         return None
     part = as_real(local(grad.detach()))
@@ -145,13 +151,13 @@ def _wide(grad: Tensor) -> Tensor | None:
 
 
 def _square_sum(wide: Tensor) -> Tensor:
-    """Finite wherever ``wide`` is, where the device has float64."""
+    """Return the square sum, shape []; where the device has float64, it is finite for every finite float32 tensor."""
     norm: Tensor = torch.linalg.vector_norm(wide, dtype=widest_dtype(wide.device))
     return norm.square()
 
 
 def _ratio(used: Tensor, found: Tensor) -> Tensor:
-    """1 for a gradient of zeros."""
+    """Return used / found, shape [tensors], and 1 for a gradient of zeros."""
     return torch.where((used == 0) & (found == 0), 1.0, used / found)
 
 

@@ -1,4 +1,4 @@
-"""The gradients of one step, and what can be read off them and the optimizer's state."""
+"""The gradients of one step, and the statistics that are read from them and from the optimizer's state."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _NO_NAMES: Mapping[Tensor, str] = {}
 
 
 class Gradients:
-    """All gradients that a step of an optimizer is about to use.
+    """All gradients that the coming step of an optimizer uses.
 
     Args:
         optimizer: The optimizer.
-        scale: The loss scale that is still in them, shape [], or None.
+        scale: The loss scale that the gradients still contain, shape []; None for none.
         names: Names of parameters that the optimizer itself does not know.
-        shards: If parameters are flat shards: then all of those belong to the step, because this rank having no part of
-            one does not mean that others have none.
+        shards: The flat shards, if parameters are such shards; None otherwise. Each of these parameters belongs to the
+            step, because other ranks may hold a part of one of which this rank holds none.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Gradients:
         self.optimizer = optimizer
         self.scale = scale
         self.shards = shards
-        # Once per step over perhaps thousands of parameters, so without a call for each.
+        # This runs at every step over perhaps thousands of parameters, so it calls no function for each of them.
         if shards is None:
             groups = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
             grads = [p.grad for group in groups for p in group]
@@ -61,7 +61,7 @@ class Gradients:
         self.stats = ReadGradStats(self)
 
     def norm_sq_now(self) -> Tensor:
-        """Read the gradients again: their square sums as they are at this moment, shape [tensors]."""
+        """Read the gradients again, and return their present square sums, shape [tensors]."""
         return self._unscaled_sq(self.sum_shards(measure_norm_sq(self.grads)))
 
     def present(self) -> list[int] | None:
@@ -77,10 +77,10 @@ class Gradients:
         return param.grad is not None or (self.shards is not None and param in self.shards and param.requires_grad)
 
     def _redistribute(self) -> None:
-        """See to it that each gradient lies as its parameter does: everything below reads what is on this rank."""
+        """Give each gradient the placements of its parameter, because all statistics read local shards."""
         for i, param in enumerate(self.params):
             grad = gradient_of(param, partial(self._label, i))
-            if grad is not None:  # flat shards, of which this rank may hold nothing
+            if grad is not None:  # It is None for a flat shard of which this rank holds no part.
                 self.grads[i] = grad
 
     def _label(self, index: int) -> str:
@@ -88,7 +88,7 @@ class Gradients:
         return f"parameter {name!r}" if name else f"a parameter of shape {tuple(self.params[index].shape)}"
 
     def places(self) -> Tensor | None:
-        """Index of each tensor among all parameters of the optimizer, int64, [tensors]; None without any tensor."""
+        """Return the index of each tensor among all parameters of the optimizer, int64, shape [tensors], or None."""
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
         places = [place for place, p in enumerate(everything) if self._takes_part(p)]
         return upload(places, self.params[0].device, torch.int64) if places else None
@@ -97,45 +97,56 @@ class Gradients:
         return values if self.scale is None else values / self.scale.to(values.device).square()
 
     def numel(self) -> tuple[int, ...]:
-        """Number of elements of each tensor, over all shards; complex ones count as two."""
+        """Return the number of elements of each tensor over all shards; a complex element counts as two."""
         return tuple(numbers(p) if self.shards is None else self.shards.numel(p) for p in self.params)
 
     def read_norm_sq(self) -> Tensor:
-        """Square sum of each gradient, [tensors], from another read that gave it as well if there was one."""
+        """Return the square sum of each gradient, shape [tensors], from an earlier read that yielded it if possible."""
         return self.norm_sq_now() if self._norm_sq is None else self._norm_sq
 
     def names(self) -> tuple[str | None, ...]:
-        """Name of each tensor, as far as known."""
+        """Return the name of each tensor, or None where it is not known."""
         groups = [(group["params"], names_of(group, self._names)) for group in self.optimizer.param_groups]
         known = {param: name for params, names in groups for param, name in zip(params, names, strict=True)}
         return tuple(known[p] for p in self.params)
 
     def read_largest(self) -> Tensor:
-        """Largest absolute value in each gradient, [tensors]."""
+        """Return the largest absolute value in each gradient, shape [tensors]."""
         largest = measure_largest(self.grads)
         largest = largest if self.shards is None else self.shards.max(largest, self.params)
         return largest if self.scale is None else largest / self.scale.to(largest.device)
 
     def read_units(self) -> UnitNorms:
-        """Norms of each output unit; their square sums give those of the gradients."""
+        """Return the norms of each output unit, and keep their square sums as those of the gradients."""
         units = measure_units(self.grads, self.params, self.scale)
         self._norm_sq = units.norm_sq()
         return units
 
     @cached_property
     def _groups(self) -> list[dict[str, Any]]:
-        """The group of each tensor."""
+        """The parameter group of each tensor."""
         groups = zip(self.optimizer.param_groups, self.group_sizes, strict=True)
         return [group for group, size in groups for _ in range(size)]
 
     def _states(self, *names: str, wanted: str) -> list[tuple[int, str]]:
-        """Which tensors have one of the states called ``names``, and which; refuses an optimizer that keeps none."""
+        """Find the tensors that have one of the states called ``names``.
+
+        Args:
+            *names: Names of the states, the preferred one first.
+            wanted: The feature that needs the state, for the message.
+
+        Returns:
+            Index of each such tensor, and the name of its state.
+
+        Raises:
+            ValueError: The optimizer keeps none of these states, or keeps it in 8 bits.
+        """
         found = []
         for index, param in enumerate(self.params):
-            state = self.optimizer.state.get(param)  # asks for nothing to be made
+            state = self.optimizer.state.get(param)  # Unlike indexing, `get` creates no state.
             name = next((name for name in names if state and isinstance(state.get(name), Tensor)), None)
             if name is not None and state[name].dtype == torch.uint8:  # type: ignore[index]
-                raise ValueError(f"{wanted} cannot read state in 8 bits: use state_bits of 16 or 32.")
+                raise ValueError(f"{wanted} cannot read state in 8 bits. Set state_bits to 16 or 32.")
             if name is not None:
                 found.append((index, name))
             elif state:
@@ -146,7 +157,10 @@ class Gradients:
         return found
 
     def read_momentum_norm_sq(self) -> Tensor:
-        """Square sum of each first moment, as an average of gradients; 0 where there is none yet."""
+        """Return the square sum of each first moment, scaled to an average of gradients, shape [tensors].
+
+        It is 0 where there is no first moment yet.
+        """
         found = self._states("exp_avg", "momentum_buffer", wanted="Clipping by the ratio to the momentum")
         norm_sq = torch.zeros_like(self.stats.norm_sq)
         if not found:
@@ -159,7 +173,10 @@ class Gradients:
         return self.sum_shards(norm_sq.scatter(0, rows, measured.to(norm_sq.dtype) * weight))
 
     def read_grad_sq_over_exp_avg_sq(self) -> Tensor:
-        """Σ g²/v̂ of each tensor, with v̂ after this step; one read of the gradients gives their square sums as well."""
+        """Return Σ g²/v̂ of each tensor, with v̂ after this step, shape [tensors].
+
+        The same read of the gradients yields their square sums.
+        """
         kept = {i for i, _ in self._states("exp_avg_sq", wanted="Clipping by the RMS of the update")}
         device, wide = self.grads[0].device, widest_dtype(self.grads[0].device)
         sums = []
@@ -175,7 +192,10 @@ class Gradients:
         return both[:, 1]
 
     def _over_exp_avg_sq(self, size: Tensor, param: Tensor, group: Mapping[str, Any], kept: bool) -> Tensor:
-        """Σ g²/v̂ of one tensor, of which ``size`` is |g|. At its first step v̂ is g², and nothing stands out."""
+        """Return Σ g²/v̂ of one tensor, shape [], where ``size`` is |g|.
+
+        At its first step v̂ is g², so each element with a gradient counts as 1.
+        """
         step = self.optimizer.state[param]["step"] if kept else 0.0
         if isinstance(step, Tensor) and step.device.type == "cpu":
             step = read(step)
@@ -183,24 +203,24 @@ class Gradients:
             return (size > 0).sum()
         beta2 = group["betas"][1]
         old = as_real(local(self.optimizer.state[param]["exp_avg_sq"])).to(size.dtype)
-        # Roots throughout: the square of a finite gradient may be infinite.
+        # Square roots are used throughout, because the square of a finite gradient may be infinite.
         root = torch.hypot(old.sqrt().mul_(beta2**0.5), size * (1 - beta2) ** 0.5)
         root.div_((1 - beta2 ** (step + 1)) ** 0.5)
-        # 0/0, where the gradient has always been 0, counts 0; eps must not vanish in float32.
+        # 0/0, where the gradient has always been 0, must count as 0, and a tiny eps must not vanish in float32.
         ratio = (size / root.clamp_(min=max(group["eps"], 1e-15))).square_().sum()
         return torch.where(step > 0, ratio, (size > 0).sum()) if isinstance(step, Tensor) else ratio
 
 
 def numbers(param: Tensor) -> int:
-    """How many real numbers a parameter has: a complex element is two, as torch's optimizers see it."""
+    """Return the number of real numbers in a parameter; as in torch's optimizers, a complex element is two."""
     return param.numel() * (2 if param.is_complex() else 1)
 
 
 class ReadGradStats(GradStats):
-    """Statistics that are read from gradients and state when they are first asked for, and kept.
+    """Gradient statistics that are read from gradients and state on first use, and cached.
 
     Args:
-        gradients: What to read.
+        gradients: The gradients to read.
     """
 
     def __init__(self, gradients: Gradients) -> None:
@@ -245,16 +265,16 @@ class ReadGradStats(GradStats):
 
 
 def group_names_of(optimizer: Optimizer) -> tuple[str, ...]:
-    """Name of each parameter group, or its number where it has none."""
+    """Return the name of each parameter group, or its index where it has none."""
     return tuple(str(group.get("name", index)) for index, group in enumerate(optimizer.param_groups))
 
 
 def names_of(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[str | None]:
-    """Name of each parameter of a group, as far as the optimizer or the caller knows it."""
+    """Return the name of each parameter of a group, from ``names`` or the group, or None where it is not known."""
     own: list[str | None] = group.get("param_names") or [None] * len(group["params"])
     return [names.get(param, name) for param, name in zip(group["params"], own, strict=True)]
 
 
 def _share(group: Mapping[str, Any]) -> float:
-    """What part of SGD's momentum buffer is an average of gradients."""
+    """Return the factor that turns SGD's momentum buffer into an average of gradients."""
     return float((1 - group.get("momentum", 0)) / max(1 - group.get("dampening", 0), 1e-3))

@@ -1,4 +1,4 @@
-"""How large the elements of gradients, parameters and updates are: counts by powers of two, made on the device."""
+"""Histograms of the magnitudes of gradients, parameters and updates: counts by powers of two, made on the device."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from lightning_optim.step.gradients import Gradients
 KINDS = ("grad", "param", "update")
 
 FIRST, LAST = -40, 15
-"""|x| in [2**e, 2**(e + 1)) is counted for e from `FIRST` to `LAST`: 9e-13 to 65536, beyond which fp16 is infinite."""
+"""Exponents e of the columns that count |x| in [2**e, 2**(e + 1)): 9e-13 to 65536, beyond which fp16 is infinite."""
 
 ZERO, BELOW = 0, 1
-"""The columns of exact zeros, and of what is smaller than the first power."""
+"""Columns of exact zeros, and of values smaller than 2**FIRST."""
 COLUMNS = LAST - FIRST + 5
 ABOVE, NOT_FINITE = COLUMNS - 2, COLUMNS - 1
-"""The columns of what is larger than the last power, and of NaN and infinities."""
+"""Columns of values of at least 2**(LAST + 1), and of NaN and infinities."""
 
 _CHUNK = 1 << 24
 _FIELDS = {torch.float32: (torch.int32, 23, 0xFF), torch.float64: (torch.int64, 52, 0x7FF)}
-"""By dtype: the integers of the same width, and where in them the exponent is."""
+"""For each dtype: the integer dtype of the same width, the lowest bit of the exponent, and the exponent of infinity."""
 
 
 class StepHistograms:
-    """Counts, around the update of one step, how large elements are, by parameter group.
+    """Counts of elements by magnitude around the update of one step, for each parameter group.
 
-    Powers of two are read off the numbers' own bits: nothing is rounded, and columns lie where 16-bit formats end
-    (fp16: normal from 2**-14, nothing below 2**-24). Magnitudes only; signs are not told apart. One pass over what is
-    counted; ``update`` needs a copy of the parameters for the length of the step. The host waits for nothing.
+    Powers of two are read from the exponent bits, so nothing is rounded, and the edges of columns are where 16-bit
+    formats end (fp16: normal from 2**-14, nothing below 2**-24). Signs are ignored. The cost is one pass over what is
+    counted; ``update`` needs a copy of the parameters for the duration of the step. The host does not wait.
 
     Args:
-        gradients: The gradients of the step, as they are before clipping.
-        kinds: Of `KINDS`. Gradients are counted before clipping and without loss scale, parameters after the step.
+        gradients: The gradients of the step, before clipping.
+        kinds: Those of `KINDS` to count. Gradients are counted before clipping and without loss scale, parameters after
+            the step.
     """
 
     def __init__(self, gradients: Gradients, kinds: Collection[str]) -> None:
@@ -52,10 +53,13 @@ class StepHistograms:
 
     @torch.no_grad()
     def after(self, skip: Tensor | None) -> dict[str, Tensor]:
-        """Counts by kind, shape [groups, COLUMNS], float64; those of the update are NaN if the step was left out.
+        """Return the counts after the update.
 
         Args:
-            skip: Non-zero if so, shape [].
+            skip: Non-zero if the step was skipped, shape []; None if nothing can skip it.
+
+        Returns:
+            By kind, float64, shape [groups, COLUMNS]; those of the update are NaN if the step was skipped.
         """
         params = [local(param.detach()) for param in self._gradients.params]
         if "param" in self._kinds:
@@ -79,7 +83,13 @@ class StepHistograms:
 
 @torch.no_grad()
 def magnitudes(tensor: Tensor) -> Tensor:
-    """Counts of a tensor's elements by their power of two, shape [COLUMNS], on its device; NaN for a sparse tensor.
+    """Count the elements of a tensor by their power of two.
+
+    Args:
+        tensor: Any shape and floating or complex dtype; for a DTensor the local shard is counted.
+
+    Returns:
+        Shape [COLUMNS], float64 where the device has it, on the device of ``tensor``; NaN for a sparse tensor.
 
     Example:
         >>> counts = magnitudes(torch.tensor([0.0, 1.0, 1.5, -2.0, float("inf")]))
@@ -92,15 +102,15 @@ def magnitudes(tensor: Tensor) -> Tensor:
     if flat.dtype not in _FIELDS:
         flat = flat.float()
     counts = torch.zeros(COLUMNS, dtype=widest_dtype(flat.device), device=flat.device)
-    for part in torch.split(flat, _CHUNK):  # so that what is made on the way stays small
+    for part in torch.split(flat, _CHUNK):  # Chunks keep the temporary tensors small.
         counts += _histogram(_columns(part))
     return counts
 
 
 def _columns(flat: Tensor) -> Tensor:
-    """The column of each element."""
+    """Return the column of each element, integers of the width of ``flat``, shape [elements]."""
     integer, shift, special = _FIELDS[flat.dtype]
-    bits = flat.view(integer) & torch.iinfo(integer).max  # without the sign
+    bits = flat.view(integer) & torch.iinfo(integer).max  # This clears the sign bit.
     exponent = bits >> shift
     columns = (exponent - (special // 2 + FIRST - BELOW - 1)).clamp_(BELOW, ABOVE)
     return columns.masked_fill_(exponent == special, NOT_FINITE).masked_fill_(bits == 0, ZERO)
@@ -109,7 +119,7 @@ def _columns(flat: Tensor) -> Tensor:
 def _histogram(columns: Tensor) -> Tensor:
     if columns.device.type == "cpu":
         return torch.bincount(columns, minlength=COLUMNS)
-    # bincount would make the host wait on CUDA; there histc of integers is exact and deterministic.
+    # On CUDA bincount would make the host wait; there histc of integers is exact and deterministic.
     columns = columns.int() if columns.device.type == "cuda" else columns.float()
     return torch.histc(columns, COLUMNS, 0, COLUMNS - 1)
 

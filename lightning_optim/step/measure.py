@@ -1,4 +1,4 @@
-"""Reading tensors once: square sums of gradients, and what an update did to parameters."""
+"""Measurements of tensors in one read: square sums, largest values, norms of units, and the effect of an update."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from lightning_optim.kernels.plain import as_real
 
 @torch.no_grad()
 def measure_norm_sq(tensors: Sequence[Tensor]) -> Tensor:
-    """Square sum of each tensor, in one read, shape [tensors]; float64 where the device has it.
+    """Compute the square sum of each tensor in one read.
 
     Args:
-        tensors: At least one, of any shapes, dtypes and devices; sparse or sharded ones too, the sums of a sharded one
-            being over all of its shards. The result is on the first one's device.
+        tensors: At least one, of any shapes, dtypes and devices, sparse and sharded ones included; the sum of a sharded
+            tensor is over all of its shards.
+
+    Returns:
+        Shape [tensors], float64 where the device has it, else float32, on the device of the first tensor.
     """
     by_device: dict[torch.device, list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -37,15 +40,18 @@ def measure_norm_sq(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def measure_largest(tensors: Sequence[Tensor]) -> Tensor:
-    """Largest absolute value in each tensor, in one read, shape [tensors], float32 or float64; NaN if there is one.
-
-    Of complex tensors, that of real and imaginary parts.
+    """Compute the largest absolute value in each tensor in one read.
 
     Args:
-        tensors: At least one, as for `measure_norm_sq`, but not sparse. The result is on the first one's device.
+        tensors: At least one, as for `measure_norm_sq`, but not sparse. For a complex tensor the largest value is that
+            of real and imaginary parts.
+
+    Returns:
+        Shape [tensors], float64 if a tensor has double precision, else float32, on the device of the first tensor; NaN
+        for a tensor that contains a NaN.
 
     Raises:
-        RuntimeError: One is sparse.
+        RuntimeError: A tensor is sparse.
     """
     wide = (torch.float64, torch.complex128)
     dtype = torch.float64 if any(t.dtype in wide for t in tensors) else torch.float32
@@ -59,9 +65,9 @@ def measure_largest(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _largest(part: Tensor) -> Tensor:
-    """Of no element, which torch refuses to tell, 0.
+    """Return the largest absolute value, shape []; 0 for an empty tensor, for which torch raises an error.
 
-    A norm of order infinity is the same, and took 60 times as long on the CPU (torch 2.13).
+    A norm of order infinity is the same, but took 60 times as long on the CPU (torch 2.13).
     """
     if part.numel() == 0:
         return part.new_zeros(())
@@ -71,12 +77,15 @@ def _largest(part: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_units(grads: Sequence[Tensor], params: Sequence[Tensor], scale: Tensor | None = None) -> UnitNorms:
-    """Norms of each output unit's gradient and weights, in one read of each.
+    """Compute the norms of each output unit's gradient and weights, in one read of each.
 
     Args:
-        grads: At least one, dense.
-        params: Their parameters.
-        scale: What the gradients are divided by first, shape [].
+        grads: At least one gradient, dense.
+        params: The parameter of each gradient.
+        scale: Divisor of the gradients, shape []; None for 1.
+
+    Returns:
+        The norms of all units, float64 where the device has it, on the device of the first gradient.
     """
     device = grads[0].device
     wide = widest_dtype(device)
@@ -92,7 +101,7 @@ def measure_units(grads: Sequence[Tensor], params: Sequence[Tensor], scale: Tens
 
 
 def _unit_norms(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Norm of each row of this rank's part, shape [rows]; of all of a vector, shape [1]."""
+    """Compute the norm of each row of this rank's part, shape [rows], or that of a whole vector, shape [1]."""
     if tensor.layout != torch.strided:
         raise RuntimeError("Clipping unit by unit needs dense gradients: create the layer with sparse=False.")
     part = as_real(local(tensor.detach()))
@@ -103,13 +112,16 @@ def _unit_norms(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def measure_update(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """The sums of an update of which only its effect is known, shape [tensors, columns]; overwrites ``before``.
+    """Compute the sums of an update of which only the effect is known; overwrites ``before``.
 
-    For optimizers that do not collect them in their own pass: |p|² and |Δp|² are exact, the other columns NaN.
+    It is for optimizers that do not collect them in their own pass: |p|² and |Δp|² are exact, the other columns NaN.
 
     Args:
-        before: Copies of this rank's parts of the parameters from before the update.
-        after: The parameters after it.
+        before: Copies of this rank's parts of the parameters, made before the update.
+        after: The parameters after the update.
+
+    Returns:
+        The `STEP_SUMS`, shape [tensors, columns], float64 where the device has it.
     """
     param_sq = sum_over_shards(measure_norm_sq(before), after)
     torch._foreach_sub_(list(before), [local(tensor.detach()) for tensor in after])

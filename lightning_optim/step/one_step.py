@@ -1,4 +1,4 @@
-"""One step in the making: its gradients, and what has been measured and decided about them."""
+"""One step in progress: its gradients, what has been measured about them, and what has been decided."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lightning_optim.step.histograms import StepHistograms
 class OneStep:
     """One step, from the reading of its gradients to its record.
 
-    `StepPipeline` fills in ``clip`` and ``skip`` as it decides. A step that is reported is measured around its update,
-    too: by the optimizer's own kernel where that can, else by `ForeignUpdate`.
+    `StepPipeline` sets ``clip`` and ``skip`` as it decides. A step that is reported is also measured around its update:
+    by the optimizer's own kernel where that is possible, else by `ForeignUpdate`.
 
     Args:
         gradients: The gradients that the update is about to use.
         reported: Whether a `StepRecord` of this step is wanted.
 
     Attributes:
-        stats: What is read off the gradients, each quantity when it is first asked for.
+        stats: Statistics of the gradients, each measured on first use.
         clip: The decision of the clip rule; None for no clipping.
         skip: Non-zero if the step must not happen, shape [], on the device; None if nothing can skip it.
     """
@@ -48,7 +48,7 @@ class OneStep:
             self._foreign.begin_with(earlier._foreign)
 
     def held_here(self) -> tuple[list[Tensor], Clip | None]:
-        """Return the gradients that the optimizer will find on this rank, and the clipping of these alone."""
+        """Return the gradients that the optimizer will find on this rank, and the clip decision for these alone."""
         grads, clip = self.gradients.grads, self.clip
         if self.gradients.shards is None or (present := self.gradients.present()) is None:
             return grads, clip
@@ -57,7 +57,7 @@ class OneStep:
         return [grads[i] for i in present], clip
 
     def measure_clipped(self) -> None:
-        """Measure what the update is about to use, for a report; call it once clipping has been applied."""
+        """Measure the gradients that the update is about to use, for a report; call it after clipping."""
         if self.reported:
             after = self.stats.norm_sq if self.clip is None else self.clip.norm_sq_after(self.stats)
             self._clipped_norm_sq = self.gradients.norm_sq_now() if after is None else after
@@ -65,7 +65,7 @@ class OneStep:
             self._foreign.before()
 
     def measure_update(self, optimizer: Optimizer, histograms: Collection[str]) -> None:
-        """Arrange for the sums of the update to be measured.
+        """Prepare the measurement of the update's sums; call it before the update.
 
         Args:
             optimizer: The optimizer that is about to step.
@@ -91,7 +91,7 @@ class OneStep:
             self._clipped_norm_sq = torch.full_like(self.stats.norm_sq, torch.nan)
         if self._foreign is not None:
             sums = self._foreign.sums(self._clipped_norm_sq)
-            if self.skip is not None:  # Our own optimizers, too, give NaN where there was no update.
+            if self.skip is not None:  # Fused optimizers also return NaN where there was no update.
                 sums = sums.masked_fill(self.skip > 0, torch.nan)
             update = StepStats(sums, self.gradients.group_sizes, self.stats.numel)
         else:
@@ -106,7 +106,7 @@ class OneStep:
                 {key: value for key, value in group.items() if key not in ("params", "param_names")}
                 for group in optimizer.param_groups
             ),
-            grad=GradStats(self.stats.norm_sq, self.gradients.group_sizes),  # It must not keep the gradients alive.
+            grad=GradStats(self.stats.norm_sq, self.gradients.group_sizes),  # This must not keep the gradients alive.
             clipped_norm_sq=self._clipped_norm_sq,
             skip=zero if self.skip is None else self.skip,
             update=update,
@@ -118,7 +118,7 @@ class OneStep:
         )
 
     def _over_shards(self, update: StepStats) -> StepStats:
-        """Return sums over whole tensors from those that the optimizer has taken over its parts of flat shards."""
+        """Return the sums over whole tensors, from the optimizer's sums over this rank's parts of flat shards."""
         sums = update.sums
         if (present := self.gradients.present()) is not None:
             here = upload(present, sums.device, torch.int64)

@@ -1,11 +1,15 @@
-"""Operands of one step: how a divisor and a skip flag reach the update, for any optimizer.
+"""Operands of one step: the ways in which a divisor and a skip flag reach the update of any optimizer.
 
-Two ways. An optimizer that declares ``_step_supports_amp_scaling`` takes both as device tensors in its kernel, through
-the attributes ``grad_scale`` (gradients are divided by it) and ``found_inf`` (non-zero: nothing changes, moments and
-step counters included): torch's protocol for GradScaler. Our own optimizers take the divisor separately from the loss
-scale, as ``divisor``, also one for each tensor. Every other optimizer gets its gradients scaled in place, and its
-``step`` not called; and what no kernel takes (a divisor for each tensor in torch's, for each row, a limit on elements)
-is done to the gradients in place, too. This is the one place that relies on the protocol.
+There are two ways:
+
+- An optimizer that declares ``_step_supports_amp_scaling`` takes both as device tensors in its kernel, through the
+  attributes ``grad_scale`` (gradients are divided by it) and ``found_inf`` (if it is non-zero nothing changes, moments
+  and step counters included). This is torch's protocol for GradScaler. The optimizers of this package take the divisor
+  separately from the loss scale, as ``divisor``, which may have one value for each tensor.
+- For every other optimizer the gradients are scaled in place, and a step to be skipped is not executed.
+
+What the kernel does not take is applied to the gradients in place as well: a divisor for each row, a limit on elements,
+and with torch's optimizers a divisor for each tensor. This is the only module that relies on the protocol.
 """
 
 from __future__ import annotations
@@ -29,23 +33,23 @@ _ATTRIBUTES = ("grad_scale", "found_inf", "divisor")
 
 
 class StepSkipped(Exception):  # noqa: N818 - control flow, not an error
-    """Leaves the ``step`` of an optimizer without an update, with the loss of the closure.
+    """Exception that leaves the ``step`` of an optimizer before its update.
 
     Args:
-        loss: The result of the closure.
-        optimizer: Whose ``step`` to leave: one that another steps by may be in between.
+        loss: The result of the closure, which ``step`` then returns.
+        optimizer: The optimizer whose ``step`` to leave; an optimizer inside it may be stepping.
     """
 
     def __init__(self, loss: Any, optimizer: Optimizer) -> None:
-        super().__init__(  # This is read only where an optimizer was replaced after its `step` was entered.
-            "This step has to be left out, and `step` was entered before it could be wrapped. Replace an optimizer "
-            "between two batches (in on_train_epoch_start, say), not within one."
+        super().__init__(  # A user sees this only if an optimizer was replaced after its `step` had been entered.
+            "This step must be skipped, but `step` was entered before it could be wrapped. Replace an optimizer "
+            "between two batches, for instance in on_train_epoch_start, not within one."
         )
         self.loss, self.optimizer = loss, optimizer
 
 
 class StepOperands(ABC):
-    """The clipping and the skip flag of one step, on their way to an optimizer."""
+    """Way in which the clip decision and the skip flag of a step reach one optimizer."""
 
     skips_for_free: bool
     """Whether a step can be skipped without the host waiting for the device."""
@@ -56,12 +60,12 @@ class StepOperands(ABC):
         self.optimizer = optimizer
 
     def incoming(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the loss scale still in the gradients and the overflow flag of a GradScaler, shape [], or None."""
+        """Return a GradScaler's loss scale, which the gradients still contain, and overflow flag, shape [] or None."""
         return getattr(self.optimizer, "grad_scale", None), getattr(self.optimizer, "found_inf", None)
 
     @abstractmethod
     def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
-        """Hand over clipping and flag, right before the update.
+        """Hand over the clip decision and the flag, right before the update.
 
         Args:
             grads: All gradients, in the order of the clip rule's values.
@@ -73,15 +77,15 @@ class StepOperands(ABC):
             StepSkipped: The update must not happen, and the optimizer takes no flag.
         """
 
-    def restore(self) -> None:  # noqa: B027 - nothing to do unless a subclass says so
-        """Remove what `apply` has set, after the update or after an error in it; may be called again."""
+    def restore(self) -> None:  # noqa: B027 - a subclass may have nothing to restore
+        """Remove what `apply` has set, after the update or after an error in it; it may be called twice."""
 
     def close(self) -> None:  # noqa: B027
-        """Leave the optimizer as it was."""
+        """Undo all changes to the optimizer."""
 
 
 def operands_for(optimizer: Optimizer, may_skip: bool) -> StepOperands:
-    """Return the cheapest exact way for this optimizer.
+    """Return the cheapest exact `StepOperands` for an optimizer.
 
     Args:
         optimizer: The optimizer.
@@ -93,7 +97,7 @@ def operands_for(optimizer: Optimizer, may_skip: bool) -> StepOperands:
 
 
 class InKernel(StepOperands):
-    """StepOperands of the optimizer's own kernel: no pass over memory, no synchronisation."""
+    """Operands that the optimizer's own kernel takes, without another pass over memory or a synchronisation."""
 
     skips_for_free = in_kernel = True
 
@@ -102,16 +106,15 @@ class InKernel(StepOperands):
         self._found: dict[str, Any] | None = None
 
     def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
-        """Set the attributes; a loss scale that is already there is kept."""
+        """Set the attributes; a loss scale that is already there is kept as a factor."""
         attributes = vars(self.optimizer)
         self._found = {key: attributes[key] for key in _ATTRIBUTES if key in attributes}
         scale = self._found.get("grad_scale")
-        if isinstance(clip, Divisor) and hasattr(
-            self.optimizer, "divisor"
-        ):  # Ours take one for each tensor, in any precision.
+        if isinstance(clip, Divisor) and hasattr(self.optimizer, "divisor"):
+            # The optimizers of this package take a divisor for each tensor, in any precision.
             attributes["divisor"] = clip.values
         elif isinstance(clip, Divisor) and clip.values.dim() == 0:
-            # torch's kernels read float32, whatever the parameters are.
+            # torch's kernels read the scale as float32, whatever the dtype of the parameters.
             attributes["grad_scale"] = (clip.values if scale is None else scale * clip.values).to(torch.float32)
         elif clip is not None:
             clip.apply_([local(grad) for grad in grads], scale)
@@ -120,7 +123,7 @@ class InKernel(StepOperands):
             attributes["found_inf"] = skip
 
     def restore(self) -> None:
-        """Restore the attributes as found: a GradScaler deletes its own after the step."""
+        """Restore the attributes that `apply` found, because a GradScaler deletes its own after the step."""
         if self._found is None:
             return
         attributes = vars(self.optimizer)
@@ -131,18 +134,19 @@ class InKernel(StepOperands):
 
 
 class AroundStep(StepOperands):
-    """For optimizers without operands: gradients are scaled in place, and ``step`` is left to skip.
+    """Operands for an optimizer that takes none: gradients are scaled in place, and a skipped step is not executed.
 
-    Not to update is exact whatever the optimizer counts, but the host has to know the flag: free on the CPU, one
-    synchronisation per step on an accelerator. So there it happens only if a detector may ask for a skip.
+    Not updating is exact whatever state the optimizer keeps, but the host has to know the flag: free on the CPU, one
+    synchronisation per step on an accelerator. There the flag is read only if a detector may request a skip.
 
-    A step hook of torch can leave ``step`` only by an exception. So ``optimizer.step`` is wrapped, on the instance, in
-    a method that catches `StepSkipped` and nothing else.
+    A step hook of torch can leave ``step`` only by an exception. Therefore ``optimizer.step`` is wrapped, on the
+    instance, in a method that catches `StepSkipped` and nothing else.
     """
 
     def __init__(self, optimizer: Optimizer, may_skip: bool) -> None:
         super().__init__(optimizer)
-        # A GradScaler calls an optimizer that declares operands even on an overflow; it is here for another reason.
+        # A GradScaler calls an optimizer that declares operands even on an overflow. Such an optimizer is here because
+        # its kernel would lose the momentum (`_skip_forgets_momentum`), so it has to be skipped from outside.
         self.skips_for_free = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
         self._may_skip = may_skip = may_skip or self.skips_for_free or takes_operands(optimizer)
         self._closed = False
@@ -159,7 +163,7 @@ class AroundStep(StepOperands):
             clip.apply_([local(grad) for grad in grads], None)
 
     def close(self) -> None:
-        """Remove the wrapper around ``step``; if another one is around it, it stays, and passes every call on."""
+        """Remove the wrapper around ``step``; if it has been wrapped in turn, it stays and only forwards calls."""
         self._closed = True
         if self._may_skip and vars(self.optimizer).get("step") is self._patch:
             if self._had is None:
@@ -171,7 +175,7 @@ class AroundStep(StepOperands):
 def _catch_skip(optimizer: Optimizer, operands: AroundStep) -> types.MethodType:
     inner = optimizer.step
 
-    # `wraps` keeps the marks that torch's schedulers put on `step`, a bound method because they look for `__func__`.
+    # torch's schedulers put marks on `step`, which `wraps` keeps, and look for the `__func__` of a bound method.
     @functools.wraps(inner)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -199,7 +203,8 @@ def _allocate_momentum(optimizer: Optimizer) -> None:
     """Give torch's fused SGD momentum buffers of zeros before its first step.
 
     torch 2.13 allocates them uninitialised and fills them in the kernel, which does nothing on a skipped step: after a
-    skip of the first step the next one takes garbage for momentum. Without dampening, zeros give the same first step.
+    skip of the first step the next one uses uninitialised memory as momentum. Without dampening, zeros give the same
+    first step.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return

@@ -1,19 +1,20 @@
 """One optimizer step, one pass: measure, decide, apply, report.
 
-A pipeline is a pre-hook and a post-hook of one torch optimizer, so nothing else changes: ``optimizer.step()`` clips,
-skips and measures by itself, in a plain loop, with a closure, under a GradScaler and under Lightning alike. This is the
-path of a gradient, in the order of the calls:
+A pipeline is a pre-hook and a post-hook of one torch optimizer, so that ``optimizer.step()`` itself clips, skips and
+measures: in a plain loop, with a closure, under a GradScaler and under Lightning alike. This is the path of a gradient,
+in the order of the calls:
 
 1. The optimizer evaluates its closure; `StepPipeline._evaluated` is called when the gradients of this step are there.
 2. `StepPipeline._open` collects them (`step/gradients.py`), asks the clip rule for a divisor (`clipping/`) and the
-   detectors for a skip flag (`divergence/`). Each of these reads `GradStats`, where a quantity is measured when it is
-   first asked for.
+   detectors for a skip flag (`divergence/`). Each of these reads `GradStats`, where a quantity is measured on first
+   use.
 3. `StepOperands.apply` (`step/operands.py`) hands divisor and flag to the update, as tensors on the device.
-4. The optimizer updates its parameters with ``grad / divisor``, unless it skips (`kernels/` for ours).
-5. `StepPipeline._after` counts, moves the state of rule and detectors on, and reports (`step/one_step.py`).
+4. The optimizer updates its parameters with ``grad / divisor``, unless it skips (`kernels/`, for the optimizers of this
+   package).
+5. `StepPipeline._after` counts, advances the state of rule and detectors, and reports (`step/one_step.py`).
 
-An optimizer that steps by another one inside it (`step/evaluations.py`) has hooks on both: what has to be left out is
-left out of the outer step, before anything has changed, and 3 to 5 happen around the inner one.
+An optimizer that steps by another one inside it (`step/evaluations.py`) has hooks on both: a step to skip is left at
+the outer one, before anything has changed, and 3 to 5 happen around the inner one.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ __all__ = ["StepPipeline"]
 class StepPipeline:
     """Clip, guard and measure every step of one optimizer.
 
-    The gradients are read once, whatever uses them, and not at all if nothing does. Clipping and skipping reach the
-    update as described in `lightning_optim.step.operands`. With a clip rule, a step with a gradient that is not finite
-    is skipped wherever the host need not wait for the flag; elsewhere (on an accelerator, with an optimizer that takes
-    no operands) a detector has to ask for it.
+    The gradients are read once, however many of these need them, and not at all if none does. Clipping and skipping
+    reach the update as described in `lightning_optim.step.operands`. With a clip rule, a step with a gradient that is
+    not finite is skipped wherever the host need not wait for the flag; elsewhere (on an accelerator, with an optimizer
+    that takes no operands) a detector has to request the skip.
 
     An optimizer that evaluates its closure several times per step and updates by another one inside it, as
     sharpness-aware minimization does (``SAM(base)``), is clipped, guarded and measured around the step of that one,
@@ -62,22 +63,23 @@ class StepPipeline:
         optimizer: The optimizer. LBFGS only without ``clip``, ``detectors`` and ``on_report``: it evaluates its closure
             at many points of a line, so that no gradient is that of the step.
         clip: The clip rule; None for no clipping.
-        clip_limit: Factor on the limit of the clip rule, as a function of the steps taken so far; for instance a
-            `Schedule`. None for 1.
-        detectors: Detectors, each of which may ask for a step to be skipped.
+        clip_limit: Factor on the limit of the clip rule, as a function of the number of steps so far, for instance a
+            `Schedule`; None for 1.
+        detectors: Detectors, each of which may request that a step be skipped.
         on_report: Called with the record of each step for which ``report_due`` returned True.
-        report_due: Called before each update; whether to collect a record of it.
-        histograms: Called before each update of which a record is collected; kinds of magnitudes to count
+        report_due: Called before each update; returns whether to collect a record of the step.
+        histograms: Called before each update of which a record is collected; returns the kinds of magnitudes to count
             (`lightning_optim.step.histograms.KINDS`).
-        counts: Counts to start from, on a resume.
-        clip_state: State to start from, as returned by `clip_state`, on a resume.
-        names: Names of parameters, for clip rules that ask for them; not needed where the optimizer's groups have them.
+        counts: Counts to start from when a run is resumed; None for zeros.
+        clip_state: State to start from when a run is resumed, as returned by `clip_state`; None for the initial state.
+        names: Names of parameters for clip rules that need them; not needed where the optimizer's groups have them.
         group_names: Names of groups that a clip rule may refer to; None for those of the optimizer.
         shards: The flat shards of torch's first FSDP (`FlatShards.of(model)`); None without it.
 
     Raises:
         TypeError: The optimizer is LBFGS, and its gradients are to be clipped, checked or measured.
-        ValueError: The clip rule refers to a group or parameter that does not exist, or needs whole rows of shards.
+        ValueError: The clip rule refers to a group or parameter that does not exist, or needs whole rows of matrices,
+            which flat shards do not have.
 
     Example:
         >>> from lightning_optim.clipping import GlobalNorm
@@ -113,8 +115,8 @@ class StepPipeline:
         needs_gradients = clip is not None or bool(detectors) or on_report is not None
         if isinstance(self._updates, torch.optim.LBFGS) and needs_gradients:
             raise TypeError(
-                f"{type(self._updates).__name__} evaluates its closure several times per step, so there is no one "
-                "gradient to clip, check or measure. Use another optimizer, or leave out clipping, guard and monitor."
+                f"{type(self._updates).__name__} evaluates its closure several times per step, so there is no single "
+                "gradient to clip, check or measure. Use another optimizer, or remove clipping, guard and monitor."
             )
         self.clipper = None if clip is None else Clipper(clip, clip_limit)
         self.detectors = tuple(detectors)
@@ -145,8 +147,9 @@ class StepPipeline:
             self.clipper.rule.check(known, self._all_names())
             if shards is not None and self.clipper.rule.reads_units:
                 raise ValueError(
-                    f"{clip!r} needs whole rows of matrices, and FSDP cuts flattened parameters anywhere. Use FSDP2 "
-                    "(fully_shard, Lightning's ModelParallelStrategy), which cuts between rows, or another method."
+                    f"{clip!r} needs whole rows of matrices, but FSDP splits flattened parameters within rows. Use "
+                    "FSDP2 (fully_shard, Lightning's ModelParallelStrategy), which splits between rows, or another "
+                    "method."
                 )
             if self._operands.skips_for_free and not any(isinstance(d, NonFiniteGradient) for d in self.detectors):
                 self.detectors = (NonFiniteGradient(), *self.detectors)
@@ -161,7 +164,7 @@ class StepPipeline:
             ]
 
     def close(self) -> None:
-        """Remove the hooks and leave the optimizer as it was."""
+        """Remove the hooks and undo all changes to the optimizer."""
         while self._handles:
             self._handles.pop().remove()
         self._operands.restore()
@@ -170,18 +173,18 @@ class StepPipeline:
         self._operands.close()
 
     def counts(self) -> StepCounts:
-        """Return steps, clipped and skipped so far; on an accelerator the latter two may be a few steps late."""
+        """Return the numbers of steps, clipped and skipped; on an accelerator the latter two may lag a few steps."""
         self.settle()
         return StepCounts(self._steps, *map(int, self._counts_on_host.read()))
 
     @property
     def steps(self) -> int:
-        """Number of steps so far, skipped ones included; known without waiting."""
+        """Number of steps so far, skipped ones included; available without waiting for the device."""
         return self._steps
 
     @property
     def is_expecting(self) -> bool:
-        """Whether a step was announced that has not happened."""
+        """Whether a step has been announced that has not happened yet."""
         return self._expected
 
     @property
@@ -291,7 +294,7 @@ class StepPipeline:
             raise
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count and report; torch has called the update."""
+        """Count and report, after torch has run the update."""
         step, self._step = self._step, None
         self._evaluations.count = 0
         if step is not None:
@@ -335,7 +338,7 @@ class StepPipeline:
             )
 
     def _open(self) -> OneStep | None:
-        """Measure and decide; return None if there is no gradient, so that no step can happen."""
+        """Measure and decide; return None if there is no gradient, because then no step can happen."""
         scale, skip = self._operands.incoming()
         gradients = Gradients(self._updates, scale, self._names, self._shards)
         if not gradients.grads:
@@ -356,7 +359,7 @@ class StepPipeline:
         return step
 
     def _close(self, step: OneStep) -> None:
-        """Count the step, move the state of rule and detectors on, and report it."""
+        """Count the step, advance the state of rule and detectors, and report it."""
         self._steps += 1
         taken = None if step.skip is None else step.skip == 0
         if self.clipper is not None:

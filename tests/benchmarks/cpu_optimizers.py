@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -99,7 +100,7 @@ def each_against_its_fastest_peer() -> str:
         parameters = matrices() if name in ON_MATRICES else transformer()
         cls = lo.optim.get_optimizer_class(name)
         kwargs = {"momentum": 0.9} if name in ("sgd", "lars") else {}
-        candidates = {"ours": stepper(parameters, lambda p, cls=cls, kwargs=kwargs: cls(p, **kwargs))}
+        candidates = {"ours": stepper(parameters, partial(cls, **kwargs))}
         for peer, make in peers(name).items():
             try:
                 candidates[peer] = stepper(parameters, make)
@@ -181,7 +182,7 @@ def first_step_and_memory() -> str:
     rows: list[list[object]] = []
     for name in lo.optim.list_optimizers():
         parameters = matrices(layers=2) if name in ON_MATRICES else transformer(layers=2)
-        optimizer = lo.optim.get_optimizer_class(name)(parameters)
+        optimizer = lo.optim.get_optimizer_class(name)(parameters)  # type: ignore[call-arg]
         start = time.perf_counter()
         optimizer.step()
         seconds = time.perf_counter() - start

@@ -116,7 +116,7 @@ def model(total: int, tensors: int) -> list[Tensor]:
 
 def milliseconds(step: Step) -> tuple[float, float]:
     """Of one step: of the device's work, and of the host until it may go on."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda._sleep(20_000_000)  # some 10 ms, in which the host gets ahead: no launch is waited for
     start.record()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
@@ -144,7 +145,7 @@ class Compiled(Net):
 
     def __init__(self):
         super().__init__()
-        self.body = torch.compile(self.body, backend="eager")
+        self.body: Any = torch.compile(self.body, backend="eager")
 
 
 @EVERY
@@ -181,7 +182,7 @@ def test_manual_optimization_clips_only_the_parameters_of_the_optimizer_that_ste
     class OneBackward(TwoOptimizers):
         def training_step(self, batch, batch_idx):
             x, y = batch
-            first, second = self.optimizers()
+            first, second = self.optimizers()  # type: ignore[attr-defined]
             self.manual_backward(nn.functional.mse_loss(self(x), y) * 10)
             before = [p.grad.clone() for p in self.head.parameters()]
             first.step()  # of the body
@@ -207,27 +208,15 @@ def test_manual_optimization_clips_only_the_parameters_of_the_optimizer_that_ste
 
 
 def test_group_limits_may_name_groups_of_any_optimizer():
-    class Two(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
+    limits = {"body": 1.0, "head": 0.1}
 
-        def training_step(self, batch, batch_idx):
-            x, y = batch
-            self.manual_backward(nn.functional.mse_loss(self(x), y))
-            for optimizer in self.optimizers():
-                optimizer.step()
-                optimizer.zero_grad()
+    def model():
+        makes = [lambda p, name=name: torch.optim.SGD([{"params": p, "name": name}], lr=0.1) for name in limits]
+        return TwoOptimizers(*makes)
 
-        def configure_optimizers(self):
-            parts = {"body": self.body, "head": self.head}
-            return [
-                torch.optim.SGD([{"params": part.parameters(), "name": name}], lr=0.1) for name, part in parts.items()
-            ]
-
-    make_trainer([lo.GradientClipping(method=GroupNorm(groups={"head": 0.1, "body": 1.0}))]).fit(Two(), batches(2))
+    make_trainer([lo.GradientClipping(method=GroupNorm(groups=limits))]).fit(model(), batches(2))
     with pytest.raises(ValueError, match=r"no parameter group 'tail'"):
-        make_trainer([lo.GradientClipping(method=GroupNorm(groups={"tail": 0.1}))]).fit(Two(), batches(2))
+        make_trainer([lo.GradientClipping(method=GroupNorm(groups={"tail": 0.1}))]).fit(model(), batches(2))
 
 
 # Company.
@@ -301,8 +290,8 @@ def test_a_schedule_moves_the_limit_over_the_run_and_over_a_resume(logger, tmp_p
         ({"method": "agcc"}, "Did you mean 'agc'"),
         ({"method": "agc", "method_kwargs": {"clip_facto": 1}}, "Did you mean 'clip_factor'"),
         ({"method": "value", "max_norm": 1.0}, "takes no 'max_norm'"),
-        ({"method": GroupNorm(), "max_norm": 1.0}, "write it into the rule"),
-        ({"max_norm": 1.0, "method_kwargs": {"max_norm": 2.0}}, "write it once"),
+        ({"method": GroupNorm(), "max_norm": 1.0}, "Set it in the rule"),
+        ({"max_norm": 1.0, "method_kwargs": {"max_norm": 2.0}}, "Give one"),
         ({"schedule": "cosin"}, "Did you mean 'cosine"),
     ],
 )

@@ -9,12 +9,12 @@ import pickle
 import pytest
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.tuning import Tuner
 
 import lightning_optim as lo
 from lightning_optim import callbacks
 from lightning_optim.callbacks._hub import HubCallback
-from tests.helpers import Net, Recorder, batches, make_trainer, read_events
+from tests.helpers import Net, Recorder, batches, bit_equal, make_trainer, read_events
 
 PUBLIC = [getattr(callbacks, name) for name in callbacks.__all__]
 REQUIRED = {callbacks.WeightDecay: {"weight_decay": 0.1}}  # arguments without a default
@@ -46,10 +46,17 @@ def _all():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
 @pytest.mark.parametrize("used", [False, True])
 def test_every_callback_can_be_copied_and_pickled_and_then_fits(cls, copied, used):
+    """And does what the original does."""
     callback = cls(**REQUIRED.get(cls, {}))
     if used:
         make_trainer([callback]).fit(Own(), batches(2))
-    make_trainer([copied(callback)]).fit(Own(), batches(2))
+    twin, finals = copied(callback), []
+    for each in (twin, callback):
+        model = Own()
+        make_trainer([each]).fit(model, batches(2))
+        finals.append(dict(model.state_dict()))
+    assert type(twin) is cls
+    assert bit_equal(*finals)
 
 
 @pytest.mark.parametrize("cls", EVERY)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import lightning.pytorch as L
 import pytest
@@ -13,12 +12,7 @@ from torch.optim import Optimizer
 import lightning_optim as lo
 from lightning_optim.schedules import Cosine
 from tests.helpers import ADAMWS, BareNet, Net, Ramp, Recorder, batches, make_trainer
-
-
-def _cosine(step, total, warmup=0, final=0.0):
-    if step < warmup:
-        return (step + 1) / warmup
-    return final + (1 - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+from tests.schedules.cases import cosine
 
 
 def _fit(model, *callbacks, count=20, **options):
@@ -37,7 +31,7 @@ def test_rates_used_equal_the_closed_form_at_every_step(kind):
     assert isinstance(optimizer, torch.optim.AdamW) is (kind != "ours")
     if kind != "ours":
         assert all(bool(group["fused"]) is (kind == "torch-fused") for group in optimizer.param_groups)
-    expected = [0.3 * _cosine(step, 40, 4) for step in range(40)]
+    expected = [0.3 * cosine(step, 40, 4) for step in range(40)]
     assert [rates[0] for rates in recorder.rates] == pytest.approx(expected)
     assert [rates[1] for rates in recorder.rates] == pytest.approx(expected)
     assert recorder.rates[0][0] == pytest.approx(0.3 / 4)  # 1 / warmup steps of the peak, never all of it
@@ -57,7 +51,7 @@ def test_weights_move_by_the_closed_form(inside):
         _, recorder = _fit(Ramp(), lo.ConfigureOptimizers("sgd", **options))
     path = [0.0, *(weights[0].item() for weights in recorder.weights)]
     moved = [before - after for before, after in itertools.pairwise(path)]
-    assert moved == pytest.approx([0.5 * _cosine(step, 20, 2, 0.1) for step in range(20)], abs=1e-12)
+    assert moved == pytest.approx([0.5 * cosine(step, 20, 2, 0.1) for step in range(20)], abs=1e-12)
 
 
 def test_the_modules_own_optimizer_is_not_asked():
@@ -131,7 +125,7 @@ def test_a_module_without_one_works_with_a_factory_attached_and_no_callback():
     model = BareNet()
     lo.attach(model, lo.OptimizerFactory("sgd", lr=0.2, schedule="cosine"))
     _, recorder = _fit(model)
-    assert [rates[0] for rates in recorder.rates] == pytest.approx([0.2 * _cosine(step, 20) for step in range(20)])
+    assert [rates[0] for rates in recorder.rates] == pytest.approx([0.2 * cosine(step, 20) for step in range(20)])
 
 
 def test_a_module_without_one_is_refused_with_both_ways_out():
@@ -145,7 +139,7 @@ def test_a_module_without_one_is_refused_with_both_ways_out():
 
 def test_other_misconfigurations_keep_lightnings_message():
     class NoTrainingStep(Net):
-        training_step = L.LightningModule.training_step
+        training_step = L.LightningModule.training_step  # type: ignore[assignment]
 
     with pytest.raises(MisconfigurationException, match="training_step"):
         _fit(NoTrainingStep(), lo.ConfigureOptimizers("sgd", lr=0.1))
@@ -153,7 +147,7 @@ def test_other_misconfigurations_keep_lightnings_message():
 
 def test_a_bare_module_with_another_mistake_keeps_lightnings_message_about_that():
     class Nothing(BareNet):
-        training_step = L.LightningModule.training_step
+        training_step = L.LightningModule.training_step  # type: ignore[assignment]
 
     model = Nothing()
     with pytest.raises(MisconfigurationException, match="training_step"):

@@ -14,6 +14,7 @@ from tests.helpers import (
     ADAMWS,
     SGDS,
     Net,
+    NetWith,
     Recorder,
     Snapshots,
     TwoOptimizers,
@@ -44,7 +45,7 @@ KINDS = pytest.mark.parametrize("kind", ADAMWS)
 @pytest.mark.parametrize("name", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize(("clipped", "bad"), [(True, 0), (False, 0), (True, 5)])
 @pytest.mark.parametrize("table", [ADAMWS, SGDS], ids=["adamw", "sgd"])
-def test_a_bad_batch_changes_nothing_and_training_goes_on(logger, table, kind, name, clipped, bad):
+def test_a_bad_batch_changes_nothing_and_training_continues(logger, table, kind, name, clipped, bad):
     model, guard, snapshots, recorder = Net(nan_batches=[bad]), lo.DivergenceGuard(), Snapshots(), Recorder()
     parts = [_configure(table[kind]), guard, lo.OptimizerMonitor(), snapshots, recorder]
     parts += [lo.GradientClipping(0.5)] if clipped else []
@@ -107,11 +108,8 @@ def test_each_skip_is_warned_about_with_its_step():
 
 
 def test_it_needs_no_logger_and_no_other_callback():
-    class Own(Net):
-        def configure_optimizers(self):
-            return torch.optim.RMSprop(self.parameters(), lr=0.01, momentum=0.9)
-
-    model, guard = Own(nan_batches=[0, 3]), lo.DivergenceGuard()
+    model = NetWith(lambda module: torch.optim.RMSprop(module.parameters(), lr=0.01, momentum=0.9), nan_batches=[0, 3])
+    guard = lo.DivergenceGuard()
     make_trainer([guard]).fit(model, batches(6))
     assert guard.skipped_steps == 2
     assert all(p.isfinite().all() for p in model.parameters())
@@ -190,10 +188,10 @@ class GuardWithADetector(lo.DivergenceGuard):
     ("guard", "said"),
     [
         (lambda: lo.DivergenceGuard(detectors=[EveryThird()]), "every_third: it is a third step"),
-        (GuardWithADetector, "another detector of the step asked for it"),
+        (GuardWithADetector, "another detector of the step requested it"),
     ],
 )
-def test_a_detector_of_ones_own_skips_steps_and_each_is_told(guard, said):
+def test_a_users_detector_skips_steps_and_each_is_reported(guard, said):
     guard, snapshots = guard(), Snapshots()
     with pytest.warns(UserWarning, match=said) as told:
         make_trainer([_configure(), guard, snapshots]).fit(Net(), batches(9))
@@ -204,7 +202,7 @@ def test_a_detector_of_ones_own_skips_steps_and_each_is_told(guard, said):
     assert [entry.kind for entry in guard.report.entries] == ["detected"] * 3
 
 
-def test_a_detector_goes_on_from_a_checkpoint(tmp_path):
+def test_a_detector_continues_from_a_checkpoint(tmp_path):
     def fit(steps, **options):
         guard, snapshots = lo.DivergenceGuard(detectors=[EveryThird()]), Snapshots()
         trainer = make_trainer([guard, snapshots], max_steps=steps)

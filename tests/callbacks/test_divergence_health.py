@@ -29,7 +29,7 @@ def _told(model, steps=60, every=50, kind="ours", lr=1e-3, **more):
 
 
 @pytest.mark.parametrize("kind", ADAMWS)
-def test_a_dead_layer_is_told_of_at_the_first_logging_step(kind):
+def test_a_dead_layer_is_reported_at_the_first_logging_step(kind):
     class Dead(Net):
         def __init__(self):
             super().__init__()
@@ -45,7 +45,7 @@ def test_a_dead_layer_is_told_of_at_the_first_logging_step(kind):
     assert not any(name.startswith("head.bias") for name in told["dead"].names)
 
 
-def test_parameters_frozen_by_mistake_are_told_of():
+def test_parameters_frozen_by_mistake_are_reported():
     class Frozen(Net):
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -64,7 +64,7 @@ def test_a_group_that_is_frozen_on_purpose_is_not():
     assert "no_gradient" not in _told(Net(), param_groups=rules)
 
 
-def test_a_second_moment_below_eps_is_told_of():
+def test_a_second_moment_below_eps_is_reported():
     guard = lo.DivergenceGuard()
     configure = lo.ConfigureOptimizers(optimizer="adamw", optimizer_kwargs={"eps": 1e3}, lr=1e-3)
     make_trainer([configure, guard], log_every_n_steps=50).fit(Net(), batches(60))
@@ -126,7 +126,7 @@ def test_elements_without_a_gradient_are_not_those_that_eps_sets():
     assert told(zero=97.0) == []
 
 
-def test_a_healthy_run_is_told_nothing():
+def test_a_healthy_run_has_no_reports():
     assert _told(Net(), every=5, steps=200, lr=0.01) == {}
 
 

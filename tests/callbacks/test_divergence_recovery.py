@@ -62,7 +62,7 @@ def _did(guard):
 
 
 @pytest.mark.parametrize(("kind", "name"), [("sgd", "32-true"), ("adamw", "bf16-mixed")])
-def test_a_rate_30_times_too_high_is_found_within_150_steps_and_mended(kind, name):
+def test_a_rate_30_times_too_high_is_found_within_150_steps_and_corrected(kind, name):
     guard = lo.DivergenceGuard()
     guarded, unguarded = _fit(kind, 30.0, [guard], name), _fit(kind, 30.0, [], name)
     assert 300 <= _did(guard)[0][0] <= 330
@@ -84,5 +84,6 @@ def test_a_healthy_run_is_left_alone(kind, name):
     guard = lo.DivergenceGuard()
     guarded = _fit(kind, 1.0, [guard], name, steps=350)
     assert len(guard.report.entries) <= 1
+    assert not _did(guard)
     if not guard.report.entries and name == "32-true":
         assert guarded == _fit(kind, 1.0, [], name, steps=350)

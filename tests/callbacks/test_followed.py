@@ -248,7 +248,7 @@ class Gan(Net):
         return [torch.optim.SGD(part, lr=0.01) for part in parts], []
 
     def training_step(self, batch, batch_idx):
-        critic, generator = self.optimizers()
+        critic, generator = self.optimizers()  # type: ignore[attr-defined]
         for _ in range(self.critic_steps):
             self.manual_backward(super().training_step(batch, batch_idx))
             critic.step()
@@ -286,7 +286,7 @@ def test_the_mean_between_reports_is_over_the_optimizers_own_steps(logger):
             return [first, torch.optim.SGD([self.bias], lr=0.0)], []
 
         def training_step(self, batch, batch_idx):
-            critic, generator = self.optimizers()
+            critic, generator = self.optimizers()  # type: ignore[attr-defined]
             self.manual_backward(Net.training_step(self, batch, batch_idx))
             critic.step()
             if batch_idx % 2:

@@ -6,6 +6,7 @@ import gc
 import itertools
 import signal
 import weakref
+from functools import partial
 
 import lightning.pytorch as L
 import pytest
@@ -17,7 +18,19 @@ import lightning_optim as lo
 from lightning_optim.callbacks._hub import Hub
 from lightning_optim.diagnostics import Diagnostic
 from lightning_optim.schedules import Cosine, Linear, Scheduler
-from tests.helpers import ADAMWS, BareNet, Net, Recorder, batches, bit_equal, make_trainer, precision, read_events
+from tests.helpers import (
+    ADAMWS,
+    BareNet,
+    Net,
+    NetWith,
+    Recorder,
+    batches,
+    bit_equal,
+    count_reads,
+    make_trainer,
+    precision,
+    read_events,
+)
 
 
 def _all(**options):
@@ -49,13 +62,7 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path):
 
 
 def test_the_gradients_are_read_once_per_step(monkeypatch, logger):
-    from lightning_optim.step import gradients
-
-    reads = []
-    original = gradients.measure_norm_sq
-    monkeypatch.setattr(
-        gradients, "measure_norm_sq", lambda tensors: (reads.append(len(tensors)), original(tensors))[1]
-    )
+    reads = count_reads(monkeypatch)
     make_trainer(_all(), logger=logger, log_every_n_steps=3).fit(Net(), batches(6))
     assert reads == [6] * 6
 
@@ -89,46 +96,38 @@ def test_two_of_any_other_kind_are_refused_too(cls):
         make_trainer([cls(), cls()]).fit(Net(), batches(4))
 
 
+def _scheduled(*makes):
+    """A module whose optimizer has several schedulers, made by ``makes`` from it."""
+
+    def configure(module):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        return [optimizer], [{"scheduler": make(optimizer), "interval": "step"} for make in makes]
+
+    return NetWith(configure)
+
+
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_two_schedules_of_one_optimizer_are_refused_before_the_first_step_and_both_are_named(ours_first):
-    class Two(Net):
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            schedulers = [Scheduler(optimizer, Cosine()), torch.optim.lr_scheduler.StepLR(optimizer, 1)]
-            return [optimizer], [{"scheduler": s, "interval": "step"} for s in schedulers[:: 1 if ours_first else -1]]
-
-    recorder = Recorder()
+    makes = [partial(Scheduler, schedule=Cosine()), partial(torch.optim.lr_scheduler.StepLR, step_size=1)]
+    model, recorder = _scheduled(*makes[:: 1 if ours_first else -1]), Recorder()
     with pytest.raises(MisconfigurationException, match="Two schedules") as caught:
-        make_trainer([lo.DivergenceGuard(), recorder]).fit(Two(), batches(4))
+        make_trainer([lo.DivergenceGuard(), recorder]).fit(model, batches(4))
     assert "Cosine(" in str(caught.value)
     assert "StepLR" in str(caught.value)
     assert recorder.rates == []
 
 
 def test_two_of_our_schedules_are_refused():
-    class Two(Net):
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            return [optimizer], [
-                {"scheduler": Scheduler(optimizer, s), "interval": "step"} for s in (Cosine(), Linear())
-            ]
-
+    model = _scheduled(partial(Scheduler, schedule=Cosine()), partial(Scheduler, schedule=Linear()))
     with pytest.raises(MisconfigurationException, match=r"Cosine\(.*Linear\("):
-        make_trainer([lo.GradientClipping()]).fit(Two(), batches(4))
+        make_trainer([lo.GradientClipping()]).fit(model, batches(4))
 
 
 def test_schedules_of_others_are_left_to_them():
-    class Two(Net):
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            return [optimizer], [
-                {"scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer), "interval": "step"},
-                {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), "interval": "step"},
-            ]
-
+    model = _scheduled(torch.optim.lr_scheduler.ConstantLR, partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9))
     recorder = Recorder()
     trainer = make_trainer([lo.GradientClipping(), recorder])
-    trainer.fit(Two(), batches(4))
+    trainer.fit(model, batches(4))
     constant, exponential = (config.scheduler for config in trainer.lr_scheduler_configs)
     assert (constant.last_epoch, exponential.last_epoch) == (4, 4)
     # ConstantLR takes a third until its fifth step; the other multiplies on top of it.
@@ -198,8 +197,12 @@ def _assert_clean(model, before, optimizers, callbacks):
 
 
 def _factory_hooks(optimizer):
-    # The factory itself leaves one on the optimizer it made, which asks for the length of the run.
-    return {key for key, hook in optimizer._optimizer_step_pre_hooks.items() if "OptimizerFactory" in hook.__qualname__}
+    # The scheduler leaves one on its optimizer, which asks for the length of the run.
+    return {
+        key
+        for key, hook in optimizer._optimizer_step_pre_hooks.items()
+        if "Scheduler._before_step" in hook.__qualname__
+    }
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -334,11 +337,7 @@ def test_a_hub_does_not_keep_its_trainer_alive():
 
 
 def test_lbfgs_is_refused_before_the_first_step():
-    class Own(Net):
-        def configure_optimizers(self):
-            return torch.optim.LBFGS(self.parameters())
-
-    model = Own()
+    model = NetWith(lambda module: torch.optim.LBFGS(module.parameters()))
     with pytest.raises(TypeError, match="LBFGS"):
         make_trainer([lo.GradientClipping()]).fit(model, batches(2))
 

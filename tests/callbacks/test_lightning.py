@@ -33,7 +33,7 @@ class Logs(Net):
         return loss
 
     def lr_scheduler_step(self, scheduler, metric):
-        self.trainer.callbacks[0].hooks.append("scheduler")
+        self.trainer.callbacks[0].hooks.append("scheduler")  # type: ignore[attr-defined]
         super().lr_scheduler_step(scheduler, metric)
 
     def configure_optimizers(self):

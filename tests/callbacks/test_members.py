@@ -149,7 +149,7 @@ def test_subclasses_without_super_are_undone_after_an_exception_which_arrives(ki
     trainer = make_trainer([*parts.values(), Fails()])
     with pytest.raises(SystemExit if kind is KeyboardInterrupt else kind):
         trainer.fit(model, batches(2))
-    assert not any(isinstance(callback, Hub) for callback in trainer.callbacks)
+    assert not any(isinstance(callback, Hub) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
     assert "configure_optimizers" not in vars(model)
     assert all(part._hub is None for part in parts.values())
@@ -272,7 +272,7 @@ def test_others_keep_their_place_and_come_before_checkpoints_are_saved(tmp_path)
     trainer = make_trainer([last, first, clip], enable_checkpointing=True)
     trainer.fit(Net(), batches(1))
     assert [type(callback) for callback in seen] == [First, lo.GradientClipping, Hub, L.callbacks.ModelCheckpoint]
-    assert trainer.callbacks == [first, clip, last]
+    assert trainer.callbacks == [first, clip, last]  # type: ignore[attr-defined]
 
 
 def test_a_callback_that_passes_its_hooks_on_to_one_of_ours_joins_it():
@@ -369,7 +369,7 @@ def test_a_fit_whose_hooks_were_cut_short_leaves_nothing_to_the_next_one_of_its_
     assert type(trainer.optimizers[0]) is lo.optim.SGD  # not that of the module's own method
     assert clipping._kept[CHECKPOINT_KEY]["counts"] == [[3, 3, 0]]
     assert "configure_optimizers" not in vars(model)
-    assert not any(type(callback) is Hub for callback in trainer.callbacks)
+    assert not any(type(callback) is Hub for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def test_lightning_sets_the_modules_log_on_a_callback_before_any_hook_of_each_run():

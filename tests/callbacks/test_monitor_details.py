@@ -17,17 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lightning_optim as lo
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Histograms, PerTensor, StepReport
 from lightning_optim.diagnostics.magnitudes import EDGES, TAGS
+from lightning_optim.step import histograms
 from lightning_optim.step.histograms import ABOVE, BELOW, COLUMNS, FIRST, KINDS, NOT_FINITE, ZERO, magnitudes
-from tests.helpers import (
-    ADAMWS,
-    Net,
-    TwoOptimizers,
-    batches,
-    make_trainer,
-    precision,
-)
-
-RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
+from tests.helpers import ADAMWS, RULES, Net, TwoOptimizers, batches, make_trainer, precision
 
 
 def _fit(logger, count=8, model=None, parts=(), optimizer=ADAMWS["ours"], per_tensor=None, histograms=None, **options):
@@ -294,17 +286,20 @@ def test_from_yaml():
     assert parser.instantiate(parser.parse_args([])).monitor.per_tensor is None
 
 
-def test_without_tensorboard_nothing_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_optim.step.histograms.magnitudes", lambda tensor: pytest.fail("counted for nobody"))
-    logger = L.loggers.CSVLogger(tmp_path)
-    parts = [lo.ConfigureOptimizers("adamw"), lo.OptimizerMonitor(per_tensor=PerTensor(), histograms=Histograms())]
-    make_trainer(parts, logger=logger).fit(Net(), batches(2))
+def test_without_tensorboard_nothing_is_counted(logger, tmp_path, monkeypatch):
+    counted = []
+    original = histograms.magnitudes
+    monkeypatch.setattr(histograms, "magnitudes", lambda tensor: (counted.append(1), original(tensor))[1])
+    for destination in (L.loggers.CSVLogger(tmp_path), logger):
+        parts = [lo.ConfigureOptimizers("adamw"), lo.OptimizerMonitor(per_tensor=PerTensor(), histograms=Histograms())]
+        make_trainer(parts, logger=destination).fit(Net(), batches(2))
+        assert bool(counted) is (destination is logger)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_counts_on_the_device_are_the_hosts_and_nobody_waits_for_them(dtype):
+def test_counts_on_the_device_equal_the_hosts_without_a_synchronisation(dtype):
     values = (torch.randn(70_000, generator=torch.Generator().manual_seed(0)) * 1e-3).to(dtype)
     values[:5] = torch.tensor([0.0, math.nan, math.inf, 1e-30, 6e4])
     on_device = values.cuda()

@@ -16,15 +16,7 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 import lightning_optim as lo
 from lightning_optim.callbacks._monitor.page import log_scalars
 from tests.distributed.monitor_fits import Drift, drifting
-from tests.helpers import (
-    Net,
-    TwoOptimizers,
-    batches,
-    make_trainer,
-    read_events,
-)
-
-RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
+from tests.helpers import RULES, Net, NetWith, TwoOptimizers, batches, make_trainer, read_events
 
 
 def _callbacks(schedule="cosine", **options):
@@ -231,13 +223,10 @@ class Counted(torch.optim.AdamW):
 
 
 def test_the_table_of_groups_makes_and_steps_no_optimizer_and_is_filled_in_from_the_real_state(logger):
-    class Own(Net):
-        def configure_optimizers(self):
-            return Counted(self.parameters(), lr=0.1)
-
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # from now on torch calls hooks within super().step(), too
     Counted.made = Counted.steps = 0
-    make_trainer([lo.OptimizerMonitor()], logger=logger).fit(Own(), batches(4))
+    model = NetWith(lambda module: Counted(module.parameters(), lr=0.1))
+    make_trainer([lo.OptimizerMonitor()], logger=logger).fit(model, batches(4))
     assert (Counted.made, Counted.steps) == (1, 4)
     (_, before), (step, after) = _texts(_page(logger), "optim/groups")
     numel = sum(p.numel() for p in Net().parameters())
@@ -247,9 +236,7 @@ def test_the_table_of_groups_makes_and_steps_no_optimizer_and_is_filled_in_from_
 
 
 def test_the_state_of_ours_is_told_before_it_is_made(logger, monkeypatch):
-    from lightning_optim.optim import state
-
-    sizes, original = [], state.torch.zeros_like
+    sizes, original = [], torch.zeros_like
 
     def zeros_like(param, *args, **kwargs):
         sizes.append((param.device.type, kwargs.get("dtype")))
@@ -261,7 +248,7 @@ def test_the_state_of_ours_is_told_before_it_is_made(logger, monkeypatch):
                 assert {device for device, _ in sizes} == {"meta"}
                 assert not trainer.optimizers[0].state
 
-    monkeypatch.setattr(state.torch, "zeros_like", zeros_like)
+    monkeypatch.setattr(torch, "zeros_like", zeros_like)
     make_trainer([*_callbacks(), Looks()], logger=logger).fit(Net(), batches(2))
     ((_, groups),) = _texts(_page(logger), "optim/groups")
     assert "| head | 2 | 18 | 0.1 | 0.2 | adamw | 152 B |" in groups

@@ -8,8 +8,8 @@ from tests.helpers import precision
 from tests.quantities import FAMILIES, MAX_NORM, compare, fit
 
 # One of each kind in the default run.
-MORE = ("adamw-large-eps", "nesterov", "adagrad", "nadam", "ademamix", "stableadamw", "normuon", "torch-adafactor")
-MORE += ("adamw-independent", "adamw-corrected", "adamw-l2_sp", "torch-rmsprop", "torch-adagrad", "torch-nadam", "lars")
+MORE = ["adamw-large-eps", "nesterov", "adagrad", "nadam", "ademamix", "stableadamw", "normuon", "torch-adafactor"]
+MORE += ["adamw-independent", "adamw-corrected", "adamw-l2_sp", "torch-rmsprop", "torch-adagrad", "torch-nadam", "lars"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in MORE)) for n in FAMILIES])

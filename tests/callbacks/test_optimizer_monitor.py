@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import time
 from functools import partial
+from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as L
 import pytest
@@ -17,15 +19,16 @@ from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, Diagnostic, Histogr
 from lightning_optim.divergence import LRCut, Rollback
 from tests.helpers import (
     ADAMWS,
+    RULES,
     Net,
+    NetWith,
     TwoOptimizers,
     batches,
+    count_reads,
     make_trainer,
     precision,
     read_events,
 )
-
-RULES = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
 
 
 def _configure(**options):
@@ -158,7 +161,7 @@ def test_between_logging_steps_the_host_asks_for_nothing_and_on_them_once(kind, 
 
 
 def test_every_logger_gets_every_point(tmp_path):
-    loggers = [TensorBoardLogger(tmp_path / "a", name=""), CSVLogger(tmp_path / "b", name="")]
+    loggers: list[Any] = [TensorBoardLogger(tmp_path / "a", name=""), CSVLogger(tmp_path / "b", name="")]
     make_trainer([_configure(), lo.OptimizerMonitor()], logger=loggers).fit(Net(), batches(4))
     written = read_events(loggers[0].log_dir)["optim_grad_norm/total"]
     assert len(written) == 4
@@ -167,10 +170,14 @@ def test_every_logger_gets_every_point(tmp_path):
     assert told == [(step, pytest.approx(value)) for step, value in written]
 
 
-def test_without_a_logger_nothing_is_measured(monkeypatch):
-    monitor = lo.OptimizerMonitor()
-    monkeypatch.setattr(monitor, "on_report", lambda *args: pytest.fail("measured for nobody"))
-    make_trainer([_configure(), monitor]).fit(Net(), batches(4))
+def test_without_a_logger_nothing_is_measured(logger, monkeypatch):
+    measured = count_reads(monkeypatch)
+    for destination in (False, logger):
+        monitor = lo.OptimizerMonitor()
+        reports = Mock(wraps=monitor.on_report)
+        monkeypatch.setattr(monitor, "on_report", reports)
+        make_trainer([_configure(), monitor], logger=destination).fit(Net(), batches(4))
+        assert reports.call_count == len(measured) == (4 if destination else 0)
 
 
 def test_points_are_written_even_if_training_fails(logger):
@@ -196,13 +203,11 @@ def test_several_optimizers_get_tags_of_their_own(logger):
 
 
 def test_group_tags_of_an_optimizer_without_names_are_numbers(logger):
-    class Own(Net):
-        def configure_optimizers(self):
-            return torch.optim.SGD(
-                [{"params": self.body.parameters()}, {"params": self.head.parameters(), "lr": 0.3}], 0.1
-            )
+    def configure(module):
+        groups = [{"params": module.body.parameters()}, {"params": module.head.parameters(), "lr": 0.3}]
+        return torch.optim.SGD(groups, 0.1)
 
-    make_trainer([lo.OptimizerMonitor()], logger=logger).fit(Own(), batches(2))
+    make_trainer([lo.OptimizerMonitor()], logger=logger).fit(NetWith(configure), batches(2))
     events = read_events(logger.log_dir)
     assert [events[f"optim_lr/{index}"][0][1] for index in (0, 1)] == pytest.approx([0.1, 0.3])
 
@@ -399,7 +404,7 @@ def test_what_the_guard_has_done_is_beside_it(logger, tmp_path, guard_first):
 
 
 @pytest.mark.filterwarnings("ignore:Step ")
-def test_each_step_has_one_point_of_the_skipped_ones_whoever_writes_it(logger, tmp_path):
+def test_the_skip_count_is_logged_once_per_step_by_monitor_or_guard(logger, tmp_path):
     parts = [_configure(), lo.DivergenceGuard(), lo.OptimizerMonitor()]
     trainer = make_trainer(parts, logger=logger, log_every_n_steps=4, default_root_dir=tmp_path)
     trainer.fit(Net(nan_batches=[3, 5]), batches(8))

@@ -74,7 +74,7 @@ def _fit_from_yaml(callbacks, folder):
     scalars = {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     tags = [tag for tag in events.Tags()["tensors"] if tag.endswith("/text_summary")]
     texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in tags}
-    return scalars, texts, {type(callback): callback for callback in cli.trainer.callbacks}
+    return scalars, texts, {type(callback): callback for callback in cli.trainer.callbacks}  # type: ignore[attr-defined]
 
 
 def test_a_clip_rule_of_ones_own(tmp_path):

@@ -8,6 +8,7 @@ import lightning_optim as lo
 from tests.helpers import (
     ADAMWS,
     Net,
+    NetWith,
     Recorder,
     SaveAt,
     StatefulLoader,
@@ -105,21 +106,25 @@ def test_a_checkpoint_resumes_under_other_callbacks_of_ours(tmp_path):
     trainer.fit(Net(), batches(4))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     parts = _parts()
-    make_trainer([parts[0], lo.RunSummary()], max_epochs=2).fit(Net(), batches(4), ckpt_path=tmp_path / "a.ckpt")
-    make_trainer(parts[:1], max_epochs=2).fit(Net(), batches(4), ckpt_path=tmp_path / "a.ckpt")
+    finals = []
+    for others in ([parts[0], lo.RunSummary()], parts[:1]):
+        model, trainer = Net(), make_trainer(others, max_epochs=2)
+        trainer.fit(model, batches(4), ckpt_path=tmp_path / "a.ckpt")
+        assert trainer.global_step == 8
+        finals.append(dict(model.state_dict()))
+    assert bit_equal(*finals)
 
 
 def test_a_checkpoint_made_without_us_resumes_with_us(tmp_path):
-    class Own(Net):
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), lr=0.01)
+    def own():
+        return NetWith(lambda module: torch.optim.AdamW(module.parameters(), lr=0.01))
 
     trainer = make_trainer()
-    trainer.fit(Own(), batches(4))
+    trainer.fit(own(), batches(4))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     guard = lo.DivergenceGuard()
     resumed = make_trainer([lo.GradientClipping(0.5), guard, lo.OptimizerMonitor()], max_epochs=2)
-    resumed.fit(Own(), batches(4), ckpt_path=tmp_path / "a.ckpt")
+    resumed.fit(own(), batches(4), ckpt_path=tmp_path / "a.ckpt")
     assert resumed.global_step == 8
 
 
@@ -138,13 +143,12 @@ def test_a_checkpoint_made_with_us_loads_without_us(tmp_path):
 
 
 def test_a_schedule_inside_a_module_resumes_at_its_place(tmp_path):
-    class Own(Net):
-        def configure_optimizers(self):
-            return lo.OptimizerFactory("sgd", lr=1.0, schedule="linear")(self)
+    def own():
+        return NetWith(lo.OptimizerFactory("sgd", lr=1.0, schedule="linear"))
 
     whole = Recorder()
-    make_trainer([whole, SaveAt(3, tmp_path / "a.ckpt")], max_epochs=2).fit(Own(), StatefulLoader(4, []))
+    make_trainer([whole, SaveAt(3, tmp_path / "a.ckpt")], max_epochs=2).fit(own(), StatefulLoader(4, []))
     rest = Recorder()
-    make_trainer([rest], max_epochs=2).fit(Own(), StatefulLoader(4, []), ckpt_path=tmp_path / "a.ckpt")
+    make_trainer([rest], max_epochs=2).fit(own(), StatefulLoader(4, []), ckpt_path=tmp_path / "a.ckpt")
     assert [rates[0] for rates in whole.rates] == pytest.approx([1 - k / 8 for k in range(8)])
     assert rest.rates == whole.rates[3:]

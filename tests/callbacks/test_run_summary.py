@@ -5,12 +5,11 @@ import builtins
 import pytest
 
 import lightning_optim as lo
-from tests.helpers import Net, batches, make_trainer
+from tests.helpers import RULES, Net, batches, bit_equal, make_trainer
 
 
 def _configure():
-    rules = [lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10), "no_decay"]
-    return lo.ConfigureOptimizers("adamw", lr=0.01, weight_decay=0.2, schedule="cosine", param_groups=rules)
+    return lo.ConfigureOptimizers("adamw", lr=0.01, weight_decay=0.2, schedule="cosine", param_groups=RULES)
 
 
 def _lines(text, word):
@@ -59,7 +58,10 @@ def test_resuming_a_finished_run_is_harmless(tmp_path):
     trainer = make_trainer([_configure(), lo.RunSummary()])
     trainer.fit(Net(), batches(4))
     trainer.save_checkpoint(tmp_path / "done.ckpt")
-    make_trainer([_configure(), lo.RunSummary()]).fit(Net(), batches(4), ckpt_path=tmp_path / "done.ckpt")
+    model, again = Net(seed=1), make_trainer([_configure(), lo.RunSummary()])
+    again.fit(model, batches(4), ckpt_path=tmp_path / "done.ckpt")
+    assert again.global_step == 4
+    assert bit_equal(dict(model.state_dict()), dict(trainer.lightning_module.state_dict()))
 
 
 def test_without_rich_the_extra_is_named(monkeypatch):

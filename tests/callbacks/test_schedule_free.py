@@ -67,7 +67,7 @@ def expected(steps):
 
 
 @pytest.mark.parametrize("sanity", [0, 1])
-def test_validation_sees_the_average_and_training_goes_on_as_if_it_had_not_been(sanity):
+def test_validation_uses_the_average_and_does_not_change_training(sanity):
     points, averages = expected(8)
     model, recorder = Watched(), Recorder()
     trainer = make_trainer(
@@ -170,7 +170,7 @@ def test_it_works_with_the_authors_own_optimizer():
     torch.testing.assert_close(weights(model), averages[-1], rtol=1e-4, atol=1e-5)
 
 
-def test_without_it_a_resumed_step_says_what_is_missing(tmp_path):
+def test_a_resumed_step_without_the_callback_is_refused_naming_it(tmp_path):
     make_trainer([lo.ScheduleFree(), SaveAt(4, tmp_path / "4.ckpt")]).fit(Watched(), batches(4))
     with pytest.raises(RuntimeError, match="the callback ScheduleFree"):
         make_trainer(max_epochs=2).fit(Watched(), batches(4), ckpt_path=tmp_path / "4.ckpt")

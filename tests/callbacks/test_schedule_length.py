@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
 import lightning_optim as lo
-from tests.helpers import Net, Recorder, Stream, batches, make_trainer
+from tests.helpers import Net, NetWith, Recorder, Stream, batches, make_trainer
 
 PEAK, FINAL = 0.5, 0.05  # final = 0.1 of the peak
 
@@ -95,12 +95,9 @@ def test_a_schedule_that_needs_a_length_that_nobody_knows_is_refused_before_the_
 
 
 def test_inside_a_module_it_is_refused_as_well():
-    class Own(Net):
-        def configure_optimizers(self):
-            return lo.OptimizerFactory("sgd", lr=PEAK, schedule="cosine")(self)
-
+    model = NetWith(lo.OptimizerFactory("sgd", lr=PEAK, schedule="cosine"))
     with pytest.raises(ValueError, match="length of the run"):
-        make_trainer(max_epochs=2).fit(Own(), _stream())
+        make_trainer(max_epochs=2).fit(model, _stream())
 
 
 @pytest.mark.parametrize(

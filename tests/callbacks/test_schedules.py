@@ -12,15 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_optim as lo
 from lightning_optim import schedules as s
-from tests.helpers import (
-    Net,
-    Ramp,
-    Recorder,
-    SaveAt,
-    StatefulLoader,
-    batches,
-    make_trainer,
-)
+from tests.helpers import Net, NetWith, Ramp, Recorder, SaveAt, StatefulLoader, batches, make_trainer
 from tests.schedules.cases import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Step .* skipped")
@@ -266,8 +258,4 @@ def test_the_estimate_of_lightning_that_harms_resumes_is_never_asked_for(monkeyp
     configure = lo.ConfigureOptimizers("sgd", lr=0.5, schedule="cosine", warmup="10%")
     _fit(configure)
 
-    class Own(Net):
-        def configure_optimizers(self):
-            return lo.OptimizerFactory("sgd", lr=0.1, schedule="wsd")(self)
-
-    make_trainer([]).fit(Own(), batches(4))
+    make_trainer([]).fit(NetWith(lo.OptimizerFactory("sgd", lr=0.1, schedule="wsd")), batches(4))

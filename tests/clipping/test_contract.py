@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from lightning_optim.clipping import (
 from lightning_optim.divergence import Detector
 from lightning_optim.step import StepPipeline
 from tests.clip_rules import OF_CASES
-from tests.helpers import bit_equal
+from tests.helpers import bit_equal, through_a_file
 from tests.optimizer_cases import OURS, TORCH, TORCH_FUSED, Case, set_gradients
 
 RULES = {name: make() for name, make in OF_CASES.items()}
@@ -113,7 +113,7 @@ def test_a_step_skipped_for_another_reason_leaves_no_trace_either(name):
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_warmups_count_accepted_steps(name):
-    rule = RULES[name]
+    rule: Any = RULES[name]
     run = Run(rule)
     for seed in range(rule.warmup):
         for _ in range(3):
@@ -180,19 +180,12 @@ def test_zclip_touches_few_steady_steps():
 # Resumes.
 
 
-def _saved(pipeline):
-    """Through a file that holds nothing but plain values and tensors."""
-    buffer = io.BytesIO()
-    torch.save(pipeline.clip_state(), buffer)
-    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-
-
 @EVERY
 @pytest.mark.parametrize("at", [0, 3, 11, 25])
 def test_a_resume_in_the_middle_of_a_window_decides_as_the_run_that_went_on(name, at):
     whole = Run(RULES[name]).steps(range(40))
     first = Run(RULES[name]).steps(range(at))
-    rest = Run(RULES[name], clip_state=_saved(first.pipeline), counts=first.pipeline.counts())
+    rest = Run(RULES[name], clip_state=through_a_file(first.pipeline.clip_state()), counts=first.pipeline.counts())
     rest.optimizer.load_state_dict(first.optimizer.state_dict())
     for mine, theirs in zip(rest.parameters, first.parameters, strict=True):
         mine.data.copy_(theirs.data)
@@ -325,7 +318,7 @@ def test_what_cannot_be_is_refused_at_construction(make, message):
 
 
 def test_the_limit_can_follow_a_schedule():
-    for rule, norms in ((GlobalNorm(1.0), None), (GroupNorm(1.0), None)):
+    for rule in (GlobalNorm(1.0), GroupNorm(1.0)):
         run = Run(rule, TORCH, clip_limit=lambda step: 1.0 / (step + 1))
         norms = []
         run.optimizer.register_step_post_hook(
@@ -355,7 +348,7 @@ def test_the_same_gradients_give_the_same_norms_in_every_precision(name):
         parameters = TORCH_FUSED.parameters(dtype)
         for index, parameter in enumerate(TORCH_FUSED.parameters(torch.bfloat16)):
             parameters[index].data.copy_(parameter)
-        optimizer = TORCH_FUSED.make(parameters)
+        optimizer: Any = TORCH_FUSED.make(parameters)
         records = []
         pipeline = StepPipeline(optimizer, clip=RULES[name], on_report=records.append)
         generator = torch.Generator().manual_seed(0)

@@ -91,7 +91,7 @@ def test_what_is_of_no_kind_is_refused(thing):
 def test_a_registry_refuses_another_kind_and_unknown_arguments():
     registry = Registry("rule of clipping", GlobalNorm)
     try:
-        with pytest.raises(TypeError, match="needed is a GlobalNorm class"):
+        with pytest.raises(TypeError, match="must be a GlobalNorm class"):
             registry.add(Halved, "halved")
         registry.add(GlobalNorm, "global_norm")
         with pytest.raises(ValueError, match=r"takes no .max_nrom.\. Did you mean .max_norm."):

@@ -20,7 +20,7 @@ from tests.helpers import ADAMWS, bit_equal
 HORIZON = lo.Horizon(total_steps=10)
 
 
-def model() -> nn.Sequential:
+def model() -> Any:
     return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2, bias=False))
 
 
@@ -47,7 +47,8 @@ def test_saving_before_the_first_step_changes_nothing_and_loading_goes_on_bit_fo
         net.load_state_dict(weights)
         net = nn.Sequential(net[0], net[2]) if name in ("muon", "normuon", "soap") else net
         params = [p for p in net.parameters() if p.ndim == 2] if name in ("muon", "normuon") else net.parameters()
-        return net, optim.get_optimizer_class(name)(params, weight_decay=0.3, weight_decay_kind=kind)
+        cls: Any = optim.get_optimizer_class(name)
+        return net, cls(params, weight_decay=0.3, weight_decay_kind=kind)
 
     try:
         net, optimizer = make()

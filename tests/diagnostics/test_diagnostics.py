@@ -84,7 +84,7 @@ def test_quantities(diagnostic, values):
 
 def test_a_report_is_one_transfer_with_every_tag(monkeypatch):
     packed = []
-    original = report_module.PendingValues
+    original = report_module.PendingValues  # type: ignore[attr-defined]
     monkeypatch.setattr(report_module, "PendingValues", lambda values: (packed.append(values), original(values))[1])
     report = StepReport(
         _record(lr=torch.tensor(0.1)), [GradNorm(), ParamNorm(), WeightDecayShare()], StepCounts(), at=7
@@ -131,7 +131,7 @@ def test_a_report_names_the_first_gradient_that_is_not_finite():
     assert math.isnan(values["optim_grad_norm/b"])
 
 
-def test_without_a_quantity_there_is_no_point_and_numbers_of_the_host_need_no_transfer():
+def test_missing_quantities_are_not_logged_and_host_numbers_are_not_transferred():
     report = StepReport(_record(), [WeightDecayShare()])
     report.add(("optim_x/host",), (3.0,))
     values = report.send().read()
@@ -157,7 +157,7 @@ def test_an_average_survives_a_gradient_that_is_not_finite():
     assert noise.add(torch.tensor(math.nan), torch.tensor(2.0), 2, 8).item() == first
 
 
-def test_of_a_parameter_with_several_gradients_there_is_no_local_gradient():
+def test_a_parameter_with_several_gradients_has_no_local_gradient():
     weight, other = (torch.ones(2, requires_grad=True) for _ in range(2))
     local = LocalGradient([weight, other, torch.ones(1)])
     (3 * weight).sum().backward()

@@ -24,7 +24,7 @@ def folders(tmp_path_factory):
     return [root / "slow" / "0", root / "fast" / "0"]
 
 
-def test_the_command_writes_one_page_that_needs_nothing_else(folders, tmp_path, capsys):
+def test_the_command_writes_one_self_contained_page(folders, tmp_path, capsys):
     main(["report", *map(str, folders), "--out", str(tmp_path / "out"), "--loss", "1.5"])
     page = tmp_path / "out" / "report.html"
     assert capsys.readouterr().out.strip() == str(page)
@@ -60,7 +60,7 @@ def test_convergence_and_gap():
     assert convergence([Run("empty", {})]) == []
 
 
-def test_a_folder_without_event_files_is_refused_with_those_below(folders, tmp_path, capsys):
+def test_a_folder_without_event_files_is_refused_naming_folders_below_that_have_some(folders, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=str(folders[0])):
         read_run(folders[0].parent)
     with pytest.raises(SystemExit):

@@ -112,7 +112,7 @@ def fit(kind: str, rule: str, folder: Path, sharded: bool, extra: tuple = (), ck
     model = (Sharded if sharded else Bad)(seed=7)
     loader = StatefulLoader(STEPS, []) if extra or ckpt_path else batches(STEPS, batch_size=4)
     trainer.fit(model, loader, ckpt_path=ckpt_path)
-    (state,) = trainer.callbacks[0]._kept["lightning_optim"].get("clip", [{}])
+    (state,) = trainer.callbacks[0]._kept["lightning_optim"].get("clip", [{}])  # type: ignore[attr-defined]
     return {
         "counts": deciding.counts,
         "weights": whole_weights(model),
@@ -175,13 +175,13 @@ def fit_all(folder: Path) -> dict:
         whole = fit(kind, "adagc", folder / "whole", True, (SaveAt(7, path),))
         torch.distributed.barrier()
         results[f"resumed-{kind}"] = {"whole": whole, "rest": fit(kind, "adagc", folder / "rest", True, ckpt_path=path)}
-    for kind in (Factory, Frozen):
+    for module in (Factory, Frozen):
         for distributed in (False, True):
-            path = folder / f"{kind.__name__}-{distributed}.ckpt"
-            whole = fit_bare(kind, (SaveAt(3, path),), distributed_checkpoint=distributed)
+            path = folder / f"{module.__name__}-{distributed}.ckpt"
+            whole = fit_bare(module, (SaveAt(3, path),), distributed_checkpoint=distributed)
             torch.distributed.barrier()
-            rest = fit_bare(kind, ckpt_path=path, distributed_checkpoint=distributed)
-            results[f"resumed-{kind.__name__}-{distributed}"] = {"whole": whole, "rest": rest}
+            rest = fit_bare(module, ckpt_path=path, distributed_checkpoint=distributed)
+            results[f"resumed-{module.__name__}-{distributed}"] = {"whole": whole, "rest": rest}
     results |= {f"back-{kind}": fit_back(kind) for kind in ADAMWS}
     try:
         fit_bare(ForeignFrozen)

@@ -116,6 +116,7 @@ def _serve(connection: Connection, environment: dict[str, str], join: bool) -> N
             function, args = connection.recv()
         except EOFError:
             forked.end()
+        answer: tuple[Any, str | None]
         try:
             answer = function(*args), None
         except BaseException:

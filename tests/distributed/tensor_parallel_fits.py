@@ -69,7 +69,7 @@ class Deciding(L.Callback):
         self.counts: list[list[int]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        guard = next(c for c in trainer.callbacks if isinstance(c, lo.DivergenceGuard))
+        guard = next(c for c in trainer.callbacks if isinstance(c, lo.DivergenceGuard))  # type: ignore[attr-defined]
         (counts,) = guard.hub.counts()
         self.counts.append([counts.steps, counts.clipped, counts.skipped])
 

@@ -95,7 +95,7 @@ def test_a_rollback_in_shards_is_bit_equal_to_the_snapshot_on_every_rank(runs, k
     for rank in (0, 1):
         back = results[rank][f"back-{kind}"]
         ((step, text),) = back["did"]
-        assert (step, text) == (8, "back to the state after step 3, on with the next batches")
+        assert (step, text) == (8, "back to the state after step 3, continuing with the next batches")
         assert bit_equal(back["after"][3], back["after"][8])
         assert not bit_equal(back["after"][3], back["after"][7])
         assert all(tensor.isfinite().all() for tensor in back["after"][-1])

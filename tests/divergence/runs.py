@@ -179,7 +179,7 @@ class _Watcher(L.Callback):
         self._step = trainer.global_step
         self.seen.after.append(self._state(trainer, pl_module))
         self.seen.grads.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, lo.DivergenceGuard):
                 (watch,) = [d for d in callback.hub.pipelines[0].detectors if isinstance(d, StepGuard)]
                 self.seen.baselines.append([] if watch.spikes is None else watch.spikes.state_dict()["accepted"])
@@ -187,7 +187,8 @@ class _Watcher(L.Callback):
     def _state(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         if not self._keep_states:
             return {}
-        averages = [c._average_model for c in trainer.callbacks if hasattr(c, "_average_model")]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        averages = [c._average_model for c in callbacks if hasattr(c, "_average_model")]
         return copy.deepcopy(
             {
                 "parameters": dict(pl_module.state_dict()),

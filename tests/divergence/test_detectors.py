@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def _step(watch: StepGuard, norm_sq, skip=None) -> StepObservation:
     return watch.read()[-1]
 
 
-def test_a_row_says_what_happened():
+def test_a_row_yields_the_observation_of_its_step():
     seen = _step(StepGuard(SpikeWindow(2), loss=lambda: torch.tensor(2.5)), [9.0, 16.0, 0.0])
     assert not seen.skipped
     assert seen.values == {"grad_norm": 5.0, "loss": 2.5}
@@ -194,7 +195,7 @@ def test_a_loss_that_is_not_finite_skips_though_gradients_are():
     assert _step(watch, [1.0, 1.0]).skipped
 
 
-def test_an_overflow_of_the_scaler_is_no_alarm_until_it_goes_on():
+def test_overflows_of_the_scaler_raise_an_alarm_only_when_they_persist():
     watch, judge = StepGuard(loss=lambda: torch.tensor(1.0)), DivergenceJudge(scaled=True)
     alarms = [judge.update(_step(watch, [math.inf, 1.0]), {0: "a"}) for _ in range(20)]
     assert alarms[:19] == [[]] * 19
@@ -315,14 +316,15 @@ def test_two_detectors_of_one_class_have_a_state_each():
     _guarded_steps(saved, 5)
     resumed = StepGuard(detectors=[Every(2), Every(3)])
     resumed.load_state_dict(saved.state_dict())
-    assert [detector.count for detector in resumed.detectors] == [5, 5]
+    detectors: list[Any] = list(resumed.detectors)
+    assert [detector.count for detector in detectors] == [5, 5]
     _guarded_steps(resumed, 1)
     (seen,) = resumed.read()
     assert seen.detected == ("every: 2 steps have passed", "every: 3 steps have passed")
 
 
 @pytest.mark.parametrize("present", [[], [Every(2), Every(5)]])
-def test_rows_on_their_way_are_read_as_they_were_written_whatever_detectors_there_are_now(present):
+def test_rows_in_transfer_at_a_save_are_read_with_their_own_layout(present):
     saved = StepGuard(detectors=[Every(2)], rows=_Late())
     _guarded_steps(saved, 2)
     resumed = StepGuard(detectors=present, rows=_Late())
@@ -363,7 +365,7 @@ def test_together_out_of_range_is_refused():
         SpikeWindow(signals=2, together=0.5)
 
 
-def test_a_loss_far_above_its_best_is_found_within_eight_steps_and_insisted_upon():
+def test_a_loss_far_above_its_best_raises_an_alarm_within_eight_steps_and_again():
     trend = SlowDivergence()
     assert not any(trend.update(1.0 + 0.1 * (k % 3)) for k in range(100))
     alarms = [k for k in range(60) if trend.update(50.0)]

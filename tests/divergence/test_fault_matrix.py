@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -79,7 +80,7 @@ def _is_default(fault: type[Fault], cell: Cell) -> bool:
     return (cell.precision, accumulated) in (ONE_RANK if cell.ranks == 1 else TWO_RANKS.get(fault, ()))
 
 
-def _cells() -> Iterator[object]:
+def _cells() -> Iterator[Any]:
     for fault in FAULTS:
         for name, accumulate, ranks in itertools.product(PRECISIONS, fault.accumulations, (1, 2)):
             cell = Cell(name, accumulate, ranks)

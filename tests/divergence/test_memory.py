@@ -15,7 +15,7 @@ from tests.helpers import Net, batches, make_trainer
 
 
 def test_free_memory_is_that_of_the_machine_or_of_the_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=64_000))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=64_000))
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     assert memory.free_memory() == 64_000
     (tmp_path / "memory.max").write_text("10000\n")

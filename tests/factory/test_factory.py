@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lightning_optim.schedules import Constant, Cosine
 from tests.helpers import bit_equal
 
 
-def _model() -> nn.Module:
+def _model() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.distributed.ranks import run_ranks
 from tests.helpers import (
     ADAMWS,
     Net,
+    NetWith,
     Recorder,
     SaveAt,
     StatefulLoader,
@@ -62,16 +65,12 @@ def _configure(until="1 epoch", kind="ours", **options):
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("own_hooks_only", [False, True])
 def test_a_frozen_group_stands_still_until_its_time_and_then_starts_fresh(kind, accumulate, own_hooks_only):
-    class Own(Net):
-        def configure_optimizers(self):
-            return _configure(kind=kind)(self)
-
     watch, recorder = Watch(), Recorder()
     callbacks = (
         [watch, recorder] if own_hooks_only else [_configure(kind=kind), lo.GradientClipping(0.5), watch, recorder]
     )
     trainer = make_trainer(callbacks, max_epochs=3, accumulate_grad_batches=accumulate)
-    trainer.fit(Own() if own_hooks_only else Net(), batches(6))
+    trainer.fit(NetWith(_configure(kind=kind)) if own_hooks_only else Net(), batches(6))
     assert watch.moved == [batch >= 6 and (batch + 1) % accumulate == 0 for batch in range(18)]
     assert watch.state == [0 if batch < 5 + accumulate else 4 for batch in range(18)]
     # Gradients that nobody uses are not computed, but for the first step of who has no hook before it.
@@ -80,9 +79,9 @@ def test_a_frozen_group_stands_still_until_its_time_and_then_starts_fresh(kind, 
     # The schedule runs on all the while, for all groups alike.
     assert all(len(set(row)) == 1 for row in recorder.rates)
     # Moments start fresh: two epochs' worth of steps, not three.
-    state = trainer.optimizers[0].state
-    assert float(state[trainer.model.body.weight]["step"]) == 12 / accumulate
-    assert float(state[trainer.model.head.weight]["step"]) == 18 / accumulate
+    state, model = trainer.optimizers[0].state, cast(Net, trainer.lightning_module)
+    assert float(state[model.body.weight]["step"]) == 12 / accumulate
+    assert float(state[model.head.weight]["step"]) == 18 / accumulate
 
 
 def test_until_then_it_is_as_if_the_body_was_never_in_the_optimizer():
@@ -179,7 +178,7 @@ def test_the_monitor_sees_only_what_moves(logger):
 
 def test_in_a_plain_loop():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     rules = [lo.ParamGroupRule(name="first", pattern="^0", frozen_until="30%")]
     factory = lo.OptimizerFactory("sgd", lr=0.1, schedule="linear", param_groups=rules)
     optimizer, scheduler = factory.build(model, lo.Horizon(total_steps=10))
@@ -221,12 +220,9 @@ def test_base_finetuning_follows_the_curve_at_its_ratio_and_survives_a_resume(tm
     path = tmp_path / "a.ckpt"
     options = {**ADAMWS[kind], "lr": 0.05, "weight_decay": 0.1, "schedule": "cosine", "warmup": 2}
 
-    class Own(Net):
-        def configure_optimizers(self):
-            return lo.OptimizerFactory(**options)(self)
-
     def fit(extra=(), ckpt_path=None):
-        model, recorder, watch = Own() if in_module else Net(), Recorder(), Watch()
+        model = NetWith(lo.OptimizerFactory(**options)) if in_module else Net()
+        recorder, watch = Recorder(), Watch()
         ours = [] if in_module else [lo.ConfigureOptimizers(**options), lo.GradientClipping(1.0)]
         trainer = make_trainer([Unfreeze(), *ours, recorder, watch, *extra], max_epochs=3)
         trainer.fit(model, StatefulLoader(4, []), ckpt_path=ckpt_path)
@@ -256,7 +252,7 @@ def test_lightnings_rate_monitor_names_a_group_that_joined(logger):
 def join_late() -> tuple[list[bool], list[list[float]]]:
     """Whether the group moved in each step, and the weights at the end."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
     wrapped = DistributedDataParallel(model)
     rules = [lo.ParamGroupRule(name="first", pattern="^0", frozen_until="2 steps")]
     factory = lo.OptimizerFactory("adamw", lr=0.1, param_groups=rules)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
@@ -12,6 +13,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import lightning_optim as lo
 from lightning_optim import optim
@@ -19,7 +21,7 @@ from lightning_optim.callbacks.planning import make_plan
 from lightning_optim.cli import main
 from lightning_optim.factory.plan import Curve, Plan, plan_groups
 from lightning_optim.factory.plan_text import format_plan, save_plot
-from tests.helpers import BareNet, Data, Net, Recorder, make_trainer
+from tests.helpers import BareNet, Data, Net, NetWith, Recorder, make_trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,13 +30,13 @@ class Silent(Data):
     """Its batches must not be loaded."""
 
     def train_dataloader(self):
-        loader = super().train_dataloader()
+        dataset: Any = super().train_dataloader().dataset
 
-        class Dataset(type(loader.dataset)):
+        class Dataset(TensorDataset):
             def __getitem__(self, index):
                 raise AssertionError("a batch was loaded")
 
-        return torch.utils.data.DataLoader(Dataset(*loader.dataset.tensors), batch_size=2, num_workers=1)
+        return torch.utils.data.DataLoader(Dataset(*dataset.tensors), batch_size=2, num_workers=1)
 
 
 def _configure(**options):
@@ -44,7 +46,7 @@ def _configure(**options):
     )
 
 
-def _run(callbacks, model=None, **trainer):
+def _run(callbacks, model=None, **trainer) -> tuple[Any, Net]:
     return make_trainer([*callbacks, Recorder()], **{"max_epochs": 3, **trainer}), model or Net()
 
 
@@ -165,13 +167,12 @@ def test_a_module_without_optimizer_is_a_conflict():
 
 
 def test_two_schedules_are_a_conflict():
-    class Own(Net):
-        def configure_optimizers(self):
-            config = lo.OptimizerFactory("sgd", lr=0.1)(self)
-            other = torch.optim.lr_scheduler.ConstantLR(config["optimizer"])
-            return [config["optimizer"]], [config["lr_scheduler"], other]
+    def configure(module):
+        config = lo.OptimizerFactory("sgd", lr=0.1)(module)
+        other = torch.optim.lr_scheduler.ConstantLR(config["optimizer"])
+        return [config["optimizer"]], [config["lr_scheduler"], other]
 
-    (conflict,) = _conflicts([lo.GradientClipping(1.0)], Own())
+    (conflict,) = _conflicts([lo.GradientClipping(1.0)], NetWith(configure))
     assert "Two schedules" in conflict
 
 
@@ -183,27 +184,25 @@ def test_a_run_without_end_and_a_schedule_that_needs_one_are_a_conflict():
 
 
 def test_modules_with_their_own_optimizer_have_a_plan():
-    class Own(Net):
-        def configure_optimizers(self):
-            optimizer = torch.optim.Adam(self.parameters(), lr=0.5)
-            return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]
+    def configure(module):
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.5)
+        return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]
 
-    plan = make_plan(*_run([], Own()), Silent(4))
+    plan = make_plan(*_run([], NetWith(configure)), Silent(4))
     assert [(group.name, group.lr, group.rule) for group in plan.groups] == [("0", 0.5, "adam")]
     assert not plan.conflicts
 
 
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 def test_schedulers_of_torch_are_run_through(interval):
-    class Own(Net):
-        def configure_optimizers(self):
-            optimizer = torch.optim.Adam(self.parameters(), lr=0.5)
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
-            return [optimizer], [{"scheduler": scheduler, "interval": interval}]
+    def configure(module):
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.5)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+        return [optimizer], [{"scheduler": scheduler, "interval": interval}]
 
-    trainer, model = _run([], Own())
+    trainer, model = _run([], NetWith(configure))
     plan = make_plan(trainer, model, Silent(4))
-    trainer, model = _run([], Own())
+    trainer, model = _run([], NetWith(configure))
     trainer.fit(model, datamodule=Data(4))
     rates = next(callback for callback in trainer.callbacks if isinstance(callback, Recorder)).rates
     assert [plan.curves[0].values(step) for step in range(12)] == pytest.approx([row[0] for row in rates])
@@ -212,13 +211,12 @@ def test_schedulers_of_torch_are_run_through(interval):
 
 
 def test_what_cannot_be_run_through_is_named():
-    class Own(Net):
-        def configure_optimizers(self):
-            optimizer = torch.optim.Adam(self.parameters(), lr=0.5)
-            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-            return [optimizer], [{"scheduler": scheduler, "monitor": "val_loss"}]
+    def plateau(module):
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.5)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return [optimizer], [{"scheduler": scheduler, "monitor": "val_loss"}]
 
-    (note,) = make_plan(*_run([], Own()), Silent(4)).notes
+    (note,) = make_plan(*_run([], NetWith(plateau)), Silent(4)).notes
     assert "ReduceLROnPlateau follows a metric" in note
     configure = _configure(
         schedule={"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 5}},

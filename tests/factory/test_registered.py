@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import yaml
@@ -62,11 +64,11 @@ def _config(folder, optimizer="sgd", own="cosine"):
 @pytest.mark.parametrize("cls", [LightningCLI, lo.OptimCLI])
 @pytest.mark.parametrize("optimizer", ["my_optimizer", "outsider"])
 def test_yaml_takes_the_names(cls, optimizer, tmp_path):
-    cli = cls(Net, Data, args=["fit", "--config", _config(tmp_path, optimizer)], save_config_callback=None)
+    cli: Any = cls(Net, Data, args=["fit", "--config", _config(tmp_path, optimizer)], save_config_callback=None)
     (made,) = cli.trainer.optimizers
-    assert type(made) is {"my_optimizer": SignDescent, "outsider": Outsider}[optimizer]
     recorder = next(callback for callback in cli.trainer.callbacks if isinstance(callback, Recorder))
     names = [group["name"] for group in made.param_groups]
+    assert type(made) is {"my_optimizer": SignDescent, "outsider": Outsider}[optimizer]
     rates = [step[names.index("default")] for step in recorder.rates]
     assert rates == [0.4 if step < len(rates) / 3 else 0.2 for step in range(len(rates))]
     assert len(rates) > 3
@@ -74,7 +76,7 @@ def test_yaml_takes_the_names(cls, optimizer, tmp_path):
 
 def test_a_groups_own_schedule_takes_the_name_from_yaml(tmp_path):
     args = ["--config", _config(tmp_path, own="my_schedule")]
-    cli = LightningCLI(Net, Data, args=args, save_config_callback=None, run=False)
+    cli: Any = LightningCLI(Net, Data, args=args, save_config_callback=None, run=False)
     configure = next(c for c in cli.trainer.callbacks if isinstance(c, lo.ConfigureOptimizers))
     _, scheduler = configure.build(cli.model, lo.Horizon(total_steps=9))
     assert type(scheduler.group_schedules["head"]) is Staircase

@@ -85,12 +85,12 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
 
 
 def test_what_takes_long_is_announced(caplog: pytest.LogCaptureFixture) -> None:
-    from lightning_optim.kernels.cpu.disk_cache import SaysIfSlow
+    from lightning_optim.kernels.cpu.disk_cache import LogIfSlow
 
     with caplog.at_level(logging.WARNING):
-        with SaysIfSlow(lambda: "quick", seconds=5.0):
+        with LogIfSlow(lambda: "quick", seconds=5.0):
             pass
-        with SaysIfSlow(lambda: "slow", seconds=0.01):
+        with LogIfSlow(lambda: "slow", seconds=0.01):
             time.sleep(0.2)
     assert [record.message for record in caplog.records] == ["slow"]
 

@@ -105,7 +105,7 @@ def test_what_is_there_is_read_where_nothing_can_be_written(
         raise PermissionError(30, "Read-only file system")
 
     kernel("before")
-    monkeypatch.setattr(caching.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr(caching.IndexDataCacheFile, "_open_for_write", refuse)
     assert kernel("before")[1]
     assert warnings_in(caplog) == []
@@ -141,7 +141,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does for a user without a home
     assert not kernel()[1]
-    assert disk_cache.kept_where() == "."
+    assert disk_cache.cache_note() == "."
     assert len(warnings_in(caplog)) == 1
 
 

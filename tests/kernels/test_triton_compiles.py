@@ -180,7 +180,7 @@ def test_kernels_of_rules_that_look_alike_are_kept_apart() -> None:
 
     class Other(LionRule):
         @staticmethod
-        def update(  # type: ignore[override]
+        def update(
             param: Any,
             grad: Any,
             exp_avg: Any,

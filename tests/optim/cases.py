@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import optim
-from lightning_optim.optim import FusedOptimizer
 from tests.optim import published
 
 # Triton runs on the CPU under its interpreter only, which must be asked for before it is imported.
@@ -52,7 +51,7 @@ class Case:
     """One optimizer.
 
     Args:
-        optimizer: Ours.
+        optimizer: Ours; of any arguments, for each takes its own.
         reference: The published one.
         settings: Each is compared with the published one, step by step, and goes through every other test.
         torch_twin: torch's optimizer whose state dicts load into ours and back.
@@ -64,7 +63,7 @@ class Case:
         group_steps: Whether the published one counts steps by group, where ours counts them for each parameter.
     """
 
-    optimizer: type[FusedOptimizer]
+    optimizer: Any
     reference: Callable[..., Optimizer]
     settings: tuple[Setting, ...]
     torch_twin: type[Optimizer] | None = None
@@ -92,7 +91,7 @@ def _prodigy(*args: Any, **kwargs: Any) -> Optimizer:
     return optimizer
 
 
-class _NorMuon(pytorch_optimizer.NorMuon):  # type: ignore[misc]
+class _NorMuon(pytorch_optimizer.NorMuon):
     """With its defaults in groups that join late, which it forgets."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -120,7 +119,7 @@ def _schedule_free(*args: Any, **kwargs: Any) -> Optimizer:
     return optimizer
 
 
-class _ScheduleFreeWrapper(schedulefree.ScheduleFreeWrapper):  # type: ignore[misc]
+class _ScheduleFreeWrapper(schedulefree.ScheduleFreeWrapper):
     """With what it needs of groups, of those too that join late."""
 
     def __init__(self, base: Optimizer, **kwargs: Any) -> None:
@@ -142,8 +141,8 @@ class _ScheduleFreeWrapper(schedulefree.ScheduleFreeWrapper):  # type: ignore[mi
             self.state[param] = {"step": torch.tensor(0.0), **zeros}
 
 
-def _schedule_free_around_adamw(*args: Any, momentum: float, weight_decay_at_y: float, **kwargs: Any) -> Any:
-    inner = torch.optim.AdamW(*args, weight_decay=0.0, **kwargs)
+def _schedule_free_around_adamw(params: Any, momentum: float, weight_decay_at_y: float, **kwargs: Any) -> Any:
+    inner = torch.optim.AdamW(params, weight_decay=0.0, **kwargs)
     return _ScheduleFreeWrapper(inner, weight_decay_at_y=weight_decay_at_y, momentum=momentum)
 
 
@@ -288,7 +287,7 @@ CASES = (
     ),
     Case(
         optim.AdEMAMix,
-        lambda *args, **kwargs: pytorch_optimizer.AdEMAMix(*args, weight_decouple=True, **kwargs),
+        lambda params, **kwargs: pytorch_optimizer.AdEMAMix(params, weight_decouple=True, **kwargs),
         (
             Setting("default", {"lr": 1e-2}),
             Setting(

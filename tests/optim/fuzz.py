@@ -152,7 +152,7 @@ def make(example: Example, backend: str) -> tuple[FusedOptimizer, dict[str, Tens
     groups = [group for group in groups if group["params"]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        kind = get_optimizer_class(example.cell.optimizer)
+        kind: Any = get_optimizer_class(example.cell.optimizer)
         return kind(groups, backend=backend, **example.cell.arguments), named
 
 

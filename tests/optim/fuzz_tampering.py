@@ -92,7 +92,7 @@ GRADIENTS: dict[str, Values] = {
     "zero": lambda scene, p: scene.put(torch.zeros_like(p)),
     "parameter_itself": lambda scene, p: p.detach(),
     "of_previous": lambda scene, p: None if scene.previous is None else scene.previous.grad,
-    "part_of_previous": lambda scene, p: scene.previous.grad.view(-1)[: p.numel()].view(p.shape),  # type: ignore
+    "part_of_previous": lambda scene, p: scene.previous.grad.view(-1)[: p.numel()].view(p.shape),
     "emptied": lambda scene, p: _emptied(scene.new(p.shape, p.dtype)),
     "requires_grad": lambda scene, p: scene.new(p.shape, p.dtype).requires_grad_() * 1.0,
     "other_dtype": lambda scene, p: scene.new(p.shape, _other(p.dtype)),
@@ -118,9 +118,9 @@ PARAMETERS: dict[str, Callable[[Scene, Tensor], Tensor]] = {
     "expanded": lambda scene, p: scene.new((), p.dtype).expand(p.shape),
     "expanded_row": lambda scene, p: scene.new(p.shape[-1:], p.dtype).expand(p.shape),
     "window": lambda scene, p: scene.new((p.numel() + 2,), p.dtype).as_strided(p.shape, [1] * p.dim()),
-    "previous": lambda scene, p: scene.previous.detach(),  # type: ignore[union-attr]
-    "part_of_previous": lambda scene, p: scene.previous.detach().view(-1)[: p.numel()].view(p.shape),  # type: ignore
-    "end_of_previous": lambda scene, p: scene.previous.detach().view(-1)[1 : p.numel() + 1].view(p.shape),  # type: ignore
+    "previous": lambda scene, p: scene.previous.detach(),
+    "part_of_previous": lambda scene, p: scene.previous.detach().view(-1)[: p.numel()].view(p.shape),
+    "end_of_previous": lambda scene, p: scene.previous.detach().view(-1)[1 : p.numel() + 1].view(p.shape),
     "wide": lambda scene, p: scene.new(p.shape, _other(p.dtype)),
     "narrow": lambda scene, p: scene.new(p.shape, torch.bfloat16),
     "subclass": lambda scene, p: p.detach().as_subclass(Named),

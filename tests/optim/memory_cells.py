@@ -85,7 +85,7 @@ def make(cell: Cell, sizes: tuple[Any, ...] = SIZES) -> tuple[FusedOptimizer, li
     dtype = getattr(torch, cell.dtype)
     params = [laid_out(numbers(shape, dtype, generator), layout).requires_grad_() for shape, layout in sizes]
     named = [(f"layers.{i}.weight", param) for i, param in enumerate(params)]
-    kind = get_optimizer_class(cell.optimizer)
+    kind: Any = get_optimizer_class(cell.optimizer)
     # Of three dimensions Muon asks what they are.
     flatten = {"flatten": True} if "flatten" in kind.hyperparameters() else {}
     optimizer: FusedOptimizer = kind(named, backend=cell.backend, **flatten, **cell.arguments)

@@ -43,7 +43,7 @@ def plant_fault() -> None:
     """Let blocks of the CPU backend end, or begin, one element outside."""
     from lightning_optim.kernels.cpu import backend as cpu
 
-    split = cpu.split
+    split = cpu.split  # type: ignore[attr-defined]
 
     def wrong(numel: tuple[int, ...], size: int) -> object:
         blocks = split(numel, size).copy()
@@ -53,7 +53,7 @@ def plant_fault() -> None:
             blocks[blocks[:, 1] == 0, 1] = -1
         return blocks
 
-    cpu.split = wrong  # type: ignore[assignment]
+    cpu.split = wrong  # type: ignore[attr-defined,assignment]
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def compare(model: nn.Module, one: nn.Module, tolerance: float = 2e-6) -> None:
     """Raises unless weights are those of one process, and replicas are equal."""
     for (name, param), expected in zip(model.named_parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(
-            whole(param), expected.detach(), rtol=1e-4, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            whole(param), expected.detach(), rtol=1e-4, atol=tolerance, msg=partial("{}: {}".format, name)
         )
         if not isinstance(param, DTensor) or not any(map(is_split, param.placements)):
             same_on_all_ranks(local(param))
@@ -203,7 +203,7 @@ def check_record(mesh: DeviceMesh, name: str) -> None:
         for index, column in enumerate(STEP_SUMS):
             sums, right = (r.update.sums[:, index] for r in (record, expected))
             torch.testing.assert_close(
-                sums, right, rtol=1e-3, atol=1e-9, equal_nan=True, msg=lambda text, column=column: f"{column}: {text}"
+                sums, right, rtol=1e-3, atol=1e-9, equal_nan=True, msg=partial("{}: {}".format, column)
             )
         for value, right in (
             (record.grad.norm_sq, expected.grad.norm_sq),
@@ -261,11 +261,11 @@ def counted() -> Iterator[list[Any]]:
         calls.append(kwargs)
         return original(self, *args, **kwargs)
 
-    DTensor.redistribute = redistribute  # type: ignore[method-assign]
+    DTensor.redistribute = redistribute
     try:
         yield calls
     finally:
-        DTensor.redistribute = original  # type: ignore[method-assign]
+        DTensor.redistribute = original
 
 
 def check_once(mesh: DeviceMesh, kind: str) -> None:
@@ -281,13 +281,14 @@ def check_once(mesh: DeviceMesh, kind: str) -> None:
     )
     for step in range(2):
         backward(model, step)
-        otherwise = [p for p in model.parameters() if p.grad.placements != p.placements]
+        params: list[Any] = list(model.parameters())
+        otherwise = [p for p in params if p.grad.placements != p.placements]
         assert len(otherwise) == 5  # the embedding and four vectors of norms
-        expected = [whole(p.grad) for p in model.parameters()]
+        expected = [whole(p.grad) for p in params]
         with counted() as calls:
             optimizer.step()
         assert len(calls) == len(otherwise)
-        for param, gradient in zip(model.parameters(), expected, strict=True):
+        for param, gradient in zip(params, expected, strict=True):
             assert param.grad.placements == param.placements
             assert torch.equal(whole(param.grad), gradient)
 
@@ -320,13 +321,12 @@ def check_placements(mesh: DeviceMesh, backend: str) -> None:
         ("stableadamw", {}),
     ):
         alone = [value.clone().requires_grad_() for value in values]
-        shared = [
+        shared: list[Any] = [
             distribute_tensor(value.clone(), mesh, layout * mesh.ndim).requires_grad_()
             for value, (_, layout, _) in zip(values, cases, strict=True)
         ]
-        one, both = (
-            optim.get_optimizer_class(name)(params, lr=0.1, backend=backend, **arguments) for params in (alone, shared)
-        )
+        cls: Any = optim.get_optimizer_class(name)
+        one, both = (cls(params, lr=0.1, backend=backend, **arguments) for params in (alone, shared))
         one.collect_step_stats = both.collect_step_stats = True
         for _ in range(2):
             for a, b, (_, _, gradient) in zip(alone, shared, cases, strict=True):
@@ -391,7 +391,7 @@ def check_norm_of_terms(mesh: DeviceMesh) -> None:
 def check_refusals(mesh: DeviceMesh) -> None:
     for name in WHOLE_TENSORS:
         matrix = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)] * mesh.ndim).requires_grad_()
-        kind = optim.get_optimizer_class(name)
+        kind: Any = optim.get_optimizer_class(name)
         refused(partial(kind, [("body", matrix)], lr=0.1), "'body'", "whole tensors", "rule='adamw'")
     term = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()] * mesh.ndim, run_check=False))
     refused(partial(optim.AdamW, [("body", term)], lr=0.1), "'body'", "Partial", "Redistribute")
@@ -417,7 +417,8 @@ def check_whole_matrices(mesh: DeviceMesh, name: str) -> None:
     values = [torch.randn(6, 4), torch.randn(5, 5)]
     alone = [value.clone().requires_grad_() for value in values]
     shared = [distribute_tensor(v, mesh, [Replicate()] * mesh.ndim).requires_grad_() for v in values]
-    one, both = (optim.get_optimizer_class(name)(params, lr=0.01) for params in (alone, shared))
+    cls: Any = optim.get_optimizer_class(name)
+    one, both = (cls(params, lr=0.01) for params in (alone, shared))
     for _ in range(STEPS):
         for a, b in zip(alone, shared, strict=True):
             a.grad = torch.randn(a.shape).mul(16).round() / 16  # so that terms add up exactly; SOAP turns on last bits
@@ -434,7 +435,7 @@ def check_state_of_torch(mesh: DeviceMesh) -> None:
 
     models = []
     for where in (mesh, None):
-        model = block(where)
+        model: Any = block(where)
         theirs = torch_sgd(groups(model))
         backward(model, 0)
         theirs.step()
@@ -471,7 +472,7 @@ def check_undelivered(mesh: DeviceMesh) -> None:
 
 def check_strided_shards(mesh: DeviceMesh) -> None:
     """The placement of FSDP2 over tensor parallelism; gradients of all kinds beside it."""
-    model = block(mesh)
+    model: Any = block(mesh)
     found = {name: p.placements for name, p in model.named_parameters()}
     assert isinstance(found["up.weight"][0], _StridedShard)
     assert all(map(is_split, found["up.weight"]))
@@ -481,7 +482,7 @@ def check_strided_shards(mesh: DeviceMesh) -> None:
         kinds = [kind for kind in GRADIENTS if not (kind == "shard 1" and param.dim() < 2)]
         for kind in kinds:
             param.grad = placed(value, mesh, kind)
-            gradient = gradient_of(param)
+            gradient: Any = gradient_of(param)
             assert gradient is param.grad
             assert gradient.placements == param.placements, (name, kind)
             torch.testing.assert_close(whole(gradient), value)

@@ -54,8 +54,8 @@ def started(name: str, backend: str, **arguments: Any) -> tuple[nn.Parameter, nn
         arguments["momentum"] = 0.9
     dtype = arguments.pop("dtype", torch.float32)
     first.data, weight.data = first.data.to(dtype), weight.data.to(dtype)
-    kind = optim.get_optimizer_class(name)
-    optimizer = kind([("first", first), ("weight", weight)], backend=backend, **arguments)  # type: ignore[call-arg]
+    kind: Any = optim.get_optimizer_class(name)
+    optimizer = kind([("first", first), ("weight", weight)], backend=backend, **arguments)
     for _ in range(2):
         for param in (first, weight):
             param.grad = torch.randn_like(param)
@@ -153,6 +153,7 @@ def test_a_state_that_is_replaced_is_refused(how: str, name: str, backend: str, 
 @pytest.mark.parametrize("name", list(optim._classes()))
 def test_every_state_of_every_optimizer_is_compared(name: str, backend: str, launches: list[str]) -> None:
     _, weight, optimizer = started(name, backend)
+    assert optimizer.state[weight]
     for key, value in list(optimizer.state[weight].items()):
         for other in (torch.zeros(9, 7, dtype=value.dtype), torch.zeros(1, dtype=value.dtype)):
             optimizer.state[weight][key] = other
@@ -209,10 +210,8 @@ def test_state_of_another_shape_is_not_loaded(name: str) -> None:
     saved["param_groups"][0]["lr"] = 123.0
     small = nn.Parameter(torch.zeros(3, 6))
     arguments = {"momentum": 0.9} if name in ("sgd", "lars") else {}
-    other = optim.get_optimizer_class(name)(
-        [("first", nn.Parameter(torch.zeros(SHAPE))), ("weight", small)],
-        **arguments,  # type: ignore[call-arg]
-    )
+    kind: Any = optim.get_optimizer_class(name)
+    other = kind([("first", nn.Parameter(torch.zeros(SHAPE))), ("weight", small)], **arguments)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(RefusedError, match=r"'weight'.*\(4, .*\(3, |'weight'.*shape \(6, 1\).*\(3, ") as caught:
         other.load_state_dict(saved)
@@ -253,6 +252,7 @@ def test_shared_memory_is_refused(backend: str) -> None:
     halves = [nn.Parameter(base[:5]), nn.Parameter(base[4:])]
     again = [nn.Parameter(base), nn.Parameter(base.t())]
     columns = [nn.Parameter(base[:, :3]), nn.Parameter(base[:, 2:])]
+    optimizer: optim.FusedOptimizer
     for params in (halves, again, columns):
         optimizer = optim.AdamW([("one", params[0]), ("other", params[1])], backend=backend)
         for param in params:
@@ -292,11 +292,11 @@ def test_memory_that_lies_intertwined_is_not_shared() -> None:
 class Wrapper(Tensor):
     """Holds another tensor, quantized or in low precision, and does its arithmetic in float32."""
 
-    inner: Tensor
+    inner: Tensor  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: Tensor, scale: float) -> Wrapper:
-        return Tensor._make_wrapper_subclass(cls, inner.size(), dtype=torch.float32)  # type: ignore[attr-defined,no-any-return]
+        return Tensor._make_wrapper_subclass(cls, inner.size(), dtype=torch.float32)
 
     def __init__(self, inner: Tensor, scale: float) -> None:
         self.inner, self.scale = inner, scale
@@ -305,7 +305,7 @@ class Wrapper(Tensor):
         return self.inner.float() * self.scale
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return cls(args[0].inner, args[0].scale)
         plain_args = tree_map(lambda x: x.dequantize() if isinstance(x, cls) else x, args)
@@ -326,9 +326,9 @@ def test_parameters_that_hold_other_tensors_are_run_by_torch_operations(
     weight, beside = nn.Parameter(Wrapper(inner.clone(), 0.01)), nn.Parameter(torch.randn(SHAPE))
     bare = nn.Parameter(inner.float() * 0.01)
     arguments: dict[str, Any] = {"momentum": 0.9} if name in ("sgd", "lars") else {}
-    kind = optim.get_optimizer_class(name)
-    optimizer = kind([("weight", weight), ("beside", beside)], lr=0.05, **arguments)  # type: ignore[call-arg]
-    reference = kind([bare], lr=0.05, backend="reference", **arguments)  # type: ignore[call-arg]
+    kind: Any = optim.get_optimizer_class(name)
+    optimizer = kind([("weight", weight), ("beside", beside)], lr=0.05, **arguments)
+    reference = kind([bare], lr=0.05, backend="reference", **arguments)
     for param in (weight, beside, bare):
         param.grad = torch.ones(SHAPE)
     optimizer.step()
@@ -342,7 +342,7 @@ class Stubborn(Wrapper):
     """Knows hardly anything."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return cls(args[0].inner, args[0].scale)
         raise NotImplementedError(f"Stubborn does not implement {func}")
@@ -354,7 +354,7 @@ def test_what_such_a_class_cannot_do_is_said_by_name(backend: str, launches: lis
     weight.grad = torch.ones(SHAPE)
     for kind in (optim.AdamW, optim.SGD, optim.Prodigy):
         with pytest.raises(RefusedError, match=r"'weight'.*Stubborn.*NotImplementedError"):
-            kind([("weight", weight)], backend=backend).step()  # type: ignore[operator]
+            kind([("weight", weight)], backend=backend).step()
     assert launches == []
 
 
@@ -406,6 +406,7 @@ def test_autograd_knows_what_a_step_has_changed(name: str, backend: str) -> None
     _, weight, optimizer = started(name, backend)
     loss = (weight * weight).sum()
     moments = [t for key, t in optimizer.state[weight].items() if key not in ("step",) and t.dim()]
+    assert moments
     versions = [t._version for t in moments]
     optimizer.found_inf = torch.ones(())
     optimizer.step()  # changes nothing
@@ -420,7 +421,7 @@ def test_autograd_knows_what_a_step_has_changed(name: str, backend: str) -> None
 @pytest.mark.parametrize("private", [True, False])
 def test_forms_are_told_apart(private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if private:
-        assert tensor_form.TensorGuards is not None
+        assert tensor_form.TensorGuards is not None  # type: ignore[attr-defined]
     else:
         monkeypatch.setattr(tensor_form, "TensorGuards", None)
     with torch.no_grad():
@@ -459,9 +460,12 @@ def test_a_later_gradient_in_the_memory_of_a_parameter_is_refused(backend: str, 
 
 def test_gradients_side_by_side_with_parameters_are_not_in_their_memory() -> None:
     flat = torch.randn(60)
+    before = flat.clone()
     params = [nn.Parameter(flat[start : start + 10]) for start in (0, 20, 40)]
     optimizer = optim.SGD(params, lr=0.1)
     for _ in range(3):
         for i, param in enumerate(params):
             param.grad = flat[20 * i + 10 : 20 * i + 20]
         optimizer.step()
+    torch.testing.assert_close(flat[::20], before[::20] - 0.3 * before[10::20])
+    assert torch.equal(flat.view(3, 20)[:, 10:], before.view(3, 20)[:, 10:])

@@ -6,6 +6,7 @@ import copy
 import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,7 @@ def test_nothing_is_sorted_twice_when_nothing_changes() -> None:
         optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
         optimizer.step()
         seen.append(optimizer._batches)
+    assert seen[0] is not None
     assert all(batches is seen[0] for batches in seen)
 
 
@@ -181,7 +183,7 @@ def test_what_goes_together_is_asked_once_for_each_group_and_shape(monkeypatch: 
     parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     twins = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     optimizer = optim.Muon(parameters)
-    rule = type(optimizer.rule_of(optimizer.param_groups[0]))
+    rule: Any = type(optimizer.rule_of(optimizer.param_groups[0]))
     asked: list[object] = []
     together = rule.together
     monkeypatch.setattr(

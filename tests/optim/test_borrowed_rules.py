@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_optim import optim
 from lightning_optim.optim import FusedOptimizer
+from tests.helpers import through_a_file
 from tests.optim.cases import assert_same, give, gradients
-from tests.optim.test_checkpoints import through_a_file
 
 NAMES = sorted(optim.list_optimizers())
 # What an owner's hyperparameters call something else in these rules, or what these keep in the group; and tensor rules.
@@ -32,7 +32,7 @@ def make(cls: type[FusedOptimizer], weights: list[Tensor], rule: str | None, bac
     groups: list[dict[str, Any]] = [{"params": [weight]} for weight in weights]
     if rule is not None:
         groups[1]["rule"] = rule
-    return cls(groups, backend=backend, **SHARED)  # type: ignore[call-arg]
+    return cls(groups, backend=backend, **SHARED)
 
 
 def weights() -> list[Tensor]:
@@ -69,7 +69,7 @@ def test_a_borrowed_update_is_that_of_its_own_optimizer(owner: str, rule: str, b
         return  # whose AdamW has betas of its own
     alone = weights()
     own = {"backend": backend, **SHARED}
-    both = [owner_class([alone[0]], **own), rule_class([alone[1]], **own)]  # type: ignore[call-arg]
+    both = [owner_class([alone[0]], **own), rule_class([alone[1]], **own)]
     run(both, alone, 1)
     run(both, alone, 2)
     for a, b in zip(params, alone, strict=True):

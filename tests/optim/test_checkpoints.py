@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import warnings
 from copy import deepcopy
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from lightning_optim import optim
+from tests.helpers import through_a_file
 from tests.optim.cases import (
     BACKENDS,
     CASES,
@@ -32,13 +32,6 @@ with_twin = pytest.mark.parametrize(
     ("case", "setting"),
     [p for p in each_setting(tuple(c for c in CASES if c.torch_twin)) if p.values[1].theirs is None],
 )
-
-
-def through_a_file(state_dict: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @each
@@ -132,7 +125,7 @@ def test_moments_that_torch_kept_in_16_bits_are_widened_and_that_is_said_once(
         optimizer.load_state_dict(saved)
     low = any(v.dtype == dtype for state in saved["state"].values() for v in state.values() if torch.is_tensor(v))
     assert [str(w.message)[:46] for w in told] == [
-        f"Optimizer state that was kept in {str(dtype)[6:]} goes on"[:46]
+        f"Optimizer state that was stored in {str(dtype)[6:]} is converted"[:46]
     ] * low
     arrays = [v for state in optimizer.state.values() for n, v in state.items() if n != "step"]
     assert {v.dtype for v in arrays if v.dim() > 0} <= {torch.float32}
@@ -147,7 +140,7 @@ def test_a_second_moment_loaded_in_bf16_falls(backend: str) -> None:
     weight.grad = torch.ones_like(weight)
     twin.step()
     optimizer = optim.AdamW([weight], lr=0.0, backend=backend)
-    with pytest.warns(UserWarning, match="kept in bfloat16 goes on in float32"):
+    with pytest.warns(UserWarning, match="stored in bfloat16 is converted to float32"):
         optimizer.load_state_dict(twin.state_dict())
     before = optimizer.state[weight]["exp_avg_sq"].clone()
     weight.grad = torch.zeros_like(weight)
@@ -173,7 +166,7 @@ def test_moments_that_our_own_kept_in_fewer_bits_stay(bits: int) -> None:
 @pytest.mark.parametrize(
     ("before", "after"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=["wider", "narrower"]
 )
-@pytest.mark.filterwarnings("ignore:Optimizer state that was kept in float64")
+@pytest.mark.filterwarnings("ignore:Optimizer state that was stored in float64")
 def test_a_run_goes_on_in_another_precision(case: Case, before: torch.dtype, after: torch.dtype, backend: str) -> None:
     """Loaded, and in place, as `module.double()` does it; the same as a run that was in that precision all along."""
     arguments = {"lr": 1e-2, "backend": backend} | (

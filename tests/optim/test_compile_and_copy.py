@@ -112,7 +112,7 @@ def test_a_copy_has_every_public_attribute(case: Case, how: str) -> None:
     optimizer = case.optimizer(params, **case.settings[0].arguments, backend="reference")
     optimizer.collect_step_stats = True
     optimizer.divisor = torch.tensor(2.0)
-    optimizer.note = {"of": "the user"}  # type: ignore[attr-defined]
+    optimizer.note = {"of": "the user"}
     StepLR(optimizer, 1)  # wraps this object's `step`, which is nothing to copy
     run(optimizer, params, 2)
     twin = COPIES[how](optimizer)

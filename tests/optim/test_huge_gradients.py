@@ -50,7 +50,7 @@ def others(param: Tensor) -> Tensor:
 def test_the_other_weights_go_on(name: str, huge: float, backend: str) -> None:
     """Unclipped: all remain finite, and in those that have no sums over the tensor the others are as without it."""
     params = start()
-    cls = optim.get_optimizer_class(name)
+    cls: Any = optim.get_optimizer_class(name)
     train(cls(params, lr=0.01, backend=backend), params, huge)
     assert all(param.isfinite().all() for param in params)
 
@@ -69,8 +69,9 @@ def test_a_variance_of_squares_beyond_float32(momentum: float, backend: str) -> 
 def test_they_go_as_in_wider_arithmetic(name: str, tolerance: float, backend: str) -> None:
     """Where state cannot hold the square, what it can hold stands for it."""
     narrow, wide = start(), start(torch.float64)
+    cls: Any = optim.get_optimizer_class(name)
     for params in (narrow, wide):
-        train(optim.get_optimizer_class(name)(params, lr=0.01, backend=backend), params, 1e20)
+        train(cls(params, lr=0.01, backend=backend), params, 1e20)
     for got, expected in zip(narrow, wide, strict=True):
         torch.testing.assert_close(others(got).double(), others(expected), rtol=0, atol=tolerance)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_optim import optim
 from lightning_optim.kernels import rounding
+from tests.helpers import through_a_file
 from tests.optim.cases import BACKENDS, assert_same, copies, give, gradients, run
-from tests.optim.test_checkpoints import through_a_file
 
 KAHAN, STOCHASTIC = {"kahan_sum": True}, {"stochastic_rounding": True}
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -37,7 +37,8 @@ def weights(dtype: torch.dtype = torch.bfloat16, n: int = 20_000, seed: int = 0)
 
 def test_every_optimizer_takes_the_flags() -> None:
     for name in optim.list_optimizers():
-        taken = optim.get_optimizer_class(name).hyperparameters()
+        cls: Any = optim.get_optimizer_class(name)
+        taken = cls.hyperparameters()
         assert {"kahan_sum", "stochastic_rounding", "state_bits"} <= taken.keys(), name
 
 
@@ -257,7 +258,7 @@ def test_flags_work_with_cautious_and_per_group(backend: str) -> None:
     [
         (torch.bfloat16, {"kahan_sum": True, "stochastic_rounding": True}, "choose one"),
         (torch.float16, {"stochastic_rounding": True}, "is float16.*bfloat16"),
-        (torch.bfloat16, {"kahan_sum": 1}, "kahan_sum=1; needed is True or False"),
+        (torch.bfloat16, {"kahan_sum": 1}, "kahan_sum=1: must be True or False"),
     ],
 )
 def test_what_cannot_work_is_refused(dtype: torch.dtype, arguments: Any, message: str) -> None:
@@ -270,8 +271,10 @@ def test_a_backend_that_does_not_know_the_flags_leaves_them_to_reference(monkeyp
 
     monkeypatch.setattr(CpuBackend, "low_precision", False)
     monkeypatch.setattr(CpuBackend, "apply", None)
-    params = weights(n=200)
+    params, expected = weights(n=200), weights(n=200)
     run(optim.AdamW(params, kahan_sum=True, backend="cpu"), params, 1)
+    run(optim.AdamW(expected, kahan_sum=True, backend="reference"), expected, 1)
+    assert_same(params, expected)
 
 
 @each_flag

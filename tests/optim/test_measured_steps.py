@@ -47,7 +47,7 @@ def optimizer_of(cls: type[FusedOptimizer], flags: str, backend: str) -> FusedOp
     if "momentum" in cls.hyperparameters():
         given["momentum"] = 0.9
     try:
-        return cls(params, lr=0.01, backend=backend, **given)
+        return cls(params, lr=0.01, backend=backend, **given)  # type: ignore[call-arg]
     except (ValueError, TypeError):
         return None
 

@@ -44,7 +44,8 @@ def beyond(name: str, backend: str, kind: str, width: int = WIDTH) -> float:
     settings = dict(KINDS[kind])
     params = layers(settings.pop("dtype", torch.float32), width)
     later = {key: settings.pop(key) for key in ("divisor", "collect_step_stats") if key in settings}
-    optimizer = optim.get_optimizer_class(name)(params, lr=1e-3, backend=backend, **settings)
+    cls: Any = optim.get_optimizer_class(name)
+    optimizer = cls(params, lr=1e-3, backend=backend, **settings)
     for attribute, value in later.items():
         setattr(optimizer, attribute, value)
     for _ in range(2):
@@ -109,7 +110,8 @@ def test_cutting_a_model_into_parts_changes_nothing(
     torch.manual_seed(0)
     params = [torch.randn(shape, requires_grad=True) for shape in shapes]
     twins = copies(params)
-    one, other = (optim.get_optimizer_class(name)(some, lr=0.1, backend=backend, **kind) for some in (params, twins))
+    cls: Any = optim.get_optimizer_class(name)
+    one, other = (cls(some, lr=0.1, backend=backend, **kind) for some in (params, twins))
     one.collect_step_stats = other.collect_step_stats = True
     for grads in gradients(params, 3):
         give(params, grads)

@@ -181,10 +181,10 @@ def test_a_vector_cannot_be_given_to_the_rule(optimizer_class: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adjust_lr_fn": "rms"}, r"Muon: adjust_lr_fn='rms'; needed is None, 'original' or 'match_rms_adamw'"),
-        ({"ns_steps": 0}, r"ns_steps=0; needed is a whole number from 1 to 99"),
-        ({"ns_coefficients": (1.0, 2.0)}, r"ns_coefficients=\(1.0, 2.0\) has 2 numbers; needed are 3"),
-        ({"adamw_betas": (0.9, 1.0)}, r"AdamW: betas\[1\]=1.0 is out of range"),
+        ({"adjust_lr_fn": "rms"}, r"Muon: Invalid adjust_lr_fn='rms': must be None, 'original' or 'match_rms_adamw'"),
+        ({"ns_steps": 0}, r"ns_steps=0: must be a whole number from 1 to 99"),
+        ({"ns_coefficients": (1.0, 2.0)}, r"ns_coefficients=\(1.0, 2.0\): must be 3 numbers, not 2"),
+        ({"adamw_betas": (0.9, 1.0)}, r"AdamW: Invalid betas\[1\]=1.0"),
     ],
 )
 def test_wrong_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -194,7 +194,7 @@ def test_wrong_settings_are_refused(arguments: dict[str, Any], message: str) -> 
 
 def test_a_refused_half_leaves_no_group_behind() -> None:
     optimizer = optim.Muon([torch.ones(2, 2, requires_grad=True)])
-    with pytest.raises(ValueError, match="complex64; needed is a real"):
+    with pytest.raises(ValueError, match="complex64, but must have a real"):
         optimizer.add_param_group({"params": [torch.ones(2, 2), torch.ones(2, dtype=torch.complex64)]})
     assert len(optimizer.param_groups) == 1
 
@@ -335,7 +335,7 @@ def test_three_dimensions_are_refused_until_somebody_says_what_they_are(optimize
         ValueError, match=r"'w1': its shape \(3, 6, 4\) may be a stack .* flatten=False or flatten=True"
     ):
         optimizer_class([("w1", experts)])
-    with pytest.raises(ValueError, match="flatten=1; needed is None, True or False"):
+    with pytest.raises(ValueError, match="flatten=1: must be None, True or False"):
         optimizer_class([experts], flatten=1)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_optim import optim
 from lightning_optim.kernels import quantization, rounding
 from lightning_optim.optim import FusedOptimizer
+from tests.helpers import through_a_file
 from tests.optim.cases import BACKENDS, assert_same, copies, give, gradients, run
-from tests.optim.test_checkpoints import through_a_file
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_width = pytest.mark.parametrize("bits", [16, 8])
@@ -294,11 +294,14 @@ def test_training_reaches_the_accuracy_of_float32_state(make: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: optim.AdamW(p, state_bits=4), "state_bits=4; needed is 32, 16 or 8"),
-        (lambda p: optim.SGD(p, state_bits=8), "SGD: state_bits=8 cannot be used, because it keeps no state"),
-        (lambda p: optim.AdamW([{"params": p, "state_bits": 8.5}]), "state_bits=8.5; needed"),
-        (lambda p: optim.AdamW([q.detach().double() for q in p], state_bits=16), "is float64; state_bits=16"),
-        (lambda p: optim.Adagrad([{"params": p, "state_bits": 8}]), "Adagrad: state_bits=8 cannot be used.*sums"),
+        (lambda p: optim.AdamW(p, state_bits=4), "state_bits=4: must be 32, 16 or 8"),
+        (lambda p: optim.SGD(p, state_bits=8), "SGD: Invalid state_bits=8: must be 32, because it keeps no state"),
+        (lambda p: optim.AdamW([{"params": p, "state_bits": 8.5}]), "state_bits=8.5: must"),
+        (
+            lambda p: optim.AdamW([q.detach().double() for q in p], state_bits=16),
+            "is float64, whose precision state_bits=16",
+        ),
+        (lambda p: optim.Adagrad([{"params": p, "state_bits": 8}]), "Adagrad: Invalid state_bits=8.*sums"),
     ],
 )
 def test_what_cannot_work_is_refused(make: Any, message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,6 +35,7 @@ def compare_shards_with_wholes() -> None:
             one.step()
             other.step()
         for a, b in zip(whole, sharded, strict=True):
+            assert isinstance(b, DTensor)
             torch.testing.assert_close(a.detach(), b.full_tensor().detach())
             assert isinstance(other.state[b]["exp_avg"], DTensor)
         torch.testing.assert_close(one.step_stats.sums, other.step_stats.sums, rtol=1e-5, atol=1e-5)
@@ -62,12 +65,13 @@ def sorted_once() -> None:
             placement = Replicate() if step == 4 else Shard(0)  # another one than the parameter's is redistributed
             b.grad = distribute_tensor(a.grad, mesh, [placement])
         if step == 2:
-            shard = sharded[0]._local_tensor
-            sharded[0]._local_tensor = shard.detach().clone()  # as FSDP2 gives a parameter another shard
+            moved: Any = sharded[0]
+            moved._local_tensor = moved._local_tensor.detach().clone()  # as FSDP2 gives a parameter another shard
         one.step()
         other.step()
         kept.append(other._batches)
         for a, b in zip(whole, sharded, strict=True):
+            assert isinstance(b, DTensor)
             torch.testing.assert_close(a.detach(), b.full_tensor().detach())
     assert [kept[i] is kept[i - 1] for i in (1, 2, 3)] == [True, False, True]
 

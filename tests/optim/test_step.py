@@ -84,7 +84,7 @@ def test_gradients_are_divided_by_divisor_and_grad_scale(
         values = [None if g is None else g.clone() for g in kept]
         one.step()
         assert all(p.grad is g for p, g in zip(first, kept, strict=True))
-        assert all(v is None or torch.equal(v, g) for v, g in zip(values, kept, strict=True))  # type: ignore[arg-type]
+        assert all(v is None or torch.equal(v, g) for v, g in zip(values, kept, strict=True))
         scaled = [g / (4 * (divisor[i - 1] if per_tensor else divisor)) for i, g in enumerate(grads)]
         give(second, scaled)
         second[0].grad = None
@@ -191,7 +191,7 @@ def test_a_divisor_of_the_wrong_shape_is_refused() -> None:
     for param in params[:2]:
         param.grad = torch.ones(1)
     optimizer.divisor = torch.ones(3)
-    with pytest.raises(ValueError, match=r"divisor has shape \(3,\); needed is \[\] or .*, \[2\]"):
+    with pytest.raises(ValueError, match=r"divisor has shape \(3,\), but must be \[\] or .*, \[2\]"):
         optimizer.step()
 
 

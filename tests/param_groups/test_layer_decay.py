@@ -200,7 +200,7 @@ def test_muon_is_routed_within_each_depth():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"layer_decay": 0}, r"layer_decay=0;.*\(0, 1\]"),
+        ({"layer_decay": 0}, r"layer_decay=0: must be.*\(0, 1\]"),
         ({"layer_decay": 1.5}, "layer_decay=1.5"),
         ({"layer_decay": 0.5, "min_multiplier": 2}, "min_multiplier=2"),
         ({"layer_decay": 0.5, "pattern": "("}, r"pattern='\('"),
@@ -215,13 +215,13 @@ def test_bad_layer_decay_is_refused(options, told):
 @pytest.mark.parametrize(
     ("model", "rules", "told"),
     [
-        (tree(a=linear(), b=linear()), [LayerDecay(0.5)], r"no depth.*group_matcher.*layers\.N.*'a\.weight'.*pattern"),
+        (tree(a=linear(), b=linear()), [LayerDecay(0.5)], r"No depth.*group_matcher.*layers\.N.*'a\.weight'.*pattern"),
         (tree(a=linear()), [LayerDecay(0.5, r"step_(\d+)")], r"matches no parameter.*'a\.weight'"),
-        (tree(a=linear()), [LayerDecay(0.5, r"(\w)\.weight")], r"catches \('a',\) in 'a\.weight'.*number"),
+        (tree(a=linear()), [LayerDecay(0.5, r"(\w)\.weight")], r"captures \('a',\) in 'a\.weight'.*number"),
         (tree(a=linear()), [LayerDecay(0.5), LayerDecay(0.6)], "Two LayerDecay"),
     ],
 )
-def test_what_has_no_depth_is_refused(model, rules, told):
+def test_models_without_a_recognised_depth_are_refused(model, rules, told):
     with pytest.raises(ValueError, match=told):
         build(model, rules)
 
@@ -246,7 +246,7 @@ def test_hidden_matrices_are_scaled_by_width_and_nothing_else():
 
 
 @pytest.mark.parametrize("scale_head", [False, True])
-def test_a_base_models_shapes_say_what_has_grown_and_by_how_much(scale_head):
+def test_base_shapes_determine_which_matrices_are_scaled_and_by_what_factor(scale_head):
     base = shapes_of(mlp(4, factor=4))
     groups = build(mlp(16, factor=2), [WidthScaling(base_shapes=base, scale_head=scale_head)])
     found = {name: group["lr_multiplier"] for group in groups for name, _ in group["params"]}
@@ -280,7 +280,7 @@ def test_one_rate_serves_all_widths_in_the_first_step():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({}, "needed are base_width and width"),
+        ({}, "Give base_width and width"),
         ({"base_width": 4}, "base_width=4, width=None"),
         ({"base_width": 4, "width": 8, "base_shapes": {"a": [1]}}, "base_shapes alone"),
         ({"base_width": 0, "width": 8}, "base_width=0"),

@@ -39,7 +39,7 @@ def test_without_rules_there_is_one_group_of_everything():
     assert _names(model, build_param_groups(model)) == {"default": [name for name, _ in model.named_parameters()]}
 
 
-def test_every_trainable_parameter_is_in_exactly_one_group_whatever_the_rules():
+def test_every_trainable_parameter_is_in_exactly_one_group_under_any_rules():
     model = Model()
     model.head.weight.requires_grad_(False)
     rules = [
@@ -208,7 +208,7 @@ def test_a_rule_left_nothing_by_an_earlier_one_names_that():
         build_param_groups(Model(), rules)
 
 
-def test_a_rule_that_matches_only_frozen_parameters_says_so():
+def test_a_rule_that_matches_only_frozen_parameters_is_refused_with_that_reason():
     model = Model()
     model.head.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen"):
@@ -246,7 +246,7 @@ def test_a_model_with_nothing_to_train_is_refused(model, told):
         ({"pattern": "x", "lr": math.inf}, "finite"),
         ({"pattern": "x", "lr": 0.1, "lr_multiplier": 2}, "one of them"),
         ({"pattern": "x", "betas": [0.9, 1.0]}, r"\[0, 1\)"),
-        ({"pattern": "x", "options": {"lr": 1}}, "beside the options, as `lr`"),
+        ({"pattern": "x", "options": {"lr": 1}}, "outside of the options, as `lr`"),
         ({"pattern": "x", "options": {"name": "y"}}, "'name'"),
         ({"pattern": "x", "frozen_until": "one epoch"}, "'2 epochs'"),
         ({"pattern": "x", "frozen_until": 0.1}, "'10%'"),
@@ -299,7 +299,7 @@ class SaysItself(nn.Module):
 
 
 @pytest.mark.parametrize("answer", ["get_classifier", "get_output_embeddings"])
-def test_the_head_is_what_the_model_says_it_is(answer):
+def test_the_head_is_the_module_that_the_model_declares(answer):
     groups = build_param_groups(nn.ModuleDict({"net": SaysItself(answer)}), [ParamGroupRule(name="x", part="head")])
     assert [name for name, _ in groups[0]["params"]] == ["net.up.weight", "net.up.bias"]
 

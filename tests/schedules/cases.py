@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import cos, pi, sqrt, tanh
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from lightning_optim import schedules as s
 
@@ -44,6 +47,19 @@ def _restarts(t: int, n: int) -> float:
 def _wsd(decay: Callable[[float], float], final: float) -> Callable[[int, int], float]:
     # the last 6 steps
     return lambda t, n: 1 if t <= n - 6 else final + (1 - final) * decay((t - (n - 6)) / 6)
+
+
+def cosine(step: int, total: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Multiplier of half a cosine after a linear warmup."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return final + (1 - final) * (1 + cos(pi * (min(step, total) - warmup) / (total - warmup))) / 2
+
+
+def optimizer_of(*rates: float, **options: Any) -> torch.optim.SGD:
+    """One group for each rate, with one number to train."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in rates]
+    return torch.optim.SGD(groups, lr=1.0, **options)
 
 
 CASES = [

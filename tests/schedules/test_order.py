@@ -14,11 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 from lightning_optim import optim
 from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import Cosine, Linear, ReduceOnPlateau, Scheduler
-
-
-def _optimizer(*rates, **options):
-    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in rates]
-    return torch.optim.SGD(groups, lr=1.0, **options)
+from tests.schedules.cases import optimizer_of
 
 
 def _said(move):
@@ -29,7 +25,7 @@ def _said(move):
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, optim.SGD])
-def test_a_scheduler_moved_before_its_optimizer_says_so_once_as_torchs(cls):
+def test_a_scheduler_stepped_before_its_optimizer_warns_once_as_torchs_does(cls):
     def move(make):
         optimizer = cls([nn.Parameter(torch.zeros(1))], lr=1.0)
         scheduler = make(optimizer)
@@ -43,7 +39,7 @@ def test_a_scheduler_moved_before_its_optimizer_says_so_once_as_torchs(cls):
 
 
 def _resumed(scheduler):
-    scheduler.load_state_dict(Scheduler(_optimizer(1.0), Linear(), Horizon(9)).state_dict() | {"last_epoch": 3})
+    scheduler.load_state_dict(Scheduler(optimizer_of(1.0), Linear(), Horizon(9)).state_dict() | {"last_epoch": 3})
 
 
 def _skipped(scheduler):
@@ -58,14 +54,14 @@ def _wrapped_anew(scheduler):
 
 
 @pytest.mark.parametrize("first", [lambda s: s.optimizer.step(), _resumed, _skipped, _wrapped_anew])
-def test_where_there_is_nothing_to_say_nothing_is_said(first):
-    scheduler = Scheduler(_optimizer(1.0), Linear(), Horizon(9))
+def test_no_warning_without_a_wrong_order(first):
+    scheduler = Scheduler(optimizer_of(1.0), Linear(), Horizon(9))
     first(scheduler)
     assert _said(scheduler.step) == []
 
 
 def test_a_skipped_step_does_not_use_the_warning_up():
-    scheduler = Scheduler(_optimizer(1.0), Linear(), Horizon(9))
+    scheduler = Scheduler(optimizer_of(1.0), Linear(), Horizon(9))
     skips = iter([0, 1, 1])
     scheduler.hold_on(lambda: next(skips))
     assert _said(scheduler.step) == []
@@ -75,16 +71,15 @@ def test_a_skipped_step_does_not_use_the_warning_up():
 # Going on without a state.
 
 
-def test_a_run_goes_on_from_the_step_given():
-    whole = Scheduler(_optimizer(0.4, 0.04, momentum=0.5), Cosine(warmup=3), Horizon(20), {"momentum": Linear()})
+def test_a_run_continues_from_the_given_step():
+    whole = Scheduler(optimizer_of(0.4, 0.04, momentum=0.5), Cosine(warmup=3), Horizon(20), {"momentum": Linear()})
     for _ in range(7):
         whole.optimizer.step()
         whole.step()
     groups = whole.optimizer.state_dict()["param_groups"]
-    optimizer = _optimizer(0.4, 0.04, momentum=0.5)
+    optimizer = optimizer_of(0.4, 0.04, momentum=0.5)
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
     rest = Scheduler(optimizer, Cosine(warmup=3), Horizon(20), {"momentum": Linear()}, last_epoch=6)
-    assert not rest.is_fresh
     for _ in range(5):
         assert rest.last_epoch == whole.last_epoch
         for one, other in zip(optimizer.param_groups, whole.optimizer.param_groups, strict=True):
@@ -95,7 +90,7 @@ def test_a_run_goes_on_from_the_step_given():
 
 
 def test_the_step_given_means_what_torchs_schedulers_mean_by_it():
-    ours, theirs = _optimizer(0.4), _optimizer(0.4)
+    ours, theirs = optimizer_of(0.4), optimizer_of(0.4)
     for optimizer in (ours, theirs):
         optimizer.param_groups[0]["initial_lr"] = 0.8
     one = Scheduler(ours, Linear(final=0.5), Horizon(10), last_epoch=3)
@@ -119,7 +114,7 @@ def test_the_step_given_means_what_torchs_schedulers_mean_by_it():
     ],
 )
 def test_a_run_that_cannot_go_on_is_refused(options, error, told):
-    optimizer = _optimizer(0.4, momentum=0.9)
+    optimizer = optimizer_of(0.4, momentum=0.9)
     if "lr" in options:
         optimizer.param_groups[0]["initial_lr"] = options.pop("lr")
     with pytest.raises(error, match=told):

@@ -27,13 +27,9 @@ from lightning_optim.schedules import (
     Warmup,
 )
 from lightning_optim.schedules.plateau import Plateau
+from tests.schedules.cases import optimizer_of
 
 PEAKS = (0.4, 0.02)
-
-
-def _optimizer(*rates, **options):
-    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in rates]
-    return torch.optim.SGD(groups, lr=1.0, **options)
 
 
 def _rates(optimizer, scheduler, steps):
@@ -63,7 +59,7 @@ def _rates(optimizer, scheduler, steps):
     ids=lambda schedule: repr(schedule).split("(")[0] + ("3" if "three" in repr(schedule) else ""),
 )
 def test_all_groups_end_at_the_rate_named(schedule):
-    optimizer = _optimizer(*PEAKS)
+    optimizer = optimizer_of(*PEAKS)
     rates = _rates(optimizer, Scheduler(optimizer, schedule, Horizon(20)), 25)
     assert [max(of_group) for of_group in zip(*rates, strict=True)] == pytest.approx(PEAKS)
     for late in rates[20:]:
@@ -71,14 +67,14 @@ def test_all_groups_end_at_the_rate_named(schedule):
 
 
 def test_a_cosine_to_a_rate_is_torchs():
-    theirs, ours = _optimizer(*PEAKS), _optimizer(*PEAKS)
+    theirs, ours = optimizer_of(*PEAKS), optimizer_of(*PEAKS)
     expected = _rates(theirs, t.CosineAnnealingLR(theirs, 20, eta_min=1e-3), 21)
     for step, rates in enumerate(_rates(ours, Scheduler(ours, Cosine(final_lr=1e-3), Horizon(20)), 21)):
         assert rates == pytest.approx(expected[step], rel=1e-12)
 
 
 def test_a_warmup_starts_at_the_rate_named():
-    optimizer = _optimizer(*PEAKS)
+    optimizer = optimizer_of(*PEAKS)
     scheduler = Scheduler(optimizer, Constant(warmup=Warmup(4, start_lr=0.01)), Horizon())
     assert _rates(optimizer, scheduler, 5) == [
         pytest.approx([0.01 + (peak - 0.01) * step / 4 for peak in PEAKS]) for step in range(5)
@@ -86,7 +82,7 @@ def test_a_warmup_starts_at_the_rate_named():
 
 
 def test_a_late_group_follows_to_the_same_rate():
-    optimizer = _optimizer(0.4)
+    optimizer = optimizer_of(0.4)
     scheduler = Scheduler(optimizer, Linear(final_lr=0.1), Horizon(10))
     _rates(optimizer, scheduler, 5)
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.125})
@@ -115,21 +111,23 @@ def test_the_rate_of_a_tensor_group_is_read_once(monkeypatch):
         (lambda: Cosine(final=0.1, final_lr=1e-3), r"Cosine takes final=0.1.*or final_lr=0.001.*not both"),
         (lambda: Cooldown(5, final=0.1, final_lr=1e-3), r"Cooldown takes final=0.1.*not both"),
         (lambda: Warmup(5, start=0.1, start_lr=1e-3), r"Warmup takes start=0.1.*or start_lr=0.001.*not both"),
-        (lambda: Linear(final_lr=-1.0), r"final_lr=-1.0 of Linear: it is a learning rate"),
+        (lambda: Linear(final_lr=-1.0), r"final_lr=-1.0 of Linear: must be a learning rate"),
         (lambda: Warmup(5, start_lr=float("nan")), r"start_lr=nan of Warmup"),
         (lambda: Warmup(5, "exponential", start_lr=0.0), r"start_lr=0 of an exponential warmup"),
         (lambda: Exponential(final_lr=0.0), r"final_lr=0 of Exponential"),
         (lambda: Cosine(final_lr=1e-3)(5, 10), r"names a learning rate.*for_peak"),
         (
-            lambda: Scheduler(_optimizer(0.4, 1e-4), Cosine(final_lr=1e-3), Horizon(9)),
+            lambda: Scheduler(optimizer_of(0.4, 1e-4), Cosine(final_lr=1e-3), Horizon(9)),
             r"final_lr=0.001 is not below the peak learning rate of group 1, 0.0001",
         ),
         (
-            lambda: Scheduler(_optimizer(0.4), Constant(warmup=Warmup(4, start_lr=0.4)), Horizon(9)),
+            lambda: Scheduler(optimizer_of(0.4), Constant(warmup=Warmup(4, start_lr=0.4)), Horizon(9)),
             r"start_lr of the warmup=0.4 is not below.*group 0, 0.4",
         ),
         (
-            lambda: Scheduler(_optimizer(0.4, momentum=0.9), Linear(), Horizon(9), {"momentum": Linear(final_lr=0.1)}),
+            lambda: Scheduler(
+                optimizer_of(0.4, momentum=0.9), Linear(), Horizon(9), {"momentum": Linear(final_lr=0.1)}
+            ),
             r"names a learning rate, and is to drive momentum.*final",
         ),
         (
@@ -139,7 +137,7 @@ def test_the_rate_of_a_tensor_group_is_read_once(monkeypatch):
         (lambda: lo.GradientClipping(1.0, schedule=Cosine(final_lr=0.1)), r"drive the limit of the gradients"),
     ],
 )
-def test_rates_that_cannot_be_are_refused(make, told):
+def test_invalid_rates_are_refused(make, told):
     with pytest.raises(ValueError, match=told):
         make()
 
@@ -165,9 +163,9 @@ def test_rates_that_cannot_be_are_refused(make, told):
 def test_a_plateau_is_torchs_look_by_look(mode, ours, theirs):
     generator = torch.Generator().manual_seed(3)
     values = (torch.rand(60, generator=generator) + 0.05).tolist()
-    other = _optimizer(*PEAKS)
+    other = optimizer_of(*PEAKS)
     reference = t.ReduceLROnPlateau(other, mode, 0.5, 2, **theirs)
-    optimizer = _optimizer(*PEAKS)
+    optimizer = optimizer_of(*PEAKS)
     scheduler = Scheduler(optimizer, ReduceOnPlateau(mode=mode, factor=0.5, patience=2, **ours), Horizon())
     for value in [*values[:30], float("nan"), float("inf"), *values[30:]]:
         reference.step(value)
@@ -177,8 +175,8 @@ def test_a_plateau_is_torchs_look_by_look(mode, ours, theirs):
     assert rates[0] < PEAKS[0]
 
 
-def test_a_plateau_behind_a_warmup_from_a_rate_and_beside_a_schedule_of_a_groups_own():
-    optimizer = _optimizer(*PEAKS, 0.1)
+def test_a_plateau_with_a_warmup_from_start_lr_and_another_schedule_in_one_group():
+    optimizer = optimizer_of(*PEAKS, 0.1)
     optimizer.param_groups[2] |= {"schedule": Linear(warmup=2, final_lr=0.01), "name": "own"}
     schedule = ReduceOnPlateau(warmup=Warmup(2, start_lr=0.01), factor=0.5, patience=0)
     scheduler = Scheduler(optimizer, schedule, Horizon(11))
@@ -197,10 +195,10 @@ def test_a_plateaus_state_of_0_1_had_its_level(floor, level, reductions):
     assert plateau.level == pytest.approx(level)
 
 
-def test_a_plateau_goes_on_from_its_state():
+def test_a_plateau_continues_from_its_state():
     def make():
         schedule = ReduceOnPlateau(factor=0.5, patience=0, grace=2, min_lr=[0.15, 0.0])
-        return Scheduler(_optimizer(*PEAKS), schedule, Horizon())
+        return Scheduler(optimizer_of(*PEAKS), schedule, Horizon())
 
     scheduler = make()
     for value in (1.0, 1.0, 1.0):  # reduced once, and one of two looks of grace is left
@@ -222,10 +220,10 @@ def test_a_plateau_goes_on_from_its_state():
         ({"min_lr": -0.1}, r"min_lr=-0.1"),
         ({"min_lr": [0.1, float("nan")]}, r"min_lr=\[0.1, nan\]"),
         ({"eps": float("inf")}, r"eps=inf"),
-        ({"min_lr": [0.1]}, r"min_lr has 1 learning rates, and there are 2 groups"),
-        ({"min_lr": {"hed": 0.1}}, r"min_lr names 'hed', which is no group"),
+        ({"min_lr": [0.1]}, r"min_lr has 1 learning rates, but there are 2 groups"),
+        ({"min_lr": {"hed": 0.1}}, r"min_lr names 'hed', which is not a group"),
     ],
 )
-def test_a_plateau_that_cannot_be_is_refused(options, told):
+def test_an_invalid_plateau_is_refused(options, told):
     with pytest.raises(ValueError, match=told):
-        Scheduler(_optimizer(*PEAKS), ReduceOnPlateau(**options), Horizon())
+        Scheduler(optimizer_of(*PEAKS), ReduceOnPlateau(**options), Horizon())

@@ -13,24 +13,14 @@ from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import Cosine, Linear, MultiStepDecay, ReduceOnPlateau, Scheduler, StepDecay
 from lightning_optim.schedules.plateau import Observer
 from tests.distributed.ranks import run_ranks
-
-
-def _cosine(step, total, warmup, final):
-    if step < warmup:
-        return (step + 1) / warmup
-    return final + (1 - final) * (1 + math.cos(math.pi * (min(step, total) - warmup) / (total - warmup))) / 2
-
-
-def _optimizer(*rates, **options):
-    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in rates]
-    return torch.optim.SGD(groups, lr=1.0, **options)
+from tests.schedules.cases import cosine, optimizer_of
 
 
 def test_scheduler_keeps_the_ratio_of_the_groups():
-    optimizer = _optimizer(0.4, 0.04)
+    optimizer = optimizer_of(0.4, 0.04)
     scheduler = Scheduler(optimizer, Cosine(warmup=4, final=0.1), Horizon(total_steps=20))
     for step in range(25):
-        expected = _cosine(step, 20, 4, 0.1)
+        expected = cosine(step, 20, 4, 0.1)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4 * expected, 0.04 * expected])
         assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
         optimizer.step()
@@ -38,7 +28,7 @@ def test_scheduler_keeps_the_ratio_of_the_groups():
 
 
 def test_scheduler_without_a_length_keeps_the_peak_until_it_is_resolved():
-    optimizer = _optimizer(0.4)
+    optimizer = optimizer_of(0.4)
     scheduler = Scheduler(optimizer, Linear(warmup=4))
     assert optimizer.param_groups[0]["lr"] == 0.4
     scheduler.resolve(Horizon(total_steps=10))
@@ -47,8 +37,8 @@ def test_scheduler_without_a_length_keeps_the_peak_until_it_is_resolved():
 
 def test_scheduler_refuses_a_run_that_its_schedule_does_not_fit():
     with pytest.raises(ValueError, match="longer than the run"):
-        Scheduler(_optimizer(0.4), Linear(warmup=11), Horizon(total_steps=10))
-    scheduler = Scheduler(_optimizer(0.4), Linear(warmup=11))
+        Scheduler(optimizer_of(0.4), Linear(warmup=11), Horizon(total_steps=10))
+    scheduler = Scheduler(optimizer_of(0.4), Linear(warmup=11))
     with pytest.raises(ValueError, match="longer than the run"):
         scheduler.resolve(Horizon(total_steps=10))
 
@@ -69,7 +59,7 @@ def test_tensor_rates_are_written_in_place():
 
 
 def test_a_group_added_later_follows_at_the_ratio_it_joined_with():
-    optimizer = _optimizer(0.4)
+    optimizer = optimizer_of(0.4)
     scheduler = Scheduler(optimizer, Linear(), Horizon(total_steps=4))
     optimizer.step()
     scheduler.step()
@@ -81,7 +71,7 @@ def test_a_group_added_later_follows_at_the_ratio_it_joined_with():
 
 def test_skipped_steps_do_not_advance_it():
     skipped = 3
-    scheduler = Scheduler(_optimizer(1.0), Linear(), Horizon(total_steps=10))
+    scheduler = Scheduler(optimizer_of(1.0), Linear(), Horizon(total_steps=10))
     scheduler.hold_on(lambda: skipped)
     positions = []
     for skips in (3, 4, 4, 6, 6, 6):  # an accelerator may tell of two skips at once
@@ -94,7 +84,7 @@ def test_skipped_steps_do_not_advance_it():
 
 def test_state_is_the_position_and_its_curve_and_restores_the_rate():
     def make():
-        optimizer = _optimizer(0.4)
+        optimizer = optimizer_of(0.4)
         return Scheduler(optimizer, Cosine(warmup=3), Horizon(total_steps=20))
 
     scheduler = make()
@@ -118,7 +108,7 @@ def test_state_is_the_position_and_its_curve_and_restores_the_rate():
 
 
 def test_an_epoch_is_refused():
-    scheduler = Scheduler(_optimizer(1.0), Linear(), Horizon(total_steps=10))
+    scheduler = Scheduler(optimizer_of(1.0), Linear(), Horizon(total_steps=10))
     with pytest.raises(ValueError, match="epoch=3"):
         scheduler.step(3)
 
@@ -165,14 +155,14 @@ def test_a_named_group_may_have_a_schedule_of_its_own():
         ({"weight_decya": Linear()}, r"SGD has no hyperparameter 'weight_decya'.*'weight_decay'"),
         ({"beta1": Linear()}, r"no hyperparameter 'beta1'"),
         ({"nesterov": Linear()}, r"no hyperparameter 'nesterov'"),
-        ({"lr": Linear()}, r"given as `schedule`"),
+        ({"lr": Linear()}, r"lr as `schedule`"),
         ({"momentum": Linear(final=1.2)}, r"schedule of momentum would set it to 1.*below 1"),
         ({"momentum": Linear(warmup=11)}, r"longer than the run"),
     ],
 )
 def test_a_hyperparameter_that_cannot_be_scheduled_is_refused(schedules, told):
     with pytest.raises(ValueError, match=told):
-        Scheduler(_optimizer(0.1, momentum=0.9), Linear(), Horizon(total_steps=10), schedules)
+        Scheduler(optimizer_of(0.1, momentum=0.9), Linear(), Horizon(total_steps=10), schedules)
 
 
 # A metric.
@@ -184,9 +174,9 @@ def test_a_plateau_is_what_torch_takes_for_one(mode, patience):
     generator = torch.Generator().manual_seed(0)
     values = (torch.rand(60, generator=generator) + 0.05).tolist()
     values[10] = math.nan
-    theirs = _optimizer(0.4)
+    theirs = optimizer_of(0.4)
     reference = torch.optim.lr_scheduler.ReduceLROnPlateau(theirs, mode, 0.5, patience, min_lr=0.4 * 0.1)
-    ours = _optimizer(0.4)
+    ours = optimizer_of(0.4)
     schedule = ReduceOnPlateau(warmup=3, mode=mode, factor=0.5, patience=patience, floor=0.1)
     scheduler = Scheduler(ours, schedule, Horizon())
     scheduler.observe(values[0] - 1000 if mode == "min" else 1000)  # during the warmup: does not count
@@ -202,7 +192,7 @@ def test_a_plateau_is_what_torch_takes_for_one(mode, patience):
 
 def test_a_plateau_resumes_where_it_was():
     def make():
-        return Scheduler(_optimizer(0.4), ReduceOnPlateau(factor=0.5, patience=1), Horizon())
+        return Scheduler(optimizer_of(0.4), ReduceOnPlateau(factor=0.5, patience=1), Horizon())
 
     scheduler = make()
     for value in (1.0, 1.0, 1.0, 1.0):
@@ -216,22 +206,22 @@ def test_a_plateau_resumes_where_it_was():
 
 def test_other_schedules_look_at_no_metric():
     with pytest.raises(ValueError, match=r"Linear\(\) looks at no metric.*ReduceOnPlateau"):
-        Scheduler(_optimizer(0.4), Linear(), Horizon(total_steps=9)).observe(1.0)
+        Scheduler(optimizer_of(0.4), Linear(), Horizon(total_steps=9)).observe(1.0)
 
 
 # Loading a state of another curve.
 
 
 def _moved(schedule, total, steps):
-    scheduler = Scheduler(_optimizer(1.0), schedule, Horizon(total_steps=total))
+    scheduler = Scheduler(optimizer_of(1.0), schedule, Horizon(total_steps=total))
     for _ in range(steps):
         scheduler.optimizer.step()
         scheduler.step()
     return scheduler
 
 
-def test_a_longer_run_stays_on_its_old_curve_and_says_so():
-    longer = Scheduler(_optimizer(1.0), Linear(final=0.2), Horizon(total_steps=20))
+def test_a_longer_run_keeps_its_old_curve_with_a_warning():
+    longer = Scheduler(optimizer_of(1.0), Linear(final=0.2), Horizon(total_steps=20))
     with pytest.warns(UserWarning, match=r"ends at step 10, this run at 20.*on_resume=\"config\""):
         longer.load_state_dict(_moved(Linear(final=0.2), 10, 5).state_dict())
     assert longer.get_last_lr() == pytest.approx([0.6])
@@ -242,7 +232,7 @@ def test_a_longer_run_stays_on_its_old_curve_and_says_so():
 def test_a_longer_run_is_stretched_when_asked_to(late):
     told = []
     longer = Scheduler(
-        _optimizer(1.0),
+        optimizer_of(1.0),
         Linear(final=0.2),
         None if late else Horizon(total_steps=20),
         on_resume="config",
@@ -259,10 +249,10 @@ def test_a_longer_run_is_stretched_when_asked_to(late):
 def test_another_schedule_is_refused_or_taken_as_said():
     state = _moved(Linear(), 10, 5).state_dict()
     with pytest.raises(ValueError, match=r"lr: Linear\(\) → Cosine\(\).*on_resume=\"config\""):
-        Scheduler(_optimizer(1.0), Cosine(), Horizon(total_steps=10)).load_state_dict(state)
+        Scheduler(optimizer_of(1.0), Cosine(), Horizon(total_steps=10)).load_state_dict(state)
     told = []
     taken = Scheduler(
-        _optimizer(1.0),
+        optimizer_of(1.0),
         Cosine(),
         Horizon(total_steps=10),
         {"momentum": Linear()},
@@ -274,9 +264,9 @@ def test_another_schedule_is_refused_or_taken_as_said():
     assert told == ["Resumed with the configuration's schedule: lr: Linear() → Cosine(); momentum: none → Linear()."]
 
 
-def test_who_has_the_say_is_one_of_two():
+def test_an_unknown_value_of_on_resume_is_refused():
     with pytest.raises(ValueError, match=r"on_resume='confg'.*'config'"):
-        Scheduler(_optimizer(1.0), Linear(), on_resume="confg")
+        Scheduler(optimizer_of(1.0), Linear(), on_resume="confg")
 
 
 def plateau_on_a_rank() -> float:
@@ -300,7 +290,7 @@ def test_all_ranks_take_the_mean_of_what_they_see_for_the_metric():
 def test_a_checkpoint_with_the_former_name_of_its_schedule_is_resumed(schedule):
     state = _moved(schedule, 10, 5).state_dict()
     state["schedules"]["lr"] = state["schedules"]["lr"].replace("StepDecay(", "Step(")
-    resumed = Scheduler(_optimizer(1.0), schedule, Horizon(total_steps=10))
+    resumed = Scheduler(optimizer_of(1.0), schedule, Horizon(total_steps=10))
     resumed.load_state_dict(state)
     assert resumed.last_epoch == 5
     state["schedules"]["lr"] = state["schedules"]["lr"].replace("3", "4")

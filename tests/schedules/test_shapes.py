@@ -143,7 +143,7 @@ def test_a_cooldown_begins_where_the_shape_ends():
     assert [schedule(step, 30) for step in (0, 10, 20, 25, 30, 99)] == pytest.approx([1, 0.75, 0.5, 0.3, 0.1, 0.1])
 
 
-def test_a_shape_without_a_length_goes_on_under_its_cooldown():
+def test_a_shape_without_a_length_continues_during_its_cooldown():
     schedule = InverseSqrt(timescale=10, cooldown=Cooldown(10, "linear"))
     expected = [1 / sqrt(1 + k / 10) * (1 if k <= 20 else (30 - k) / 10) for k in range(31)]
     assert [schedule(step, 30) for step in range(31)] == pytest.approx(expected)
@@ -164,7 +164,7 @@ def test_one_cycle_takes_a_length_for_its_way_up():
 
 
 @pytest.mark.parametrize("cls", [Cosine, Linear])
-def test_needs_a_length_and_says_how_to_give_one(cls):
+def test_a_schedule_that_needs_a_length_is_refused_with_the_ways_to_give_one(cls):
     assert cls().needs_total
     with pytest.raises(ValueError, match=r"length of the run.*max_steps.*max_epochs.*constant"):
         cls()(0, None)

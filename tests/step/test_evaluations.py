@@ -333,7 +333,7 @@ def _lbfgs(params: Any) -> Optimizer:
     ids=lambda parts: next(iter(parts)),
 )
 def test_lbfgs_is_refused_where_its_gradients_are_needed(parts):
-    with pytest.raises(TypeError, match=r"LBFGS evaluates its closure several times.*leave out clipping"):
+    with pytest.raises(TypeError, match=r"LBFGS evaluates its closure several times.*remove clipping"):
         StepPipeline(_lbfgs([nn.Parameter(torch.zeros(1))]), **parts)
 
 

@@ -15,8 +15,8 @@ from lightning_optim import optim
 from lightning_optim.clipping import GlobalNorm
 from lightning_optim.core.stats import StepCounts
 from lightning_optim.divergence import NonFiniteGradient, SpikeWindow, StepGuard
-from lightning_optim.step import StepPipeline, gradients
-from tests.helpers import bit_equal
+from lightning_optim.step import StepPipeline
+from tests.helpers import bit_equal, count_reads
 from tests.optimizer_cases import ALL, OURS, TORCH, TORCH_FUSED, Case, set_gradients
 
 BOTH = pytest.mark.parametrize("case", [OURS, TORCH_FUSED, TORCH], ids=str)
@@ -100,7 +100,7 @@ def test_pipelines_can_follow_one_another(case):
         pipe.close()
 
 
-def test_closing_under_somebody_elses_wrapper_keeps_theirs_and_lets_all_through():
+def test_close_keeps_a_later_wrapper_of_step_which_then_forwards_every_call():
     case = TORCH
     parameters = case.parameters()
     optimizer = case.make(parameters)
@@ -197,15 +197,8 @@ def _two_hundred_tensors():
     return parameters
 
 
-def _count_reads(monkeypatch):
-    reads = []
-    read = gradients.measure_norm_sq
-    monkeypatch.setattr(gradients, "measure_norm_sq", lambda tensors: (reads.append(len(tensors)), read(tensors))[1])
-    return reads
-
-
 def test_the_gradients_are_read_once_however_many_parts_ask(monkeypatch):
-    reads = _count_reads(monkeypatch)
+    reads = count_reads(monkeypatch)
     optimizer = torch.optim.AdamW(_two_hundred_tensors(), fused=True)
     StepPipeline(
         optimizer,
@@ -219,7 +212,7 @@ def test_the_gradients_are_read_once_however_many_parts_ask(monkeypatch):
 
 
 def test_nothing_is_measured_if_nothing_needs_it(monkeypatch):
-    reads = _count_reads(monkeypatch)
+    reads = count_reads(monkeypatch)
     optimizer = torch.optim.AdamW(_two_hundred_tensors(), fused=True)
     StepPipeline(optimizer, on_report=pytest.fail, report_due=lambda: False)
     with Operations() as seen:
@@ -246,7 +239,7 @@ def test_a_fused_step_never_asks_the_device_for_a_number(case):
 
 @BOTH
 @pytest.mark.parametrize("bad", [False, True])
-def test_a_record_says_what_happened(case, bad):
+def test_a_record_describes_its_step(case, bad):
     records = []
     parameters = case.parameters()
     first, rest = parameters[:1], parameters[1:]
@@ -290,7 +283,7 @@ def test_only_due_steps_are_reported():
     assert [record.steps for record in records] == [2, 4]
 
 
-def test_clipping_and_guard_are_few_operations_however_many_tensors_there_are():
+def test_operations_of_clipping_and_guard_do_not_grow_with_the_number_of_tensors():
     counts = []
     for tensors in (3, 200):
         parameters = [torch.nn.Parameter(torch.ones(4)) for _ in range(tensors)]

@@ -88,7 +88,7 @@ def test_a_skipped_step_leaves_parameters_and_state_bit_equal(case, clip):
 @EVERY
 @pytest.mark.parametrize("bad", [0, 2], ids=["first", "third"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_training_goes_on_as_if_the_skipped_step_had_not_been(case, bad, value):
+def test_training_after_a_skipped_step_equals_training_without_that_step(case, bad, value):
     seeds = [0, 1, 2, 3, 4]
     with_bad, optimizer, _ = _train(case, seeds, pipeline=GUARD, factors={bad: value})
     without, reference, _ = _train(case, seeds[:bad] + seeds[bad + 1 :])
@@ -148,7 +148,7 @@ def test_a_closure_runs_once_and_its_loss_comes_back(case, keyword, bad):
 
 
 @pytest.mark.parametrize("case", [OURS, TORCH_FUSED, TORCH], ids=str)
-def test_an_exception_in_a_closure_passes_and_the_next_step_works(case):
+def test_an_exception_in_a_closure_propagates_and_the_next_step_works(case):
     parameters = case.parameters()
     optimizer = case.make(parameters)
     pipe = StepPipeline(optimizer, clip=GlobalNorm(0.5), **GUARD)

@@ -114,7 +114,7 @@ def test_a_skip_under_a_scaler_leaves_everything_bit_equal(case):
     assert bit_equal((parameters, optimizer.state_dict()), before)
 
 
-def test_a_detector_of_ones_own_skips_where_the_scaler_would_not():
+def test_a_users_detector_skips_a_step_that_the_scaler_would_take():
     class Always(NonFiniteGradient):
         def __call__(self, stats):
             return stats.norm_sq.sum() > -1

@@ -1,1 +1,1 @@
-"""Compiled loops for CPUs, through numba."""
+"""CPU backend: loops compiled by numba."""

@@ -1,4 +1,4 @@
-"""The CPU backend: numba loops over blocks of all tensors at once, on torch's number of threads."""
+"""The CPU backend: numba loops over blocks of all tensors at once, on as many threads as torch uses."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lightning_optim.kernels.reference import apply_tensor_rule
 from lightning_optim.kernels.rules import Rule, TensorRule
 
 BLOCK = 65536
-"""Elements per block: 256 KB of float32, so that a block's few arrays stream while threads stay evenly loaded."""
+"""Elements per block, 256 KB of float32: long enough to stream memory, short enough to balance the threads."""
 
 SUBTRACTED_AT_ONCE = 2**20
-"""Elements of a tensor rule's updates that are subtracted in one pass."""
+"""Number of elements of a tensor rule's updates that are subtracted in one pass."""
 
 
 class CpuBackend(Backend):
-    """One pass over memory for elementwise rules: divide, update, write and sum."""
+    """Backend with one pass over memory for elementwise rules, which divides, updates, writes and sums."""
 
     name = "cpu"
     low_precision = True
@@ -38,26 +38,26 @@ class CpuBackend(Backend):
         self._elementwise = ElementwiseSteps(run)
 
     def why_not(self, device: torch.device) -> str | None:
-        """It runs on the CPU only."""
+        """Implement `Backend`: it runs on the CPU only."""
         return None if device.type == "cpu" else "it updates tensors in the CPU's memory only."
 
     def supports(self, batch: Batch) -> bool:
-        """Tensor rules, and elementwise rules over dtypes that kernels have loads and stores for."""
+        """Implement `Backend`: it runs tensor rules, and elementwise rules over dtypes that kernels support."""
         return isinstance(batch.rule, TensorRule) or self._elementwise.supports(batch)
 
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
-        """See `Backend`."""
+        """Implement `Backend`."""
         args, kept = measure_args(grads)
         no_scalars = np.zeros((1, 1), np.float64 if args.dtype == torch.float64 else np.float32)
         norm_sq = launch(build_measure(DTYPES[kept[0].dtype]), args, no_scalars)
         return norm_sq[:, 0]
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
-        """See `Backend`."""
+        """Implement `Backend`."""
         return self._elementwise.sums(batch, divisor)
 
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
-        """See `Backend`. Reading the flag is free here, so kernels need not."""
+        """Implement `Backend`; the host reads the flag ``skip``, which costs nothing here, so kernels need not."""
         if isinstance(batch.rule, TensorRule):
             subtract = self._subtract if batch.params[0].dtype in DTYPES else None
             update = batch.rule.update_on_cpu
@@ -67,12 +67,17 @@ class CpuBackend(Backend):
         return self._elementwise.apply(batch, divisor=divisor, skip=None, collect=collect)
 
     def _subtract(self, batch: Batch, deltas: Iterable[Tensor], decay: Tensor) -> None:
-        """Subtract ``deltas``, and the plain form of decay ([tensors]), from the parameters of ``batch`` in one pass.
+        """Subtract ``deltas`` and the decay of form `shrink` from the parameters of ``batch`` in one pass.
 
-        Some tensors at a time: deltas that are made only when they are taken then stay in the cache.
+        A few tensors are processed at a time, so that deltas which are computed lazily stay in the cache.
+
+        Args:
+            batch: The batch.
+            deltas: Amounts to subtract, in the shapes of the parameters.
+            decay: Coefficients of the decay, [tensors].
 
         Raises:
-            ValueError: A delta has another shape than its parameter.
+            ValueError: The shape of a delta is not that of its parameter.
         """
         if isinstance(deltas, Scaled) and all(p.is_contiguous() and p.dtype == batch.dtype for p in batch.params):
             deltas.subtract_from(batch.params, decay)
@@ -82,8 +87,8 @@ class CpuBackend(Backend):
         for i, delta in enumerate(deltas):
             if delta.shape != batch.params[i].shape:
                 raise ValueError(
-                    f"{type(batch.rule).__name__} gave an update of shape {tuple(delta.shape)} for a parameter of "
-                    f"shape {tuple(batch.params[i].shape)}; needed is one like the parameter."
+                    f"Invalid update from {type(batch.rule).__name__}: its shape {tuple(delta.shape)} must be that of "
+                    f"the parameter, {tuple(batch.params[i].shape)}."
                 )
             some.append(delta)
             if sum(map(Tensor.numel, some)) < SUBTRACTED_AT_ONCE and i + 1 < len(batch.params):
@@ -100,13 +105,13 @@ class CpuBackend(Backend):
 def run(
     spec: KernelSpec, args: KernelArgs, columns: Mapping[str, Tensor], skip: Tensor | None
 ) -> tuple[tuple[str, ...], Tensor]:
-    """See `compiled.Run`; ``skip`` is None, because `CpuBackend.apply` has read the flag."""
+    """Implement `compiled.Run`; ``skip`` is always None, because `CpuBackend.apply` has read the flag."""
     kernel = build(spec)
     return kernel.sums, launch(kernel, args, kernel.table(columns, args.dtype).numpy())
 
 
 def launch(kernel: Kernel, args: KernelArgs, scalars: npt.NDArray[np.floating]) -> Tensor:
-    """Run ``kernel`` over all blocks, and add each tensor's block sums in their order: [tensors, sums], float64."""
+    """Run ``kernel`` over all blocks, and add the block sums of each tensor in order: [tensors, sums], float64."""
     blocks = split(args.numel, BLOCK)
     sums = np.zeros((len(blocks), len(kernel.sums)))
     run_blocks(kernel.function, len(blocks), blocks, args.addresses, scalars, sums)

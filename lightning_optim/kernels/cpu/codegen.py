@@ -1,4 +1,4 @@
-"""Compiles the text of a kernel, with a rule's own functions in it, for the tensors' dtypes."""
+"""Compilation of kernels from generated text and the functions of a rule, for the dtypes of the tensors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def build(spec: KernelSpec) -> Kernel:
     """Compile the kernel described by ``spec``, or load it from disk.
 
     Returns:
-        A kernel whose function is ``run(first, last, blocks, addresses, scalars, sums)``: blocks [blocks, 3] of
-        (tensor, first element, end), addresses [tensors, slots], scalars [tensors, columns], sums [blocks, sums].
+        A kernel whose function is ``run(first, last, blocks, addresses, scalars, sums)``: blocks, int64, [blocks, 3] of
+        (tensor, first element, end); addresses, int64, [tensors, slots]; scalars, [tensors, columns], in the dtype of
+        the arithmetic; and sums, float64, [blocks, sums].
     """
     text = source(spec)
     named = named_functions(spec.wide)
@@ -41,7 +42,7 @@ def build(spec: KernelSpec) -> Kernel:
         **sum_functions(),
         **{name: rebind(function, named, compiled) for name, function in rules.items()},
         **{name: rebind(function, {}, compiled) for name, function in exact.items()},
-        "__name__": __name__,  # numba looks for a cached function's module
+        "__name__": __name__,  # numba looks up the module of a cached function.
         "maximum": named["maximum"],
         "absolute": abs,
         "float": getattr(numba, spec.wide),
@@ -56,13 +57,13 @@ def build(spec: KernelSpec) -> Kernel:
 
 
 def _compile(what: str, text: str, names: dict[str, Any], kept_as: str, dtypes: tuple[str, ...]) -> Any:
-    """The function ``kernel`` of ``text``, with the signature that `build` states, from disk if it is there."""
+    """Compile the function ``kernel`` defined by ``text`` with the signature given in `build`, or load it from disk."""
     exec(compile(text, f"<{what}>", "exec"), names)
     dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy")
     disk_cache.keep_on_disk(dispatcher, kept_as)
     wide = "float64" if dtypes[0] == "float64" else "float32"
-    with disk_cache.SaysIfSlow(
-        lambda: f"Compiling the CPU kernel of {what} for {', '.join(dict.fromkeys(dtypes))}{disk_cache.kept_where()}"
+    with disk_cache.LogIfSlow(
+        lambda: f"Compiling the CPU kernel of {what} for {', '.join(dict.fromkeys(dtypes))}{disk_cache.cache_note()}"
     ):
         dispatcher.compile(f"void(int64, int64, int64[:, ::1], int64[:, ::1], {wide}[:, ::1], float64[:, ::1])")
     return dispatcher
@@ -70,7 +71,7 @@ def _compile(what: str, text: str, names: dict[str, Any], kept_as: str, dtypes: 
 
 @cache
 def build_subtraction(dtypes: tuple[str, ...]) -> Kernel:
-    """The loop of `shrink` for deltas that are made already: parameters and deltas of ``dtypes``."""
+    """Compile the kernel that subtracts deltas and the decay of form `shrink`; ``dtypes`` of parameter and delta."""
     wide = "float64" if dtypes[0] == "float64" else "float32"
     text = """def kernel(first, last, blocks, addresses, scalars, sums):
     for block in range(first, last):
@@ -93,7 +94,7 @@ def build_subtraction(dtypes: tuple[str, ...]) -> Kernel:
 
 @cache
 def build_measure(dtype: str) -> Kernel:
-    """The loop that sums squares of tensors of ``dtype``."""
+    """Compile the kernel that computes square sums of tensors of ``dtype``."""
     text = f"""def kernel(first, last, blocks, addresses, scalars, sums):
     for block in range(first, last):
         tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]

@@ -1,8 +1,8 @@
-"""Keeps compiled kernels on disk.
+"""Disk cache of compiled kernels.
 
-Numba's own cache asks for a function's source file, and a kernel generated around a rule has none; so the cache is told
-where to keep it, and is keyed by everything that goes into it: the kernel's text, the rule's bytecode, the building
-blocks, and numba's version (numba itself adds Python's version and the processor).
+Numba's own cache locates entries by the source file of a function, which a generated kernel does not have. This module
+sets the location, and keys each entry by everything that it depends on: the text of the kernel, the bytecode of the
+rule, the building blocks, and numba's version (numba itself adds Python's version and the processor).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def directory() -> Path:
-    """Where kernels are kept: in `NUMBA_CACHE_DIR` if set, else in the user's cache directory.
+    """Return the directory of the cache: in `NUMBA_CACHE_DIR` if set, otherwise in the user's cache directory.
 
     Raises:
         RuntimeError: The user has no home directory.
@@ -36,57 +36,58 @@ def directory() -> Path:
     if given := os.environ.get("NUMBA_CACHE_DIR"):
         return Path(given) / "lightning_optim"
     path = Path(platformdirs.user_cache_dir("lightning_optim", appauthor=False))
-    if not path.is_absolute():  # "~" has been left as it is
+    if not path.is_absolute():  # Without a home directory "~" is not expanded.
         raise RuntimeError("Could not determine home directory.")
     return path
 
 
 def fingerprint(text: str, functions: tuple[Callable[..., Any], ...]) -> str:
-    """A name for the kernel made of ``text`` and ``functions``, equal only if it would compile to the same code."""
+    """Return a hash of a kernel's ``text`` and ``functions``, equal only for kernels that compile to the same code."""
     digest = hashlib.sha256(text.encode())
     for function in functions:
         for code in _codes(function):
             digest.update(marshal.dumps(_plain(code)))
     digest.update((Path(__file__).parent / "memory.py").read_bytes())
-    digest.update(f"{numba.__version__} {__name__}".encode())  # what is kept names modules of this package
+    digest.update(f"{numba.__version__} {__name__}".encode())  # A cache entry refers to modules by name.
     return digest.hexdigest()[:16]
 
 
 def _codes(function: Callable[..., Any]) -> Iterator[CodeType]:
-    """The code of ``function`` and of all helpers that it calls, however deep, as `rules.rebind` follows them."""
+    """Yield the code of ``function`` and of all helpers that it calls, directly or not, as `rules.rebind` does."""
     assert isinstance(function, FunctionType)
     yield function.__code__
     for name in function.__code__.co_names:
         helper = function.__globals__.get(name)
-        if isinstance(helper, FunctionType) and name not in NAMED_FUNCTIONS:  # those are the backend's own
+        if isinstance(helper, FunctionType) and name not in NAMED_FUNCTIONS:  # The backend replaces these.
             yield from _codes(helper)
 
 
 def _plain(code: CodeType) -> CodeType:
-    """Without where it stands in which file: an edit above the function changes nothing."""
+    """Return ``code`` without file name and line numbers, so that an edit above the function does not change it."""
     return code.replace(co_filename="", co_firstlineno=1, co_linetable=b"")
 
 
-def kept_where() -> str:
-    """For messages: where a kernel that is compiled now is looked for the next time."""
+def cache_note() -> str:
+    """Return the end of a message: the directory in which a kernel that is compiled now will be cached."""
     try:
-        return f"; this happens once, the result is kept in {directory()}."
-    except RuntimeError:  # no home
+        return f"; this happens once, the result is cached in {directory()}."
+    except RuntimeError:  # The user has no home directory.
         return "."
 
 
 def keep_on_disk(dispatcher: Any, name: str) -> None:
-    """Let ``dispatcher`` load from and save to disk under ``name``; without, it compiles in every process.
+    """Make ``dispatcher`` load from and save to disk under ``name``, so that it is not compiled in every process.
 
-    Whatever is wrong with the disk costs a warning and a compilation, never a step: a folder that is full, read-only,
-    gone or something else, files that are damaged (those are written anew), other processes that write the same.
+    A problem with the disk causes a warning and a compilation, but never makes a step fail: a directory that is full,
+    read-only, missing or not a directory, damaged files (which are rewritten), or other processes that write the same.
 
-    Uses numba's internals, for want of a public way: if they have changed, there is no cache, and no harm.
+    This uses internals of numba, which has no public interface for it. If they change, kernels are not cached, and
+    nothing else changes.
     """
     try:
         dispatcher._cache = _disk_cache(dispatcher.py_func, name)
     except Exception as error:
-        _warn(name, "are not kept on disk", error)
+        _warn(name, "are not cached on disk", error)
 
 
 def _disk_cache(function: Any, name: str) -> Any:
@@ -110,14 +111,14 @@ def _disk_cache(function: Any, name: str) -> Any:
         _locator_classes: Any = (Locator,)
 
     class Files(caching.IndexDataCacheFile):
-        """With a digest before the data: damaged machine code would not fail to load, but to run."""
+        """Cache file with a digest before the data, because damaged machine code would load and then crash."""
 
         def _load_index(self) -> Any:
             try:
                 return super()._load_index()  # type: ignore[no-untyped-call]
             except Exception as error:
                 _warn(name, "could not be read from disk", error)
-                return {}  # `save` then writes it anew
+                return {}  # `save` then rewrites the index.
 
         def _load_data(self, file: str) -> Any:
             content = Path(self._data_path(file)).read_bytes()  # type: ignore[no-untyped-call]
@@ -158,16 +159,16 @@ _warned: set[str] = set()
 
 
 def _warn(name: str, what: str, error: object) -> None:
-    """Say ``what`` happened to kernel ``name``, once per process: what follows is of the same cause."""
-    say = logger.debug if what in _warned else logger.warning
+    """Warn of a problem with the cache, once per process and kind; repetitions most likely have the same cause."""
+    log = logger.debug if what in _warned else logger.warning
     _warned.add(what)
     try:
         place = str(directory())
     except RuntimeError:
-        place = "a folder of the user, who has no home"
-    say(
-        "Compiled CPU kernels %s (%s in %s: %s). Training goes on, and kernels are compiled anew, which takes seconds "
-        "each. NUMBA_CACHE_DIR names another folder.",
+        place = "the user's cache directory, which does not exist without a home directory"
+    log(
+        "Compiled CPU kernels %s (%s in %s: %s). Training continues, and kernels are compiled again, which takes "
+        "seconds for each. Set NUMBA_CACHE_DIR to use another directory.",
         what,
         name,
         place,
@@ -175,14 +176,14 @@ def _warn(name: str, what: str, error: object) -> None:
     )
 
 
-class SaysIfSlow(AbstractContextManager["SaysIfSlow"]):
-    """Logs ``message()`` if the block takes longer than ``seconds``, while it does."""
+class LogIfSlow(AbstractContextManager["LogIfSlow"]):
+    """Context manager that logs ``message()`` as soon as the block has run for ``seconds``."""
 
     def __init__(self, message: Callable[[], str], seconds: float = 2.0) -> None:
         self._timer = threading.Timer(seconds, lambda: logger.warning("%s", message()))
         self._timer.daemon = True
 
-    def __enter__(self) -> SaysIfSlow:
+    def __enter__(self) -> LogIfSlow:
         self._timer.start()
         return self
 

@@ -1,9 +1,10 @@
-"""Compiled loops for second moments kept as row and column factors, as Adafactor does.
+"""Compiled loops for second moments stored as row and column factors, as in Adafactor.
 
-torch needs some fifteen passes over memory for what these do in three: the mean squares of rows and columns in one read
-of the gradients, the size of the update in a second, and the update in a third. Each runs over all tensors at once.
+torch needs about fifteen passes over memory where these loops need three: one read of the gradients for the mean
+squares of rows and columns, a second for the size of the update, and a third for the update itself. Each loop runs over
+all tensors at once.
 
-Tensors are read as ``matrices`` × ``rows`` × ``columns``, the last two dimensions being the factored ones.
+Tensors are treated as ``matrices`` × ``rows`` × ``columns``; the last two dimensions are the factored ones.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from lightning_optim.kernels.rules import rebind
 from lightning_optim.kernels.weight_decay import APPLY_DECAY
 
 BLOCK = 65536
-"""Elements per block, about; at least 16 rows, so that column sums of blocks stay small beside the tensor."""
+"""Approximate number of elements per block, which has at least 16 rows, so that column sums need little memory."""
 
 CHUNK = 4096
-"""Elements of a row summed in the arithmetic dtype before their sum joins a float64 total."""
+"""Number of elements of a row summed in the arithmetic dtype before their sum is added to a float64 total."""
 
 Shape = tuple[int, int, int]
 
@@ -122,9 +123,14 @@ _KERNELS = {
 
 
 def mean_squares(grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean of g² over the last dimension and over the last but one, shapes [..., rows, 1] and [..., 1, columns].
+    """Compute the means of g² over columns and over rows.
 
-    What state cannot hold counts as the `largest` that it can.
+    Args:
+        grads: Contiguous gradients of one dtype, [..., rows, columns] each.
+
+    Returns:
+        Means over the last dimension, [..., rows, 1] each, and over the second to last, [..., 1, columns] each, in the
+        dtype of the gradients. Larger means are clamped to `largest`, the largest value that the state can hold.
     """
     blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads))
     row_means = [grad.new_empty(*grad.shape[:-1], 1) for grad in grads]
@@ -139,7 +145,17 @@ def mean_squares(grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def scaled_squares(
     grads: Sequence[Tensor], rows: Sequence[Tensor], columns: Sequence[Tensor], ceilings: Sequence[float]
 ) -> Tensor:
-    """Σ (g·min(row·column, ceiling))² of each tensor, [tensors], float64."""
+    """Compute Σ (g·min(row·column, ceiling))² of each tensor.
+
+    Args:
+        grads: Contiguous gradients of one dtype, [..., rows, columns] each.
+        rows: Row factors, [..., rows, 1] each.
+        columns: Column factors, [..., 1, columns] each.
+        ceilings: Upper bound of the product of factors for each tensor.
+
+    Returns:
+        Shape [tensors], float64.
+    """
     blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads))
     scalars = np.array([ceilings], dtype=_numpy(grads)).T.copy()
     sums = _run("scaled_squares", blocks, shapes, (grads, rows, columns), scalars)
@@ -149,7 +165,16 @@ def scaled_squares(
 
 
 class Scaled:
-    """The updates scale·g·min(row·column, ceiling), to be made one after the other or subtracted without being made."""
+    """The updates scale·g·min(row·column, ceiling), which are computed one by one or subtracted without being stored.
+
+    Args:
+        shapes: Shapes of the updates.
+        grads: As for `scaled_squares`.
+        rows: As for `scaled_squares`.
+        columns: As for `scaled_squares`.
+        ceilings: As for `scaled_squares`.
+        scales: Factor of each update.
+    """
 
     def __init__(
         self,
@@ -172,11 +197,11 @@ class Scaled:
             yield delta.view(self._shapes[i])
 
     def subtract_from(self, params: Sequence[Tensor], decay: Tensor) -> None:
-        """Subtract all of them, and the decay, in one pass.
+        """Subtract all updates and the weight decay from parameters in one pass.
 
         Args:
-            params: Contiguous, in the dtype of the gradients.
-            decay: Part of each parameter that is subtracted too, [tensors].
+            params: Contiguous parameters in the dtype of the gradients, written in place.
+            decay: Fraction of each parameter that is subtracted as well, [tensors].
         """
         blocks, shapes = _blocks(tuple(_shape(grad) for grad in self._factors[0]))
         scalars = self._scalars.copy()
@@ -199,10 +224,11 @@ def _no_scalars(tensors: Sequence[Tensor]) -> npt.NDArray[Any]:
 
 @lru_cache(maxsize=64)
 def _blocks(shapes: tuple[Shape, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Blocks [blocks, 6]: tensor, first and end matrix, first and end row, part; and shapes [tensors, 4], with parts.
+    """Split tensors into blocks of rows of one matrix, or of several whole matrices where these are small.
 
-    A block is some rows of one matrix, or some whole matrices where these are small. ``part`` counts the blocks of a
-    matrix.
+    Returns:
+        Blocks, int64, [blocks, 6] of (tensor, first matrix, end, first row, end, index of the block in its matrix); and
+        shapes, int64, [tensors, 4] of (matrices, rows, columns, blocks per matrix).
     """
     blocks: list[tuple[int, ...]] = []
     parts = []
@@ -228,7 +254,7 @@ def _run(
     slots: Sequence[Sequence[Tensor]],
     scalars: npt.NDArray[Any],
 ) -> npt.NDArray[np.float64]:
-    """Run kernel ``name`` over all blocks; one sum per block. ``slots`` are contiguous tensors."""
+    """Run kernel ``name`` over all blocks of the contiguous tensors ``slots``; return its sums, float64, [blocks]."""
     kernel = _build(name, "float64" if slots[0][0].dtype == torch.float64 else "float32", len(slots))
     addresses = np.array([[tensor.data_ptr() for tensor in slot] for slot in slots], dtype=np.int64).T.copy()
     sums = np.zeros(len(blocks))
@@ -255,9 +281,9 @@ def _build(name: str, dtype: str, slots: int) -> Any:
         names[f"store_{slot}"] = store(dtype, slot, slots)
     exec(compile(text, f"<{name}>", "exec"), names)
     dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy")
-    print_of = disk_cache.fingerprint(f"{text}{dtype}{slots}{CHUNK}{names['LARGEST']}", (APPLY_DECAY["shrink"],))
-    disk_cache.keep_on_disk(dispatcher, f"{name}-{print_of}")
-    with disk_cache.SaysIfSlow(lambda: f"Compiling the CPU kernel {name} for {dtype}{disk_cache.kept_where()}"):
+    fingerprint = disk_cache.fingerprint(f"{text}{dtype}{slots}{CHUNK}{names['LARGEST']}", (APPLY_DECAY["shrink"],))
+    disk_cache.keep_on_disk(dispatcher, f"{name}-{fingerprint}")
+    with disk_cache.LogIfSlow(lambda: f"Compiling the CPU kernel {name} for {dtype}{disk_cache.cache_note()}"):
         table = "int64[:, ::1]"
         dispatcher.compile(f"void(int64, int64, {table}, {table}, {table}, {dtype}[:, ::1], float64[::1])")
     return dispatcher

@@ -1,7 +1,7 @@
 """Numba building blocks: typed loads and stores at raw addresses, and the named functions of rules.
 
-Loads and stores carry LLVM's alias scopes: parameter, gradient and states never overlap, and without being told so LLVM
-gives up vectorising a loop over more than four arrays (it would need too many overlap checks at run time).
+Loads and stores carry LLVM's alias scopes, which declare that parameter, gradient and states never overlap. Without
+them LLVM does not vectorise a loop over more than four arrays, as it would need too many overlap checks at run time.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-# An update is computed as IEEE 754 says, operation by operation: no flag. Every flag lets the compiler choose by what
-# surrounds an expression, and a step that is measured must be bit for bit one that is not; the sign of zero, too, is
-# then torch's. Sums alone may be reordered and fused, so that they vectorise; NaN and infinity keep their meaning.
+# An update is computed by IEEE 754, operation by operation, without fast-math flags. With any flag, results would
+# depend on the surrounding code, but a step with statistics must equal one without them bit for bit; this also gives
+# torch's sign of zero. Only sums may be reordered and fused, so that they vectorise; NaN and infinity keep their
+# meaning.
 FAST_SUMS = {"reassoc", "contract", "nsz"}
 
 STORAGE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "uint8": 1}
-"""Element types that can be loaded and stored, with their size in bytes."""
+"""Size in bytes of each element type that can be loaded and stored."""
 
 
 def load(dtype: str, slot: int, slots: int) -> Any:
-    """A function (address, index) -> float32 or float64 that reads array number ``slot`` of ``slots``."""
+    """Return a function (address, index) -> float32 or float64 that reads array number ``slot`` of ``slots``."""
     result = _type(dtype)
 
     @intrinsic
     def load_element(typingctx: Any, address: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             loaded = builder.load(_element(builder, dtype, args), align=STORAGE[dtype])
-            _tell_aliasing(builder, loaded, slot, slots)
+            _declare_aliasing(builder, loaded, slot, slots)
             return _widen(builder, dtype, loaded)
 
         return result(types.int64, types.int64), codegen
@@ -43,9 +44,10 @@ def load(dtype: str, slot: int, slots: int) -> Any:
 
 
 def store(dtype: str, slot: int, slots: int, stochastic: bool = False) -> Any:
-    """A function (address, index, value) -> value as rounded to ``dtype``, that writes array number ``slot``.
+    """Return a function (address, index, value) that writes array number ``slot`` of ``slots``.
 
-    With ``stochastic`` it takes random bits as a fourth argument, and rounds as `rounding.round_stochastically`.
+    The function returns the value as rounded to ``dtype``. If ``stochastic``, it takes random bits as a fourth argument
+    and rounds like `rounding.round_stochastically`.
     """
     wide = _type(dtype)
 
@@ -56,7 +58,7 @@ def store(dtype: str, slot: int, slots: int, stochastic: bool = False) -> Any:
         def store_rounded(typingctx: Any, address: Any, index: Any, value: Any, noise: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 narrow = _narrow_stochastically(builder, args[2], args[3])
-                _tell_aliasing(
+                _declare_aliasing(
                     builder, builder.store(narrow, _element(builder, dtype, args), align=STORAGE[dtype]), slot, slots
                 )
                 return _widen(builder, dtype, narrow)
@@ -69,7 +71,7 @@ def store(dtype: str, slot: int, slots: int, stochastic: bool = False) -> Any:
     def store_element(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             narrow = _narrow(builder, dtype, args[2])
-            _tell_aliasing(
+            _declare_aliasing(
                 builder, builder.store(narrow, _element(builder, dtype, args), align=STORAGE[dtype]), slot, slots
             )
             return _widen(builder, dtype, narrow)
@@ -80,7 +82,7 @@ def store(dtype: str, slot: int, slots: int, stochastic: bool = False) -> Any:
 
 
 def _type(dtype: str) -> Any:
-    """What an element of ``dtype`` is in a kernel; of codes, an integer."""
+    """Return the numba type of an element of ``dtype`` inside a kernel; an integer for 8-bit codes."""
     return {"float64": types.float64, "uint8": types.int64}.get(dtype, types.float32)
 
 
@@ -96,7 +98,7 @@ def _element(builder: Any, dtype: str, args: Any) -> Any:
     return builder.gep(base, [args[1]], inbounds=True)
 
 
-def _tell_aliasing(builder: Any, instruction: Any, slot: int, slots: int) -> None:
+def _declare_aliasing(builder: Any, instruction: Any, slot: int, slots: int) -> None:
     module = builder.module
     domain = module.add_metadata(["lightning_optim"])
     scopes = [module.add_metadata([f"lightning_optim.{i}", domain]) for i in range(slots)]
@@ -107,7 +109,7 @@ def _tell_aliasing(builder: Any, instruction: Any, slot: int, slots: int) -> Non
 
 
 def _widen(builder: Any, dtype: str, value: Any) -> Any:
-    if dtype == "bfloat16":  # the upper half of a float32
+    if dtype == "bfloat16":  # A bfloat16 is the upper half of a float32.
         bits = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         return builder.bitcast(bits, ir.FloatType())
     if dtype == "uint8":
@@ -144,7 +146,7 @@ def _upper_half(builder: Any, value: Any, rounded: Any) -> Any:
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """A helper compiled into the kernel that calls it, exact."""
+    """Compile a helper that kernels call, without fast-math flags."""
     return numba.njit(function, error_model="numpy", inline="never")
 
 
@@ -157,7 +159,7 @@ def _add_product(total: Any, x: Any, y: Any) -> Any:
 
 
 def sum_functions() -> dict[str, Any]:
-    """How kernels add up: flags belong to a function's own operations, so these are apart from everything else."""
+    """Return the functions by which kernels add; they are separate because fast-math flags apply to whole functions."""
     return {f.__name__[1:]: numba.njit(f, error_model="numpy", fastmath=FAST_SUMS) for f in (_add, _add_product)}
 
 
@@ -174,7 +176,7 @@ def _minimum(x: Any, y: Any) -> Any:
 
 
 def _sign_of(dtype: Any) -> Any:
-    one, zero = dtype(1), dtype(0)  # a literal would be a float64
+    one, zero = dtype(1), dtype(0)  # A literal would be float64.
 
     def sign(x: Any) -> Any:
         return (one if x > zero else zero) - (one if x < zero else zero)
@@ -184,7 +186,7 @@ def _sign_of(dtype: Any) -> Any:
 
 @cache
 def named_functions(dtype: str) -> dict[str, Any]:
-    """The named functions of rules, for numba, over ``dtype``."""
+    """Return the named functions of rules for numba, over values of ``dtype``."""
     return {
         "sqrt": math.sqrt,
         "absolute": abs,

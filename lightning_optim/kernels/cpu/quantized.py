@@ -1,7 +1,8 @@
-"""Eight-bit state in CPU kernels: what `quantization` does, one element at a time.
+"""8-bit state in CPU kernels: the arithmetic of `quantization`, one element at a time.
 
-A kernel goes through tiles of one block: it updates into a buffer while it finds the largest magnitude, and then
-encodes the buffer. No fast maths here: codes are those of the reference backend, bit for bit.
+A kernel processes tiles of one quantization block: it writes updated values to a buffer while it computes their largest
+magnitude, and then encodes the buffer. No fast-math flags are used, so codes equal those of the reference backend bit
+for bit.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import numpy.typing as npt
 from lightning_optim.kernels.quantization import code_map
 
 HALF_WORD = np.float32(1 / 65536)
-ONE = 0x3F80  # the upper half of 1.0
+ONE = 0x3F80  # This is the upper half of the float32 1.0.
 
 
 def _encode(value: Any, scale: Any, random: Any, codes: Any, guesses: Any) -> Any:
-    """The code of ``value`` in a block of this ``scale``; see `quantization.quantize`."""
+    """Return the code of ``value`` in a block with ``scale``; see `quantization.quantize`."""
     unit: Any = value / scale if scale > 0 else np.float32(0)
     bits: Any = np.float32(unit).view(np.int32)
     place = min((bits >> 16) & 0x7FFF, ONE) + (ONE + 1 if bits < 0 else 0)
@@ -32,7 +33,7 @@ def _encode(value: Any, scale: Any, random: Any, codes: Any, guesses: Any) -> An
 
 
 def _encode_positive(value: Any, scale: Any, random: Any, codes: Any, guesses: Any) -> Any:
-    """Likewise, but nothing above 0 becomes 0."""
+    """Return the same code, but never that of 0 for a value above 0."""
     code = encode(value, scale, random, codes, guesses)
     return 1 if value > 0 and code == 0 else code
 
@@ -41,14 +42,15 @@ encode = numba.njit(_encode, error_model="numpy")
 encode_positive = numba.njit(_encode_positive, error_model="numpy")
 
 SOURCES = (_encode, _encode_positive)
-"""What a kernel's fingerprint depends on."""
+"""Functions that enter the fingerprint of a kernel."""
 
 
 @cache
 def guesses(signed: bool) -> npt.NDArray[np.uint8]:
-    """By the upper half of a float32 of at most 1 (then likewise below 0): the code below it, or the one before that.
+    """Return a table from the upper half of a float32 in [-1, 1] to the code below it, or to the one before that.
 
-    Numbers that share an upper half lie within a hundredth of each other, and codes further apart.
+    Values that share an upper half differ by less than one per cent, and neighbouring codes by more, so one comparison
+    corrects the guess. Non-negative values come first, then negative ones.
     """
     codes = code_map(signed).numpy()
     first = (np.arange(ONE + 1, dtype=np.uint32) << 16).view(np.float32)
@@ -58,7 +60,7 @@ def guesses(signed: bool) -> npt.NDArray[np.uint8]:
 
 
 def names() -> dict[str, Any]:
-    """What the kernel's text refers to."""
+    """Return the globals that the text of a kernel refers to."""
     return {
         "np": np,
         "encode_True": encode,

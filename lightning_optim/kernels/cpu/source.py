@@ -1,7 +1,8 @@
-"""The text of a CPU kernel: one loop over blocks of many tensors that reads, updates, writes and sums.
+"""Source text of CPU kernels: one loop over blocks of many tensors that reads, updates, writes and sums.
 
-The loop is text, because its arguments (states, scalars, dtypes) differ by rule and numba needs them spelled out; the
-arithmetic in it is the rule's own function. Print `source(spec)` to read one, or see ``tests/kernels/golden``.
+The loop is generated as text, because its arguments (states, scalars, dtypes) depend on the rule and numba needs them
+spelled out; it calls the rule's own function for the arithmetic. Print `source(spec)` to read a kernel, or see
+``tests/kernels/golden``.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from lightning_optim.kernels.rounding import KEY_COLUMNS
 from lightning_optim.kernels.weight_decay import INITIAL
 
 CHUNK = 4096
-"""Elements summed in the arithmetic dtype before their sum joins a float64 total: bounds rounding, keeps the speed."""
+"""Number of elements summed in the arithmetic dtype before their sum is added to a float64 total, which bounds the
+rounding error at full speed."""
 
 _CONSTANTS = {"zero": "zero", "one": "one", "tiny": "tiny"}
 
 
 def source(spec: KernelSpec) -> str:
-    """The text of the function ``kernel(first, last, blocks, addresses, scalars, sums)`` for ``spec``."""
+    """Return the text of the function ``kernel(first, last, blocks, addresses, scalars, sums)`` for ``spec``."""
     body = [*_loads(spec), *_update(spec), *(_stores(spec) if spec.writes else []), *_sums(spec)]
     names = [*spec.slots, *spec.rounded]
     lines = ["def kernel(first, last, blocks, addresses, scalars, sums):"]
@@ -44,7 +46,7 @@ def source(spec: KernelSpec) -> str:
 
 
 def _loads(spec: KernelSpec) -> list[str]:
-    """One element's weight, gradient and states."""
+    """Return the lines that load weight, gradient and states of one element."""
     scale, l2 = spec.variable["inverse_divisor"], spec.variable["l2"]
     lines = ["param = load_param(param_address, i)", f"raw_grad = load_grad(grad_address, i) * {scale}"]
     lines += [f"grad = raw_grad + {l2} * param"]
@@ -57,7 +59,7 @@ def _loads(spec: KernelSpec) -> list[str]:
 
 
 def _update(spec: KernelSpec) -> list[str]:
-    """The rule's own arithmetic, and the cautious mask."""
+    """Return the lines that call the rule's function and apply the cautious mask."""
     if spec.purpose == "sums":
         return [f"{', '.join(f'term_{name}' for name in spec.sums)}, = sums_update({spec.arguments})"]
     results = ["delta", *(f"{name}_new" for name in spec.rule.state)]
@@ -69,7 +71,10 @@ def _update(spec: KernelSpec) -> list[str]:
 
 
 def _stores(spec: KernelSpec) -> list[str]:
-    """New states and the new weight; a name then has the value as it was stored. Codes wait in a buffer."""
+    """Return the lines that store new states and weight, and rebind each name to the value as stored.
+
+    States that are quantized are written to a buffer.
+    """
     lines: list[str] = []
     random = {name: f", noise(i, {name}_key)" for name in spec.rounded}
     for name in spec.rule.state:
@@ -92,7 +97,7 @@ def _stores(spec: KernelSpec) -> list[str]:
 
 
 def _sums(spec: KernelSpec) -> list[str]:
-    """What one element adds to each sum."""
+    """Return the lines that add one element to each sum."""
     if spec.purpose == "sums":
         return [f"sum_{name} = add(sum_{name}, term_{name})" for name in spec.sums]
     if spec.purpose == "agreement":
@@ -107,7 +112,7 @@ def _sums(spec: KernelSpec) -> list[str]:
 
 
 def _in_tiles(spec: KernelSpec, body: list[str]) -> list[str]:
-    """``body`` over the tiles that share a scale; each tile's codes are written when its largest value is known."""
+    """Return the loop of ``body`` over tiles that share a scale; the codes of a tile are written after its values."""
     inner = [f"{name}_scale = load_{name}_scale({name}_scale_address, tile // {BLOCK})" for name in spec.quantized]
     inner += [f"{name}_max = zero" for name in spec.quantized]
     inner += _elements("tile", BLOCK, body)

@@ -1,7 +1,7 @@
-"""Runs compiled loops over blocks on as many threads as torch uses.
+"""Threads that run compiled loops over blocks, as many as torch uses.
 
-Threads of our own around kernels that release the GIL, rather than numba's pool: which pool numba finds depends on the
-machine, one of them aborts when two Python threads meet in it and another when the process has forked (as data loaders
+Kernels release the GIL and run on Python threads rather than in numba's thread pool. Which pool numba finds depends on
+the machine; one aborts if two Python threads enter it, another aborts after the process has forked (as data loaders
 do), and parallel loops take several times as long to compile.
 """
 
@@ -20,16 +20,17 @@ _pool_size = 0
 
 
 def run_blocks(kernel: Callable[..., None], blocks: int, *arguments: Any) -> None:
-    """Call ``kernel(first, last, *arguments)`` on runs that make up ``range(blocks)``, on torch's number of threads.
+    """Call ``kernel(first, last, *arguments)`` on ranges that make up ``range(blocks)``, on torch's number of threads.
 
-    Runs are a few per thread, handed out as threads become free: the cores of a training machine are seldom idle.
+    There are a few ranges per thread, distributed as threads become free, because other processes of a training run
+    use the cores as well.
     """
     threads = min(torch.get_num_threads(), blocks)
     if threads <= 1:
         kernel(0, blocks, *arguments)
         return
     run = max(1, blocks // (threads * 8))
-    starts = itertools.count(0, run)  # `next` on it is atomic
+    starts = itertools.count(0, run)  # `next` of a count is atomic.
 
     def work() -> None:
         while (first := next(starts)) < blocks:
@@ -50,7 +51,7 @@ def _executor(size: int) -> ThreadPoolExecutor:
 
 def _forget() -> None:
     global _pool
-    _pool = None  # threads do not survive a fork
+    _pool = None  # Threads do not survive a fork.
 
 
 if hasattr(os, "register_at_fork"):

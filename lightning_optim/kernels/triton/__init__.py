@@ -1,1 +1,1 @@
-"""One launch for all tensors, through Triton."""
+"""Triton backend: one kernel launch for all tensors."""

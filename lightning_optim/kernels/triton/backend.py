@@ -1,4 +1,4 @@
-"""The Triton backend: every tensor of a batch in one launch, on CUDA and ROCm devices."""
+"""The Triton backend: all tensors of a batch in one launch, on CUDA and ROCm devices."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lightning_optim.kernels.triton.functions import add_blocks, add_squares
 
 
 class TritonBackend(Backend):
-    """One launch, one pass over memory for elementwise rules: divide, update, write and sum.
+    """Backend with one launch and one pass over memory for elementwise rules: divide, update, write and sum.
 
-    A second, small launch adds block sums where a pass takes any. The host waits for nothing.
+    If the pass computes sums, a second, small launch adds the block sums. The host never waits for the device.
     """
 
     name = "triton"
@@ -32,7 +32,7 @@ class TritonBackend(Backend):
         self._elementwise = ElementwiseSteps(run)
 
     def why_not(self, device: torch.device) -> str | None:
-        """It needs a device that Triton has a compiler for, and what Triton needs to launch on it."""
+        """Implement `Backend`: it needs a device for which Triton can compile and launch kernels."""
         if triton.knobs.runtime.interpret:
             return (
                 None if device.type == "cpu" else "TRITON_INTERPRET is set, and the interpreter runs on the CPU only."
@@ -46,11 +46,11 @@ class TritonBackend(Backend):
         return _driver_problem()
 
     def supports(self, batch: Batch) -> bool:
-        """Elementwise rules over dtypes that kernels have loads and stores for."""
+        """Implement `Backend`: it runs elementwise rules over dtypes that kernels support."""
         return self._elementwise.supports(batch)
 
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
-        """See `Backend`."""
+        """Implement `Backend`."""
         args, kept = measure_args(grads)
         with _current(args.device):
             kernel = build_measure(DTYPES[kept[0].dtype], _aligned(args))
@@ -58,12 +58,12 @@ class TritonBackend(Backend):
             return _run(kernel, args, zero, zero, squares=True)[:, 0]
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
-        """See `Backend`."""
+        """Implement `Backend`."""
         with _current(batch.device):
             return self._elementwise.sums(batch, divisor)
 
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
-        """See `Backend`."""
+        """Implement `Backend`."""
         with _current(batch.device):
             return self._elementwise.apply(batch, divisor=divisor, skip=skip, collect=collect)
 
@@ -71,13 +71,13 @@ class TritonBackend(Backend):
 def run(
     spec: KernelSpec, args: KernelArgs, columns: Mapping[str, Tensor], skip: Tensor | None
 ) -> tuple[tuple[str, ...], Tensor]:
-    """See `compiled.Run`."""
+    """Implement `compiled.Run`."""
     kernel = build(spec, _aligned(args))
     return kernel.sums, _run(kernel, args, kernel.table(columns, args.dtype), _flag(skip, args.device))
 
 
 def launch(function: Any, programs: int, device: torch.device, *arguments: Any) -> None:
-    """Run ``programs`` instances of a jit function on the current device."""
+    """Launch ``programs`` instances of a jit function on the current device."""
     function[(programs,)](*arguments, num_warps=THREADS // _threads_per_warp(device), **OPTIONS)
 
 
@@ -87,7 +87,11 @@ def _threads_per_warp(device: torch.device) -> int:
 
 
 def _run(kernel: Kernel, args: KernelArgs, scalars: Tensor, skip: Tensor, squares: bool = False) -> Tensor:
-    """Launch over all blocks, and add each tensor's block sums: [tensors, sums], float64; of ``squares``, one."""
+    """Launch over all blocks and add the block sums of each tensor.
+
+    Returns:
+        The sums, float64, [tensors, sums]; with ``squares``, [tensors, 1].
+    """
     device = args.device
     tensors, width = len(args.numel), len(kernel.sums)
     blocks, offsets = _block_table(args.numel, device, _stream(device))
@@ -105,18 +109,18 @@ def _run(kernel: Kernel, args: KernelArgs, scalars: Tensor, skip: Tensor, square
 
 @lru_cache(maxsize=64)
 def _address_table(addresses: bytes, device: torch.device, stream: int) -> Tensor:
-    """Addresses on the device; uploaded again only if one of them has changed.
+    """Upload addresses to the device; the cache avoids this while they do not change.
 
-    Per stream, because memory freed on one stream may be handed out again on it while another still reads.
+    Tables are cached per stream, because memory freed on one stream may be reused there while another still reads it.
     """
     return upload(np.frombuffer(addresses, dtype=np.int64), device)
 
 
 @lru_cache(maxsize=64)
 def _block_table(numel: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    """Blocks [blocks, 3], and the first block of each tensor [tensors + 1], on the device."""
-    # A program sets up once and then streams: long enough to make up for that, short enough to keep all cores busy to
-    # the end. Very large batches take longer ones, so that there are fewer sums to add.
+    """Return blocks, int64, [blocks, 3], and the first block of each tensor, int64, [tensors + 1], on the device."""
+    # A block must be long enough to amortise the setup of its program, and short enough to keep all cores busy to the
+    # end. Very large batches use longer blocks, so that there are fewer sums to add.
     blocks = split(numel, 4096 if sum(numel) < 2**28 else 16384)
     offsets = np.searchsorted(blocks[:, 0], np.arange(len(numel) + 1))
     return upload(blocks, device), upload(offsets.astype(np.int64), device)
@@ -127,7 +131,7 @@ def _aligned(args: KernelArgs) -> bool:
 
 
 def _flag(skip: Tensor | None, device: torch.device) -> Tensor:
-    """A float32 to read in the kernel: non-zero means skip."""
+    """Return the flag that a kernel reads, float32, shape []; the step is skipped if it is non-zero."""
     if skip is None:
         return _zero(device, _stream(device))
     return skip if skip.dtype == torch.float32 else (skip != 0).float()
@@ -143,7 +147,7 @@ def _stream(device: torch.device) -> int:
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors'."""
+    """Make ``device`` current, because Triton launches on the current device and not on that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -151,6 +155,6 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 def _driver_problem() -> str | None:
     try:
         triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # no C compiler, no Python headers, no driver library: Triton raises whatever it meets
+    except Exception as error:  # Triton raises errors of many types: no C compiler, headers or driver.
         return f"Triton cannot launch kernels here: {error}"
     return None

@@ -1,4 +1,4 @@
-"""Makes the text of a kernel a Triton function, with a rule's own functions in it."""
+"""Compilation of kernels from generated text and the functions of a rule by Triton."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lightning_optim.kernels.weight_decay import APPLY_DECAY, DECAY_TERM
 __all__ = ["OPTIONS", "THREADS", "build", "build_measure"]
 
 OPTIONS = {"enable_fp_fusion": False}
-"""Of every launch. Which multiply-adds fuse depends on what else a kernel computes, and a step that is measured must be
-bit for bit one that is not; all wait for memory, so that this costs nothing."""
+"""Options of every launch. Which multiply-adds are fused would depend on what else a kernel computes, but a step with
+statistics must equal one without them bit for bit. Kernels are memory-bound, so this costs nothing."""
 
 
 @cache
 def build(spec: KernelSpec, aligned: bool) -> Kernel:
-    """The kernel described by ``spec``.
+    """Build the kernel described by ``spec``.
 
     Args:
-        spec: What it does.
+        spec: Specification of the kernel.
         aligned: Whether every address is a multiple of 16.
 
     Returns:
-        A kernel whose function takes: blocks int64 [blocks, 3] of (tensor, first element, end), `first` a multiple of
-        16; addresses int64 [tensors, slots]; scalars [tensors, columns]; skip float32 []; sums [blocks, columns].
-        Scalars and sums are in the dtype of the arithmetic.
+        A kernel whose function takes: blocks, int64, [blocks, 3] of (tensor, first element, end), the first element a
+        multiple of 16; addresses, int64, [tensors, slots]; scalars, [tensors, columns]; skip, float32, []; and sums,
+        [blocks, columns]. Scalars and sums are in the dtype of the arithmetic.
     """
     assert len(spec.sums) <= MOST_SUMS, f"{spec.rule.__name__} has more than {MOST_SUMS} sums"
     functions = {"sums_update" if spec.purpose == "sums" else "update": spec.function}
@@ -45,7 +45,7 @@ def build(spec: KernelSpec, aligned: bool) -> Kernel:
 
 @cache
 def build_measure(dtype: str, aligned: bool) -> Kernel:
-    """The kernel that sums squares of tensors of ``dtype`` for `add_squares`; it has no scalars."""
+    """Build the kernel that computes square sums of tensors of ``dtype`` for `add_squares`; it has no scalars."""
     body = [f"grad = {load('grad', dtype)}", f"small = grad * {SMALL!r}"]
     terms = {"norm_sq": "grad * grad", "small_sq": "small * small"}
     text = kernel_text({"grad": dtype}, [], body, terms, aligned)

@@ -17,9 +17,9 @@ _serial = itertools.count()
 
 
 def jit_text(text: str, name: str, names: dict[str, Any], **options: Any) -> Any:
-    """The function ``name`` defined by ``text``, with ``names`` as its globals, compiled by Triton when first used.
+    """Return the function ``name`` defined by ``text`` with globals ``names``, compiled by Triton on first use.
 
-    Triton reads a function's source, and asks `inspect` for it; so the text is put where that looks.
+    Triton reads the source of a function through `inspect`, so the text is put into `linecache`, where that looks.
     """
     names |= {"tl": tl, "__name__": __name__}
     filename = f"<triton {name} {next(_serial)}>"
@@ -29,9 +29,9 @@ def jit_text(text: str, name: str, names: dict[str, Any], **options: Any) -> Any
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """``function`` compiled by Triton, under the globals it has.
+    """Return ``function`` with its own globals, compiled by Triton on first use.
 
-    Without its annotations, which Triton would evaluate (it knows no `Any`), and its docstring.
+    Annotations, which Triton would evaluate although it does not know `Any`, and the docstring are removed.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     definition = tree.body[0]
@@ -46,37 +46,37 @@ def jit(function: Callable[..., Any]) -> Any:
 
 @jit
 def sqrt(x: Any) -> Any:
-    """Square root."""
+    """Return the square root."""
     return tl.sqrt(x)
 
 
 @jit
 def absolute(x: Any) -> Any:
-    """|x|."""
+    """Return |x|."""
     return tl.abs(x)
 
 
 @jit
 def sign(x: Any) -> Any:
-    """-1, 0 or 1."""
+    """Return the sign of ``x``: -1, 0 or 1."""
     return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
 
 
 @jit
 def where(condition: Any, x: Any, y: Any) -> Any:
-    """``x`` where ``condition`` holds, else ``y``."""
+    """Return ``x`` where ``condition`` holds, otherwise ``y``."""
     return tl.where(condition, x, y)
 
 
 @jit
 def maximum(x: Any, y: Any) -> Any:
-    """The larger; NaN if either is."""
+    """Return the larger value, or NaN if either value is NaN."""
     return tl.where((x > y) | (x != x), x, y)
 
 
 @jit
 def minimum(x: Any, y: Any) -> Any:
-    """The smaller; NaN if either is."""
+    """Return the smaller value, or NaN if either value is NaN."""
     return tl.where((x < y) | (x != x), x, y)
 
 
@@ -88,18 +88,18 @@ NAMED = {
     "maximum": maximum,
     "minimum": minimum,
 }
-"""The named functions of rules. NaN as `rules` says."""
+"""The named functions of rules, with the treatment of NaN described in `rules`."""
 
 
 SMALL = 2.0**-72
-"""What `add_squares` expects the elements of its second sum to be multiplied by: their squares are floats again."""
+"""Factor of the elements in the second sum of `add_squares`, whose squares then do not overflow float32."""
 
 
 @jit
 def add_squares(sums: Any, offsets: Any, totals: Any) -> Any:
-    """Add each tensor's square sums as `add_blocks` does, those beyond float32 from sums of small multiples.
+    """Add the block sums of each tensor like `add_blocks`; where x² overflows float32, (x·`SMALL`)² is used.
 
-    `sums` [blocks, 2] of x² and of (x·`SMALL`)², `offsets` and `totals` as there.
+    `sums` has the square sums of x and of x·`SMALL`, [blocks, 2]; `offsets` and `totals` are as for `add_blocks`.
     """
     tensor = tl.program_id(0)
     block = tl.load(offsets + tensor)
@@ -116,14 +116,15 @@ def add_squares(sums: Any, offsets: Any, totals: Any) -> Any:
 
 
 MOST_SUMS = 8
-"""Columns that `add_blocks` can add."""
+"""Largest number of columns that `add_blocks` can add."""
 
 
 @jit
 def add_blocks(sums: Any, offsets: Any, totals: Any, columns: Any) -> Any:
-    """Add each tensor's block sums in a fixed order: one program per tensor.
+    """Add the block sums of each tensor in a fixed order, with one program per tensor.
 
-    `sums` [blocks, columns], `offsets` [tensors + 1] of each tensor's first block, `totals` [tensors, columns] float64.
+    `sums` is [blocks, columns]; `offsets`, [tensors + 1], has the first block of each tensor; `totals`, float64,
+    [tensors, columns], is written.
     """
     tensor = tl.program_id(0)
     block = tl.load(offsets + tensor)

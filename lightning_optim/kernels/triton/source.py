@@ -1,8 +1,9 @@
-"""The text of a Triton kernel: reads, updates, writes and sums, over blocks of many tensors.
+"""Source text of Triton kernels, which read, update, write and sum over blocks of many tensors.
 
-The kernel is text, because its slots, scalars and sums differ by rule; the arithmetic in it is the rule's own function.
-Print `source(spec, aligned)` to read one, or see ``tests/kernels/golden``. Its arguments are pointers only, and Triton
-specialises on none of them: no value that changes from step to step can cause a recompilation.
+The kernel is generated as text, because its slots, scalars and sums depend on the rule; it calls the rule's own
+function for the arithmetic. Print `source(spec, aligned)` to read a kernel, or see ``tests/kernels/golden``. All
+arguments of a kernel are pointers, and Triton specialises on none of them, so no value that changes from step to step
+can cause a recompilation.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from lightning_optim.kernels.step_sums import TINY
 from lightning_optim.kernels.weight_decay import INITIAL
 
 THREADS = 128
-"""Threads of one program."""
+"""Number of threads of one program."""
 ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 ARGUMENTS = ("blocks", "addresses", "scalars", "skip", "sums")
 
 _CONSTANTS = {"zero": "0.0", "one": "1.0", "tiny": repr(TINY)}
 _AGREES = "tl.where(delta * grad > 0, 1.0, 0.0)"
-_IF_MASKED_LOAD, _IF_MASKED_STORE = "<masked load>", "<masked store>"  # places in a line of text
+_IF_MASKED_LOAD, _IF_MASKED_STORE = "<masked load>", "<masked store>"  # Placeholders in generated lines.
 
 
 def source(spec: KernelSpec, aligned: bool) -> str:
-    """The text of the function ``kernel`` for ``spec``.
+    """Return the text of the function ``kernel`` for ``spec``.
 
     Args:
-        spec: What it does. Storage in fewer bits is left to other backends.
-        aligned: Whether every address is a multiple of 16: then whole blocks are read and written 16 bytes at a time.
+        spec: Specification of the kernel, without low-precision storage, which this backend does not support.
+        aligned: Whether every address is a multiple of 16; full vectors are then read and written 16 bytes at a time.
     """
     body = [*_loads(spec), *_update(spec), *(_stores(spec) if spec.writes else [])]
     lines, terms = _terms(spec)
@@ -38,17 +39,17 @@ def source(spec: KernelSpec, aligned: bool) -> str:
 
 
 def load(slot: str, dtype: str) -> str:
-    """The expression that reads a vector of ``slot`` in the dtype of the arithmetic."""
+    """Return the expression that loads a vector of ``slot`` in the dtype of the arithmetic."""
     return f"tl.load({slot}_pointer + start + lanes{_IF_MASKED_LOAD}).to({_wide(dtype)})"
 
 
 def block_shape(dtypes: tuple[str, ...]) -> tuple[int, int]:
-    """Number of vectors that one program reads at once, and of elements in each.
+    """Return the number of vectors that one program reads at once, and the number of elements in each vector.
 
-    A vector is 16 bytes of the widest slot and belongs to one thread; were it more, narrow and wide slots would differ
-    in which thread has which element, and values would change places through shared memory. Where all slots are alike
-    a thread may have several vectors, and needs them if the slots are few: 48 bytes per thread on their way keep the
-    memory busy.
+    A vector is 16 bytes of the widest slot and belongs to one thread. If it were longer, narrow and wide slots would
+    assign elements to different threads, and values would be exchanged through shared memory. If all slots have the
+    same width, a thread may have several vectors, and needs them if the slots are few: 48 bytes in flight per thread
+    saturate the memory.
     """
     sizes = [ITEMSIZE[dtype] for dtype in dtypes]
     vector, vectors = 16 // max(sizes), THREADS
@@ -60,13 +61,13 @@ def block_shape(dtypes: tuple[str, ...]) -> tuple[int, int]:
 def kernel_text(
     slots: Mapping[str, str], scalars: list[str], body: list[str], terms: Mapping[str, str], aligned: bool
 ) -> str:
-    """Whole blocks in a loop without masks, then the rest of the tensor under one.
+    """Return the text of a kernel: a loop over full vectors without a mask, then the rest of the tensor with one.
 
     Args:
-        slots: Dtype of each array, by name.
+        slots: Dtype of each array by name.
         scalars: Variables of the scalars.
         body: Lines for one vector of elements.
-        terms: What they add to each sum, by name.
+        terms: Expressions that are added to each sum, by its name.
         aligned: As for `source`.
     """
     dtypes = tuple(slots.values())
@@ -76,9 +77,9 @@ def kernel_text(
         slot: f"tl.load(addresses + tensor * {len(slots)} + {i}).to(tl.pointer_type(tl.{dtype}))"
         for i, (slot, dtype) in enumerate(slots.items())
     }
-    if aligned:  # after the cast; before it the hint is lost
+    if aligned:  # The hint has to come after the cast, which would drop it.
         pointers = {slot: f"tl.multiple_of({pointer}, 16)" for slot, pointer in pointers.items()}
-    # What one thread has side by side is added at once: one register for a running total, where there were several.
+    # The elements of a vector are added at once, so that a running total takes one register per vector.
     added = f"tl.sum(tl.reshape({{}}, [{vectors}, {vector}]), axis=1)"
     whole = [*body, *(f"total_{name} += {added.format(term)}" for name, term in terms.items())]
     masked = {name: f"tl.where(mask, {term}, 0.0)" for name, term in terms.items()}
@@ -115,7 +116,7 @@ def _loads(spec: KernelSpec) -> list[str]:
 
 
 def _update(spec: KernelSpec) -> list[str]:
-    """The rule's own arithmetic, and the cautious mask."""
+    """Return the lines that call the rule's function and apply the cautious mask."""
     if spec.purpose == "sums":
         return [f"{', '.join(f'term_{name}' for name in spec.sums)}, = sums_update({spec.arguments})"]
     results = ["delta", *(f"{name}_new" for name in spec.rule.state)]
@@ -124,7 +125,7 @@ def _update(spec: KernelSpec) -> list[str]:
 
 
 def _stores(spec: KernelSpec) -> list[str]:
-    """New states and the new weight; a name then has the value as it was stored."""
+    """Return the lines that store new states and weight, and rebind each name to the value as stored."""
     dtypes = dict(zip(spec.slots, spec.dtypes, strict=True))
     lines = [line for name in spec.rule.state for line in _store(name, dtypes[name], f"{name}_new", f"{name}_new")]
     initial = f", {load(INITIAL, dtypes[INITIAL])}" if INITIAL in dtypes else ""
@@ -135,7 +136,7 @@ def _stores(spec: KernelSpec) -> list[str]:
 
 
 def _terms(spec: KernelSpec) -> tuple[list[str], dict[str, str]]:
-    """What one vector adds to each sum, by name; and the lines that this needs first."""
+    """Return the lines that compute the terms of one vector, and the term of each sum by name."""
     if spec.purpose == "sums":
         return [], {name: f"term_{name}" for name in spec.sums}
     if spec.purpose == "agreement":
@@ -149,7 +150,7 @@ def _terms(spec: KernelSpec) -> tuple[list[str], dict[str, str]]:
 
 
 def _store(slot: str, dtype: str, name: str, value: str) -> list[str]:
-    """Write ``value``; ``name`` is then what was written, rounded as it was."""
+    """Return the lines that store ``value`` and bind ``name`` to the value as stored."""
     return [
         f"{name} = ({value}).to(tl.{dtype})",
         f"tl.store({slot}_pointer + start + lanes, {name}{_IF_MASKED_STORE})",

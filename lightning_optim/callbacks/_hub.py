@@ -175,7 +175,8 @@ class Hub(Hears):
             member._at_batch_start(trainer, pl_module, batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Pass the hook on."""
+        """Count announced steps that did not happen, of which these are not the gradients, and pass the hook on."""
+        self._pipelines.settle()
         for member in self.members:
             member._at_before_backward(trainer, pl_module, loss)
 
@@ -225,6 +226,7 @@ class Hub(Hears):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Undo everything: Lightning does not call `teardown` after an exception. The user's must arrive, not ours."""
+        self._pipelines.discard_announced()
         failed: list[str] = []
         members = [partial(member._at_exception, trainer, pl_module, exception) for member in self.members]
         last: list[Callable[[], None]] = [*members, self.close]

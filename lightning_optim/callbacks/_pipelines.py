@@ -150,6 +150,11 @@ class Pipelines:
                 )
             followed.pipeline.settle()
 
+    def discard_announced(self) -> None:
+        """Forget announced steps: an exception has come before them."""
+        for followed in self._optimizers:
+            followed.pipeline.discard_announced()
+
     def owe_reports(self) -> None:
         """At the end of a batch: an optimizer that did not step in it reports at its next step."""
         asking = [member for member in self._members if member.report_due(self._trainer)]

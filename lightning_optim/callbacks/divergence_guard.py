@@ -107,6 +107,7 @@ class DivergenceGuard(HubCallback):
         self._guarded: list[GuardedOptimizer] = []
         self._snapshots: RunSnapshots | None = None
         self._loss: Tensor | None = None
+        self._had_step = False
         self._restored: dict[str, Any] = {}
         self._reduce: Any = None
         self._overflows = 0
@@ -152,7 +153,7 @@ class DivergenceGuard(HubCallback):
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the state of a resumed run, and capture the first snapshot."""
         self._guarded = [self._guard(pipeline, trainer, pl_module) for pipeline in self.hub.pipelines]
-        self._loss = None
+        self._loss, self._had_step = None, False
         self._reporter = GuardReporter(self.report, trainer, self._report_dir)
         self._reduce = trainer.strategy.reduce if trainer.world_size > 1 else None
         self._restore()
@@ -203,10 +204,13 @@ class DivergenceGuard(HubCallback):
         loss = loss.detach().float()
         if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
             loss = loss / scaler.scale(torch.ones_like(loss))
+        if self._had_step:  # It was left out by a GradScaler, and its gradients were dropped before anything saw them.
+            self._loss, self._had_step = None, False
         self._loss = loss if self._loss is None else self._loss + loss
 
     def _at_step(self, trainer: L.Trainer, optimizer_index: int) -> None:
-        """Count a step for the cut of the learning rate."""
+        """Count a step for the cut of the learning rate; the losses so far are those of this step."""
+        self._had_step = True
         self._guarded[optimizer_index].cut.advance()
 
     def _at_batch_end(
@@ -272,6 +276,7 @@ class DivergenceGuard(HubCallback):
     def _take_loss(self) -> Tensor | None:
         """Return the loss since the last optimizer step, the same on all ranks, and forget it."""
         loss, self._loss = self._loss, None
+        self._had_step = False
         if loss is None or self._reduce is None:
             return loss
         reduced: Tensor = self._reduce(loss, reduce_op="mean")

@@ -24,7 +24,7 @@ def let_others_clip(optimizer: Optimizer, module: Any) -> None:
         trainer = module.trainer
     except (AttributeError, RuntimeError):  # Lightning's property raises the latter
         return
-    precision = getattr(trainer, "precision_plugin", None)
+    precision: Any = getattr(trainer, "precision_plugin", None)
     if not hasattr(precision, "scaler"):
         return  # no mixed precision
     if precision.scaler is None or (module.automatic_optimization and _clips(trainer, module)):

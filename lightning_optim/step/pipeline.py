@@ -214,15 +214,24 @@ class StepPipeline:
         A GradScaler that found an overflow does not call the ``step`` of an optimizer without operands; an announced
         step that has not happened when the counts are next read is counted as skipped.
         """
-        self._expected = True
+        self._expected = any(p.grad is not None for group in self._updates.param_groups for p in group["params"])
+
+    def discard_announced(self) -> None:
+        """Forget a step that was announced and will not come, because an exception has ended the run before it."""
+        self._expected = False
 
     def settle(self) -> None:
         """Count an announced step that did not happen as skipped."""
-        if self._expected:
-            self._expected = False
-            if (step := self._open()) is not None:
-                step.skip = torch.ones_like(self._counts[0], dtype=torch.float32)
-                self._close(step)
+        if not self._expected:
+            return
+        self._expected = False
+        if (step := self._open()) is not None:
+            step.skip = torch.ones_like(self._counts[0], dtype=torch.float32)
+            self._close(step)
+        else:  # Its gradients have been dropped by now, as in manual optimization.
+            self._steps += 1
+            self._counts[1] += 1
+            self._counts_on_host.push()
 
     # One step, in order.
 

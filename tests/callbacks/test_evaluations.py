@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -103,7 +103,8 @@ def test_a_guard_is_refused_there_before_the_first_update():
     model = Closures(OwnSam)
     with pytest.raises(RuntimeError, match="guard cannot leave out steps of OwnSam"):
         _fit(model, [lo.DivergenceGuard()])
-    assert model.trainer.optimizers[0].steps == 0
+    optimizer: Any = model.trainer.optimizers[0]
+    assert optimizer.steps == 0
 
 
 @pytest.mark.parametrize("manual", [False, True])
@@ -189,7 +190,7 @@ def test_lbfgs_is_refused_by_what_needs_them_before_the_first_step_and_in_the_pl
         _fit(model, PARTS[part]())
     assert model.calls == 0
     planned = Closures(LBFGS)
-    planned.train_dataloader = lambda: batches(2)  # type: ignore[method-assign]
+    planned.train_dataloader = lambda: batches(2)
     assert "LBFGS" in " ".join(make_plan(make_trainer(PARTS[part]()), planned).conflicts)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import lightning_optim as lo
 from lightning_optim.callbacks.planning import make_plan
+from lightning_optim.core.operands_flag import unscales_itself
 from lightning_optim.step.operands import InKernel
 from tests.helpers import ADAMWS, PRECISIONS, Net, batches, bit_equal, make_trainer, precision
 
@@ -139,7 +140,7 @@ def test_clipping_by_hand_of_gradients_with_a_scale_is_refused_with_the_way_out(
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_the_plan_finds_no_conflict_in_it(name):
     model = Stock()
-    model.train_dataloader = lambda: batches(2)  # type: ignore[method-assign]
+    model.train_dataloader = lambda: batches(2)
     plan = make_plan(make_trainer([SUPPLIED["torch"]()], **precision(name), gradient_clip_val=LIMIT), model)
     assert plan.conflicts == []
     assert plan.groups[0].name == "default"
@@ -148,4 +149,4 @@ def test_the_plan_finds_no_conflict_in_it(name):
 def test_without_clipping_by_others_a_scale_is_still_taken_out_in_the_kernel():
     model = Stock()
     make_trainer([SUPPLIED["ours"]()], **precision("16-mixed")).fit(model, batches(2))
-    assert model.trainer.optimizers[0]._step_supports_amp_scaling
+    assert unscales_itself(model.trainer.optimizers[0])

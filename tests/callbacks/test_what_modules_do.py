@@ -45,9 +45,9 @@ class Absent(Net):
         super().__init__()
         self.absent, self.norms = absent, []
         if looks:
-            self.on_before_optimizer_step = self._look  # type: ignore[method-assign]
+            self.on_before_optimizer_step = self._look
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:  # type: ignore[override]
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
         return None if batch_idx in self.absent else super().training_step(batch, batch_idx)
 
     def _look(self, optimizer: Any) -> None:
@@ -73,7 +73,7 @@ def test_a_batch_without_a_loss_is_no_step_whoever_looks(kind, absent, name, acc
 
     model, plain = fit([PARTS["clipping"](), PARTS["guard"]()]), fit([])
     stock = Looks(absent)
-    stock.configure_optimizers = lambda: torch.optim.AdamW(  # type: ignore[method-assign]
+    stock.configure_optimizers = lambda: torch.optim.AdamW(
         [
             {"params": [p for p in stock.parameters() if p.ndim > 1], "weight_decay": 0.01},
             {"params": [p for p in stock.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -90,7 +90,7 @@ def test_a_batch_without_a_loss_is_no_step_whoever_looks(kind, absent, name, acc
 
 
 class Nothing(Net):
-    def configure_optimizers(self) -> None:  # type: ignore[override]
+    def configure_optimizers(self) -> None:
         return None
 
 
@@ -103,7 +103,7 @@ def test_a_module_without_an_optimizer_runs_as_it_does_alone(part, name, logger)
     make_trainer([PARTS[part]()], logger=logger, **precision(name)).fit(model, batches(3))
     assert bit_equal([p.detach() for p in model.parameters()], before)
     planned = Nothing()
-    planned.train_dataloader = lambda: batches(2)  # type: ignore[method-assign]
+    planned.train_dataloader = lambda: batches(2)
     assert make_plan(make_trainer([PARTS[part]()]), planned).conflicts == []
 
 
@@ -168,7 +168,7 @@ def test_a_method_that_was_set_by_hand_is_called_what_it_is():
         return torch.optim.SGD(model.parameters(), lr=0.1)
 
     model = Net()
-    model.configure_optimizers = mine  # type: ignore[method-assign]
+    model.configure_optimizers = mine
     with pytest.raises(MisconfigurationException, match=r"model\.configure_optimizers = ") as caught:
         make_trainer([lo.ConfigureOptimizers("adamw", lr=0.01)]).fit(model, batches(2))
     assert "LightningCLI" not in str(caught.value)
@@ -180,7 +180,7 @@ def test_what_lightningcli_sets_is_called_what_it_is():
     model = Net()
     made = partial(LightningCLI.configure_optimizers, optimizer=None, lr_scheduler=None)
     update_wrapper(made, LightningCLI.configure_optimizers)
-    model.configure_optimizers = MethodType(made, model)  # type: ignore[method-assign]
+    model.configure_optimizers = MethodType(made, model)
     with pytest.raises(MisconfigurationException, match="LightningCLI"):
         make_trainer([lo.ConfigureOptimizers("adamw", lr=0.01)]).fit(model, batches(2))
 
@@ -219,7 +219,7 @@ def test_what_is_attached_is_found_by_processes_that_are_spawned():
 
 
 class _Spawned(Ramp):
-    configure_optimizers = L.LightningModule.configure_optimizers
+    configure_optimizers: Any = L.LightningModule.configure_optimizers
 
 
 # Kinds of parameters.
@@ -246,7 +246,7 @@ class Sparse(Net):
 @pytest.mark.parametrize("functional", [False, True])
 def test_sparse_gradients_are_taken_by_the_form_that_takes_them(functional, make, part):
     model, stock = Sparse(functional), Sparse(functional)
-    stock.configure_optimizers = lambda: make(stock.parameters(), lr=0.1)  # type: ignore[method-assign]
+    stock.configure_optimizers = lambda: make(stock.parameters(), lr=0.1)
     make_trainer([]).fit(stock, batches(4))
     parts = [lo.ConfigureOptimizers(make, lr=0.1, param_groups=[]), *([PARTS[part]()] if part else [])]
     make_trainer(parts).fit(model, batches(4))
@@ -262,7 +262,7 @@ def test_sparse_gradients_are_clipped_in_that_form(functional):
         lo.StepPipeline(optimizer, clip=lo.clipping.GlobalNorm(0.05))
         return optimizer
 
-    stock.configure_optimizers = clipped  # type: ignore[method-assign]
+    stock.configure_optimizers = clipped
     make_trainer([]).fit(stock, batches(4))
     clipping = lo.GradientClipping(0.05)
     make_trainer([lo.ConfigureOptimizers(torch.optim.SGD, lr=0.5, param_groups=[]), clipping]).fit(model, batches(4))
@@ -310,7 +310,7 @@ def test_lazy_layers_are_watched_once_they_are_there(part, logger):
 
 def test_lazy_layers_are_in_the_plan_without_a_shape():
     model = Lazy()
-    model.train_dataloader = lambda: batches(2)  # type: ignore[method-assign]
+    model.train_dataloader = lambda: batches(2)
     plan = make_plan(make_trainer([lo.GradientClipping(1.0)]), model)
     assert plan.conflicts == []
     assert plan.groups[0].numel == sum(p.numel() for p in [*model.norm.parameters(), *model.head.parameters()])

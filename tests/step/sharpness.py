@@ -39,7 +39,7 @@ class Sam(Optimizer):
             p.data = self.state[p]["old"]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         with torch.enable_grad():
             loss = closure()
         self.steps += 1
@@ -55,7 +55,7 @@ class OneCallSam(Sam):
     """The same for gradients that lie ready: the closure makes the second ones, after the weights have been moved."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         self.climb()
         with torch.enable_grad():
             loss = closure()
@@ -68,7 +68,7 @@ class SumSam(Sam):
     """Steps with the sum of both gradients, which only exists right before the step inside."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         with torch.enable_grad():
             loss = closure()
         self.steps += 1
@@ -87,7 +87,7 @@ class LookSam(Sam):
     """Climbs in every third step only, and evaluates once in the others."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         if self.steps % 3 == 0:
             return super().step(closure)
         with torch.enable_grad():
@@ -122,7 +122,7 @@ class OwnSam(Sam):
         self.steps = 0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         with torch.enable_grad():
             loss = closure()
         self.climb()
@@ -140,7 +140,7 @@ class Clipped(torch.optim.SGD):
 
     max_norm = 0.1
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         with torch.enable_grad():
             loss = None if closure is None else closure()
         torch.nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], self.max_norm)

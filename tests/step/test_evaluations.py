@@ -40,7 +40,8 @@ class Run:
             torch.manual_seed(0)
             self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
             self.x, self.y = torch.randn(16, 4), torch.randn(16, 2)
-        self.optimizer, self.bad, self.evaluations = make(self.net.parameters()), bad, 0
+        self.optimizer: Any = make(self.net.parameters())
+        self.bad, self.evaluations = bad, 0
         self.grads: list[Tensor] = []
 
     def evaluate(self) -> Tensor:
@@ -186,7 +187,7 @@ def test_an_optimizer_that_updates_by_itself_is_clipped_at_each_evaluation_and_s
         nn.utils.clip_grad_norm_(reference.net.parameters(), 0.1)
         return loss
 
-    reference.evaluate = clipped  # type: ignore[method-assign]
+    reference.evaluate = clipped
     pipe = pipeline(run, max_norm=0.1, guard=False)
     with pytest.warns(UserWarning, match="OwnSam evaluates its closure more than once") as said:
         run.train(4)
@@ -256,7 +257,7 @@ class Keeps(Sam):
     """Holds an optimizer and updates by itself all the same."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         with torch.enable_grad():
             loss = closure()
         for p in self.params:
@@ -312,12 +313,13 @@ def test_a_frozen_group_is_left_alone_by_all_evaluations(sam, monkeypatch):
     run = Run(lambda params: torch.optim.SGD(params, lr=0.1))
     factory = lo.OptimizerFactory(lambda groups: sam(groups, BASES["sgd"]), param_groups=rules)
     run.optimizer, scheduler = factory.build(run.net, lo.Horizon(total_steps=4))
-    start = run.net[0].weight.detach().clone()
+    weight: Any = run.net[0].weight
+    start = weight.detach().clone()
     for step in range(3):
-        assert torch.equal(run.net[0].weight, start), step
+        assert torch.equal(weight, start), step
         run.train(1)
         scheduler.step()
-    assert not torch.equal(run.net[0].weight, start)
+    assert not torch.equal(weight, start)
 
 
 # LBFGS.
@@ -350,11 +352,11 @@ def test_lbfgs_is_left_alone_and_its_steps_are_counted_where_they_are_not():
 
 def test_the_optimizer_inside_is_the_deepest_that_has_the_same_parameters():
     weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
-    deep = Sam(weights, lambda groups: Lookahead(groups, BASES["sgd"]))
+    deep: Any = Sam(weights, lambda groups: Lookahead(groups, BASES["sgd"]))
     assert updating_optimizer(deep) is deep.base_optimizer.base_optimizer
     part = Sam(weights, BASES["sgd"])
     part.base_optimizer = torch.optim.SGD(weights[:1], lr=0.1)
     assert updating_optimizer(part) is part
-    two = Sam(weights, BASES["sgd"])
+    two: Any = Sam(weights, BASES["sgd"])
     two.other = torch.optim.SGD(weights, lr=0.1)
     assert updating_optimizer(two) is two

@@ -30,7 +30,7 @@ class Critics(Net):
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD([param], lr=0.0) for param in (self.critic, self.generator)]
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
         optimizers: Any = self.optimizers()
         critic, generator = optimizers
         for number in range(self.critic_steps):

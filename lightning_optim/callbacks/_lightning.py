@@ -12,7 +12,7 @@ from weakref import WeakMethod
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
-from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers, _MockOptimizer
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
 from lightning.pytorch.trainer.connectors.data_connector import (
     _parse_num_batches,
@@ -24,7 +24,6 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import Optimizer
 
 
 class ModuleMethod:
@@ -78,11 +77,6 @@ def plain_name(name: str) -> str:
     for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
         name = name.replace(wrapper, "")
     return name
-
-
-def optimizers_of(trainer: Trainer) -> list[Optimizer]:
-    """The Trainer's optimizers, without the stand-in that Lightning has where ``configure_optimizers`` returns None."""
-    return [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
 
 
 def logging_step(trainer: Trainer) -> int:

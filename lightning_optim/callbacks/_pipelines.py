@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lightning_optim.callbacks._contributor import Contributor, Hears
 from lightning_optim.callbacks._followed import FollowedOptimizers, bare
 from lightning_optim.callbacks._followed_schedulers import FollowedSchedulers
-from lightning_optim.callbacks._lightning import optimizers_of, plain_name
+from lightning_optim.callbacks._lightning import plain_name
 from lightning_optim.callbacks._plateau import PlateauLooks
 from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.operands_flag import unscales_itself
@@ -84,7 +84,7 @@ class Pipelines:
         weakref.finalize(self, handle.remove)  # should the fit end where no hook tells of it
         self._undo.callback(self._optimizers.close)
         self._undo.callback(handle.remove)
-        self._optimizers.update(optimizers_of(self._trainer))
+        self._optimizers.update(self._trainer.optimizers)
         self._schedulers.update(self._trainer)
         for followed in self._optimizers:
             self._start_freezing(followed.optimizer)
@@ -99,10 +99,10 @@ class Pipelines:
         if not self._is_started:
             return
         trainer = self._trainer
-        changed = not has_engine(trainer) and not self._optimizers.follows(optimizers_of(trainer))
+        changed = not has_engine(trainer) and not self._optimizers.follows(trainer.optimizers)
         if changed:
             known = [followed.optimizer for followed in self._optimizers]
-            self._optimizers.update(optimizers_of(trainer))
+            self._optimizers.update(trainer.optimizers)
         if changed or not self._schedulers.follows(trainer):
             self._schedulers.update(trainer)
         if changed:
@@ -115,7 +115,7 @@ class Pipelines:
     def announce(self, optimizer: Optimizer) -> None:
         """Lightning says that the optimizer's gradients are ready and its step follows."""
         trainer = self._trainer
-        if has_engine(trainer) or not optimizers_of(trainer):
+        if has_engine(trainer):
             return
         optimizer = bare(optimizer)
         if (index := self._optimizers.index(optimizer)) is None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.core.stateful import Stateful
+from lightning_optim.core.step_hooks import after_closure
 from lightning_optim.core.uncompiled import uncompiled
 
 
@@ -45,7 +46,10 @@ class LRCutter(Stateful):
         self._age = 0
         self._kept: list[Any] = []
         self._handles = [
-            optimizer.register_step_pre_hook(uncompiled(lambda *_: self._cut())),
+            # Behind the closure, because Lightning announces a step, which counts, within it.
+            optimizer.register_step_pre_hook(
+                uncompiled(lambda _, args, kwargs: after_closure(args, kwargs, self._cut))
+            ),
             optimizer.register_step_post_hook(uncompiled(lambda *_: self._restore())),
         ]
 
@@ -87,8 +91,8 @@ class LRCutter(Stateful):
             return 1.0
         return float(self._factor ** (1 - (over + 1) / (self._recover + 1)))
 
-    def _cut(self) -> None:
-        self._restore()  # The last update may have been interrupted.
+    def _cut(self, loss: Any = None) -> None:
+        self._restore()  # The last update may have been interrupted, or the closure is evaluated again.
         factor = self.factor
         if factor == 1.0:
             return

@@ -127,7 +127,7 @@ class StepPipeline:
         self.histograms = histograms
         counts = counts or StepCounts()
         devices = (p.device for group in optimizer.param_groups for p in group["params"])
-        device = next(devices, torch.device("cpu"))  # of an optimizer that gets its parameters later
+        device = next(devices, torch.device("cpu"))  # none yet, or Lightning's stand-in for no optimizer
         self._steps = counts.steps
         self._counts = torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device=device)
         self._counts_on_host = HostMirror(self._counts)
@@ -286,10 +286,10 @@ class StepPipeline:
         return after_closure(args, kwargs, self._update_follows)
 
     def _update_follows(self, loss: Any) -> None:
-        """Decide and hand over to the step inside; measure first, unless these gradients have been."""
+        """Decide and hand over to the step inside; measure first, unless the only evaluation has been measured."""
         self._operands.restore()
         self._expected = False
-        if self._step is None or self._evaluations.count > 1:
+        if self._step is None:
             self._step = self._open()
         if self._step is not None:
             self._hand_over(self._step, loss)

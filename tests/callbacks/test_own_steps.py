@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lightning_optim as lo
+from lightning_optim.core.stats import GradStats
+from lightning_optim.divergence import Detector
 from tests.helpers import ADAMWS, PRECISIONS, Net, batches, make_trainer, precision, read_events
 
 
@@ -87,6 +89,42 @@ def test_a_bad_step_is_that_of_its_optimizer_and_batch(critic_steps, every, name
         steps = [step for step, _ in points]
         assert len(set(steps)) == len(steps), tag
         assert min(steps) >= 0
+
+
+class Sees(Detector):
+    """Skips nothing, and keeps the norm of each step that it is asked about."""
+
+    norms: ClassVar[list[float]] = []
+
+    def __call__(self, stats: GradStats) -> Tensor:
+        self.norms.append(float(stats.total_norm()))
+        return torch.tensor(False)
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_a_step_that_is_left_out_is_not_measured_by_the_gradients_of_the_next(zeroed, tmp_path):
+    class Zeroes(Critics):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            if not zeroed:
+                super().training_step(batch, batch_idx)
+                return
+            critic = self.optimizers()[0]  # type: ignore[index]
+            for number in range(self.critic_steps):
+                self.taken += 1
+                is_bad = batch_idx in self.bad and number == 0
+                critic.zero_grad()
+                self.manual_backward((self.critic * (float("nan") if is_bad else float(self.taken))).sum())
+                critic.step()
+
+    Sees.norms.clear()
+    guard = lo.DivergenceGuard(
+        report_dir=str(tmp_path), rollback=None, lr_cut=None, stop=False, spikes=None, detectors=[Sees()]
+    )
+    make_trainer([guard], **precision("16-mixed")).fit(Zeroes(3, 100, bad=(1,)), batches(3))
+    finite = [norm for norm in Sees.norms if norm == norm]
+    assert finite == pytest.approx([1, 2, 3, 5, 6, 7, 8, 9])
+    assert len(Sees.norms) == 8
+    assert guard._kept["lightning_optim"]["counts"][0] == [9, 0, 1]
 
 
 class Raises(Net):

@@ -196,17 +196,19 @@ class Hub(Hears):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if callbacks != self._seen:  # by identity, in C; a subclass may override the hook in which it would object
             self._refuse_late(callbacks)
-        self._pipelines.follow()
+        self._pipelines.begin_batch()
         for member in self._hearing.batch_start:
             member._at_batch_start(trainer, pl_module, batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Pass the hook on."""
+        """Count announced steps that did not happen, of which these are not the gradients, and pass the hook on."""
+        self._pipelines.settle()
         for member in self._hearing.before_backward:
             member._at_before_backward(trainer, pl_module, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pass the hook on."""
+        """Note that there are gradients, and pass the hook on."""
+        self._pipelines.had_backward = True
         for member in self._hearing.after_backward:
             member._at_after_backward(trainer, pl_module)
 
@@ -250,6 +252,7 @@ class Hub(Hears):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Undo everything: Lightning does not call `teardown` after an exception. The user's must arrive, not ours."""
+        self._pipelines.discard_announced()
         failed: list[str] = []
         members = [partial(member._at_exception, trainer, pl_module, exception) for member in self.members]
         last: list[Callable[[], None]] = [*members, self.close]

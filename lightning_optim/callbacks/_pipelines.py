@@ -22,10 +22,12 @@ from lightning_optim.callbacks._lightning import logging_step, plain_name
 from lightning_optim.callbacks._packages import callback_overrides, module_overrides
 from lightning_optim.callbacks._plateau import PlateauLooks
 from lightning_optim.core.flat_shards import FlatShards
+from lightning_optim.core.operands_flag import unscales_itself
 from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.factory.freezing import freezing_of
 from lightning_optim.factory.run_length import RunLength
+from lightning_optim.factory.trainer_clipping import let_others_clip
 from lightning_optim.step import StepPipeline
 from lightning_optim.step.gradients import group_names_of, names_of
 
@@ -55,6 +57,8 @@ class Pipelines:
         """Optimizers followed that are in their ``step``: another one that steps meanwhile is a part of them."""
         self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         """Optimizers of this process that have no parameter of the module."""
+        self.had_backward = False
+        """Whether there was a backward pass in this batch."""
 
     @property
     def _trainer(self) -> L.Trainer:
@@ -97,6 +101,11 @@ class Pipelines:
         for followed in self._optimizers.present:
             self._start_freezing(followed.optimizer)
 
+    def begin_batch(self) -> None:
+        """Follow the optimizers there are, in a batch that has not been through backward."""
+        self.had_backward = False
+        self.follow()
+
     def follow(self) -> None:
         """Match pipelines and schedulers with those that the Trainer has now."""
         if not self._is_started:
@@ -130,16 +139,21 @@ class Pipelines:
                 "clip, guard or monitor it. Set `trainer.optimizers = [...]` before the batch in which it steps first; "
                 "changing the list in place does not reach Lightning."
             )
+        if not self.had_backward and trainer.lightning_module.automatic_optimization and _has_scaler(trainer):
+            return  # `training_step` returned None: Lightning neither unscales nor steps, and updates no scaler.
+        if followed.pipeline.is_evaluating:
+            return  # It is the same step, of which the optimizer evaluates the closure again.
         if self._others_look(trainer):
             followed.pipeline.settle()  # the last one of this batch may have been left out by a GradScaler
             unscale(trainer, followed.optimizer)
-        followed.pipeline.expect_step(may_be_left_out=getattr(trainer.precision_plugin, "scaler", None) is not None)
+        if followed.pipeline.has_gradients():
+            followed.pipeline.expect_step(may_be_left_out=_has_scaler(trainer))
         for member in self._hearing.step:
             member._at_step(trainer, followed.place)
 
     def settle(self) -> None:
         """Account for announced steps that did not come, as when a GradScaler finds an overflow."""
-        scaled = getattr(self._trainer.precision_plugin, "scaler", None) is not None
+        scaled = _has_scaler(self._trainer)
         for followed in self._optimizers.present:
             if not followed.pipeline.is_expecting:
                 continue
@@ -151,6 +165,11 @@ class Pipelines:
                     "defaults), or a wrapper that calls the optimizer's own step."
                 )
             followed.pipeline.settle()
+
+    def discard_announced(self) -> None:
+        """Forget announced steps: an exception has come before them."""
+        for followed in self._optimizers.present:
+            followed.pipeline.discard_announced()
 
     def owe_reports(self) -> None:
         """At the end of a batch: an optimizer that did not step in it reports at its next step."""
@@ -282,6 +301,7 @@ class Pipelines:
 
     def _make_pipeline(self, followed: Followed, counts: StepCounts | None, clip: Any) -> StepPipeline:
         trainer = self._trainer
+        let_others_clip(followed.optimizer, trainer.lightning_module)
         clipping = next((member for member in self._members if member.clip_rule() is not None), None)
         model = trainer.strategy.model
         module = trainer.lightning_module
@@ -307,7 +327,7 @@ class Pipelines:
             detectors=[detector for member in self._members for detector in member.detectors()],
             report_due=partial(followed.report_due, self._hearing.report_due, trainer),
             histograms=lambda: {kind for member in followed.reporting for kind in member.histograms_due(trainer)},
-            on_report=report,
+            on_report=report if any(map(_reports, self._members)) else None,
             counts=counts,
         )
 
@@ -318,7 +338,7 @@ class Pipelines:
 
     def _check_engine(self) -> None:
         """Refuse detectors and reports: DeepSpeed's engine clips by itself, and has no hook in between."""
-        asking = [m for m in self._members if m.detectors() or type(m).on_report is not Contributor.on_report]
+        asking = [member for member in self._members if member.detectors() or _reports(member)]
         if asking:
             names = ", ".join(type(member).__name__ for member in asking)
             raise MisconfigurationException(
@@ -329,7 +349,7 @@ class Pipelines:
 
     def _others_look(self, trainer: L.Trainer) -> bool:
         """Return whether a hook that is not ours reads the gradients before a step."""
-        if getattr(trainer.precision_plugin, "scaler", None) is None:
+        if not _has_scaler(trainer):
             return False  # nothing to hide from them
         module = trainer.lightning_module
         if any(map(partial(module_overrides, module), ("configure_gradient_clipping", "on_before_optimizer_step"))):
@@ -339,13 +359,21 @@ class Pipelines:
         return any(callback_overrides(callback, "on_before_optimizer_step") for callback in others)
 
 
+def _reports(member: Contributor) -> bool:
+    return type(member).on_report is not Contributor.on_report
+
+
+def _has_scaler(trainer: L.Trainer) -> bool:
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
 def unscale(trainer: L.Trainer, optimizer: Optimizer) -> None:
     """Take the loss scale out of the gradients, as Lightning does except where an optimizer does so in its kernel.
 
     Hooks of the user then see the gradients they would see without 16-bit precision, at the price of one pass.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scaler is not None and unscales_itself(optimizer):
         scaler.unscale_(optimizer)
 
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -168,9 +169,8 @@ class ConfigureOptimizers(HubCallback, _Factory):
         if present is not None:
             if _owner(present) is not self:
                 raise MisconfigurationException(
-                    f"Two owners of the optimizer of {type(pl_module).__name__}: {self!r}, and "
-                    f"{_owner(present) or 'LightningCLI'}, which has set configure_optimizers on the module. "
-                    "(LightningCLI does so for its keys `optimizer` and `lr_scheduler`.) Remove one."
+                    f"Two owners of the optimizer of {type(pl_module).__name__}: {self!r}, and {_describe(present)}. "
+                    "Remove one."
                 )
             return
         rank_zero_info(f"{self!r} replaces {type(pl_module).__name__}.configure_optimizers.{self._advice(pl_module)}")
@@ -230,7 +230,13 @@ class ConfigureOptimizers(HubCallback, _Factory):
             self._found = (weakref.ref(self.hub.trainer.lightning_module), found)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Add the way out to Lightning's message about a missing method."""
+        """Add the way out to Lightning's messages about a missing method, and about clipping."""
+        if isinstance(exception, RuntimeError) and "does not allow for gradient clipping" in str(exception):
+            exception.args = (
+                f"{exception} It is: {self!r} has made it so, and where a GradScaler is, gradients that a fused "
+                "optimizer gets still carry the loss scale. Use the callback lightning_optim.GradientClipping, which "
+                "clips in the kernel, in place of clip_gradients; or give the optimizer fused=False, if it is torch's.",
+            )
         # Lightning verifies the module before it calls any hook of a callback, so this is the first chance to help.
         missing = is_lightning(exception, "MisconfigurationException") and f"No `{_METHOD}()`" in str(exception)
         if missing and not module_overrides(pl_module, _METHOD):
@@ -270,11 +276,25 @@ def attach(model: L.LightningModule, factory: OptimizerFactory | OptimizerFactor
             f"{_owner(present) or present!r}; cannot attach {factory!r} as well."
         )
 
-    def configure_optimizers(self: L.LightningModule) -> Any:
-        return factory(self)
+    model.configure_optimizers = _Attached(_configure_optimizers, factory, model)  # type: ignore[method-assign]
 
-    configure_optimizers.owner = factory  # type: ignore[attr-defined]
-    model.configure_optimizers = types.MethodType(configure_optimizers, model)  # type: ignore[method-assign]
+
+class _Attached(partial[Any]):
+    """The method that a factory supplies; unlike a function made on the spot it goes where a pickled module goes."""
+
+    @property
+    def owner(self) -> OptimizerFactory:
+        """Who has attached it."""
+        owner: OptimizerFactory = self.args[0]
+        return owner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Attached:
+        # Of a copied module; the callback in the Trainer is the one that it was attached by.
+        return _Attached(self.func, self.owner, copy.deepcopy(self.args[1], memo))
+
+
+def _configure_optimizers(factory: OptimizerFactory, model: L.LightningModule) -> Any:
+    return factory(model)
 
 
 _HOW_TO_HAVE_SEVERAL = (
@@ -284,5 +304,15 @@ _HOW_TO_HAVE_SEVERAL = (
 )
 
 
-def _owner(method: Any) -> Any:
-    return getattr(method, "owner", None)
+def _owner(method: Any) -> OptimizerFactory | None:
+    return method.owner if isinstance(method, _Attached) else None
+
+
+def _describe(method: Any) -> str:
+    """Who has set ``configure_optimizers`` on a module."""
+    if (owner := _owner(method)) is not None:
+        return f"{owner!r}, which has been attached to it"
+    made = getattr(method, "__func__", None)  # LightningCLI makes a method of a partial
+    if isinstance(made, partial) and made.keywords.keys() >= {"optimizer", "lr_scheduler"}:
+        return "LightningCLI, which has set its configure_optimizers for the keys `optimizer` and `lr_scheduler`"
+    return f"{method!r}, which was set on the module itself (`model.configure_optimizers = ...`)"

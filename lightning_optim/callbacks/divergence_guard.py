@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._guard.reporter import GuardReporter
@@ -116,6 +117,7 @@ class DivergenceGuard(HubCallback):
         self.ladder = Ladder(self.lr_cut, self.rollback, self._stop, self._cooldown)
         self.report = DivergenceReport()
         self._loss: Tensor | None = None
+        self._had_step = False
         self._restored: dict[str, Any] = {}
         self._skipped = self._overflows = 0
 
@@ -165,11 +167,15 @@ class DivergenceGuard(HubCallback):
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the state of a resumed run, and capture the first snapshot."""
         self._guarded = [self._guard(pipeline, trainer, pl_module) for pipeline in self.hub.pipelines]
-        self._loss = None
+        self._loss, self._had_step = None, False
         self._reporter = GuardReporter(self.report, trainer, self._report_dir)
         self._reduce = trainer.strategy.reduce if trainer.world_size > 1 else None
         self._restore()
-        if self.rollback is not None:
+        self._start_snapshots(trainer, pl_module)
+
+    def _start_snapshots(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Capture the first snapshot, as soon as all parameters exist: those of lazy layers are made by a batch."""
+        if self.rollback is not None and not any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
             self._snapshots = RunSnapshots(self.rollback, trainer, pl_module, self.hub, self._guarded)
 
     def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> GuardedOptimizer:
@@ -206,19 +212,21 @@ class DivergenceGuard(HubCallback):
             if guarded not in self._guarded:
                 guarded.cut.close()
         if self._snapshots is not None:
-            assert self.rollback is not None
             self._snapshots.close()
-            self._snapshots = RunSnapshots(self.rollback, trainer, pl_module, self.hub, self._guarded)
+            self._start_snapshots(trainer, pl_module)
 
     def _at_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Add up the losses of the micro-batches of a step, on the device."""
         loss = loss.detach().float()
         if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
             loss = loss / scaler.scale(torch.ones_like(loss))
+        if self._had_step:  # It was left out by a GradScaler, and its gradients were dropped before anything saw them.
+            self._loss, self._had_step = None, False
         self._loss = loss if self._loss is None else self._loss + loss
 
     def _at_step(self, trainer: L.Trainer, optimizer_index: int) -> None:
-        """Count a step for the cut of the learning rate."""
+        """Count a step for the cut of the learning rate; the losses so far are those of this step."""
+        self._had_step = True
         self._guarded[optimizer_index].cut.advance()
 
     def _at_batch_end(
@@ -240,6 +248,8 @@ class DivergenceGuard(HubCallback):
             self._respond(trainer, *escalating[0])
         elif snapshots is not None and any(stepped) and not alarms:
             snapshots.capture_if_due(step)
+        elif self.rollback is not None and snapshots is None and not alarms:
+            self._start_snapshots(trainer, pl_module)
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judge the steps that have not arrived yet, and write the report."""
@@ -285,6 +295,7 @@ class DivergenceGuard(HubCallback):
     def _take_loss(self) -> Tensor | None:
         """Return the loss since the last optimizer step, the same on all ranks, and forget it."""
         loss, self._loss = self._loss, None
+        self._had_step = False
         if loss is None or self._reduce is None:
             return loss
         reduced: Tensor = self._reduce(loss, reduce_op="mean")

@@ -150,7 +150,7 @@ class OptimizerMonitor(HubCallback):
             return
         pipeline = self.hub.pipelines[optimizer_index]
         report = StepReport(record, self.diagnostics, self._last[pipeline], at=logging_step(trainer))
-        self._meter.on_record(report, record)
+        self._meter.on_record(report, record, is_first=not self._open)
         if not self._open:  # The first report of a batch contains the values that belong to the run.
             health = self.hub.health_points()
             report.add([f"optim_health/{name}" for name in health], list(health.values()), of_run=True)

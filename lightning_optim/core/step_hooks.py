@@ -1,6 +1,8 @@
 """Helpers for hooks around `Optimizer.step`: running the closure, and recognising trial steps.
 
-torch calls step pre-hooks before the closure, so a hook that needs gradients has to run the closure itself.
+torch calls step pre-hooks before the closure, so a hook that needs gradients acts when the closure returns. The closure
+stays the optimizer's to evaluate: when it will, and as often. Sharpness-aware minimization evaluates it again at other
+weights, LBFGS along a line, schedule-free optimizers after they have moved the weights.
 
 `torch.distributed.checkpoint` makes a trial step to create the state of an optimizer: to save or load an optimizer in
 shards it needs tensors to load into, so if there is no state yet, it fills `p.grad` with zeros, sets every `lr` to 0
@@ -11,6 +13,7 @@ decays weights or counts steps must check `is_trial_step` first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,24 +30,61 @@ def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return kwargs.get("closure", args[1] if len(args) > 1 else None)
 
 
-def run_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Run the closure, which computes the gradients, and replace it by one that returns the known loss.
+def after_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[Any], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Call ``then`` whenever the gradients of a step are there: now, or at the end of each evaluation of the closure.
+
+    Once per evaluation: torch calls the hooks anew for a ``super().step(closure)`` within a step, and the closure that
+    comes with it calls ``then`` already.
 
     Args:
         args: Positional arguments of ``step``, the optimizer first.
-        kwargs: Keyword arguments of ``step``.
+        kwargs: Its keyword arguments.
+        then: Called with the loss that the closure has returned; with None where there is no closure. A method, so that
+            it is known again.
 
     Returns:
-        The new positional arguments, the new keyword arguments, and the loss; None as loss without a closure.
+        The arguments for ``step``, positional and by keyword, as a pre-hook returns them.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> _ = optimizer.register_step_pre_hook(lambda _, args, kwargs: after_closure(args, kwargs, print))
+        >>> optimizer.step(lambda: 0.25)
+        0.25
+        0.25
     """
     closure = closure_of(args, kwargs)
     if closure is None:
-        return args, kwargs, None
-    with torch.enable_grad():
-        loss = closure()
+        then(None)
+        return args, kwargs
+    if calls_already(closure, then):
+        return args, kwargs
     if "closure" in kwargs:
-        return args, {**kwargs, "closure": lambda: loss}, loss
-    return (args[0], lambda: loss, *args[2:]), kwargs, loss
+        return args, {**kwargs, "closure": _Evaluation(closure, then)}
+    return (args[0], _Evaluation(closure, then), *args[2:]), kwargs
+
+
+def calls_already(closure: Any, then: Callable[[Any], None]) -> bool:
+    """Whether `after_closure` has made this closure call ``then``: it belongs to a step that is under way."""
+    while isinstance(closure, _Evaluation):
+        if closure.then == then:
+            return True
+        closure = closure.closure
+    return False
+
+
+class _Evaluation:
+    """A closure, and what to do with the gradients of each of its evaluations."""
+
+    def __init__(self, closure: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        self.closure, self.then = closure, then
+
+    def __call__(self) -> Any:
+        loss = self.closure()
+        self.then(loss)
+        return loss
 
 
 def is_trial_step(optimizer: Optimizer, closure: Any = None) -> bool:

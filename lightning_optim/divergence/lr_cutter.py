@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.core.stateful import Stateful
+from lightning_optim.core.step_hooks import after_closure, calls_already, closure_of
 from lightning_optim.core.uncompiled import uncompiled
 
 
@@ -43,10 +44,11 @@ class LRCutter(Stateful):
         self._factor = 1.0
         self._hold = self._recover = 0
         self._age = 0
+        self._is_counted = self._is_stepping = False
         self._kept: list[Any] = []
         self._handles = [
-            optimizer.register_step_pre_hook(uncompiled(lambda *_: self._cut())),
-            optimizer.register_step_post_hook(uncompiled(lambda *_: self._restore())),
+            optimizer.register_step_pre_hook(uncompiled(self._before)),
+            optimizer.register_step_post_hook(uncompiled(self._after)),
         ]
 
     @property
@@ -70,8 +72,10 @@ class LRCutter(Stateful):
         self._lasting *= factor
 
     def advance(self) -> None:
-        """Count a step; call it before each one."""
-        self._age += 1
+        """Count a step that was announced, which a GradScaler may leave out; one that is under way has been counted."""
+        if not self._is_stepping:
+            self._age += 1
+            self._is_counted = True
 
     def close(self) -> None:
         """Remove the hooks and restore the learning rates."""
@@ -86,6 +90,24 @@ class LRCutter(Stateful):
         if over >= self._recover:
             return 1.0
         return float(self._factor ** (1 - (over + 1) / (self._recover + 1)))
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = closure_of(args, kwargs)
+        is_new = closure is not None and not calls_already(
+            closure, self._evaluated
+        )  # else a `super().step()` within it
+        if not self._is_counted and (is_new or not self._is_stepping):
+            self._age += 1
+        self._is_counted, self._is_stepping = False, True
+        self._cut()
+        return after_closure(args, kwargs, self._evaluated)
+
+    def _evaluated(self, loss: Any) -> None:
+        """Mark the closure of a step that has been counted."""
+
+    def _after(self, *_: Any) -> None:
+        self._is_stepping = False
+        self._restore()
 
     def _cut(self) -> None:
         self._restore()  # The last update may have been interrupted.

@@ -21,6 +21,7 @@ from lightning_optim.factory.owner import owner_of
 from lightning_optim.factory.resume import OptimizerResume
 from lightning_optim.factory.resume_scheduler import resume_scheduler
 from lightning_optim.factory.run_length import RunLength, horizon_of
+from lightning_optim.factory.trainer_clipping import let_others_clip
 from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules, lost_matches
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
 from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
@@ -162,6 +163,7 @@ class OptimizerFactory:
         """
         optimizer, scheduler = self.build(module) if owner is None else self.build(module, owner=owner)
         owner = owner_of(module) if owner is None else owner
+        let_others_clip(optimizer, module if owner is None else owner)
         config = {"scheduler": scheduler, "interval": "step"}
         freezing = freezing_of(optimizer)
         if not isinstance(scheduler, Scheduler):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.core.durations import Duration, Horizon
-from lightning_optim.core.step_hooks import closure_of, is_trial_step, run_closure
+from lightning_optim.core.step_hooks import after_closure, closure_of, is_trial_step
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.optim import FusedOptimizer
 
@@ -150,10 +150,13 @@ class Freezing:
         frozen = [param for group, param in self._temporary() if self._is_frozen(group, steps)]
         if not any(param.requires_grad or param.grad is not None for param in frozen):
             return None
-        args, kwargs, _ = run_closure(args, kwargs)
-        for param in frozen:
-            param.grad = None
-        return args, kwargs
+
+        def drop(_: Any) -> None:
+            for param in frozen:
+                param.grad = None
+
+        drop(None)  # some optimizers move the weights along the gradients that lie there, and evaluate then
+        return after_closure(args, kwargs, drop)
 
     def _before_saving(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, FusedOptimizer) and optimizer.state:

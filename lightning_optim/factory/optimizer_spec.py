@@ -17,6 +17,7 @@ from lightning_optim import optim
 from lightning_optim.core.group_keys import RESERVED
 from lightning_optim.core.imports import import_object
 from lightning_optim.core.suggest import nearest
+from lightning_optim.factory.sparse_gradients import UnfuseIfSparse, gives_sparse_gradients
 from lightning_optim.optim.base import class_of_rule
 from lightning_optim.param_groups import Entry, ParamGroupRule
 
@@ -60,9 +61,14 @@ class OptimizerSpec:
 
     def make_for(self, model: nn.Module, groups: Iterable[Any]) -> Optimizer:
         """The optimizer of ``model``, with groups of its parameters."""
-        if isinstance(self.make, _FusedIfPossible) and _gives_sparse_gradients(model):
+        if not isinstance(self.make, _FusedIfPossible):
+            return self.make(groups)
+        if gives_sparse_gradients(model):
             return self.make.unfused(groups)
-        return self.make(groups)
+        optimizer = self.make(groups)
+        if self.make.chooses_form:
+            UnfuseIfSparse(optimizer)
+        return optimizer
 
     def check_rules(self, rules: Sequence[Entry]) -> None:
         """Refuse rules that set options which the optimizer does not have, or values that it does not accept.
@@ -170,12 +176,12 @@ class _FusedIfPossible:
         options = inspect.signature(make.func).parameters.keys() | make.keywords.keys()
         forms = ("fused", "foreach", "capturable", "differentiable")
         undecided = make.keywords.get("fused") is None and not any(make.keywords.get(form) for form in forms)
-        self._try_fused = "fused" in options and undecided
+        self.chooses_form = "fused" in options and undecided
 
     def __call__(self, groups: Iterable[Any]) -> Optimizer:
         groups = list(groups)
         params = [param[-1] if isinstance(param, tuple) else param for group in groups for param in group["params"]]
-        if self._try_fused and all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for p in params):
+        if self.chooses_form and all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for p in params):
             with contextlib.suppress(RuntimeError):  # torch has no fused form of it for these parameters
                 return self._make([{**group} for group in groups], fused=True)
         return self._make(groups)
@@ -183,12 +189,6 @@ class _FusedIfPossible:
     def unfused(self, groups: Iterable[Any]) -> Optimizer:
         """Make it as it is without being asked for a form."""
         return self._make(groups)
-
-
-def _gives_sparse_gradients(model: nn.Module) -> bool:
-    """Whether a layer was made with ``sparse=True``: no fused kernel takes the gradients of its weight."""
-    layers = (module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))
-    return any(layer.sparse and layer.weight.requires_grad for layer in layers)
 
 
 def _merge(kwargs: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -99,8 +101,8 @@ def plan_groups(optimizer: Optimizer) -> list[GroupPlan]:
         plans.append(
             GroupPlan(
                 name=str(group.get("name", index)),
-                parameters=tuple((n, tuple(p.shape)) for n, p in zip(names, group["params"], strict=True)),
-                numel=sum(param.numel() for param in group["params"]),
+                parameters=tuple((n, _shape(p)) for n, p in zip(names, group["params"], strict=True)),
+                numel=sum(map(_numel, group["params"])),
                 lr=float(group.get("initial_lr", group["lr"])),
                 weight_decay=None if decay is None else float(decay),
                 rule=str(group.get("rule") or type(optimizer).__name__.lower()),
@@ -132,7 +134,7 @@ def plan_curves(scheduler: Scheduler) -> list[Curve]:
     shared = [group for group in groups if group.get("name") not in own]
     curves = []
     if shared:
-        largest = max(shared, key=lambda group: sum(param.numel() for param in group["params"]))
+        largest = max(shared, key=lambda group: sum(map(_numel, group["params"])))
         label = f"lr of group {largest['name']!r}" if "name" in largest else "lr"
         curves.append(curve(label, float(largest["initial_lr"]), scheduler.schedule))
     for group in groups:
@@ -164,7 +166,7 @@ def replay(scheduler: LRScheduler, horizon: Horizon, per_epoch: bool = False) ->
     if total is None or total / length > _LONGEST_REPLAY:
         raise ValueError("the run has no end" if total is None else f"the run has {total:,} steps")
     groups = scheduler.optimizer.param_groups
-    index = max(range(len(groups)), key=lambda i: sum(param.numel() for param in groups[i]["params"]))
+    index = max(range(len(groups)), key=lambda i: sum(map(_numel, groups[i]["params"])))
     rates = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)")  # no optimizer step came before
@@ -174,3 +176,12 @@ def replay(scheduler: LRScheduler, horizon: Horizon, per_epoch: bool = False) ->
                 scheduler.step()
     label = f"lr of group {groups[index].get('name', index)!r} ({type(scheduler).__name__})"
     return Curve(label, lambda step: rates[min(int(step / length), len(rates) - 1)])
+
+
+def _shape(param: Tensor) -> tuple[int, ...]:
+    """The shape; () as long as a lazy layer has none."""
+    return () if isinstance(param, UninitializedParameter) else tuple(param.shape)
+
+
+def _numel(param: Tensor) -> int:
+    return 0 if isinstance(param, UninitializedParameter) else param.numel()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from lightning_optim.optim import FusedOptimizer
@@ -33,6 +34,8 @@ def state_size(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) ->
     Returns:
         Bytes; None if the optimizer is of another package, or subclasses torch's, and has not stepped.
     """
+    if isinstance(param, UninitializedParameter):  # It gets its shape from the first batch.
+        return None
     if present := optimizer.state.get(param):
         return sum(value.numel() * value.element_size() for value in present.values() if isinstance(value, Tensor))
     if isinstance(optimizer, FusedOptimizer):

@@ -99,7 +99,7 @@ class FusedOptimizer(Optimizer):
     _warned_of_peak: bool = False
     _batches: Batches | None = None  # The batches of the last step are not part of the state.
 
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling: bool  # of the object, as torch's: Lightning's wrapper would not find a change to it
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[SharedOptions]) -> None:
         owner = type(self)
@@ -110,6 +110,7 @@ class FusedOptimizer(Optimizer):
         known = ranges_of(owner).keys() | shared_options.DEFAULTS.keys() | inspect.signature(owner).parameters.keys()
         refuse_unranged(owner, [name for name, value in defaults.items() if is_number(value) and name not in known])
         super().__init__(params, plain_numbers(given))
+        self._step_supports_amp_scaling = True
         leave_step_uncompiled(owner)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -300,6 +301,7 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.forget_step()  # else the state that is replaced would stay in memory until the next one
+        self._step_supports_amp_scaling = True
         leave_step_uncompiled(type(self))
 
     def label(self, group: Mapping[str, Any], index: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim import kernels
 from lightning_optim.core.placements import is_partial, is_sharded, partial_refused
@@ -27,6 +28,11 @@ def check_params(optimizer: Ruled, group: Mapping[str, Any]) -> None:
     seen: set[int] = set()
     rule = optimizer.rule_of(group)
     for index, param in enumerate(group["params"]):
+        if isinstance(param, UninitializedParameter):
+            raise ValueError(
+                f"{type(optimizer).__name__}: parameter {index} is one of a lazy layer and has no shape yet. Run one "
+                "batch through the model before its optimizer is made."
+            )
         label = f"{type(optimizer).__name__}: {optimizer.label(group, index)}"
         if not param.is_floating_point():
             raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.param_groups.heads import is_head_name, last_linear, output_layers
 
@@ -79,6 +80,12 @@ def named_parameters(model: nn.Module) -> Iterator[NamedParameter]:
     seen = []
     for parameter, places in found.items():
         names, modules = zip(*places, strict=True)
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"The parameter {names[0]!r} of a {type(modules[0]).__name__} has no shape yet, and groups and "
+                "optimizers need the shapes of parameters. Run one batch through the model before its optimizer is "
+                "made, for instance `self(torch.zeros(1, ...))` in the `configure_model` of a LightningModule."
+            )
         reason = why_not_hidden(parameter, names, modules)
         seen.append(NamedParameter(parameter, names, modules, frozenset(_parts_of(names, modules)), reason))
     heads = output_layers(model)

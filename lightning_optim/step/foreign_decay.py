@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.core.host import is_set
-from lightning_optim.core.step_hooks import closure_of, is_trial_step, run_closure
+from lightning_optim.core.step_hooks import after_closure, calls_already, closure_of, is_trial_step
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.kernels.peak_lr import follow_peak, say_peak, start_peak
 from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_coefficients
 from lightning_optim.optim import FusedOptimizer
+from lightning_optim.step.evaluations import updating_optimizer
 
 _KINDS = (WeightDecayKind.DECOUPLED, WeightDecayKind.INDEPENDENT, WeightDecayKind.CORRECTED)
 
@@ -57,8 +58,11 @@ class ForeignDecay:
         groups: Mapping[str, float] | None = None,
     ) -> None:
         self.kind = check_decay(weight_decay, kind, groups)
-        label = type(optimizer).__name__
-        if isinstance(optimizer, FusedOptimizer):
+        updates = updating_optimizer(optimizer)
+        label = type(updates).__name__
+        if isinstance(updates, torch.optim.LBFGS):
+            raise ValueError(_several(label))
+        if isinstance(updates, FusedOptimizer):
             raise ValueError(
                 f"{label} has every kind of weight decay built in, in the same pass as its update. Set its "
                 "weight_decay and weight_decay_kind instead."
@@ -77,23 +81,32 @@ class ForeignDecay:
         self.weight_decays = {name: float((groups or {}).get(name, weight_decay)) for name in names}
         self.weight_decay = float(weight_decay)
         self._peak_said = False
-        self._handle = optimizer.register_step_pre_hook(uncompiled(self._before))
+        self._optimizer, self._evaluations = updates, 0
+        self._handle = updates.register_step_pre_hook(uncompiled(self._before))
 
     def close(self) -> None:
         """Remove the decay from the optimizer."""
         self._handle.remove()
 
-    @torch.no_grad()
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         if is_trial_step(optimizer, closure_of(args, kwargs)):
             return args, kwargs
-        args, kwargs, _ = run_closure(args, kwargs)
+        if not calls_already(closure_of(args, kwargs), self._decay):
+            self._evaluations = 0
+        return after_closure(args, kwargs, self._decay)
+
+    @torch.no_grad()
+    def _decay(self, loss: Any) -> None:
+        optimizer = self._optimizer
+        self._evaluations += 1
+        if self._evaluations > 1:
+            raise RuntimeError(_several(type(optimizer).__name__))
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu":
             if is_set(found_inf):
-                return args, kwargs
+                return
             found_inf = None
         params: list[Tensor] = []
         factors: list[float] = []
@@ -111,7 +124,6 @@ class ForeignDecay:
                 factors += [1 - decay] * len(taking_part)
         if params:
             torch._foreach_mul_(params, factors)
-        return args, kwargs
 
     def _coefficient(self, group: dict[str, Any], name: str, label: str) -> Any:
         weight_decay = self.weight_decays.get(name, self.weight_decay)
@@ -123,6 +135,13 @@ class ForeignDecay:
             self._peak_said = True
             say_peak(label, group | {"weight_decay_kind": self.kind.value})
         return decay_coefficients(self.kind, group["lr"], weight_decay, group.get("peak_lr", 0.0))[0]
+
+
+def _several(label: str) -> str:
+    return (
+        f"{label} evaluates its closure several times per step, so that its parameters cannot be shrunk once, right "
+        "before its update. Use another optimizer, or its own weight decay."
+    )
 
 
 def check_decay(

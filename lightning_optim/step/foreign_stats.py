@@ -40,6 +40,11 @@ class ForeignUpdate:
         self._before = [local(param.detach()).clone() for param in self._params]
         self._rows: dict[str, list[Tensor]] = {}
 
+    def begin_with(self, earlier: ForeignUpdate) -> None:
+        """Measure from the parameters of an earlier one: an optimizer moves them between two evaluations, and back."""
+        known = dict(zip(earlier._params, earlier._before, strict=True))
+        self._before = [known.get(p, now) for p, now in zip(self._params, self._before, strict=True)]
+
     @torch.no_grad()
     def before(self) -> None:
         """Measure what must be read before the update, such as the momentum, which the update changes.

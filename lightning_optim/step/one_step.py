@@ -61,6 +61,11 @@ class OneStep:
         if self._foreign is not None:
             self._foreign.before()
 
+    def continues(self, earlier: OneStep) -> None:
+        """Take the place of an earlier evaluation of the closure in the same step: the update is that of the step."""
+        if self._foreign is not None and earlier._foreign is not None:
+            self._foreign.begin_with(earlier._foreign)
+
     def _held_here(self) -> tuple[list[Tensor], Clip | None]:
         """Return the gradients that the optimizer will find on this rank, and the clip decision for these alone."""
         grads, clip = self.gradients.grads, self.clip

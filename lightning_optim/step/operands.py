@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.clipping import Clip, Divisor
+from lightning_optim.core.operands_flag import takes_operands
 from lightning_optim.core.sharding import local
 from lightning_optim.core.transfer import PendingValues
 
@@ -36,14 +37,15 @@ class StepSkipped(Exception):  # noqa: N818 - control flow, not an error
 
     Args:
         loss: The result of the closure, which ``step`` then returns.
+        optimizer: The optimizer whose ``step`` to leave; an optimizer inside it may be stepping.
     """
 
-    def __init__(self, loss: Any) -> None:
+    def __init__(self, loss: Any, optimizer: Optimizer) -> None:
         super().__init__(  # A user sees this only if an optimizer was replaced after its `step` had been entered.
             "This step must be skipped, but `step` was entered before it could be wrapped. Replace an optimizer "
             "between two batches, for instance in on_train_epoch_start, not within one."
         )
-        self.loss = loss
+        self.loss, self.optimizer = loss, optimizer
 
 
 class StepOperands(ABC):
@@ -51,6 +53,8 @@ class StepOperands(ABC):
 
     skips_for_free: bool
     """Whether a step can be skipped without the host waiting for the device."""
+    in_kernel: bool = False
+    """Whether the kernel itself takes the flag, at the very end of a step."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -87,7 +91,7 @@ def operands_for(optimizer: Optimizer, may_skip: bool) -> StepOperands:
         optimizer: The optimizer.
         may_skip: Whether anything other than a GradScaler can skip a step.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False) and not _skip_forgets_momentum(optimizer):
+    if takes_operands(optimizer) and not _skip_forgets_momentum(optimizer):
         return InKernel(optimizer)
     return AroundStep(optimizer, may_skip)
 
@@ -95,7 +99,7 @@ def operands_for(optimizer: Optimizer, may_skip: bool) -> StepOperands:
 class InKernel(StepOperands):
     """Operands that the optimizer's own kernel takes, without another pass over memory or a synchronisation."""
 
-    skips_for_free = True
+    skips_for_free = in_kernel = True
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
@@ -144,9 +148,7 @@ class AroundStep(StepOperands):
         # A GradScaler calls an optimizer that declares operands even on an overflow. Such an optimizer is here because
         # its kernel would lose the momentum (`_skip_forgets_momentum`), so it has to be skipped from outside.
         self.skips_for_free = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
-        self._may_skip = may_skip = (
-            may_skip or self.skips_for_free or getattr(optimizer, "_step_supports_amp_scaling", False)
-        )
+        self._may_skip = may_skip = may_skip or self.skips_for_free or takes_operands(optimizer)
         self._closed = False
         if may_skip:
             self._had = vars(optimizer).get("step")
@@ -156,7 +158,7 @@ class AroundStep(StepOperands):
     def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
         """Scale the gradients in place, or raise `StepSkipped`."""
         if self._may_skip and skip is not None and PendingValues(skip.reshape(1)).read()[0]:
-            raise StepSkipped(loss)
+            raise StepSkipped(loss, self.optimizer)
         if clip is not None:
             clip.apply_([local(grad) for grad in grads], None)
 
@@ -179,6 +181,8 @@ def _catch_skip(optimizer: Optimizer, operands: AroundStep) -> types.MethodType:
         try:
             return inner(*args, **kwargs)
         except StepSkipped as skipped:
+            if skipped.optimizer is not optimizer:
+                raise
             return skipped.loss
 
     return types.MethodType(step, optimizer)

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from lightning_optim.clipping import GlobalNorm
 from lightning_optim.core.stats import StepCounts
@@ -229,11 +228,6 @@ def test_several_optimizers_are_clipped_and_skipped_each_by_itself():
         second.step()
     assert a.counts() == StepCounts(steps=4, clipped=3, skipped=1)
     assert b.counts() == StepCounts(steps=4)
-
-
-def test_lbfgs_is_refused():
-    with pytest.raises(TypeError, match="LBFGS evaluates its closure several times"):
-        StepPipeline(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]))
 
 
 def test_counts_start_where_a_resumed_run_left_off():

@@ -85,10 +85,16 @@ class RunMeter:
         """Start the clock of the update."""
         self.clock.begin_update(self._device)
 
-    def on_record(self, report: StepReport, record: StepRecord) -> None:
-        """Add the measurements of a step to its report; the optimizer has stepped."""
+    def on_record(self, report: StepReport, record: StepRecord, is_first: bool) -> None:
+        """Add the measurements of a step to its report; the optimizer has stepped.
+
+        Args:
+            report: The report.
+            record: The record of the step.
+            is_first: Whether it is the first report of the batch, which contains the values that belong to the run.
+        """
         self._update_seconds = self.clock.end_update(self._device)
-        if (scale := loss_scale(self._trainer)) is not None:
+        if is_first and (scale := loss_scale(self._trainer)) is not None:
             report.add(("optim_health/loss_scale",), scale.clone().reshape(1), of_run=True)
         if self._has_small and (self._micro_batches > 1 or self._trainer.world_size > 1):
             self._compare(report, record)

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from lightning_optim.callbacks._followed import bare, names_in, prefixes_in
@@ -79,7 +80,12 @@ class MonitorPage:
         header = ["group", "tensors", "parameters", "lr", "weight decay", "rule", "state"]
         rows: list[list[Any]] = []
         self._awaits_state = False
-        for prefix, optimizer in zip(prefixes_in(self._trainer), map(bare, self._trainer.optimizers), strict=True):
+        optimizers = [bare(optimizer) for optimizer in self._trainer.optimizers]
+        params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+        if any(isinstance(param, UninitializedParameter) for param in params):
+            self._awaits_state = True  # Lazy layers get their shapes from the first batch.
+            return
+        for prefix, optimizer in zip(prefixes_in(self._trainer), optimizers, strict=True):
             for group, plan in zip(optimizer.param_groups, plan_groups(optimizer), strict=True):
                 size = plan.state_bytes if not optimizer.state else _bytes_kept(optimizer, group)
                 self._awaits_state |= size is None

@@ -106,18 +106,18 @@ class OptimizerMonitor(HubCallback):
         self._meter = RunMeter(trainer) if trainer.loggers or self._bar(trainer) else None
         self._batch_advice = BatchAdvice()
         self._details = MonitorDetails(trainer, self.per_tensor, self.histograms)
-        if self._page is not None:
-            self._page.start()
 
     def _at_new_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the interval of new optimizers."""
         counts = dict(zip(self.hub.pipelines, self.hub.counts(), strict=True))
         self._last = {pipeline: self._last.get(pipeline, counts[pipeline]) for pipeline in counts}
-        if self._page is not None:
+        if self._page is not None and self._page.has_started:
             self._page.show_groups()
 
     def _at_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Count the samples of the batch."""
+        """Begin the page before the first batch, and count the samples of each."""
+        if self._page is not None and not self._page.has_started:
+            self._page.start()
         if self._meter is not None:
             self._meter.begin_batch(batch)
 

@@ -113,7 +113,7 @@ class RunLength:
 
     def _ahead_by_hand(self, trainer: Any) -> Ahead:
         rhythm, batches = self._rhythm, trainer.num_training_batches
-        epoch, epochs = trainer.current_epoch, _epochs(trainer)
+        epoch, epochs = _epoch(trainer), _epochs(trainer)
         done = _processed(trainer)
         per_batch = 1.0 if rhythm.per_batch is None else rhythm.per_batch
         taken = rhythm.in_epoch if rhythm.epoch == epoch else 0
@@ -129,8 +129,11 @@ class RunLength:
         elif epochs is not None and epoch >= epochs:
             bounds.append(0)
         if (max_steps := _max_steps(trainer)) is not None:
-            of_all = rhythm.all_per_batch or max(len(trainer.optimizers), 1)
-            bounds.append(rhythm.left(math.ceil(max(max_steps - trainer.global_step, 0) / of_all), per_batch))
+            left, optimizers = max(max_steps - trainer.global_step, 0), max(len(trainer.optimizers), 1)
+            if optimizers == 1 or rhythm.all_per_batch is None:  # Without a rhythm, an equal share for each.
+                bounds.append(math.ceil(left / optimizers))
+            else:
+                bounds.append(rhythm.left(math.ceil(left / rhythm.all_per_batch), per_batch))
         return Ahead(min(bounds) if bounds else None, epoch, taken, lengths, _is_trial(trainer))
 
 
@@ -190,7 +193,7 @@ class _Rhythm:
 
 
 def _ahead(trainer: Any) -> Ahead:
-    batches, epoch, epochs = trainer.num_training_batches, trainer.current_epoch, _epochs(trainer)
+    batches, epoch, epochs = trainer.num_training_batches, _epoch(trainer), _epochs(trainer)
     lengths: tuple[int, ...] = ()
     bounds, taken = [], 0
     if math.isfinite(batches):
@@ -205,6 +208,14 @@ def _ahead(trainer: Any) -> Ahead:
     if (max_steps := _max_steps(trainer)) is not None:
         bounds.append(max(max_steps - trainer.global_step, 0))
     return Ahead(min(bounds) if bounds else None, epoch, taken, lengths, _is_trial(trainer))
+
+
+def _epoch(trainer: Any) -> int:
+    """The present epoch, or the next one where the checkpoint was saved when all batches of its epoch were behind.
+
+    With ``max_steps``, Lightning's ``current_epoch`` is then still the one that has ended.
+    """
+    return int(max(trainer.current_epoch, trainer.fit_loop.epoch_progress.current.processed))
 
 
 def _processed(trainer: Any) -> int:

@@ -43,9 +43,14 @@ class MonitorPage:
         self._metrics = metrics
         self._tags: set[str] = set()
         self._drawn = (0, 0.0)
-        self._awaits_state = False
+        self._awaits_state = self._has_started = False
         loggers = tensorboard_loggers(trainer) if trainer.is_global_zero else []
         self._writers = [logger.experiment for logger in loggers]
+
+    @property
+    def has_started(self) -> bool:
+        """Whether `start` has been called."""
+        return self._has_started
 
     def declare(self) -> None:
         """Write the hyperparameters; TensorBoard takes the first ones of a run, and Lightning's compare nothing."""
@@ -58,7 +63,12 @@ class MonitorPage:
             writer._get_file_writer().add_summary(session)
 
     def start(self) -> None:
-        """Write what is known before the first step; purge what a run wrote after the step that it is resumed at."""
+        """Write what is known before the first step; purge what a run wrote after the step that it is resumed at.
+
+        To be called in the first batch: only then has Lightning corrected the step of a checkpoint that was saved
+        within an epoch, and the point before it stays.
+        """
+        self._has_started = True
         step = logging_step(self._trainer)
         for writer in self._writers:
             if step > 0:

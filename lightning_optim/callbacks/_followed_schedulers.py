@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_optim.callbacks._followed import FollowedOptimizers, bare
 from lightning_optim.factory.run_length import RunLength
@@ -24,6 +25,7 @@ class FollowedSchedulers:
     def __init__(self, optimizers: FollowedOptimizers) -> None:
         self._optimizers = optimizers
         self._known: list[Any] = []
+        self._places: list[Any] = []  # the optimizers of the last update, in the Trainer's order
         self._held: list[tuple[Scheduler, StepPipeline]] = []
 
     def follows(self, trainer: Trainer) -> bool:
@@ -41,6 +43,7 @@ class FollowedSchedulers:
         """
         present: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
         _check(present)
+        self._move_on(trainer)
         before, self._known = self._known, present
         held, self._held = self._held, []
         for scheduler, pipeline in self._pairs():
@@ -53,6 +56,31 @@ class FollowedSchedulers:
                     optimizer = bare(scheduler.optimizer)
                     scheduler.follow(RunLength(trainer, trainer.lightning_module, optimizer))
                 scheduler.refresh()
+
+    def _move_on(self, trainer: Trainer) -> None:
+        """Have the scheduler of an optimizer that is gone drive the one that has come in its place.
+
+        A scheduler of torch's goes on with the old one, as in Lightning, and this is reported.
+        """
+        before, self._places = self._places, [bare(optimizer) for optimizer in trainer.optimizers]
+        driven = {id(bare(s.optimizer)) for s in _present(trainer)}
+        for scheduler in _present(trainer):
+            old = bare(scheduler.optimizer)
+            place = next((place for place, optimizer in enumerate(before) if optimizer is old), len(self._places))
+            if any(old is optimizer for optimizer in self._places) or place >= len(self._places):
+                continue
+            new = self._places[place]
+            if id(new) in driven:
+                continue
+            if isinstance(scheduler, Scheduler):
+                scheduler.move_to(new)
+            else:
+                rank_zero_warn(
+                    f"{type(new).__name__} has come in the place of {type(old).__name__}, which "
+                    f"{type(scheduler).__name__} still sets the learning rates of, so those of the new one stay as "
+                    "they are. Put a scheduler of the new one into trainer.strategy.lr_scheduler_configs, or use a "
+                    "schedule of lightning_optim, which follows."
+                )
 
     def hold(self) -> None:
         """Have our schedulers stand still for the steps that will be skipped from now on."""
@@ -67,6 +95,12 @@ class FollowedSchedulers:
                 if followed is not None:
                     found.append((scheduler, followed.pipeline))
         return found
+
+
+def _present(trainer: Trainer) -> list[Any]:
+    """The schedulers that set rates of an optimizer."""
+    schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return [each for each in schedulers if not isinstance(each, Observer) and hasattr(each, "optimizer")]
 
 
 def _hold(scheduler: Scheduler, pipeline: StepPipeline) -> None:

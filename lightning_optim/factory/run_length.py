@@ -52,6 +52,10 @@ class RunLength:
         self._trainer, self._module, self._optimizer = weakref.ref(trainer), weakref.ref(module), weakref.ref(optimizer)
         self._rhythm = _Rhythm()
 
+    def move_to(self, optimizer: Optimizer) -> None:
+        """Go on with another optimizer, which has come in the place of this one."""
+        self._optimizer = weakref.ref(optimizer)
+
     def moved_by(self, scheduler: Any) -> str | None:
         """Return who moves the scheduler: the Trainer (``"caller"``), its optimizer, or None if it is not in use."""
         trainer, module, optimizer = self._trainer(), self._module(), self._optimizer()

@@ -55,6 +55,18 @@ class Driven:
     def _groups(self) -> list[Group]:
         return self._optimizer.param_groups
 
+    def move_to(self, optimizer: Optimizer) -> None:
+        """Write into another optimizer from now on.
+
+        Raises:
+            ValueError: It does not have a hyperparameter that is driven.
+        """
+        owner = type(optimizer).__name__
+        self.others = {hyperparameter(h.name, optimizer.defaults, owner): given for h, given in self.others.items()}
+        self._written = {driven: Written(driven) for driven in (LR, *self.others)}
+        self._optimizer = optimizer
+        self._held.clear()
+
     def schedules(self) -> list[Schedule]:
         """Return all schedules as they are configured."""
         return [*self.rates.schedules(), *self.others.values()]

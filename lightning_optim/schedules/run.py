@@ -39,6 +39,10 @@ class Run(Protocol):
         """
         ...
 
+    def move_to(self, optimizer: Any) -> None:
+        """Go on with another optimizer, which has come in the place of this one."""
+        ...
+
     def mark(self) -> object:
         """Return what the answer of `ahead` depends on apart from the position: equal marks, equal lengths. Cheap."""
         ...

@@ -102,6 +102,7 @@ class Scheduler(LRScheduler):
         self._epochs = EpochEnds()
         self._run: Run | None = None
         self._mark: object = None
+        self._pre_hook: Any = None
         self._post_hook: Any = None
         self._has_own_length = horizon is not None
         self._is_pinned = self._is_moving_itself = self._steps_now = False
@@ -161,11 +162,41 @@ class Scheduler(LRScheduler):
         """
         if self._run is None:
             # The hooks keep the scheduler alive, should the user keep the optimizer only.
-            self.optimizer.register_step_pre_hook(uncompiled(self._before_step))
+            self._pre_hook = self.optimizer.register_step_pre_hook(uncompiled(self._before_step))
         self._run, self._mark = run, None
         if self.last_epoch == 0 and not (self._restored or self._has_own_length):
             self.horizon = self._clock.frame = None
             self._apply()
+
+    def move_to(self, optimizer: Optimizer) -> None:
+        """Drive another optimizer from now on, which has come in the place of this one in mid-run.
+
+        Its rates are those of the present step, as a group's that is added later are; groups that bring their peaks
+        as ``initial_lr`` keep them.
+
+        Args:
+            optimizer: The other optimizer.
+
+        Raises:
+            ValueError: It does not have a hyperparameter that is scheduled.
+        """
+        self._driven.move_to(unwrap_optimizer(optimizer))
+        for hook in (self._pre_hook, self._post_hook):
+            if hook is not None:
+                hook.remove()
+        self.optimizer = unwrap_optimizer(optimizer)
+        self._post_hook, self._order_is_known, self._steps_now = None, True, False
+        if self._run is not None:
+            self._run.move_to(self.optimizer)
+            self._pre_hook = self.optimizer.register_step_pre_hook(uncompiled(self._before_step))
+        self.optimizer.register_load_state_dict_post_hook(lambda _: self._driven.forget_written())
+        self._apply()
+        rates = ", ".join(f"{float(rate):.4g}" for rate in self.get_last_lr())
+        self._tell(
+            f"{type(self.optimizer).__name__} has come in the place of another optimizer: {self.schedule!r} drives it "
+            f"from step {max(self.last_epoch, 0)} on, from its present learning rate of {rates}.",
+            False,
+        )
 
     @property
     def is_following(self) -> bool:
@@ -425,7 +456,7 @@ class Scheduler(LRScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy compiles its schedules anew: what `over` returns cannot be pickled, and would still be the original's.
-        absent = dict.fromkeys(("_compiled_for", "_run", "_post_hook", "_skipped_steps"))
+        absent = dict.fromkeys(("_compiled_for", "_run", "_pre_hook", "_post_hook", "_skipped_steps"))
         return {**vars(self), **absent, "_curves": {}}
 
     def state_dict(self) -> dict[str, Any]:

@@ -97,6 +97,29 @@ def test_a_longer_run_on_the_old_curve_is_told_how_many_steps_change_nothing(tmp
     assert _rates(recorder) == pytest.approx([0.0] * 20)
 
 
+@pytest.mark.parametrize("max_steps", [-1, 100])
+def test_an_epoch_that_has_ended_in_the_checkpoint_is_not_to_come(tmp_path, max_steps):
+    class Saves(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.global_step == 10:
+                trainer.save_checkpoint(tmp_path / "one.ckpt")
+
+    def fit(*more, ckpt_path=None):
+        model, callbacks = _setup("callback", schedule="cosine")
+        trainer = make_trainer([*callbacks, *more], max_epochs=3, max_steps=max_steps)
+        trainer.fit(model, batches(10), ckpt_path=ckpt_path)
+
+    lengths = []
+
+    class Length(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            lengths.append(trainer.lr_scheduler_configs[0].scheduler.horizon.total_steps)
+
+    fit(Saves(), Length())
+    fit(Length(), ckpt_path=tmp_path / "one.ckpt")  # without a warning that the curve is too short
+    assert lengths == [30, 30]
+
+
 def test_no_word_of_a_rate_of_zero_where_the_schedule_ends_above_it(tmp_path):
     schedule = lo.schedules.Cosine(final=0.5)
     model, callbacks = _setup("callback", schedule=schedule)

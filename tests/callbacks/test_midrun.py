@@ -162,6 +162,75 @@ def test_a_deep_copy_that_would_train_nothing_is_refused(manual):
     assert len(model.moved) == 4
 
 
+class Rates(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, *args):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def another(lr, **group):
+    def change(trainer, module):
+        trainer.optimizers = [torch.optim.SGD([{"params": list(module.parameters()), **group}], lr=lr, momentum=0.5)]
+
+    return change
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_batch_start"])
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize(
+    ("change", "peak"),
+    [(another(0.25), 0.5), (another(0.3, initial_lr=0.8), 0.8), (copy_with_the_same_parameters, 1.0)],
+    ids=["at its present rate", "with its peak", "a copy"],
+)
+def test_a_schedule_goes_on_with_the_optimizer_in_the_place_of_its_own(change, peak, manual, hook):
+    rates = Rates()
+    make_trainer([*configure(True), rates, Changes(change, hook)], max_epochs=2).fit(Moves(manual), batches(4))
+    expected = [1 - k / 8 for k in range(1, 5)] + [peak * (1 - k / 8) for k in range(5, 9)]
+    assert rates.seen == pytest.approx(expected, abs=1e-9)
+
+
+def test_that_is_reported_once_and_other_hyperparameters_go_along():
+    said, seen = [], []
+
+    class Momentum(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(trainer.optimizers[0].param_groups[0]["momentum"])
+
+    supplier = lo.ConfigureOptimizers(
+        "sgd", lr=1.0, optimizer_kwargs={"momentum": 0.8}, param_groups=[], schedules={"momentum": "linear"}
+    )
+    supplier._tell = lambda message, warn: said.append(message)
+    make_trainer([supplier, Momentum(), Changes(another(0.25))], max_epochs=2).fit(Moves(), batches(4))
+    assert seen == pytest.approx([0.8 * (1 - k / 8) for k in range(1, 5)] + [0.5 * (1 - k / 8) for k in range(5, 9)])
+    assert said == [
+        "SGD has come in the place of another optimizer: Constant() drives it from step 4 on, from its present "
+        "learning rate of 0.25."
+    ]
+
+
+def test_one_without_a_scheduled_hyperparameter_is_refused():
+    def change(trainer, module):
+        trainer.optimizers = [torch.optim.Adagrad(module.parameters(), lr=0.1)]
+
+    supplier = lo.ConfigureOptimizers(
+        "sgd", lr=1.0, optimizer_kwargs={"momentum": 0.8}, param_groups=[], schedules={"momentum": "linear"}
+    )
+    model = Moves()
+    with pytest.raises(ValueError, match=r"Adagrad has no hyperparameter 'momentum' to schedule\. Available"):
+        make_trainer([supplier, Changes(change)], max_epochs=2).fit(model, batches(4))
+    assert len(model.moved) == 4
+
+
+def test_a_scheduler_of_torch_that_stays_behind_is_reported():
+    step_lr = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2}}
+    supplier = lo.ConfigureOptimizers("sgd", lr=1.0, schedule=step_lr)
+    with pytest.warns(UserWarning, match=r"in the place of SGD, which StepLR still sets.*lr_scheduler_configs") as said:
+        make_trainer([supplier, Changes(another(0.25))], max_epochs=2).fit(Moves(), batches(4))
+    assert len([each for each in said if "StepLR still" in str(each.message)]) == 1
+
+
 class Keeps(Moves):
     """Steps an optimizer that Lightning does not know."""
 

@@ -15,8 +15,9 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 import lightning_optim as lo
 from lightning_optim.callbacks._monitor.page import log_scalars
+from lightning_optim.diagnostics import tensorboard
 from tests.distributed.monitor_fits import Drift, drifting
-from tests.helpers import RULES, Net, NetWith, TwoOptimizers, batches, make_trainer, read_events
+from tests.helpers import RULES, Net, NetWith, SaveAt, TwoOptimizers, batches, make_trainer, read_events
 
 
 def _callbacks(schedule="cosine", **options):
@@ -118,6 +119,17 @@ def test_points_after_the_step_of_a_resume_are_forgotten(tmp_path):
     assert [step for step, _ in before] == [step for step, _ in after] == list(range(8))
     assert after[:4] == before[:4]
     assert all(new != old for new, old in zip(after[4:], before[4:], strict=True))
+
+
+def test_the_last_point_before_a_checkpoint_within_an_epoch_stays(tmp_path, monkeypatch, logger):
+    """Lightning corrects the step of such a checkpoint only when the first batch begins."""
+    purged = []
+    monkeypatch.setattr(tensorboard, "purge_from", lambda writer, step: purged.append(step))
+    save = SaveAt(4, tmp_path / "four.ckpt")
+    make_trainer([*_callbacks("constant"), save], max_steps=4).fit(Net(), batches(8))
+    trainer = make_trainer(_callbacks("constant"), logger=logger, max_steps=8)
+    trainer.fit(Net(), batches(8), ckpt_path=tmp_path / "four.ckpt")
+    assert purged == [read_events(logger.log_dir)["optim_loss/mean"][0][0]] == [4]
 
 
 def test_groups_and_configuration_are_tables(logger):

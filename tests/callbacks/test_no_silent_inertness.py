@@ -25,7 +25,7 @@ from lightning_optim.divergence import NonFiniteGradient
 from lightning_optim.step.foreign_decay import ForeignDecay
 from tests.helpers import Net, batches, make_trainer, read_events
 
-WAYS = ("automatic", "manual", "two", "replaced")
+WAYS = ("automatic", "manual", "two", "replaced", "replaced-by-hand")
 BATCHES, EPOCHS = 4, 2
 STEPS = BATCHES * EPOCHS
 LIMIT, LR, DECAY = 1e-3, 0.1, 0.5
@@ -52,7 +52,7 @@ class Trained(Net):
 
     def __init__(self, way: str, make: Make = sgd, factor: Callable[[int], float] = lambda batch_idx: 100.0) -> None:
         super().__init__()
-        self.automatic_optimization = way not in ("manual", "two")
+        self.automatic_optimization = way in ("automatic", "replaced")
         self.make, self.factor = make, factor
         self.parts: list[nn.Module] = [self.body, self.head] if way == "two" else [self]
         self.before: list[list[Tensor]] = []
@@ -102,7 +102,7 @@ class Replaces(L.Callback):
 
 
 def fit(way: str, callbacks: list[L.Callback], model: Trained, **options: Any) -> L.Trainer:
-    more = [Replaces()] if way == "replaced" else []
+    more = [Replaces()] if way.startswith("replaced") else []
     trainer = make_trainer([*callbacks, *more], max_epochs=EPOCHS, **options)
     trainer.fit(model, batches(BATCHES), batches(1))
     return trainer
@@ -139,10 +139,10 @@ def configure_acts(way: str, folder: Path, capsys: Any) -> None:
             rates.append([optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers])
 
     trainer = fit(way, [callback, Rates()], model)
-    cls = torch.optim.SGD if way == "replaced" else lo.optim.SGD
+    cls = torch.optim.SGD if way.startswith("replaced") else lo.optim.SGD
     assert [type(optimizer) for optimizer in trainer.optimizers] == [cls] * len(model.parts)
     curve = [LR * (1 - step / STEPS) for step in range(1, STEPS + 1)]  # after each step, the rate of the next
-    if way == "replaced":  # The user's own begins at its own rate, and goes down from there.
+    if way.startswith("replaced"):  # The user's own begins at its own rate, and goes down from there.
         curve[BATCHES:] = [LR * (1 - step / BATCHES) for step in range(1, BATCHES + 1)]
     assert rates == [[pytest.approx(rate, abs=1e-9)] * len(model.parts) for rate in curve]
     assert min(min(moved) for moved in model.moved()) > 0
@@ -201,7 +201,7 @@ def schedule_free_acts(way: str, folder: Path, capsys: Any) -> None:
         for index in range(len(model.parts)):
             assert not torch.equal(validated[index], end[index]), "validated at the training point"
             # One that replaces another begins where the average was left.
-            assert begin is None or way == "replaced" or torch.equal(begin[index], end[index])
+            assert begin is None or way.startswith("replaced") or torch.equal(begin[index], end[index])
     assert all(torch.equal(a, b) for a, b in zip(model.weights(), model.validated[-1], strict=True))
 
 

@@ -171,7 +171,7 @@ class Model(Net):
             optimizer.step()
             optimizer.zero_grad()
             if self.is_stock:
-                self.lr_schedulers().step()  # type: ignore[union-attr,call-arg]
+                self.lr_schedulers().step()
         return None
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

@@ -196,6 +196,18 @@ def test_max_steps_counts_the_steps_of_all_optimizers():
     assert [rates[0] for rates in recorder.rates[1::2]] == pytest.approx(_cosine(20))
 
 
+@pytest.mark.parametrize("schedule", ["cosine", lo.schedules.WSD(warmup=4, cooldown=6)], ids=repr)
+@pytest.mark.parametrize("way", ["each", "accumulate", "thrice", "rarely"])
+def test_max_steps_are_the_steps_of_the_only_optimizer_from_the_first_one_on(way, schedule, capsys):
+    """Whatever its rhythm is, which the first step does not show yet."""
+    recorder = Recorder()
+    configure = lo.ConfigureOptimizers("sgd", lr=PEAK, param_groups=[], schedule=schedule)
+    make_trainer([configure, recorder], max_steps=12).fit(Manual(way, "callback"), batches(16))
+    curve = (lo.schedules.Cosine() if schedule == "cosine" else schedule).over(lo.Horizon(total_steps=12))
+    assert [rates[0] for rates in recorder.rates] == pytest.approx([PEAK * curve(step) for step in range(12)])
+    assert "stretched" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("way", ["accumulate", "each", "rarely"])
 def test_a_manual_run_is_resumed_on_its_curve(tmp_path, way):
     path = tmp_path / "a.ckpt"

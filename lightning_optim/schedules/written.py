@@ -63,10 +63,7 @@ class Written:
                 continue
             before = self._values[place]
             is_tensor = isinstance(value, Tensor) or isinstance(before, Tensor)
-            if is_tensor:
-                same = value is before and _version(value) == self._versions[place]
-            else:
-                same = value == before
+            same = value is before and _version(value) == self._versions[place] if is_tensor else value == before
             if not same:
                 yield index, group
 

@@ -209,7 +209,7 @@ def test_the_trial_of_a_batch_size_finder_leaves_the_schedule_as_it_was(tmp_path
     trainer.fit(model)
     steps = 2 * 80 // model.batch_size
     multiplier = lo.schedules.Linear(warmup=warmup or 0).over(lo.Horizon(steps))
-    assert [rates[1] for rates in recorder.rates[-steps:]] == pytest.approx(
+    assert [rates[-1] for rates in recorder.rates[-steps:]] == pytest.approx(
         [PEAK * multiplier(k) for k in range(steps)]
     )
 

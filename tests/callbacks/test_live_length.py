@@ -227,13 +227,12 @@ LONG: dict[str, Any] = {
 }
 
 
-@WHERE
+@pytest.mark.parametrize("where", ["module", "all"])
 @pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize(
     "options",
     [
         {"fast_dev_run": True},
-        {"fast_dev_run": 3},
         {"limit_train_batches": 2},
         {"limit_train_batches": 0.5},
         {"overfit_batches": 1, "max_epochs": 3},

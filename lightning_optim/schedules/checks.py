@@ -71,7 +71,8 @@ def check_values(schedule: Schedule, horizon: Horizon, label: str, peak: float |
         except ValueError as error:
             raise ValueError(f"Schedule of {label}: {error}") from None
         values.append(value)
-    if peak is not None and horizon.total_steps is not None and _are_rates(values, peak):
+    is_whole = horizon.total_steps is not None and not horizon.is_trial
+    if peak is not None and is_whole and _are_rates(values, peak):
         highest = max(values)
         warnings.warn(
             f"The schedule {schedule!r} of {label} gives {highest:.3g} at most, so the learning rate stays at or below "

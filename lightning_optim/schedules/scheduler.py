@@ -105,6 +105,8 @@ class Scheduler(LRScheduler):
         self._pre_hook: Any = None
         self._post_hook: Any = None
         self._has_own_length = horizon is not None
+        self._varies = False
+        """Whether the length of the run has changed since its beginning."""
         self._is_pinned = self._is_moving_itself = self._steps_now = False
         if last_epoch != -1:
             self._driven.check_resumable(last_epoch)
@@ -387,6 +389,7 @@ class Scheduler(LRScheduler):
             self._clock.bend(self.last_epoch, None if total is None else total - self._skipped)
         self._apply()
         if before.total_steps != horizon.total_steps:
+            self._varies = True
             self._tell_once(
                 "length",
                 f"The run is {horizon.total_steps} optimizer steps long now, not {before.total_steps}: from its "
@@ -474,7 +477,7 @@ class Scheduler(LRScheduler):
             state["epochs"] = {"first": self._epochs.first, "past": list(self._epochs.past)}
         if self._clock.is_bent:
             state["clock"] = self._clock.state_dict()
-        if "length" in self._told:
+        if self._varies:
             state["varies"] = True
         if self._is_moving_itself and self._run is not None:
             state["run"] = self._run.state_dict()
@@ -493,8 +496,9 @@ class Scheduler(LRScheduler):
         plateau = self._driven.rates.plateau
         if plateau is not None and "plateau" in state_dict:
             plateau.load_state_dict(state_dict["plateau"])
-        if epochs := state_dict.get("epochs"):
-            self._epochs.first, self._epochs.past = epochs["first"], list(epochs["past"])
+        epochs = state_dict.get("epochs", {"first": None, "past": []})
+        self._epochs.first, self._epochs.past = epochs["first"], list(epochs["past"])
+        self._varies = bool(state_dict.get("varies"))
         self._saved = dict(state_dict)
         self._restored = True
         self._order_is_known |= self.last_epoch > 0
@@ -506,7 +510,8 @@ class Scheduler(LRScheduler):
             self.horizon = self._agreed(self.horizon)
         elif self._saved.get("total_steps") is not None:  # The rates of that run, until this one's length is known.
             total, per_epoch = self._saved["total_steps"], self._saved["steps_per_epoch"]
-            self._set_clock(Horizon(total, per_epoch, tuple(self._saved.get("epoch_ends", ()))), self._saved)
+            self.horizon = Horizon(total, per_epoch, tuple(self._saved.get("epoch_ends", ())))
+            self._set_clock(self.horizon, self._saved)
         self._apply()
 
 

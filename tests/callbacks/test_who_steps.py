@@ -18,7 +18,7 @@ import lightning_optim as lo
 from tests.helpers import PRECISIONS, Net, NetWith, Recorder, Stream, batches, make_trainer, precision
 
 PEAK = 0.05
-OURS = pytest.mark.parametrize("ours", [[], [lo.GradientClipping], [lo.GradientClipping, lo.DivergenceGuard]], ids=len)
+OURS = pytest.mark.parametrize("ours", [[], [lo.GradientClipping, lo.DivergenceGuard]], ids=len)
 
 
 def _cosine(total):
@@ -94,6 +94,8 @@ def test_the_schedule_moves_with_the_steps_of_its_optimizer_and_ends_where_train
         pytest.skip("Lightning refuses it")
     if way == "user" and where == "alone":
         pytest.skip("there is no scheduler to step")
+    if name == "bf16-mixed" and where != "callback":
+        pytest.skip("the others are enough")
     supplier = [lo.ConfigureOptimizers("sgd", lr=PEAK, param_groups=[], schedule="cosine")]
     recorder = Recorder()
     callbacks = [*(supplier if where == "callback" else []), *_made(ours), recorder]

@@ -283,7 +283,7 @@ def train(
     for is_last in parts:
         model, callbacks, options = make()
         if case["accumulation"] == "scheduler":
-            callbacks.append(Accumulates({0: 2, 1: 3}))
+            callbacks.insert(0, Accumulates({0: 2, 1: 3}))  # before ours, as an epoch would have begun
         recorder = Recorder()
         more = [recorder] if is_last else [recorder, Kill(case, path)]
         trainer = make_trainer([*callbacks, *more], **{**trainer_options(case), **options})

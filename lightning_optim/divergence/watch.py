@@ -67,7 +67,8 @@ class StepGuard(NonFiniteGradient):
     Args:
         spikes: Limits beyond which a value is a spike; None for no detection of spikes.
         skip: Those of `SIGNALS` whose spikes cause a skip.
-        loss: Called to get the loss of the step, shape [], on any device, or None if it is not known.
+        loss: Called to get the loss of the step, on any device, or None if it is not known. Of a loss of several
+            elements the mean counts.
         rows: The log to write to; None for a new one.
         detectors: Further detectors, which may request a skip as well.
 
@@ -112,7 +113,7 @@ class StepGuard(NonFiniteGradient):
         if loss is None:
             values = torch.stack([norm, torch.full_like(norm, torch.nan)])
         else:
-            values = torch.stack([norm, loss.detach().to(norm, non_blocking=True)])
+            values = torch.stack([norm, single_value(loss).to(norm, non_blocking=True)])
             skip = skip | (values[1] * 0 != 0)
         flags = torch.zeros_like(values, dtype=torch.bool)
         if self.spikes is not None:
@@ -245,6 +246,24 @@ class StepGuard(NonFiniteGradient):
             worst=layout.now(_worst(norm_sq, bad, places)) if wrong else (),
             group_norms=_group_norms(norm_sq, layout.group_sizes),
         )
+
+
+def single_value(loss: Tensor) -> Tensor:
+    """Return a loss as one real number.
+
+    Args:
+        loss: Any shape and dtype: [], [1] and [1, 1] alike, or a value for each sample, of which the mean counts. Of
+            complex values the absolute values count.
+
+    Returns:
+        Shape [], at least float32; 0 if there is no element.
+    """
+    loss = loss.detach()
+    loss = loss.abs() if loss.is_complex() else loss
+    loss = loss.to(torch.promote_types(loss.dtype, torch.float32))  # The mean of large values may overflow 16 bits.
+    if loss.numel() == 1:
+        return loss.reshape(())
+    return loss.mean() if loss.numel() else loss.sum()
 
 
 @dataclass(frozen=True)

@@ -120,14 +120,15 @@ def averaged_models(trainer: Trainer) -> list[Module]:
 
 
 def minimum_left(trainer: Trainer) -> str | None:
-    """Return the argument of the Trainer because of which it goes on after ``should_stop``; None if it ends now."""
+    """Return the arguments of the Trainer because of which it continues after ``should_stop``; None if it ends now."""
     loop = trainer.fit_loop
     epochs: Any = loop.epoch_progress.current
+    left = []
     if loop.min_epochs and epochs.processed < loop.min_epochs:
-        return f"min_epochs={loop.min_epochs}"
+        left.append(f"min_epochs={loop.min_epochs}")
     if loop.min_steps and loop.epoch_loop.global_step < loop.min_steps:
-        return f"min_steps={loop.min_steps}"
-    return None
+        left.append(f"min_steps={loop.min_steps}")
+    return ", ".join(left) or None
 
 
 def found_lr(trainer: Trainer) -> float | None:

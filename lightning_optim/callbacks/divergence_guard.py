@@ -371,7 +371,7 @@ class DivergenceGuard(HubCallback):
             return None
         self._is_ending = True
         minimum = minimum_left(trainer)
-        once = "" if minimum is None else f" as soon as {minimum} is reached, and goes on until then"
+        once = "" if minimum is None else f" as soon as the Trainer's minimum ({minimum}) is reached, not before"
         return f"training is stopped{once}, because all other responses are used up ({self.ladder.why_stop()})"
 
     def _cut_lr(self) -> str:

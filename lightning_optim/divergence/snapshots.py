@@ -55,6 +55,26 @@ class Tensors:
 
     def live(self) -> dict[str, Tensor]:
         """Return parameters and buffers, each tensor once."""
+        return {name: local(tensor.detach()) for name, tensor in self._named().items()}
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, Tensor]) -> list[str]:
+        """Copy into the tensors in place, so that other references to them stay valid.
+
+        Returns:
+            Names of the tensors that are gone, that are new, or that have another shape or dtype.
+        """
+        # A detached sparse tensor does not write through to the one that it comes from.
+        now = {n: t if t.layout != torch.strided else local(t.detach()) for n, t in self._named().items()}
+        left = [name for name in now if name not in saved]
+        for name, value in saved.items():
+            if name in now and _fits(now[name], value):
+                now[name].copy_(value)
+            elif name not in now or not _equal(now[name], value):
+                left.append(name)
+        return left
+
+    def _named(self) -> dict[str, Tensor]:
         parameters: dict[str, Tensor] = {}
         buffers: dict[str, Tensor] = {}
         for index, module in enumerate(self._modules()):
@@ -66,22 +86,7 @@ class Tensors:
         found: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in (buffers | parameters).items():
             found.setdefault(id(tensor), (name, tensor))
-        return {name: local(tensor.detach()) for name, tensor in found.values()}
-
-    def restore(self, saved: Mapping[str, Tensor]) -> list[str]:
-        """Copy into the tensors in place, so that other references to them stay valid.
-
-        Returns:
-            Names of the tensors that are gone, that are new, or that have another shape or dtype.
-        """
-        now = self.live()
-        left = [name for name in now if name not in saved]
-        for name, value in saved.items():
-            if name in now and _fits(now[name], value):
-                now[name].copy_(value)
-            elif name not in now or not _equal(now[name], value):
-                left.append(name)
-        return left
+        return dict(found.values())
 
     def _first_name_of(self, param: Tensor, name: str) -> str:
         if param not in self._first_names:

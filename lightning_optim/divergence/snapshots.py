@@ -195,7 +195,7 @@ class Snapshot:
     speed of a copy within memory if the training state is in the same memory. From an accelerator to the ``"cpu"`` the
     copy is asynchronous, into pinned memory that is reused for the next one. For ``"disk"`` a thread writes the copy to
     a file, after which its memory is free. The file has no name where the system allows that (POSIX), so a killed
-    process leaves none. An error of the thread, such as that of a full disk, is kept in `error`.
+    process leaves none. An error, such as that of a full disk or of memory that has run out, is kept in `error`.
 
     Args:
         memory: ``"device"``, ``"cpu"`` or ``"disk"``.
@@ -232,7 +232,12 @@ class Snapshot:
         """Copy the present state of ``parts``, which is the state after ``step``."""
         self._wait()
         self.step, self.returns, self._error = step, 0, None
-        self._saved = [_copied(part.live(), old, self._memory) for part, old in _with_old(parts, self._saved)]
+        try:
+            self._saved = [_copied(part.live(), old, self._memory) for part, old in _with_old(parts, self._saved)]
+        except Exception as error:  # Memory that has run out has an error type on each device, and states are anyone's.
+            self._saved = None
+            self._fail(error)
+            return
         if self._memory != "device" and torch.cuda.is_available():
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
@@ -246,7 +251,7 @@ class Snapshot:
             Names of what has changed its form since the snapshot, and is left as it is.
 
         Raises:
-            OSError: The file could not be written or cannot be read; nothing has been changed.
+            OSError: The snapshot was lost, or its file cannot be read; nothing has been changed.
         """
         return self.put_back(self.read(), parts)
 
@@ -262,7 +267,7 @@ class Snapshot:
         """Return the saved states of all parts; from disk, a new copy of them.
 
         Raises:
-            OSError: The file could not be written or cannot be read.
+            OSError: The snapshot was lost, or its file cannot be read.
         """
         if self.error is None and self._file is not None:
             try:
@@ -273,11 +278,6 @@ class Snapshot:
         if self._error is not None:
             raise OSError(f"The snapshot of step {self.step} is lost: {self._error}") from self._error
         return self._saved
-
-    @property
-    def on_disk(self) -> bool:
-        """Whether it is kept on disk."""
-        return self._memory == "disk"
 
     @property
     def error(self) -> Exception | None:
@@ -362,8 +362,8 @@ class SnapshotPair:
         memory: Where they are kept; see `Snapshot`.
         clean: Number of steps without an alarm after which a candidate is good.
         folder: Folder of files; None for the folder of temporary files.
-        agree: Called with whether a snapshot on disk is whole on this rank, to get whether it is on all of them.
-        on_loss: Called with the error, if a snapshot on disk was lost on this rank.
+        agree: Called with whether a snapshot is whole on this rank, to get whether it is on all of them.
+        on_loss: Called with the error, if a snapshot was lost on this rank.
     """
 
     def __init__(
@@ -399,7 +399,7 @@ class SnapshotPair:
     def confirm(self, step: int) -> None:
         """Note that nothing was wrong up to ``step``; the candidate is good once enough such steps have passed.
 
-        One that was lost on its way to the disk is discarded, and the good one before it stays.
+        One that was lost is discarded, and the good one before it stays.
         """
         due = max(self._candidate.step + self._clean, self._suspect_at + min(self._clean, _SUSPECT_STEPS))
         if self._waits and step >= due:
@@ -437,9 +437,7 @@ class SnapshotPair:
         self._candidate.close()
 
     def _is_whole(self, snapshot: Snapshot) -> bool:
-        """Return whether a snapshot is whole on all ranks, which all have to ask; in memory it always is."""
-        if not snapshot.on_disk:
-            return True
+        """Return whether a snapshot is whole on all ranks, which all have to ask."""
         error = snapshot.error
         if error is not None:
             self._on_loss(error)

@@ -13,7 +13,9 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 import lightning_optim as lo
 from lightning_optim.divergence import DivergenceReport, Rollback
@@ -102,6 +104,9 @@ class Full(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.limit.__exit__(None, None, None)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.limit.__exit__(None, None, None)
+
 
 def test_a_full_disk_leaves_the_report_before_whole() -> None:
     guard = lo.DivergenceGuard(save_batches=True, patience=2, cooldown=0, lr_cut=lo.divergence.LRCut(budget=9))
@@ -146,6 +151,23 @@ def test_files_go_to_a_remote_folder_of_checkpoints() -> None:
     with remote.open("/bucket/run/divergence_batches/step2_rank0.pt", "rb") as file:
         assert len(torch.load(file)) == 1
     assert list(Path().iterdir()) == []
+
+
+def test_a_text_that_tensorboard_does_not_take_costs_one_warning(tmp_path: Path) -> None:
+    class Writer(SummaryWriter):
+        def add_text(self, *args: Any, **kwargs: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    class Logger(TensorBoardLogger):
+        @property
+        def experiment(self) -> Any:
+            return Writer(str(tmp_path / "events"))
+
+    logger = Logger(str(tmp_path), name="logs")
+    trainer, told = fit(Net(nan_batches=range(4, 8)), lo.DivergenceGuard(patience=2), logger=logger)
+    assert trainer.fit_loop.epoch_loop.total_batch_idx == 11
+    (text,) = told
+    assert "on TensorBoard" in text
 
 
 def test_batches_that_cannot_be_pickled_cost_one_warning() -> None:

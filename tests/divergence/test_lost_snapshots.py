@@ -241,3 +241,31 @@ def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError, TypeError])
+@pytest.mark.parametrize("memory", ["cpu", "device", "disk"])
+def test_a_copy_that_fails_costs_that_snapshot_only(
+    module: nn.Linear, memory: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[Exception] = []
+    parts, pair = [Tensors(lambda: [module])], SnapshotPair(memory, clean=4, on_loss=errors.append)
+    set_to(module, 1.0)
+    pair.capture_first(parts, 0)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", fail)
+        pair.capture(parts, 10)
+    pair.confirm(14)
+    assert [type(e) for e in errors] == [error]
+    set_to(module, 2.0)
+    assert pair.restore(parts) == []
+    assert module.weight[0, 0].item() == 1.0
+    pair.capture(parts, 20)
+    pair.confirm(24)
+    assert pair.good is not None
+    assert pair.good.step == 20
+    pair.close()

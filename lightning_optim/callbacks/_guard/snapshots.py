@@ -62,6 +62,7 @@ class RunSnapshots:
         self._parts = _parts(trainer, pl_module, hub, guarded)
         memory, agree = _memory_for(config.memory, self._parts, trainer), trainer.strategy.reduce_boolean_decision
         self._pair = SnapshotPair(memory, config.clean, agree=agree, on_loss=self._warn_of_loss)
+        self._place = f"{tempfile.gettempdir()} (TMPDIR)" if memory == "disk" else f"memory ({memory!r})"
         self._warned_of_loss = False
         self._left: set[str] = set()
         if first_is_good:
@@ -121,7 +122,7 @@ class RunSnapshots:
         if not self._warned_of_loss:
             self._warned_of_loss = True
             warnings.warn(
-                f"A snapshot could not be kept on disk, {tempfile.gettempdir()} (TMPDIR): {error}. Training continues "
+                f"A snapshot could not be kept in {self._place}: {type(error).__name__}: {error}. Training continues "
                 "with the snapshot before it, if there is one, and the next one is tried as usual.",
                 stacklevel=2,
             )

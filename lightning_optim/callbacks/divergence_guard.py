@@ -69,7 +69,8 @@ class DivergenceGuard(HubCallback):
             0.
         health: Limits beyond which individual parameters or groups are reported as dead, stalled, vanishing or
             exploding, and the learning rate as too high or too low, when Lightning logs; None for no such report.
-        report_dir: Folder of the report; None for the folder of the checkpoints, or else of the logs.
+        report_dir: Folder of the report, local or a URL that fsspec knows (``s3://...``); None for the folder of the
+            checkpoints, or else of the logs. If it cannot be written, there is one warning, and training continues.
         save_batches: Whether to save the batches of skipped steps next to the report, for inspection; of at most 16
             steps, ``divergence_batches/step<step>_rank<rank>.pt``.
         detectors: Further detectors that may request the skip of a step, as instances, or as names given by

@@ -31,7 +31,7 @@ class GuardReporter:
     Args:
         report: The report that entries are added to.
         trainer: The Trainer, at the start of training.
-        report_dir: Where files go; None for the folder of the checkpoints, or else of the logs.
+        report_dir: Where files go, local or remote; None for the folder of the checkpoints, or else of the logs.
     """
 
     def __init__(self, report: DivergenceReport, trainer: L.Trainer, report_dir: str | None) -> None:

@@ -259,8 +259,8 @@ class DivergenceGuard(HubCallback):
         skipped_before, self._skipped = self._skipped, self._count()
         alarms = self._new_alarms()
         if self._skipped > skipped_before and not self.hub.skip_count_written():
-            for logger in trainer.loggers:
-                logger.log_metrics({"optim_health/skipped_steps": float(self._skipped)}, step)
+            assert self._reporter is not None
+            self._reporter.log_skips(trainer, self._skipped)
         snapshots = self._snapshots
         if snapshots is not None:
             snapshots.observe(step, [alarm for alarm, _ in alarms])

@@ -45,7 +45,7 @@ def write_file(folder: str | Path, name: str, content: bytes) -> Path | str:
     return path
 
 
-def check_folder(folder: str | Path) -> None:
+def check_folder(folder: str | Path) -> str:
     """Check that files can be written to a folder, without leaving anything there.
 
     Of a remote folder only its file system is looked up. A local folder that does not exist is not created: the nearest
@@ -53,6 +53,9 @@ def check_folder(folder: str | Path) -> None:
 
     Args:
         folder: Local folder or URL that fsspec knows.
+
+    Returns:
+        The path of the folder in its file system.
 
     Raises:
         OSError: A file cannot be written there.
@@ -66,3 +69,4 @@ def check_folder(folder: str | Path) -> None:
             present = present.parent
         with tempfile.TemporaryFile(dir=present) as file:
             file.write(b"1")
+    return str(root)

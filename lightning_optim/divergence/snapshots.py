@@ -390,6 +390,11 @@ class SnapshotPair:
         """Capture the state at the start of a run, which is good without confirmation."""
         self._good.capture(parts, step)
 
+    def check(self) -> None:
+        """Report the good snapshot if it has been lost, before it is needed."""
+        if self._good.error is not None:
+            self._on_loss(self._good.error)
+
     def capture(self, parts: Iterable[Part], step: int) -> None:
         """Capture a new candidate, unless the last one is still to be confirmed."""
         if not self._waits:

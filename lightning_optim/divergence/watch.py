@@ -117,7 +117,7 @@ class StepGuard(NonFiniteGradient):
             skip = skip | (values[1] * 0 != 0)
         flags = torch.zeros_like(values, dtype=torch.bool)
         if self.spikes is not None:
-            alone, together = self._limits_on(values.device, self.spikes).unbind()
+            alone, together = self._limits_on(values, self.spikes).unbind()
             flags = (values > alone) | (values > together).all()
             if all(self._skips):
                 skip = skip | flags.any()
@@ -203,11 +203,11 @@ class StepGuard(NonFiniteGradient):
             number = taken[detector.name]
             yield detector.name if number == 1 else f"{detector.name}_{number}", detector
 
-    def _limits_on(self, device: torch.device, spikes: SpikeWindow) -> Tensor:
-        """Return the limits, shape [2, signals]; uploaded only if they have changed."""
+    def _limits_on(self, values: Tensor, spikes: SpikeWindow) -> Tensor:
+        """Return the limits, shape [2, signals], as ``values``; uploaded only if they have changed."""
         wanted = [spikes.alone, spikes.together]
-        if self._limits is None or self._limits[0] != wanted or self._limits[1].device != device:
-            self._limits = wanted, upload(wanted, device, torch.float32)
+        if self._limits is None or self._limits[0] != wanted or self._limits[1].device != values.device:
+            self._limits = wanted, upload(wanted, values.device, values.dtype)
         return self._limits[1]
 
     def _learn(self, everything: bool = False) -> None:

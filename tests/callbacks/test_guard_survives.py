@@ -13,7 +13,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,6 +31,9 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     assert not [path.name for path in tmp_path.iterdir() if ":" in path.name]
 
 
+TOLD = "cannot be written", "rollback leaves", "could not be kept"
+
+
 def fit(
     model: L.LightningModule, guard: lo.DivergenceGuard, *others: L.Callback, steps: int = 12, **options: Any
 ) -> tuple[L.Trainer, list[str]]:
@@ -40,7 +43,7 @@ def fit(
         warnings.simplefilter("always")
         trainer.fit(model, batches(steps))
     texts = [str(warning.message) for warning in caught]
-    return trainer, [text for text in texts if "cannot be written" in text or "rollback leaves" in text]
+    return trainer, [text for text in texts if any(part in text for part in TOLD)]
 
 
 def responses(guard: lo.DivergenceGuard) -> list[str]:
@@ -143,8 +146,11 @@ def test_files_go_to_a_remote_folder_of_checkpoints() -> None:
     remote = fsspec.filesystem("memory")
     checkpoints = ModelCheckpoint(dirpath="memory://bucket/run")
     guard = lo.DivergenceGuard(save_batches=True, patience=1)
-    with pytest.warns(UserWarning, match="Report: memory://.*divergence_report.md"):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         make_trainer([guard, checkpoints], enable_checkpointing=True).fit(Net(nan_batches=[2]), batches(4))
+    (text,) = [str(warning.message) for warning in told if "Report: " in str(warning.message)]
+    assert text.endswith("Report: memory:///bucket/run/divergence_report.md")
     names = {path for path in remote.find("/bucket/run") if "divergence" in path}
     reports = {"/bucket/run/divergence_report.json", "/bucket/run/divergence_report.md"}
     assert names == reports | {"/bucket/run/divergence_batches/step2_rank0.pt"}
@@ -168,6 +174,26 @@ def test_a_text_that_tensorboard_does_not_take_costs_one_warning(tmp_path: Path)
     assert trainer.fit_loop.epoch_loop.total_batch_idx == 11
     (text,) = told
     assert "on TensorBoard" in text
+
+
+def test_a_logger_that_fails_when_a_skip_is_logged_costs_one_warning(tmp_path: Path) -> None:
+    class Offline(CSVLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            raise ConnectionError("offline")
+
+    trainer, told = fit(Net(nan_batches=[2, 5]), lo.DivergenceGuard(), logger=Offline(tmp_path))
+    assert trainer.global_step == 12
+    (text,) = told
+    assert "number of skipped steps" in text
+
+
+def test_a_first_snapshot_that_is_lost_is_reported_when_the_next_is_due() -> None:
+    guard = lo.DivergenceGuard(rollback=Rollback(every=4, clean=2, memory="disk"))
+    with file_size_limit(100):
+        trainer, told = fit(Net(), guard)
+    assert trainer.global_step == 12
+    (text,) = told
+    assert "TMPDIR" in text
 
 
 def test_batches_that_cannot_be_pickled_cost_one_warning() -> None:
@@ -280,6 +306,17 @@ def test_large_finite_gradients_and_losses_are_finite(
         assert 1e-3 < (param - old).abs().max() < 0.1
     norms = [seen.values["grad_norm"] for _, _, seen in guard.report._steps]
     assert all(scale / 100 < norm < scale * 100 for norm in norms)
+
+
+def test_a_spike_is_found_among_values_beyond_float32() -> None:
+    class Large(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step([x.double() for x in batch], batch_idx)
+            return loss * (1e64 if batch_idx == 35 else 1e60)
+
+    guard = lo.DivergenceGuard(spikes=lo.divergence.Spikes(warmup=16, window=32), health=None)
+    fit(Large().double(), guard, steps=40)
+    assert [(entry.step, entry.kind) for entry in guard.report.entries] == [(35, "spike")]
 
 
 def test_complex_gradients() -> None:

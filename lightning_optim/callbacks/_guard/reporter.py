@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +45,7 @@ class GuardReporter:
         self._failed: set[str] = set()
         """What could not be written at the last attempt."""
         if trainer.is_global_zero:
-            self._try("divergence report", lambda: check_folder(self._folder))
+            self._write_file("divergence report", lambda: check_folder(self._folder))
 
     def notify(
         self, alarm: Alarm, location: StepLocation, optimizer: int, skips: int | None, name: str | None = None
@@ -87,7 +88,7 @@ class GuardReporter:
         """
         if not self._report.entries or not trainer.is_global_zero:
             return None
-        path = self._try("divergence report", lambda: self._report.write(self._folder))
+        path = self._write_file("divergence report", lambda: self._report.write(self._folder))
         self._try("divergence report on TensorBoard", lambda: self._show(trainer))
         return path
 
@@ -95,7 +96,22 @@ class GuardReporter:
         for logger in tensorboard_loggers(trainer):
             logger.experiment.add_text("optim_health/divergence", self._report.markdown(), logging_step(trainer))
 
-    def _try(self, what: str, write: Callable[[], _Result]) -> _Result | None:
+    def log_skips(self, trainer: L.Trainer, skipped: int) -> None:
+        """Send the number of skipped steps to the loggers.
+
+        Args:
+            trainer: The Trainer.
+            skipped: Number of skipped steps so far.
+        """
+        metrics = {"optim_health/skipped_steps": float(skipped)}
+        for logger in trainer.loggers:
+            self._try("number of skipped steps", partial(logger.log_metrics, metrics, logging_step(trainer)))
+
+    def _write_file(self, what: str, write: Callable[[], Path | str]) -> Path | str | None:
+        hint = f" to {self._folder}", " `DivergenceGuard: {report_dir: ...}` sets another folder."
+        return self._try(what, write, *hint)
+
+    def _try(self, what: str, write: Callable[[], _Result], where: str = "", advice: str = "") -> _Result | None:
         """Write something; if that fails, warn once until it succeeds, because a report must not end the run.
 
         Any error is caught: a remote file system raises those of its own client, and pickling those of the user's data.
@@ -106,9 +122,8 @@ class GuardReporter:
             if what not in self._failed:
                 self._failed.add(what)
                 warnings.warn(  # on the rank that it concerns
-                    f"The {what} cannot be written to {self._folder}: {type(error).__name__}: {error}. Training "
-                    "continues, and it is tried again at the next occasion. `DivergenceGuard: {report_dir: ...}` sets "
-                    "another folder.",
+                    f"The {what} cannot be written{where}: {type(error).__name__}: {error}. Training continues, and it "
+                    f"is tried again at the next occasion.{advice}",
                     stacklevel=2,
                 )
             return None
@@ -131,11 +146,12 @@ class GuardReporter:
         if not location.samples or self._files >= _MOST_FILES:
             return
         name = f"divergence_batches/step{location.step}_rank{self._rank}.pt"
-        if self._try("batches of skipped steps", lambda: write_file(self._folder, name, _pickled(location.samples))):
+        write = partial(_save, location.samples, self._folder, name)
+        if self._write_file("batches of skipped steps", write) is not None:
             self._files += 1
 
 
-def _pickled(samples: list[Any]) -> bytes:
+def _save(samples: list[Any], folder: str, name: str) -> Path | str:
     buffer = io.BytesIO()
     torch.save(samples, buffer)
-    return buffer.getvalue()
+    return write_file(folder, name, buffer.getvalue())

@@ -67,6 +67,8 @@ class RunSnapshots:
         self._left: set[str] = set()
         if first_is_good:
             self._pair.capture_first(self._parts, logging_step(trainer))
+            if memory != "disk":  # Where it is not known yet; see `capture_if_due`.
+                self._pair.check()
 
     @property
     def back_to(self) -> int | None:
@@ -86,6 +88,7 @@ class RunSnapshots:
     def capture_if_due(self, step: int) -> None:
         """Capture a candidate if one is due; call it after a step at which nothing was wrong."""
         if (step + 1) % self._every == 0:
+            self._pair.check()
             self._pair.capture(self._parts, step)
 
     def restore(self) -> int | None:

@@ -69,6 +69,11 @@ class HubCallback(Contributor):
             checkpoint.update(state_of_last_fit(trainer))
 
     @property
+    def joined(self) -> bool:
+        """Whether it takes part in a fit: from `setup` until everything is undone."""
+        return self._hub is not None
+
+    @property
     def hub(self) -> Hub:
         """The Trainer's hub, from `setup` to the end of the fit."""
         assert self._hub is not None, "only between setup and teardown of a fit"

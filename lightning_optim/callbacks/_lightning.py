@@ -119,6 +119,18 @@ def averaged_models(trainer: Trainer) -> list[Module]:
     return [model for model in found if model is not None]
 
 
+def minimum_left(trainer: Trainer) -> str | None:
+    """Return the arguments of the Trainer because of which it continues after ``should_stop``; None if it ends now."""
+    loop = trainer.fit_loop
+    epochs: Any = loop.epoch_progress.current
+    left = []
+    if loop.min_epochs and epochs.processed < loop.min_epochs:
+        left.append(f"min_epochs={loop.min_epochs}")
+    if loop.min_steps and loop.epoch_loop.global_step < loop.min_steps:
+        left.append(f"min_steps={loop.min_steps}")
+    return ", ".join(left) or None
+
+
 def found_lr(trainer: Trainer) -> float | None:
     """Return the learning rate that a LearningRateFinder on the Trainer has found and set; None without one."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

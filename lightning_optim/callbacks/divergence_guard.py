@@ -11,10 +11,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._guard.reporter import GuardReporter
-from lightning_optim.callbacks._guard.snapshots import RunSnapshots
+from lightning_optim.callbacks._guard.snapshots import RunSnapshots, not_finite
 from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocation
 from lightning_optim.callbacks._hub import HubCallback
-from lightning_optim.callbacks._lightning import logging_due, logging_step, plain_name
+from lightning_optim.callbacks._lightning import logging_due, logging_step, minimum_left, plain_name
 from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import StepRecord
@@ -35,6 +35,7 @@ from lightning_optim.divergence import (
     SpikeWindow,
     StepGuard,
 )
+from lightning_optim.divergence.watch import single_value
 from lightning_optim.factory.about import about
 from lightning_optim.step import StepPipeline
 
@@ -68,7 +69,8 @@ class DivergenceGuard(HubCallback):
             0.
         health: Limits beyond which individual parameters or groups are reported as dead, stalled, vanishing or
             exploding, and the learning rate as too high or too low, when Lightning logs; None for no such report.
-        report_dir: Folder of the report; None for the folder of the checkpoints, or else of the logs.
+        report_dir: Folder of the report, local or a URL that fsspec knows (``s3://...``); None for the folder of the
+            checkpoints, or else of the logs. If it cannot be written, there is one warning, and training continues.
         save_batches: Whether to save the batches of skipped steps next to the report, for inspection; of at most 16
             steps, ``divergence_batches/step<step>_rank<rank>.pt``.
         detectors: Further detectors that may request the skip of a step, as instances, or as names given by
@@ -120,6 +122,7 @@ class DivergenceGuard(HubCallback):
         self._had_step = False
         self._restored: dict[str, Any] = {}
         self._skipped = self._overflows = 0
+        self._is_ending, self._first_is_good = False, True
 
     @property
     def skipped_steps(self) -> int:
@@ -171,12 +174,29 @@ class DivergenceGuard(HubCallback):
         self._reporter = GuardReporter(self.report, trainer, self._report_dir)
         self._reduce = trainer.strategy.reduce if trainer.world_size > 1 else None
         self._restore()
+        self._first_is_good = self._check_parameters(trainer, pl_module)
         self._start_snapshots(trainer, pl_module)
+
+    def _check_parameters(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Report parameters that are not finite before training has done anything; return whether there are none."""
+        assert self._reporter is not None
+        bad = not_finite(pl_module)
+        if bad:
+            some = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+            text = (
+                f"training starts with parameters that are not finite: {some}. Neither skipped steps nor a rollback "
+                "help against that; look at their initialization, or at the checkpoint that they come from"
+            )
+            step = logging_step(trainer)
+            location = StepLocation(step, trainer.current_epoch)
+            self._reporter.notify(Alarm("nonfinite", step, text, tuple(bad[:8])), location, 0, None)
+        return bool(trainer.strategy.reduce_boolean_decision(not bad))
 
     def _start_snapshots(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Capture the first snapshot, as soon as all parameters exist: those of lazy layers are made by a batch."""
         if self.rollback is not None and not any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
-            self._snapshots = RunSnapshots(self.rollback, trainer, pl_module, self.hub, self._guarded)
+            parts = self.rollback, trainer, pl_module, self.hub, self._guarded, self._first_is_good
+            self._snapshots = RunSnapshots(*parts)
 
     def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> GuardedOptimizer:
         names: dict[Tensor, str] = {param: plain_name(name) for name, param in pl_module.named_parameters()}
@@ -217,7 +237,7 @@ class DivergenceGuard(HubCallback):
 
     def _at_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Add up the losses of the micro-batches of a step, on the device."""
-        loss = loss.detach().float()
+        loss = single_value(loss)
         if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
             loss = loss / scaler.scale(torch.ones_like(loss))
         if self._had_step:  # It was left out by a GradScaler, and its gradients were dropped before anything saw them.
@@ -239,8 +259,8 @@ class DivergenceGuard(HubCallback):
         skipped_before, self._skipped = self._skipped, self._count()
         alarms = self._new_alarms()
         if self._skipped > skipped_before and not self.hub.skip_count_written():
-            for logger in trainer.loggers:
-                logger.log_metrics({"optim_health/skipped_steps": float(self._skipped)}, step)
+            assert self._reporter is not None
+            self._reporter.log_skips(trainer, self._skipped)
         snapshots = self._snapshots
         if snapshots is not None:
             snapshots.observe(step, [alarm for alarm, _ in alarms])
@@ -329,17 +349,31 @@ class DivergenceGuard(HubCallback):
         """Take the rung of the ladder that is due."""
         assert self._reporter is not None
         back_to = None if self._snapshots is None else self._snapshots.back_to
-        rung = self.ladder.act(logging_step(trainer), can_roll_back=back_to is not None, lost=alarm.lost)
-        if rung is None:
-            return
+        step = logging_step(trainer)
+        rung = self.ladder.act(step, can_roll_back=back_to is not None, lost=alarm.lost)
+        text: str | None = None
+        if rung == "rollback":
+            if (lower := self._roll_back()) is None:
+                self.ladder.undo()
+                rung = self.ladder.act(step, can_roll_back=False, lost=alarm.lost)
+            else:
+                text = f"back to the state after step {back_to}, continuing with the next batches{lower}"
         if rung == "lr_cut":
             text = self._cut_lr()
-        elif rung == "rollback":
-            text = f"back to the state after step {back_to}, continuing with the next batches" + self._roll_back()
-        else:
-            trainer.should_stop = True
-            text = f"training is stopped, because all other responses are used up ({self.ladder.why_stop()})"
-        self._reporter.notify_response(trainer, alarm, location, text)
+        elif rung == "stop":
+            text = self._end(trainer)
+        if text is not None:
+            self._reporter.notify_response(trainer, alarm, location, text)
+
+    def _end(self, trainer: L.Trainer) -> str | None:
+        """End the run, as soon as the Trainer's minimum allows it; None if that has been reported."""
+        trainer.should_stop = True
+        if self._is_ending:
+            return None
+        self._is_ending = True
+        minimum = minimum_left(trainer)
+        once = "" if minimum is None else f" as soon as the Trainer's minimum ({minimum}) is reached, not before"
+        return f"training is stopped{once}, because all other responses are used up ({self.ladder.why_stop()})"
 
     def _cut_lr(self) -> str:
         cut = self.lr_cut
@@ -348,10 +382,13 @@ class DivergenceGuard(HubCallback):
             guarded.cut.start(cut.factor, cut.steps, cut.recover)
         return f"learning rate times {cut.factor:g} for {cut.steps} steps"
 
-    def _roll_back(self) -> str:
+    def _roll_back(self) -> str | None:
+        """Return to the last snapshot; None if it could not be read."""
         assert self._snapshots is not None
         assert self.rollback is not None
         times = self._snapshots.restore()
+        if times is None:
+            return None
         self._skipped = self._count()
         factor = self.rollback.lr_factor**times
         if factor == 1:

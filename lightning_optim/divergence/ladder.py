@@ -107,6 +107,7 @@ class Ladder(Stateful):
         self._stop, self._cooldown, self._memory = stop, cooldown, memory
         self._used = dict.fromkeys(self._budgets, 0)
         self._last: tuple[int, str] | None = None
+        self._before: tuple[int, str] | None = None
 
     @property
     def used(self) -> dict[str, int]:
@@ -133,9 +134,15 @@ class Ladder(Stateful):
         for rung in rungs:
             if self._used[rung] < self._budgets[rung] and (rung != "rollback" or can_roll_back):
                 self._used[rung] += 1
-                self._last = (step, rung)
+                self._before, self._last = self._last, (step, rung)
                 return rung
         return "stop" if self._stop else None
+
+    def undo(self) -> None:
+        """Give the last response back to its budget, because it could not be carried out."""
+        assert self._last is not None
+        self._used[self._last[1]] -= 1
+        self._last = self._before
 
     def why_stop(self) -> str:
         """Return the budgets and the used part of each, as text for a message."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_optim.divergence.alarms import ALARM_KINDS
+from lightning_optim.divergence.files import write_file
 from lightning_optim.divergence.watch import StepObservation
 
 
@@ -101,22 +102,22 @@ class DivergenceReport:
             lines.append(f"| {at} | {index} | {values} | {groups} | {'yes' if seen.skipped else ''} |")
         return "\n".join(lines) + "\n"
 
-    def write(self, folder: str | Path, name: str = "divergence_report") -> Path:
+    def write(self, folder: str | Path, name: str = "divergence_report") -> Path | str:
         """Write the Markdown and the JSON file.
 
         Args:
-            folder: Folder to write to; created if it does not exist.
+            folder: Folder to write to, created if it does not exist; or a URL that fsspec knows, such as ``s3://...``.
             name: Name of the files, without suffix.
 
         Returns:
-            The path of the Markdown file.
+            The path of the Markdown file; of a remote one its URL.
+
+        Raises:
+            OSError: A file cannot be written; the former one is unchanged. A remote file system may raise other errors.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False))
-        path = folder / f"{name}.md"
-        path.write_text(self.markdown())
-        return path
+        content = json.dumps(self.as_dict(), indent=1, allow_nan=False)
+        write_file(folder, f"{name}.json", content.encode())
+        return write_file(folder, f"{name}.md", self.markdown().encode())
 
 
 def _finite(value: Any) -> Any:

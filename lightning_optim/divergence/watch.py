@@ -67,7 +67,8 @@ class StepGuard(NonFiniteGradient):
     Args:
         spikes: Limits beyond which a value is a spike; None for no detection of spikes.
         skip: Those of `SIGNALS` whose spikes cause a skip.
-        loss: Called to get the loss of the step, shape [], on any device, or None if it is not known.
+        loss: Called to get the loss of the step, on any device, or None if it is not known. Of a loss of several
+            elements the mean counts.
         rows: The log to write to; None for a new one.
         detectors: Further detectors, which may request a skip as well.
 
@@ -112,11 +113,11 @@ class StepGuard(NonFiniteGradient):
         if loss is None:
             values = torch.stack([norm, torch.full_like(norm, torch.nan)])
         else:
-            values = torch.stack([norm, loss.detach().to(norm, non_blocking=True)])
+            values = torch.stack([norm, single_value(loss).to(norm, non_blocking=True)])
             skip = skip | (values[1] * 0 != 0)
         flags = torch.zeros_like(values, dtype=torch.bool)
         if self.spikes is not None:
-            alone, together = self._limits_on(values.device, self.spikes).unbind()
+            alone, together = self._limits_on(values, self.spikes).unbind()
             flags = (values > alone) | (values > together).all()
             if all(self._skips):
                 skip = skip | flags.any()
@@ -202,11 +203,11 @@ class StepGuard(NonFiniteGradient):
             number = taken[detector.name]
             yield detector.name if number == 1 else f"{detector.name}_{number}", detector
 
-    def _limits_on(self, device: torch.device, spikes: SpikeWindow) -> Tensor:
-        """Return the limits, shape [2, signals]; uploaded only if they have changed."""
+    def _limits_on(self, values: Tensor, spikes: SpikeWindow) -> Tensor:
+        """Return the limits, shape [2, signals], as ``values``; uploaded only if they have changed."""
         wanted = [spikes.alone, spikes.together]
-        if self._limits is None or self._limits[0] != wanted or self._limits[1].device != device:
-            self._limits = wanted, upload(wanted, device, torch.float32)
+        if self._limits is None or self._limits[0] != wanted or self._limits[1].device != values.device:
+            self._limits = wanted, upload(wanted, values.device, values.dtype)
         return self._limits[1]
 
     def _learn(self, everything: bool = False) -> None:
@@ -245,6 +246,24 @@ class StepGuard(NonFiniteGradient):
             worst=layout.now(_worst(norm_sq, bad, places)) if wrong else (),
             group_norms=_group_norms(norm_sq, layout.group_sizes),
         )
+
+
+def single_value(loss: Tensor) -> Tensor:
+    """Return a loss as one real number.
+
+    Args:
+        loss: Any shape and dtype: [], [1] and [1, 1] alike, or a value for each sample, of which the mean counts. Of
+            complex values the absolute values count.
+
+    Returns:
+        Shape [], at least float32; 0 if there is no element.
+    """
+    loss = loss.detach()
+    loss = loss.abs() if loss.is_complex() else loss
+    loss = loss.to(torch.promote_types(loss.dtype, torch.float32))  # The mean of large values may overflow 16 bits.
+    if loss.numel() == 1:
+        return loss.reshape(())
+    return loss.mean() if loss.numel() else loss.sum()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from lightning_optim.core.operands_flag import takes_operands
 from lightning_optim.core.sharding import local
 from lightning_optim.core.transfer import PendingValues
 
+_LARGEST = torch.finfo(torch.float32).max
 _ATTRIBUTES = ("grad_scale", "found_inf", "divisor")
 
 
@@ -104,6 +105,7 @@ class InKernel(StepOperands):
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
         self._found: dict[str, Any] | None = None
+        self._is_wide = any(p.dtype == torch.float64 for group in optimizer.param_groups for p in group["params"])
 
     def apply(self, grads: Sequence[Tensor], clip: Clip | None, skip: Tensor | None, loss: Any) -> None:
         """Set the attributes; a loss scale that is already there is kept as a factor."""
@@ -113,9 +115,11 @@ class InKernel(StepOperands):
         if isinstance(clip, Divisor) and hasattr(self.optimizer, "divisor"):
             # The optimizers of this package take a divisor for each tensor, in any precision.
             attributes["divisor"] = clip.values
-        elif isinstance(clip, Divisor) and clip.values.dim() == 0:
-            # torch's kernels read the scale as float32, whatever the dtype of the parameters.
-            attributes["grad_scale"] = (clip.values if scale is None else scale * clip.values).to(torch.float32)
+        elif isinstance(clip, Divisor) and clip.values.dim() == 0 and not self._is_wide:
+            # torch's kernels read the scale as float32, whatever the dtype of the parameters. An infinite one would
+            # turn the update into 0, so it is bounded, and parameters in double precision do without it.
+            values = clip.values if scale is None else scale * clip.values
+            attributes["grad_scale"] = values.clamp(max=_LARGEST).to(torch.float32)
         elif clip is not None:
             clip.apply_([local(grad) for grad in grads], scale)
         if skip is not None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 numba = pytest.importorskip("numba")
 
 from lightning_optim.kernels.cpu import disk_cache  # noqa: E402
+from tests.helpers import file_size_limit  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -61,19 +59,8 @@ def test_a_damaged_file_is_written_anew(
     assert kernel()[1]
 
 
-@contextmanager
-def quota(size: int) -> Iterator[None]:
-    """No file of this process grows beyond ``size``."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_no_room(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with quota(64):
+    with file_size_limit(64):
         assert not kernel("one")[1]
         assert not kernel("two")[1]
     (message,) = warnings_in(caplog)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,15 +12,23 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._hub import Hub
-from lightning_optim.callbacks._lightning import averaged_models, logging_step
+from lightning_optim.callbacks._lightning import averaged_models, logging_step, plain_name
+from lightning_optim.core.sharding import local
 from lightning_optim.core.sizes import format_bytes
 from lightning_optim.divergence import Alarm, Rollback
 from lightning_optim.divergence.memory import SHARE, fits_in_memory, free_disk, free_memory
 from lightning_optim.divergence.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors, bytes_needed
 from lightning_optim.schedules import Scheduler
+from lightning_optim.step.measure import measure_largest
+
+_READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+_NAMED = 8
+"""Largest number of names in a warning."""
 
 
 class RunSnapshots:
@@ -33,6 +43,7 @@ class RunSnapshots:
         pl_module: Its module.
         hub: The hub, which has the pipelines.
         guarded: The guard's parts of each optimizer.
+        first_is_good: Whether the present state is worth a return to it.
 
     Raises:
         MisconfigurationException: Neither memory nor disk has room for them.
@@ -45,11 +56,19 @@ class RunSnapshots:
         pl_module: L.LightningModule,
         hub: Hub,
         guarded: Sequence[GuardedOptimizer],
+        first_is_good: bool = True,
     ) -> None:
         self._hub, self._guarded, self._every = hub, guarded, config.every
         self._parts = _parts(trainer, pl_module, hub, guarded)
-        self._pair = SnapshotPair(_memory_for(config.memory, self._parts, trainer), config.clean)
-        self._pair.capture_first(self._parts, logging_step(trainer))
+        memory, agree = _memory_for(config.memory, self._parts, trainer), trainer.strategy.reduce_boolean_decision
+        self._pair = SnapshotPair(memory, config.clean, agree=agree, on_loss=self._warn_of_loss)
+        self._place = f"{tempfile.gettempdir()} (TMPDIR)" if memory == "disk" else f"memory ({memory!r})"
+        self._warned_of_loss = False
+        self._left: set[str] = set()
+        if first_is_good:
+            self._pair.capture_first(self._parts, logging_step(trainer))
+            if memory != "disk":  # Where it is not known yet; see `capture_if_due`.
+                self._pair.check()
 
     @property
     def back_to(self) -> int | None:
@@ -69,28 +88,67 @@ class RunSnapshots:
     def capture_if_due(self, step: int) -> None:
         """Capture a candidate if one is due; call it after a step at which nothing was wrong."""
         if (step + 1) % self._every == 0:
+            self._pair.check()
             self._pair.capture(self._parts, step)
 
-    def restore(self) -> int:
+    def restore(self) -> int | None:
         """Restore the last good snapshot, and notify schedules and judges.
 
         Returns:
-            How many times this snapshot has been restored, this time included.
+            How many times this snapshot has been restored, this time included; None if it could not be read, and
+            nothing has been changed.
         """
-        good = self._pair.good
-        assert good is not None
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # Skips that have not arrived yet belong to the time before.
-        good.restore(self._parts)
-        self._pair.discard()
+        good = self._pair.good
+        left = self._pair.restore(self._parts)
+        if good is None or left is None:
+            return None
+        self._warn_of_left(left)
         self._hub.hold_schedules()
         for guarded in self._guarded:
             guarded.rolled_back()
         return good.returns
 
+    def _warn_of_left(self, names: Sequence[str]) -> None:
+        """Name what is left as it is, each once."""
+        new = [name for name in names if name not in self._left]
+        self._left.update(new)
+        if new:
+            more = f" and {len(new) - _NAMED} more" if len(new) > _NAMED else ""
+            rank_zero_warn(
+                f"The rollback leaves as it is what is new, gone or of another shape since the snapshot: "
+                f"{', '.join(new[:_NAMED])}{more}. All other weights and states are restored."
+            )
+
+    def _warn_of_loss(self, error: Exception) -> None:
+        if not self._warned_of_loss:
+            self._warned_of_loss = True
+            warnings.warn(
+                f"A snapshot could not be kept in {self._place}: {type(error).__name__}: {error}. Training continues "
+                "with the snapshot before it, if there is one, and the next one is tried as usual.",
+                stacklevel=2,
+            )
+
     def close(self) -> None:
         """Free memory and remove files."""
         self._pair.close()
+
+
+def not_finite(module: nn.Module) -> list[str]:
+    """Return the names of the parameters that contain a NaN or an infinity, after one read of all of them.
+
+    Of sharded parameters the local shards are read. Buffers are left out: an attention mask of -inf is healthy.
+    """
+    names, largest = [], []
+    for name, param in module.named_parameters():
+        if not isinstance(param, UninitializedParameter) and param.dtype in _READABLE and not param.is_meta:
+            names.append(plain_name(name))
+            largest.append(measure_largest([local(param.detach())]).reshape(()))
+    if not names:
+        return []
+    found = torch.stack([value.to(largest[0], non_blocking=True) for value in largest])
+    return [name for name, value in zip(names, found.tolist(), strict=True) if not math.isfinite(value)]
 
 
 def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
@@ -126,11 +184,15 @@ def _parts(
     return [
         Tensors(lambda: [pl_module, *averaged_models(trainer)]),
         *(OptimizerState(pipeline.optimizer) for pipeline in hub.pipelines),
-        *(StateDict(c.scheduler.state_dict, _loader(c.scheduler)) for c in trainer.lr_scheduler_configs),
-        StateDict(precision.state_dict, precision.load_state_dict),
-        *(StateDict(pipeline.clip_state, pipeline.load_clip_state) for pipeline in hub.pipelines),
-        *(StateDict(baseline.state_dict, baseline.load_state_dict) for baseline in baselines),
+        *(_part_of(c.scheduler, _loader(c.scheduler)) for c in trainer.lr_scheduler_configs),
+        _part_of(precision, precision.load_state_dict),
+        *(StateDict(p.clip_state, p.load_clip_state, "the state of clipping") for p in hub.pipelines),
+        *(_part_of(baseline, baseline.load_state_dict) for baseline in baselines),
     ]
+
+
+def _part_of(stateful: Any, load: Callable[[Any], Any]) -> StateDict:
+    return StateDict(stateful.state_dict, load, f"the state of {type(stateful).__name__}")
 
 
 def _loader(scheduler: Any) -> Callable[[Any], None]:

@@ -88,6 +88,11 @@ class RunLength:
         by_hand = module is not None and not module.automatic_optimization
         return self._ahead_by_hand(trainer) if by_hand else _ahead(trainer)
 
+    def counted(self) -> int | None:
+        """Return the Trainer's count of the steps of all optimizers."""
+        trainer = self._trainer()
+        return None if trainer is None else int(trainer.global_step)
+
     def before_step(self) -> None:
         """Record that the optimizer is about to step in the present batch."""
         trainer, module = self._trainer(), self._module()
@@ -196,8 +201,12 @@ def _ahead(trainer: Any) -> Ahead:
     if math.isfinite(batches):
         last = epoch + 1 if epochs is None else epochs
         lengths = tuple(_windows(trainer, each, batches) for each in range(epoch, last))
-        done = _processed(trainer)
-        taken = lengths[0] if done >= batches and lengths else done // _accumulation(trainer, epoch)
+        done, accumulation = _processed(trainer), _accumulation(trainer, epoch)
+        if done and lengths:
+            # What applies in a batch: a callback that sets it when epochs begin has not, if a resume is within one.
+            accumulation = int(trainer.accumulate_grad_batches)
+            lengths = (math.ceil(batches / accumulation), *lengths[1:])
+        taken = lengths[0] if done >= batches and lengths else done // accumulation
         if epochs is not None:
             bounds.append(max(sum(lengths) - taken, 0))
     elif epochs is not None and epoch >= epochs:

@@ -99,9 +99,9 @@ def _are_rates(values: list[float], peak: float) -> bool:
 
     ``lr=1`` with rates for multipliers is a common and right way to write a schedule.
     """
-    if not values or not 0 < peak < 1:
+    if len(values) < 2 or not 0 < peak < 1:  # One step, as of `fast_dev_run`, may be all warmup.
         return False
     highest = max(values)
-    if len(values) > 1 and highest == values[-1] > values[0]:  # a warmup that the run is too short for
+    if highest == values[-1] > values[0]:  # a warmup that the run is too short for
         return False
     return 0 < highest < _LOW

@@ -22,7 +22,7 @@ from lightning_optim.schedules.clock import RunClock
 from lightning_optim.schedules.driven import Driven
 from lightning_optim.schedules.hyperparameters import Hyperparameter
 from lightning_optim.schedules.order import has_stepped, warn_of_order
-from lightning_optim.schedules.resumed import check_schedules, tell_of_length
+from lightning_optim.schedules.resumed import check_schedules, tell_of_old_curve, tell_of_stretch
 from lightning_optim.schedules.run import EpochEnds, Run, scaled_phases
 
 _SAME = 1e-12
@@ -102,6 +102,7 @@ class Scheduler(LRScheduler):
         self._epochs = EpochEnds()
         self._run: Run | None = None
         self._mark: object = None
+        self._counted: int | None = None  # the host's count of steps when the schedule was moved last
         self._post_hook: Any = None
         self._has_own_length = horizon is not None
         self._is_pinned = self._is_moving_itself = self._steps_now = False
@@ -162,10 +163,15 @@ class Scheduler(LRScheduler):
         if self._run is None:
             # The hooks keep the scheduler alive, should the user keep the optimizer only.
             self.optimizer.register_step_pre_hook(uncompiled(self._before_step))
-        self._run, self._mark = run, None
+        self._run, self._mark, self._counted = run, None, run.counted()
         if self.last_epoch == 0 and not (self._restored or self._has_own_length):
             self.horizon = self._clock.frame = None
             self._apply()
+
+    @property
+    def has_own_length(self) -> bool:
+        """Whether the constructor was given the length of the run."""
+        return self._has_own_length
 
     @property
     def is_following(self) -> bool:
@@ -250,7 +256,14 @@ class Scheduler(LRScheduler):
                 True,
             )
             return
-        self._advance()
+        if not self._is_idle_call():
+            self._advance()
+
+    def _is_idle_call(self) -> bool:
+        """Whether no step was taken since the last call: Lightning calls `step` for a batch that is left out, too."""
+        count = None if self._run is None else self._run.counted()
+        before, self._counted = self._counted, count
+        return count is not None and count == before
 
     def _advance(self) -> None:
         if self.horizon is None and self._is_made:
@@ -355,11 +368,19 @@ class Scheduler(LRScheduler):
             total = horizon.total_steps
             self._clock.bend(self.last_epoch, None if total is None else total - self._skipped)
         self._apply()
-        if before.total_steps != horizon.total_steps:
+        if horizon.total_steps is None:
+            if before.total_steps is not None:
+                self._tell_once(
+                    "no length",
+                    f"Nothing bounds the run now, which was to be {before.total_steps} optimizer steps long: the "
+                    "schedule goes on as it was, and is constant beyond that.",
+                )
+        elif before.total_steps != horizon.total_steps and any(each.needs_length for each in self._driven.schedules()):
+            former = "which was not known" if before.total_steps is None else f"not {before.total_steps}"
             self._tell_once(
                 "length",
-                f"The run is {horizon.total_steps} optimizer steps long now, not {before.total_steps}: from its "
-                "present value on, the schedule is stretched to end where training ends.",
+                f"The run is {horizon.total_steps} optimizer steps long now, {former}: from its present value on, the "
+                "schedule is stretched to end where training ends.",
             )
 
     def _jumps(self, horizon: Horizon) -> bool:
@@ -387,11 +408,16 @@ class Scheduler(LRScheduler):
             self._mark = None  # The length had varied before the checkpoint: it is followed as it would have been.
             self._set_clock(former, saved)
             return former
+        if self._from_config:
+            tell_of_stretch(total, present.total_steps, self._tell)
+            self._is_pinned = False
+            self._set_clock(present, None)
+            return present
         last = next(self._driven.in_use()).over(former)(total)
-        tell_of_length(total, present.total_steps, self.last_epoch, last, self._from_config, self._tell)
-        self._is_pinned = not self._from_config
-        self._set_clock(present if self._from_config else former, None if self._from_config else saved)
-        return present if self._from_config else former
+        tell_of_old_curve(total, present.total_steps, self.last_epoch, last, self._tell)
+        self._is_pinned = True
+        self._set_clock(former, saved)
+        return former
 
     def _set_clock(self, frame: Horizon, saved: Mapping[str, Any] | None) -> None:
         if saved is not None and "clock" in saved:
@@ -469,10 +495,14 @@ class Scheduler(LRScheduler):
         self._order_is_known |= self.last_epoch > 0
         self._driven.forget_written()
         self._mark = None
-        if self._run is not None and "run" in self._saved:
-            self._run.load_state_dict(self._saved["run"])
+        if self._run is not None:
+            self._counted = self._run.counted()
+            if "run" in self._saved:
+                self._run.load_state_dict(self._saved["run"])
         if self._run is None and self.horizon is not None:
             self.horizon = self._agreed(self.horizon)
+        elif self._from_config and self.horizon is None:
+            pass  # The configuration's schedule need not fit that run; this one's length is known before the next step.
         elif self._saved.get("total_steps") is not None:  # The rates of that run, until this one's length is known.
             total, per_epoch = self._saved["total_steps"], self._saved["steps_per_epoch"]
             self._set_clock(Horizon(total, per_epoch, tuple(self._saved.get("epoch_ends", ()))), self._saved)

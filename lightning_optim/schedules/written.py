@@ -42,8 +42,8 @@ class Written:
         """Remember the present values."""
         self._groups = list(groups)
         self._values = self._read(groups)
-        self._has_tensors = any(isinstance(value, Tensor) for value in self._values)
-        self._versions = [_version(value) for value in self._values]
+        self._has_tensors = any(issubclass(kind, Tensor) for kind in set(map(type, self._values)))
+        self._versions = [_version(value) for value in self._values] if self._has_tensors else []
 
     def forget(self) -> None:
         """Take whatever is in the groups as it is: a state has been loaded."""

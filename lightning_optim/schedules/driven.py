@@ -10,13 +10,10 @@ from torch.optim import Optimizer
 
 from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules.base import Schedule
-from lightning_optim.schedules.checks import check_values
+from lightning_optim.schedules.checks import SAMPLES, check_values
 from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
 from lightning_optim.schedules.rates import Group, GroupRates, Value
 from lightning_optim.schedules.written import Written
-
-_SAMPLES = 101
-"""Number of steps of the run at which the values of a hyperparameter are checked beforehand."""
 
 
 class Driven:
@@ -130,6 +127,11 @@ class Driven:
                 self._take_over_peak(next(iter(rates.values())))
         for other, schedule in self.others.items():
             for _, group in self._written[other].changed(self._groups):
+                self._tell_once(
+                    f"written {other.name}",
+                    f"{other.name} was set by others after step {step}: its schedule goes on from there. Further "
+                    "changes are taken over without a message.",
+                )
                 if multiplier := value(schedule):
                     group[other.base_key] = other.read(group) / multiplier
 
@@ -174,12 +176,12 @@ class Driven:
         peaks = {id(schedule): (schedule, peak) for schedule, peak in self.rates.in_use(self._groups)}
         for schedule, peak in peaks.values():
             check_values(schedule, horizon, "lr", peak)
-        total = horizon.total_steps or _SAMPLES
+        total = horizon.total_steps or SAMPLES
         for other, schedule in self.others.items():
             bases = [float(other.base(group)) for group in self._groups]
             curve = schedule.over(horizon)
-            for index in range(_SAMPLES):
-                multiplier = curve(round(index * total / (_SAMPLES - 1)))
+            for index in range(SAMPLES):
+                multiplier = curve(round(index * total / (SAMPLES - 1)))
                 for base in bases:
                     other.check(base * multiplier)
 

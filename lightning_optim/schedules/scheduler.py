@@ -111,7 +111,7 @@ class Scheduler(LRScheduler):
         self._driven.check_peaks()
         self._restored = last_epoch != -1
         self._skipped_steps: Callable[[], int] | None = None
-        self._skipped = 0
+        self._skipped = self._skipped_before = 0
         self._order_is_known = True  # the first call of `step` comes from the constructor
         self._curves: dict[int, tuple[Schedule, Callable[[float], float]]] = {}
         self._compiled_for: Horizon | None = None
@@ -194,10 +194,6 @@ class Scheduler(LRScheduler):
             self._mark = mark
             self._measure(run)
 
-    def rolled_back(self) -> None:
-        """Go on from a state of this run that has been loaded: the schedule still ends where training ends."""
-        self._saved = self._mark = None
-
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
         if self._run is None or is_trial_step(optimizer, closure_of(args, kwargs)):
             return
@@ -232,6 +228,8 @@ class Scheduler(LRScheduler):
         """
         self._skipped_steps = skipped_steps
         self._skipped = skipped_steps()
+        if self.last_epoch == 0 and not self._restored:  # It begins here, behind steps of another scheduler's time.
+            self._skipped_before = self._skipped
 
     def step(self, epoch: int | None = None) -> None:
         """Advance by one step, less the steps found to have been skipped since the last call.
@@ -352,7 +350,8 @@ class Scheduler(LRScheduler):
 
     def _measure(self, run: Run) -> None:
         """Take in the length that the run has now."""
-        taken = self.last_epoch + self._skipped
+        skipped = self._skipped - self._skipped_before
+        taken = self.last_epoch + skipped
         horizon = self._epochs.horizon(taken, run.ahead())
         before = self.horizon
         if before is None or self._saved is not None or taken == 0:
@@ -366,8 +365,10 @@ class Scheduler(LRScheduler):
             self._clock.restart(horizon)
         else:
             total = horizon.total_steps
-            self._clock.bend(self.last_epoch, None if total is None else total - self._skipped)
+            self._clock.bend(self.last_epoch, None if total is None else total - skipped)
         self._apply()
+        if horizon.is_trial and not before.is_trial:
+            return  # a finder's, in the middle of the run: what it changes is restored
         if horizon.total_steps is None:
             if before.total_steps is not None:
                 self._tell_once(
@@ -471,6 +472,8 @@ class Scheduler(LRScheduler):
             state["clock"] = self._clock.state_dict()
         if "length" in self._told:
             state["varies"] = True
+        if self._skipped_before:
+            state["skipped_before"] = self._skipped_before
         if self._is_moving_itself and self._run is not None:
             state["run"] = self._run.state_dict()
         if self._driven.rates.plateau is not None:
@@ -479,6 +482,9 @@ class Scheduler(LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`, and set the rates that follow from it.
+
+        A state that is loaded while the scheduler follows a run is one of this run, as after a guard's rollback or a
+        finder's trial: the schedule still ends where training ends.
 
         Raises:
             ValueError: The state is that of other schedules, and the checkpoint takes precedence.
@@ -490,22 +496,25 @@ class Scheduler(LRScheduler):
             plateau.load_state_dict(state_dict["plateau"])
         if epochs := state_dict.get("epochs"):
             self._epochs.first, self._epochs.past = epochs["first"], list(epochs["past"])
-        self._saved = dict(state_dict)
+        self._saved = state = dict(state_dict)
+        self._skipped_before = int(state.get("skipped_before", 0))
         self._restored = True
         self._order_is_known |= self.last_epoch > 0
         self._driven.forget_written()
         self._mark = None
         if self._run is not None:
             self._counted = self._run.counted()
-            if "run" in self._saved:
-                self._run.load_state_dict(self._saved["run"])
+            if "run" in state:
+                self._run.load_state_dict(state["run"])
+        total, per_epoch = state.get("total_steps"), state.get("steps_per_epoch")
         if self._run is None and self.horizon is not None:
             self.horizon = self._agreed(self.horizon)
         elif self._from_config and self.horizon is None:
             pass  # The configuration's schedule need not fit that run; this one's length is known before the next step.
-        elif self._saved.get("total_steps") is not None:  # The rates of that run, until this one's length is known.
-            total, per_epoch = self._saved["total_steps"], self._saved["steps_per_epoch"]
-            self._set_clock(Horizon(total, per_epoch, tuple(self._saved.get("epoch_ends", ()))), self._saved)
+        elif total is not None:  # The rates of that run, until this one's length is known.
+            self._set_clock(Horizon(total, per_epoch, tuple(state.get("epoch_ends", ()))), state)
+        if self._run is not None and self.horizon is not None:
+            self._saved = None
         self._apply()
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_optim as lo
-from tests.helpers import Net, Recorder, SaveAt, Stream, batches, make_trainer
+from tests.helpers import Net, Recorder, SaveAt, Stream, batches, make_trainer, samples
 
 PEAK = 0.5
 
@@ -424,7 +424,6 @@ def test_after_a_rollback_the_schedule_ends_where_training_ends():
                 self.state = scheduler.state_dict()
             if trainer.global_step == 20:
                 scheduler.load_state_dict(self.state)
-                scheduler.rolled_back()
 
     model, callbacks = _setup("callback", schedule="linear")
     recorder = Recorder()
@@ -484,3 +483,35 @@ def test_a_length_that_no_schedule_needs_is_not_said_to_change_one(told):
     trainer.fit(_first_then(DataLoader(Stream(10), batch_size=2), batches(5)))
     assert trainer.global_step == 10
     assert not told
+
+
+def test_a_batch_size_finder_in_mid_run_leaves_a_schedule_that_ends_where_training_ends(tmp_path, monkeypatch, told):
+    monkeypatch.chdir(tmp_path)  # Lightning writes its checkpoint into the working directory.
+
+    class InTheSecondEpoch(BatchSizeFinder):
+        def on_fit_start(self, trainer, pl_module):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.scale_batch_size(trainer, pl_module)
+
+    class Sized(Net):
+        batch_size = 2
+        validation_step = L.LightningModule.validation_step
+
+        def train_dataloader(self):
+            return DataLoader(samples(40), batch_size=self.batch_size)
+
+    recorder = Recorder()
+    finder = InTheSecondEpoch(max_trials=2, steps_per_trial=1)
+    callbacks = _setup("callback", schedule="linear")[1]
+    trainer = make_trainer([*callbacks, finder, recorder], max_epochs=3)
+    trainer.fit(Sized())
+    rates = _rates(recorder)
+    assert rates[:20] == pytest.approx([PEAK * (1 - k / 60) for k in range(20)])
+    # Lightning goes on with the last batch of the epoch, and 10 steps of the last epoch are left.
+    assert rates[20] == pytest.approx(PEAK * 2 / 3)
+    assert rates[21:] == pytest.approx([PEAK * 2 / 3 * 0.9 * (1 - k / 10) for k in range(10)])
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    assert [message for message in told if "old curve" in message] == []

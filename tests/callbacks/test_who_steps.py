@@ -295,8 +295,9 @@ def test_a_factor_is_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["weight_decay", "momentum"])
-def test_another_scheduled_hyperparameter_is_taken_over_too(key):
-    seen = []
+def test_another_scheduled_hyperparameter_is_taken_over_too(key, monkeypatch):
+    seen, told = [], []
+    monkeypatch.setattr(lo.ConfigureOptimizers, "_tell", lambda self, message, warn: told.append(message))
 
     class Sees(L.Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -309,6 +310,7 @@ def test_another_scheduled_hyperparameter_is_taken_over_too(key):
     halved = [1.0] * 4 + [0.5] * 4  # the schedule's value for the step after that batch
     expected = [0.8 * factor * (1 - (k + 1) / 8) for k, factor in enumerate(halved)]
     assert seen == pytest.approx(expected)
+    assert [message.partition(" after")[0] for message in told] == [f"{key} was set by others"]
 
 
 class Backbone(Net):

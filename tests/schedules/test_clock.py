@@ -172,6 +172,22 @@ def test_a_limit_over_a_run_that_changes():
     assert values == pytest.approx([1 - k / 20 for k in range(10)] + [0.5 - 0.1 * k for k in range(5)])
 
 
+def test_a_limit_that_is_asked_for_twice_in_one_step_counts_one_step():
+    class Counts(LoopRun):
+        begun = ended = 0
+
+        def before_step(self):
+            self.begun += 1
+
+        def after_step(self):
+            self.ended += 1
+
+    run = Counts(10)
+    curve = LiveCurve(Linear(), run)
+    assert [curve(step) for step in (0, 0, 1, 1, 1)] == pytest.approx([1.0, 1.0, 0.9, 0.9, 0.9])
+    assert (run.begun, run.ended) == (2, 2)
+
+
 def test_a_copy_follows_no_run_and_the_original_still_does():
     run = LoopRun(10)
     scheduler = Scheduler(optimizer_of(1.0), Linear())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import lightning.pytorch as L
 import torch
@@ -18,7 +17,6 @@ from lightning_optim.core.sizes import format_bytes
 from lightning_optim.divergence import Alarm, Rollback
 from lightning_optim.divergence.memory import SHARE, fits_in_memory, free_disk, free_memory
 from lightning_optim.divergence.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors, bytes_needed
-from lightning_optim.schedules import Scheduler
 
 
 class RunSnapshots:
@@ -126,20 +124,8 @@ def _parts(
     return [
         Tensors(lambda: [pl_module, *averaged_models(trainer)]),
         *(OptimizerState(pipeline.optimizer) for pipeline in hub.pipelines),
-        *(StateDict(c.scheduler.state_dict, _loader(c.scheduler)) for c in trainer.lr_scheduler_configs),
+        *(StateDict(c.scheduler.state_dict, c.scheduler.load_state_dict) for c in trainer.lr_scheduler_configs),
         StateDict(precision.state_dict, precision.load_state_dict),
         *(StateDict(pipeline.clip_state, pipeline.load_clip_state) for pipeline in hub.pipelines),
         *(StateDict(baseline.state_dict, baseline.load_state_dict) for baseline in baselines),
     ]
-
-
-def _loader(scheduler: Any) -> Callable[[Any], None]:
-    """What restores a scheduler in the middle of a run; ours then ends where training ends, not that much earlier."""
-    if not isinstance(scheduler, Scheduler):
-        return scheduler.load_state_dict  # type: ignore[no-any-return]
-
-    def load(state: Any) -> None:
-        scheduler.load_state_dict(state)
-        scheduler.rolled_back()
-
-    return load

@@ -105,16 +105,17 @@ class RunLength:
         self._rhythm.end()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rhythm of a manual optimizer."""
-        rhythm = self._rhythm
-        last = [[batches, steps] for batches, steps in rhythm.last_epoch.items()]
-        return {"per_batch": rhythm.per_batch, "all_per_batch": rhythm.all_per_batch, "last_epoch": last}
+        """Return the rhythm of a manual optimizer, and the place in the run at which it has been noted."""
+        return {**self._rhythm.state_dict(), "batch": self._batch()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state returned by `state_dict`."""
-        self._rhythm.per_batch, self._rhythm.all_per_batch = state["per_batch"], state["all_per_batch"]
-        self._rhythm.last_epoch = dict(state["last_epoch"])
-        self._rhythm.is_whole = False
+        """Restore the state returned by `state_dict`; not that of another place, as in a rollback: data go on."""
+        if state.get("batch", self._batch()) == self._batch():
+            self._rhythm.load_state_dict(state)
+
+    def _batch(self) -> int:
+        trainer = self._trainer()
+        return -1 if trainer is None else int(trainer.fit_loop.total_batch_idx)
 
     def _ahead_by_hand(self, trainer: Any) -> Ahead:
         rhythm, batches = self._rhythm, trainer.num_training_batches
@@ -186,6 +187,24 @@ class _Rhythm:
         self._steps += 1
         self._in_batch += 1
         self.in_epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been learned, as plain numbers."""
+        last = [[batches, steps] for batches, steps in self.last_epoch.items()]
+        return {
+            "per_batch": self.per_batch,
+            "all_per_batch": self.all_per_batch,
+            "last_epoch": last,
+            "epoch": self.epoch,
+            "in_epoch": self.in_epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state returned by `state_dict`."""
+        self.per_batch, self.all_per_batch = state["per_batch"], state["all_per_batch"]
+        self.last_epoch = dict(state["last_epoch"])
+        self.epoch, self.in_epoch = state.get("epoch", -1), state.get("in_epoch", 0)
+        self.is_whole = False
 
     def left(self, batches: int, per_batch: float) -> int:
         """Steps in the ``batches`` to come, the present one included, in which a step is about to be taken."""

@@ -98,6 +98,7 @@ class Scheduler(LRScheduler):
         self._saved: dict[str, Any] | None = None  # the lengths in a checkpoint that has been loaded
         self._driven = Driven(optimizer, schedule, schedules or {}, self._tell_once)
         self.horizon: Horizon | None = None
+        self._varies = False  # whether the length has changed during the run
         self._clock = RunClock()
         self._epochs = EpochEnds()
         self._run: Run | None = None
@@ -377,6 +378,7 @@ class Scheduler(LRScheduler):
                     "schedule goes on as it was, and is constant beyond that.",
                 )
         elif before.total_steps != horizon.total_steps and any(each.needs_length for each in self._driven.schedules()):
+            self._varies = True
             former = "which was not known" if before.total_steps is None else f"not {before.total_steps}"
             self._tell_once(
                 "length",
@@ -470,7 +472,7 @@ class Scheduler(LRScheduler):
             state["epochs"] = {"first": self._epochs.first, "past": list(self._epochs.past)}
         if self._clock.is_bent:
             state["clock"] = self._clock.state_dict()
-        if "length" in self._told:
+        if self._varies:
             state["varies"] = True
         if self._skipped_before:
             state["skipped_before"] = self._skipped_before
@@ -496,7 +498,10 @@ class Scheduler(LRScheduler):
             plateau.load_state_dict(state_dict["plateau"])
         if epochs := state_dict.get("epochs"):
             self._epochs.first, self._epochs.past = epochs["first"], list(epochs["past"])
+        elif self.last_epoch > 0:  # a checkpoint of version 0.1, which has no epochs
+            self._epochs.first = 0
         self._saved = state = dict(state_dict)
+        self._varies = bool(state.get("varies"))
         self._skipped_before = int(state.get("skipped_before", 0))
         self._restored = True
         self._order_is_known |= self.last_epoch > 0
@@ -515,6 +520,7 @@ class Scheduler(LRScheduler):
             self._set_clock(Horizon(total, per_epoch, tuple(state.get("epoch_ends", ()))), state)
         if self._run is not None and self.horizon is not None:
             self._saved = None
+            self.horizon = Horizon(total, per_epoch, tuple(state.get("epoch_ends", ())), self.horizon.is_trial)
         self._apply()
 
 

@@ -498,7 +498,7 @@ def test_a_batch_size_finder_in_mid_run_leaves_a_schedule_that_ends_where_traini
 
     class Sized(Net):
         batch_size = 2
-        validation_step = L.LightningModule.validation_step
+        validation_step = L.LightningModule.validation_step  # type: ignore[assignment]
 
         def train_dataloader(self):
             return DataLoader(samples(40), batch_size=self.batch_size)

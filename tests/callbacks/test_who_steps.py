@@ -216,6 +216,28 @@ def test_a_manual_run_is_resumed_on_its_curve(tmp_path, way):
     assert fit(ckpt_path=path) == pytest.approx(whole[len(whole) // 2 :], abs=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("batch", [7, 23])
+def test_a_manual_run_is_resumed_within_an_epoch(tmp_path, batch, recwarn):
+    path = tmp_path / "a.ckpt"
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.fit_loop.total_batch_idx == batch:
+                trainer.save_checkpoint(path)
+
+    def fit(callbacks=(), ckpt_path=None):
+        recorder = Recorder()
+        supplier = lo.ConfigureOptimizers("sgd", lr=PEAK, param_groups=[], schedule="cosine")
+        trainer = make_trainer([supplier, recorder, *callbacks], max_epochs=3)
+        trainer.fit(Manual("accumulate", "callback"), batches(16), ckpt_path=ckpt_path)
+        return [rates[0] for rates in recorder.rates]
+
+    whole = fit([Saves()])
+    assert fit(ckpt_path=path) == pytest.approx(whole[(batch + 1) // 4 :], abs=1e-12)
+    assert not [warning for warning in recwarn if "old curve" in str(warning.message)]
+
+
 # Rates that others write.
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_optim as lo
-from lightning_optim.factory import factory as factory_module
+from lightning_optim.factory.run_length import horizon_of
 from tests.distributed.ranks import run_ranks
 from tests.helpers import (
     ADAMWS,
@@ -277,8 +277,9 @@ def test_ranks_agree_on_a_group_that_joins_the_reduction_after_its_start():
 
 def test_beside_a_scheduler_of_torchs_the_length_is_computed_once_per_epoch(monkeypatch):
     asked = []
-    measure = factory_module.horizon_of
-    monkeypatch.setattr(factory_module, "horizon_of", lambda trainer: (asked.append(1), measure(trainer))[1])
+    monkeypatch.setattr(
+        "lightning_optim.factory.factory.horizon_of", lambda trainer: (asked.append(1), horizon_of(trainer))[1]
+    )
     rules = [lo.ParamGroupRule(name="body", pattern="^body", frozen_until="1 epoch")]
     callback = lo.ConfigureOptimizers(
         "sgd", lr=0.1, param_groups=rules, schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 16)

@@ -256,3 +256,14 @@ def test_a_rate_that_is_a_tensor_is_compared_without_reading_it(monkeypatch):
     scheduler.step()
     assert reads
     assert real(optimizer.param_groups[0]["lr"]) == pytest.approx(0.5 * 0.5 * 0.6)
+
+
+def test_a_checkpoint_without_epochs_began_with_the_first():
+    scheduler = Scheduler(optimizer_of(1.0), Linear(), on_resume="config")
+    run = LoopRun(5, 5, 5)
+    scheduler.follow(run)
+    run.taken = 10
+    state = {"last_epoch": 10, "total_steps": 10, "steps_per_epoch": 5.0, "schedules": {"lr": "Linear()"}}
+    scheduler.load_state_dict(state)
+    scheduler.refresh()
+    assert scheduler.horizon == Horizon(total_steps=15, steps_per_epoch=5.0)

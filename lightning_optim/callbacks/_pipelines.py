@@ -217,7 +217,7 @@ class Pipelines:
         Raises:
             ValueError: The state is of a later version.
         """
-        check_version(state, "step counts and clip states", ("counts", "clip", "names", "gone"))
+        check_version(state, "step counts and clip states", ("counts", "clip", "names", "gone", "optimizers"))
         counts = [StepCounts(*each) for each in state.get("counts", [])]
         names = state.get("names", names)
         if len(names) != len(counts):

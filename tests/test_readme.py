@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -70,6 +71,33 @@ def test_relative_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if not re.match(r"\w+:", target):
             assert (page.parent / target).exists(), target
+
+
+ROOMS = [
+    "callbacks",
+    "clipping",
+    "diagnostics",
+    "divergence",
+    "factory",
+    "kernels",
+    "optim",
+    "param_groups",
+    "schedules",
+    "step",
+]
+
+
+@pytest.mark.parametrize("package", ["lightning_optim", *(f"lightning_optim.{room}" for room in ROOMS)])
+def test_every_public_name_has_a_place_in_the_reference(package):
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = dict(re.findall(r"^::: (\S+)\n((?: +\S.*\n)*)", text, re.MULTILINE))
+    whole = tuple(f"{name}." for name, options in shown.items() if not re.search(r"\bmembers: false", options))
+    module = importlib.import_module(package)
+    for name in set(module.__all__) - {"__version__"}:
+        thing = getattr(module, name)
+        called = getattr(thing, "__qualname__", name)  # a former name leads to the present one
+        places = {f"{where}.{called}" for where in ("lightning_optim", package, getattr(thing, "__module__", package))}
+        assert places & set(shown) or any(place.startswith(whole) for place in places), f"{package}.{name}"
 
 
 def test_on_a_package_index_every_link_of_the_readme_has_a_whole_address(monkeypatch):

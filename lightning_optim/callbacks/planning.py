@@ -107,6 +107,11 @@ def _walk(
 
 
 def _describe(plan: Plan, trainer: L.Trainer, attempt: Callable[[], Any]) -> None:
+    if not trainer.lightning_module.automatic_optimization and plan.horizon.total_steps is not None:
+        plan.notes.append(
+            "In manual optimization the module decides when its optimizers step. The curves are those of one step per "
+            "batch; in the run each schedule follows the steps that its optimizer takes."
+        )
     optimizers, prefixes = [bare(optimizer) for optimizer in trainer.optimizers], prefixes_in(trainer)
     for prefix, optimizer in zip(prefixes, optimizers, strict=True):
         plan.groups += [replace(group, name=prefix + group.name) for group in plan_groups(optimizer)]

@@ -134,8 +134,9 @@ class OptimizerFactory:
         groups_of = getattr(self._optimizer.cls, "groups_of", build_param_groups)
         optimizer = self._optimizer.make_for(model, groups_of(model, self._rules))
         for group in optimizer.param_groups:
+            found = 1.0 if self._found_lr is None else self._found_lr / float(optimizer.defaults["lr"])
             for key in {"lr", "peak_lr"} & group.keys():
-                group[key] = (group[key] if self._found_lr is None else self._found_lr) * group["lr_multiplier"]
+                group[key] = group[key] * found * group["lr_multiplier"]
         scheduler: Any
         if isinstance(self._schedule, Schedule):
             scheduler = Scheduler(optimizer, self._schedule, horizon, self._schedules, self._on_resume, self._tell)
@@ -183,13 +184,14 @@ class OptimizerFactory:
         scheduler.follow(RunLength(owner.trainer, owner, optimizer))
         if not isinstance(scheduler.schedule, ReduceOnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": config}
-        observer = {
-            "scheduler": Observer(scheduler),
-            "interval": "epoch",
-            "frequency": owner.trainer.check_val_every_n_epoch or 1,
-            "reduce_on_plateau": True,
-            "monitor": scheduler.schedule.monitor,
-        }
+        observer: dict[str, Any] = {"scheduler": Observer(scheduler)}
+        if owner.automatic_optimization:  # In manual optimization Lightning moves nothing, and warns of the rest.
+            observer |= {
+                "interval": "epoch",
+                "frequency": owner.trainer.check_val_every_n_epoch or 1,
+                "reduce_on_plateau": True,
+                "monitor": scheduler.schedule.monitor,
+            }
         return [optimizer], [config, observer]
 
     def _tell(self, message: str, warn: bool) -> None:

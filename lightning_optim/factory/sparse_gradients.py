@@ -30,13 +30,13 @@ class UnfuseIfSparse:
         optimizer: The optimizer, before its first step.
 
     Example:
-        >>> table = nn.Parameter(torch.ones(3, 1))
+        >>> table = nn.Parameter(torch.ones(2, 2))
         >>> optimizer = torch.optim.SGD([table], lr=1.0, fused=True)
         >>> _ = UnfuseIfSparse(optimizer)
         >>> nn.functional.embedding(torch.tensor([1]), table, sparse=True).sum().backward()
         >>> optimizer.step()
-        >>> table.flatten().tolist()
-        [1.0, 0.0, 1.0]
+        >>> table.tolist()
+        [[1.0, 1.0], [0.0, 0.0]]
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

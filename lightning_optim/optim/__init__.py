@@ -88,7 +88,7 @@ def _classes() -> dict[str, type[FusedOptimizer]]:
 
 
 def _line(cls: type[Optimizer]) -> str:
-    if issubclass(cls, FusedOptimizer):
+    if issubclass(cls, FusedOptimizer) and all(hasattr(cls, name) for name in ("when_to_use", "memory", "paper")):
         return f"{cls.when_to_use} State: {cls.memory} per parameter. {cls.paper}"
     return (inspect.getdoc(cls) or "").partition("\n")[0]  # The class was registered by a user.
 

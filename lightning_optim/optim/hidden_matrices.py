@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
@@ -80,7 +81,7 @@ def _split_by_form(group: dict[str, Any], found: Mapping[int, NamedParameter]) -
     forms: dict[bool, list[Any]] = {}
     matrices = []
     for name, param in group["params"]:
-        if param.dim() == 2:
+        if found[id(param)].dim == 2:
             matrices.append((name, param))
         else:
             forms.setdefault(not is_stack(param, found[id(param)].modules), []).append((name, param))
@@ -177,4 +178,6 @@ class HiddenMatrixOptimizer(FusedOptimizer):
 def _looks_like(entry: Any) -> str | None:
     """Return the reason why a parameter is not a hidden matrix by its name and shape; None if it may be one."""
     name, param = entry if isinstance(entry, tuple) else ("", entry)
+    if isinstance(param, UninitializedParameter):
+        return None  # The check of all parameters says what is missing.
     return why_not_hidden(param, [name]) if isinstance(param, Tensor) else "unknown"

@@ -28,10 +28,11 @@ def check_params(optimizer: Ruled, group: Mapping[str, Any]) -> None:
     seen: set[int] = set()
     rule = optimizer.rule_of(group)
     for index, param in enumerate(group["params"]):
-        if isinstance(param, UninitializedParameter):
+        is_lazy = isinstance(param, UninitializedParameter)  # It has its shape by the first step.
+        if is_lazy and isinstance(rule, TensorRule):
             raise ValueError(
-                f"{type(optimizer).__name__}: parameter {index} is one of a lazy layer and has no shape yet. Run one "
-                "batch through the model before its optimizer is made."
+                f"{type(optimizer).__name__}: parameter {index} is one of a lazy layer and has no shape yet, which "
+                f"{type(rule).__name__} needs. Run one batch through the model before its optimizer is made."
             )
         label = f"{type(optimizer).__name__}: {optimizer.label(group, index)}"
         if not param.is_floating_point():
@@ -44,6 +45,8 @@ def check_params(optimizer: Ruled, group: Mapping[str, Any]) -> None:
         if id(param) in seen:  # torch only warns; here two threads would update the same memory.
             raise ValueError(f"{label} is in the group twice, but each parameter must be given once.")
         seen.add(id(param))
+        if is_lazy:
+            continue
         low_precision.check_param(label, group, param)
         if is_partial(param):
             raise ValueError(partial_refused(label, param))

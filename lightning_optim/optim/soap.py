@@ -172,13 +172,16 @@ class SOAP(FusedOptimizer):
     vectors, and the refreshes rotate them. The first call waits for the device, because `torch.linalg.eigh` does.
 
     Args:
-        params: Parameters, groups, or (name, parameter) pairs. lr: Learning rate, about the size of each step; a float
-        or a one-element tensor. betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1). shampoo_beta: β_s, the
-        decay rate of L and R; None for β₂. eps: ε, added to the denominator before its correction, in units of the
-        gradient. weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``. precondition_frequency: Steps between
-        refreshes of the bases; 10, as in the paper, costs little in quality. max_precondition_dim: Largest size of a
-        dimension that has a basis; larger ones, such as vocabularies, have none. precondition_1d: Whether vectors have
-        a basis as well. **options: Options that all optimizers share; see `SharedOptions`.
+        params: Parameters, groups, or (name, parameter) pairs.
+        lr: Learning rate, about the size of each step; a float or a one-element tensor.
+        betas: Decay rates (β₁, β₂) of the two averages, each in [0, 1).
+        shampoo_beta: β_s, the decay rate of L and R; None for β₂.
+        eps: ε, added to the denominator before its correction, in units of the gradient.
+        weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
+        precondition_frequency: Steps between refreshes of the bases; 10, as in the paper, costs little in quality.
+        max_precondition_dim: Largest size of a dimension with a basis; larger ones, such as vocabularies, have none.
+        precondition_1d: Whether vectors have a basis as well.
+        **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
         ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -47,6 +48,7 @@ class NamedParameter:
         modules: The modules that hold it, in the order of ``names``.
         parts: Parts of the model that it belongs to (`list_parts`).
         not_hidden: Its kind, as returned by `why_not_hidden`, if it is not a hidden matrix.
+        ndim: Its number of dimensions, which is known of a lazy layer before its shape is; None for the parameter's.
     """
 
     parameter: nn.Parameter
@@ -54,6 +56,12 @@ class NamedParameter:
     modules: tuple[nn.Module, ...]
     parts: frozenset[str] = field(default=frozenset())
     not_hidden: str | None = None
+    ndim: int | None = None
+
+    @property
+    def dim(self) -> int:
+        """Its number of dimensions."""
+        return self.parameter.ndim if self.ndim is None else self.ndim
 
     @property
     def name(self) -> str:
@@ -80,14 +88,9 @@ def named_parameters(model: nn.Module) -> Iterator[NamedParameter]:
     seen = []
     for parameter, places in found.items():
         names, modules = zip(*places, strict=True)
-        if isinstance(parameter, UninitializedParameter):
-            raise ValueError(
-                f"The parameter {names[0]!r} of a {type(modules[0]).__name__} has no shape yet, and groups and "
-                "optimizers need the shapes of parameters. Run one batch through the model before its optimizer is "
-                "made, for instance `self(torch.zeros(1, ...))` in the `configure_model` of a LightningModule."
-            )
-        reason = why_not_hidden(parameter, names, modules)
-        seen.append(NamedParameter(parameter, names, modules, frozenset(_parts_of(names, modules)), reason))
+        form = _form_of(parameter, names[0], modules[0])
+        reason = why_not_hidden(form, names, modules)
+        seen.append(NamedParameter(parameter, names, modules, frozenset(_parts_of(names, modules)), reason, form.dim()))
     heads = output_layers(model)
     trained = any(one.parameter.requires_grad and not heads.isdisjoint(map(id, one.modules)) for one in seen)
     last = None if trained else last_linear(model)  # A frozen head may be that of a teacher.
@@ -196,6 +199,27 @@ def _is_embedding(module: nn.Module) -> bool:
 def _is_norm(module: nn.Module) -> bool:
     # The name counts, because every model family has its own norms (LlamaRMSNorm, LayerNorm2d, FrozenBatchNorm2d).
     return any(re.search(r"Norm(\dd)?$", base.__name__) for base in type(module).__mro__)
+
+
+def _form_of(parameter: nn.Parameter, name: str, module: nn.Module) -> Tensor:
+    """The parameter, or for one of a lazy layer a tensor of as many dimensions, whose sizes mean nothing."""
+    if not isinstance(parameter, UninitializedParameter):
+        return parameter
+    becomes = getattr(module, "cls_to_become", None)
+    kernel = re.fullmatch(r"Conv(?:Transpose)?(\d)d", getattr(becomes, "__name__", ""))
+    if name.rpartition(".")[2] == "bias" or _is_norm(module):
+        ndim = 1
+    elif becomes is nn.Linear:
+        ndim = 2
+    elif kernel is not None:
+        ndim = 2 + int(kernel[1])
+    else:
+        raise ValueError(
+            f"The parameter {name!r} of a {type(module).__name__} has no shape yet, and groups need the number of "
+            "dimensions. Run one batch through the model before its optimizer is made, for instance "
+            "`self(torch.zeros(1, ...))` in the `configure_model` of a LightningModule."
+        )
+    return torch.empty((2,) * ndim, device="meta")
 
 
 def _named_undecayed(model: nn.Module) -> set[str]:

@@ -153,7 +153,7 @@ class ParamGroupRule:
 
     def matches(self, parameter: NamedParameter) -> bool:
         """Return whether the parameter meets every criterion of the rule."""
-        ndim = parameter.parameter.ndim
+        ndim = parameter.dim
         return (
             (self._regex is None or any(self._regex.search(name) for name in parameter.names))
             and (not self.glob or any(fnmatchcase(name, self.glob) for name in parameter.names))

@@ -147,7 +147,7 @@ class WidthScaling:
         parts = {"hidden_matrix"} | ({"head"} if self.scale_head else set())
         result = {}
         for parameter in parameters:
-            matrix = parameter.parameter.ndim >= 2 and parts & parameter.parts
+            matrix = parameter.dim >= 2 and parts & parameter.parts
             ratio = self._ratio(parameter) if matrix else 1.0
             result[parameter.name] = Scale(0, "", 1.0) if ratio == 1 else Scale(1, f"width_x{ratio:g}", 1 / ratio)
         return result

@@ -71,7 +71,8 @@ def check_values(schedule: Schedule, horizon: Horizon, label: str, peak: float |
         except ValueError as error:
             raise ValueError(f"Schedule of {label}: {error}") from None
         values.append(value)
-    if peak is not None and horizon.total_steps is not None and _are_rates(values, peak):
+    is_whole = horizon.total_steps is not None and not horizon.is_trial
+    if peak is not None and is_whole and _are_rates(values, peak):
         highest = max(values)
         warnings.warn(
             f"The schedule {schedule!r} of {label} gives {highest:.3g} at most, so the learning rate stays at or below "
@@ -99,9 +100,9 @@ def _are_rates(values: list[float], peak: float) -> bool:
 
     ``lr=1`` with rates for multipliers is a common and right way to write a schedule.
     """
-    if len(values) < 2 or not 0 < peak < 1:  # One step, as of `fast_dev_run`, may be all warmup.
+    if not values or not 0 < peak < 1:
         return False
     highest = max(values)
-    if highest == values[-1] > values[0]:  # a warmup that the run is too short for
+    if len(values) > 1 and highest == values[-1] > values[0]:  # a warmup that the run is too short for
         return False
     return 0 < highest < _LOW

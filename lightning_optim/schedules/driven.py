@@ -126,14 +126,14 @@ class Driven:
             else:
                 self._take_over_peak(next(iter(rates.values())))
         for other, schedule in self.others.items():
-            for _, group in self._written[other].changed(self._groups):
-                self._tell_once(
-                    f"written {other.name}",
-                    f"{other.name} was set by others after step {step}: its schedule goes on from there. Further "
-                    "changes are taken over without a message.",
-                )
+            for index, group in self._written[other].changed(self._groups):
                 if multiplier := value(schedule):
                     group[other.base_key] = other.read(group) / multiplier
+                    self._tell_once(
+                        other.name,
+                        f"{other.name} of group {group.get('name', index)} was set by others after step {step}: its "
+                        "schedule continues from that value. Further changes are taken over without a message.",
+                    )
 
     def forget_written(self) -> None:
         """Take whatever is in the groups as it is: a state has been loaded."""
@@ -150,17 +150,19 @@ class Driven:
         named = ", ".join(f"{groups[index].get('name', index)}: {rate:.6g}" for index, rate in rates.items())
         self._tell_once(
             "written",
-            f"Learning rates were set by others after step {step} ({named}): the schedule goes on from them, with "
+            f"Learning rates were set by others after step {step} ({named}): the schedule continues from them, with "
             "peaks changed by as much. Further changes are taken over without a message.",
         )
 
     def _take_over_peak(self, rate: float) -> None:
-        """One rate for all groups is the peak of those without a multiplier; groups keep their ratios."""
+        """One rate for all groups is that of the optimizer as a whole; groups keep their ratios to it."""
+        default = float(self._optimizer.defaults.get("lr", 0.0))
         for group in self._groups:
-            peak = rate * group.get("lr_multiplier", 1.0)
-            if "peak_lr" in group and (before := self.rates.peak(group["initial_lr"])):
-                group["peak_lr"] *= peak / before  # to which our optimizers refer weight decay
-            self.rates.set_peak(group, peak)
+            before = self.rates.peak(group["initial_lr"])
+            factor = rate / (default or before or 1.0)
+            if "peak_lr" in group:
+                group["peak_lr"] *= factor  # to which our optimizers refer weight decay
+            self.rates.set_peak(group, before * factor)
         self._tell_once("finder", f"The learning rate {rate:.6g} that was set before training is the peak now.")
 
     # Checks.

@@ -496,10 +496,9 @@ class Scheduler(LRScheduler):
         plateau = self._driven.rates.plateau
         if plateau is not None and "plateau" in state_dict:
             plateau.load_state_dict(state_dict["plateau"])
-        if epochs := state_dict.get("epochs"):
-            self._epochs.first, self._epochs.past = epochs["first"], list(epochs["past"])
-        elif self.last_epoch > 0:  # a checkpoint of version 0.1, which has no epochs
-            self._epochs.first = 0
+        began = 0 if self.last_epoch > 0 else None  # of a checkpoint of version 0.1, which has no epochs
+        epochs = state_dict.get("epochs", {"first": began, "past": []})
+        self._epochs.first, self._epochs.past = epochs["first"], list(epochs["past"])
         self._saved = state = dict(state_dict)
         self._varies = bool(state.get("varies"))
         self._skipped_before = int(state.get("skipped_before", 0))
@@ -512,13 +511,14 @@ class Scheduler(LRScheduler):
             if "run" in state:
                 self._run.load_state_dict(state["run"])
         total, per_epoch = state.get("total_steps"), state.get("steps_per_epoch")
-        if self._run is None and self.horizon is not None:
+        has_length = self.horizon is not None and (self._run is None or self._has_own_length)
+        if has_length and self.horizon is not None:
             self.horizon = self._agreed(self.horizon)
         elif self._from_config and self.horizon is None:
             pass  # The configuration's schedule need not fit that run; this one's length is known before the next step.
         elif total is not None:  # The rates of that run, until this one's length is known.
             self._set_clock(Horizon(total, per_epoch, tuple(state.get("epoch_ends", ()))), state)
-        if self._run is not None and self.horizon is not None:
+        if self._run is not None and self.horizon is not None and not has_length:
             self._saved = None
             self.horizon = Horizon(total, per_epoch, tuple(state.get("epoch_ends", ())), self.horizon.is_trial)
         self._apply()

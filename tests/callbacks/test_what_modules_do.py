@@ -289,6 +289,11 @@ class Lazy(Net):
         super().__init__()
         self.body, self.early = nn.LazyLinear(8), early
 
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.body.weight, nn.parameter.UninitializedParameter):
+            torch.manual_seed(1)  # so that its first weights are the same whenever they are drawn
+        return super().forward(x)
+
     def configure_model(self) -> None:
         if self.early:
             with torch.no_grad():
@@ -334,17 +339,52 @@ def test_a_rollback_goes_back_to_the_first_weights_that_lazy_layers_had(tmp_path
     assert bit_equal(weights[-1], weights[0])
 
 
-@pytest.mark.parametrize("kind", [*ADAMWS, "muon"])
-def test_an_optimizer_of_lazy_layers_is_refused_with_the_way_out(kind):
-    options = ADAMWS.get(kind, {"optimizer": "muon"})
-    configure = lo.ConfigureOptimizers(**options, lr=0.01)
-    with pytest.raises(ValueError, match=r"'body\.weight' of a LazyLinear has no shape yet.*configure_model"):
-        make_trainer([configure]).fit(Lazy(), batches(2))
+@pytest.mark.parametrize("kind", ADAMWS)
+def test_lazy_layers_are_trained_as_those_with_a_shape(kind):
+    finals = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        model = Lazy(early)
+        configure = lo.ConfigureOptimizers(**ADAMWS[kind], lr=0.01, weight_decay=0.5, schedule="cosine")
+        make_trainer([configure, lo.GradientClipping(0.1)]).fit(model, batches(4))
+        finals.append([p.detach() for p in model.parameters()])
+        groups = {group["name"]: group["param_names"] for group in model.trainer.optimizers[0].param_groups}
+        assert groups["default"] == ["body.weight", "head.weight"]
+    assert bit_equal(*finals)
+
+
+class LazyTable(nn.modules.lazy.LazyModuleMixin, nn.Module):
+    """A lazy layer of the user's, of which nothing is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.parameter.UninitializedParameter()
+
+
+def test_lazy_layers_that_cannot_be_trained_yet_are_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"lazy layer and has no shape yet, which Muon.* needs"):
+        make_trainer([lo.ConfigureOptimizers("muon", lr=0.01)]).fit(Lazy(), batches(2))
     model = Lazy(early=True)
-    make_trainer([configure]).fit(model, batches(2))
+    make_trainer([lo.ConfigureOptimizers("muon", lr=0.01)]).fit(model, batches(2))
     assert model.trainer.global_step == 2
-    with pytest.raises(ValueError, match="lazy layer and has no shape yet"):
-        lo.optim.AdamW(Lazy().parameters())
+    with pytest.raises(ValueError, match=r"'0\.table' of a LazyTable has no shape yet.*configure_model"):
+        lo.build_param_groups(nn.Sequential(LazyTable()))
+
+
+@pytest.mark.parametrize(
+    ("layer", "decayed"),
+    [
+        (nn.LazyLinear(3), ["0.weight"]),
+        (nn.LazyConv1d(3, 2), ["0.weight"]),
+        (nn.LazyConvTranspose3d(3, 2), ["0.weight"]),
+        (nn.LazyBatchNorm2d(), []),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_lazy_layers_have_their_groups_before_their_shapes(layer, decayed):
+    groups = {group["name"]: group for group in lo.build_param_groups(nn.Sequential(layer), ["no_decay"])}
+    assert [name for name, _ in groups.get("default", {"params": []})["params"]] == decayed
+    assert groups["no_decay"]["weight_decay"] == 0
 
 
 class Spectral(Net):

@@ -14,6 +14,7 @@ import lightning_optim as lo
 from lightning_optim import optim
 from lightning_optim.core.group_keys import GROUP_KEYS, IDENTITY
 from lightning_optim.optim import FusedOptimizer, Range
+from lightning_optim.optim.base import OPTIMIZERS
 from lightning_optim.optim.ranges import ranges_of
 
 
@@ -77,6 +78,8 @@ def test_a_user_s_number_is_checked_by_name_and_in_a_group_of_another_optimizer(
         optim.Lion([{"params": params(), "rule": "averaged_for_ranges", "beta": 1.5}])
     with pytest.raises(ValueError, match="gain=nan"):
         optim.Lion([{"params": params(), "rule": "averaged_for_ranges", "gain": math.nan}])
+    assert optim.list_optimizers()["averaged_for_ranges"] == "A user's optimizer, from outside the package."
+    OPTIMIZERS.remove("averaged_for_ranges")
 
 
 @pytest.mark.parametrize("name", optim.list_optimizers())
@@ -137,5 +140,5 @@ def test_group_keys_are_known_everywhere() -> None:
         assert group.keys() - hyperparameters <= GROUP_KEYS.keys()
     assert {"params", "param_names", "name"} == IDENTITY
     for key in ("calls", "peak_lr_from", "not_hidden", "frozen_until"):
-        with pytest.raises(ValueError, match=f"{key!r} is no option"):
+        with pytest.raises(ValueError, match=f"{key!r} is not an option"):
             lo.ParamGroupRule(name="all", pattern=".", options={key: 1})

@@ -50,6 +50,7 @@ def test_a_table_as_long_as_the_run_is_enough():
 def test_learning_rates_for_multipliers_are_warned_about():
     with pytest.warns(UserWarning, match=r"0.001 at most, so the learning rate stays at or below 1e-06.*give lr=1"):
         check_values(FromFunction(lambda step: 1e-3 * 0.99**step), RUN, "lr", 1e-3)
+    silent(lambda step: 0.3 * 0.99**step, 0.3)  # which may well be a multiplier
     with pytest.warns(UserWarning, match="multipliers of lr, not learning rates"):
         check_values(FromFunction(lambda step: 2e-3 * math.cos(step / 200) ** 2, warmup=0), RUN, "lr", 1e-3)
 

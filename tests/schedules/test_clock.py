@@ -267,3 +267,13 @@ def test_a_checkpoint_without_epochs_began_with_the_first():
     scheduler.load_state_dict(state)
     scheduler.refresh()
     assert scheduler.horizon == Horizon(total_steps=15, steps_per_epoch=5.0)
+
+
+def test_a_length_of_ones_own_is_the_configurations_on_resume():
+    scheduler = Scheduler(optimizer_of(1.0), Linear(), Horizon(total_steps=20), on_resume="config")
+    scheduler.follow(LoopRun(20))
+    scheduler.load_state_dict(
+        {"last_epoch": 10, "total_steps": 10, "steps_per_epoch": None, "schedules": {"lr": "Linear()"}}
+    )
+    assert scheduler.horizon == Horizon(total_steps=20)
+    assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)

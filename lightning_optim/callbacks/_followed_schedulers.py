@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_optim.callbacks._followed import FollowedOptimizers, bare
 from lightning_optim.factory.run_length import RunLength
@@ -44,6 +44,9 @@ class FollowedSchedulers:
         present: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
         _check(present)
         self._move_on(trainer)
+        if trainer.lightning_module.automatic_optimization:
+            for config in trainer.lr_scheduler_configs:
+                _have_moved_by_steps(config)
         before, self._known = self._known, present
         held, self._held = self._held, []
         for scheduler, pipeline in self._pairs():
@@ -105,6 +108,25 @@ def _present(trainer: Trainer) -> list[Any]:
 
 def _hold(scheduler: Scheduler, pipeline: StepPipeline) -> None:
     scheduler.hold_on(pipeline.skipped)
+
+
+def _have_moved_by_steps(config: Any) -> None:
+    """Have Lightning move a scheduler of ours after each step, which it does not where the module returns a list."""
+    scheduler, frequency = config.scheduler, config.frequency
+    per = config.interval if frequency == 1 else f"{frequency} {config.interval}s"
+    if not isinstance(scheduler, Scheduler) or (config.interval, frequency) == ("step", 1):
+        return
+    if scheduler.has_own_length:
+        rank_zero_warn(
+            f"{scheduler.schedule!r} moves once per {per}, as configure_optimizers says, and the Horizon that it has "
+            'been given counts optimizer steps. Return {"scheduler": scheduler, "interval": "step"}.'
+        )
+        return
+    rank_zero_info(
+        f"{scheduler.schedule!r} counts optimizer steps, so it moves once per step, not once per {per}, as "
+        'configure_optimizers says. To be rid of this message return {"scheduler": scheduler, "interval": "step"}.'
+    )
+    config.interval, config.frequency = "step", 1
 
 
 def _check(schedulers: list[Any]) -> None:

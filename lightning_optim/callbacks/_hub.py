@@ -241,12 +241,17 @@ class Hub(Hears):
         for member in self.members:
             member._at_validation_end(trainer, pl_module)
 
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let schedules look at metrics that modules log at the end of an epoch."""
+        self._pipelines.plateaus.epoch_is_over(trainer)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let schedules look at the metric that they follow."""
         self._pipelines.plateaus.epoch_ended(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pass the hook on."""
+        """Let schedules look at metrics of the last epoch, and pass the hook on."""
+        self._pipelines.plateaus.epoch_is_over(trainer)
         for member in self.members:
             member._at_train_end(trainer, pl_module)
 

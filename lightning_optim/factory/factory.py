@@ -177,7 +177,7 @@ class OptimizerFactory:
                         "the end of an epoch. Needed is a schedule per step, for instance ReduceOnPlateau of ours."
                     )
                 if owner is not None:
-                    freezing.horizon = _length_of_run(owner)
+                    freezing.horizon = _length_of_run(owner, optimizer)
             return {"optimizer": optimizer, "lr_scheduler": config}
         if owner is None:  # A callback of ours on the Trainer will have the scheduler follow the run.
             return {"optimizer": optimizer, "lr_scheduler": config}
@@ -205,14 +205,22 @@ class OptimizerFactory:
         return f"{type(self).__name__}({self._optimizer!r}, {self._schedule!r})"
 
 
-def _length_of_run(owner: Any) -> Callable[[], Horizon]:
-    """What returns the length of the run of a LightningModule's Trainer, of which it keeps neither alive."""
-    of_owner = weakref.ref(owner)
+def _length_of_run(owner: Any, optimizer: Optimizer) -> Callable[[], Horizon]:
+    """What returns the length of the run of a LightningModule's Trainer, of which it keeps neither alive.
+
+    It is asked before each step, and gives the same object as long as nothing has changed.
+    """
+    of_trainer, run = weakref.ref(owner.trainer), RunLength(owner.trainer, owner, optimizer)
+    known: dict[object, Horizon] = {}
 
     def length() -> Horizon:
-        module = of_owner()
-        assert module is not None, "a run whose module is gone"
-        return horizon_of(module.trainer)
+        mark = run.mark()
+        if mark not in known:
+            trainer = of_trainer()
+            assert trainer is not None, "a run whose Trainer is gone"
+            known.clear()
+            known[mark] = horizon_of(trainer)
+        return known[mark]
 
     return length
 

@@ -17,8 +17,10 @@ def owner_of(module: nn.Module) -> Any:
     Args:
         module: The LightningModule itself, or one of its parts.
     """
-    if _trainer_of(module) is not None:
-        return module
+    if (trainer := _trainer_of(module)) is not None:
+        # A LightningModule inside another one has the Trainer, too, which runs the outer one only.
+        whole = trainer.lightning_module
+        return whole if whole is not None and _owns(whole, module) else module
     frame: Any = sys._getframe(1)
     while frame is not None:
         names = frame.f_code.co_varnames[: frame.f_code.co_argcount]

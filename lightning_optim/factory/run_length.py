@@ -92,6 +92,11 @@ class RunLength:
         by_hand = module is not None and not module.automatic_optimization
         return self._ahead_by_hand(trainer) if by_hand else _ahead(trainer)
 
+    def counted(self) -> int | None:
+        """Return the Trainer's count of the steps of all optimizers."""
+        trainer = self._trainer()
+        return None if trainer is None else int(trainer.global_step)
+
     def before_step(self) -> None:
         """Record that the optimizer is about to step in the present batch."""
         trainer, module = self._trainer(), self._module()
@@ -104,16 +109,17 @@ class RunLength:
         self._rhythm.end()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rhythm of a manual optimizer."""
-        rhythm = self._rhythm
-        last = [[batches, steps] for batches, steps in rhythm.last_epoch.items()]
-        return {"per_batch": rhythm.per_batch, "all_per_batch": rhythm.all_per_batch, "last_epoch": last}
+        """Return the rhythm of a manual optimizer, and the place in the run at which it has been noted."""
+        return {**self._rhythm.state_dict(), "batch": self._batch()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state returned by `state_dict`."""
-        self._rhythm.per_batch, self._rhythm.all_per_batch = state["per_batch"], state["all_per_batch"]
-        self._rhythm.last_epoch = dict(state["last_epoch"])
-        self._rhythm.is_whole = False
+        """Restore the state returned by `state_dict`; not that of another place, as in a rollback: data go on."""
+        if state.get("batch", self._batch()) == self._batch():
+            self._rhythm.load_state_dict(state)
+
+    def _batch(self) -> int:
+        trainer = self._trainer()
+        return -1 if trainer is None else int(trainer.fit_loop.total_batch_idx)
 
     def _ahead_by_hand(self, trainer: Any) -> Ahead:
         rhythm, batches = self._rhythm, trainer.num_training_batches
@@ -189,6 +195,24 @@ class _Rhythm:
         self._in_batch += 1
         self.in_epoch += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been learned, as plain numbers."""
+        last = [[batches, steps] for batches, steps in self.last_epoch.items()]
+        return {
+            "per_batch": self.per_batch,
+            "all_per_batch": self.all_per_batch,
+            "last_epoch": last,
+            "epoch": self.epoch,
+            "in_epoch": self.in_epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state returned by `state_dict`."""
+        self.per_batch, self.all_per_batch = state["per_batch"], state["all_per_batch"]
+        self.last_epoch = dict(state["last_epoch"])
+        self.epoch, self.in_epoch = state.get("epoch", -1), state.get("in_epoch", 0)
+        self.is_whole = False
+
     def left(self, batches: int, per_batch: float) -> int:
         """Steps in the ``batches`` to come, the present one included, in which a step is about to be taken."""
         if batches <= 0:
@@ -203,8 +227,12 @@ def _ahead(trainer: Any) -> Ahead:
     if math.isfinite(batches):
         last = epoch + 1 if epochs is None else epochs
         lengths = tuple(_windows(trainer, each, batches) for each in range(epoch, last))
-        done = _processed(trainer)
-        taken = lengths[0] if done >= batches and lengths else done // _accumulation(trainer, epoch)
+        done, accumulation = _processed(trainer), _accumulation(trainer, epoch)
+        if done and lengths:
+            # What applies in a batch: a callback that sets it when epochs begin has not, if a resume is within one.
+            accumulation = int(trainer.accumulate_grad_batches)
+            lengths = (math.ceil(batches / accumulation), *lengths[1:])
+        taken = lengths[0] if done >= batches and lengths else done // accumulation
         if epochs is not None:
             bounds.append(max(sum(lengths) - taken, 0))
     elif epochs is not None and epoch >= epochs:

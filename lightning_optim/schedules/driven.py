@@ -10,13 +10,10 @@ from torch.optim import Optimizer
 
 from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules.base import Schedule
-from lightning_optim.schedules.checks import check_values
+from lightning_optim.schedules.checks import SAMPLES, check_values
 from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
 from lightning_optim.schedules.rates import Group, GroupRates, Value
 from lightning_optim.schedules.written import Written
-
-_SAMPLES = 101
-"""Number of steps of the run at which the values of a hyperparameter are checked beforehand."""
 
 
 class Driven:
@@ -193,12 +190,12 @@ class Driven:
         peaks = {id(schedule): (schedule, peak) for schedule, peak in self.rates.in_use(self._groups)}
         for schedule, peak in peaks.values():
             check_values(schedule, horizon, "lr", peak)
-        total = horizon.total_steps or _SAMPLES
+        total = horizon.total_steps or SAMPLES
         for other, schedule in self.others.items():
             bases = [float(other.base(group)) for group in self._groups]
             curve = schedule.over(horizon)
-            for index in range(_SAMPLES):
-                multiplier = curve(round(index * total / (_SAMPLES - 1)))
+            for index in range(SAMPLES):
+                multiplier = curve(round(index * total / (SAMPLES - 1)))
                 for base in bases:
                     other.check(base * multiplier)
 

@@ -12,7 +12,7 @@ from lightning_optim.schedules.run import EpochEnds, Run
 
 
 class LiveCurve:
-    """The value of a schedule as a function of the optimizer steps taken; called once before each step, in order.
+    """The value of a schedule as a function of the optimizer steps taken; called before each step, in order.
 
     The length of the run is asked for again whenever it may have changed, as a `Scheduler` does.
 
@@ -29,9 +29,13 @@ class LiveCurve:
         self._clock, self._epochs = RunClock(), EpochEnds()
         self._mark: object = None
         self._curve: Callable[[float], float] | None = None
+        self._asked_at: int | None = None
 
     def __call__(self, step: int) -> float:
-        """Return the value for the update that follows ``step`` updates."""
+        """Return the value for the update that follows ``step`` updates; again, if it evaluates gradients again."""
+        if self._curve is not None and step == self._asked_at:
+            return self._curve(self._clock.at(step))
+        self._asked_at = step
         self._run.before_step()
         mark = self._run.mark()
         if self._curve is None or mark != self._mark:

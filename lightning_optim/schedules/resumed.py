@@ -40,25 +40,35 @@ def check_schedules(saved: Mapping[str, str], present: Mapping[str, str], from_c
     tell(f"Resumed with the configuration's schedule: {'; '.join(changes)}.", False)
 
 
-def tell_of_length(saved: int, present: int | None, step: int, last: float, from_config: bool, tell: Tell) -> None:
-    """Report that a resumed run has another length than its schedule.
+def tell_of_stretch(saved: int, present: int | None, tell: Tell) -> None:
+    """Report that a resumed run has another length than its schedule had, and that the schedule is stretched to it.
+
+    Args:
+        saved: Length of the run in the checkpoint, in steps.
+        present: Length of this run; None if nothing bounds it.
+        tell: Reports it.
+    """
+    tell(f"Resumed with the schedule stretched: {_lengths(saved, present)}.", False)
+
+
+def tell_of_old_curve(saved: int, present: int | None, step: int, last: float, tell: Tell) -> None:
+    """Report that a resumed run has another length than its schedule, which stays as it was.
 
     Args:
         saved: Length of the run in the checkpoint, in steps.
         present: Length of this run; None if nothing bounds it.
         step: Steps taken.
         last: Multiplier of the peaks at the end of the old curve.
-        from_config: Whether the configuration takes precedence.
         tell: Reports it.
     """
-    lengths = f"the checkpoint's schedule ends at step {saved}, this run at {present}"
-    if from_config:
-        tell(f"Resumed with the schedule stretched: {lengths}.", False)
-        return
-    message = f"Resumed on the old curve, constant beyond its end: {lengths}."
+    message = f"Resumed on the old curve, constant beyond its end: {_lengths(saved, present)}."
     beyond = None if present is None else present - max(saved, step)
     if last == 0 and (beyond is None or beyond > 0):
         count = "all steps" if beyond is None else f"{beyond} steps"
         where = "here" if step >= saved else f"step {saved}"
         message += f" The learning rate is 0 from {where} on: {count} to come will change nothing."
     tell(f'{message} Say on_resume="config" to stretch it.', True)
+
+
+def _lengths(saved: int, present: int | None) -> str:
+    return f"the checkpoint's schedule ends at step {saved}, this run at {present}"

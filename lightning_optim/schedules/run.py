@@ -51,6 +51,10 @@ class Run(Protocol):
         """Return what is to come, from the next optimizer step on."""
         ...
 
+    def counted(self) -> int | None:
+        """Return the number of steps that the host has counted; None if it counts none."""
+        ...
+
     def before_step(self) -> None:
         """Record that the optimizer is about to step."""
         ...

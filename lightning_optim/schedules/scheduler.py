@@ -22,7 +22,7 @@ from lightning_optim.schedules.clock import RunClock
 from lightning_optim.schedules.driven import Driven
 from lightning_optim.schedules.hyperparameters import Hyperparameter
 from lightning_optim.schedules.order import has_stepped, warn_of_order
-from lightning_optim.schedules.resumed import check_schedules, tell_of_length
+from lightning_optim.schedules.resumed import check_schedules, tell_of_old_curve, tell_of_stretch
 from lightning_optim.schedules.run import EpochEnds, Run, scaled_phases
 
 _SAME = 1e-12
@@ -98,22 +98,22 @@ class Scheduler(LRScheduler):
         self._saved: dict[str, Any] | None = None  # the lengths in a checkpoint that has been loaded
         self._driven = Driven(optimizer, schedule, schedules or {}, self._tell_once)
         self.horizon: Horizon | None = None
+        self._varies = False  # whether the length has changed during the run
         self._clock = RunClock()
         self._epochs = EpochEnds()
         self._run: Run | None = None
         self._mark: object = None
         self._pre_hook: Any = None
+        self._counted: int | None = None  # the host's count of steps when the schedule was moved last
         self._post_hook: Any = None
         self._has_own_length = horizon is not None
-        self._varies = False
-        """Whether the length of the run has changed since its beginning."""
         self._is_pinned = self._is_moving_itself = self._steps_now = False
         if last_epoch != -1:
             self._driven.check_resumable(last_epoch)
         self._driven.check_peaks()
         self._restored = last_epoch != -1
         self._skipped_steps: Callable[[], int] | None = None
-        self._skipped = 0
+        self._skipped = self._skipped_before = 0
         self._order_is_known = True  # the first call of `step` comes from the constructor
         self._curves: dict[int, tuple[Schedule, Callable[[float], float]]] = {}
         self._compiled_for: Horizon | None = None
@@ -165,7 +165,7 @@ class Scheduler(LRScheduler):
         if self._run is None:
             # The hooks keep the scheduler alive, should the user keep the optimizer only.
             self._pre_hook = self.optimizer.register_step_pre_hook(uncompiled(self._before_step))
-        self._run, self._mark = run, None
+        self._run, self._mark, self._counted = run, None, run.counted()
         if self.last_epoch == 0 and not (self._restored or self._has_own_length):
             self.horizon = self._clock.frame = None
             self._apply()
@@ -201,6 +201,11 @@ class Scheduler(LRScheduler):
         )
 
     @property
+    def has_own_length(self) -> bool:
+        """Whether the constructor was given the length of the run."""
+        return self._has_own_length
+
+    @property
     def is_following(self) -> bool:
         """Whether it asks a run for its length."""
         return self._run is not None
@@ -220,10 +225,6 @@ class Scheduler(LRScheduler):
         if not self._has_own_length and (mark != self._mark or self.horizon is None):
             self._mark = mark
             self._measure(run)
-
-    def rolled_back(self) -> None:
-        """Go on from a state of this run that has been loaded: the schedule still ends where training ends."""
-        self._saved = self._mark = None
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
         if self._run is None or is_trial_step(optimizer, closure_of(args, kwargs)):
@@ -259,6 +260,8 @@ class Scheduler(LRScheduler):
         """
         self._skipped_steps = skipped_steps
         self._skipped = skipped_steps()
+        if self.last_epoch == 0 and not self._restored:  # It begins here, behind steps of another scheduler's time.
+            self._skipped_before = self._skipped
 
     def step(self, epoch: int | None = None) -> None:
         """Advance by one step, less the steps found to have been skipped since the last call.
@@ -283,7 +286,14 @@ class Scheduler(LRScheduler):
                 True,
             )
             return
-        self._advance()
+        if not self._is_idle_call():
+            self._advance()
+
+    def _is_idle_call(self) -> bool:
+        """Whether no step was taken since the last call: Lightning calls `step` for a batch that is left out, too."""
+        count = None if self._run is None else self._run.counted()
+        before, self._counted = self._counted, count
+        return count is not None and count == before
 
     def _advance(self) -> None:
         if self.horizon is None and self._is_made:
@@ -372,7 +382,8 @@ class Scheduler(LRScheduler):
 
     def _measure(self, run: Run) -> None:
         """Take in the length that the run has now."""
-        taken = self.last_epoch + self._skipped
+        skipped = self._skipped - self._skipped_before
+        taken = self.last_epoch + skipped
         horizon = self._epochs.horizon(taken, run.ahead())
         before = self.horizon
         if before is None or self._saved is not None or taken == 0:
@@ -386,14 +397,24 @@ class Scheduler(LRScheduler):
             self._clock.restart(horizon)
         else:
             total = horizon.total_steps
-            self._clock.bend(self.last_epoch, None if total is None else total - self._skipped)
+            self._clock.bend(self.last_epoch, None if total is None else total - skipped)
         self._apply()
-        if before.total_steps != horizon.total_steps:
+        if horizon.is_trial and not before.is_trial:
+            return  # a finder's, in the middle of the run: what it changes is restored
+        if horizon.total_steps is None:
+            if before.total_steps is not None:
+                self._tell_once(
+                    "no length",
+                    f"Nothing bounds the run now, which was to be {before.total_steps} optimizer steps long: the "
+                    "schedule goes on as it was, and is constant beyond that.",
+                )
+        elif before.total_steps != horizon.total_steps and any(each.needs_length for each in self._driven.schedules()):
             self._varies = True
+            former = "which was not known" if before.total_steps is None else f"not {before.total_steps}"
             self._tell_once(
                 "length",
-                f"The run is {horizon.total_steps} optimizer steps long now, not {before.total_steps}: from its "
-                "present value on, the schedule is stretched to end where training ends.",
+                f"The run is {horizon.total_steps} optimizer steps long now, {former}: from its present value on, the "
+                "schedule is stretched to end where training ends.",
             )
 
     def _jumps(self, horizon: Horizon) -> bool:
@@ -421,11 +442,16 @@ class Scheduler(LRScheduler):
             self._mark = None  # The length had varied before the checkpoint: it is followed as it would have been.
             self._set_clock(former, saved)
             return former
+        if self._from_config:
+            tell_of_stretch(total, present.total_steps, self._tell)
+            self._is_pinned = False
+            self._set_clock(present, None)
+            return present
         last = next(self._driven.in_use()).over(former)(total)
-        tell_of_length(total, present.total_steps, self.last_epoch, last, self._from_config, self._tell)
-        self._is_pinned = not self._from_config
-        self._set_clock(present if self._from_config else former, None if self._from_config else saved)
-        return present if self._from_config else former
+        tell_of_old_curve(total, present.total_steps, self.last_epoch, last, self._tell)
+        self._is_pinned = True
+        self._set_clock(former, saved)
+        return former
 
     def _set_clock(self, frame: Horizon, saved: Mapping[str, Any] | None) -> None:
         if saved is not None and "clock" in saved:
@@ -479,6 +505,8 @@ class Scheduler(LRScheduler):
             state["clock"] = self._clock.state_dict()
         if self._varies:
             state["varies"] = True
+        if self._skipped_before:
+            state["skipped_before"] = self._skipped_before
         if self._is_moving_itself and self._run is not None:
             state["run"] = self._run.state_dict()
         if self._driven.rates.plateau is not None:
@@ -488,6 +516,9 @@ class Scheduler(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`, and set the rates that follow from it.
 
+        A state that is loaded while the scheduler follows a run is one of this run, as after a guard's rollback or a
+        finder's trial: the schedule still ends where training ends.
+
         Raises:
             ValueError: The state is that of other schedules, and the checkpoint takes precedence.
         """
@@ -496,22 +527,31 @@ class Scheduler(LRScheduler):
         plateau = self._driven.rates.plateau
         if plateau is not None and "plateau" in state_dict:
             plateau.load_state_dict(state_dict["plateau"])
-        epochs = state_dict.get("epochs", {"first": None, "past": []})
+        began = 0 if self.last_epoch > 0 else None  # of a checkpoint of version 0.1, which has no epochs
+        epochs = state_dict.get("epochs", {"first": began, "past": []})
         self._epochs.first, self._epochs.past = epochs["first"], list(epochs["past"])
-        self._varies = bool(state_dict.get("varies"))
-        self._saved = dict(state_dict)
+        self._saved = state = dict(state_dict)
+        self._varies = bool(state.get("varies"))
+        self._skipped_before = int(state.get("skipped_before", 0))
         self._restored = True
         self._order_is_known |= self.last_epoch > 0
         self._driven.forget_written()
         self._mark = None
-        if self._run is not None and "run" in self._saved:
-            self._run.load_state_dict(self._saved["run"])
-        if self._run is None and self.horizon is not None:
+        if self._run is not None:
+            self._counted = self._run.counted()
+            if "run" in state:
+                self._run.load_state_dict(state["run"])
+        total, per_epoch = state.get("total_steps"), state.get("steps_per_epoch")
+        has_length = self.horizon is not None and (self._run is None or self._has_own_length)
+        if has_length and self.horizon is not None:
             self.horizon = self._agreed(self.horizon)
-        elif self._saved.get("total_steps") is not None:  # The rates of that run, until this one's length is known.
-            total, per_epoch = self._saved["total_steps"], self._saved["steps_per_epoch"]
-            self.horizon = Horizon(total, per_epoch, tuple(self._saved.get("epoch_ends", ())))
-            self._set_clock(self.horizon, self._saved)
+        elif self._from_config and self.horizon is None:
+            pass  # The configuration's schedule need not fit that run; this one's length is known before the next step.
+        elif total is not None:  # The rates of that run, until this one's length is known.
+            self._set_clock(Horizon(total, per_epoch, tuple(state.get("epoch_ends", ()))), state)
+        if self._run is not None and self.horizon is not None and not has_length:
+            self._saved = None
+            self.horizon = Horizon(total, per_epoch, tuple(state.get("epoch_ends", ())), self.horizon.is_trial)
         self._apply()
 
 

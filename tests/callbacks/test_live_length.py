@@ -18,9 +18,10 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_optim as lo
-from tests.helpers import Net, Recorder, batches, make_trainer
+from tests.helpers import Net, Recorder, SaveAt, Stream, batches, make_trainer, samples
 
 PEAK = 0.5
 
@@ -445,7 +446,6 @@ def test_after_a_rollback_the_schedule_ends_where_training_ends():
                 self.state = scheduler.state_dict()
             if trainer.global_step == 20:
                 scheduler.load_state_dict(self.state)
-                scheduler.rolled_back()
 
     model, callbacks = _setup("callback", schedule="linear")
     recorder = Recorder()
@@ -455,3 +455,85 @@ def test_after_a_rollback_the_schedule_ends_where_training_ends():
     assert rates[19] == pytest.approx(PEAK * 21 / 40)
     assert rates[20] == pytest.approx(PEAK * 30 / 40)  # as at step 10
     assert rates[20:] == pytest.approx([PEAK * 30 / 40 * (1 - k / 20) for k in range(20)])
+
+
+def test_a_resume_within_an_epoch_counts_the_accumulation_that_applies(tmp_path):
+    def fit(path=None, *more):
+        recorder = Recorder()
+        model, callbacks = _setup("callback", schedule="cosine", on_resume="config")
+        accumulation = GradientAccumulationScheduler({0: 5, 1: 2})
+        trainer = make_trainer([*callbacks, accumulation, *more, recorder], max_epochs=2)
+        trainer.fit(model, batches(10), ckpt_path=path)
+        return trainer, _rates(recorder)
+
+    fit(None, SaveAt(1, tmp_path / "half.ckpt"))
+    # Lightning sets the accumulation when epochs begin, so the rest of this one steps after each batch.
+    trainer, rates = fit(tmp_path / "half.ckpt")
+    assert len(rates) == 10
+    assert rates == pytest.approx(_cosine(11, 1))
+    assert trainer.lr_scheduler_configs[0].scheduler.horizon.total_steps == 11
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What factories have reported."""
+    messages = []
+    monkeypatch.setattr(lo.ConfigureOptimizers, "_tell", lambda self, message, warn: messages.append(message))
+    return messages
+
+
+def _first_then(first, then):
+    class Reloads(Net):
+        def train_dataloader(self):
+            return first if self.trainer.current_epoch == 0 else then
+
+    return Reloads()
+
+
+def test_a_run_whose_end_is_not_known_any_more_keeps_its_schedule(told):
+    recorder = Recorder()
+    callbacks = _setup("callback", schedule="cosine")[1]
+    trainer = make_trainer([*callbacks, recorder], max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    trainer.fit(_first_then(batches(5), DataLoader(Stream(10), batch_size=2)))
+    assert _rates(recorder) == pytest.approx(_cosine(15))
+    assert [message.partition(",")[0] for message in told] == ["Nothing bounds the run now"]
+
+
+def test_a_length_that_no_schedule_needs_is_not_said_to_change_one(told):
+    callbacks = _setup("callback", warmup=3)[1]
+    trainer = make_trainer(callbacks, max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    trainer.fit(_first_then(DataLoader(Stream(10), batch_size=2), batches(5)))
+    assert trainer.global_step == 10
+    assert not told
+
+
+def test_a_batch_size_finder_in_mid_run_leaves_a_schedule_that_ends_where_training_ends(tmp_path, monkeypatch, told):
+    monkeypatch.chdir(tmp_path)  # Lightning writes its checkpoint into the working directory.
+
+    class InTheSecondEpoch(BatchSizeFinder):
+        def on_fit_start(self, trainer, pl_module):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.scale_batch_size(trainer, pl_module)
+
+    class Sized(Net):
+        batch_size = 2
+        validation_step = L.LightningModule.validation_step  # type: ignore[assignment]
+
+        def train_dataloader(self):
+            return DataLoader(samples(40), batch_size=self.batch_size)
+
+    recorder = Recorder()
+    finder = InTheSecondEpoch(max_trials=2, steps_per_trial=1)
+    callbacks = _setup("callback", schedule="linear")[1]
+    trainer = make_trainer([*callbacks, finder, recorder], max_epochs=3)
+    trainer.fit(Sized())
+    rates = _rates(recorder)
+    assert rates[:20] == pytest.approx([PEAK * (1 - k / 60) for k in range(20)])
+    # Lightning goes on with the last batch of the epoch, and 10 steps of the last epoch are left.
+    assert rates[20] == pytest.approx(PEAK * 2 / 3)
+    assert rates[21:] == pytest.approx([PEAK * 2 / 3 * 0.9 * (1 - k / 10) for k in range(10)])
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    assert [message for message in told if "old curve" in message] == []

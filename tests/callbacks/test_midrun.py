@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 
 import lightning_optim as lo
@@ -323,3 +324,22 @@ def test_parameters_of_other_shapes_are_clipped_on():
         assert len(model.moved) == 12
         assert max(model.moved) < LIMIT * 1.01
         assert min(model.moved) > 0
+
+
+def test_a_scheduler_that_comes_after_skipped_steps_ends_where_training_ends():
+    class Replaces(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.nan_batches = set()
+                optimizer, scheduler = lo.OptimizerFactory("sgd", lr=1.0, schedule="linear").build(pl_module)
+                trainer.optimizers = [optimizer]
+                trainer.strategy.lr_scheduler_configs = [LRSchedulerConfig(scheduler, interval="step")]
+
+    trainer = make_trainer(
+        [lo.ConfigureOptimizers("sgd", lr=1.0, schedule="linear"), lo.DivergenceGuard(), Replaces()], max_epochs=2
+    )
+    with pytest.warns(UserWarning, match="skipped"):
+        trainer.fit(Net(nan_batches=[1, 3]), batches(5))
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    assert scheduler.horizon.total_steps == scheduler.last_epoch == 5
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0

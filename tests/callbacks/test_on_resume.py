@@ -18,6 +18,7 @@ from tests.helpers import (
     Recorder,
     SaveAt,
     StatefulLoader,
+    batches,
     bit_equal,
     make_trainer,
 )
@@ -302,3 +303,17 @@ def test_another_optimizer_is_refused_before_training_or_starts_afresh(kind, mid
     assert start.rows == [[[0.0, (0.9, 0.99)], [0.3, (0.9, 0.99)]]] * 5
     assert _rates(recorder) == pytest.approx([0.1 * (1 - k / 16) for k in range(11, 16)])
     assert "Resumed with Lion and a checkpoint of AdamW" in printed.text
+
+
+def test_a_schedule_that_would_not_fit_the_former_run_fits_the_longer_one(tmp_path):
+    def fit(epochs, path=None, **options):
+        callback = lo.ConfigureOptimizers("sgd", lr=0.5, schedule="cosine", on_resume="config", **options)
+        recorder = Recorder()
+        trainer = make_trainer([callback, recorder], max_epochs=epochs)
+        trainer.fit(Net(), batches(5), ckpt_path=path)
+        return trainer, [rates[0] for rates in recorder.rates]
+
+    trainer, _ = fit(2)
+    trainer.save_checkpoint(tmp_path / "short.ckpt")
+    _, rates = fit(10, tmp_path / "short.ckpt", warmup=20)
+    assert rates[:10] == pytest.approx([0.5 * k / 20 for k in range(11, 21)])

@@ -230,6 +230,28 @@ def test_a_manual_run_is_resumed_on_its_curve(tmp_path, way):
     assert fit(ckpt_path=path) == pytest.approx(whole[len(whole) // 2 :], abs=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("batch", [7, 23])
+def test_a_manual_run_is_resumed_within_an_epoch(tmp_path, batch, recwarn):
+    path = tmp_path / "a.ckpt"
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.fit_loop.total_batch_idx == batch:
+                trainer.save_checkpoint(path)
+
+    def fit(callbacks=(), ckpt_path=None):
+        recorder = Recorder()
+        supplier = lo.ConfigureOptimizers("sgd", lr=PEAK, param_groups=[], schedule="cosine")
+        trainer = make_trainer([supplier, recorder, *callbacks], max_epochs=3)
+        trainer.fit(Manual("accumulate", "callback"), batches(16), ckpt_path=ckpt_path)
+        return [rates[0] for rates in recorder.rates]
+
+    whole = fit([Saves()])
+    assert fit(ckpt_path=path) == pytest.approx(whole[(batch + 1) // 4 :], abs=1e-12)
+    assert not [warning for warning in recwarn if "old curve" in str(warning.message)]
+
+
 # Rates that others write.
 
 
@@ -309,8 +331,9 @@ def test_a_factor_is_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["weight_decay", "momentum"])
-def test_another_scheduled_hyperparameter_is_taken_over_too(key):
-    seen = []
+def test_another_scheduled_hyperparameter_is_taken_over_too(key, monkeypatch):
+    seen, told = [], []
+    monkeypatch.setattr(lo.ConfigureOptimizers, "_tell", lambda self, message, warn: told.append(message))
 
     class Sees(L.Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -323,6 +346,7 @@ def test_another_scheduled_hyperparameter_is_taken_over_too(key):
     halved = [1.0] * 4 + [0.5] * 4  # the schedule's value for the step after that batch
     expected = [0.8 * factor * (1 - (k + 1) / 8) for k, factor in enumerate(halved)]
     assert seen == pytest.approx(expected)
+    assert [message.partition(" was set by others")[0] for message in told] == [f"{key} of group default"]
 
 
 class Backbone(Net):
@@ -460,3 +484,77 @@ def test_a_misspelt_monitor_is_named_with_the_nearest_key(options):
     trainer = make_trainer([lo.ConfigureOptimizers("sgd", lr=PEAK, schedule=schedule)], max_epochs=3, **options)
     with pytest.raises(MisconfigurationException, match=r"monitor='levle', and nothing logs it.*'level'"):
         trainer.fit(Logs(where), batches(4), batches(1))
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_plateau_of_a_metric_that_the_module_logs_at_the_end_of_an_epoch(validates):
+    class AtTheEnd(Logs):
+        def on_train_epoch_end(self):
+            self.log("level", 1.0 if self.current_epoch else 2.0)
+
+    recorder = Recorder()
+    trainer = make_trainer([_plateau(), recorder], max_epochs=5)
+    trainer.fit(AtTheEnd("nowhere"), batches(2), batches(1) if validates else None)
+    expected = [PEAK * 0.5 ** max(k // 2 - 2, 0) for k in range(10)]  # The second look finds an improvement.
+    assert [rates[0] for rates in recorder.rates] == pytest.approx(expected)
+
+
+# A module that is left to itself.
+
+
+class Inside(L.LightningModule):
+    """Optimizes another LightningModule by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.inner = Net()
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.inner.training_step(batch, batch_idx))
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return lo.OptimizerFactory("sgd", lr=PEAK, schedule="cosine")(self.inner)
+
+
+def test_the_optimizer_of_an_inner_lightning_module_is_the_outer_ones():
+    recorder = Recorder()
+    make_trainer([recorder], max_epochs=2).fit(Inside(), batches(5))
+    assert [rates[0] for rates in recorder.rates] == pytest.approx(_cosine(10))
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_batch_that_the_module_leaves_out_does_not_move_the_schedule(ours):
+    class LeavesOut(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if self.current_epoch == 0 and batch_idx == leave_at else None
+
+        def configure_optimizers(self):
+            return lo.OptimizerFactory("sgd", lr=PEAK, schedule="cosine")(self)
+
+    for leave_at, total in ((0, 8), (2, 10)):
+        recorder = Recorder()
+        trainer = make_trainer([lo.GradientClipping(1e9), recorder] if ours else [recorder], max_epochs=3)
+        trainer.fit(LeavesOut(), batches(4))
+        rates = [rates[0] for rates in recorder.rates]
+        assert len(rates) == total
+        assert rates[:3] == pytest.approx(_cosine(total if leave_at == 0 else 12)[:3], abs=0.02)
+        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("horizon", [None, lo.Horizon(total_steps=10)])
+def test_a_list_of_what_build_makes_moves_by_steps_or_is_warned_of(horizon, recwarn):
+    class Lists(Net):
+        def configure_optimizers(self):
+            optimizer, scheduler = lo.OptimizerFactory("sgd", lr=PEAK, schedule="cosine").build(self, horizon)
+            return [optimizer], [scheduler]
+
+    recorder = Recorder()
+    make_trainer([lo.GradientClipping(1e9), recorder], max_epochs=2).fit(Lists(), batches(5))
+    warned = any("moves once per epoch" in str(warning.message) for warning in recwarn)
+    followed = [rates[0] for rates in recorder.rates] == pytest.approx(_cosine(10))
+    assert warned == (horizon is not None)
+    assert followed == (horizon is None)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_optim as lo
+from lightning_optim.factory.run_length import horizon_of
 from tests.distributed.ranks import run_ranks
 from tests.helpers import (
     ADAMWS,
@@ -272,3 +273,16 @@ def test_ranks_agree_on_a_group_that_joins_the_reduction_after_its_start():
     first, second = run_ranks(join_late)
     assert first[0] == [False, False, True, True]
     assert first == second
+
+
+def test_beside_a_scheduler_of_torchs_the_length_is_computed_once_per_epoch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "lightning_optim.factory.factory.horizon_of", lambda trainer: (asked.append(1), horizon_of(trainer))[1]
+    )
+    rules = [lo.ParamGroupRule(name="body", pattern="^body", frozen_until="1 epoch")]
+    callback = lo.ConfigureOptimizers(
+        "sgd", lr=0.1, param_groups=rules, schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 16)
+    )
+    make_trainer([callback], max_epochs=2).fit(Net(), batches(8))
+    assert 1 <= len(asked) <= 4

@@ -30,6 +30,9 @@ class LoopRun:
         began = sum(self.epochs[:epoch])
         return Ahead(sum(self.epochs) - self.taken, epoch, self.taken - began, tuple(self.epochs[epoch:]))
 
+    def counted(self):
+        return None
+
     def before_step(self):
         pass
 

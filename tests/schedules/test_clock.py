@@ -172,6 +172,22 @@ def test_a_limit_over_a_run_that_changes():
     assert values == pytest.approx([1 - k / 20 for k in range(10)] + [0.5 - 0.1 * k for k in range(5)])
 
 
+def test_a_limit_that_is_asked_for_twice_in_one_step_counts_one_step():
+    class Counts(LoopRun):
+        begun = ended = 0
+
+        def before_step(self):
+            self.begun += 1
+
+        def after_step(self):
+            self.ended += 1
+
+    run = Counts(10)
+    curve = LiveCurve(Linear(), run)
+    assert [curve(step) for step in (0, 0, 1, 1, 1)] == pytest.approx([1.0, 1.0, 0.9, 0.9, 0.9])
+    assert (run.begun, run.ended) == (2, 2)
+
+
 def test_a_copy_follows_no_run_and_the_original_still_does():
     run = LoopRun(10)
     scheduler = Scheduler(optimizer_of(1.0), Linear())
@@ -240,3 +256,24 @@ def test_a_rate_that_is_a_tensor_is_compared_without_reading_it(monkeypatch):
     scheduler.step()
     assert reads
     assert real(optimizer.param_groups[0]["lr"]) == pytest.approx(0.5 * 0.5 * 0.6)
+
+
+def test_a_checkpoint_without_epochs_began_with_the_first():
+    scheduler = Scheduler(optimizer_of(1.0), Linear(), on_resume="config")
+    run = LoopRun(5, 5, 5)
+    scheduler.follow(run)
+    run.taken = 10
+    state = {"last_epoch": 10, "total_steps": 10, "steps_per_epoch": 5.0, "schedules": {"lr": "Linear()"}}
+    scheduler.load_state_dict(state)
+    scheduler.refresh()
+    assert scheduler.horizon == Horizon(total_steps=15, steps_per_epoch=5.0)
+
+
+def test_a_length_of_ones_own_is_the_configurations_on_resume():
+    scheduler = Scheduler(optimizer_of(1.0), Linear(), Horizon(total_steps=20), on_resume="config")
+    scheduler.follow(LoopRun(20))
+    scheduler.load_state_dict(
+        {"last_epoch": 10, "total_steps": 10, "steps_per_epoch": None, "schedules": {"lr": "Linear()"}}
+    )
+    assert scheduler.horizon == Horizon(total_steps=20)
+    assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)

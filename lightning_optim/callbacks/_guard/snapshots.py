@@ -23,7 +23,6 @@ from lightning_optim.core.sizes import format_bytes
 from lightning_optim.divergence import Alarm, Rollback
 from lightning_optim.divergence.memory import SHARE, fits_in_memory, free_disk, free_memory
 from lightning_optim.divergence.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors, bytes_needed
-from lightning_optim.schedules import Scheduler
 from lightning_optim.step.measure import measure_largest
 
 _READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
@@ -184,7 +183,7 @@ def _parts(
     return [
         Tensors(lambda: [pl_module, *averaged_models(trainer)]),
         *(OptimizerState(pipeline.optimizer) for pipeline in hub.pipelines),
-        *(_part_of(c.scheduler, _loader(c.scheduler)) for c in trainer.lr_scheduler_configs),
+        *(_part_of(c.scheduler, c.scheduler.load_state_dict) for c in trainer.lr_scheduler_configs),
         _part_of(precision, precision.load_state_dict),
         *(StateDict(p.clip_state, p.load_clip_state, "the state of clipping") for p in hub.pipelines),
         *(_part_of(baseline, baseline.load_state_dict) for baseline in baselines),
@@ -193,15 +192,3 @@ def _parts(
 
 def _part_of(stateful: Any, load: Callable[[Any], Any]) -> StateDict:
     return StateDict(stateful.state_dict, load, f"the state of {type(stateful).__name__}")
-
-
-def _loader(scheduler: Any) -> Callable[[Any], None]:
-    """What restores a scheduler in the middle of a run; ours then ends where training ends, not that much earlier."""
-    if not isinstance(scheduler, Scheduler):
-        return scheduler.load_state_dict  # type: ignore[no-any-return]
-
-    def load(state: Any) -> None:
-        scheduler.load_state_dict(state)
-        scheduler.rolled_back()
-
-    return load

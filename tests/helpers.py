@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -345,6 +344,8 @@ def read_events(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """No file of this process grows beyond ``size`` bytes, as under a quota."""
+    import resource  # POSIX only
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

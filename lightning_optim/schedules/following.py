@@ -119,8 +119,9 @@ class FollowsRun(LRScheduler):
         self._apply()
         rates = ", ".join(f"{float(rate):.4g}" for rate in self.get_last_lr())
         self._tell(
-            f"{type(self.optimizer).__name__} has come in the place of another optimizer: {self._driven.rates.schedule!r} drives it "
-            f"from step {max(self.last_epoch, 0)} on, from its present learning rate of {rates}.",
+            f"{type(self.optimizer).__name__} has come in the place of another optimizer: "
+            f"{self._driven.rates.schedule!r} drives it from step {max(self.last_epoch, 0)} on, from its present "
+            f"learning rate of {rates}.",
             False,
         )
 

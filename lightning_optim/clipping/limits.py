@@ -106,8 +106,7 @@ class BlockRMS(ClipRule):
 
     Args:
         max_rms: Largest root mean square of a tensor's gradient, above 0. The default is that of the publications,
-        which
-            clip updates; gradients are usually much smaller, so inspect their RMS first.
+            which clip updates; gradients are usually much smaller, so inspect their RMS first.
 
     Raises:
         ValueError: ``max_rms`` is not a finite number above 0.

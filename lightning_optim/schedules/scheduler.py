@@ -48,7 +48,8 @@ class Scheduler(FollowsRun):
         schedule: The multiplier of the learning rate as a function of the step.
         horizon: Length of the run. None if it is not known yet: schedules that need no length apply at once; for others
             the optimizer keeps its rates until [`resolve`][lightning_optim.schedules.Scheduler.resolve] or
-            [`follow`][lightning_optim.schedules.Scheduler.follow] is called, which has to be before the first `step`.
+            [`follow`][lightning_optim.schedules.following.FollowsRun.follow] is called, which has to be before the
+            first `step`.
         schedules: Multipliers of other hyperparameters by name: a key of the optimizer's groups, ``momentum``,
             ``beta1`` or ``beta2``.
         on_resume: Resume policy: whether checkpoint or configuration takes precedence. With ``"checkpoint"`` the run

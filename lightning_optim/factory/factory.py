@@ -119,7 +119,8 @@ class OptimizerFactory:
 
         Args:
             model: The model to optimize, or what Fabric's ``setup`` or ``setup_module`` makes of it.
-            horizon: Length of the run; None if `Scheduler.resolve` will be called before the first step.
+            horizon: Length of the run. None within ``configure_optimizers``, where the scheduler follows the run of the
+                Trainer and moves with the optimizer's steps, or if `Scheduler.resolve` will be called before the first.
             owner: The module that ``model`` is a part of and that has the same names for its parameters, if it outlives
                 ``model``.
 
@@ -150,6 +151,8 @@ class OptimizerFactory:
         if any(group.get("frozen_until") is not None for group in optimizer.param_groups):
             Freezing(optimizer, steps=lambda: scheduler.last_epoch, horizon=lambda: _length_of(scheduler, horizon))
         OptimizerResume(optimizer, self._on_resume == "config", self._tell, model, lambda: self._saved_names)
+        if isinstance(scheduler, Scheduler) and horizon is None and (module := owner_of(owner or model)) is not None:
+            scheduler.follow(RunLength(module.trainer, module, optimizer))
         return optimizer, scheduler
 
     def __call__(self, module: Any, owner: Any = None) -> Any:
@@ -179,10 +182,7 @@ class OptimizerFactory:
                 if owner is not None:
                     freezing.horizon = _length_of_run(owner, optimizer)
             return {"optimizer": optimizer, "lr_scheduler": config}
-        if owner is None:  # A callback of ours on the Trainer will have the scheduler follow the run.
-            return {"optimizer": optimizer, "lr_scheduler": config}
-        scheduler.follow(RunLength(owner.trainer, owner, optimizer))
-        if not isinstance(scheduler.schedule, ReduceOnPlateau):
+        if owner is None or not isinstance(scheduler.schedule, ReduceOnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": config}
         observer: dict[str, Any] = {"scheduler": Observer(scheduler)}
         if owner.automatic_optimization:  # In manual optimization Lightning moves nothing, and warns of the rest.

@@ -62,8 +62,12 @@ class RunLength:
         if trainer is None or module is None:
             return None
         present = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if any(scheduler is each for each in present):
-            return "caller" if module.automatic_optimization else "optimizer"
+        for config in trainer.lr_scheduler_configs:
+            if config.scheduler is scheduler:
+                # Lightning moves schedulers that a module returns in a list once per epoch, and none in manual
+                # optimization.
+                by_step = (config.interval, config.frequency) == ("step", 1) or scheduler.has_own_length
+                return "caller" if module.automatic_optimization and by_step else "optimizer"
         others = any(getattr(each, "optimizer", None) is optimizer for each in present)
         known = any(optimizer in (each, getattr(each, "optimizer", None)) for each in trainer.optimizers)
         return "optimizer" if known and not others else None  # The module has returned the optimizer alone.

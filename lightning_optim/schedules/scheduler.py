@@ -175,8 +175,9 @@ class Scheduler(FollowsRun):
         if self._is_moving_itself:
             self._tell_once(
                 "own steps",
-                "The schedule moves with the steps of its optimizer, so `lr_schedulers().step()` is ignored: remove "
-                "the call.",
+                "The schedule moves with the steps of its optimizer, so a call of its `step()` is ignored. Remove the "
+                'call of `lr_schedulers().step()`; or return {"scheduler": scheduler, "interval": "step"} from '
+                "configure_optimizers.",
                 True,
             )
             return

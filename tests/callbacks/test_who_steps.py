@@ -117,14 +117,37 @@ def test_a_scheduler_that_build_has_made_follows_too_where_a_callback_of_ours_is
     assert [rates[0] for rates in recorder.rates] == pytest.approx(_cosine(48))
 
 
-def test_without_one_its_first_step_says_what_is_missing():
-    class Steps(Manual):
-        def training_step(self, batch, batch_idx):
-            super().training_step(batch, batch_idx)
-            self.lr_schedulers().step()
+class Returns(NetWith):
+    """Returns what `build` has made in one of the ways that Lightning accepts."""
 
-    with pytest.raises(RuntimeError, match=r"Cosine\(\) needs the length of the run.*Horizon"):
-        make_trainer(max_epochs=3).fit(Steps("each", "build"), batches(16))
+    def __init__(self, how):
+        def configure(module):
+            optimizer, scheduler = lo.OptimizerFactory("sgd", lr=PEAK, param_groups=[], schedule="cosine").build(module)
+            by_epoch = {"scheduler": scheduler, "interval": "epoch"}
+            return {
+                "optimizer": optimizer,
+                "lists": ([optimizer], [scheduler]),
+                "epoch": {"optimizer": optimizer, "lr_scheduler": by_epoch},
+                "step": {"optimizer": optimizer, "lr_scheduler": {**by_epoch, "interval": "step"}},
+            }[how]
+
+        super().__init__(configure)
+
+
+@pytest.mark.filterwarnings("ignore:The schedule moves with the steps")
+@pytest.mark.parametrize("how", ["optimizer", "lists", "epoch", "step"])
+@OURS
+def test_whatever_is_returned_of_build_the_schedule_moves_once_per_step(how, ours):
+    recorder = Recorder()
+    trainer = make_trainer([*_made(ours), recorder], max_epochs=3, accumulate_grad_batches=2)
+    trainer.fit(Returns(how), batches(8))
+    assert [rates[0] for rates in recorder.rates] == pytest.approx(_cosine(12))
+
+
+def test_a_scheduler_of_build_needs_no_callback_of_ours():
+    recorder = Recorder()
+    make_trainer([recorder], max_epochs=3).fit(Manual("each", "build"), batches(16))
+    assert [rates[0] for rates in recorder.rates] == pytest.approx(_cosine(48))
 
 
 def test_a_second_step_by_the_user_is_noticed_once(capsys):

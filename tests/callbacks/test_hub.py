@@ -227,7 +227,7 @@ def _factory_hooks(optimizer):
     return {
         key
         for key, hook in optimizer._optimizer_step_pre_hooks.items()
-        if "Scheduler._before_step" in hook.__qualname__
+        if "FollowsRun._before_step" in hook.__qualname__
     }
 
 

@@ -60,7 +60,9 @@ def update(optimizer: Updated, batches: Batches) -> StepStats | None:
         divisor = _divisor(optimizer, rows, batch.device)
         with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.full_params):
             sums = backend.apply(batch, divisor=divisor, skip=skip, collect=optimizer.collect_step_stats)
-        torch.autograd.graph.increment_version(batch.written)
+        # Triton's interpreter reads the flag itself, on the CPU; on other devices the host does not know it.
+        if skip is None or batch.device.type != "cpu" or not is_set(skip):
+            torch.autograd.graph.increment_version(batch.written)
         if sums is not None:
             collected.append(sums)
     for old, new in new_shared:

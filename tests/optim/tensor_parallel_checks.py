@@ -486,7 +486,7 @@ def check_strided_shards(mesh: DeviceMesh) -> None:
             assert gradient is param.grad
             assert gradient.placements == param.placements, (name, kind)
             torch.testing.assert_close(whole(gradient), value)
-            torch.testing.assert_close(measure([gradient]), value.square().sum().reshape(1))
+            torch.testing.assert_close(measure([gradient]), value.double().square().sum().reshape(1))
 
 
 def make(checks: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, str]:

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning_optim.core.durations import Horizon
+from lightning_optim.schedules.base import Schedule
+
+_SAME = 1e-12
+"""Relative difference of two multipliers that counts as none: the same number, computed in two ways."""
+
+
+def jumps(schedule: Schedule, horizon: Horizon, step: int, present: float) -> bool:
+    """Return whether a schedule would jump, were it compiled for another length from now on.
+
+    Args:
+        schedule: The schedule.
+        horizon: The other length.
+        step: Steps taken.
+        present: The value that the schedule has now.
+    """
+    try:
+        new = schedule.over(horizon)(step)
+    except ValueError:  # A phase has become longer than the run.
+        return True
+    return not math.isclose(new, present, rel_tol=_SAME, abs_tol=_SAME)
 
 
 class RunClock:

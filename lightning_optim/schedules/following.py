@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,13 +13,10 @@ from lightning_optim.core.step_hooks import closure_of, is_trial_step
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.core.wrappers import unwrap_optimizer
 from lightning_optim.schedules.base import Schedule
-from lightning_optim.schedules.clock import RunClock
+from lightning_optim.schedules.clock import RunClock, jumps
 from lightning_optim.schedules.driven import Driven
 from lightning_optim.schedules.resumed import tell_of_old_curve, tell_of_stretch
 from lightning_optim.schedules.run import EpochEnds, Run
-
-_SAME = 1e-12
-"""Relative difference of two multipliers that counts as none: the same number, computed in two ways."""
 
 
 class FollowsRun(LRScheduler):
@@ -189,11 +185,12 @@ class FollowsRun(LRScheduler):
             return
         self._take_over()
         self.horizon = horizon
-        if not self._jumps(horizon):
-            self._clock.restart(horizon)
-        else:
+        step = max(self.last_epoch, 0)
+        if any(jumps(schedule, horizon, step, self.value(schedule)) for schedule in self._driven.in_use()):
             total = horizon.total_steps
             self._clock.bend(self.last_epoch, None if total is None else total - skipped)
+        else:
+            self._clock.restart(horizon)
         self._apply()
         if horizon.is_trial and not before.is_trial:
             return  # a finder's, in the middle of the run: what it changes is restored
@@ -212,18 +209,6 @@ class FollowsRun(LRScheduler):
                 f"The run is {horizon.total_steps} optimizer steps long now, {former}: from its present value on, the "
                 "schedule is stretched to end where training ends.",
             )
-
-    def _jumps(self, horizon: Horizon) -> bool:
-        """Whether a hyperparameter would jump, were the schedules compiled for this length from now on."""
-        step = max(self.last_epoch, 0)
-        for schedule in self._driven.in_use():
-            try:
-                new = schedule.over(horizon)(step)
-            except ValueError:  # A phase has become longer than the run.
-                return True
-            if not math.isclose(new, self.value(schedule), rel_tol=_SAME, abs_tol=_SAME):
-                return True
-        return False
 
     def _agreed(self, present: Horizon) -> Horizon:
         """The length that applies, for which the clock is set: that of this run, or the one in the checkpoint."""

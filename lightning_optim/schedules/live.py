@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules.base import Schedule
-from lightning_optim.schedules.clock import RunClock
+from lightning_optim.schedules.clock import RunClock, jumps
 from lightning_optim.schedules.run import EpochEnds, Run
 
 
@@ -46,16 +44,8 @@ class LiveCurve:
 
     def _measured(self, step: int, curve: Callable[[float], float] | None) -> Callable[[float], float]:
         horizon = self._epochs.horizon(step, self._run.ahead())
-        if curve is not None and step > 0:
-            new = self._compiled(horizon)
-            if new is None or not math.isclose(new(step), curve(self._clock.at(step)), rel_tol=1e-12, abs_tol=1e-12):
-                self._clock.bend(step, horizon.total_steps)
-                return curve
+        if curve is not None and step > 0 and jumps(self._schedule, horizon, step, curve(self._clock.at(step))):
+            self._clock.bend(step, horizon.total_steps)
+            return curve
         self._clock.restart(horizon)
         return self._schedule.over(horizon)
-
-    def _compiled(self, horizon: Horizon) -> Callable[[float], float] | None:
-        try:
-            return self._schedule.over(horizon)
-        except ValueError:  # A phase has become longer than the run.
-            return None

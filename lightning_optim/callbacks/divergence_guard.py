@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._guard.reporter import GuardReporter
+from lightning_optim.callbacks._guard.responses import Responses
 from lightning_optim.callbacks._guard.snapshots import RunSnapshots, not_finite
 from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocation
 from lightning_optim.callbacks._hub import HubCallback
-from lightning_optim.callbacks._lightning import logging_due, logging_step, minimum_left, plain_name
+from lightning_optim.callbacks._lightning import logging_due, logging_step, plain_name
 from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import StepRecord
@@ -46,11 +50,12 @@ CHECKPOINT_KEY = "lightning_optim.divergence_guard"
 class DivergenceGuard(HubCallback):
     """Keep a run alive through bad batches, spikes and divergence, and report all observations and responses.
 
-    A step is skipped if its loss or a gradient is not finite, or if the loss or the gradient norm is far above the last
-    values. Parameters, moments, step counters and the schedule are then bit for bit unchanged. The decision is made on
-    the device from the reduced gradients and loss, so all ranks decide alike. It is exact for every optimizer; with
-    optimizers that take the flag in their kernel (all fused ones) the host never waits. Each skip gives a warning with
-    the parameters concerned, and is logged as ``optim_health/skipped_steps``.
+    A step is skipped if its loss or a gradient is not finite, or, where the loss is expected to fall (``judge_loss``),
+    if the loss or the gradient norm is far above the last values. Parameters, moments, step counters and the schedule
+    are then bit for bit unchanged. The decision is made on the device from the reduced gradients and loss, so all ranks
+    decide alike. It is exact for every optimizer; with optimizers that take the flag in their kernel (all fused ones)
+    the host never waits. Each skip gives a warning with the parameters concerned, and is logged as
+    ``optim_health/skipped_steps``.
 
     Where skipping is not enough (consecutive bad steps, a lasting jump of the loss, a slow rise, a collapse of the loss
     scale) there is a ladder of responses: a temporarily lower learning rate; a return to a snapshot of weights,
@@ -76,6 +81,12 @@ class DivergenceGuard(HubCallback):
         detectors: Further detectors that may request the skip of a step, as instances, or as names given by
             `lightning_optim.register`; one, or several in a list. Each such step is reported with the detector's
             `reason`.
+        judge_loss: Whether the loss is expected to fall, so that a lasting rise leads to a response and a spike to a
+            skip. None decides: in automatic optimization with one optimizer, once the loss has fallen, and if the
+            weights are the cause as far as can be known (`DivergenceJudge`). The losses of adversaries, of several
+            optimizers and of manual optimization may rise in a healthy run, so what is seen there is reported only.
+            True takes every rise for a divergence, False none. A value that is not finite is always skipped, and leads
+            to a response if it lasts.
 
     Raises:
         ValueError: A threshold is out of range, or the name of a detector is unknown.
@@ -100,6 +111,7 @@ class DivergenceGuard(HubCallback):
         report_dir: str | None = None,
         save_batches: bool = False,
         detectors: Sequence[Detector | str] | Detector | str = (),
+        judge_loss: bool | None = None,
     ) -> None:
         if patience < 1:
             raise ValueError(f"Invalid patience={patience!r}: must be a whole number of at least 1, for instance 5.")
@@ -107,10 +119,11 @@ class DivergenceGuard(HubCallback):
         self._patience = patience
         self._report_dir, self._save_batches = report_dir, save_batches
         self.extra_detectors = tuple(map(_detector, one_or_several(detectors)))
-        self._stop, self._cooldown = stop, cooldown
+        self._stop, self._cooldown, self.judge_loss = stop, cooldown, judge_loss
         self._guarded: list[GuardedOptimizer] = []
         self._snapshots: RunSnapshots | None = None
         self._reporter: GuardReporter | None = None
+        self._responses: Responses | None = None
         self._reduce: Any = None
         self._begin()
 
@@ -122,7 +135,7 @@ class DivergenceGuard(HubCallback):
         self._had_step = False
         self._restored: dict[str, Any] = {}
         self._skipped = self._overflows = 0
-        self._is_ending, self._first_is_good = False, True
+        self._first_is_good = True
 
     @property
     def skipped_steps(self) -> int:
@@ -153,6 +166,12 @@ class DivergenceGuard(HubCallback):
         skip = SIGNALS if spikes is not None and spikes.skip else ()
         return (StepGuard(window, skip, self._take_loss, detectors=copy.deepcopy(self.extra_detectors)),)
 
+    def _judges(self, pl_module: L.LightningModule) -> bool | None:
+        """Return whether losses are expected to fall; None if that depends on whether they have."""
+        if self.judge_loss is not None:
+            return self.judge_loss
+        return None if pl_module.automatic_optimization and len(self.hub.pipelines) == 1 else False
+
     def report_due(self, trainer: L.Trainer) -> bool:
         """Return whether Lightning logs at this step and the health of parameters is inspected."""
         return self.health is not None and logging_due(trainer)
@@ -176,6 +195,7 @@ class DivergenceGuard(HubCallback):
         self._restore()
         self._first_is_good = self._check_parameters(trainer, pl_module)
         self._start_snapshots(trainer, pl_module)
+        self._responses = Responses(self.ladder, self._reporter, lambda: self._guarded, lambda: self._snapshots)
 
     def _check_parameters(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Report parameters that are not finite before training has done anything; return whether there are none."""
@@ -202,7 +222,10 @@ class DivergenceGuard(HubCallback):
         names: dict[Tensor, str] = {param: plain_name(name) for name, param in pl_module.named_parameters()}
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, StepGuard))
-        judge = DivergenceJudge(SlowDivergence(), self._patience, scaled)
+        judge = DivergenceJudge(SlowDivergence(), self._patience, scaled, judge_loss=self._judges(pl_module))
+        if judge.judge_loss is False:
+            watch.skip = ()
+        watch.follow_rate(partial(_highest_rate, pipeline.optimizer))
         batches = StepBatches(watch.steps, self._save_batches)
         return GuardedOptimizer(pipeline, watch, judge, ParameterHealth(self.health), names, batches)
 
@@ -264,8 +287,12 @@ class DivergenceGuard(HubCallback):
         snapshots = self._snapshots
         if snapshots is not None:
             snapshots.observe(step, [alarm for alarm, _ in alarms])
+        assert self._responses is not None
+        if any(alarm.kind == "new_level" for alarm, _ in alarms):
+            self._responses.undo(trainer)
         if escalating := [(alarm, location) for alarm, location in alarms if alarm.escalates]:
-            self._respond(trainer, *escalating[0])
+            if self._responses.respond(trainer, *escalating[0]) == "rollback":
+                self._skipped = self._count()
         elif snapshots is not None and any(stepped) and not alarms:
             snapshots.capture_if_due(step)
         elif self.rollback is not None and snapshots is None and not alarms:
@@ -301,7 +328,7 @@ class DivergenceGuard(HubCallback):
             guarded.cut.close()
         if self._snapshots is not None:
             self._snapshots.close()
-        self._guarded, self._snapshots, self._reporter = [], None, None
+        self._guarded, self._snapshots, self._reporter, self._responses = [], None, None, None
         self._reduce = self._loss = None
 
     def _state(self) -> dict[str, Any]:
@@ -343,59 +370,13 @@ class DivergenceGuard(HubCallback):
                     found.append((alarm, location))
         return found
 
-    # Responses.
 
-    def _respond(self, trainer: L.Trainer, alarm: Alarm, location: StepLocation) -> None:
-        """Take the rung of the ladder that is due."""
-        assert self._reporter is not None
-        back_to = None if self._snapshots is None else self._snapshots.back_to
-        step = logging_step(trainer)
-        rung = self.ladder.act(step, can_roll_back=back_to is not None, lost=alarm.lost)
-        text: str | None = None
-        if rung == "rollback":
-            if (lower := self._roll_back()) is None:
-                self.ladder.undo()
-                rung = self.ladder.act(step, can_roll_back=False, lost=alarm.lost)
-            else:
-                text = f"back to the state after step {back_to}, continuing with the next batches{lower}"
-        if rung == "lr_cut":
-            text = self._cut_lr()
-        elif rung == "stop":
-            text = self._end(trainer)
-        if text is not None:
-            self._reporter.notify_response(trainer, alarm, location, text)
-
-    def _end(self, trainer: L.Trainer) -> str | None:
-        """End the run, as soon as the Trainer's minimum allows it; None if that has been reported."""
-        trainer.should_stop = True
-        if self._is_ending:
-            return None
-        self._is_ending = True
-        minimum = minimum_left(trainer)
-        once = "" if minimum is None else f" as soon as the Trainer's minimum ({minimum}) is reached, not before"
-        return f"training is stopped{once}, because all other responses are used up ({self.ladder.why_stop()})"
-
-    def _cut_lr(self) -> str:
-        cut = self.lr_cut
-        assert cut is not None
-        for guarded in self._guarded:
-            guarded.cut.start(cut.factor, cut.steps, cut.recover)
-        return f"learning rate times {cut.factor:g} for {cut.steps} steps"
-
-    def _roll_back(self) -> str | None:
-        """Return to the last snapshot; None if it could not be read."""
-        assert self._snapshots is not None
-        assert self.rollback is not None
-        times = self._snapshots.restore()
-        if times is None:
-            return None
-        self._skipped = self._count()
-        factor = self.rollback.lr_factor**times
-        if factor == 1:
-            return ""
-        for guarded in self._guarded:
-            guarded.cut.lower(factor)
-        return f", learning rate times {factor:g}"
+def _highest_rate(optimizer: Optimizer) -> float:
+    """Return the largest learning rate of an optimizer; NaN if the device has to be asked."""
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+        return math.nan
+    return max(map(float, rates), default=math.nan)
 
 
 def _detector(given: Any) -> Detector:

@@ -34,6 +34,8 @@ class Stateful:
     """Keys of plain values."""
     PARTS: ClassVar[tuple[str, ...]] = ()
     """Keys of attributes that have their own `state_dict`."""
+    ADDED: ClassVar[tuple[str, ...]] = ()
+    """Those keys that checkpoints of the first version do not have; without one its attribute stays as it is."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state in plain numbers, strings, lists and dicts, for a checkpoint."""
@@ -52,18 +54,18 @@ class Stateful:
         Raises:
             KeyError: A key is missing, because another version saved the checkpoint. Nothing has been changed then.
         """
-        if missing := [key for key in (*self.STATE, *self.PARTS) if key not in state]:
+        if missing := [key for key in (*self.STATE, *self.PARTS) if key not in state and key not in self.ADDED]:
             raise KeyError(
                 f"Invalid state of {type(self).__name__}: {', '.join(map(repr, missing))} missing; it has "
                 f"{', '.join(map(repr, state)) or 'nothing'}. Was it saved by another version of lightning_optim?"
             )
         check_version(state, f"the state of {type(self).__name__}", (*self.STATE, *self.PARTS))
-        for key in self.STATE:
+        for key in state.keys() & set(self.STATE):
             attribute = self._attribute(key)
             setattr(self, attribute, _like(getattr(self, attribute), state[key]))
         for key in self.PARTS:
             part = getattr(self, self._attribute(key))
-            if part is not None and state[key]:
+            if part is not None and state.get(key):
                 part.load_state_dict(state[key])
 
     def _attribute(self, key: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 
 from lightning_optim.core.stateful import Stateful
 from lightning_optim.divergence.alarms import Alarm, alarm
+from lightning_optim.divergence.spikes import GAP
 from lightning_optim.divergence.trend import SUSTAINED, SlowDivergence
 from lightning_optim.divergence.watch import StepObservation
 
@@ -14,10 +16,21 @@ _DATA = 40
 """Number of steps in which a jump is attributed to the data, once the data has turned out to be the cause.
 
 It leaves room for the 16 flags after which a new level is adopted."""
+_BLAMED = 150
+"""Number of steps after a rise of the learning rate to new heights in which a higher loss is put down to it."""
+_RESTART = 2.0
+"""Factor on the learning rate since the best loss that is a restart, after which that best means nothing."""
 
 
 class DivergenceJudge(Stateful):
     """Judgement of the steps of one optimizer, in order.
+
+    A lasting jump of the loss or gradient norm, and a loss that leaves its best, may have two causes: the weights have
+    become worse, or the data, the loss function or what is trained has changed. An update of the usual size does not
+    make the weights twice as bad. So with ``judge_loss=None`` a jump is put down to the weights only if the learning
+    rate has risen above all former ones within the last steps, and a slow rise only in that case or if it is clear
+    (`SlowDivergence.rise_was_clear`); neither before the loss has ever fallen. Everything else is reported. A run in
+    which a response was needed is unstable, and every further rise asks for one.
 
     The first loss after a rollback shows whether the weights were the cause: if it is as high with those of the
     snapshot, the data or the loss function has changed, and another rollback would not help. The level is then
@@ -26,6 +39,8 @@ class DivergenceJudge(Stateful):
     Args:
         trend: Detector of slow divergence; None for none.
         patience: Number of consecutive bad steps that means more than a bad batch.
+        judge_loss: Whether the loss is expected to fall, so that a rise asks for a response: always (True), never
+            (False), or on the conditions above (None).
         scaled: Whether a GradScaler scales the gradients. One that is not finite, at a finite loss, is then an
             overflow, by which the scaler finds its scale, and raises no alarm. The same holds at an infinite loss,
             which may be finite before scaling; if it is not, ``overflows`` of them in a row collapse the scale.
@@ -33,8 +48,9 @@ class DivergenceJudge(Stateful):
             falls below any useful value (2⁻⁴) within 20.
     """
 
-    STATE = ("counts",)
+    STATE = ("counts", "rate_at_best")
     PARTS = ("trend",)
+    ADDED = ("rate_at_best",)
 
     def __init__(
         self,
@@ -42,11 +58,13 @@ class DivergenceJudge(Stateful):
         patience: int = 5,
         scaled: bool = False,
         overflows: int = 20,
+        judge_loss: bool | None = True,
     ) -> None:
         self.trend = trend
         self.patience, self.scaled, self.overflows = patience, scaled, overflows
-        self._counts = {"overflows": 0, "bad_in_a_row": 0, "overflows_in_a_row": 0}
-        self._counts |= {"returned": 0, "data": 0}
+        self.judge_loss = judge_loss
+        self._counts: defaultdict[str, int] = defaultdict(int, quiet=GAP)
+        self._rate_at_best = (math.inf, 0.0)
 
     @property
     def overflow_steps(self) -> int:
@@ -64,6 +82,7 @@ class DivergenceJudge(Stateful):
             The alarms; an empty list for a healthy step.
         """
         counts = self._counts
+        self._follow_rate(seen.rate, seen.new_rate)
         worst = tuple(names.get(place, f"parameter {place}") for place in seen.worst)
         if seen.bad_tensors and self.scaled and (not seen.bad_loss or seen.values["loss"] == math.inf):
             return self._overflow(seen, worst)
@@ -74,7 +93,28 @@ class DivergenceJudge(Stateful):
         found = self._detected(seen, worst)
         if not (seen.spikes or found):
             counts["bad_in_a_row"] = 0
-        return found + self._finite(seen, worst)
+        found += self._finite(seen, worst)
+        counts["quiet"] = 0 if seen.spikes else counts["quiet"] + 1
+        return found
+
+    def _follow_rate(self, rate: float, is_new: bool) -> None:
+        """Note a rise to new heights, and drop the best loss after a restart, which raises the loss again."""
+        self._counts["blamed"] = _BLAMED if is_new else max(0, self._counts["blamed"] - 1)
+        if self.trend is None or not math.isfinite(rate):
+            return
+        best, rate_then = self._rate_at_best
+        if self.trend.best != best:
+            self._rate_at_best = self.trend.best, rate
+        elif rate > _RESTART * rate_then and not self._counts["blamed"]:
+            self.trend.rebase()
+            self._rate_at_best = math.inf, rate
+
+    def _acts_on_loss(self, is_clear: bool) -> bool:
+        """Return whether a rise of the loss asks for a response."""
+        if self.judge_loss is not None:
+            return self.judge_loss
+        counts = self._counts
+        return bool(counts["unstable"] or (counts["fallen"] and (is_clear or counts["blamed"])))
 
     def _overflow(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         counts = self._counts
@@ -119,20 +159,31 @@ class DivergenceJudge(Stateful):
                 self.trend.rebase()
                 text = "the loss is as high with the weights of the snapshot, so the data is the cause; it is adopted"
                 alarms.append(alarm("new_level", seen.step, text))
-        if seen.spikes:
+        if seen.spikes and (
+            seen.skipped or self._counts["quiet"] >= GAP
+        ):  # Those that follow and are taken say no more.
             high = " and ".join(f"{_LABELS[s]} {seen.values[s]:.3g} against {seen.medians[s]:.3g}" for s in seen.spikes)
-            alarms.append(alarm("spike", seen.step, f"{high}; the largest gradients are in {_listed(worst)}", worst))
-        if self.trend is not None and not seen.skipped and self.trend.update(seen.values["loss"]):
-            lost = self.trend.lost
-            text = "the loss stays at more than twice its best" if lost else "the loss is leaving its best"
-            alarms.append(alarm("slow_divergence", seen.step, text, lost=lost))
+            text = f"{high}; the largest gradients are in {_listed(worst)}"
+            alarms.append(alarm("spike", seen.step, text, worst))
+        if self.trend is not None and not seen.skipped:
+            alarms += self._trend_alarms(seen, self.trend)
         for signal, factor in seen.levels.items():
-            jumped = factor >= SUSTAINED and not self._counts["data"]
+            jumped = factor >= SUSTAINED and not self._counts["data"] and self._acts_on_loss(is_clear=False)
             text = f"{_LABELS[signal]} stays {factor:.3g} times as high, which is adopted as its new level"
             alarms.append(alarm("jump" if jumped else "new_level", seen.step, text))
             if self.trend is not None and not jumped:
                 self.trend.rebase()
         return alarms
+
+    def _trend_alarms(self, seen: StepObservation, trend: SlowDivergence) -> list[Alarm]:
+        rises = trend.update(seen.values["loss"], seen.values["grad_norm"])
+        self._counts["fallen"] |= trend.has_fallen
+        if not rises:
+            return []
+        lost = trend.lost
+        text = "the loss stays at more than twice its best" if lost else "the loss is leaving its best"
+        acts = self._acts_on_loss(trend.rise_was_clear)
+        return [alarm("slow_divergence", seen.step, text, escalates=acts, lost=lost)]
 
     def assess(self, found: Alarm) -> Alarm:
         """Turn an alarm about parameters into a collapse, if most of the network is dead and it has learned nothing.
@@ -145,14 +196,23 @@ class DivergenceJudge(Stateful):
         Returns:
             The collapse, or ``found`` itself.
         """
-        if found.kind == "dead" and found.most and self.trend is not None and not self.trend.learned:
+        is_judged = self.judge_loss is not False and self.trend is not None and not self.trend.learned
+        if found.kind == "dead" and found.most and is_judged:
             text = f"most of the network is dead, and the loss no better than at the start: {found.text}"
             return alarm("collapsed", found.step, text, found.names)
         return found
 
+    def responded(self, stands: bool = True) -> None:
+        """Note a response: the run is unstable, so that from now on every rise asks for one.
+
+        Args:
+            stands: Whether the response stands; False if it was undone.
+        """
+        self._counts["unstable"] = int(stands)
+
     def rolled_back(self) -> None:
         """Reset the counts of consecutive steps after a rollback."""
-        self._counts |= {"bad_in_a_row": 0, "overflows_in_a_row": 0, "returned": 1, "data": 0}
+        self._counts.update(bad_in_a_row=0, overflows_in_a_row=0, returned=1, data=0, quiet=GAP)
 
 
 _LABELS = {"grad_norm": "gradient norm", "loss": "loss"}

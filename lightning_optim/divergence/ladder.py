@@ -103,6 +103,7 @@ class Ladder(Stateful):
         memory: int = 500,
     ) -> None:
         _at_least("the ladder", 0, cooldown=cooldown, memory=memory)
+        self.lr_cut, self.rollback = lr_cut, rollback
         self._budgets = {"lr_cut": lr_cut.budget if lr_cut else 0, "rollback": rollback.budget if rollback else 0}
         self._stop, self._cooldown, self._memory = stop, cooldown, memory
         self._used = dict.fromkeys(self._budgets, 0)
@@ -139,7 +140,7 @@ class Ladder(Stateful):
         return "stop" if self._stop else None
 
     def undo(self) -> None:
-        """Give the last response back to its budget, because it could not be carried out."""
+        """Give the last response back to its budget: it could not be carried out, or was undone."""
         assert self._last is not None
         self._used[self._last[1]] -= 1
         self._last = self._before

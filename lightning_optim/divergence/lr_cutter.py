@@ -71,6 +71,16 @@ class LRCutter(Stateful):
         """Multiply the learning rates by ``factor`` permanently."""
         self._lasting *= factor
 
+    @property
+    def lasting(self) -> float:
+        """The permanent part of the factor."""
+        return self._lasting
+
+    def undo(self, lasting: float) -> None:
+        """End a temporary cut, and set the permanent part of the factor."""
+        self._lasting = lasting
+        self._factor, self._hold, self._recover = 1.0, 0, 0
+
     def advance(self) -> None:
         """Count a step that was announced, which a GradScaler may leave out; one that is under way has been counted."""
         if not self._is_stepping:

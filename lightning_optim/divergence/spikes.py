@@ -11,8 +11,11 @@ from typing import Any
 
 _TOGETHER_FROM = 16
 """Number of accepted values before all signals together can be flagged."""
-_GAP = 8
+GAP = 8
 """Number of steps without a flag that ends a series of flags: a new level near the threshold is not always flagged."""
+_FAMILIAR = 10.0
+"""Factor on the highest value of the run up to which another one is familiar. Losses that join a run, labels that
+become noisy and new data stay within it, because the first, untrained loss is high as well."""
 _TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation, for a normal distribution."""
 
@@ -34,6 +37,10 @@ class SpikeWindow:
     of densities, is judged without the logarithm. ``patience`` consecutive flags (with gaps of less than 8 steps), of
     any signal, are a new level and not spikes: the windows move there, and the flags end. Values that are flagged or
     not finite never enter the window.
+
+    A value is *familiar* up to ten times the highest one accepted in the whole run. A flagged one that is familiar does
+    not have to be skipped a second time in a series, because the run has been through steps of that size, and because
+    the first skip has not helped; see `StepGuard`.
 
     The state is on the host. On the device a step is compared with `alone` and `together`, which are a few numbers to
     upload; when the step has arrived on the host, `update` moves them.
@@ -100,6 +107,8 @@ class SpikeWindow:
     """Limit of each signal by itself; infinite while too few values are known."""
     together: list[float]
     """Limits of all signals together: a spike if each is above its own."""
+    familiar: list[float]
+    """Limit of each signal up to which the run has been through such values; 0 before the first."""
     medians: list[float]
     """Median of each signal's accepted values; infinite before the first."""
 
@@ -126,7 +135,7 @@ class SpikeWindow:
             self._flags, self._quiet = self._flags + 1, 0
         else:
             self._quiet += any(enter)  # A step skipped for another reason is no evidence.
-            if self._quiet >= _GAP:
+            if self._quiet >= GAP:
                 self._flags = 0
         levels = [0.0] * len(values)
         if self._flags and self._flags >= max(self.patience - behind, 1):
@@ -151,6 +160,7 @@ class SpikeWindow:
     def _set_limits(self) -> None:
         self.medians = [known.median for known in self._accepted]
         self.alone = [self._limit(known) for known in self._accepted]
+        self.familiar = [_FAMILIAR * known.peak for known in self._accepted]
         enough = len(self._accepted) > 1 and all(len(known) >= _TOGETHER_FROM for known in self._accepted)
         highest = [known.highest for known in self._accepted] if enough else []
         usable = enough and min(highest) > 0
@@ -169,6 +179,7 @@ class SpikeWindow:
             "flagged": [list(row) for row in self._flagged],
             "flags": self._flags,
             "quiet": self._quiet,
+            "peaks": [known.peak for known in self._accepted],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -180,6 +191,8 @@ class SpikeWindow:
         self._flagged.clear()
         self._flagged.extend(list(row) for row in state["flagged"])
         self._flags, self._quiet = state["flags"], state["quiet"]
+        for known, peak in zip(self._accepted, state.get("peaks", ()), strict=False):  # not in the first checkpoints
+            known.peak = peak
         self._set_limits()
 
 
@@ -223,6 +236,7 @@ class _Accepted:
 
     def __init__(self, window: int) -> None:
         self.values: deque[float] = deque(maxlen=window)
+        self.peak = 0.0
         self._sorted: list[float] = []
 
     def __len__(self) -> int:
@@ -232,11 +246,13 @@ class _Accepted:
         if len(self.values) == self.values.maxlen:
             del self._sorted[bisect_left(self._sorted, self.values[0])]
         self.values.append(value)
+        self.peak = max(self.peak, value)
         insort(self._sorted, value)
 
     def fill(self, values: Sequence[float]) -> None:
         self.values.clear()
         self.values.extend(values)
+        self.peak = max(self.peak, *self.values, 0.0)
         self._sorted = sorted(self.values)
 
     def move(self, factor: float = 1.0, shift: float = 0.0) -> None:

@@ -14,7 +14,13 @@ SUSTAINED = 2.0
 
 _WINDOW = 128
 _START = 20
+_CLEAR = 6.0
+"""Number of robust standard deviations from step to step, of the logarithm, by which a clear rise is above the best."""
+_GROWN = 1.1
+"""Factor of the gradient norm over that at the best loss: a loss that rises for other reasons need not raise it."""
 _LEARNED = 0.05
+_TO_SIGMA = 1.4826
+"""Standard deviation over median absolute deviation, for a normal distribution."""
 _MOST = 7.0
 """Largest amount that one step adds to the evidence, so that an alarm takes several steps."""
 
@@ -35,6 +41,9 @@ class SlowDivergence(Stateful):
     continues. A level of twice the best is not adopted; while it lasts there are further alarms, each at twice the
     evidence.
 
+    Whether a loss should fall at all is another question: `has_fallen` and `rise_was_clear` say whether it has, and
+    whether a rise is more than what annealed terms, a growing queue of negatives, or an agent's growing returns cause.
+
     Args:
         rise: Smallest rise that counts, as a share of the best, above 0.
         patience: Evidence that gives an alarm, in steps of two units above the best, at least 1.
@@ -50,7 +59,8 @@ class SlowDivergence(Stateful):
         [211]
     """
 
-    STATE = ("first", "seen", "average", "best", "doubt", "evidence", "unit", "insisted", "recent", "last")
+    ADDED = ("has_fallen", "grad_norm", "grad_norm_at_best")
+    STATE = ("first", "seen", "average", "best", "doubt", "evidence", "unit", "insisted", "recent", "last", *ADDED)
 
     def __init__(self, rise: float = 0.15, patience: int = 50, decay: float = 0.95) -> None:
         if not (math.isfinite(rise) and rise > 0):
@@ -61,6 +71,10 @@ class SlowDivergence(Stateful):
             raise ValueError(f"Invalid decay={decay!r}: must be in [0, 1), for instance 0.95.")
         self.rise, self.patience, self.decay = rise, patience, decay
         self._first: list[float] = []
+        self.rise_was_clear = False
+        """Whether the rise of the last alarm was clear: far above the noise, and with a higher gradient norm."""
+        self.has_fallen = False
+        """Whether the average has been clearly below the first losses: by a twentieth, and by more than the noise."""
         self.rebase()
 
     def rebase(self) -> None:
@@ -70,12 +84,14 @@ class SlowDivergence(Stateful):
         self._insisted = 0
         self._recent: deque[float] = deque(maxlen=_WINDOW)
         self._last: deque[float] = deque(maxlen=int(_MOST) + 1)
+        self._grad_norm = self._grad_norm_at_best = math.nan
 
-    def update(self, loss: float) -> bool:
+    def update(self, loss: float, grad_norm: float = math.nan) -> bool:
         """Add the loss of a step that was taken.
 
         Args:
             loss: The loss, a number on the host; one that is not finite is ignored.
+            grad_norm: The gradient norm of that step; NaN if it is not known.
 
         Returns:
             Whether to raise an alarm.
@@ -91,11 +107,16 @@ class SlowDivergence(Stateful):
         # A plain mean at first, so that the first loss does not linger.
         weight = max(1 - self.decay, 1 / self._seen)
         self._average += weight * (loss - self._average)
+        self._add_grad_norm(grad_norm)
         noise = self._noise()
+        start = statistics.median(self._first)
+        if len(self._first) == _START and start - self._average >= max(_LEARNED * abs(start), noise):
+            self.has_fallen = True
         doubt = 1 + 2 * math.sqrt(weight - (1 - self.decay))  # The mean of a few losses may be low by chance.
         now, before = self._unit_of(self._average, doubt * noise), self._unit_of(self._best, self._doubt * noise)
         if self._average + now < self._best + before:
             self._best, self._doubt, before = self._average, doubt, now
+            self._grad_norm_at_best = self._grad_norm
         self._unit = before
         if self._unit > 0:
             self._evidence = max(0.0, self._evidence + min(_MOST, (loss - self._best) / self._unit - 1))
@@ -103,6 +124,7 @@ class SlowDivergence(Stateful):
             return False
         self._evidence = 0.0
         self._insisted += 1
+        self.rise_was_clear = self._is_clear()
         if not self.lost:
             self.rebase()
         return True
@@ -110,6 +132,11 @@ class SlowDivergence(Stateful):
     def far(self, loss: float) -> bool:
         """Return whether a loss is too far above the best to be noise: twice as high, and four units above it."""
         return self._best > 0 and self._unit > 0 and loss >= max(SUSTAINED * self._best, self._best + 4 * self._unit)
+
+    @property
+    def best(self) -> float:
+        """The best average so far; infinite before the first."""
+        return self._best
 
     @property
     def lost(self) -> bool:
@@ -123,6 +150,24 @@ class SlowDivergence(Stateful):
 
     def _unit_of(self, best: float, noise: float) -> float:
         return max(self.rise * abs(best), noise, _LEARNED * (statistics.median(self._first) - best))
+
+    def _is_clear(self) -> bool:
+        """Return whether the loss is far above its best for its noise, and the gradient norm above that at the best.
+
+        Both are so where weights leave a good region. The logarithm is taken, as the noise of a loss grows with it.
+        """
+        logs = [math.log(loss) for loss in self._recent if loss > 0]
+        if len(logs) < len(self._recent) or len(logs) < 2 or not 0 < self._best < math.inf:
+            return False
+        changes = [abs(b - a) for a, b in itertools.pairwise(logs)]
+        noise = _TO_SIGMA * statistics.median(changes) / math.sqrt(2)
+        has_grown = not self._grad_norm <= _GROWN * self._grad_norm_at_best  # also if it is not known
+        return has_grown and math.log(statistics.median(self._last) / self._best) >= _CLEAR * noise
+
+    def _add_grad_norm(self, norm: float) -> None:
+        if math.isfinite(norm):
+            before = self._grad_norm
+            self._grad_norm = norm if math.isnan(before) else before + (1 - self.decay) * (norm - before)
 
     def _noise(self) -> float:
         """Return the standard deviation from step to step, computed from differences, which a drift hardly changes."""

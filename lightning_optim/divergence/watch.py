@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
-from lightning_optim.divergence.spikes import SpikeWindow
+from lightning_optim.divergence.rates import RateHistory
+from lightning_optim.divergence.spikes import GAP, SpikeWindow
 from lightning_optim.divergence.step_log import StepLog
 
 SIGNALS = ("grad_norm", "loss")
@@ -33,7 +34,7 @@ class StepObservation:
         skipped: Whether the step did not happen, for any reason.
         bad_tensors: Number of gradients with a NaN or an infinity.
         bad_loss: Whether the loss was not finite.
-        spikes: Those of `SIGNALS` that were spikes.
+        spikes: Those of `SIGNALS` that were spikes; such a step may have been taken.
         detected: Findings of further detectors, a clause for each that requested a skip.
         levels: Factor by which the baseline of a signal moved at this step, for each signal whose baseline moved.
         values: Gradient norm and loss; NaN for a loss that is unknown.
@@ -41,6 +42,8 @@ class StepObservation:
         worst: Indices in the optimizer of the parameters with the worst gradients, those that are not finite first,
             then the largest; empty if nothing was wrong.
         group_norms: Gradient norm of each group.
+        rate: Largest learning rate of the step; NaN if it is not known.
+        new_rate: Whether it, or one of the last ones, is far above all before them (`RateHistory.has_risen`).
     """
 
     step: int
@@ -54,19 +57,23 @@ class StepObservation:
     medians: dict[str, float]
     worst: tuple[int, ...]
     group_norms: tuple[float, ...]
+    rate: float = math.nan
+    new_rate: bool = False
 
 
 class StepGuard(NonFiniteGradient):
     """Detector of one optimizer: inspects the loss and gradients of each step, requests a skip, and logs the step.
 
-    A step is skipped if a gradient or the loss is not finite, or if a signal in ``skip`` is a spike. On the device that
+    A step is skipped if a gradient or the loss is not finite, or if a signal in ``skip`` is a spike. If a further spike
+    follows within `GAP` steps, skipping has not helped, or the level of the loss has moved: it is skipped only if a
+    value is beyond what the run has been through (`SpikeWindow.familiar`), or the learning rate is. On the device that
     is a comparison with a few limits. The statistics behind the limits are kept on the host, which reads each step from
     a `StepLog` and never waits for it. All ranks see the same gradients, and read them at the same step; the caller
     reduces the loss over ranks.
 
     Args:
         spikes: Limits beyond which a value is a spike; None for no detection of spikes.
-        skip: Those of `SIGNALS` whose spikes cause a skip.
+        skip: Those of `SIGNALS` whose spikes cause a skip; may be changed between steps.
         loss: Called to get the loss of the step, on any device, or None if it is not known. Of a loss of several
             elements the mean counts.
         rows: The log to write to; None for a new one.
@@ -95,8 +102,9 @@ class StepGuard(NonFiniteGradient):
         detectors: Sequence[Detector] = (),
     ) -> None:
         self.spikes = spikes
-        self._skips = [signal in skip for signal in SIGNALS]
+        self.skip = skip
         self._loss = loss
+        self._rate: Callable[[], float] = lambda: math.nan
         self.rows = StepLog() if rows is None else rows  # An empty log is falsy.
         self.detectors = tuple(detectors)
         self.alive: tuple[bool, ...] = ()
@@ -105,9 +113,15 @@ class StepGuard(NonFiniteGradient):
         self._layouts: dict[int, _Layout] = {}
         self._seen: list[StepObservation] = []
         self._limits: tuple[list[list[float]], Tensor] | None = None
+        self._quiet: Tensor | int = GAP
+        """Number of steps since the last spike, on the device once there has been a step."""
+        self._next_quiet: Tensor | int = GAP
+        self.rates = RateHistory()
+        self._rates: dict[int, tuple[float, bool]] = {}
 
     def __call__(self, stats: GradStats) -> Tensor:
         """Return whether to skip the step, bool, shape [], on the device of ``stats``."""
+        self._rates[self.steps + 1] = self._next_rate()
         loss, norm = self._loss(), stats.total_norm()
         skip = ~stats.finite()
         if loss is None:
@@ -117,16 +131,17 @@ class StepGuard(NonFiniteGradient):
             skip = skip | (values[1] * 0 != 0)
         flags = torch.zeros_like(values, dtype=torch.bool)
         if self.spikes is not None:
-            alone, together = self._limits_on(values, self.spikes).unbind()
+            alone, together, familiar = self._limits_on(values, self.spikes).unbind()
             flags = (values > alone) | (values > together).all()
-            if all(self._skips):
-                skip = skip | flags.any()
-            else:
-                for flag, skips in zip(flags.unbind(), self._skips, strict=True):
-                    skip = skip | flag if skips else skip
+            if self.skip:
+                quiet = self._quiet if isinstance(self._quiet, Tensor) else torch.full_like(norm, self._quiet)
+                again = (quiet < GAP) & ~(values > familiar).any()
+                found = self._of_interest(flags).any()
+                skip = skip | (found if self.rates.has_risen else found & ~again)
+                self._next_quiet = (quiet + 1) * ~(flags & (values < math.inf)).any()
         if self.detectors:
-            found = [d(stats).reshape(()).to(skip, non_blocking=True) for d in self.detectors]
-            flags = torch.cat([flags, torch.stack(found)])
+            asks = [d(stats).reshape(()).to(skip, non_blocking=True) for d in self.detectors]
+            flags = torch.cat([flags, torch.stack(asks)])
             skip = skip | flags[len(SIGNALS) :].any()
         columns = [values, flags, stats.norm_sq, *([] if stats.places is None else [stats.places])]
         self._now = columns, _Layout(stats.group_sizes, loss is not None, stats.places is not None, len(self.detectors))
@@ -137,6 +152,7 @@ class StepGuard(NonFiniteGradient):
         assert self._now is not None
         (columns, layout), self._now = self._now, None
         self.steps += 1
+        self._quiet = self._next_quiet
         for detector in self.detectors:
             detector.commit(skip)
         dtype = columns[0].dtype
@@ -144,6 +160,14 @@ class StepGuard(NonFiniteGradient):
         self._layouts[self.steps] = layout
         self.rows.write(self.steps, row)
         self._learn()
+
+    def follow_rate(self, rate: Callable[[], float]) -> None:
+        """Note the learning rate of each step as well.
+
+        Args:
+            rate: Called to get the largest one; it returns NaN if that is not known without waiting for the device.
+        """
+        self._rate = rate
 
     def read(self, everything: bool = False) -> list[StepObservation]:
         """Return the observations since the last call.
@@ -161,6 +185,7 @@ class StepGuard(NonFiniteGradient):
         self.rows.discard()
         self._layouts.clear()
         self._seen.clear()
+        self._quiet = self._next_quiet = GAP
 
     def state_dict(self) -> dict[str, Any]:
         """Return baselines and the rows that have not arrived, as plain numbers and lists."""
@@ -168,6 +193,9 @@ class StepGuard(NonFiniteGradient):
             "steps": self.steps,
             "spikes": {} if self.spikes is None else self.spikes.state_dict(),
             "rows": self.rows.state_dict(),
+            "quiet": int(self._quiet),
+            "rates": self.rates.state_dict(),
+            "rates_of_rows": {step: list(pair) for step, pair in self._rates.items()},
             "detectors": {name: state for name, one in self._named_detectors() if (state := one.state_dict())},
             "layouts": {
                 step: [list(x.group_sizes), x.has_loss, x.has_places, x.num_detectors, *([x.moved] if x.moved else [])]
@@ -182,7 +210,12 @@ class StepGuard(NonFiniteGradient):
         self._layouts = {step: _Layout(tuple(sizes), *rest) for step, (sizes, *rest) in state["layouts"].items()}
         if self.spikes is not None and state["spikes"]:
             self.spikes.load_state_dict(state["spikes"])
-        known = state.get("detectors", {})  # Checkpoints of version 0.1 have none.
+        # Checkpoints of version 0.1 have none of these.
+        self._quiet = self._next_quiet = state.get("quiet", GAP)
+        if "rates" in state:
+            self.rates.load_state_dict(state["rates"])
+            self._rates = {step: (rate, is_new) for step, (rate, is_new) in state["rates_of_rows"].items()}
+        known = state.get("detectors", {})
         for name, detector in self._named_detectors():
             if name in known:
                 detector.load_state_dict(known[name])
@@ -204,11 +237,23 @@ class StepGuard(NonFiniteGradient):
             yield detector.name if number == 1 else f"{detector.name}_{number}", detector
 
     def _limits_on(self, values: Tensor, spikes: SpikeWindow) -> Tensor:
-        """Return the limits, shape [2, signals], as ``values``; uploaded only if they have changed."""
-        wanted = [spikes.alone, spikes.together]
+        """Return the limits, shape [3, signals], as ``values``; uploaded only if they have changed."""
+        wanted = [spikes.alone, spikes.together, spikes.familiar]
         if self._limits is None or self._limits[0] != wanted or self._limits[1].device != values.device:
             self._limits = wanted, upload(wanted, values.device, values.dtype)
         return self._limits[1]
+
+    def _next_rate(self) -> tuple[float, bool]:
+        """Return the learning rate of the step, and whether such a rate is new."""
+        rate = self._rate()
+        self.rates.update(rate)
+        return rate, self.rates.has_risen
+
+    def _of_interest(self, flags: Tensor) -> Tensor:
+        """Return the flags of the signals whose spikes are skipped."""
+        if len(self.skip) == len(SIGNALS):
+            return flags
+        return torch.stack([flag for flag, signal in zip(flags.unbind(), SIGNALS, strict=True) if signal in self.skip])
 
     def _learn(self, everything: bool = False) -> None:
         for row in self.rows.read(everything):
@@ -232,6 +277,7 @@ class StepGuard(NonFiniteGradient):
         if self.spikes is not None:
             medians = self.spikes.medians
             levels = self.spikes.update(values, flags, not skipped, behind=len(self.rows))
+        rate, is_new = self._rates.pop(step, (math.nan, False))
         wrong = skipped or bad_loss or any(flags) or bool(detected) or bool(bad.any())
         return StepObservation(
             step=step,
@@ -245,6 +291,8 @@ class StepGuard(NonFiniteGradient):
             medians=dict(zip(SIGNALS, medians, strict=True)),
             worst=layout.now(_worst(norm_sq, bad, places)) if wrong else (),
             group_norms=_group_norms(norm_sq, layout.group_sizes),
+            rate=rate,
+            new_rate=is_new,
         )
 
 

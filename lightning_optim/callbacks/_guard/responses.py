@@ -1,0 +1,121 @@
+"""Responses of `DivergenceGuard` to what skipping does not fix, and taking them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import lightning.pytorch as L
+
+from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
+from lightning_optim.callbacks._guard.reporter import GuardReporter
+from lightning_optim.callbacks._guard.snapshots import RunSnapshots
+from lightning_optim.callbacks._guard.step_batches import StepLocation
+from lightning_optim.callbacks._lightning import logging_step, minimum_left
+from lightning_optim.divergence import Alarm, Ladder
+
+_OF_THE_LOSS = ("jump", "slow_divergence")
+"""Alarms that turn out to be false if the data is the cause."""
+
+
+class Responses:
+    """Responses of one fit.
+
+    Args:
+        ladder: The choice among them.
+        reporter: Where they are reported.
+        guarded: Called to get the guard's parts of each optimizer.
+        snapshots: Called to get the snapshots; None if there are none.
+    """
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        reporter: GuardReporter,
+        guarded: Callable[[], Sequence[GuardedOptimizer]],
+        snapshots: Callable[[], RunSnapshots | None],
+    ) -> None:
+        self._ladder, self._reporter = ladder, reporter
+        self._guarded, self._snapshots = guarded, snapshots
+        self._is_ending = False
+        self._may_undo: tuple[Alarm, StepLocation, list[float]] | None = None
+        """The last response to the loss, and the permanent factors before it."""
+
+    def respond(self, trainer: L.Trainer, alarm: Alarm, location: StepLocation) -> str | None:
+        """Take the rung of the ladder that is due.
+
+        Args:
+            trainer: The Trainer.
+            alarm: What asks for a response.
+            location: Where its step took place.
+
+        Returns:
+            The rung that was taken; None for none.
+        """
+        snapshots = self._snapshots()
+        back_to = None if snapshots is None else snapshots.back_to
+        step, factors = logging_step(trainer), [guarded.cut.lasting for guarded in self._guarded()]
+        rung = self._ladder.act(step, can_roll_back=back_to is not None, lost=alarm.lost)
+        text: str | None = None
+        if rung == "rollback":
+            if (lower := self._roll_back()) is None:
+                self._ladder.undo()
+                rung = self._ladder.act(step, can_roll_back=False, lost=alarm.lost)
+            else:
+                text = f"back to the state after step {back_to}, continuing with the next batches{lower}"
+        if rung == "lr_cut":
+            text = self._cut_lr()
+        elif rung == "stop":
+            text = self._end(trainer)
+        if text is not None:
+            self._reporter.notify_response(trainer, alarm, location, text)
+        if rung in ("lr_cut", "rollback"):
+            for guarded in self._guarded():
+                guarded.judge.responded()
+            self._may_undo = (alarm, location, factors) if alarm.kind in _OF_THE_LOSS else None
+        return rung
+
+    def undo(self, trainer: L.Trainer) -> None:
+        """Return the learning rate to what it was, because the cause of the last alarm turned out to be the data."""
+        if self._may_undo is None:
+            return
+        (alarm, location, factors), self._may_undo = self._may_undo, None
+        changed = [guarded.cut.factor for guarded in self._guarded()] != factors
+        for guarded, factor in zip(self._guarded(), factors, strict=False):
+            guarded.cut.undo(factor)
+            guarded.judge.responded(stands=False)
+        self._ladder.undo()
+        if changed:
+            text = "the learning rate is what it was before, because the data was the cause"
+            self._reporter.notify_response(trainer, alarm, location, text)
+
+    def _end(self, trainer: L.Trainer) -> str | None:
+        """End the run, as soon as the Trainer's minimum allows it; None if that has been reported."""
+        trainer.should_stop = True
+        if self._is_ending:
+            return None
+        self._is_ending = True
+        minimum = minimum_left(trainer)
+        once = "" if minimum is None else f" as soon as the Trainer's minimum ({minimum}) is reached, not before"
+        return f"training is stopped{once}, because all other responses are used up ({self._ladder.why_stop()})"
+
+    def _cut_lr(self) -> str:
+        cut = self._ladder.lr_cut
+        assert cut is not None
+        for guarded in self._guarded():
+            guarded.cut.start(cut.factor, cut.steps, cut.recover)
+        return f"learning rate times {cut.factor:g} for {cut.steps} steps"
+
+    def _roll_back(self) -> str | None:
+        """Return to the last snapshot; None if it could not be read."""
+        snapshots, rollback = self._snapshots(), self._ladder.rollback
+        assert snapshots is not None
+        assert rollback is not None
+        times = snapshots.restore()
+        if times is None:
+            return None
+        factor = rollback.lr_factor**times
+        if factor == 1:
+            return ""
+        for guarded in self._guarded():
+            guarded.cut.lower(factor)
+        return f", learning rate times {factor:g}"

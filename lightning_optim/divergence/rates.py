@@ -1,0 +1,50 @@
+"""The learning rates of a run so far: whether the present one is new to it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from lightning_optim.core.stateful import Stateful
+
+_RECENT = 32
+"""Number of last steps whose rates are compared with all rates before them."""
+_RISE = 1.5
+"""Factor above the highest rate so far that is new; a warmup of hundreds of steps rises by less in 32 of them."""
+
+
+class RateHistory(Stateful):
+    """Learning rates of the steps so far.
+
+    A rate that the run has had before is familiar: a warm restart returns to one. A rate far above all of them may make
+    the weights worse from one step to the next.
+
+    Example:
+        >>> history = RateHistory()
+        >>> for rate in [0.1] * 100 + [0.01] * 100 + [0.1]:
+        ...     history.update(rate)
+        >>> history.has_risen
+        False
+        >>> history.update(3.0)
+        >>> history.has_risen
+        True
+    """
+
+    STATE = ("recent", "highest")
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._highest = 0.0
+
+    def update(self, rate: float) -> None:
+        """Add the rate of a step; NaN, for one that is not known, is ignored."""
+        if not math.isfinite(rate):
+            return
+        if len(self._recent) == _RECENT:
+            self._highest = max(self._highest, self._recent[0])
+        self._recent.append(rate)
+
+    @property
+    def has_risen(self) -> bool:
+        """Whether one of the last rates is far above all those before them."""
+        return self._highest > 0 and max(self._recent) > _RISE * self._highest

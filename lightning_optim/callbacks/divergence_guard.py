@@ -362,7 +362,8 @@ class DivergenceGuard(HubCallback):
                 self.report.see(location.step, index, seen)
                 for alarm in guarded.judge.update(seen, guarded.names):
                     found.append((alarm, location))
-                    self._reporter.notify(alarm, location, index, self._skipped if seen.skipped else None, name)
+                    if not alarm.is_repeated:
+                        self._reporter.notify(alarm, location, index, self._skipped if seen.skipped else None, name)
             for alarm in guarded.health_alarms(everything):
                 location = guarded.batches.of(alarm.step)
                 self._reporter.notify(alarm, location, index, None, name)

@@ -38,6 +38,7 @@ class Alarm:
         escalates: Whether skipping the step is not enough.
         lost: Whether the weights have become worse, so that a lower learning rate alone is not enough either.
         most: Whether it concerns most of the network, which was healthy before.
+        is_repeated: Whether the like has been reported before, so that it is not reported again.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Alarm:
     escalates: bool = False
     lost: bool = False
     most: bool = False
+    is_repeated: bool = False
 
     @property
     def skip_suffices(self) -> bool:
@@ -145,6 +147,7 @@ def alarm(
     escalates: bool | None = None,
     lost: bool | None = None,
     most: bool = False,
+    is_repeated: bool = False,
 ) -> Alarm:
     """Create an `Alarm` of a kind of the table.
 
@@ -156,6 +159,7 @@ def alarm(
         escalates: Whether skipping the step is not enough; None for the value in the table.
         lost: Whether the weights have become worse; None for the value in the table.
         most: Whether it concerns most of the network.
+        is_repeated: Whether the like has been reported before.
 
     Returns:
         The alarm.
@@ -176,4 +180,5 @@ def alarm(
         escalates=table.escalates if escalates is None else escalates,
         lost=table.lost if lost is None else lost,
         most=most,
+        is_repeated=is_repeated,
     )

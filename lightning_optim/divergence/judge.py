@@ -48,9 +48,9 @@ class DivergenceJudge(Stateful):
             falls below any useful value (2⁻⁴) within 20.
     """
 
-    STATE = ("counts", "rate_at_best")
+    STATE = ("counts", "rate_at_best", "last_rate")
     PARTS = ("trend",)
-    ADDED = ("rate_at_best",)
+    ADDED = ("rate_at_best", "last_rate")
 
     def __init__(
         self,
@@ -64,7 +64,8 @@ class DivergenceJudge(Stateful):
         self.patience, self.scaled, self.overflows = patience, scaled, overflows
         self.judge_loss = judge_loss
         self._counts: defaultdict[str, int] = defaultdict(int, quiet=GAP)
-        self._rate_at_best = (math.inf, 0.0)
+        self._rate_at_best = (math.inf, math.inf)
+        self._last_rate = math.inf
 
     @property
     def overflow_steps(self) -> int:
@@ -103,11 +104,13 @@ class DivergenceJudge(Stateful):
         if self.trend is None or not math.isfinite(rate):
             return
         best, rate_then = self._rate_at_best
-        if self.trend.best != best:
-            self._rate_at_best = self.trend.best, rate
-        elif rate > _RESTART * rate_then and not self._counts["blamed"]:
+        if self.trend.best != best:  # by the last step
+            rate_then = self._last_rate
+        if rate > _RESTART * rate_then and not self._counts["blamed"]:
             self.trend.rebase()
-            self._rate_at_best = math.inf, rate
+            rate_then = rate
+        self._rate_at_best = self.trend.best, rate_then
+        self._last_rate = rate
 
     def _acts_on_loss(self, is_clear: bool) -> bool:
         """Return whether a rise of the loss asks for a response."""
@@ -157,11 +160,10 @@ class DivergenceJudge(Stateful):
             if self.trend.far(seen.values["loss"]):
                 self._counts["data"] = _DATA
                 self.trend.rebase()
-                text = "the loss is as high with the weights of the snapshot, so the data is the cause; it is adopted"
+                text = "the loss is as high with the weights of the snapshot, so the data is the cause: a new level"
                 alarms.append(alarm("new_level", seen.step, text))
-        if seen.spikes and (
-            seen.skipped or self._counts["quiet"] >= GAP
-        ):  # Those that follow and are taken say no more.
+        is_first = self._counts["quiet"] >= GAP
+        if seen.spikes and (seen.skipped or is_first):  # Those that follow and are taken tell nothing new.
             high = " and ".join(f"{_LABELS[s]} {seen.values[s]:.3g} against {seen.medians[s]:.3g}" for s in seen.spikes)
             text = f"{high}; the largest gradients are in {_listed(worst)}"
             alarms.append(alarm("spike", seen.step, text, worst))
@@ -169,7 +171,7 @@ class DivergenceJudge(Stateful):
             alarms += self._trend_alarms(seen, self.trend)
         for signal, factor in seen.levels.items():
             jumped = factor >= SUSTAINED and not self._counts["data"] and self._acts_on_loss(is_clear=False)
-            text = f"{_LABELS[signal]} stays {factor:.3g} times as high, which is adopted as its new level"
+            text = f"{_LABELS[signal]} stays {factor:.3g} times as high, which is taken as its new level"
             alarms.append(alarm("jump" if jumped else "new_level", seen.step, text))
             if self.trend is not None and not jumped:
                 self.trend.rebase()
@@ -183,7 +185,12 @@ class DivergenceJudge(Stateful):
         lost = trend.lost
         text = "the loss stays at more than twice its best" if lost else "the loss is leaving its best"
         acts = self._acts_on_loss(trend.rise_was_clear)
-        return [alarm("slow_divergence", seen.step, text, escalates=acts, lost=lost)]
+        kind = "reported_lost" if lost else "reported_rise"
+        again = bool(self._counts[kind]) and not acts
+        self._counts[kind] = 1
+        if not acts:
+            text += ", and nothing shows that the weights are the cause; no response (`judge_loss: true` asks for one)"
+        return [alarm("slow_divergence", seen.step, text, escalates=acts, lost=lost, is_repeated=again)]
 
     def assess(self, found: Alarm) -> Alarm:
         """Turn an alarm about parameters into a collapse, if most of the network is dead and it has learned nothing.

@@ -13,9 +13,10 @@ _TOGETHER_FROM = 16
 """Number of accepted values before all signals together can be flagged."""
 GAP = 8
 """Number of steps without a flag that ends a series of flags: a new level near the threshold is not always flagged."""
-_FAMILIAR = 10.0
+_FAMILIAR = 50.0
 """Factor on the highest value of the run up to which another one is familiar. Losses that join a run, labels that
-become noisy and new data stay within it, because the first, untrained loss is high as well."""
+become noisy and new data stay within it, because the first, untrained loss is high as well; late in training a batch
+that is a thousand times as high does not."""
 _TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation, for a normal distribution."""
 
@@ -38,7 +39,7 @@ class SpikeWindow:
     any signal, are a new level and not spikes: the windows move there, and the flags end. Values that are flagged or
     not finite never enter the window.
 
-    A value is *familiar* up to ten times the highest one accepted in the whole run. A flagged one that is familiar does
+    A value is *familiar* up to 50 times the highest one accepted in the whole run. A flagged one that is familiar does
     not have to be skipped a second time in a series, because the run has been through steps of that size, and because
     the first skip has not helped; see `StepGuard`.
 

@@ -14,7 +14,7 @@ SUSTAINED = 2.0
 
 _WINDOW = 128
 _START = 20
-_CLEAR = 6.0
+_CLEAR = 8.0
 """Number of robust standard deviations from step to step, of the logarithm, by which a clear rise is above the best."""
 _GROWN = 1.1
 """Factor of the gradient norm over that at the best loss: a loss that rises for other reasons need not raise it."""
@@ -59,7 +59,7 @@ class SlowDivergence(Stateful):
         [211]
     """
 
-    ADDED = ("has_fallen", "grad_norm", "grad_norm_at_best")
+    ADDED = ("has_fallen", "grad_norm", "grad_norm_at_best", "unclipped")
     STATE = ("first", "seen", "average", "best", "doubt", "evidence", "unit", "insisted", "recent", "last", *ADDED)
 
     def __init__(self, rise: float = 0.15, patience: int = 50, decay: float = 0.95) -> None:
@@ -72,9 +72,12 @@ class SlowDivergence(Stateful):
         self.rise, self.patience, self.decay = rise, patience, decay
         self._first: list[float] = []
         self.rise_was_clear = False
-        """Whether the rise of the last alarm was clear: far above the noise, and with a higher gradient norm."""
+        """Whether the rise of the last alarm was clear: gradual, far above the noise, with a higher gradient norm."""
         self.has_fallen = False
-        """Whether the average has been clearly below the first losses: by a twentieth, and by more than the noise."""
+        """Whether the best is clearly below the first losses: by a twentieth, and by more than the noise.
+
+        A best among the first losses does not count, since then the loss has only risen.
+        """
         self.rebase()
 
     def rebase(self) -> None:
@@ -83,6 +86,7 @@ class SlowDivergence(Stateful):
         self._evidence = self._unit = 0.0
         self._insisted = 0
         self._recent: deque[float] = deque(maxlen=_WINDOW)
+        self._unclipped: deque[float] = deque(maxlen=_WINDOW)
         self._last: deque[float] = deque(maxlen=int(_MOST) + 1)
         self._grad_norm = self._grad_norm_at_best = math.nan
 
@@ -101,6 +105,7 @@ class SlowDivergence(Stateful):
         if len(self._first) < _START:
             self._first.append(loss)
         self._last.append(loss)
+        self._unclipped.append(loss)
         loss = min(loss, self._best + (_MOST + 1) * self._unit)  # One huge loss must not count as noise.
         self._recent.append(loss)
         self._seen += 1
@@ -109,14 +114,12 @@ class SlowDivergence(Stateful):
         self._average += weight * (loss - self._average)
         self._add_grad_norm(grad_norm)
         noise = self._noise()
-        start = statistics.median(self._first)
-        if len(self._first) == _START and start - self._average >= max(_LEARNED * abs(start), noise):
-            self.has_fallen = True
         doubt = 1 + 2 * math.sqrt(weight - (1 - self.decay))  # The mean of a few losses may be low by chance.
         now, before = self._unit_of(self._average, doubt * noise), self._unit_of(self._best, self._doubt * noise)
         if self._average + now < self._best + before:
             self._best, self._doubt, before = self._average, doubt, now
             self._grad_norm_at_best = self._grad_norm
+            self.has_fallen = self.has_fallen or self._is_below_start(noise)
         self._unit = before
         if self._unit > 0:
             self._evidence = max(0.0, self._evidence + min(_MOST, (loss - self._best) / self._unit - 1))
@@ -151,18 +154,24 @@ class SlowDivergence(Stateful):
     def _unit_of(self, best: float, noise: float) -> float:
         return max(self.rise * abs(best), noise, _LEARNED * (statistics.median(self._first) - best))
 
-    def _is_clear(self) -> bool:
-        """Return whether the loss is far above its best for its noise, and the gradient norm above that at the best.
+    def _is_below_start(self, noise: float) -> bool:
+        start = statistics.median(self._first)
+        return self._seen >= 2 * _START and start - self._best >= max(_LEARNED * abs(start), noise)
 
-        Both are so where weights leave a good region. The logarithm is taken, as the noise of a loss grows with it.
+    def _is_clear(self) -> bool:
+        """Return whether the loss is far above its best for its noise, gradually, and the gradient norm has grown.
+
+        That is so where weights leave a good region. A rise within one step is one of the data or of the loss function.
+        Logarithms are taken, because the noise of a loss grows with it.
         """
-        logs = [math.log(loss) for loss in self._recent if loss > 0]
-        if len(logs) < len(self._recent) or len(logs) < 2 or not 0 < self._best < math.inf:
+        logs = [math.log(loss) for loss in self._unclipped if loss > 0]
+        if len(logs) < len(self._unclipped) or len(logs) < 2 or not 0 < self._best < math.inf:
             return False
-        changes = [abs(b - a) for a, b in itertools.pairwise(logs)]
-        noise = _TO_SIGMA * statistics.median(changes) / math.sqrt(2)
+        changes = [b - a for a, b in itertools.pairwise(logs)]
+        noise = _TO_SIGMA * statistics.median(map(abs, changes)) / math.sqrt(2)
+        rise = math.log(statistics.median(self._last) / self._best)
         has_grown = not self._grad_norm <= _GROWN * self._grad_norm_at_best  # also if it is not known
-        return has_grown and math.log(statistics.median(self._last) / self._best) >= _CLEAR * noise
+        return has_grown and rise >= _CLEAR * noise and max(changes) < rise / 2
 
     def _add_grad_norm(self, norm: float) -> None:
         if math.isfinite(norm):

@@ -16,13 +16,16 @@ from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
 from lightning_optim.divergence.rates import RateHistory
-from lightning_optim.divergence.spikes import GAP, SpikeWindow
+from lightning_optim.divergence.spikes import SpikeWindow
 from lightning_optim.divergence.step_log import StepLog
 
 SIGNALS = ("grad_norm", "loss")
 """Names of the signals in which spikes are detected."""
 
 _NAMED = 4
+_IN_A_ROW = 3
+"""Number of steps after a spike in which another one shows that skipping has not helped; two bad batches are rarely so
+near, and a new level with much noise is flagged more often."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class StepGuard(NonFiniteGradient):
     """Detector of one optimizer: inspects the loss and gradients of each step, requests a skip, and logs the step.
 
     A step is skipped if a gradient or the loss is not finite, or if a signal in ``skip`` is a spike. If a further spike
-    follows within `GAP` steps, skipping has not helped, or the level of the loss has moved: it is skipped only if a
+    follows within three steps, skipping has not helped, or the level of the loss has moved: it is skipped only if a
     value is beyond what the run has been through (`SpikeWindow.familiar`), or the learning rate is. On the device that
     is a comparison with a few limits. The statistics behind the limits are kept on the host, which reads each step from
     a `StepLog` and never waits for it. All ranks see the same gradients, and read them at the same step; the caller
@@ -113,9 +116,9 @@ class StepGuard(NonFiniteGradient):
         self._layouts: dict[int, _Layout] = {}
         self._seen: list[StepObservation] = []
         self._limits: tuple[list[list[float]], Tensor] | None = None
-        self._quiet: Tensor | int = GAP
+        self._quiet: Tensor | int = _IN_A_ROW
         """Number of steps since the last spike, on the device once there has been a step."""
-        self._next_quiet: Tensor | int = GAP
+        self._next_quiet: Tensor | int = _IN_A_ROW
         self.rates = RateHistory()
         self._rates: dict[int, tuple[float, bool]] = {}
 
@@ -135,7 +138,7 @@ class StepGuard(NonFiniteGradient):
             flags = (values > alone) | (values > together).all()
             if self.skip:
                 quiet = self._quiet if isinstance(self._quiet, Tensor) else torch.full_like(norm, self._quiet)
-                again = (quiet < GAP) & ~(values > familiar).any()
+                again = (quiet < _IN_A_ROW) & ~(values > familiar).any()
                 found = self._of_interest(flags).any()
                 skip = skip | (found if self.rates.has_risen else found & ~again)
                 self._next_quiet = (quiet + 1) * ~(flags & (values < math.inf)).any()
@@ -185,7 +188,7 @@ class StepGuard(NonFiniteGradient):
         self.rows.discard()
         self._layouts.clear()
         self._seen.clear()
-        self._quiet = self._next_quiet = GAP
+        self._quiet = self._next_quiet = _IN_A_ROW
 
     def state_dict(self) -> dict[str, Any]:
         """Return baselines and the rows that have not arrived, as plain numbers and lists."""
@@ -211,7 +214,7 @@ class StepGuard(NonFiniteGradient):
         if self.spikes is not None and state["spikes"]:
             self.spikes.load_state_dict(state["spikes"])
         # Checkpoints of version 0.1 have none of these.
-        self._quiet = self._next_quiet = state.get("quiet", GAP)
+        self._quiet = self._next_quiet = state.get("quiet", _IN_A_ROW)
         if "rates" in state:
             self.rates.load_state_dict(state["rates"])
             self._rates = {step: (rate, is_new) for step, (rate, is_new) in state["rates_of_rows"].items()}

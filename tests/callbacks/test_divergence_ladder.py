@@ -67,6 +67,17 @@ def test_the_batches_of_the_first_step_are_known_too():
     assert (entry.step, entry.batches) == (0, [0, 1, 2, 3])
 
 
+class Factors(L.Callback):
+    """The guard's factor on the learning rate after each batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        (guard,) = (callback for callback in trainer.callbacks if isinstance(callback, lo.DivergenceGuard))
+        self.seen.append(guard.health_points()["lr_cut"])
+
+
 @pytest.mark.parametrize("lasting", [True, False])
 def test_weights_that_are_worse_are_rolled_back_and_data_that_are_different_are_not_rolled_back_twice(lasting):
     class Changes(Faulty):
@@ -77,14 +88,57 @@ def test_weights_that_are_worse_are_rolled_back_and_data_that_are_different_are_
             loss = super().training_step(batch, batch_idx)
             return loss * 3 if spoilt else loss
 
-    guard = lo.DivergenceGuard(QUICK, rollback=Rollback(every=20, clean=10))
-    make_trainer([_configure(lr=1e-4), guard]).fit(Changes(lambda k: 1.0), batches(200, batch_size=1024))
-    (did,) = [entry for entry in guard.report.entries if entry.kind == "did"]
+    guard = lo.DivergenceGuard(QUICK, rollback=Rollback(every=20, clean=10), judge_loss=True)
+    trainer = make_trainer([_configure(lr=1e-4), guard, factors := Factors()])
+    trainer.fit(Changes(lambda k: 1.0), batches(200, batch_size=1024))
+    did, *undone = [entry for entry in guard.report.entries if entry.kind == "did"]
     assert did.text.startswith("back to the state after step 39")
     assert did.step < 80
+    assert [entry.text.split(",")[0] for entry in undone] == ["the learning rate is what it was before"] * lasting
+    assert min(factors.seen) == 0.5
+    assert factors.seen[-1] == (1.0 if lasting else 0.5)
     told = [entry.text for entry in guard.report.entries if entry.kind == "new_level"]
     assert any("with the weights of the snapshot" in text for text in told) is lasting
-    assert max(entry.step for entry in guard.report.entries) < 110
+    assert max(entry.step for entry in guard.report.entries if entry.kind != "lr_too_low") < 110
+
+
+def test_a_cut_is_taken_back_when_its_level_turns_out_to_be_that_of_the_data():
+    class Rises(Faulty):
+        """1.8 times the loss from step 60 on, reached within 12 steps, so that at first it is no level."""
+
+    guard, factors = lo.DivergenceGuard(QUICK, rollback=None, judge_loss=True), Factors()
+    model = Rises(lambda k: min(1.8, 1 + max(0, k - 60) / 15))
+    make_trainer([_configure(lr=1e-4), guard, factors]).fit(model, batches(200, batch_size=1024))
+    did = [(entry.step, entry.text.split(",")[0]) for entry in guard.report.entries if entry.kind == "did"]
+    assert [text for _, text in did] == [
+        "learning rate times 0.5 for 100 steps",
+        "the learning rate is what it was before",
+    ]
+    assert did[1][0] < did[0][0] + 60
+    assert factors.seen[did[0][0] :].count(0.5) == did[1][0] - did[0][0]
+    assert factors.seen[-1] == 1.0
+    assert guard.ladder.used == {"lr_cut": 0, "rollback": 0}
+
+
+@pytest.mark.parametrize(("judge_loss", "acts"), [(None, False), (True, True), (False, False)])
+def test_losses_of_several_optimizers_are_watched_and_not_judged(judge_loss, acts):
+    """One loss ten times as high at one step, three times as high from another one on, and then NaN."""
+
+    def factor(index, batch_idx):
+        spike = 10.0 if batch_idx == 40 else 3.0 if batch_idx >= 60 else 1.0
+        return float("nan") if batch_idx == 120 else spike if index == 1 else 1.0
+
+    make = partial(torch.optim.Adam, lr=1e-5)
+    guard = lo.DivergenceGuard(QUICK, health=None, judge_loss=judge_loss)
+    make_trainer([guard]).fit(TwoOptimizers(make, make, factor=factor), batches(125, batch_size=512))
+    assert [e.step for e in guard.report.entries if e.kind == "spike"][:2] == [40, 60]
+    assert any(e.kind == "did" for e in guard.report.entries) is acts
+    assert [e.step for e in guard.report.entries if e.kind == "nonfinite"] == [120]
+    if acts:
+        assert guard.skipped_steps > 2
+    else:  # the NaN
+        assert guard.skipped_steps == 1
+        assert "new_level" in _kinds(guard)
 
 
 @pytest.mark.parametrize("kind", ADAMWS)

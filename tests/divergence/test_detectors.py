@@ -221,15 +221,94 @@ def test_bad_steps_in_a_row_escalate():
     assert not judge.update(_step(watch, [math.nan, 1.0]), {})[0].escalates
 
 
-def test_a_jump_escalates_and_a_shift_does_not():
-    for factor, kind in ((1.5, "new_level"), (3.0, "jump")):
-        watch, judge = StepGuard(SpikeWindow(2)), DivergenceJudge(SlowDivergence())
-        alarms = []
-        for k in range(200):
-            norm = (1 + 0.01 * (k % 5)) * (factor if k >= 100 else 1.0)
-            alarms += judge.update(_step(watch, [norm**2, 0.0]), {})
-        assert [alarm.kind for alarm in alarms] == ["spike"] * 16 + [kind]
-        assert [alarm.escalates for alarm in alarms] == [False] * 16 + [kind == "jump"]
+def _judged(judge, values, watch=None):
+    """The alarms about a run of gradient norms, after noise of 1 %."""
+    watch = watch or StepGuard(SpikeWindow(2))
+    alarms = []
+    for k, value in enumerate(values):
+        alarms += judge.update(_step(watch, [((1 + 0.01 * (k % 5)) * value) ** 2, 0.0]), {})
+    return alarms
+
+
+@pytest.mark.parametrize(("factor", "kind"), [(1.5, "new_level"), (3.0, "jump")])
+def test_a_jump_escalates_and_a_shift_does_not(factor, kind):
+    alarms = _judged(DivergenceJudge(SlowDivergence()), [1.0] * 100 + [factor] * 100)
+    assert [alarm.kind for alarm in alarms] == ["spike", kind]
+    assert [alarm.escalates for alarm in alarms] == [False, kind == "jump"]
+
+
+def test_a_level_beyond_all_that_the_run_has_been_through_is_skipped_until_it_is_adopted():
+    watch = StepGuard(SpikeWindow(2))
+    alarms = _judged(DivergenceJudge(SlowDivergence()), [1.0] * 100 + [1000.0] * 100, watch)
+    assert [alarm.kind for alarm in alarms] == ["spike"] * 16 + ["jump"]
+
+
+@pytest.mark.parametrize(("fallen", "new_rate"), [(True, True), (True, False), (False, True)])
+def test_a_jump_is_put_down_to_the_weights_where_the_loss_has_fallen_and_the_rate_is_new(fallen, new_rate):
+    rates = [0.1] * 200 + [3.0 if new_rate else 0.1] * 100
+    losses = [1 / (1 + k / 20) if fallen else 1.0 for k in range(199)] + [4.0] * 100
+    now = []
+    watch = StepGuard(SpikeWindow(2), loss=lambda: torch.tensor(now[0] * (1 + 0.01 * (len(seen) % 5))))
+    watch.follow_rate(lambda: now[1])
+    judge, seen, alarms = DivergenceJudge(SlowDivergence(), judge_loss=None), [], []
+    for now[:] in zip(losses, rates, strict=False):
+        seen.append(_step(watch, [1.0, 0.0]))
+        alarms += judge.update(seen[-1], {})
+    jumps = [alarm for alarm in alarms if alarm.kind == "jump"]
+    assert bool(jumps) is (fallen and new_rate)
+    assert any(alarm.escalates for alarm in alarms) is (fallen and new_rate)
+    if not new_rate:  # One skipped step is all that a change of the data costs.
+        assert sum(step.skipped for step in seen) == 1
+
+
+def _trend_alarms(losses, norms, judge):
+    watch, alarms = StepGuard(loss=lambda: torch.tensor(losses[watch.steps])), []
+    for norm in norms:
+        alarms += judge.update(_step(watch, [norm**2, 0.0]), {})
+    return [alarm.escalates for alarm in alarms if alarm.kind == "slow_divergence"]
+
+
+def test_a_slow_rise_needs_a_higher_gradient_norm_little_noise_and_no_jump():
+    falling = [2.0 * 0.99**k for k in range(100)]
+    rising = [falling[-1] * 1.004**k for k in range(200)]
+    noise = [0.4 * (-1) ** k * (k % 3) for k in range(300)]
+    quiet, noisy = falling + rising, [x * math.exp(n) for x, n in zip(falling + rising, noise, strict=True)]
+    norms = [1.0] * 100 + [1.002**k for k in range(200)]
+
+    def acts(losses, norms, **options):
+        return any(_trend_alarms(losses, norms, DivergenceJudge(SlowDivergence(), **options)))
+
+    assert acts(quiet, norms, judge_loss=None)
+    assert not acts(quiet, [1.0] * 300, judge_loss=None)
+    assert not acts(noisy, norms, judge_loss=None)
+    assert not acts(falling + [falling[-1] * 1.5] * 200, norms, judge_loss=None)
+    assert not acts(quiet[100:], norms[100:], judge_loss=None)  # It has never fallen.
+    assert acts(quiet, [1.0] * 300, judge_loss=True)
+    assert not acts(quiet, norms, judge_loss=False)
+
+
+def test_a_rise_that_leads_to_nothing_is_reported_once():
+    judge = DivergenceJudge(SlowDivergence(), judge_loss=False)
+    losses = [1.0 + 0.01 * (k % 3) for k in range(60)] + [9.0] * 300
+    watch, alarms = StepGuard(loss=lambda: torch.tensor(losses[watch.steps])), []
+    for _ in losses:
+        alarms += judge.update(_step(watch, [1.0, 0.0]), {})
+    rises = [alarm for alarm in alarms if alarm.kind == "slow_divergence"]
+    assert len(rises) > 2
+    assert [alarm.is_repeated for alarm in rises] == [False] + [True] * (len(rises) - 1)
+
+
+def test_a_restart_of_the_rate_drops_the_best_and_a_rate_that_is_new_does_not():
+    def bests(rates):
+        losses = [1.0] * 100 + [0.99**k for k in range(100)] + [0.5] * 10
+        judge, watch = DivergenceJudge(SlowDivergence()), StepGuard(loss=lambda: torch.tensor(losses[watch.steps]))
+        watch.follow_rate(lambda: rates[watch.steps])
+        for _ in rates:
+            judge.update(_step(watch, [1.0, 0.0]), {})
+        return judge.trend._seen
+
+    assert bests([1.0] * 100 + [0.01] * 100 + [1.0] * 10) == 10
+    assert bests([1.0] * 100 + [0.01] * 100 + [9.0] * 10) == 210
 
 
 class _Late(StepLog):
@@ -255,8 +334,8 @@ def test_what_the_host_hears_late_costs_no_more_steps(rows):
         watch.commit(flag.float())
         skipped += [k] if flag else []
     assert skipped[0] == 150
-    assert 8 <= len(skipped[1:]) <= 16
-    assert max(skipped) < 230
+    assert len(skipped[1:]) == 1  # The second spike in a row is taken, which the device decides by itself.
+    assert 200 <= skipped[1] < 210
     assert [seen.step for seen in watch.read(everything=True)] == list(range(1, 401))
 
 
@@ -281,7 +360,7 @@ def test_a_watch_resumed_with_rows_on_their_way_decides_alike():
     assert seen_before + seen_after == seen
     assert expected[90]
     assert expected[97]
-    assert 8 <= sum(expected[101:]) <= 16
+    assert [k for k in range(101, 140) if expected[k]] == [101, 130]  # The second step at the new level is taken.
 
 
 class Every(Detector):

@@ -25,26 +25,39 @@ class RateHistory(Stateful):
         ...     history.update(rate)
         >>> history.has_risen
         False
+        >>> for rate in [3.0] * 100:
+        ...     history.update(rate)
+        >>> history.distrust()  # It has led to a divergence.
         >>> history.update(3.0)
         >>> history.has_risen
         True
     """
 
-    STATE = ("recent", "highest")
+    STATE = ("recent", "highest", "before_rise")
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._highest = 0.0
+        self._before_rise: float | None = None
 
     def update(self, rate: float) -> None:
         """Add the rate of a step; NaN, for one that is not known, is ignored."""
         if not math.isfinite(rate):
             return
+        had_risen = self.has_risen
         if len(self._recent) == _RECENT:
             self._highest = max(self._highest, self._recent[0])
         self._recent.append(rate)
+        if self.has_risen and not had_risen:
+            self._before_rise = self._highest
+
+    def distrust(self) -> None:
+        """Forget the rates since the last rise, because the weights became worse there."""
+        if self._before_rise is not None:
+            self._highest = self._before_rise
+            self._recent.clear()
 
     @property
     def has_risen(self) -> bool:
         """Whether one of the last rates is far above all those before them."""
-        return self._highest > 0 and max(self._recent) > _RISE * self._highest
+        return self._highest > 0 and max(self._recent, default=0.0) > _RISE * self._highest

@@ -133,11 +133,11 @@ def test_losses_of_several_optimizers_are_watched_and_not_judged(judge_loss, act
     make_trainer([guard]).fit(TwoOptimizers(make, make, factor=factor), batches(125, batch_size=512))
     assert [e.step for e in guard.report.entries if e.kind == "spike"][:2] == [40, 60]
     assert any(e.kind == "did" for e in guard.report.entries) is acts
-    assert [e.step for e in guard.report.entries if e.kind == "nonfinite"] == [120]
+    assert {e.step for e in guard.report.entries if e.kind == "nonfinite"} == {120}
     if acts:
         assert guard.skipped_steps > 2
-    else:  # the NaN
-        assert guard.skipped_steps == 1
+    else:  # the NaN, which both gradients have
+        assert guard.skipped_steps == 2
         assert "new_level" in _kinds(guard)
 
 

@@ -71,6 +71,7 @@ class Responses:
         if rung in ("lr_cut", "rollback"):
             for guarded in self._guarded():
                 guarded.judge.responded()
+                guarded.watch.rates.distrust()
             self._may_undo = (alarm, location, factors) if alarm.kind in _OF_THE_LOSS else None
         return rung
 

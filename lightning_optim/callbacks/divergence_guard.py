@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._guard.reporter import GuardReporter
-from lightning_optim.callbacks._guard.snapshots import RunSnapshots, not_finite
+from lightning_optim.callbacks._guard.snapshots import RunSnapshots, memory_for, not_finite, parts_of
 from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocation
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step, minimum_left, plain_name
@@ -123,6 +123,8 @@ class DivergenceGuard(HubCallback):
         self._restored: dict[str, Any] = {}
         self._skipped = self._overflows = 0
         self._is_ending, self._first_is_good = False, True
+        self._wants_snapshots = False
+        self._saved_snapshots: dict[str, Any] | None = None
 
     @property
     def skipped_steps(self) -> int:
@@ -173,7 +175,9 @@ class DivergenceGuard(HubCallback):
         self._loss, self._had_step = None, False
         self._reporter = GuardReporter(self.report, trainer, self._report_dir)
         self._reduce = trainer.strategy.reduce if trainer.world_size > 1 else None
+        self._saved_snapshots = self._restored.get("snapshots")
         self._restore()
+        self._wants_snapshots = self.rollback is not None
         self._first_is_good = self._check_parameters(trainer, pl_module)
         self._start_snapshots(trainer, pl_module)
 
@@ -194,9 +198,13 @@ class DivergenceGuard(HubCallback):
 
     def _start_snapshots(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Capture the first snapshot, as soon as all parameters exist: those of lazy layers are made by a batch."""
-        if self.rollback is not None and not any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
-            parts = self.rollback, trainer, pl_module, self.hub, self._guarded, self._first_is_good
-            self._snapshots = RunSnapshots(*parts)
+        if self.rollback is None or any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
+            return
+        self._wants_snapshots = False
+        of = trainer, pl_module, self.hub, self._guarded
+        if (memory := memory_for(self.rollback.memory, parts_of(*of), trainer)) is not None:
+            saved, self._saved_snapshots = self._saved_snapshots, None
+            self._snapshots = RunSnapshots(self.rollback, memory, *of, self._first_is_good, saved)
 
     def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> GuardedOptimizer:
         names: dict[Tensor, str] = {param: plain_name(name) for name, param in pl_module.named_parameters()}
@@ -268,7 +276,7 @@ class DivergenceGuard(HubCallback):
             self._respond(trainer, *escalating[0])
         elif snapshots is not None and any(stepped) and not alarms:
             snapshots.capture_if_due(step)
-        elif self.rollback is not None and snapshots is None and not alarms:
+        elif self._wants_snapshots and not alarms:
             self._start_snapshots(trainer, pl_module)
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -283,13 +291,13 @@ class DivergenceGuard(HubCallback):
             self._reporter.write(trainer)
 
     def _at_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save baselines, counts and budgets as plain numbers and tensors; snapshots are not saved."""
+        """Save baselines, counts, budgets and small snapshots as plain numbers and tensors."""
         checkpoint[CHECKPOINT_KEY] = self._state()
 
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep the state until training starts; during training, as when a tuner undoes a trial, restore it now."""
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
-        check_version(self._restored, "the state of DivergenceGuard", ("optimizers", "ladder"))
+        check_version(self._restored, "the state of DivergenceGuard", ("optimizers", "ladder", "snapshots"))
         if self._guarded:
             for guarded in self._guarded:
                 guarded.discard_pending()
@@ -308,7 +316,9 @@ class DivergenceGuard(HubCallback):
         if not self._guarded:
             return self._restored
         optimizers = [guarded.state_dict() for guarded in self._guarded]
-        return {"version": VERSION, "optimizers": optimizers, "ladder": self.ladder.state_dict()}
+        state = {"version": VERSION, "optimizers": optimizers, "ladder": self.ladder.state_dict()}
+        snapshots = self._saved_snapshots if self._snapshots is None else self._snapshots.state_dict()
+        return state if snapshots is None else {**state, "snapshots": snapshots}
 
     # Observations.
 

@@ -41,3 +41,28 @@ def copied(value: Any, old: Any, memory: str) -> Any:
         before = old if isinstance(old, list | tuple) and len(old) == len(value) else [None] * len(value)
         return type(value)([copied(item, was, memory) for item, was in zip(value, before, strict=True)])
     return copy.deepcopy(value)
+
+
+def placed(saved: Any, live: Any, memory: str) -> Any:
+    """Copy a state from a checkpoint to where a snapshot of ``live`` has its tensors."""
+    if isinstance(saved, Tensor):
+        if not isinstance(live, Tensor) or live.device.type == "cpu":
+            return saved.detach().clone()
+        away = memory != "device" and live.device.type == "cuda"
+        return saved.detach().cpu().pin_memory() if away else saved.detach().to(live.device, copy=True)
+    if isinstance(saved, dict):
+        lives = live if isinstance(live, dict) else {}
+        return {key: placed(item, lives.get(key), memory) for key, item in saved.items()}
+    if isinstance(saved, list | tuple):
+        there = live if isinstance(live, list | tuple) and len(live) == len(saved) else [None] * len(saved)
+        return type(saved)([placed(item, now, memory) for item, now in zip(saved, there, strict=True)])
+    return copy.deepcopy(saved)
+
+
+def on_host(value: Any) -> Any:
+    """Return nested containers with their tensors in the memory of the host, where they are not copied."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_host(item) for key, item in value.items()}
+    return type(value)(map(on_host, value)) if type(value) in (list, tuple) else value

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_optim.divergence.snapshots.parts import Part
 from lightning_optim.divergence.snapshots.snapshot import Snapshot
@@ -93,6 +94,31 @@ class SnapshotPair:
         with contextlib.suppress(OSError):  # The snapshot keeps the error.
             saved = good.read()
         return good.put_back(saved, parts) if self._is_whole(good) else None
+
+    @property
+    def size(self) -> int:
+        """Bytes of what `state_dict` returns."""
+        return sum(snapshot.size for snapshot in self._kept().values())
+
+    def state_dict(self, parts: Sequence[Part]) -> dict[str, Any]:
+        """Return both for a checkpoint, as `Snapshot.state_dict` does; not a candidate that has been discarded.
+
+        Raises:
+            OSError: One of them was lost, or its file cannot be read.
+        """
+        snapshots = {name: snapshot.state_dict(parts) for name, snapshot in self._kept().items()}
+        return {**snapshots, "suspect_at": self._suspect_at}
+
+    def load_state_dict(self, state: Mapping[str, Any], parts: Sequence[Part]) -> None:
+        """Restore the state returned by `state_dict`, of parts of the same identity."""
+        self._suspect_at, self._waits = state["suspect_at"], "candidate" in state
+        for name, snapshot in (("good", self._good), ("candidate", self._candidate)):
+            if name in state:
+                snapshot.load_state_dict(state[name], parts)
+
+    def _kept(self) -> dict[str, Snapshot]:
+        good = {"good": self._good} if self._good.step >= 0 else {}
+        return {**good, "candidate": self._candidate} if self._waits else good
 
     def close(self) -> None:
         """Free memory and remove files."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,12 @@ class Part(Protocol):
         Returns:
             Names of what has changed its form since, and is left as it is.
         """
+
+    def portable(self, saved: Any) -> Any:
+        """Return a saved state under names and numbers that another process has, too, sharing its tensors."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what it is a state of, in plain values: one of another identity must not be restored."""
 
 
 class Tensors:
@@ -65,13 +71,30 @@ class Tensors:
                 left.append(name)
         return left
 
+    def portable(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the saved tensors by the present names of the parameters."""
+        present = {self._first_name_of(param, name): name for name, param in self._parameters()}
+        return {present.get(name, name): value for name, value in saved.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the name and shape of each parameter; buffers may come and go."""
+        return {"parameters": sorted([name, list(local(param.detach()).shape)] for name, param in self._parameters())}
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all parameters with their present names."""
+        for prefix, module in self._prefixed():
+            for name, param in module.named_parameters():
+                yield prefix + name, param
+
+    def _prefixed(self) -> list[tuple[str, nn.Module]]:
+        return [(f"{index}:" if index else "", module) for index, module in enumerate(self._modules())]
+
     def _named(self) -> dict[str, Tensor]:
         parameters: dict[str, Tensor] = {}
         buffers: dict[str, Tensor] = {}
-        for index, module in enumerate(self._modules()):
-            prefix = f"{index}:" if index else ""
-            for name, param in module.named_parameters():
-                parameters.setdefault(self._first_name_of(param, prefix + name), param)
+        for name, param in self._parameters():
+            parameters.setdefault(self._first_name_of(param, name), param)
+        for prefix, module in self._prefixed():
             for name, buffer in module.named_buffers():
                 buffers.setdefault(prefix + name, buffer)
         found: dict[int, tuple[str, Tensor]] = {}
@@ -93,10 +116,11 @@ class OptimizerState:
 
     Args:
         optimizer: The optimizer.
+        names: Called to get the names of parameters; those that have none are known by their place.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: Optimizer, names: Callable[[], Mapping[Tensor, str]] = dict) -> None:
+        self._optimizer, self._names = optimizer, names
         self._numbers: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
         self._next = 0
 
@@ -133,6 +157,31 @@ class OptimizerState:
                 group[key] = _put(group.get(key), value)
         return []
 
+    def portable(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the saved state by the present places of the parameters."""
+        numbers = [self._number_of(param) for param in self._params()]
+        state = {place: saved["state"][number] for place, number in enumerate(numbers) if number in saved["state"]}
+        return {"state": state, "groups": saved["groups"]}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the class, the parameters of each group in order, and the settings that no schedule moves."""
+        names, groups = self._names(), self._optimizer.param_groups
+        return {
+            "class": type(self._optimizer).__name__,
+            "parameters": [[names.get(param) for param in group["params"]] for group in groups],
+            "settings": [self._settings_of(group) for group in groups],
+        }
+
+    def _settings_of(self, group: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Return the numbers in a group that its optimizer was made with, or that a scheduler multiplies."""
+        found = {}
+        for key in sorted(self._optimizer.defaults.keys() & group.keys()):
+            value = group.get(f"initial_{key}", group[key])
+            numbers = [_number(item) for item in (value if isinstance(value, list | tuple) else [value])]
+            if None not in numbers:
+                found[key] = numbers
+        return found
+
     def elements_without_state(self) -> int:
         """Return the number of elements of parameters without state; of sharded ones, of the local shards."""
         return sum(local(param.detach()).numel() for param in self._params() if not self._state_of(param))
@@ -157,10 +206,17 @@ class StateDict:
         get: Called to get the state dict.
         load: Called with a state dict to restore.
         name: Name in reports, if it cannot be restored.
+        fixed: Keys whose values do not change during a run; those of another run have others.
     """
 
-    def __init__(self, get: Callable[[], Any], load: Callable[[Any], Any], name: str = "a state dict") -> None:
-        self._get, self._load, self._name = get, load, name
+    def __init__(
+        self,
+        get: Callable[[], Any],
+        load: Callable[[Any], Any],
+        name: str = "a state dict",
+        fixed: Sequence[str] = (),
+    ) -> None:
+        self._get, self._load, self._name, self._fixed = get, load, name, fixed
 
     def live(self) -> Any:
         """Return the state dict."""
@@ -177,6 +233,15 @@ class StateDict:
         except Exception as error:  # Any object of the user's, which may raise any error.
             return [f"{self._name} ({type(error).__name__}: {error})"]
         return []
+
+    def portable(self, saved: Any) -> Any:
+        """Return the saved state dict as it is."""
+        return saved
+
+    def identity(self) -> dict[str, Any]:
+        """Return the name, and the values that do not change during a run."""
+        state = self._get() if self._fixed else {}
+        return {"name": self._name, **{key: state[key] for key in self._fixed if key in state}}
 
 
 def bytes_needed(parts: Iterable[Part]) -> int:
@@ -195,6 +260,12 @@ def bytes_needed(parts: Iterable[Part]) -> int:
 
 def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _fits(now: Tensor, then: Tensor) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +14,7 @@ import torch
 
 from lightning_optim.core.sizes import format_bytes
 from lightning_optim.divergence.memory import check_memory, free_disk
-from lightning_optim.divergence.snapshots.nested import copied, stored_bytes, tensors_in
+from lightning_optim.divergence.snapshots.nested import copied, on_host, placed, stored_bytes, tensors_in
 from lightning_optim.divergence.snapshots.parts import Part
 
 
@@ -60,6 +60,8 @@ class Snapshot:
         self._arrived: torch.cuda.Event | None = None
         self.step = -1
         self.returns = 0
+        self.size = 0
+        """Bytes of its tensors, wherever they are."""
 
     def capture(self, parts: Iterable[Part], step: int) -> None:
         """Copy the present state of ``parts``, which is the state after ``step``."""
@@ -71,6 +73,11 @@ class Snapshot:
             self._saved = None
             self._fail(error)
             return
+        self._keep()
+
+    def _keep(self) -> None:
+        """Note the size of what has been captured, and write it, if it goes to disk."""
+        self.size = sum(stored_bytes(t) for t in tensors_in(self._saved))
         if self._memory != "device" and torch.cuda.is_available():
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
@@ -112,6 +119,26 @@ class Snapshot:
             raise OSError(f"The snapshot of step {self.step} is lost: {self._error}") from self._error
         return self._saved
 
+    def state_dict(self, parts: Iterable[Part]) -> dict[str, Any]:
+        """Return it for a checkpoint: plain values and tensors in the memory of the host, which it may share.
+
+        Args:
+            parts: Those that it was captured of.
+
+        Raises:
+            OSError: The snapshot was lost, or its file cannot be read.
+        """
+        states = [part.portable(then) for part, then in zip(parts, self.read(), strict=True)]
+        return {"step": self.step, "returns": self.returns, "states": on_host(states)}
+
+    def load_state_dict(self, state: Mapping[str, Any], parts: Iterable[Part]) -> None:
+        """Become a copy of the snapshot that `state_dict` returned, of parts of the same identity."""
+        self._wait()
+        self.step, self.returns, self._error = state["step"], state["returns"], None
+        states = zip(parts, state["states"], strict=True)
+        self._saved = [placed(then, part.live(), self._memory) for part, then in states]
+        self._keep()
+
     @property
     def error(self) -> Exception | None:
         """The error by which the last capture was lost; None if it is whole. Waits until it is written."""
@@ -148,9 +175,9 @@ class Snapshot:
             self._file = tempfile.TemporaryFile(suffix=".snapshot", dir=self._folder)  # noqa: SIM115 - kept open
         self._file.seek(0)
         self._file.truncate()
-        need, free = sum(stored_bytes(t) for t in tensors_in(saved)), free_disk(self._folder)
-        if need > free:  # Checkpoints may go to the same disk, which must not be filled up.
-            raise OSError(errno.ENOSPC, f"it needs {format_bytes(need)}, and {format_bytes(free)} are free")
+        free = free_disk(self._folder)
+        if self.size > free:  # Checkpoints may go to the same disk, which must not be filled up.
+            raise OSError(errno.ENOSPC, f"it needs {format_bytes(self.size)}, and {format_bytes(free)} are free")
         torch.save(saved, self._file)
         self._file.flush()
 

@@ -1,0 +1,69 @@
+"""The snapshots of a run in its checkpoints: which of them are saved, and which a resumed run can return to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as L
+
+from lightning_optim.callbacks._packages import is_lightning
+from lightning_optim.core.sizes import format_bytes
+from lightning_optim.divergence.snapshots import Part, SnapshotPair
+
+LEFT_OUT = "left_out"
+"""Key of the reason why a checkpoint has no snapshots."""
+
+_WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
+"""Strategies with which each rank has the whole state, so that the checkpoint of the first one is that of all."""
+
+
+def save_snapshots(pair: SnapshotPair, parts: Sequence[Part], limit_mb: float, trainer: L.Trainer) -> dict[str, Any]:
+    """Return the snapshots for a checkpoint, in plain values and tensors; else the reason why they are left out.
+
+    Args:
+        pair: The snapshots.
+        parts: The parts that they were captured of.
+        limit_mb: Largest size in MB, of both together.
+        trainer: The Trainer.
+
+    Raises:
+        Exception: They were lost, or cannot be read.
+    """
+    if not _has_whole_state(trainer):
+        return {LEFT_OUT: "each rank has those of its own shards only"}
+    if pair.size > limit_mb * 1e6 or limit_mb == 0:
+        return {LEFT_OUT: f"they take {format_bytes(pair.size)}; `rollback: {{checkpoint_mb: .inf}}` saves them"}
+    return {**pair.state_dict(parts), "identity": [part.identity() for part in parts]}
+
+
+def why_not_restored(state: Mapping[str, Any], parts: Sequence[Part]) -> str | None:
+    """Return why snapshots from a checkpoint cannot be restored in this run; None if they can.
+
+    Args:
+        state: As `save_snapshots` returns it.
+        parts: The parts of this run.
+    """
+    if (reason := state.get(LEFT_OUT)) is not None:
+        return f"are not in the checkpoint ({reason})"
+    saved, present = state["identity"], [part.identity() for part in parts]
+    if len(saved) != len(present):
+        return "do not fit this run (it has other optimizers, schedulers or detectors)"
+    for then, now in zip(saved, present, strict=True):
+        for key in [*then, *(now.keys() - then.keys())]:
+            if then.get(key) != now.get(key):
+                short = all(isinstance(each.get(key), str) for each in (then, now))
+                what = f"{then[key]} then, {now[key]} now" if short else f"other {key} {_owner(now)}".rstrip()
+                return f"do not fit this run ({what})"
+    return None
+
+
+def _owner(identity: Mapping[str, Any]) -> str:
+    of = identity.get("class") or identity.get("name")
+    return f"of {of}" if of else "of the module"
+
+
+def _has_whole_state(trainer: L.Trainer) -> bool:
+    """Return whether each rank has all weights and all optimizer state, not a shard of them."""
+    sharded = any(hasattr(optimizer, "consolidate_state_dict") for optimizer in trainer.optimizers)  # torch's ZeRO
+    return not sharded and any(is_lightning(trainer.strategy, name) for name in _WHOLE)

@@ -86,9 +86,10 @@ class FollowedSchedulers:
                 )
 
     def hold(self) -> None:
-        """Have our schedulers stand still for the steps that will be skipped from now on."""
+        """Have our schedulers stand still for the steps that will be skipped from now on, after a rollback."""
         for scheduler, pipeline in self._held:
             _hold(scheduler, pipeline)
+            scheduler.note_return()
 
     def _pairs(self) -> list[tuple[Scheduler, StepPipeline]]:
         found = []

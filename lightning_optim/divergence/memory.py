@@ -10,8 +10,6 @@ from pathlib import Path
 
 import psutil
 
-from lightning_optim.core.suggest import nearest
-
 MEMORIES = ("device", "cpu", "disk")
 CHOICES = ("auto", *MEMORIES)
 """With that of the host if there is room for them, else none."""
@@ -33,7 +31,8 @@ def check_memory(memory: str, whose: str, choices: Sequence[str] = MEMORIES) -> 
         ValueError: ``memory`` is none of them.
     """
     if memory not in choices:
-        raise ValueError(f"Unknown memory={memory!r} of {whose}. {nearest(str(memory), choices)}")
+        known = ", ".join(map(repr, choices[:-1]))
+        raise ValueError(f"Invalid memory={memory!r} of {whose}: must be {known} or {choices[-1]!r}.")
 
 
 def free_memory() -> int:

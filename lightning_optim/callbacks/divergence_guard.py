@@ -382,8 +382,9 @@ class DivergenceGuard(HubCallback):
             return None
         self._is_ending = True
         minimum = minimum_left(trainer)
+        without = "" if self._snapshots is not None or self.rollback is None else "; there is no snapshot to return to"
         once = "" if minimum is None else f" as soon as the Trainer's minimum ({minimum}) is reached, not before"
-        return f"training is stopped{once}, because all other responses are used up ({self.ladder.why_stop()})"
+        return f"training is stopped{once}, because all other responses are used up ({self.ladder.why_stop()}{without})"
 
     def _cut_lr(self) -> str:
         cut = self.lr_cut

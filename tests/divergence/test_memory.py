@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_optim as lo
 from lightning_optim.callbacks._guard import snapshots as run_snapshots
-from lightning_optim.divergence import Rollback, memory
+from lightning_optim.divergence import LRCut, Rollback, memory
 from lightning_optim.divergence.snapshots import OptimizerState, Snapshot, Tensors, bytes_needed
 from tests.helpers import Net, batches, make_trainer
 
@@ -62,7 +62,7 @@ def test_by_default_there_are_none_where_they_do_not_fit_and_the_guard_does_ever
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_snapshots, "free_memory", lambda: 2000)
     monkeypatch.setattr(Snapshot, "capture", None)
-    guard = lo.DivergenceGuard(cooldown=1)
+    guard = lo.DivergenceGuard(cooldown=1, lr_cut=LRCut(budget=1))
     assert guard.rollback is not None
     parts = [lo.ConfigureOptimizers("adamw", lr=0.01), guard]
     with pytest.warns(UserWarning, match="there are none") as caught:
@@ -72,7 +72,9 @@ def test_by_default_there_are_none_where_they_do_not_fit_and_the_guard_does_ever
     for part in ("more than 50% of the 2 kB", "there are none", "memory: disk", "memory: device", "rollback: null"):
         assert part in told[0]
     assert [entry.kind for entry in guard.report.entries].count("nonfinite") == 10
-    assert [entry.text.split(" ")[0] for entry in guard.report.entries if entry.kind == "did"] == ["learning"] * 2
+    did = [entry.text for entry in guard.report.entries if entry.kind == "did"]
+    assert [text.split(" ")[0] for text in did] == ["learning", "training"]
+    assert did[1].endswith("(lr_cut: 1 of 1, rollback: 0 of 3; there is no snapshot to return to)")
 
 
 @pytest.mark.parametrize(("memory", "kept"), [("auto", "cpu"), ("cpu", "cpu"), ("disk", "disk"), ("device", "device")])

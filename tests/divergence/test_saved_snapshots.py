@@ -214,6 +214,16 @@ def test_snapshots_of_another_configuration_are_left_out_with_the_reason(
     assert [text.split(",")[0] for _, text in resumed.did] == ["back to the state after step 25"]
 
 
+def test_a_damaged_entry_does_not_end_the_run(healthy: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(healthy, weights_only=True)
+    checkpoint[CHECKPOINT_KEY]["snapshots"]["candidate"]["states"].pop()
+    torch.save(checkpoint, tmp_path / "saved")
+    resumed = Run(resume=tmp_path / "saved", bad=range(29, 34), epochs=2)
+    (told,) = resumed.told
+    assert "cannot be restored (ValueError: " in told
+    assert [text.split(",")[0] for _, text in resumed.did] == ["back to the state after step 25"]
+
+
 class LosesFiles(L.Callback):
     """Closes the files of the snapshots after a step, as if the disk were gone."""
 

@@ -37,24 +37,42 @@ def save_snapshots(pair: SnapshotPair, parts: Sequence[Part], limit_mb: float, t
     return {**pair.state_dict(parts), "identity": [part.identity() for part in parts]}
 
 
-def why_not_restored(state: Mapping[str, Any], parts: Sequence[Part]) -> str | None:
-    """Return why snapshots from a checkpoint cannot be restored in this run; None if they can.
+def restore_snapshots(
+    state: Mapping[str, Any], pair: SnapshotPair, parts: Sequence[Part], trainer: L.Trainer
+) -> str | None:
+    """Restore the snapshots of a checkpoint.
 
     Args:
         state: As `save_snapshots` returns it.
+        pair: Where they are restored.
         parts: The parts of this run.
+        trainer: The Trainer.
+
+    Returns:
+        Why they are left out, as a predicate; None if they have been restored.
     """
     if (reason := state.get(LEFT_OUT)) is not None:
         return f"are not in the checkpoint ({reason})"
+    if not _has_whole_state(trainer):
+        return "do not fit this run (they are whole, and each rank of this run has a shard)"
+    try:
+        if (reason := _difference(state, parts)) is not None:
+            return f"do not fit this run ({reason})"
+        pair.load_state_dict(state, parts)
+    except Exception as error:  # A checkpoint that someone has edited, or no memory for them.
+        return f"cannot be restored ({type(error).__name__}: {error})"
+    return None
+
+
+def _difference(state: Mapping[str, Any], parts: Sequence[Part]) -> str | None:
     saved, present = state["identity"], [part.identity() for part in parts]
     if len(saved) != len(present):
-        return "do not fit this run (it has other optimizers, schedulers or detectors)"
+        return "other optimizers, schedulers or detectors"
     for then, now in zip(saved, present, strict=True):
         for key in [*then, *(now.keys() - then.keys())]:
             if then.get(key) != now.get(key):
                 short = all(isinstance(each.get(key), str) for each in (then, now))
-                what = f"{then[key]} then, {now[key]} now" if short else f"other {key} {_owner(now)}".rstrip()
-                return f"do not fit this run ({what})"
+                return f"{then[key]} then, {now[key]} now" if short else f"other {key} {_owner(now)}"
     return None
 
 

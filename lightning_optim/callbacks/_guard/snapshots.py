@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
-from lightning_optim.callbacks._guard.saved_snapshots import LEFT_OUT, save_snapshots, why_not_restored
+from lightning_optim.callbacks._guard.saved_snapshots import LEFT_OUT, restore_snapshots, save_snapshots
 from lightning_optim.callbacks._hub import Hub
 from lightning_optim.callbacks._lightning import averaged_models, logging_step, plain_name
 from lightning_optim.core.sharding import local
@@ -126,17 +126,18 @@ class RunSnapshots:
             return {LEFT_OUT: "they could not be read"}
 
     def _resume(self, saved: Mapping[str, Any] | None, step: int) -> bool:
-        """Restore the snapshots of a checkpoint; return whether there are any that fit."""
+        """Restore the snapshots of a checkpoint; return whether there are any, and they fit on all ranks."""
         if not saved:
             return False
-        if (reason := why_not_restored(saved, self._parts)) is not None:
-            rank_zero_warn(
-                f"The snapshots of the run before {reason}: a divergence now returns to step {step}, where the run was "
-                "resumed."
-            )
-            return False
-        self._pair.load_state_dict(saved, self._parts)
-        return True
+        reason = restore_snapshots(saved, self._pair, self._parts, self._hub.trainer)
+        if self._hub.trainer.strategy.reduce_boolean_decision(reason is None):
+            return True
+        self._pair.discard()
+        rank_zero_warn(
+            f"The snapshots of the run before {reason or 'cannot be restored on another rank'}: a divergence now "
+            f"returns to step {step}, where the run was resumed."
+        )
+        return False
 
     def _warn_of_left(self, names: Sequence[str]) -> None:
         """Name what is left as it is, each once."""

@@ -277,15 +277,30 @@ def test_a_parameter_that_was_renamed_is_saved_under_its_present_name() -> None:
     assert torch.equal(other.weight_orig, weight)
 
 
-def test_a_parameter_that_was_added_after_the_snapshot_keeps_its_state() -> None:
+def test_a_candidate_that_a_skip_has_put_off_is_put_off_after_a_resume_too() -> None:
+    parts, pair, loaded = [Tensors(lambda: [nn.Linear(3, 2)])], SnapshotPair("cpu", 4), SnapshotPair("cpu", 4)
+    pair.capture_first(parts, 0)
+    pair.capture(parts, 10)
+    pair.mark_suspect(12)
+    loaded.load_state_dict(through_a_file(pair.state_dict(parts)), parts)
+    for step, good in ((14, 0), (15, 0), (16, 10)):
+        loaded.confirm(step)
+        assert loaded.good is not None
+        assert loaded.good.step == good
+
+
+def test_state_is_saved_by_the_present_places_of_parameters() -> None:
     body, head = nn.Linear(3, 2), nn.Linear(2, 2)
     optimizer = _optimizer(body)
-    part = OptimizerState(optimizer)
-    parts, pair = [part], SnapshotPair("cpu", clean=4)
-    pair.capture_first(parts, 3)
     optimizer.add_param_group({"params": list(head.parameters())})
-    state = through_a_file(pair.state_dict(parts))
-    assert list(state["good"]["states"][0]["state"]) == [0, 1]
+    for place, param in enumerate((*body.parameters(), *head.parameters())):
+        optimizer.state[param]["momentum_buffer"] = torch.full_like(param, place)
+    parts, pair = [OptimizerState(optimizer)], SnapshotPair("cpu", clean=4)
+    pair.capture_first(parts, 3)
+    optimizer.param_groups.pop(0)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    saved = through_a_file(pair.state_dict(parts))["good"]["states"][0]["state"]
+    assert {place: state["momentum_buffer"].flatten()[0].item() for place, state in saved.items()} == {0: 2, 1: 3}
 
 
 def test_loading_copies_and_the_next_capture_does_not_write_into_the_checkpoint() -> None:

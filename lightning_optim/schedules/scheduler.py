@@ -158,9 +158,9 @@ class Scheduler(FollowsRun):
             self._skipped_before = self._skipped
 
     def note_return(self) -> None:
-        """Record that the run has returned to an earlier position, from which the schedule has another length.
+        """Record that the run before a resume had returned to an earlier position, so that its length has changed.
 
-        That length is known at the next step only; a run that is resumed before it follows its length as well.
+        Such a length is known at the next step only, and the checkpoint may have been saved before it.
         """
         self._varies = True
 

@@ -203,10 +203,11 @@ def test_a_checkpoint_of_an_older_version_is_loaded(healthy: Path, tmp_path: Pat
     ],
 )
 def test_snapshots_of_another_configuration_are_left_out_with_the_reason(
-    healthy: Path, changed: dict[str, Any], reason: str
+    healthy: Path, changed: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     resumed = Run(resume=healthy, bad=range(29, 34), epochs=2, on_resume="config", **changed)
-    (told,) = resumed.told
+    (told,) = [text for text in caplog.messages if text.startswith("The snapshots")]
     assert told == (
         f"The snapshots of the run before do not fit this run ({reason}): a divergence now returns to step 25, where "
         "the run was resumed."

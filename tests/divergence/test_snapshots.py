@@ -61,9 +61,7 @@ class Beside(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         (pipeline,) = trainer.callbacks[0].hub.pipelines
-        schedule = trainer.lr_scheduler_configs[0].scheduler.state_dict()
-        schedule.pop("varies", None)  # That the run has another length since is what a rollback itself leads to.
-        parts = [pipeline.clip_state(), schedule]
+        parts = [pipeline.clip_state(), trainer.lr_scheduler_configs[0].scheduler.state_dict()]
         parts += [d.spikes.state_dict() for d in pipeline.detectors if hasattr(d, "spikes")]
         self.after.append(copy.deepcopy([trainer.precision_plugin.state_dict(), *parts]))
 

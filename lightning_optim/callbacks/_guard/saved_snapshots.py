@@ -14,6 +14,9 @@ from lightning_optim.divergence.snapshots import Part, SnapshotPair
 LEFT_OUT = "left_out"
 """Key of the reason why a checkpoint has no snapshots."""
 
+MISFIT = "do not fit this run"
+"""Beginning of the reason why snapshots of another configuration are not restored."""
+
 _WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
 """Strategies with which each rank has the whole state, so that the checkpoint of the first one is that of all."""
 
@@ -54,10 +57,10 @@ def restore_snapshots(
     if (reason := state.get(LEFT_OUT)) is not None:
         return f"are not in the checkpoint ({reason})"
     if not _has_whole_state(trainer):
-        return "do not fit this run (they are whole, and each rank of this run has a shard)"
+        return f"{MISFIT} (they are whole, and each rank of this run has a shard)"
     try:
         if (reason := _difference(state, parts)) is not None:
-            return f"do not fit this run ({reason})"
+            return f"{MISFIT} ({reason})"
         pair.load_state_dict(state, parts)
     except Exception as error:  # A checkpoint that someone has edited, or no memory for them.
         return f"cannot be restored ({type(error).__name__}: {error})"

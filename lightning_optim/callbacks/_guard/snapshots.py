@@ -11,12 +11,12 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
-from lightning_optim.callbacks._guard.saved_snapshots import LEFT_OUT, restore_snapshots, save_snapshots
+from lightning_optim.callbacks._guard.saved_snapshots import LEFT_OUT, MISFIT, restore_snapshots, save_snapshots
 from lightning_optim.callbacks._hub import Hub
 from lightning_optim.callbacks._lightning import averaged_models, logging_step, plain_name
 from lightning_optim.core.sharding import local
@@ -133,7 +133,8 @@ class RunSnapshots:
         if self._hub.trainer.strategy.reduce_boolean_decision(reason is None):
             return True
         self._pair.discard()
-        rank_zero_warn(
+        tell = rank_zero_info if reason is not None and reason.startswith(MISFIT) else rank_zero_warn
+        tell(
             f"The snapshots of the run before {reason or 'cannot be restored on another rank'}: a divergence now "
             f"returns to step {step}, where the run was resumed."
         )

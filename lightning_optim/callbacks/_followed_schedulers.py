@@ -27,6 +27,8 @@ class FollowedSchedulers:
         self._known: list[Any] = []
         self._places: list[Any] = []  # the optimizers of the last update, in the Trainer's order
         self._held: list[tuple[Scheduler, StepPipeline]] = []
+        self.has_returned = False
+        """Whether there has been a rollback, in the run before a resume as well."""
 
     def follows(self, trainer: Trainer) -> bool:
         """Whether these are the schedulers of the last `update`."""
@@ -55,6 +57,8 @@ class FollowedSchedulers:
                 _hold(scheduler, pipeline)
         for scheduler in present:
             if isinstance(scheduler, Scheduler):
+                if self.has_returned:
+                    scheduler.note_return()
                 if not any(scheduler is known for known in before) and not scheduler.is_following:
                     optimizer = bare(scheduler.optimizer)
                     scheduler.follow(RunLength(trainer, trainer.lightning_module, optimizer))
@@ -86,9 +90,10 @@ class FollowedSchedulers:
                 )
 
     def hold(self) -> None:
-        """Have our schedulers stand still for the steps that will be skipped from now on."""
+        """Have our schedulers stand still for the steps that will be skipped from now on, after a rollback."""
         for scheduler, pipeline in self._held:
             _hold(scheduler, pipeline)
+        self.has_returned = True
 
     def _pairs(self) -> list[tuple[Scheduler, StepPipeline]]:
         found = []

@@ -203,6 +203,8 @@ class Pipelines:
             state["clip"] = clip
         if (gone := self._optimizers.gone()) != StepCounts():
             state["gone"] = [gone.steps, gone.clipped, gone.skipped]
+        if self._schedulers.has_returned:
+            state["returned"] = True
         if (trainer := self._trainer_ref()) is not None and len(trainer.optimizers) > 1:
             state["optimizers"] = names_in(trainer)
         return state
@@ -217,7 +219,10 @@ class Pipelines:
         Raises:
             ValueError: The state is of a later version.
         """
-        check_version(state, "step counts and clip states", ("counts", "clip", "names", "gone", "optimizers"))
+        check_version(
+            state, "step counts and clip states", ("counts", "clip", "names", "gone", "optimizers", "returned")
+        )
+        self._schedulers.has_returned = bool(state.get("returned"))
         counts = [StepCounts(*each) for each in state.get("counts", [])]
         names = state.get("names", names)
         if len(names) != len(counts):

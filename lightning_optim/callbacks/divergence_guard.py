@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._guard.reporter import GuardReporter
 from lightning_optim.callbacks._guard.responses import Responses
-from lightning_optim.callbacks._guard.snapshots import RunSnapshots, not_finite
+from lightning_optim.callbacks._guard.snapshots import RunSnapshots, memory_for, not_finite, parts_of
 from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocation
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step, plain_name
@@ -136,6 +136,8 @@ class DivergenceGuard(HubCallback):
         self._restored: dict[str, Any] = {}
         self._skipped = self._overflows = 0
         self._first_is_good = True
+        self._wants_snapshots = False
+        self._saved_snapshots: dict[str, Any] | None = None
 
     @property
     def skipped_steps(self) -> int:
@@ -192,10 +194,12 @@ class DivergenceGuard(HubCallback):
         self._loss, self._had_step = None, False
         self._reporter = GuardReporter(self.report, trainer, self._report_dir)
         self._reduce = trainer.strategy.reduce if trainer.world_size > 1 else None
+        self._responses = Responses(self.ladder, self._reporter, lambda: self._guarded, lambda: self._snapshots)
+        self._saved_snapshots = self._restored.get("snapshots")
         self._restore()
+        self._wants_snapshots = self.rollback is not None
         self._first_is_good = self._check_parameters(trainer, pl_module)
         self._start_snapshots(trainer, pl_module)
-        self._responses = Responses(self.ladder, self._reporter, lambda: self._guarded, lambda: self._snapshots)
 
     def _check_parameters(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Report parameters that are not finite before training has done anything; return whether there are none."""
@@ -214,9 +218,13 @@ class DivergenceGuard(HubCallback):
 
     def _start_snapshots(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Capture the first snapshot, as soon as all parameters exist: those of lazy layers are made by a batch."""
-        if self.rollback is not None and not any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
-            parts = self.rollback, trainer, pl_module, self.hub, self._guarded, self._first_is_good
-            self._snapshots = RunSnapshots(*parts)
+        if self.rollback is None or any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
+            return
+        self._wants_snapshots = False
+        of = trainer, pl_module, self.hub, self._guarded
+        if (memory := memory_for(self.rollback.memory, parts_of(*of), trainer)) is not None:
+            saved, self._saved_snapshots = self._saved_snapshots, None
+            self._snapshots = RunSnapshots(self.rollback, memory, *of, self._first_is_good, saved)
 
     def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> GuardedOptimizer:
         names: dict[Tensor, str] = {param: plain_name(name) for name, param in pl_module.named_parameters()}
@@ -237,6 +245,8 @@ class DivergenceGuard(HubCallback):
                 guarded.restore(states[place], self.hub.restored_names(place))
         if "ladder" in self._restored:
             self.ladder.load_state_dict(self._restored["ladder"])
+        if "responses" in self._restored and self._responses is not None:
+            self._responses.load_state_dict(self._restored["responses"])
         self._restored = {}
         self._skipped = self._count()
 
@@ -288,14 +298,14 @@ class DivergenceGuard(HubCallback):
         if snapshots is not None:
             snapshots.observe(step, [alarm for alarm, _ in alarms])
         assert self._responses is not None
-        if any(alarm.kind == "new_level" for alarm, _ in alarms):
-            self._responses.undo(trainer)
+        if levels := [(alarm, location) for alarm, location in alarms if alarm.kind == "new_level"]:
+            self._responses.undo(trainer, *levels[0])
         if escalating := [(alarm, location) for alarm, location in alarms if alarm.escalates]:
             if self._responses.respond(trainer, *escalating[0]) == "rollback":
                 self._skipped = self._count()
         elif snapshots is not None and any(stepped) and not alarms:
             snapshots.capture_if_due(step)
-        elif self.rollback is not None and snapshots is None and not alarms:
+        elif self._wants_snapshots and not alarms:
             self._start_snapshots(trainer, pl_module)
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -310,13 +320,15 @@ class DivergenceGuard(HubCallback):
             self._reporter.write(trainer)
 
     def _at_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save baselines, counts and budgets as plain numbers and tensors; snapshots are not saved."""
+        """Save baselines, counts, budgets and small snapshots as plain numbers and tensors."""
         checkpoint[CHECKPOINT_KEY] = self._state()
 
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep the state until training starts; during training, as when a tuner undoes a trial, restore it now."""
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
-        check_version(self._restored, "the state of DivergenceGuard", ("optimizers", "ladder"))
+        check_version(
+            self._restored, "the state of DivergenceGuard", ("optimizers", "ladder", "responses", "snapshots")
+        )
         if self._guarded:
             for guarded in self._guarded:
                 guarded.discard_pending()
@@ -335,7 +347,11 @@ class DivergenceGuard(HubCallback):
         if not self._guarded:
             return self._restored
         optimizers = [guarded.state_dict() for guarded in self._guarded]
-        return {"version": VERSION, "optimizers": optimizers, "ladder": self.ladder.state_dict()}
+        assert self._responses is not None
+        state = {"version": VERSION, "optimizers": optimizers, "ladder": self.ladder.state_dict()}
+        state["responses"] = self._responses.state_dict()
+        snapshots = self._saved_snapshots if self._snapshots is None else self._snapshots.state_dict()
+        return state if snapshots is None else {**state, "snapshots": snapshots}
 
     # Observations.
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_optim.core.stateful import Stateful
-from lightning_optim.divergence.memory import check_memory
+from lightning_optim.divergence.memory import CHOICES, check_memory
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,17 @@ class Rollback:
     Args:
         every: Number of steps from one snapshot to the next, at least 1.
         clean: Number of further steps without an alarm after which a snapshot can be restored, at least 0.
-        memory: Where snapshots are kept: ``"device"``, ``"cpu"`` or ``"disk"``.
+        memory: Where the two snapshots are kept. ``"cpu"``: in the memory of the host, or on disk, with a warning, if
+            they do not fit into half of what is free when training starts. ``"auto"``: there as well; where they do not
+            fit, there are none, with a warning, and a divergence leads to the other responses. ``"disk"``: in a
+            temporary file. ``"device"``: on the accelerator.
         lr_factor: Permanent factor on the learning rate after a rollback, in (0, 1]; 1 keeps the rate. The second
             consecutive return to the same snapshot multiplies by its square, the third by its cube (1/2, then 1/8, then
             1/64 in all), because a divergence that recurs needs a stronger response.
         budget: Largest number of rollbacks in a run, at least 1.
+        checkpoint_mb: Size of both snapshots together, in MB, up to which they are saved in checkpoints, so that a
+            resumed run can return to them; ``math.inf`` for any, 0 for none. Where they are not saved, a divergence
+            after a resume returns to the step at which the run was resumed; the resumed run reports that.
 
     Raises:
         ValueError: An argument is out of range.
@@ -57,16 +63,23 @@ class Rollback:
 
     every: int = 200
     clean: int = 100
-    memory: str = "cpu"
+    memory: str = "auto"
     lr_factor: float = 0.5
     budget: int = 3
+    checkpoint_mb: float = 64.0
 
     def __post_init__(self) -> None:
         _at_least("Rollback", 1, every=self.every, budget=self.budget)
         _at_least("Rollback", 0, clean=self.clean)
-        check_memory(self.memory, "Rollback")
+        check_memory(self.memory, "Rollback", CHOICES)
         if not (math.isfinite(self.lr_factor) and 0 < self.lr_factor <= 1):
             raise ValueError(f"Invalid lr_factor={self.lr_factor!r} of Rollback: must be in (0, 1]; 1 keeps the rate.")
+        limit = self.checkpoint_mb
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 0:
+            raise ValueError(
+                f"Invalid checkpoint_mb={limit!r} of Rollback: must be a number of megabytes of at least 0: 64 saves "
+                "small snapshots in checkpoints, 0 none, math.inf (in YAML .inf) all."
+            )
 
 
 class Ladder(Stateful):

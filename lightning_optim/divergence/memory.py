@@ -5,31 +5,34 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
-from lightning_optim.core.suggest import nearest
-
 MEMORIES = ("device", "cpu", "disk")
+CHOICES = ("auto", *MEMORIES)
+"""With that of the host if there is room for them, else none."""
 SHARE = 0.5
 """Largest share of the free memory to use: data loaders, caches and the peaks of training need some as well."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_memory(memory: str, whose: str) -> None:
-    """Check that ``memory`` is one of `MEMORIES`.
+def check_memory(memory: str, whose: str, choices: Sequence[str] = MEMORIES) -> None:
+    """Check that ``memory`` is one of those that there are.
 
     Args:
         memory: The value to check.
         whose: Name of the class whose argument it is, for the message.
+        choices: Those that there are.
 
     Raises:
         ValueError: ``memory`` is none of them.
     """
-    if memory not in MEMORIES:
-        raise ValueError(f"Unknown memory={memory!r} of {whose}. {nearest(str(memory), MEMORIES)}")
+    if memory not in choices:
+        known = ", ".join(map(repr, choices[:-1]))
+        raise ValueError(f"Invalid memory={memory!r} of {whose}: must be {known} or {choices[-1]!r}.")
 
 
 def free_memory() -> int:

@@ -257,11 +257,12 @@ def _epoch(trainer: Any) -> int:
 def _processed(trainer: Any) -> int:
     """Batches of the present epoch that are behind, asked within a batch or when a fit begins.
 
-    Between two epochs, and when a second fit begins, Lightning's count is still that of the last epoch.
+    Between two epochs, and when a second fit begins, Lightning's count is still that of the last epoch. After a resume
+    from the end of an epoch, it does not count epochs as started before they are processed.
     """
     loop = trainer.fit_loop
     epoch, batch = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
-    in_epoch = epoch.started > epoch.processed and (batch.ready > batch.processed or loop.restarting)
+    in_epoch = batch.ready > batch.processed or (epoch.started > epoch.processed and loop.restarting)
     return int(batch.processed) if in_epoch else 0
 
 

@@ -219,7 +219,7 @@ class FollowsRun(LRScheduler):
             self._set_clock(present, saved)
             return present
         former = Horizon(total, saved["steps_per_epoch"], tuple(saved.get("epoch_ends", ())))
-        if not self._from_config and saved.get("varies") and self._run is not None:
+        if not self._from_config and self._varies and self._run is not None:
             self._mark = None  # The length had varied before the checkpoint: it is followed as it would have been.
             self._set_clock(former, saved)
             return former

@@ -157,6 +157,13 @@ class Scheduler(FollowsRun):
         if self.last_epoch == 0 and not self._restored:  # It begins here, behind steps of another scheduler's time.
             self._skipped_before = self._skipped
 
+    def note_return(self) -> None:
+        """Record that the run before a resume had returned to an earlier position, so that its length has changed.
+
+        Such a length is known at the next step only, and the checkpoint may have been saved before it.
+        """
+        self._varies = True
+
     def step(self, epoch: int | None = None) -> None:
         """Advance by one step, less the steps found to have been skipped since the last call.
 

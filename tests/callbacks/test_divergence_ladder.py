@@ -269,8 +269,11 @@ def test_a_loss_that_is_not_finite_is_reported_under_a_scaler_as_well():
     [
         (lambda: LRCut(factor=1.5), "factor=1.5 of LRCut.*for instance 0.5"),
         (lambda: LRCut(budget=0), "budget=0 of LRCut"),
-        (lambda: Rollback(memory="gpu"), "memory='gpu' of Rollback"),
+        (lambda: Rollback(memory="gpu"), "memory='gpu' of Rollback: must be 'auto', 'device', 'cpu' or 'disk'"),
         (lambda: Rollback(lr_factor=0), "lr_factor=0 of Rollback"),
+        (lambda: Rollback(checkpoint_mb=-1), "checkpoint_mb=-1 of Rollback: must be a number of megabytes"),
+        (lambda: Rollback(checkpoint_mb=float("nan")), "checkpoint_mb=nan of Rollback"),
+        (lambda: Rollback(checkpoint_mb=True), "checkpoint_mb=True of Rollback"),
         (lambda: Spikes(threshold=-1), "threshold=-1"),
         (lambda: lo.DivergenceGuard(patience=0), "patience=0"),
         (lambda: lo.DivergenceGuard(cooldown=-1), "cooldown=-1 of the ladder"),

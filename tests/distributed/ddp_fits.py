@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_optim as lo
+from lightning_optim.divergence import Rollback
 from tests.clip_rules import OF_NET
 from tests.distributed.fsdp2_fits import Deciding as Counts
-from tests.helpers import ADAMWS, Net, Snapshots, batches, make_trainer
+from tests.helpers import ADAMWS, Net, SaveAt, Snapshots, StatefulLoader, batches, make_trainer
 
 BAD_STEP, BAD_RANK = 2, 1
 KINDS = ("ours", "torch")
@@ -82,8 +83,35 @@ def fit_with(rule: str, folder: Path) -> None:
     )
 
 
+class BadTwice(Net):
+    """Its loss is NaN on one rank at some steps, and its data differ from rank to rank."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx) * (1 + self.global_rank)
+        bad = self.global_step in (*range(14, 19), *range(26, 31)) and self.global_rank == BAD_RANK
+        return loss * float("nan") if bad else loss
+
+
+def fit_back(folder: Path, name: str, *others: L.Callback, ckpt_path: Path | None = None) -> None:
+    """Forty steps with two returns to a snapshot."""
+    guard = lo.DivergenceGuard(lr_cut=None, rollback=Rollback(every=8, clean=3), cooldown=1, report_dir=str(folder))
+    parts = [lo.ConfigureOptimizers("adamw", lr=0.01, schedule="cosine"), guard, *others]
+    strategy = DDPStrategy(process_group_backend="gloo")
+    trainer = make_trainer(parts, max_epochs=2, devices=2, strategy=strategy)
+    model = BadTwice(seed=7)
+    trainer.fit(model, StatefulLoader(20, []), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    found = {
+        "weights": [p.detach() for p in model.parameters()],
+        "state": trainer.optimizers[0].state_dict(),
+        "did": [(entry.step, entry.text) for entry in guard.report.entries if entry.kind == "did"],
+    }
+    torch.save(found, folder / f"{name}-{trainer.global_rank}.pt")
+
+
 def fit_all(folder: Path) -> None:
-    """Every kind of optimizer, and every way to clip; the results are in ``folder``."""
+    """Every kind of optimizer, every way to clip, and a resume before a rollback; the results are in ``folder``."""
+    fit_back(folder, "whole", SaveAt(22, folder / "saved"))
+    fit_back(folder, "resumed", ckpt_path=folder / "saved")
     for kind in KINDS:
         fit(kind=kind, folder=folder / kind)
     for rule in OF_NET:

@@ -45,3 +45,12 @@ def test_every_way_to_clip_decides_alike_on_all_ranks_and_weights_stay_identical
     steps, clipped, skipped = first["counts"][-1]
     assert (steps, skipped) == (STEPS, 5)  # once in each of five epochs
     assert clipped > 0
+
+
+def test_a_resumed_run_returns_to_the_snapshot_of_the_run_before_on_all_ranks(runs):
+    for rank in (0, 1):
+        whole, resumed = (torch.load(runs / f"{name}-{rank}.pt", weights_only=True) for name in ("whole", "resumed"))
+        assert [text.split(",")[0] for _, text in whole["did"]] == ["back to the state after step 7"] * 2
+        assert resumed["did"] == whole["did"][1:]
+        assert bit_equal(resumed["weights"], whole["weights"])
+        assert bit_equal(resumed["state"], whole["state"])

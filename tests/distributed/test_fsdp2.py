@@ -69,6 +69,8 @@ def test_in_shards_as_on_one_device(runs, kind, rule, tmp_path):
 
 @pytest.mark.parametrize("kind", ["ours", "torch"])
 def test_a_sharded_run_resumed_in_the_middle_of_a_window_is_bit_for_bit_the_one_that_went_on(runs, kind):
+    snapshots = torch.load(runs[0] / f"{kind}.ckpt")["lightning_optim.divergence_guard"]["snapshots"]
+    assert snapshots == {"left_out": "each rank has those of its own shards only"}
     for rank in runs[1]:
         whole, rest = rank[f"resumed-{kind}"]["whole"], rank[f"resumed-{kind}"]["rest"]
         assert rest["counts"] == whole["counts"][7:]

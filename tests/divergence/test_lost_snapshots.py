@@ -220,7 +220,7 @@ def test_a_file_that_cannot_be_read_changes_nothing(module: nn.Linear, tmp_path:
 
 
 def test_a_disk_without_room_is_not_filled(module: nn.Linear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_optim.divergence.snapshots.free_disk", lambda folder: 10_000)
+    monkeypatch.setattr("lightning_optim.divergence.snapshots.snapshot.free_disk", lambda folder: 10_000)
     snapshot = Snapshot("disk", tmp_path)
     snapshot.capture([Tensors(lambda: [module])], 0)
     assert "16.6 kB" in str(snapshot.error)

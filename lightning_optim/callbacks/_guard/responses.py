@@ -11,13 +11,14 @@ from lightning_optim.callbacks._guard.reporter import GuardReporter
 from lightning_optim.callbacks._guard.snapshots import RunSnapshots
 from lightning_optim.callbacks._guard.step_batches import StepLocation
 from lightning_optim.callbacks._lightning import logging_step, minimum_left
+from lightning_optim.core.stateful import Stateful
 from lightning_optim.divergence import Alarm, Ladder
 
 _OF_THE_LOSS = ("jump", "slow_divergence")
 """Alarms that turn out to be false if the data is the cause."""
 
 
-class Responses:
+class Responses(Stateful):
     """Responses of one fit.
 
     Args:
@@ -26,6 +27,8 @@ class Responses:
         guarded: Called to get the guard's parts of each optimizer.
         snapshots: Called to get the snapshots; None if there are none.
     """
+
+    STATE = ("before",)
 
     def __init__(
         self,
@@ -37,8 +40,8 @@ class Responses:
         self._ladder, self._reporter = ladder, reporter
         self._guarded, self._snapshots = guarded, snapshots
         self._is_ending = False
-        self._may_undo: tuple[Alarm, StepLocation, list[float]] | None = None
-        """The last response to the loss, and the permanent factors before it."""
+        self._before: list[float] = []
+        """Permanent factors on the learning rates before the last response, if it was one to the loss."""
 
     def respond(self, trainer: L.Trainer, alarm: Alarm, location: StepLocation) -> str | None:
         """Take the rung of the ladder that is due.
@@ -72,16 +75,22 @@ class Responses:
             for guarded in self._guarded():
                 guarded.judge.responded()
                 guarded.watch.rates.distrust()
-            self._may_undo = (alarm, location, factors) if alarm.kind in _OF_THE_LOSS else None
+            self._before = factors if alarm.kind in _OF_THE_LOSS else []
         return rung
 
-    def undo(self, trainer: L.Trainer) -> None:
-        """Return the learning rate to what it was, because the cause of the last alarm turned out to be the data."""
-        if self._may_undo is None:
+    def undo(self, trainer: L.Trainer, alarm: Alarm, location: StepLocation) -> None:
+        """Return the learning rate to what it was before the last response, if that was one to the loss.
+
+        Args:
+            trainer: The Trainer.
+            alarm: What shows that the data was the cause.
+            location: Where its step took place.
+        """
+        before, self._before = self._before, []
+        if not before:
             return
-        (alarm, location, factors), self._may_undo = self._may_undo, None
-        changed = [guarded.cut.factor for guarded in self._guarded()] != factors
-        for guarded, factor in zip(self._guarded(), factors, strict=False):
+        changed = [guarded.cut.factor for guarded in self._guarded()] != before
+        for guarded, factor in zip(self._guarded(), before, strict=False):
             guarded.cut.undo(factor)
             guarded.judge.responded(stands=False)
         self._ladder.undo()
@@ -96,8 +105,11 @@ class Responses:
             return None
         self._is_ending = True
         minimum = minimum_left(trainer)
+        no_way_back = self._ladder.rollback is not None and self._snapshots() is None
+        without = "; there is no snapshot to return to" if no_way_back else ""
         once = "" if minimum is None else f" as soon as the Trainer's minimum ({minimum}) is reached, not before"
-        return f"training is stopped{once}, because all other responses are used up ({self._ladder.why_stop()})"
+        used = self._ladder.why_stop()
+        return f"training is stopped{once}, because all other responses are used up ({used}{without})"
 
     def _cut_lr(self) -> str:
         cut = self._ladder.lr_cut

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
+from lightning_optim.callbacks._guard.saved_snapshots import LEFT_OUT, MISFIT, restore_snapshots, save_snapshots
 from lightning_optim.callbacks._hub import Hub
 from lightning_optim.callbacks._lightning import averaged_models, logging_step, plain_name
 from lightning_optim.core.sharding import local
@@ -33,37 +34,37 @@ _NAMED = 8
 class RunSnapshots:
     """The snapshots of one fit. The first is the state that training starts from.
 
-    Two of them must fit into half of the memory that is free when training starts, shared among the ranks of the
-    machine; otherwise they go to disk, with a warning.
-
     Args:
-        config: When they are captured, and where they are kept.
+        config: When they are captured, and what is saved of them.
+        memory: Where they are kept, as `memory_for` finds it.
         trainer: The Trainer, at the start of training.
         pl_module: Its module.
         hub: The hub, which has the pipelines.
         guarded: The guard's parts of each optimizer.
         first_is_good: Whether the present state is worth a return to it.
-
-    Raises:
-        MisconfigurationException: Neither memory nor disk has room for them.
+        saved: The snapshots of the run that this one resumes, as `state_dict` returns them; None if there are none.
     """
 
     def __init__(
         self,
         config: Rollback,
+        memory: str,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         hub: Hub,
         guarded: Sequence[GuardedOptimizer],
         first_is_good: bool = True,
+        saved: Mapping[str, Any] | None = None,
     ) -> None:
-        self._hub, self._guarded, self._every = hub, guarded, config.every
-        self._parts = _parts(trainer, pl_module, hub, guarded)
-        memory, agree = _memory_for(config.memory, self._parts, trainer), trainer.strategy.reduce_boolean_decision
+        self._hub, self._guarded, self._config = hub, guarded, config
+        self._parts = parts_of(trainer, pl_module, hub, guarded)
+        agree = trainer.strategy.reduce_boolean_decision
         self._pair = SnapshotPair(memory, config.clean, agree=agree, on_loss=self._warn_of_loss)
         self._place = f"{tempfile.gettempdir()} (TMPDIR)" if memory == "disk" else f"memory ({memory!r})"
-        self._warned_of_loss = False
+        self._warned_of_loss = self._warned_of_saving = False
         self._left: set[str] = set()
+        if self._resume(saved, logging_step(trainer)):
+            return
         if first_is_good:
             self._pair.capture_first(self._parts, logging_step(trainer))
             if memory != "disk":  # Where it is not known yet; see `capture_if_due`.
@@ -86,7 +87,7 @@ class RunSnapshots:
 
     def capture_if_due(self, step: int) -> None:
         """Capture a candidate if one is due; call it after a step at which nothing was wrong."""
-        if (step + 1) % self._every == 0:
+        if (step + 1) % self._config.every == 0:
             self._pair.check()
             self._pair.capture(self._parts, step)
 
@@ -108,6 +109,36 @@ class RunSnapshots:
         for guarded in self._guarded:
             guarded.rolled_back()
         return good.returns
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return them for a checkpoint, if they are small enough; else the reason why they are left out.
+
+        A checkpoint is saved without them if they cannot be read, with one warning.
+        """
+        try:
+            return save_snapshots(self._pair, self._parts, self._config.checkpoint_mb, self._hub.trainer)
+        except Exception as error:  # Of the disk, of the device, or of a state dict of the user's.
+            if not self._warned_of_saving:
+                self._warned_of_saving = True
+                warnings.warn(
+                    f"The snapshots are left out of checkpoints: {type(error).__name__}: {error}", stacklevel=2
+                )
+            return {LEFT_OUT: "they could not be read"}
+
+    def _resume(self, saved: Mapping[str, Any] | None, step: int) -> bool:
+        """Restore the snapshots of a checkpoint; return whether there are any, and they fit on all ranks."""
+        if not saved:
+            return False
+        reason = restore_snapshots(saved, self._pair, self._parts, self._hub.trainer)
+        if self._hub.trainer.strategy.reduce_boolean_decision(reason is None):
+            return True
+        self._pair.discard()
+        tell = rank_zero_info if reason is not None and reason.startswith(MISFIT) else rank_zero_warn
+        tell(
+            f"The snapshots of the run before {reason or 'cannot be restored on another rank'}: a divergence now "
+            f"returns to step {step}, where the run was resumed."
+        )
+        return False
 
     def _warn_of_left(self, names: Sequence[str]) -> None:
         """Name what is left as it is, each once."""
@@ -150,21 +181,39 @@ def not_finite(module: nn.Module) -> list[str]:
     return [name for name, value in zip(names, found.tolist(), strict=True) if not math.isfinite(value)]
 
 
-def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
-    """Return where two snapshots fit: where they are wanted, or on disk. All ranks decide alike."""
+def memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str | None:
+    """Return where two snapshots are kept, which all ranks decide alike; None if there is no room for a default.
+
+    In the memory of the host they may take half of what is free, shared among the ranks of the machine.
+
+    Args:
+        wanted: ``"device"``, ``"cpu"``, ``"disk"`` or ``"auto"``; see `Rollback`.
+        parts: What a snapshot covers.
+        trainer: The Trainer, at the start of training.
+
+    Raises:
+        MisconfigurationException: Snapshots on disk are wanted, or the memory has no room, and neither has the disk.
+    """
     if wanted == "device":
         return wanted
     need, ranks = 2 * bytes_needed(parts), max(getattr(trainer.strategy, "num_processes", 1), 1)
     agree = trainer.strategy.reduce_boolean_decision
     taken = f"Two snapshots take {format_bytes(need)}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
     memory, disk = free_memory(), free_disk()
-    if wanted == "cpu":
+    if wanted != "disk":
         if agree(fits_in_memory(need, memory, ranks)):
-            return wanted
+            return "cpu"
+        too_much = f"{taken}, which is more than {SHARE:.0%} of the {format_bytes(memory)} of memory that are free"
+        if wanted == "auto":
+            rank_zero_warn(
+                f"{too_much}. So there are none, and a divergence leads to the other responses of the guard only. "
+                "`DivergenceGuard: {rollback: {memory: disk}}` keeps them on disk, `rollback: {memory: device}` on the "
+                "accelerator, and `rollback: null` does without them and without this message."
+            )
+            return None
         rank_zero_warn(
-            f"{taken}, which is more than {SHARE:.0%} of the {format_bytes(memory)} of memory that are free. They go "
-            f"to disk, {tempfile.gettempdir()} (TMPDIR). `DivergenceGuard: {{rollback: {{memory: disk}}}}` says so "
-            "from the start, `rollback: null` does without them."
+            f"{too_much}. They go to disk, {tempfile.gettempdir()} (TMPDIR). "
+            "`DivergenceGuard: {rollback: {memory: disk}}` says so from the start, `rollback: null` does without them."
         )
     if not agree(need * ranks <= disk):
         raise MisconfigurationException(
@@ -174,21 +223,25 @@ def _memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str:
     return "disk"
 
 
-def _parts(
+def parts_of(
     trainer: L.Trainer, pl_module: L.LightningModule, hub: Hub, guarded: Sequence[GuardedOptimizer]
 ) -> list[Part]:
     """Return all that a rollback restores; neither the position in the data nor the count of steps."""
+
+    def names() -> dict[Tensor, str]:
+        return {param: plain_name(name) for name, param in pl_module.named_parameters()}
+
     precision = trainer.precision_plugin
     baselines = [own for g in guarded for own in (g.watch.spikes, g.judge.trend, *g.watch.detectors) if own is not None]
     return [
         Tensors(lambda: [pl_module, *averaged_models(trainer)]),
-        *(OptimizerState(pipeline.optimizer) for pipeline in hub.pipelines),
-        *(_part_of(c.scheduler, c.scheduler.load_state_dict) for c in trainer.lr_scheduler_configs),
+        *(OptimizerState(pipeline.optimizer, names) for pipeline in hub.pipelines),
+        *(_part_of(c.scheduler, c.scheduler.load_state_dict, "schedules") for c in trainer.lr_scheduler_configs),
         _part_of(precision, precision.load_state_dict),
-        *(StateDict(p.clip_state, p.load_clip_state, "the state of clipping") for p in hub.pipelines),
+        *(StateDict(p.clip_state, p.load_clip_state, "the state of clipping", ("rule",)) for p in hub.pipelines),
         *(_part_of(baseline, baseline.load_state_dict) for baseline in baselines),
     ]
 
 
-def _part_of(stateful: Any, load: Callable[[Any], Any]) -> StateDict:
-    return StateDict(stateful.state_dict, load, f"the state of {type(stateful).__name__}")
+def _part_of(stateful: Any, load: Callable[[Any], Any], *fixed: str) -> StateDict:
+    return StateDict(stateful.state_dict, load, f"the state of {type(stateful).__name__}", fixed)

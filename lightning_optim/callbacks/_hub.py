@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as L
@@ -296,6 +297,17 @@ class Hub(Hears):
     def skip_count_written(self) -> bool:
         """Return whether one of the members writes ``optim_health/skipped_steps`` at this step."""
         return any(member.writes_skip_count(self.trainer) for member in self.members)
+
+    def health_written(self) -> bool:
+        """Return whether one of the members writes `health_points` at this step."""
+        return any(member.writes_health(self.trainer) for member in self.members)
+
+    def lr_factors(self) -> list[float]:
+        """Return the factor of all members together on the learning rate of each optimizer in its last step."""
+        factors = [1.0] * len(self.pipelines)
+        for member in self.members:
+            factors = [factor * own for factor, own in zip_longest(factors, member.lr_factors(), fillvalue=1.0)]
+        return factors
 
     def restored_places(self) -> list[int | None]:
         """Return for each optimizer its place in the checkpoint that was loaded; None for one that it has not."""

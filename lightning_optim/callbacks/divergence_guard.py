@@ -142,9 +142,15 @@ class DivergenceGuard(HubCallback):
         return self.ladder.used["rollback"]
 
     def health_points(self) -> dict[str, float]:
-        """Return the numbers of rollbacks and overflows so far, and the present factor on the learning rate."""
-        counts = {"rollbacks": self.rollback_count, "overflow_steps": self.overflow_steps}
-        return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0)}
+        """Return the counts of what has been done so far, the present factor on the learning rate, and spike scores."""
+        counts = {"rollbacks": self.rollback_count, "lr_cuts": self.ladder.used["lr_cut"]}
+        counts["overflow_steps"] = self.overflow_steps
+        scores = {f"spike_score_{signal}": share for signal, share in self.report.spike_scores().items()}
+        return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0), **scores}
+
+    def lr_factors(self) -> list[float]:
+        """Return the factor on the learning rate of each optimizer in its last step."""
+        return [guarded.cut.used_factor for guarded in self._guarded]
 
     def detectors(self) -> Sequence[Detector]:
         """Return a new `StepGuard` for one optimizer, with its own copies of the user's detectors."""
@@ -212,6 +218,8 @@ class DivergenceGuard(HubCallback):
         for guarded, place in zip(self._guarded, self.hub.restored_places(), strict=True):
             if place is not None and place < len(states):
                 guarded.restore(states[place], self.hub.restored_names(place))
+        if "report" in self._restored:  # Checkpoints of version 0.1 have none.
+            self.report.load_state_dict(self._restored["report"])
         if "ladder" in self._restored:
             self.ladder.load_state_dict(self._restored["ladder"])
         self._restored = {}
@@ -255,12 +263,15 @@ class DivergenceGuard(HubCallback):
         """Judge the steps that have arrived at the host, and respond."""
         step = logging_step(trainer)
         where = step, trainer.current_epoch, batch_idx, batch
-        stepped = [guarded.batches.add(*where, guarded.watch.steps) for guarded in self._guarded]
+        stepped = [guarded.batches.add(*where, guarded.watch.steps, guarded.cut.used_lr) for guarded in self._guarded]
         skipped_before, self._skipped = self._skipped, self._count()
         alarms = self._new_alarms()
         if self._skipped > skipped_before and not self.hub.skip_count_written():
             assert self._reporter is not None
             self._reporter.log_skips(trainer, self._skipped)
+        if trainer.loggers and logging_due(trainer) and not self.hub.health_written():
+            assert self._reporter is not None
+            self._reporter.log_health(trainer, self.health_points())
         snapshots = self._snapshots
         if snapshots is not None:
             snapshots.observe(step, [alarm for alarm, _ in alarms])
@@ -289,7 +300,7 @@ class DivergenceGuard(HubCallback):
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep the state until training starts; during training, as when a tuner undoes a trial, restore it now."""
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
-        check_version(self._restored, "the state of DivergenceGuard", ("optimizers", "ladder"))
+        check_version(self._restored, "the state of DivergenceGuard", ("optimizers", "ladder", "report"))
         if self._guarded:
             for guarded in self._guarded:
                 guarded.discard_pending()
@@ -308,7 +319,8 @@ class DivergenceGuard(HubCallback):
         if not self._guarded:
             return self._restored
         optimizers = [guarded.state_dict() for guarded in self._guarded]
-        return {"version": VERSION, "optimizers": optimizers, "ladder": self.ladder.state_dict()}
+        whole = {"ladder": self.ladder.state_dict(), "report": self.report.state_dict()}
+        return {"version": VERSION, "optimizers": optimizers, **whole}
 
     # Observations.
 
@@ -332,7 +344,7 @@ class DivergenceGuard(HubCallback):
             name = about(guarded.optimizer).name if len(self._guarded) > 1 else None
             for seen in guarded.watch.read(everything):
                 location = guarded.batches.of(seen.step)
-                self.report.see(location.step, index, seen)
+                self.report.see(location.step, index, seen, location.lr)
                 for alarm in guarded.judge.update(seen, guarded.names):
                     found.append((alarm, location))
                     self._reporter.notify(alarm, location, index, self._skipped if seen.skipped else None, name)

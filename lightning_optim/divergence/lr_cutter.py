@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +38,11 @@ class LRCutter(Stateful):
     """
 
     STATE = ("lasting", "factor", "hold", "recover", "age")
+
+    used_factor: float = 1.0
+    """The factor in the last step."""
+    used_lr: float = math.nan
+    """The highest learning rate of the last step; NaN before it, or if a rate is a tensor, which may be on a device."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -111,10 +117,12 @@ class LRCutter(Stateful):
 
     def _cut(self) -> None:
         self._restore()  # The last update may have been interrupted.
-        factor = self.factor
+        groups, factor = self._optimizer.param_groups, self.factor
+        rates = [group["lr"] for group in groups]
+        is_known = bool(rates) and not any(isinstance(rate, Tensor) for rate in rates)
+        self.used_factor, self.used_lr = factor, max(rates) * factor if is_known else math.nan
         if factor == 1.0:
             return
-        groups = self._optimizer.param_groups
         self._kept = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
         for group in groups:
             if isinstance(group["lr"], Tensor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class StepObservation:
         worst: Indices in the optimizer of the parameters with the worst gradients, those that are not finite first,
             then the largest; empty if nothing was wrong.
         group_norms: Gradient norm of each group.
+        limits: Values above which a signal alone is a spike; infinite while too few are known.
     """
 
     step: int
@@ -54,6 +55,7 @@ class StepObservation:
     medians: dict[str, float]
     worst: tuple[int, ...]
     group_norms: tuple[float, ...]
+    limits: dict[str, float] = field(default_factory=dict)
 
 
 class StepGuard(NonFiniteGradient):
@@ -228,9 +230,9 @@ class StepGuard(NonFiniteGradient):
         bad = ~np.isfinite(norm_sq)
         self.alive = self.alive or tuple((norm_sq > 0).tolist())
         bad_loss = layout.has_loss and not math.isfinite(values[1])
-        medians, levels = [math.nan] * count, [0.0] * count
+        medians, levels, limits = [math.nan] * count, [0.0] * count, [math.inf] * count
         if self.spikes is not None:
-            medians = self.spikes.medians
+            medians, limits = self.spikes.medians, self.spikes.alone
             levels = self.spikes.update(values, flags, not skipped, behind=len(self.rows))
         wrong = skipped or bad_loss or any(flags) or bool(detected) or bool(bad.any())
         return StepObservation(
@@ -245,6 +247,7 @@ class StepGuard(NonFiniteGradient):
             medians=dict(zip(SIGNALS, medians, strict=True)),
             worst=layout.now(_worst(norm_sq, bad, places)) if wrong else (),
             group_norms=_group_norms(norm_sq, layout.group_sizes),
+            limits=dict(zip(SIGNALS, limits, strict=True)),
         )
 
 

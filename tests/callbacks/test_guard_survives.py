@@ -275,7 +275,7 @@ def test_losses_of_manual_optimization(way: str) -> None:
     trainer, _ = fit(Manual(), guard)
     assert trainer.global_step == 12
     assert guard.skipped_steps == 1
-    losses = [seen.values["loss"] for _, _, seen in guard.report._steps]
+    losses = [seen.values["loss"] for seen in (row.seen for row in guard.report.incidents.last_steps())]
     assert len(losses) == 12
     with torch.no_grad():
         x, y = next(iter(batches(12)))
@@ -304,7 +304,7 @@ def test_large_finite_gradients_and_losses_are_finite(
     assert guard.report.entries == []
     for old, param in zip(before, model.parameters(), strict=True):
         assert 1e-3 < (param - old).abs().max() < 0.1
-    norms = [seen.values["grad_norm"] for _, _, seen in guard.report._steps]
+    norms = [seen.values["grad_norm"] for seen in (row.seen for row in guard.report.incidents.last_steps())]
     assert all(scale / 100 < norm < scale * 100 for norm in norms)
 
 

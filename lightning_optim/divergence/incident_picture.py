@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from textwrap import shorten, wrap
 from typing import Any
@@ -18,6 +19,8 @@ _MOST_GROUPS = 8
 """Largest number of groups that have a line in the legend; the others are thin and grey."""
 _LARGEST = 1e150
 """Axes of larger values overflow in matplotlib."""
+_WIDE = 5
+"""Ratio of the largest to the smallest value beyond which a logarithmic axis is the clearer one."""
 _LABELS = {"loss": "loss", "grad_norm": "gradient norm"}
 _DASHES = ("-", "--", "-.", ":")
 _COLOURS = ("tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
@@ -28,12 +31,13 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw(incident: Incident, entries: Sequence[Entry]) -> Any:
+def draw(incident: Incident, entries: Sequence[Entry], group_names: Sequence[Sequence[str]] = ()) -> Any:
     """Draw loss, gradient norm with its median and limit, the groups' norms, and the learning rate over the steps.
 
     Args:
         incident: The incident, with at least one step.
         entries: Its alarms and responses.
+        group_names: Names of the groups of each optimizer; empty if they are not known.
 
     Returns:
         A figure of matplotlib.
@@ -46,21 +50,31 @@ def draw(incident: Incident, entries: Sequence[Entry]) -> Any:
 
     rows = incident.steps
     optimizers = sorted({row.optimizer for row in rows})
-    panels = [_loss, _norm]
-    panels += [_groups] if any(len(row.seen.group_norms) > 1 for row in rows) else []
-    panels += [_rate] if any(math.isfinite(row.lr) for row in rows) else []
-    figure = Figure(figsize=(9, 2.2 * len(panels) + 0.4), layout="constrained")
+    panels: list[Callable[..., None]] = [_loss, _norm]
+    if any(len(row.seen.group_norms) > 1 for row in rows):
+        panels.append(partial(_groups, group_names))
+    if any(math.isfinite(row.lr) for row in rows):
+        panels.append(_rate)
+    height = 2 * len(panels) + 0.8
+    figure = Figure(figsize=(9, height))
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
         for index in optimizers:
             of = f" of optimizer {index}" if len(optimizers) > 1 else ""
             panel(axis, [row for row in rows if row.optimizer == index], of)
-        _mark(axis, entries, has_labels=axis is axes[0])
+        _mark_alarms(axis, entries, has_labels=axis is axes[0])
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes[-1].set_xlabel("step")
+        axis.tick_params(which="both", labelsize=7)
+        axis.yaxis.set_label_coords(-0.085, 0.5)
+        if len(axis.get_legend_handles_labels()[1]) > 1:
+            axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.03))
+        responses = _mark_responses(axis, entries)
+    if responses:
+        figure.legend(handles=responses, fontsize=7, loc="lower right", title="responses", title_fontsize=7)
+    axes[-1].set_xlabel("step", fontsize=8)
+    # A layout of matplotlib's own would double the time.
+    figure.subplots_adjust(0.1, 0.45 / height, 0.74, 1 - 0.35 / height, hspace=0.12)
     figure.suptitle(shorten(incident.title(), 110), fontsize=10)
     return figure
 
@@ -98,7 +112,8 @@ def _signal(axis: Any, rows: Sequence[SeenStep], signal: str, of: str) -> None:
     ):
         if any(map(math.isfinite, known)):
             axis.plot(steps, _finite(known), style, color=colour, linewidth=1, alpha=0.7, label=f"{label}{of}")
-    if all(value > 0 for value in values if math.isfinite(value)):
+    shown = [value for value in values if abs(value) < _LARGEST]
+    if shown and min(shown) > 0 and max(shown) > _WIDE * min(shown):
         axis.set_yscale("log")
     skipped = [(row.at, value) for row, value in zip(rows, values, strict=True) if row.seen.skipped]
     if high := [(at, value) for at, value in skipped if math.isfinite(value)]:
@@ -110,11 +125,14 @@ def _signal(axis: Any, rows: Sequence[SeenStep], signal: str, of: str) -> None:
     axis.set_ylabel(_LABELS[signal], fontsize=8)
 
 
-def _groups(axis: Any, rows: Sequence[SeenStep], of: str) -> None:
+def _groups(group_names: Sequence[Sequence[str]], axis: Any, rows: Sequence[SeenStep], of: str) -> None:
+    index = rows[0].optimizer
+    names = group_names[index] if index < len(group_names) else ()
     most = max(len(row.seen.group_norms) for row in rows)
     for group in range(most):
         norms = [row.seen.group_norms[group] if group < len(row.seen.group_norms) else math.nan for row in rows]
-        look = {"label": f"group {group}{of}"} if most <= _MOST_GROUPS else {"color": "grey", "alpha": 0.5}
+        name = names[group] if len(names) == most else f"group {group}"
+        look = {"label": f"{name}{of}"} if most <= _MOST_GROUPS else {"color": "grey", "alpha": 0.5}
         axis.plot([row.at for row in rows], _finite(norms), linewidth=1, **look)
     axis.set_yscale("log")
     axis.set_ylabel("groups' gradient norms", fontsize=8)
@@ -122,13 +140,13 @@ def _groups(axis: Any, rows: Sequence[SeenStep], of: str) -> None:
 
 def _rate(axis: Any, rows: Sequence[SeenStep], of: str) -> None:
     rates = _finite([row.lr for row in rows])
-    axis.plot([row.at for row in rows], rates, drawstyle="steps-mid", linewidth=1, label=f"highest rate{of}")
-    axis.set_ylabel("learning rate", fontsize=8)
+    axis.plot([row.at for row in rows], rates, drawstyle="steps-mid", linewidth=1, label=f"rate{of}")
+    axis.set_ylabel("highest learning rate", fontsize=8)
     axis.set_ylim(bottom=0)
 
 
-def _mark(axis: Any, entries: Sequence[Entry], has_labels: bool) -> None:
-    """Draw a line at each alarm, one colour for each kind, and a thicker one at each response."""
+def _mark_alarms(axis: Any, entries: Sequence[Entry], has_labels: bool) -> None:
+    """Draw a line at each alarm, one colour for each kind."""
     kinds = list(dict.fromkeys(entry.kind for entry in entries if entry.kind != "did"))
     for place, kind in enumerate(kinds):
         steps = sorted({entry.step for entry in entries if entry.kind == kind})
@@ -136,9 +154,17 @@ def _mark(axis: Any, entries: Sequence[Entry], has_labels: bool) -> None:
         for number, step in enumerate(steps):
             label = f"alarm: {kind}" if has_labels and number == 0 else None
             axis.axvline(step, color=colour, linewidth=0.8, linestyle=":", alpha=0.8, label=label)
+
+
+def _mark_responses(axis: Any, entries: Sequence[Entry]) -> list[Any]:
+    """Draw a thick line at each response, and return the lines with what was done as label."""
+    lines = []
     for number, entry in enumerate(entry for entry in entries if entry.kind == "did"):
-        label = "\n".join(wrap(f"step {entry.step}: {entry.text}", 38, max_lines=3)) if has_labels else None
-        axis.axvline(entry.step, color="tab:green", linewidth=2, linestyle=_DASHES[number % 4], alpha=0.7, label=label)
+        label = "\n".join(wrap(f"step {entry.step}: {entry.text}", 40, max_lines=3))
+        dashes = _DASHES[number % len(_DASHES)]
+        look = {"color": "tab:green", "linewidth": 2, "linestyle": dashes, "alpha": 0.7}
+        lines.append(axis.axvline(entry.step, label=label, **look))
+    return lines
 
 
 def _finite(values: Sequence[float]) -> list[float]:

@@ -13,6 +13,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_optim.callbacks._followed import bare
 from lightning_optim.callbacks._guard.step_batches import StepLocation
 from lightning_optim.callbacks._lightning import logging_step
 from lightning_optim.callbacks._packages import tensorboard_loggers
@@ -21,6 +22,7 @@ from lightning_optim.divergence.files import check_folder, write_file
 from lightning_optim.divergence.incident_picture import as_pixels, as_png, can_draw, draw
 from lightning_optim.divergence.incidents import Incident
 from lightning_optim.divergence.report import Entry
+from lightning_optim.step.gradients import group_names_of
 
 _Result = TypeVar("_Result")
 
@@ -112,7 +114,9 @@ class GuardReporter:
                 self._said_no_pictures = True
                 rank_zero_info("The divergence report has no pictures without matplotlib: lightning-optim[plot].")
             return False
-        figure = self._try("picture of an incident", lambda: draw(incident, self._report.entries_of(incident)))
+        names = [group_names_of(bare(optimizer)) for optimizer in trainer.optimizers]
+        parts = incident, self._report.entries_of(incident), names
+        figure = self._try("picture of an incident", partial(draw, *parts))
         if figure is None:
             return False
         incident.picture_rows = incident.rows

@@ -184,15 +184,22 @@ def stability(runs: Iterable[Run]) -> list[list[str]]:
     """
     rows = []
     for run in runs:
-        if not any(f"optim_health/{name}" in run.scalars for name in _ACTS.values()):
-            continue
-        cells = []
-        for name in _ACTS.values():
-            points = run.scalars.get(f"optim_health/{name}")
-            cells.append("-" if not points else f"{points[-1][1]:{'.3%' if name.startswith('spike') else '.0f'}}")
-        rates = [f"{tag.removeprefix('optim_lr/')} {run.scalars[tag][-1][1]:.3g}" for tag in _tags(run, _RATES)]
-        rows.append([run.name, *cells, ", ".join(rates) or "-"])
+        values = {name: _last_of(run, name) for name in _ACTS.values()}
+        if any(value is not None for value in values.values()):
+            rates = [f"{tag.removeprefix('optim_lr/')} {run.scalars[tag][-1][1]:.3g}" for tag in _tags(run, _RATES)]
+            cells = [
+                "-" if v is None else f"{v:.3%}" if n.startswith("spike") else f"{v:.0f}" for n, v in values.items()
+            ]
+            rows.append([run.name, *cells, ", ".join(rates) or "-"])
     return rows
+
+
+def _last_of(run: Run, name: str) -> float | None:
+    """Return the last value of a tag of the run, else the sum of those of its optimizers; None if there is none."""
+    if points := run.scalars.get(f"optim_health/{name}"):
+        return points[-1][1]
+    of_each = [points[-1][1] for tag, points in run.scalars.items() if re.fullmatch(rf"optim_health/.+\.{name}", tag)]
+    return sum(of_each) if of_each else None
 
 
 def write_report(runs: Sequence[Run], folder: str | Path, targets: Sequence[float] | None = None) -> Path:

@@ -178,7 +178,7 @@ class DivergenceReport:
         Raises:
             OSError: A file cannot be written; the former one is unchanged. A remote file system may raise other errors.
         """
-        content = json.dumps(self.as_dict(), indent=1, allow_nan=False)
+        content = json.dumps(self.as_dict(), allow_nan=False)
         write_file(folder, f"{name}.json", content.encode())
         return write_file(folder, f"{name}.md", self.markdown().encode())
 

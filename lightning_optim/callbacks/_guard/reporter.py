@@ -116,19 +116,17 @@ class GuardReporter:
             return False
         names = [group_names_of(bare(optimizer)) for optimizer in trainer.optimizers]
         parts = incident, self._report.entries_of(incident), names
-        figure = self._try("picture of an incident", partial(draw, *parts))
+        figure = self._try("drawing of an incident", partial(draw, *parts))
         if figure is None:
             return False
-        incident.picture_rows = incident.rows
         self._try("picture of an incident on TensorBoard", lambda: self._show_picture(trainer, incident, figure))
         name = f"divergence_report_step{incident.first_step}.png"
-        if (
-            not to_file
-            or self._write_file("picture of an incident", partial(_save_picture, figure, self._folder, name)) is None
-        ):
+        write = partial(_save_picture, figure, self._folder, name)
+        if to_file and self._write_file("picture of an incident", write) is None:
             return False
-        incident.picture = name
-        return True
+        incident.picture_rows = incident.rows
+        incident.picture = name if to_file else None
+        return to_file
 
     def _show(self, trainer: L.Trainer) -> None:
         text = self._report.markdown(as_file=False)

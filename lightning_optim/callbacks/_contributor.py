@@ -78,8 +78,8 @@ class Contributor(L.Callback):
         """Return whether it writes what `health_points` of all members return at this step."""
         return False
 
-    def lr_factors(self) -> Sequence[float]:
-        """Return the factor that it put on the learning rate of each optimizer in its last step; empty for none."""
+    def used_lrs(self) -> Sequence[Sequence[float]]:
+        """Return the rates of each optimizer's groups in its last step, if it changes them for a step; else nothing."""
         return ()
 
     # The hooks of a fit, as the hub passes them on; they are Lightning's of these names unless documented otherwise.

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as L
@@ -302,12 +301,9 @@ class Hub(Hears):
         """Return whether one of the members writes `health_points` at this step."""
         return any(member.writes_health(self.trainer) for member in self.members)
 
-    def lr_factors(self) -> list[float]:
-        """Return the factor of all members together on the learning rate of each optimizer in its last step."""
-        factors = [1.0] * len(self.pipelines)
-        for member in self.members:
-            factors = [factor * own for factor, own in zip_longest(factors, member.lr_factors(), fillvalue=1.0)]
-        return factors
+    def used_lrs(self) -> Sequence[Sequence[float]]:
+        """Return the rates of each optimizer's groups in its last step, if a member changes them; else nothing."""
+        return next((rates for member in self.members if (rates := member.used_lrs())), ())
 
     def restored_places(self) -> list[int | None]:
         """Return for each optimizer its place in the checkpoint that was loaded; None for one that it has not."""

@@ -148,9 +148,9 @@ class DivergenceGuard(HubCallback):
         scores = {f"spike_score_{signal}": share for signal, share in self.report.spike_scores().items()}
         return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0), **scores}
 
-    def lr_factors(self) -> list[float]:
-        """Return the factor on the learning rate of each optimizer in its last step."""
-        return [guarded.cut.used_factor for guarded in self._guarded]
+    def used_lrs(self) -> list[list[float]]:
+        """Return the learning rates of each optimizer in its last step."""
+        return [guarded.cut.used_lrs() for guarded in self._guarded]
 
     def detectors(self) -> Sequence[Detector]:
         """Return a new `StepGuard` for one optimizer, with its own copies of the user's detectors."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class RunSummary(HubCallback):
         self._first_step, self._start, self._seconds = trainer.global_step, 0.0, 0.0
         self._counts, self._each = StepCounts(), list[StepCounts]()
         self._rates: dict[int, list[Any]] = {}
-        self._factors: list[float] = []
+        self._used_lrs: Sequence[Sequence[float]] = ()
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -75,7 +75,7 @@ class RunSummary(HubCallback):
         """Stop the clock, and collect the counts, which are not available after the fit."""
         self._seconds = time.perf_counter() - self._start
         self._counts, self._each = self.hub.total(), self.hub.counts()
-        self._factors = self.hub.lr_factors()
+        self._used_lrs = self.hub.used_lrs()
 
     @rank_zero_only
     def _at_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -126,9 +126,10 @@ class RunSummary(HubCallback):
         found = []
         for index, optimizer in enumerate(trainer.optimizers):
             now = [group["lr"] for group in optimizer.param_groups]
-            known = self._rates.get(index, now)
-            factor = self._factors[index] if index < len(self._factors) else 1.0
-            found.append([float(rate) * factor for rate in (known if len(known) == len(now) else now)])
+            known: Sequence[Any] = self._rates.get(index, ())
+            if self._used_lrs:  # What was noted before the step may or may not be cut already.
+                known = self._used_lrs[index]
+            found.append([float(rate) for rate in (known if len(known) == len(now) else now)])
         return found
 
     def _labels(self, trainer: L.Trainer) -> Mapping[str, str]:

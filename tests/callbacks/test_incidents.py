@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -66,7 +67,7 @@ def _report(folder: str | Path = ".") -> dict[str, Any]:
 @pytest.mark.pictures
 def test_the_incident_is_kept_with_its_picture_and_the_rates_that_its_steps_used() -> None:
     guard = lo.DivergenceGuard(rollback=None, lr_cut=LRCut(0.5, steps=100))
-    _fit(guard, {300: 1e4} | dict.fromkeys(range(100, 107), NAN), 400)
+    _fit(guard, {200: 1e4} | dict.fromkeys(range(100, 107), NAN), 240)
     report = _report()
     burst, spike = report["incidents"]
     assert (burst["first_step"], burst["last_step"]) == (100, 106)
@@ -77,16 +78,16 @@ def test_the_incident_is_kept_with_its_picture_and_the_rates_that_its_steps_used
     assert [at for at, step in steps.items() if step["values"]["loss"] is None] == list(range(100, 107))
     assert [step["lr"] for step in steps.values()] == [1e-3] * (105 - 36) + [5e-4] * (123 - 105)
     assert "spike" in spike["kinds"]
-    at_spike = next(step for step in spike["steps"] if step["at"] == 300)
+    at_spike = next(step for step in spike["steps"] if step["at"] == 200)
     assert at_spike["values"]["loss"] > at_spike["limits"]["loss"] > at_spike["medians"]["loss"]
-    assert [step["at"] for step in report["last_steps"]] == list(range(336, 400))
+    assert [step["at"] for step in report["last_steps"]] == list(range(176, 240))
     text = Path("divergence_report.md").read_text()
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert pictures == ["divergence_report_step100.png", "divergence_report_step300.png"]
+    assert pictures == ["divergence_report_step100.png", "divergence_report_step200.png"]
     for name in pictures:
         assert imread(name).std() > 0.05
     rows = [line for line in text.split("## The last steps")[1].splitlines() if re.match(r"\| \d", line)]
-    assert len(rows) == (123 - 36) + (317 - 236)
+    assert len(rows) == (123 - 36) + (217 - 136)
 
 
 @pytest.mark.pictures
@@ -186,6 +187,20 @@ def test_pictures_that_do_not_fit_on_the_disk_cost_one_warning() -> None:
     assert "OSError" in text
     assert sorted(path.name for path in Path().iterdir()) == ["divergence_report.json", "divergence_report.md"]
     assert "![" not in Path("divergence_report.md").read_text()
+
+
+@pytest.mark.pictures
+def test_a_picture_is_written_as_soon_as_it_can_be() -> None:
+    Path("divergence_report_step20.png").mkdir()
+
+    class Space(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            Path("divergence_report_step20.png").rmdir()
+
+    trainer = make_trainer([Space(), lo.ConfigureOptimizers("adamw", lr=1e-3), lo.DivergenceGuard(patience=1)])
+    with pytest.warns(UserWarning, match="picture of an incident cannot be written"):
+        trainer.fit(Faulty({20: NAN}), batches(22))
+    assert imread("divergence_report_step20.png").std() > 0.05
 
 
 @pytest.mark.pictures

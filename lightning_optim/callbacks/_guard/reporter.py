@@ -122,11 +122,10 @@ class GuardReporter:
         self._try("picture of an incident on TensorBoard", lambda: self._show_picture(trainer, incident, figure))
         name = f"divergence_report_step{incident.first_step}.png"
         write = partial(_save_picture, figure, self._folder, name)
-        if to_file and self._write_file("picture of an incident", write) is None:
+        if not to_file or self._write_file("picture of an incident", write) is None:
             return False
-        incident.picture_rows = incident.rows
-        incident.picture = name if to_file else None
-        return to_file
+        incident.picture, incident.picture_rows = name, incident.rows
+        return True
 
     def _show(self, trainer: L.Trainer) -> None:
         text = self._report.markdown(as_file=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -203,14 +204,27 @@ class Incidents:
 
 
 def _row_state(row: SeenStep) -> dict[str, Any]:
-    return {"number": row.number, **row.as_dict()}
+    saved: dict[str, Any] = _swapped({"number": row.number, **row.as_dict()}, _no_nan)
+    return saved
 
 
 def _row_of(saved: Mapping[str, Any]) -> SeenStep:
+    values = _swapped(saved, lambda value: math.nan if value is None else value)
     known = {one.name for one in fields(StepObservation)}  # Another version may have saved more.
-    values: dict[str, Any] = {key: value for key, value in saved.items() if key in known}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return SeenStep(saved["number"], saved["at"], saved["optimizer"], StepObservation(**values), saved["lr"])
+    seen: dict[str, Any] = {key: value for key, value in values.items() if key in known}
+    return SeenStep(values["number"], values["at"], values["optimizer"], StepObservation(**seen), values["lr"])
+
+
+def _swapped(value: Any, swap: Callable[[Any], Any]) -> Any:
+    """Return a value with each plain value in it swapped, and lists as tuples."""
+    if isinstance(value, Mapping):
+        return {key: _swapped(item, swap) for key, item in value.items()}
+    return tuple(_swapped(item, swap) for item in value) if isinstance(value, list | tuple) else swap(value)
+
+
+def _no_nan(value: Any) -> Any:
+    """Return None for NaN, which is not equal to itself, so that equal runs would have checkpoints that are not."""
+    return None if isinstance(value, float) and value != value else value
 
 
 def _incident_state(incident: Incident) -> dict[str, Any]:

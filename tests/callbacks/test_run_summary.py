@@ -8,7 +8,7 @@ import torch
 
 import lightning_optim as lo
 from lightning_optim.divergence import LRCut, Rollback
-from tests.helpers import RULES, Net, batches, bit_equal, make_trainer
+from tests.helpers import RULES, Net, batches, bit_equal, make_trainer, precision
 
 
 def _configure():
@@ -51,7 +51,8 @@ def test_a_metric_without_a_log_is_reported_as_not_logged(capsys):
 
 @pytest.mark.filterwarnings("ignore:Step ")
 @pytest.mark.parametrize("summary_first", [True, False])
-def test_it_shows_what_the_guard_did_and_the_rates_as_the_last_step_used_them(capsys, tmp_path, summary_first):
+@pytest.mark.parametrize("name", ["32-true", "16-mixed"])  # A GradScaler steps after the hook, not around it.
+def test_it_shows_what_the_guard_did_and_the_rates_as_the_last_step_used_them(capsys, tmp_path, name, summary_first):
     guard = lo.DivergenceGuard(
         lr_cut=LRCut(0.5, steps=100), rollback=Rollback(every=5, clean=0, lr_factor=0.1), patience=2, cooldown=0
     )
@@ -65,14 +66,15 @@ def test_it_shows_what_the_guard_did_and_the_rates_as_the_last_step_used_them(ca
 
     parts = [lo.RunSummary({}), guard]
     parts = [*(parts if summary_first else reversed(parts)), _configure(), Rates()]
-    make_trainer(parts, default_root_dir=tmp_path).fit(Net(nan_batches=range(70, 74)), batches(80))
+    trainer = make_trainer(parts, default_root_dir=tmp_path, **precision(name))
+    trainer.fit(Net(nan_batches=range(70, 74)), batches(80))
     out = capsys.readouterr().out
     for label, value in {"rollbacks": "1", "cuts of the": "1", "steps skipped": "4", "score, loss": "0.000%"}.items():
         assert _lines(out, label)[0].split()[-2] == value
     head, no_decay, default = used[-1]
     assert head == pytest.approx(10 * default)
-    for name, rate in {"head": head, "no_decay": no_decay, "default": default}.items():
-        assert f"{rate:.3g}" in _lines(out, name)[0].split()
+    for group, rate in {"head": head, "no_decay": no_decay, "default": default}.items():
+        assert f"{rate:.3g}" in _lines(out, group)[0].split()
 
 
 def test_without_a_guard_the_rate_is_that_of_the_last_step_and_nothing_is_said_of_a_guard(capsys):

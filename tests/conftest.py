@@ -27,6 +27,13 @@ def _repeatable() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests of the guard have an incident, and drawing one takes longer than most of them."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("lightning_optim.callbacks._guard.reporter.can_draw", lambda: False)
+
+
 @pytest.fixture
 def own_names() -> Iterator[None]:
     """Names that a test registers are forgotten at its end."""

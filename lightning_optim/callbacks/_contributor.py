@@ -74,6 +74,14 @@ class Contributor(L.Callback):
         """Return whether it writes ``optim_health/skipped_steps`` at this step, so that no other callback has to."""
         return False
 
+    def writes_health(self, trainer: L.Trainer) -> bool:
+        """Return whether it writes what `health_points` of all members return at this step."""
+        return False
+
+    def used_lrs(self) -> Sequence[Sequence[float]]:
+        """Return the rates of each optimizer's groups in its last step, if it changes them for a step; else nothing."""
+        return ()
+
     # The hooks of a fit, as the hub passes them on; they are Lightning's of these names unless documented otherwise.
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None: ...

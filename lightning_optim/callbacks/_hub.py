@@ -297,6 +297,14 @@ class Hub(Hears):
         """Return whether one of the members writes ``optim_health/skipped_steps`` at this step."""
         return any(member.writes_skip_count(self.trainer) for member in self.members)
 
+    def health_written(self) -> bool:
+        """Return whether one of the members writes `health_points` at this step."""
+        return any(member.writes_health(self.trainer) for member in self.members)
+
+    def used_lrs(self) -> Sequence[Sequence[float]]:
+        """Return the rates of each optimizer's groups in its last step, if a member changes them; else nothing."""
+        return next((rates for member in self.members if (rates := member.used_lrs())), ())
+
     def restored_places(self) -> list[int | None]:
         """Return for each optimizer its place in the checkpoint that was loaded; None for one that it has not."""
         return self._pipelines.restored_places()

@@ -60,7 +60,8 @@ class DivergenceGuard(HubCallback):
     Where skipping is not enough (consecutive bad steps, a lasting jump of the loss, a slow rise, a collapse of the loss
     scale) there is a ladder of responses: a temporarily lower learning rate; a return to a snapshot of weights,
     optimizer, schedule, scaler and averages, continuing with the next batches; the end of the run. Observations and
-    responses are in ``divergence_report.md`` and ``.json`` next to the checkpoints, and in TensorBoard's text tab.
+    responses are in ``divergence_report.md`` and ``.json`` next to the checkpoints, and in TensorBoard's text tab, with
+    the 64 steps before each incident and, with matplotlib, a picture of it.
 
     Under 16-bit precision with a GradScaler, its overflows are skipped steps as well, but raise no warning.
 
@@ -157,9 +158,16 @@ class DivergenceGuard(HubCallback):
         return self.ladder.used["rollback"]
 
     def health_points(self) -> dict[str, float]:
-        """Return the numbers of rollbacks and overflows so far, and the present factor on the learning rate."""
-        counts = {"rollbacks": self.rollback_count, "overflow_steps": self.overflow_steps}
-        return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0)}
+        """Return the counts of what has been done so far, the present factor on the learning rate, and spike scores."""
+        counts = {"rollbacks": self.rollback_count, "lr_cuts": self.ladder.used["lr_cut"]}
+        counts["overflow_steps"] = self.overflow_steps
+        known = self.report.spike_scores()
+        scores = {f"spike_score_{signal}": known.get(signal, 0.0) for signal in SIGNALS}
+        return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0), **scores}
+
+    def used_lrs(self) -> list[list[float]]:
+        """Return the learning rates of each optimizer in its last step."""
+        return [guarded.cut.used_lrs() for guarded in self._guarded]
 
     def detectors(self) -> Sequence[Detector]:
         """Return a new `StepGuard` for one optimizer, with its own copies of the user's detectors."""
@@ -243,6 +251,8 @@ class DivergenceGuard(HubCallback):
         for guarded, place in zip(self._guarded, self.hub.restored_places(), strict=True):
             if place is not None and place < len(states):
                 guarded.restore(states[place], self.hub.restored_names(place))
+        if "report" in self._restored:  # Checkpoints of version 0.1 have none.
+            self.report.load_state_dict(self._restored["report"])
         if "ladder" in self._restored:
             self.ladder.load_state_dict(self._restored["ladder"])
         if "responses" in self._restored and self._responses is not None:
@@ -288,12 +298,15 @@ class DivergenceGuard(HubCallback):
         """Judge the steps that have arrived at the host, and respond."""
         step = logging_step(trainer)
         where = step, trainer.current_epoch, batch_idx, batch
-        stepped = [guarded.batches.add(*where, guarded.watch.steps) for guarded in self._guarded]
+        stepped = [guarded.batches.add(*where, guarded.watch.steps, guarded.cut.used_lr) for guarded in self._guarded]
         skipped_before, self._skipped = self._skipped, self._count()
         alarms = self._new_alarms()
         if self._skipped > skipped_before and not self.hub.skip_count_written():
             assert self._reporter is not None
             self._reporter.log_skips(trainer, self._skipped)
+        if trainer.loggers and logging_due(trainer) and not self.hub.health_written():
+            assert self._reporter is not None
+            self._reporter.log_health(trainer, self.health_points())
         snapshots = self._snapshots
         if snapshots is not None:
             snapshots.observe(step, [alarm for alarm, _ in alarms])
@@ -326,9 +339,8 @@ class DivergenceGuard(HubCallback):
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep the state until training starts; during training, as when a tuner undoes a trial, restore it now."""
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
-        check_version(
-            self._restored, "the state of DivergenceGuard", ("optimizers", "ladder", "responses", "snapshots")
-        )
+        known = ("optimizers", "ladder", "report", "responses", "snapshots")
+        check_version(self._restored, "the state of DivergenceGuard", known)
         if self._guarded:
             for guarded in self._guarded:
                 guarded.discard_pending()
@@ -348,8 +360,9 @@ class DivergenceGuard(HubCallback):
             return self._restored
         optimizers = [guarded.state_dict() for guarded in self._guarded]
         assert self._responses is not None
-        state = {"version": VERSION, "optimizers": optimizers, "ladder": self.ladder.state_dict()}
-        state["responses"] = self._responses.state_dict()
+        parts = {"ladder": self.ladder, "report": self.report, "responses": self._responses}
+        state: dict[str, Any] = {"version": VERSION, "optimizers": optimizers}
+        state |= {key: part.state_dict() for key, part in parts.items()}
         snapshots = self._saved_snapshots if self._snapshots is None else self._snapshots.state_dict()
         return state if snapshots is None else {**state, "snapshots": snapshots}
 
@@ -375,7 +388,7 @@ class DivergenceGuard(HubCallback):
             name = about(guarded.optimizer).name if len(self._guarded) > 1 else None
             for seen in guarded.watch.read(everything):
                 location = guarded.batches.of(seen.step)
-                self.report.see(location.step, index, seen)
+                self.report.see(location.step, index, seen, location.lr)
                 for alarm in guarded.judge.update(seen, guarded.names):
                     found.append((alarm, location))
                     if not alarm.is_repeated:

@@ -140,6 +140,10 @@ class OptimizerMonitor(HubCallback):
         """Return whether a report is due and there is one optimizer, because several have tags of their own."""
         return bool(trainer.loggers) and len(trainer.optimizers) == 1 and self.report_due(trainer)
 
+    def writes_health(self, trainer: L.Trainer) -> bool:
+        """Return whether a report is due and there is a logger."""
+        return bool(trainer.loggers) and self.report_due(trainer)
+
     def histograms_due(self, trainer: L.Trainer) -> Sequence[str]:
         """Return the kinds of histograms that the coming report shows."""
         return () if self._details is None else self._details.histograms_due()

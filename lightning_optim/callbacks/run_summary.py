@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -14,9 +15,20 @@ from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._packages import tensorboard_loggers
 from lightning_optim.core.stats import StepCounts
 
+_HEALTH = {
+    "rollbacks": "rollbacks",
+    "lr_cuts": "cuts of the learning rate",
+    "spike_score_loss": "spike score, loss",
+    "spike_score_grad_norm": "spike score, gradient norm",
+}
+"""Label of each number about the run's health that is shown."""
+
 
 class RunSummary(HubCallback):
     """Print a summary after training: metrics, speed, clipped and skipped steps, and the parameter groups.
+
+    With a `DivergenceGuard` it also has the numbers of rollbacks and of cuts of the learning rate, and the spike score.
+    The learning rate of a group is that of the last step, as the step used it: after the schedule, and after the cut.
 
     It needs ``rich``, which ``pip install lightning-optim[cli]`` installs.
 
@@ -45,16 +57,25 @@ class RunSummary(HubCallback):
         """Reset the results of the last fit, because a fit with nothing left to train never starts or ends training."""
         self._first_step, self._start, self._seconds = trainer.global_step, 0.0, 0.0
         self._counts, self._each = StepCounts(), list[StepCounts]()
+        self._rates: dict[int, list[Any]] = {}
+        self._used_lrs: Sequence[Sequence[float]] = ()
 
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self._first_step = trainer.global_step
         self._start = time.perf_counter()
+        self._rates = {}
+
+    def _at_step(self, trainer: L.Trainer, optimizer_index: int) -> None:
+        """Note the learning rates of the step, because the schedule moves on behind it."""
+        groups = self.hub.pipelines[optimizer_index].optimizer.param_groups
+        self._rates[optimizer_index] = [group["lr"] for group in groups]
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock, and collect the counts, which are not available after the fit."""
         self._seconds = time.perf_counter() - self._start
         self._counts, self._each = self.hub.total(), self.hub.counts()
+        self._used_lrs = self.hub.used_lrs()
 
     @rank_zero_only
     def _at_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -72,6 +93,10 @@ class RunSummary(HubCallback):
         counts = self._counts
         run.add_row("steps clipped", f"{counts.clipped / counts.steps:.1%} of {counts.steps}" if counts.steps else "-")
         run.add_row("steps skipped", str(counts.skipped))
+        health = self.hub.health_points()
+        for name, label in _HEALTH.items():
+            if name in health:
+                run.add_row(label, f"{health[name]:.3%}" if name.startswith("spike_score") else f"{health[name]:.0f}")
         for name, of_one in zip(names_in(trainer), self._each, strict=False) if len(self._each) > 1 else ():
             share = f"{of_one.clipped / of_one.steps:.1%} of {of_one.steps}" if of_one.steps else "-"
             run.add_row(f"{name}: steps clipped", share)
@@ -81,13 +106,13 @@ class RunSummary(HubCallback):
         groups.title_justify = "left"
         for column in groups.columns[1:]:
             column.justify = "right"
-        for prefix, optimizer in zip(prefixes_in(trainer), trainer.optimizers, strict=True):
-            for index, group in enumerate(optimizer.param_groups):
+        for prefix, optimizer, rates in zip(prefixes_in(trainer), trainer.optimizers, self._used(trainer), strict=True):
+            for index, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
                 groups.add_row(
                     f"{prefix}{group.get('name', index)}",
                     str(len(group["params"])),
                     f"{sum(p.numel() for p in group['params']):,}",
-                    f"{float(group['lr']):.3g}",
+                    f"{rate:.3g}",
                     f"{float(group.get('initial_lr', group['lr'])):.3g}",
                     f"{group['weight_decay']:g}" if "weight_decay" in group else "-",
                 )
@@ -95,6 +120,17 @@ class RunSummary(HubCallback):
         for logger in tensorboard_loggers(trainer):
             # A plain print keeps the command in one line, so that it can be copied.
             print(f"See the run:  tensorboard --logdir {_relative(logger.save_dir)}")
+
+    def _used(self, trainer: L.Trainer) -> list[list[float]]:
+        """Return the learning rates of the groups of each optimizer in its last step; the present ones without any."""
+        found = []
+        for index, optimizer in enumerate(trainer.optimizers):
+            now = [group["lr"] for group in optimizer.param_groups]
+            known: Sequence[Any] = self._rates.get(index, ())
+            if self._used_lrs:  # What was noted before the step may or may not be cut already.
+                known = self._used_lrs[index]
+            found.append([float(rate) for rate in (known if len(known) == len(now) else now)])
+        return found
 
     def _labels(self, trainer: L.Trainer) -> Mapping[str, str]:
         if self.metrics is not None:

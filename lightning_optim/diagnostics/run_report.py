@@ -25,26 +25,37 @@ class Run:
         scalars: Points by tag, in order of their steps.
         alarms: Alarms and advice of monitor and guard, in Markdown.
         heat_maps: The monitor's last heat maps as PNG, by quantity.
+        incidents: The guard's pictures of incidents as PNG, by their first step.
     """
 
     name: str
     scalars: Mapping[str, Points]
     alarms: tuple[str, ...] = ()
     heat_maps: Mapping[str, bytes] = field(default_factory=dict)
+    incidents: Mapping[int, bytes] = field(default_factory=dict)
 
 
 _HEAT_MAP = r"^optim/(\d+\.)?tensors/"
+_INCIDENT = "optim_health/incident_at_step_"
+
+_RATES = ("optim_lr/[group]",)
 
 FIGURES: dict[str, tuple[str, ...]] = {
     "Learning curves": ("loss",),
-    "Learning rate": ("optim_lr/[group]",),
+    "Learning rate": _RATES,
     "Gradient norm": ("optim_grad_norm/total", "optim_grad_norm/interval_max", "optim_grad_norm_clipped/total"),
     "Gradient norm of each group": ("optim_grad_norm/[group]",),
     "Update over parameters": ("optim_update_ratio/[group]",),
     "Effective learning rate": ("optim_lr/effective/[group]",),
     "Cosine of gradient and momentum": ("optim_grad/cosine/[group]",),
     "Gradient over second moment": ("optim_grad/over_second_moment/[group]",),
-    "Clipped, skipped": ("optim_health/clip_rate", "optim_health/skipped_steps", "optim_health/rollbacks"),
+    "Clipped, skipped": (
+        "optim_health/clip_rate",
+        "optim_health/skipped_steps",
+        "optim_health/rollbacks",
+        "optim_health/lr_cuts",
+    ),
+    "Spike score": ("optim_health/spike_score_loss", "optim_health/spike_score_grad_norm"),
 }
 """Figures in order, with the tags of each; `[group]` stands for one part of a tag, `loss` for all losses of a run."""
 
@@ -82,7 +93,12 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     ]
     images = [tag for tag in tags["images"] if re.match(_HEAT_MAP, tag)]
     heat_maps = {re.sub(_HEAT_MAP, r"\1", tag): events.Images(tag)[-1].encoded_image_string for tag in images}
-    return Run(name or folder.name, scalars, tuple(alarms), heat_maps)
+    incidents = {
+        int(tag.removeprefix(_INCIDENT)): events.Images(tag)[-1].encoded_image_string
+        for tag in tags["images"]
+        if tag.startswith(_INCIDENT)
+    }
+    return Run(name or folder.name, scalars, tuple(alarms), heat_maps, dict(sorted(incidents.items())))
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -152,6 +168,40 @@ def generalisation(runs: Iterable[Run]) -> list[list[str]]:
     return rows
 
 
+_ACTS = {
+    "steps skipped": "skipped_steps",
+    "rollbacks": "rollbacks",
+    "cuts of the rate": "lr_cuts",
+    "spike score, loss": "spike_score_loss",
+    "spike score, gradient norm": "spike_score_grad_norm",
+}
+
+
+def stability(runs: Iterable[Run]) -> list[list[str]]:
+    """Return rows of run, skipped steps, rollbacks, cuts of the rate, spike scores, and the last rate of each group.
+
+    The numbers are those of the last report. The rates are those that its step used, after schedule and cut.
+    """
+    rows = []
+    for run in runs:
+        values = {name: _last_of(run, name) for name in _ACTS.values()}
+        if any(value is not None for value in values.values()):
+            rates = [f"{tag.removeprefix('optim_lr/')} {run.scalars[tag][-1][1]:.3g}" for tag in _tags(run, _RATES)]
+            cells = [
+                "-" if v is None else f"{v:.3%}" if n.startswith("spike") else f"{v:.0f}" for n, v in values.items()
+            ]
+            rows.append([run.name, *cells, ", ".join(rates) or "-"])
+    return rows
+
+
+def _last_of(run: Run, name: str) -> float | None:
+    """Return the last value of a tag of the run, else the sum of those of its optimizers; None if there is none."""
+    if points := run.scalars.get(f"optim_health/{name}"):
+        return points[-1][1]
+    of_each = [points[-1][1] for tag, points in run.scalars.items() if re.fullmatch(rf"optim_health/.+\.{name}", tag)]
+    return sum(of_each) if of_each else None
+
+
 def write_report(runs: Sequence[Run], folder: str | Path, targets: Sequence[float] | None = None) -> Path:
     """Write ``report.html``, which needs no other file, and each figure as a PNG file.
 
@@ -174,6 +224,8 @@ def write_report(runs: Sequence[Run], folder: str | Path, targets: Sequence[floa
     rows = generalisation(runs)
     header = ["run", "best validation loss", "at step", "training loss", "gap"]
     parts += _section("Generalisation", _table(header, rows) if rows else "")
+    rows = stability(runs)
+    parts += _section("Stability", _table(["run", *_ACTS, "last learning rates"], rows) if rows else "")
     for title, patterns in FIGURES.items():
         picture = _figure(title, runs, patterns)
         if picture is not None:
@@ -181,6 +233,9 @@ def write_report(runs: Sequence[Run], folder: str | Path, targets: Sequence[floa
     for run in runs:
         for quantity, picture in run.heat_maps.items():
             title = f"{quantity} of each tensor in {run.name}"
+            parts += _section(title, _saved(picture, title, folder))
+        for step, picture in run.incidents.items():
+            title = f"Incident at step {step} of {run.name}"
             parts += _section(title, _saved(picture, title, folder))
         lines = "".join(f"<li><pre>{html.escape(alarm)}</pre></li>" for alarm in run.alarms)
         parts += _section(f"Alarms of {run.name}", f"<ul>{lines}</ul>" if lines else "<p>None.</p>")

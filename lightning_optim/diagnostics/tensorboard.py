@@ -46,7 +46,8 @@ _CHARTS = {
     "clipped, skipped, not finite": [
         r"^optim_health/([\w-]+\.)?(clip_rate|skipped_steps|overflow_steps|nonfinite_gradients)$"
     ],
-    "the guard: rollbacks, and its cut of the rate": [r"^optim_health/(rollbacks|lr_cut)$"],
+    "the guard: rollbacks, and its cut of the rate": [r"^optim_health/(rollbacks|lr_cuts?)$"],
+    "spike score": [r"^optim_health/spike_score_(loss|grad_norm)$"],
     "update over parameters": [r"^optim_update_ratio/.+$"],
     "effective rate": [r"^optim_lr/([\w-]+\.)?effective/.+$"],
     "cosine of gradient and momentum": [r"^optim_grad/([\w-]+\.)?cosine/.+$"],

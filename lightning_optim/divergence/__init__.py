@@ -11,6 +11,7 @@ from lightning_optim.divergence.judge import DivergenceJudge
 from lightning_optim.divergence.ladder import Ladder, LRCut, Rollback
 from lightning_optim.divergence.lr_cutter import LRCutter
 from lightning_optim.divergence.report import DivergenceReport
+from lightning_optim.divergence.spike_score import SpikeScore
 from lightning_optim.divergence.spikes import Spikes, SpikeWindow
 from lightning_optim.divergence.step_log import LogRow, StepLog
 from lightning_optim.divergence.trend import SlowDivergence
@@ -38,6 +39,7 @@ __all__ = [
     "ParameterHealth",
     "Rollback",
     "SlowDivergence",
+    "SpikeScore",
     "SpikeWindow",
     "Spikes",
     "StepGuard",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +47,7 @@ class LRCutter(Stateful):
         self._age = 0
         self._is_counted = self._is_stepping = False
         self._kept: list[Any] = []
+        self._used: tuple[list[Any], float] = [], 1.0
         self._handles = [
             optimizer.register_step_pre_hook(uncompiled(self._before)),
             optimizer.register_step_post_hook(uncompiled(self._after)),
@@ -55,6 +57,20 @@ class LRCutter(Stateful):
     def factor(self) -> float:
         """The present factor on the learning rates."""
         return self._lasting * self._passing()
+
+    @property
+    def used_lr(self) -> float:
+        """The highest learning rate of the last step; NaN before it, or if a rate is a tensor, maybe on a device."""
+        rates, factor = self._used
+        return max(rates) * factor if rates and not any(isinstance(rate, Tensor) for rate in rates) else math.nan
+
+    def used_lrs(self) -> list[float]:
+        """Return the learning rate of each group in the last step; empty before it.
+
+        A rate that is a tensor is read now, and so is that of the coming step if a schedule has changed it since.
+        """
+        rates, factor = self._used
+        return [float(rate) * factor for rate in rates]
 
     def start(self, factor: float, hold: int, recover: int) -> None:
         """Start a temporary cut, on top of what remains of the last one.
@@ -121,10 +137,10 @@ class LRCutter(Stateful):
 
     def _cut(self) -> None:
         self._restore()  # The last update may have been interrupted.
-        factor = self.factor
+        groups, factor = self._optimizer.param_groups, self.factor
+        self._used = [group["lr"] for group in groups], factor
         if factor == 1.0:
             return
-        groups = self._optimizer.param_groups
         self._kept = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
         for group in groups:
             if isinstance(group["lr"], Tensor):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_optim.divergence.alarms import ALARM_KINDS
 from lightning_optim.divergence.files import write_file
-from lightning_optim.divergence.watch import StepObservation
+from lightning_optim.divergence.incidents import Incident, Incidents, SeenStep
+from lightning_optim.divergence.spike_score import SpikeScore
+from lightning_optim.divergence.watch import SIGNALS, StepObservation
 
 
 @dataclass
@@ -38,11 +40,15 @@ class Entry:
 
 
 class DivergenceReport:
-    """Entries and the last steps of a run, and the files that show them.
+    """Entries, incidents and spike scores of a run, and the files that show them.
 
     Args:
-        keep: Number of last steps that are shown with all their numbers.
         most: Largest number of entries; the first ones, which show how the problem began, and the last ones are kept.
+        most_incidents: Largest number of incidents; see `Incidents`.
+
+    Attributes:
+        entries: Alarms and responses, in order.
+        incidents: The steps around them.
 
     Example:
         >>> report = DivergenceReport()
@@ -51,56 +57,113 @@ class DivergenceReport:
         True
     """
 
-    def __init__(self, keep: int = 64, most: int = 1000) -> None:
+    def __init__(self, most: int = 1000, most_incidents: int = 16) -> None:
         self.entries: list[Entry] = []
+        self.incidents = Incidents(most_incidents)
         self._left_out = 0
         self._most = most
-        self._steps: deque[tuple[int, int, StepObservation]] = deque(maxlen=keep)
+        self._scores: dict[int, SpikeScore] = {}
 
-    def see(self, step: int, optimizer: int, seen: StepObservation) -> None:
-        """Add the observation of a step.
+    def see(self, step: int, optimizer: int, seen: StepObservation, lr: float = math.nan) -> None:
+        """Add the observation of a step, before the alarms about it.
 
         Args:
             step: Position of the step on the loggers' axis.
             optimizer: Index of the optimizer.
             seen: The observation of the step.
+            lr: Highest learning rate of its groups, as the step used it; NaN if it is not known.
         """
-        self._steps.append((step, optimizer, seen))
+        self.incidents.see(step, optimizer, seen, lr)
+        if optimizer not in self._scores:
+            self._scores[optimizer] = SpikeScore()
+        self._scores[optimizer].update(seen.values)
 
     def add(self, entry: Entry) -> None:
-        """Add an entry."""
+        """Add an entry, also to its incident."""
         self.entries.append(entry)
         if len(self.entries) > self._most:
             del self.entries[self._most // 2]
             self._left_out += 1
+        self.incidents.mark(entry.step, entry.kind)
+
+    def entries_of(self, incident: Incident) -> list[Entry]:
+        """Return the entries of an incident, of health as well."""
+        return [entry for entry in self.entries if incident.first_step <= entry.step <= incident.last_step]
+
+    def spike_scores(self) -> dict[str, float]:
+        """Return the spike score of each of `SIGNALS` over the steps of all optimizers; empty before there is one."""
+        steps = {signal: sum(score.steps[signal] for score in self._scores.values()) for signal in SIGNALS}
+        return {
+            signal: sum(score.spikes[signal] for score in self._scores.values()) / count
+            for signal, count in steps.items()
+            if count
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON, with None for numbers that are not finite."""
-        return {
+        report = {
             "entries": [asdict(entry) for entry in self.entries],
             "entries_left_out": self._left_out,
-            "last_steps": [_finite({"at": at, "optimizer": index, **asdict(seen)}) for at, index, seen in self._steps],
+            "incidents": [incident.as_dict() for incident in self.incidents.kept],
+            "incidents_left_out": self.incidents.left_out,
+            "last_steps": [row.as_dict() for row in self.incidents.last_steps()],
+            "spike_scores": self.spike_scores(),
         }
+        finite: dict[str, Any] = _finite(report)
+        return finite
 
-    def markdown(self) -> str:
-        """Return the report as Markdown, with advice on what to change."""
+    def markdown(self, as_file: bool = True) -> str:
+        """Return the report as Markdown, with advice on what to change.
+
+        Args:
+            as_file: Whether it is for the folder of the report: with the pictures that are there, and the steps of all
+                incidents instead of the last one.
+        """
         lines = ["# Divergence report", "", "| step | epoch | batches | kind | what |", "|---|---|---|---|---|"]
         lines += [
             f"| {e.step} | {e.epoch} | {', '.join(map(str, e.batches))} | {e.kind} | {e.text} |" for e in self.entries
         ]
         if self._left_out:
             lines.append(f"\n{self._left_out} entries in the middle are left out.")
+        if scores := self.spike_scores():
+            shares = ", ".join(f"{signal} {share:.3%}" for signal, share in scores.items())
+            lines += ["", f"Spike score (steps more than 6 robust standard deviations above the last ones): {shares}."]
         kinds = list(dict.fromkeys(entry.kind for entry in self.entries))
         lines += ["", "## What to change", ""]
         lines += [f"- **{kind}**: {ALARM_KINDS[kind].advice}" for kind in kinds if kind in ALARM_KINDS]
-        lines += ["", "## The last steps", ""]
-        lines += ["| step | optimizer | loss | gradient norm | median norm | groups' norms | skipped |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        for at, index, seen in self._steps:
-            groups = ", ".join(f"{norm:.3g}" for norm in seen.group_norms)
-            values = f"{seen.values['loss']:.4g} | {seen.values['grad_norm']:.4g} | {seen.medians['grad_norm']:.4g}"
-            lines.append(f"| {at} | {index} | {values} | {groups} | {'yes' if seen.skipped else ''} |")
+        incidents = self.incidents.kept
+        if not incidents:
+            return "\n".join([*lines, "", "## The last steps", "", *_table(self.incidents.last_steps())]) + "\n"
+        lines += ["", "## The last steps before each incident, and those after it"]
+        if self.incidents.left_out:
+            lines += ["", f"{self.incidents.left_out} incidents in the middle are left out, skipped steps first."]
+        for incident in incidents if as_file else incidents[-1:]:
+            lines += ["", f"### {incident.title().capitalize()}", ""]
+            if as_file and incident.picture is not None:
+                lines += [f"![{incident.title()}]({incident.picture})", ""]
+            if incident.left_out:
+                lines += [f"{incident.left_out} steps in its middle are left out.", ""]
+            lines += _table(incident.steps)
         return "\n".join(lines) + "\n"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, for a checkpoint."""
+        return {
+            "entries": [asdict(entry) for entry in self.entries],
+            "left_out": self._left_out,
+            "incidents": self.incidents.state_dict(),
+            "scores": {index: score.state_dict() for index, score in self._scores.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state returned by `state_dict`."""
+        self.entries = [Entry(**entry) for entry in state["entries"]]
+        self._left_out = state["left_out"]
+        self.incidents.load_state_dict(state["incidents"])
+        self._scores = {}
+        for index, saved in state["scores"].items():
+            self._scores[index] = score = SpikeScore()
+            score.load_state_dict(saved)
 
     def write(self, folder: str | Path, name: str = "divergence_report") -> Path | str:
         """Write the Markdown and the JSON file.
@@ -115,9 +178,22 @@ class DivergenceReport:
         Raises:
             OSError: A file cannot be written; the former one is unchanged. A remote file system may raise other errors.
         """
-        content = json.dumps(self.as_dict(), indent=1, allow_nan=False)
+        content = json.dumps(self.as_dict(), allow_nan=False)
         write_file(folder, f"{name}.json", content.encode())
         return write_file(folder, f"{name}.md", self.markdown().encode())
+
+
+def _table(rows: Iterable[SeenStep]) -> list[str]:
+    """Return the lines of a table of steps."""
+    lines = ["| step | optimizer | loss | gradient norm | median norm | groups' norms | lr | skipped |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        seen = row.seen
+        groups = ", ".join(f"{norm:.3g}" for norm in seen.group_norms)
+        values = f"{seen.values['loss']:.4g} | {seen.values['grad_norm']:.4g} | {seen.medians['grad_norm']:.4g}"
+        skipped = "yes" if seen.skipped else ""
+        lines.append(f"| {row.at} | {row.optimizer} | {values} | {groups} | {row.lr:.4g} | {skipped} |")
+    return lines
 
 
 def _finite(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ class StepObservation:
         group_norms: Gradient norm of each group.
         rate: Largest learning rate of the step; NaN if it is not known.
         new_rate: Whether it, or one of the last ones, is far above all before them (`RateHistory.has_risen`).
+        limits: Values above which a signal alone is a spike; infinite while too few are known.
     """
 
     step: int
@@ -62,6 +63,7 @@ class StepObservation:
     group_norms: tuple[float, ...]
     rate: float = math.nan
     new_rate: bool = False
+    limits: dict[str, float] = field(default_factory=dict)
 
 
 class StepGuard(NonFiniteGradient):
@@ -276,9 +278,9 @@ class StepGuard(NonFiniteGradient):
         bad = ~np.isfinite(norm_sq)
         self.alive = self.alive or tuple((norm_sq > 0).tolist())
         bad_loss = layout.has_loss and not math.isfinite(values[1])
-        medians, levels = [math.nan] * count, [0.0] * count
+        medians, levels, limits = [math.nan] * count, [0.0] * count, [math.inf] * count
         if self.spikes is not None:
-            medians = self.spikes.medians
+            medians, limits = self.spikes.medians, self.spikes.alone
             levels = self.spikes.update(values, flags, not skipped, behind=len(self.rows))
         rate, is_new = self._rates.pop(step, (math.nan, False))
         wrong = skipped or bad_loss or any(flags) or bool(detected) or bool(bad.any())
@@ -296,6 +298,7 @@ class StepGuard(NonFiniteGradient):
             group_norms=_group_norms(norm_sq, layout.group_sizes),
             rate=rate,
             new_rate=is_new,
+            limits=dict(zip(SIGNALS, limits, strict=True)),
         )
 
 

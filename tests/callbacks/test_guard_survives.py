@@ -111,6 +111,7 @@ class Full(L.Callback):
         self.limit.__exit__(None, None, None)
 
 
+@pytest.mark.pictures
 def test_a_full_disk_leaves_the_report_before_whole() -> None:
     guard = lo.DivergenceGuard(save_batches=True, patience=2, cooldown=0, lr_cut=lo.divergence.LRCut(budget=9))
     reports: list[str] = []
@@ -123,6 +124,7 @@ def test_a_full_disk_leaves_the_report_before_whole() -> None:
         "divergence_batches",
         "divergence_report.json",
         "divergence_report.md",
+        "divergence_report_step1.png",
     ]
 
 
@@ -142,6 +144,7 @@ def test_a_file_is_written_as_a_whole_or_not_at_all() -> None:
     assert list(Path("there").iterdir()) == []
 
 
+@pytest.mark.pictures
 def test_files_go_to_a_remote_folder_of_checkpoints() -> None:
     remote = fsspec.filesystem("memory")
     checkpoints = ModelCheckpoint(dirpath="memory://bucket/run")
@@ -153,6 +156,7 @@ def test_files_go_to_a_remote_folder_of_checkpoints() -> None:
     assert text.endswith("Report: memory:///bucket/run/divergence_report.md")
     names = {path for path in remote.find("/bucket/run") if "divergence" in path}
     reports = {"/bucket/run/divergence_report.json", "/bucket/run/divergence_report.md"}
+    reports.add("/bucket/run/divergence_report_step2.png")
     assert names == reports | {"/bucket/run/divergence_batches/step2_rank0.pt"}
     with remote.open("/bucket/run/divergence_batches/step2_rank0.pt", "rb") as file:
         assert len(torch.load(file)) == 1
@@ -275,7 +279,7 @@ def test_losses_of_manual_optimization(way: str) -> None:
     trainer, _ = fit(Manual(), guard)
     assert trainer.global_step == 12
     assert guard.skipped_steps == 1
-    losses = [seen.values["loss"] for _, _, seen in guard.report._steps]
+    losses = [seen.values["loss"] for seen in (row.seen for row in guard.report.incidents.last_steps())]
     assert len(losses) == 12
     with torch.no_grad():
         x, y = next(iter(batches(12)))
@@ -304,7 +308,7 @@ def test_large_finite_gradients_and_losses_are_finite(
     assert guard.report.entries == []
     for old, param in zip(before, model.parameters(), strict=True):
         assert 1e-3 < (param - old).abs().max() < 0.1
-    norms = [seen.values["grad_norm"] for _, _, seen in guard.report._steps]
+    norms = [seen.values["grad_norm"] for seen in (row.seen for row in guard.report.incidents.last_steps())]
     assert all(scale / 100 < norm < scale * 100 for norm in norms)
 
 

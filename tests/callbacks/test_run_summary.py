@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import builtins
 
+import lightning.pytorch as L
 import pytest
+import torch
 
 import lightning_optim as lo
-from tests.helpers import RULES, Net, batches, bit_equal, make_trainer
+from lightning_optim.divergence import LRCut, Rollback
+from tests.helpers import RULES, Net, batches, bit_equal, make_trainer, precision
 
 
 def _configure():
@@ -44,6 +47,50 @@ def test_without_a_choice_every_logged_metric_is_shown(capsys):
 def test_a_metric_without_a_log_is_reported_as_not_logged(capsys):
     make_trainer([_configure(), lo.RunSummary({"val_los": "loss"})]).fit(Net(), batches(2))
     assert "not logged" in _lines(capsys.readouterr().out, "loss")[0]
+
+
+@pytest.mark.filterwarnings("ignore:Step ")
+@pytest.mark.parametrize("summary_first", [True, False])
+@pytest.mark.parametrize("name", ["32-true", "16-mixed"])  # A GradScaler steps after the hook, not around it.
+def test_it_shows_what_the_guard_did_and_the_rates_as_the_last_step_used_them(capsys, tmp_path, name, summary_first):
+    guard = lo.DivergenceGuard(
+        lr_cut=LRCut(0.5, steps=100), rollback=Rollback(every=5, clean=0, lr_factor=0.1), patience=2, cooldown=0
+    )
+    used = []
+
+    class Rates(L.Callback):
+        def on_train_start(self, trainer, pl_module):  # behind the cut
+            trainer.optimizers[0].register_step_pre_hook(
+                lambda optimizer, args, kwargs: used.append([group["lr"] for group in optimizer.param_groups])
+            )
+
+    parts = [lo.RunSummary({}), guard]
+    parts = [*(parts if summary_first else reversed(parts)), _configure(), Rates()]
+    trainer = make_trainer(parts, default_root_dir=tmp_path, **precision(name))
+    trainer.fit(Net(nan_batches=range(70, 74)), batches(80))
+    out = capsys.readouterr().out
+    for label, value in {"rollbacks": "1", "cuts of the": "1", "steps skipped": "4", "score, loss": "0.000%"}.items():
+        assert _lines(out, label)[0].split()[-2] == value
+    head, no_decay, default = used[-1]
+    assert head == pytest.approx(10 * default)
+    for group, rate in {"head": head, "no_decay": no_decay, "default": default}.items():
+        assert f"{rate:.3g}" in _lines(out, group)[0].split()
+
+
+def test_without_a_guard_the_rate_is_that_of_the_last_step_and_nothing_is_said_of_a_guard(capsys):
+    make_trainer([lo.RunSummary(), lo.ConfigureOptimizers("sgd", lr=1.0, schedule="linear")]).fit(Net(), batches(4))
+    out = capsys.readouterr().out
+    assert not _lines(out, "rollbacks")
+    assert "0.25" in _lines(out, "default")[0].split()
+
+
+def test_a_rate_that_is_a_tensor_is_shown(capsys):
+    class OwnRate(Net):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=torch.tensor(0.125))
+
+    make_trainer([lo.RunSummary(), lo.DivergenceGuard()]).fit(OwnRate(), batches(2))
+    assert "0.125" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [{"max_epochs": 0}, {"limit_train_batches": 0}])

@@ -32,7 +32,7 @@ def test_the_command_writes_one_self_contained_page(folders, tmp_path, capsys):
     assert "slow/0" in text
     assert "fast/0" in text
     titles = re.findall("<h2>(.*?)</h2>", text)
-    assert titles[:4] == ["Convergence", "Generalisation", "Learning curves", "Learning rate"]
+    assert titles[:5] == ["Convergence", "Generalisation", "Stability", "Learning curves", "Learning rate"]
     assert {"Update over parameters", "Cosine of gradient and momentum", "Alarms of fast/0"} <= set(titles)
     sources = re.findall('src="(.*?)"', text)
     assert len(sources) == len(list((tmp_path / "out").glob("*.png"))) == 10

@@ -1,24 +1,28 @@
-"""Everything that `DivergenceGuard` writes: warnings, the divergence report, the batches of skipped steps."""
+"""Everything that `DivergenceGuard` writes: warnings, the divergence report with its pictures, batches, scalars."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_optim.callbacks._followed import bare
 from lightning_optim.callbacks._guard.step_batches import StepLocation
 from lightning_optim.callbacks._lightning import logging_step
 from lightning_optim.callbacks._packages import tensorboard_loggers
 from lightning_optim.divergence import Alarm, DivergenceReport
 from lightning_optim.divergence.files import check_folder, write_file
+from lightning_optim.divergence.incident_picture import as_pixels, as_png, can_draw, draw
+from lightning_optim.divergence.incidents import Incident
 from lightning_optim.divergence.report import Entry
+from lightning_optim.step.gradients import group_names_of
 
 _Result = TypeVar("_Result")
 
@@ -42,6 +46,7 @@ class GuardReporter:
         log_dir = trainer.log_dir  # Ranks agree on it by a broadcast, so all of them have to ask.
         self._folder = str(report_dir or checkpoints or log_dir or trainer.default_root_dir)
         self._files = 0
+        self._said_no_pictures = False
         self._failed: set[str] = set()
         """What could not be written at the last attempt."""
         if trainer.is_global_zero:
@@ -77,11 +82,15 @@ class GuardReporter:
         """
         step = logging_step(trainer)
         self._add(step, trainer.current_epoch, location, 0, "did", text)
-        path = self.write(trainer)
+        path = self.write(trainer, is_over=False)
         rank_zero_warn(f"Step {step}: {alarm.text}: {text}." + ("" if path is None else f" Report: {path}"))
 
-    def write(self, trainer: L.Trainer) -> Path | str | None:
+    def write(self, trainer: L.Trainer, is_over: bool = True) -> Path | str | None:
         """Write the report to its files and to TensorBoard, on the first rank and if it has any entry.
+
+        Args:
+            trainer: The Trainer.
+            is_over: Whether the run is over. Until then only the last incident is drawn, because drawing takes time.
 
         Returns:
             The path or URL of the Markdown file; None if there is none.
@@ -89,12 +98,44 @@ class GuardReporter:
         if not self._report.entries or not trainer.is_global_zero:
             return None
         path = self._write_file("divergence report", lambda: self._report.write(self._folder))
+        incidents = self._report.incidents.kept
+        drawn = [self._draw(trainer, one, path is not None) for one in (incidents if is_over else incidents[-1:])]
+        if any(drawn):  # The report is written before, in case that drawing fails, and again with their names.
+            self._write_file("divergence report", lambda: self._report.write(self._folder))
         self._try("divergence report on TensorBoard", lambda: self._show(trainer))
         return path
 
+    def _draw(self, trainer: L.Trainer, incident: Incident, to_file: bool) -> bool:
+        """Draw an incident, unless it is drawn; return whether there is a new file."""
+        if not incident.rows or incident.picture_rows == incident.rows:
+            return False
+        if not can_draw():
+            if not self._said_no_pictures:
+                self._said_no_pictures = True
+                rank_zero_info("The divergence report has no pictures without matplotlib: lightning-optim[plot].")
+            return False
+        names = [group_names_of(bare(optimizer)) for optimizer in trainer.optimizers]
+        parts = incident, self._report.entries_of(incident), names
+        figure = self._try("drawing of an incident", partial(draw, *parts))
+        if figure is None:
+            return False
+        self._try("picture of an incident on TensorBoard", lambda: self._show_picture(trainer, incident, figure))
+        name = f"divergence_report_step{incident.first_step}.png"
+        write = partial(_save_picture, figure, self._folder, name)
+        if not to_file or self._write_file("picture of an incident", write) is None:
+            return False
+        incident.picture, incident.picture_rows = name, incident.rows
+        return True
+
     def _show(self, trainer: L.Trainer) -> None:
+        text = self._report.markdown(as_file=False)
         for logger in tensorboard_loggers(trainer):
-            logger.experiment.add_text("optim_health/divergence", self._report.markdown(), logging_step(trainer))
+            logger.experiment.add_text("optim_health/divergence", text, logging_step(trainer))
+
+    def _show_picture(self, trainer: L.Trainer, incident: Incident, figure: Any) -> None:
+        for logger in tensorboard_loggers(trainer):
+            tag = f"optim_health/incident_at_step_{incident.first_step}"
+            logger.experiment.add_image(tag, as_pixels(figure), logging_step(trainer), dataformats="HWC")
 
     def log_skips(self, trainer: L.Trainer, skipped: int) -> None:
         """Send the number of skipped steps to the loggers.
@@ -103,9 +144,21 @@ class GuardReporter:
             trainer: The Trainer.
             skipped: Number of skipped steps so far.
         """
-        metrics = {"optim_health/skipped_steps": float(skipped)}
+        self._log(trainer, {"optim_health/skipped_steps": float(skipped)})
+
+    def log_health(self, trainer: L.Trainer, health: Mapping[str, float]) -> None:
+        """Send the numbers about the run's health to the loggers.
+
+        Args:
+            trainer: The Trainer.
+            health: The numbers, by name.
+        """
+        self._log(trainer, {f"optim_health/{name}": float(value) for name, value in health.items()})
+
+    def _log(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
-            self._try("number of skipped steps", partial(logger.log_metrics, metrics, logging_step(trainer)))
+            what = "number of skipped steps, or another of the guard,"
+            self._try(what, partial(logger.log_metrics, metrics, logging_step(trainer)))
 
     def _write_file(self, what: str, write: Callable[[], Path | str]) -> Path | str | None:
         hint = f" to {self._folder}", " `DivergenceGuard: {report_dir: ...}` sets another folder."
@@ -155,3 +208,7 @@ def _save(samples: list[Any], folder: str, name: str) -> Path | str:
     buffer = io.BytesIO()
     torch.save(samples, buffer)
     return write_file(folder, name, buffer.getvalue())
+
+
+def _save_picture(figure: Any, folder: str, name: str) -> Path | str:
+    return write_file(folder, name, as_png(figure))

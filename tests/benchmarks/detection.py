@@ -47,7 +47,10 @@ class BatchesOf128(BatchesOf32):
 
 
 NOISY: dict[str, type[Classifier]] = {"batches of 32": BatchesOf32, "batches of 128": BatchesOf128}
-CHANGED = ("a term joins", "a large term joins", "curriculum, in jumps", "contrastive, batch doubles")
+CHANGED = (
+    *("a term joins", "a large term joins", "curriculum, in jumps", "contrastive, batch doubles"),
+    "label noise from mid-run",
+)
 """Kinds whose loss does jump, so that a flag at the jump is no false alarm of the rule but a matter of what follows."""
 
 

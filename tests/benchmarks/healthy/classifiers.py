@@ -42,7 +42,7 @@ class WarmRestarts(Classifier):
     batch_size = 32
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.9)
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
         restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 200)
         return [optimizer], [{"scheduler": restarts, "interval": "step"}]
 

@@ -360,9 +360,8 @@ class DivergenceGuard(HubCallback):
             return self._restored
         optimizers = [guarded.state_dict() for guarded in self._guarded]
         assert self._responses is not None
-        parts = {"ladder": self.ladder, "report": self.report, "responses": self._responses}
-        state: dict[str, Any] = {"version": VERSION, "optimizers": optimizers}
-        state |= {key: part.state_dict() for key, part in parts.items()}
+        state: dict[str, Any] = {"version": VERSION, "optimizers": optimizers, "ladder": self.ladder.state_dict()}
+        state |= {"report": self.report.state_dict(), "responses": self._responses.state_dict()}
         snapshots = self._saved_snapshots if self._snapshots is None else self._snapshots.state_dict()
         return state if snapshots is None else {**state, "snapshots": snapshots}
 

@@ -25,6 +25,7 @@ from lightning_optim.divergence import (
     Detector,
     DivergenceJudge,
     DivergenceReport,
+    EarlyWarning,
     HealthLimits,
     Ladder,
     LRCut,
@@ -76,6 +77,8 @@ class DivergenceGuard(HubCallback):
         detectors: Further detectors that may request the skip of a step, as instances, or as names given by
             `lightning_optim.register`; one, or several in a list. Each such step is reported with the detector's
             `reason`.
+        early_warning: When the gradients of a group are too large for the second moment that the optimizer divides
+            them by, which is reported before the loss shows it; None for no such report.
 
     Raises:
         ValueError: A threshold is out of range, or the name of a detector is unknown.
@@ -100,12 +103,14 @@ class DivergenceGuard(HubCallback):
         report_dir: str | None = None,
         save_batches: bool = False,
         detectors: Sequence[Detector | str] | Detector | str = (),
+        early_warning: EarlyWarning | None = EarlyWarning(),  # noqa: B008
     ) -> None:
         if patience < 1:
             raise ValueError(f"Invalid patience={patience!r}: must be a whole number of at least 1, for instance 5.")
         self.spikes, self.lr_cut, self.rollback, self.health = spikes, lr_cut, rollback, health
         self._patience = patience
         self._report_dir, self._save_batches = report_dir, save_batches
+        self.early_warning = early_warning
         self.extra_detectors = tuple(map(_detector, one_or_several(detectors)))
         self._stop, self._cooldown = stop, cooldown
         self._guarded: list[GuardedOptimizer] = []
@@ -142,16 +147,22 @@ class DivergenceGuard(HubCallback):
         return self.ladder.used["rollback"]
 
     def health_points(self) -> dict[str, float]:
-        """Return the numbers of rollbacks and overflows so far, and the present factor on the learning rate."""
+        """Return counts of rollbacks and overflows, the factor on the learning rate, and the last early warning value.
+
+        The latter is `StepObservation.update_to_come`, the largest of all groups and optimizers.
+        """
         counts = {"rollbacks": self.rollback_count, "overflow_steps": self.overflow_steps}
-        return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0)}
+        last = [early.last for guarded in self._guarded if (early := guarded.watch.early) is not None]
+        over = {"update_to_come": max(last)} if last else {}
+        return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0), **over}
 
     def detectors(self) -> Sequence[Detector]:
         """Return a new `StepGuard` for one optimizer, with its own copies of the user's detectors."""
         spikes = self.spikes
         window: SpikeWindow | None = None if spikes is None else spikes.window_of(len(SIGNALS))
         skip = SIGNALS if spikes is not None and spikes.skip else ()
-        return (StepGuard(window, skip, self._take_loss, detectors=copy.deepcopy(self.extra_detectors)),)
+        extra = copy.deepcopy(self.extra_detectors)
+        return (StepGuard(window, skip, self._take_loss, detectors=extra, early_warning=self.early_warning),)
 
     def report_due(self, trainer: L.Trainer) -> bool:
         """Return whether Lightning logs at this step and the health of parameters is inspected."""

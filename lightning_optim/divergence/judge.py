@@ -74,7 +74,7 @@ class DivergenceJudge(Stateful):
         found = self._detected(seen, worst)
         if not (seen.spikes or found):
             counts["bad_in_a_row"] = 0
-        return found + self._finite(seen, worst)
+        return found + self._early(seen, names) + self._finite(seen, worst)
 
     def _overflow(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         counts = self._counts
@@ -109,6 +109,20 @@ class DivergenceJudge(Stateful):
         lasts = row % self.patience == 0
         lasting = f", for {row} steps in a row" if lasts and row > 1 else ""
         return [alarm("detected", seen.step, text + lasting, worst, escalates=lasts) for text in found]
+
+    def _early(self, seen: StepObservation, names: Mapping[int, str]) -> list[Alarm]:
+        """Return the warning of an update that will be too large; none where the step is reported anyway."""
+        signs = [sign for sign in seen.early if sign.is_news]
+        if seen.skipped or seen.spikes or not signs:
+            return []
+        most = max(signs, key=lambda sign: sign.value)
+        worst = tuple(names.get(place, f"parameter {place}") for place in most.worst)
+        text = (
+            f"gradients of group {most.group} are {most.value:.3g} times as large as its second moment, at most "
+            f"{most.highest:.3g} before, so its updates are larger than its learning rate says; most of all in "
+            f"{_listed(worst)}"
+        )
+        return [alarm("early_warning", seen.step, text, worst)]
 
     def _finite(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         alarms = []

@@ -94,12 +94,17 @@ class DivergenceReport:
         lines += ["", "## What to change", ""]
         lines += [f"- **{kind}**: {ALARM_KINDS[kind].advice}" for kind in kinds if kind in ALARM_KINDS]
         lines += ["", "## The last steps", ""]
-        lines += ["| step | optimizer | loss | gradient norm | median norm | groups' norms | skipped |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+        lines += [
+            "| step | optimizer | loss | gradient norm | median norm | groups' norms | update to come | skipped |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|"]
         for at, index, seen in self._steps:
-            groups = ", ".join(f"{norm:.3g}" for norm in seen.group_norms)
+            groups, update = (
+                ", ".join(f"{value:.3g}" for value in of_groups)
+                for of_groups in (seen.group_norms, seen.update_to_come)
+            )
             values = f"{seen.values['loss']:.4g} | {seen.values['grad_norm']:.4g} | {seen.medians['grad_norm']:.4g}"
-            lines.append(f"| {at} | {index} | {values} | {groups} | {'yes' if seen.skipped else ''} |")
+            lines.append(f"| {at} | {index} | {values} | {groups} | {update} | {'yes' if seen.skipped else ''} |")
         return "\n".join(lines) + "\n"
 
     def write(self, folder: str | Path, name: str = "divergence_report") -> Path | str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
+from lightning_optim.divergence.early_warning import EarlySign, EarlySigns, EarlyWarning, SecondMoments, group_maxima
 from lightning_optim.divergence.spikes import SpikeWindow
 from lightning_optim.divergence.step_log import StepLog
 
@@ -41,6 +42,10 @@ class StepObservation:
         worst: Indices in the optimizer of the parameters with the worst gradients, those that are not finite first,
             then the largest; empty if nothing was wrong.
         group_norms: Gradient norm of each group.
+        grad_over_second_moment: Root mean square of the gradient over that of its second moment, the largest of each
+            group's tensors; empty if it was not asked for.
+        update_to_come: The same of the last gradients, which bounds the update in units of the learning rate.
+        early: Signs of groups whose update to come is too large.
     """
 
     step: int
@@ -54,6 +59,9 @@ class StepObservation:
     medians: dict[str, float]
     worst: tuple[int, ...]
     group_norms: tuple[float, ...]
+    grad_over_second_moment: tuple[float, ...] = ()
+    update_to_come: tuple[float, ...] = ()
+    early: tuple[EarlySign, ...] = ()
 
 
 class StepGuard(NonFiniteGradient):
@@ -71,6 +79,7 @@ class StepGuard(NonFiniteGradient):
             elements the mean counts.
         rows: The log to write to; None for a new one.
         detectors: Further detectors, which may request a skip as well.
+        early_warning: When gradients are too large for their second moment, which is reported; None to leave it out.
 
     Attributes:
         steps: Number of steps so far, skipped ones included.
@@ -93,8 +102,12 @@ class StepGuard(NonFiniteGradient):
         loss: Callable[[], Tensor | None] = lambda: None,
         rows: StepLog | None = None,
         detectors: Sequence[Detector] = (),
+        early_warning: EarlyWarning | None = None,
     ) -> None:
         self.spikes = spikes
+        self.moments = None if early_warning is None else SecondMoments()
+        self.early = None if early_warning is None else EarlySigns(early_warning)
+        self._group_names: tuple[str, ...] = ()
         self._skips = [signal in skip for signal in SIGNALS]
         self._loss = loss
         self.rows = StepLog() if rows is None else rows  # An empty log is falsy.
@@ -129,7 +142,11 @@ class StepGuard(NonFiniteGradient):
             flags = torch.cat([flags, torch.stack(found)])
             skip = skip | flags[len(SIGNALS) :].any()
         columns = [values, flags, stats.norm_sq, *([] if stats.places is None else [stats.places])]
-        self._now = columns, _Layout(stats.group_sizes, loss is not None, stats.places is not None, len(self.detectors))
+        layout = _Layout(stats.group_sizes, loss is not None, stats.places is not None, len(self.detectors))
+        if self.moments is not None:
+            columns.append(self.moments(stats).flatten())
+            layout, self._group_names = replace(layout, has_ratios=True), stats.group_names
+        self._now = columns, layout
         return skip
 
     def commit(self, skip: Tensor) -> None:
@@ -139,6 +156,8 @@ class StepGuard(NonFiniteGradient):
         self.steps += 1
         for detector in self.detectors:
             detector.commit(skip)
+        if self.moments is not None:
+            self.moments.commit(skip)
         dtype = columns[0].dtype
         row = torch.cat([column.to(dtype) for column in ((skip != 0).reshape(1), *columns)])
         self._layouts[self.steps] = layout
@@ -169,8 +188,10 @@ class StepGuard(NonFiniteGradient):
             "spikes": {} if self.spikes is None else self.spikes.state_dict(),
             "rows": self.rows.state_dict(),
             "detectors": {name: state for name, one in self._named_detectors() if (state := one.state_dict())},
+            "early": {} if self.early is None else self.early.state_dict(),
+            "moments": {} if self.moments is None else self.moments.state_dict(),
             "layouts": {
-                step: [list(x.group_sizes), x.has_loss, x.has_places, x.num_detectors, *([x.moved] if x.moved else [])]
+                step: [list(x.group_sizes), x.has_loss, x.has_places, x.num_detectors, list(x.moved), x.has_ratios]
                 for step, x in self._layouts.items()
             },
         }
@@ -182,18 +203,23 @@ class StepGuard(NonFiniteGradient):
         self._layouts = {step: _Layout(tuple(sizes), *rest) for step, (sizes, *rest) in state["layouts"].items()}
         if self.spikes is not None and state["spikes"]:
             self.spikes.load_state_dict(state["spikes"])
-        known = state.get("detectors", {})  # Checkpoints of version 0.1 have none.
+        for part, saved in ((self.early, state.get("early")), (self.moments, state.get("moments"))):
+            if part is not None and saved:
+                part.load_state_dict(saved)
+        known = state.get("detectors", {})  # Checkpoints of version 0.1 have none, and no early warning.
         for name, detector in self._named_detectors():
             if name in known:
                 detector.load_state_dict(known[name])
 
     def move(self, places: Sequence[int]) -> None:
-        """Follow parameters to other places in the optimizer, in the rows that have not arrived yet.
+        """Follow parameters to other places in the optimizer, also in the rows that have not arrived yet.
 
         Args:
             places: The new place of the parameter at each old place; -1 for one that is gone.
         """
         self._layouts = {step: replace(layout, moved=tuple(places)) for step, layout in self._layouts.items()}
+        if self.moments is not None:
+            self.moments.move(places)
 
     def _named_detectors(self) -> Iterator[tuple[str, Detector]]:
         """Yield each further detector with a unique name, because two of one class must not share a checkpoint key."""
@@ -224,7 +250,7 @@ class StepGuard(NonFiniteGradient):
         present = self.detectors if layout.num_detectors == len(self.detectors) else ()
         detected = tuple(_found(d) for d, flag in zip(present, others, strict=False) if flag)
         norm_sq = rest[: sum(layout.group_sizes)]
-        places = rest[len(norm_sq) :] if layout.has_places else None
+        places = rest[len(norm_sq) : 2 * len(norm_sq)] if layout.has_places else None
         bad = ~np.isfinite(norm_sq)
         self.alive = self.alive or tuple((norm_sq > 0).tolist())
         bad_loss = layout.has_loss and not math.isfinite(values[1])
@@ -232,6 +258,8 @@ class StepGuard(NonFiniteGradient):
         if self.spikes is not None:
             medians = self.spikes.medians
             levels = self.spikes.update(values, flags, not skipped, behind=len(self.rows))
+        over, update, signs = self._early_of(rest, norm_sq, layout, not skipped)
+        early = tuple(replace(x, worst=layout.now(_places(x.worst, places))) for x in signs)
         wrong = skipped or bad_loss or any(flags) or bool(detected) or bool(bad.any())
         return StepObservation(
             step=step,
@@ -245,7 +273,21 @@ class StepGuard(NonFiniteGradient):
             medians=dict(zip(SIGNALS, medians, strict=True)),
             worst=layout.now(_worst(norm_sq, bad, places)) if wrong else (),
             group_norms=_group_norms(norm_sq, layout.group_sizes),
+            grad_over_second_moment=over,
+            update_to_come=update,
+            early=early,
         )
+
+    def _early_of(
+        self, rest: np.ndarray, norm_sq: np.ndarray, layout: _Layout, accepted: bool
+    ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[EarlySign, ...]]:
+        """Return the two ratios of each group, and the signs; empty where the row has no ratios."""
+        if not layout.has_ratios or self.early is None:
+            return (), (), ()
+        squares = rest[-2 * len(norm_sq) :].reshape(2, -1)
+        over, update = np.sqrt(np.where(np.isfinite(squares), squares, 0.0))
+        largest, signs = self.early.update(update, layout.group_sizes, self._group_names, accepted)
+        return group_maxima(over, layout.group_sizes), largest, signs
 
 
 def single_value(loss: Tensor) -> Tensor:
@@ -276,6 +318,7 @@ class _Layout:
     num_detectors: int = 0
     moved: tuple[int, ...] = ()
     """Where the parameter at each place is now, if the run was resumed with another order; -1 for one that is gone."""
+    has_ratios: bool = False
 
     def now(self, places: tuple[int, ...]) -> tuple[int, ...]:
         """Return where the parameters at these places are now."""
@@ -288,7 +331,12 @@ def _found(detector: Detector) -> str:
 
 def _worst(norm_sq: np.ndarray, bad: np.ndarray, places: np.ndarray | None) -> tuple[int, ...]:
     order = np.argsort(-np.where(bad, np.inf, norm_sq), kind="stable")[:_NAMED]
-    return tuple(int(place) for place in (order if places is None else places[order]))
+    return _places(order.tolist(), places)
+
+
+def _places(rows: Sequence[int], places: np.ndarray | None) -> tuple[int, ...]:
+    """Return the index in the optimizer of each row."""
+    return tuple(rows) if places is None else tuple(int(places[row]) for row in rows)
 
 
 def _group_norms(norm_sq: np.ndarray, sizes: Sequence[int]) -> tuple[float, ...]:

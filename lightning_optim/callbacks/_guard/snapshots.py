@@ -179,7 +179,10 @@ def _parts(
 ) -> list[Part]:
     """Return all that a rollback restores; neither the position in the data nor the count of steps."""
     precision = trainer.precision_plugin
-    baselines = [own for g in guarded for own in (g.watch.spikes, g.judge.trend, *g.watch.detectors) if own is not None]
+    baselines: list[Any] = []
+    for g in guarded:
+        own = g.watch.spikes, g.judge.trend, g.watch.early, g.watch.moments, *g.watch.detectors
+        baselines += [baseline for baseline in own if baseline is not None]
     return [
         Tensors(lambda: [pl_module, *averaged_models(trainer)]),
         *(OptimizerState(pipeline.optimizer) for pipeline in hub.pipelines),

@@ -22,6 +22,12 @@ from lightning_optim.core.stats import DECAYS, GradStats
 from lightning_optim.core.transfer import upload
 
 _NAMED = 4
+_TO_SIGMA = 1.4826
+"""Standard deviation over median absolute deviation, for a normal distribution."""
+_LEAST_SPREAD = 0.02
+"""Smallest standard deviation of a logarithm that counts: gradients that hardly change must not raise alarms."""
+_SMALLEST = 1e-3
+"""Value that stands for anything below it, as of a group whose gradients are all 0."""
 
 
 @dataclass(frozen=True)
@@ -29,34 +35,34 @@ class EarlyWarning:
     """When gradients are too large for their second moment; see `EarlySigns`.
 
     Args:
-        threshold: Smallest value that is a sign, above 1, in units of the root mean square of the gradients that the
-            second moment remembers.
-        rise: Smallest factor above the highest of the last ``window`` values in addition, at least 1.
+        threshold: Number of robust standard deviations above the median of the last values, on a logarithmic scale,
+            above 0.
+        min_value: Smallest value that is a sign, above 1, which is the value of gradients that do not change.
         window: Number of values that are kept.
-        warmup: Number of values before the first sign, from 1 to ``window``.
+        warmup: Number of values before the first sign, from 2 to ``window``.
         every: Number of steps without a sign after which the next one is worth a warning, at least 1.
 
     Raises:
         ValueError: An argument is out of range.
     """
 
-    threshold: float = 2.5
-    rise: float = 1.25
+    threshold: float = 6.0
+    min_value: float = 1.8
     window: int = 128
     warmup: int = 64
     every: int = 500
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold > 1):
+        if not (math.isfinite(self.threshold) and self.threshold > 0):
             raise ValueError(
-                f"Invalid threshold={self.threshold!r}: must be a finite number above 1, for instance 2.5, because 1 "
-                "is the value of a steady gradient."
+                f"Invalid threshold={self.threshold!r}: must be a finite number of standard deviations above 0, for "
+                "instance 6."
             )
-        if not (math.isfinite(self.rise) and self.rise >= 1):
-            raise ValueError(f"Invalid rise={self.rise!r}: must be a finite factor of at least 1, for instance 1.25.")
-        if not 1 <= self.warmup <= self.window:
+        if not (math.isfinite(self.min_value) and self.min_value > 1):
+            raise ValueError(f"Invalid min_value={self.min_value!r}: must be a finite ratio above 1, for instance 1.8.")
+        if not 2 <= self.warmup <= self.window:
             raise ValueError(
-                f"Invalid warmup={self.warmup!r} with window={self.window!r}: must be at least 1 and at most the "
+                f"Invalid warmup={self.warmup!r} with window={self.window!r}: must be at least 2 and at most the "
                 "window, or there would never be a sign."
             )
         if self.every < 1:
@@ -70,14 +76,14 @@ class EarlySign:
     Args:
         group: Name of the group.
         value: Root mean square of the last gradients over that of the second moment, of the worst tensor.
-        highest: Highest value of the group in the window before.
+        usual: Median of the group's last values.
         worst: Indices in the optimizer of the tensors with the largest values, the worst first.
         is_news: Whether there was no sign for so long that it is worth a warning.
     """
 
     group: str
     value: float
-    highest: float
+    usual: float
     worst: tuple[int, ...]
     is_news: bool = True
 
@@ -194,20 +200,28 @@ _ROWS = ("last", "own", "usual")
 class EarlySigns:
     """Signs, on the host, that gradients are too large for their second moment, each group by its own last values.
 
-    A value is a sign if it is above ``threshold``, and above ``rise`` times the highest of the last ``window`` values
-    of the group. It enters the window cut to that limit, so that a level that stays is soon no sign any more.
+    The value of a group is that of its worst tensor, because one layer can ruin a network. It is a sign if it is above
+    ``min_value``, and if its logarithm is more than ``threshold`` robust standard deviations (1.4826 · MAD) above the
+    median of the last ``window``. It enters the window cut to that limit, so that a level that stays is soon no sign.
 
     Args:
         limits: When a value is a sign; None for the defaults.
 
     Attributes:
         last: The largest value of the last step, over all groups; NaN before the first.
+
+    Example:
+        >>> signs = EarlySigns()
+        >>> for value in [1.0, 1.1] * 50 + [3.0]:
+        ...     _, found = signs.update(np.array([value, 1.0]), sizes=(2,), names=("head",), accepted=True)
+        >>> found[0].group, found[0].worst
+        ('head', (0, 1))
     """
 
     def __init__(self, limits: EarlyWarning | None = None) -> None:
         self.limits = limits or EarlyWarning()
         self.last = math.nan
-        self._ring = np.zeros((self.limits.window, 0))
+        self._ring = np.zeros((self.limits.window, 0))  # logarithms
         self._count = 0
         self._since = self.limits.every
 
@@ -229,24 +243,31 @@ class EarlySigns:
         self.last = max(largest, default=math.nan)
         if len(largest) != self._ring.shape[1]:  # A group was added: all start again.
             self._ring, self._count = np.zeros((self.limits.window, len(largest))), 0
-        highest = self._ring.max(axis=0) if self._count else np.zeros(len(largest))
-        limit = np.maximum(self.limits.rise * highest, self.limits.threshold)
-        now = np.array(largest)
+        now = np.log(np.maximum(largest, _SMALLEST))
+        usual, limit = self._usual_and_limit()
         self._since += 1
-        is_news = self._since >= self.limits.every
-        signs = []
-        if self._count >= self.limits.warmup:
-            for index in np.flatnonzero(now > limit).tolist():
-                start = sum(sizes[:index])
-                worst = start + np.argsort(-values[start : start + sizes[index]], kind="stable")[:_NAMED]
-                name = names[index] if index < len(names) else str(index)
-                signs.append(EarlySign(name, largest[index], float(highest[index]), tuple(worst.tolist()), is_news))
-                self._since = 0
+        is_news, signs = self._since >= self.limits.every, []
+        for index in np.flatnonzero(now > limit).tolist():
+            start = sum(sizes[:index])
+            worst = start + np.argsort(-values[start : start + sizes[index]], kind="stable")[:_NAMED]
+            name = names[index] if index < len(names) else str(index)
+            signs.append(EarlySign(name, largest[index], math.exp(usual[index]), tuple(worst.tolist()), is_news))
+            self._since = 0
         if accepted:
-            entering = np.minimum(now, limit) if self._count >= self.limits.warmup else now
-            self._ring[self._count % len(self._ring)] = entering
+            self._ring[self._count % len(self._ring)] = np.minimum(now, limit)
             self._count += 1
         return largest, tuple(signs)
+
+    def _usual_and_limit(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the median and the limit of each group's logarithm, [groups]; infinite in the warmup."""
+        known = self._ring[: self._count]
+        if len(known) < self.limits.warmup:
+            return np.full(known.shape[1], np.inf), np.full(known.shape[1], np.inf)
+        middle = (len(known) - 1) // 2
+        usual = np.partition(known, middle, axis=0)[middle]
+        spread = _TO_SIGMA * np.partition(np.abs(known - usual), middle, axis=0)[middle]
+        limit = usual + self.limits.threshold * np.maximum(spread, _LEAST_SPREAD)
+        return usual, np.maximum(limit, math.log(self.limits.min_value))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window as lists of numbers, the oldest value first."""

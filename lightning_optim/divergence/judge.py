@@ -118,9 +118,8 @@ class DivergenceJudge(Stateful):
         most = max(signs, key=lambda sign: sign.value)
         worst = tuple(names.get(place, f"parameter {place}") for place in most.worst)
         text = (
-            f"gradients of group {most.group} are {most.value:.3g} times as large as its second moment, at most "
-            f"{most.highest:.3g} before, so its updates are larger than its learning rate says; most of all in "
-            f"{_listed(worst)}"
+            f"gradients of group {most.group} are {most.value:.3g} times as large as their second moment says, usually "
+            f"{most.usual:.3g}, so its updates grow before the loss shows it; most of all in {_listed(worst)}"
         )
         return [alarm("early_warning", seen.step, text, worst)]
 

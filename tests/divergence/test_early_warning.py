@@ -335,7 +335,7 @@ def test_a_resumed_run_has_the_same_averages_and_signs(tmp_path):
         trainer = make_trainer(
             [guard, lo.ConfigureOptimizers("adamw", lr=0.01, schedule="constant")], max_steps=steps, max_epochs=-1
         )
-        trainer.fit(Net(seed=1), batches(4), ckpt_path=resume)
+        trainer.fit(Net(seed=1), batches(1), ckpt_path=resume)
         trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
         checkpoint = torch.load(tmp_path / f"{steps}.ckpt", weights_only=True)
         return checkpoint["lightning_optim.divergence_guard"]["optimizers"][0]["watch"]

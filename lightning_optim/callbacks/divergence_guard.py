@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,7 +153,8 @@ class DivergenceGuard(HubCallback):
         The latter is `StepObservation.update_to_come`, the largest of all groups and optimizers.
         """
         counts = {"rollbacks": self.rollback_count, "overflow_steps": self.overflow_steps}
-        last = [early.last for guarded in self._guarded if (early := guarded.watch.early) is not None]
+        signs = [early for guarded in self._guarded if (early := guarded.watch.early) is not None]
+        last = [early.last for early in signs if not math.isnan(early.last)]  # It is NaN before a step has arrived.
         over = {"update_to_come": max(last)} if last else {}
         return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0), **over}
 

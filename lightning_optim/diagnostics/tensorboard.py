@@ -47,6 +47,7 @@ _CHARTS = {
         r"^optim_health/([\w-]+\.)?(clip_rate|skipped_steps|overflow_steps|nonfinite_gradients)$"
     ],
     "the guard: rollbacks, and its cut of the rate": [r"^optim_health/(rollbacks|lr_cut)$"],
+    "early warning: the update to come": [r"^optim_health/update_to_come$"],
     "update over parameters": [r"^optim_update_ratio/.+$"],
     "effective rate": [r"^optim_lr/([\w-]+\.)?effective/.+$"],
     "cosine of gradient and momentum": [r"^optim_grad/([\w-]+\.)?cosine/.+$"],

@@ -288,7 +288,7 @@ def decays_of(group: Mapping[str, Any]) -> tuple[float, float]:
     has none, or one that is no decay, or has it on a device, which the host would have to wait for, it is that of
     `DECAYS`. Of three ``betas`` the last belongs to the squares in Adan, and the second in AdEMAMix.
     """
-    betas = group.get("betas") or (group.get("momentum"), group.get("alpha", group.get("rho")))
+    betas: tuple[Any, ...] = group.get("betas") or (group.get("momentum"), group.get("alpha", group.get("rho")))
     second = betas[2] if len(betas) == 3 and "alpha" not in group else betas[1]
     first, second = (
         float(beta) if isinstance(beta, float | int) and 0 < beta < 1 else default

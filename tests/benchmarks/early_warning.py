@@ -108,7 +108,9 @@ def run(network: str, fault: str, seed: int, steps: int = 500, limits: EarlyWarn
     judge = DivergenceJudge(SlowDivergence())
     pipeline = StepPipeline(optimizer, detectors=[guard])
     rng = torch.Generator().manual_seed(seed)
-    early, other, worst = [], [], ()
+    early: list[int] = []
+    other: list[int] = []
+    worst: tuple[int, ...] = ()
     for step in range(steps):
         after = step - AT
         group = optimizer.param_groups[0]

@@ -27,8 +27,8 @@ from lightning_optim.divergence import (
 )
 from lightning_optim.divergence.early_warning import EarlySigns, SecondMoments
 from lightning_optim.step import StepPipeline
-from lightning_optim.step import gradients as gradients_module
 from lightning_optim.step.gradients import decays_of
+from lightning_optim.step.measure import measure_norm_sq
 from tests.benchmarks import early_warning as benchmark
 from tests.helpers import Net, batches, make_trainer
 
@@ -49,7 +49,7 @@ def _net(width: int = 8) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
 
 
-def _train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, scale: float = 1.0) -> None:
+def _train(net: nn.Sequential, optimizer: torch.optim.Optimizer, steps: int, scale: float = 1.0) -> None:
     for step in range(steps):
         optimizer.zero_grad()
         inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
@@ -110,7 +110,9 @@ def test_a_skipped_step_leaves_the_averages_bit_for_bit():
     pipeline = StepPipeline(optimizer, detectors=[guard])
     _train(net, optimizer, 3)
     before = copy.deepcopy((guard.moments.state_dict(), guard.early.state_dict()["values"]))
-    net[0].weight.grad[0, 0] = torch.nan
+    gradient = next(net.parameters()).grad
+    assert gradient is not None
+    gradient[0, 0] = torch.nan
     optimizer.step()
     guard.read()
     assert torch.equal(guard.moments.state_dict()["averages"], before[0]["averages"])
@@ -151,8 +153,12 @@ class Counted(TorchDispatchMode):
 @pytest.mark.parametrize("make", [optim.AdamW, torch.optim.AdamW, torch.optim.SGD])
 def test_it_costs_no_pass_over_memory_and_no_synchronisation(make, monkeypatch):
     reads: list[int] = []
-    measure = gradients_module.measure_norm_sq
-    monkeypatch.setattr(gradients_module, "measure_norm_sq", lambda grads: reads.append(len(grads)) or measure(grads))
+
+    def measured(grads):
+        reads.append(len(grads))
+        return measure_norm_sq(grads)
+
+    monkeypatch.setattr("lightning_optim.step.gradients.measure_norm_sq", measured)
     counts = []
     for early in (None, EarlyWarning()):
         net = _net(width=40)

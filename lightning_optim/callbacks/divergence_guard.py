@@ -29,6 +29,7 @@ from lightning_optim.divergence import (
     Detector,
     DivergenceJudge,
     DivergenceReport,
+    EarlyWarning,
     HealthLimits,
     Ladder,
     LRCut,
@@ -88,6 +89,8 @@ class DivergenceGuard(HubCallback):
             optimizers and of manual optimization may rise in a healthy run, so what is seen there is reported only.
             True takes every rise for a divergence, False none. A value that is not finite is always skipped, and leads
             to a response if it lasts.
+        early_warning: When the gradients of a group are too large for the second moment that the optimizer divides
+            them by, which is reported before the loss shows it; None for no such report.
 
     Raises:
         ValueError: A threshold is out of range, or the name of a detector is unknown.
@@ -113,12 +116,14 @@ class DivergenceGuard(HubCallback):
         save_batches: bool = False,
         detectors: Sequence[Detector | str] | Detector | str = (),
         judge_loss: bool | None = None,
+        early_warning: EarlyWarning | None = EarlyWarning(),  # noqa: B008
     ) -> None:
         if patience < 1:
             raise ValueError(f"Invalid patience={patience!r}: must be a whole number of at least 1, for instance 5.")
         self.spikes, self.lr_cut, self.rollback, self.health = spikes, lr_cut, rollback, health
         self._patience = patience
         self._report_dir, self._save_batches = report_dir, save_batches
+        self.early_warning = early_warning
         self.extra_detectors = tuple(map(_detector, one_or_several(detectors)))
         self._stop, self._cooldown, self.judge_loss = stop, cooldown, judge_loss
         self._guarded: list[GuardedOptimizer] = []
@@ -158,12 +163,19 @@ class DivergenceGuard(HubCallback):
         return self.ladder.used["rollback"]
 
     def health_points(self) -> dict[str, float]:
-        """Return the counts of what has been done so far, the present factor on the learning rate, and spike scores."""
+        """Return counts of responses, the factor on the learning rate, spike scores, and the last early warning value.
+
+        The latter is `StepObservation.update_to_come`, the largest of all groups and optimizers.
+        """
         counts = {"rollbacks": self.rollback_count, "lr_cuts": self.ladder.used["lr_cut"]}
         counts["overflow_steps"] = self.overflow_steps
         known = self.report.spike_scores()
         scores = {f"spike_score_{signal}": known.get(signal, 0.0) for signal in SIGNALS}
-        return {**counts, "lr_cut": min((guarded.cut.factor for guarded in self._guarded), default=1.0), **scores}
+        signs = [early for guarded in self._guarded if (early := guarded.watch.early) is not None]
+        last = [early.last for early in signs if not math.isnan(early.last)]  # It is NaN before a step has arrived.
+        over = {"update_to_come": max(last)} if last else {}
+        cut = min((guarded.cut.factor for guarded in self._guarded), default=1.0)
+        return {**counts, "lr_cut": cut, **scores, **over}
 
     def used_lrs(self) -> list[list[float]]:
         """Return the learning rates of each optimizer in its last step."""
@@ -174,7 +186,8 @@ class DivergenceGuard(HubCallback):
         spikes = self.spikes
         window: SpikeWindow | None = None if spikes is None else spikes.window_of(len(SIGNALS))
         skip = SIGNALS if spikes is not None and spikes.skip else ()
-        return (StepGuard(window, skip, self._take_loss, detectors=copy.deepcopy(self.extra_detectors)),)
+        extra = copy.deepcopy(self.extra_detectors)
+        return (StepGuard(window, skip, self._take_loss, detectors=extra, early_warning=self.early_warning),)
 
     def _judges(self, pl_module: L.LightningModule) -> bool | None:
         """Return whether losses are expected to fall; None if that depends on whether they have."""

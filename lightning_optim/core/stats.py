@@ -30,6 +30,9 @@ STEP_SUMS = (
 TENSOR_COLUMNS = ("grad_sq", "clipped_sq", *STEP_SUMS)
 """The columns of [`StepRecord.per_tensor`][lightning_optim.core.stats.StepRecord.per_tensor], in order."""
 
+DECAYS = (0.9, 0.99)
+"""Decays of the averages of gradients and of their squares, where the optimizer has none of its own."""
+
 
 class GradStats:
     """Statistics of the gradients of one step, with the loss scale removed.
@@ -48,6 +51,11 @@ class GradStats:
         numel: Number of elements of each tensor, over all shards.
         places: Index of each tensor among all parameters of the optimizer, int64, shape [tensors]; None if all have a
             gradient.
+        parameters: Number of parameters of the optimizer; None for as many as there are tensors.
+
+    Attributes:
+        clipped: Called with these statistics to get the square sum of each gradient after clipping, shape [tensors], or
+            None if that would take another read; None itself without clipping.
 
     Example:
         >>> GradStats(torch.tensor([9.0, 16.0]), group_sizes=(1, 1)).total_norm()
@@ -62,8 +70,11 @@ class GradStats:
         group_names: tuple[str, ...] = (),
         numel: tuple[int, ...] | None = None,
         places: Tensor | None = None,
+        parameters: int | None = None,
     ) -> None:
         self.group_sizes = group_sizes
+        self.parameters = sum(group_sizes) if parameters is None else parameters
+        self.clipped: Callable[[GradStats], Tensor | None] | None = None
         self.group_names = group_names
         self.places = places
         given = {"norm_sq": norm_sq, "numel": numel}
@@ -103,6 +114,17 @@ class GradStats:
     def grad_sq_over_exp_avg_sq(self) -> Tensor:
         """Σ g²/v̂ of each tensor with v̂ after this step, shape [tensors]."""
         raise self._unknown("grad_sq_over_exp_avg_sq")
+
+    @cached_property
+    def decays(self) -> tuple[tuple[float, float], ...]:
+        """Decays of the averages of gradients and of their squares, in [0, 1), for each parameter group."""
+        return (DECAYS,) * len(self.group_sizes)
+
+    @cached_property
+    def clipped_norm_sq(self) -> Tensor:
+        """Square sum of each gradient as the optimizer gets it, shape [tensors]; before a clamp of single elements."""
+        after = None if self.clipped is None else self.clipped(self)
+        return self.norm_sq if after is None else after
 
     @property
     def norm_sq_is_read(self) -> bool:

@@ -48,6 +48,7 @@ _CHARTS = {
     ],
     "the guard: rollbacks, and its cut of the rate": [r"^optim_health/(rollbacks|lr_cuts?)$"],
     "spike score": [r"^optim_health/spike_score_(loss|grad_norm)$"],
+    "early warning: the update to come": [r"^optim_health/update_to_come$"],
     "update over parameters": [r"^optim_update_ratio/.+$"],
     "effective rate": [r"^optim_lr/([\w-]+\.)?effective/.+$"],
     "cosine of gradient and momentum": [r"^optim_grad/([\w-]+\.)?cosine/.+$"],

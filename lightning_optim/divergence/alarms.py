@@ -72,6 +72,12 @@ _KINDS = (
         skip_suffices=True,
     ),
     AlarmKind(
+        "early_warning",
+        "The next updates are larger than the learning rate says. If the loss rises after it: a lower `lr`, a longer "
+        "`warmup`, AdamW's `betas: [0.9, 0.95]`, or `StableAdamW`; if it does not, nothing.",
+        skip_suffices=True,
+    ),
+    AlarmKind(
         "new_level",
         "Check whether the data, the loss or the trained parameters have changed. If steps of a "
         "healthy run were skipped, `DivergenceGuard: {spikes: {threshold: 12}}`.",

@@ -94,7 +94,7 @@ class DivergenceJudge(Stateful):
         found = self._detected(seen, worst)
         if not (seen.spikes or found):
             counts["bad_in_a_row"] = 0
-        found += self._finite(seen, worst)
+        found += self._early(seen, names) + self._finite(seen, worst)
         counts["quiet"] = 0 if seen.spikes else counts["quiet"] + 1
         return found
 
@@ -152,6 +152,19 @@ class DivergenceJudge(Stateful):
         lasts = row % self.patience == 0
         lasting = f", for {row} steps in a row" if lasts and row > 1 else ""
         return [alarm("detected", seen.step, text + lasting, worst, escalates=lasts) for text in found]
+
+    def _early(self, seen: StepObservation, names: Mapping[int, str]) -> list[Alarm]:
+        """Return the warning of an update that will be too large; none where the step is reported anyway."""
+        signs = [sign for sign in seen.early if sign.is_news]
+        if seen.skipped or seen.spikes or not signs:
+            return []
+        most = max(signs, key=lambda sign: sign.value)
+        worst = tuple(names.get(place, f"parameter {place}") for place in most.worst)
+        text = (
+            f"gradients of group {most.group} are {most.value:.3g} times as large as their second moment says, usually "
+            f"{most.usual:.3g}, so its updates grow before the loss shows it; most of all in {_listed(worst)}"
+        )
+        return [alarm("early_warning", seen.step, text, worst)]
 
     def _finite(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         alarms = []

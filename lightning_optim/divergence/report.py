@@ -185,14 +185,18 @@ class DivergenceReport:
 
 def _table(rows: Iterable[SeenStep]) -> list[str]:
     """Return the lines of a table of steps."""
-    lines = ["| step | optimizer | loss | gradient norm | median norm | groups' norms | lr | skipped |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| step | optimizer | loss | gradient norm | median norm | groups' norms | update to come | lr | skipped |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         seen = row.seen
-        groups = ", ".join(f"{norm:.3g}" for norm in seen.group_norms)
+        groups, update = (
+            ", ".join(f"{x:.3g}" for x in of_groups) for of_groups in (seen.group_norms, seen.update_to_come)
+        )
         values = f"{seen.values['loss']:.4g} | {seen.values['grad_norm']:.4g} | {seen.medians['grad_norm']:.4g}"
         skipped = "yes" if seen.skipped else ""
-        lines.append(f"| {row.at} | {row.optimizer} | {values} | {groups} | {row.lr:.4g} | {skipped} |")
+        lines.append(f"| {row.at} | {row.optimizer} | {values} | {groups} | {update} | {row.lr:.4g} | {skipped} |")
     return lines
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
+from lightning_optim.divergence.early_warning import EarlySign, EarlySigns, EarlyWarning, SecondMoments, group_maxima
 from lightning_optim.divergence.rates import RateHistory
 from lightning_optim.divergence.spikes import SpikeWindow
 from lightning_optim.divergence.step_log import StepLog
@@ -48,6 +49,10 @@ class StepObservation:
         rate: Largest learning rate of the step; NaN if it is not known.
         new_rate: Whether it, or one of the last ones, is far above all before them (`RateHistory.has_risen`).
         limits: Values above which a signal alone is a spike; infinite while too few are known.
+        grad_over_second_moment: Root mean square of the gradient over that of its second moment, the largest of each
+            group's tensors; empty if it was not asked for.
+        update_to_come: The same of the last gradients, which bounds the update in units of the learning rate.
+        early: Signs of groups whose update to come is too large.
     """
 
     step: int
@@ -64,6 +69,9 @@ class StepObservation:
     rate: float = math.nan
     new_rate: bool = False
     limits: dict[str, float] = field(default_factory=dict)
+    grad_over_second_moment: tuple[float, ...] = ()
+    update_to_come: tuple[float, ...] = ()
+    early: tuple[EarlySign, ...] = ()
 
 
 class StepGuard(NonFiniteGradient):
@@ -83,6 +91,7 @@ class StepGuard(NonFiniteGradient):
             elements the mean counts.
         rows: The log to write to; None for a new one.
         detectors: Further detectors, which may request a skip as well.
+        early_warning: When gradients are too large for their second moment, which is reported; None to leave it out.
 
     Attributes:
         steps: Number of steps so far, skipped ones included.
@@ -105,9 +114,13 @@ class StepGuard(NonFiniteGradient):
         loss: Callable[[], Tensor | None] = lambda: None,
         rows: StepLog | None = None,
         detectors: Sequence[Detector] = (),
+        early_warning: EarlyWarning | None = None,
     ) -> None:
         self.spikes = spikes
         self.skip = skip
+        self.moments = None if early_warning is None else SecondMoments()
+        self.early = None if early_warning is None else EarlySigns(early_warning)
+        self._group_names: tuple[str, ...] = ()
         self._loss = loss
         self._rate: Callable[[], float] = lambda: math.nan
         self.rows = StepLog() if rows is None else rows  # An empty log is falsy.
@@ -149,7 +162,11 @@ class StepGuard(NonFiniteGradient):
             flags = torch.cat([flags, torch.stack(asks)])
             skip = skip | flags[len(SIGNALS) :].any()
         columns = [values, flags, stats.norm_sq, *([] if stats.places is None else [stats.places])]
-        self._now = columns, _Layout(stats.group_sizes, loss is not None, stats.places is not None, len(self.detectors))
+        layout = _Layout(stats.group_sizes, loss is not None, stats.places is not None, len(self.detectors))
+        if self.moments is not None:
+            columns.append(self.moments(stats).flatten())
+            layout, self._group_names = replace(layout, has_ratios=True), stats.group_names
+        self._now = columns, layout
         return skip
 
     def commit(self, skip: Tensor) -> None:
@@ -160,6 +177,8 @@ class StepGuard(NonFiniteGradient):
         self._quiet = self._next_quiet
         for detector in self.detectors:
             detector.commit(skip)
+        if self.moments is not None:
+            self.moments.commit(skip)
         dtype = columns[0].dtype
         row = torch.cat([column.to(dtype) for column in ((skip != 0).reshape(1), *columns)])
         self._layouts[self.steps] = layout
@@ -202,8 +221,10 @@ class StepGuard(NonFiniteGradient):
             "rates": self.rates.state_dict(),
             "rates_of_rows": {step: list(pair) for step, pair in self._rates.items()},
             "detectors": {name: state for name, one in self._named_detectors() if (state := one.state_dict())},
+            "early": {} if self.early is None else self.early.state_dict(),
+            "moments": {} if self.moments is None else self.moments.state_dict(),
             "layouts": {
-                step: [list(x.group_sizes), x.has_loss, x.has_places, x.num_detectors, *([x.moved] if x.moved else [])]
+                step: [list(x.group_sizes), x.has_loss, x.has_places, x.num_detectors, list(x.moved), x.has_ratios]
                 for step, x in self._layouts.items()
             },
         }
@@ -220,18 +241,23 @@ class StepGuard(NonFiniteGradient):
         if "rates" in state:
             self.rates.load_state_dict(state["rates"])
             self._rates = {step: (rate, is_new) for step, (rate, is_new) in state["rates_of_rows"].items()}
+        for part, saved in ((self.early, state.get("early")), (self.moments, state.get("moments"))):
+            if part is not None and saved:
+                part.load_state_dict(saved)
         known = state.get("detectors", {})
         for name, detector in self._named_detectors():
             if name in known:
                 detector.load_state_dict(known[name])
 
     def move(self, places: Sequence[int]) -> None:
-        """Follow parameters to other places in the optimizer, in the rows that have not arrived yet.
+        """Follow parameters to other places in the optimizer, also in the rows that have not arrived yet.
 
         Args:
             places: The new place of the parameter at each old place; -1 for one that is gone.
         """
         self._layouts = {step: replace(layout, moved=tuple(places)) for step, layout in self._layouts.items()}
+        if self.moments is not None:
+            self.moments.move(places)
 
     def _named_detectors(self) -> Iterator[tuple[str, Detector]]:
         """Yield each further detector with a unique name, because two of one class must not share a checkpoint key."""
@@ -274,7 +300,7 @@ class StepGuard(NonFiniteGradient):
         present = self.detectors if layout.num_detectors == len(self.detectors) else ()
         detected = tuple(_found(d) for d, flag in zip(present, others, strict=False) if flag)
         norm_sq = rest[: sum(layout.group_sizes)]
-        places = rest[len(norm_sq) :] if layout.has_places else None
+        places = rest[len(norm_sq) : 2 * len(norm_sq)] if layout.has_places else None
         bad = ~np.isfinite(norm_sq)
         self.alive = self.alive or tuple((norm_sq > 0).tolist())
         bad_loss = layout.has_loss and not math.isfinite(values[1])
@@ -283,6 +309,8 @@ class StepGuard(NonFiniteGradient):
             medians, limits = self.spikes.medians, self.spikes.alone
             levels = self.spikes.update(values, flags, not skipped, behind=len(self.rows))
         rate, is_new = self._rates.pop(step, (math.nan, False))
+        over, update, signs = self._early_of(rest, norm_sq, layout, not skipped)
+        early = tuple(replace(x, worst=layout.now(_places(x.worst, places))) for x in signs)
         wrong = skipped or bad_loss or any(flags) or bool(detected) or bool(bad.any())
         return StepObservation(
             step=step,
@@ -299,7 +327,21 @@ class StepGuard(NonFiniteGradient):
             rate=rate,
             new_rate=is_new,
             limits=dict(zip(SIGNALS, limits, strict=True)),
+            grad_over_second_moment=over,
+            update_to_come=update,
+            early=early,
         )
+
+    def _early_of(
+        self, rest: np.ndarray, norm_sq: np.ndarray, layout: _Layout, accepted: bool
+    ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[EarlySign, ...]]:
+        """Return the two ratios of each group, and the signs; empty where the row has no ratios."""
+        if not layout.has_ratios or self.early is None:
+            return (), (), ()
+        squares = rest[-2 * len(norm_sq) :].reshape(2, -1)
+        over, update = np.sqrt(np.where(np.isfinite(squares), squares, 0.0))
+        largest, signs = self.early.update(update, layout.group_sizes, self._group_names, accepted)
+        return group_maxima(over, layout.group_sizes), largest, signs
 
 
 def single_value(loss: Tensor) -> Tensor:
@@ -330,6 +372,7 @@ class _Layout:
     num_detectors: int = 0
     moved: tuple[int, ...] = ()
     """Where the parameter at each place is now, if the run was resumed with another order; -1 for one that is gone."""
+    has_ratios: bool = False
 
     def now(self, places: tuple[int, ...]) -> tuple[int, ...]:
         """Return where the parameters at these places are now."""
@@ -342,7 +385,12 @@ def _found(detector: Detector) -> str:
 
 def _worst(norm_sq: np.ndarray, bad: np.ndarray, places: np.ndarray | None) -> tuple[int, ...]:
     order = np.argsort(-np.where(bad, np.inf, norm_sq), kind="stable")[:_NAMED]
-    return tuple(int(place) for place in (order if places is None else places[order]))
+    return _places(order.tolist(), places)
+
+
+def _places(rows: Sequence[int], places: np.ndarray | None) -> tuple[int, ...]:
+    """Return the index in the optimizer of each row."""
+    return tuple(rows) if places is None else tuple(int(places[row]) for row in rows)
 
 
 def _group_norms(norm_sq: np.ndarray, sizes: Sequence[int]) -> tuple[float, ...]:

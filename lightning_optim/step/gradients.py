@@ -14,7 +14,7 @@ from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.host import read, widest_dtype
 from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local, sum_over_shards
-from lightning_optim.core.stats import GradStats, UnitNorms
+from lightning_optim.core.stats import DECAYS, GradStats, UnitNorms
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.plain import as_real
 from lightning_optim.step.measure import measure_largest, measure_norm_sq, measure_units
@@ -231,7 +231,8 @@ class ReadGradStats(GradStats):
 
     def __init__(self, gradients: Gradients) -> None:
         places = None if len(gradients.params) == gradients.parameters else gradients.places()
-        super().__init__(None, gradients.group_sizes, group_names=group_names_of(gradients.optimizer), places=places)
+        names, total = group_names_of(gradients.optimizer), gradients.parameters
+        super().__init__(None, gradients.group_sizes, group_names=names, places=places, parameters=total)
         self._gradients = gradients
 
     @cached_property
@@ -248,6 +249,11 @@ class ReadGradStats(GradStats):
     def names(self) -> tuple[str | None, ...]:
         """See `GradStats`."""
         return self._gradients.names()
+
+    @cached_property
+    def decays(self) -> tuple[tuple[float, float], ...]:
+        """See `GradStats`."""
+        return tuple(decays_of(group) for group in self._gradients.optimizer.param_groups)
 
     @cached_property
     def largest(self) -> Tensor:
@@ -273,6 +279,22 @@ class ReadGradStats(GradStats):
 def group_names_of(optimizer: Optimizer) -> tuple[str, ...]:
     """Return the name of each parameter group, or its index where it has none."""
     return tuple(str(group.get("name", index)) for index, group in enumerate(optimizer.param_groups))
+
+
+def decays_of(group: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the decays by which an optimizer averages gradients and their squares in one of its groups.
+
+    These are ``betas`` or ``momentum``, and ``betas``, ``alpha`` (RMSprop) or ``rho`` (Adadelta). Where the optimizer
+    has none, or one that is no decay, or has it on a device, which the host would have to wait for, it is that of
+    `DECAYS`. Of three ``betas`` the last belongs to the squares in Adan, and the second in AdEMAMix.
+    """
+    betas: tuple[Any, ...] = group.get("betas") or (group.get("momentum"), group.get("alpha", group.get("rho")))
+    second = betas[2] if len(betas) == 3 and "alpha" not in group else betas[1]
+    first, second = (
+        float(beta) if isinstance(beta, float | int) and 0 < beta < 1 else default
+        for beta, default in zip((betas[0], second), DECAYS, strict=True)
+    )
+    return first, second
 
 
 def names_of(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[str | None]:

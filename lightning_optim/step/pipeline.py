@@ -390,6 +390,7 @@ class StepPipeline:
         step.skip = skip
         if self.clipper is not None:
             step.clip = self.clipper.decide(step.stats, self.steps, gradients.parameters, self._counts.device)
+            step.stats.clipped = step.clip.norm_sq_after
         for detector in self.detectors:
             flag = detector(step.stats).to(torch.float32)
             step.skip = flag if step.skip is None else torch.maximum(step.skip, flag)

@@ -232,7 +232,10 @@ def parts_of(
         return {param: plain_name(name) for name, param in pl_module.named_parameters()}
 
     precision = trainer.precision_plugin
-    baselines = [own for g in guarded for own in (g.watch.spikes, g.judge.trend, *g.watch.detectors) if own is not None]
+    baselines: list[Any] = []
+    for g in guarded:
+        own = g.watch.spikes, g.judge.trend, g.watch.early, g.watch.moments, *g.watch.detectors
+        baselines += [baseline for baseline in own if baseline is not None]
     return [
         Tensors(lambda: [pl_module, *averaged_models(trainer)]),
         *(OptimizerState(pipeline.optimizer, names) for pipeline in hub.pipelines),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,12 +86,12 @@ def record(kinds: Iterable[str], seeds: Iterable[int], jobs: int) -> dict[str, l
     return recorded
 
 
-def count(recorded: dict[str, list[Values]], window: Callable[[], SpikeWindow]) -> Count:
-    """Return what windows make of the runs; a step that is flagged does not enter its window."""
+def count(recorded: dict[str, list[Values]], spikes: Spikes) -> Count:
+    """Return what a window makes of each run; a step that is flagged does not enter its window."""
     result = Count()
     for kind, runs in recorded.items():
         for values in runs:
-            limits = window()
+            limits = spikes.window_of(len(SIGNALS))
             for step, now in enumerate(values):
                 flags = flagged(limits, now)
                 if step >= START:
@@ -127,8 +127,8 @@ def main() -> None:
     for threshold in arguments.threshold:
         for together in arguments.together:
             spikes = Spikes(threshold=threshold, together=together)
-            counts = [count(recorded, lambda s=spikes: s.window_of(len(SIGNALS))) for recorded in noisy.values()]
-            false = count(healthy, lambda s=spikes: s.window_of(len(SIGNALS)))
+            counts = [count(recorded, spikes) for recorded in noisy.values()]
+            false = count(healthy, spikes)
             worst = ", ".join(f"{kind} {n}" for kind, n in sorted(false.runs.items(), key=lambda item: -item[1])[:3])
             shares = [f"{100 * c.found / c.steps:.0f} %" for c in counts]
             wrong = [round(1000 * c.false / c.steps, 2) for c in (*counts, false)]

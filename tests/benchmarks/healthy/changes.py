@@ -20,12 +20,13 @@ class TermJoins(Classifier):
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         self.body, self.back = mlp(64, 64, 32), mlp(32, 64)
-        self.net = nn.Sequential(self.body, nn.ReLU(), nn.Linear(32, 10))
+        self.head = nn.Linear(32, 10)
+        self.net = nn.Sequential(self.body, nn.ReLU(), self.head)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         code = F.relu(self.body(x))
-        loss = F.cross_entropy(self.net[2](code), y)
+        loss = F.cross_entropy(self.head(code), y)
         if self.joined(batch_idx):
             loss = loss + self.weight * F.mse_loss(self.back(code), x)
         return loss
@@ -114,12 +115,11 @@ class TasksInTurn(Classifier):
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        self.total = nn.Linear(64, 1)
-        self.net = mlp(64, 64, 64, 10)
+        self.body, self.total = mlp(64, 64, 64), nn.Linear(64, 1)
+        self.net = nn.Sequential(self.body, nn.ReLU(), nn.Linear(64, 10))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         if batch_idx % 4 < 3:
             return F.cross_entropy(self.net(x), y)
-        hidden = self.net[:4](x)
-        return F.mse_loss(self.total(hidden)[:, 0], x.sum(1) / 4)
+        return F.mse_loss(self.total(F.relu(self.body(x)))[:, 0], x.sum(1) / 4)

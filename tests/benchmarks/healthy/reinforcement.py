@@ -121,7 +121,7 @@ class TwoOptimizersActorCritic(ActorCritic):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        for optimizer, loss in zip(self.optimizers(), self.losses(), strict=True):  # type: ignore[arg-type]
+        for optimizer, loss in zip(self.optimizers(), self.losses(), strict=True):
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
@@ -140,8 +140,8 @@ class QLearning(Healthy):
         super().__init__(seed)
         self.actor = mlp(4, 64, 2)
         self.target = copy.deepcopy(self.actor).requires_grad_(False)
-        self.env, self.replay = Pole(16), []
-        self.replay: list[tuple[Tensor, ...]]
+        self.env = Pole(16)
+        self.replay: list[tuple[Tensor, ...]] = []
 
     def make_batch(self, step: int, rng: torch.Generator) -> Tensor:
         return torch.zeros(1)

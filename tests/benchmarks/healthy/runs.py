@@ -110,7 +110,7 @@ class _Steps(L.Callback):
             self.seen.append((optimizer, seen))
             return see(step, optimizer, seen, *args)
 
-        self._guard.report.see = noted  # type: ignore[method-assign]
+        self._guard.report.see = noted
 
 
 def run(

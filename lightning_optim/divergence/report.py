@@ -47,7 +47,8 @@ class DivergenceReport:
         most_incidents: Largest number of incidents; see `Incidents`.
 
     Attributes:
-        entries: Alarms and responses, in order.
+        entries: Alarms and responses of this fit, in order.
+        earlier: Those of the run before, if it was resumed.
         incidents: The steps around them.
 
     Example:
@@ -59,6 +60,7 @@ class DivergenceReport:
 
     def __init__(self, most: int = 1000, most_incidents: int = 16) -> None:
         self.entries: list[Entry] = []
+        self.earlier: list[Entry] = []
         self.incidents = Incidents(most_incidents)
         self._left_out = 0
         self._most = most
@@ -81,14 +83,22 @@ class DivergenceReport:
     def add(self, entry: Entry) -> None:
         """Add an entry, also to its incident."""
         self.entries.append(entry)
-        if len(self.entries) > self._most:
+        if len(self.all_entries) > self._most and self.earlier[self._most // 2 :]:
+            del self.earlier[self._most // 2]
+            self._left_out += 1
+        elif len(self.entries) > self._most:
             del self.entries[self._most // 2]
             self._left_out += 1
         self.incidents.mark(entry.step, entry.kind)
 
+    @property
+    def all_entries(self) -> list[Entry]:
+        """The entries of the run before and of this fit."""
+        return [*self.earlier, *self.entries]
+
     def entries_of(self, incident: Incident) -> list[Entry]:
         """Return the entries of an incident, of health as well."""
-        return [entry for entry in self.entries if incident.first_step <= entry.step <= incident.last_step]
+        return [entry for entry in self.all_entries if incident.first_step <= entry.step <= incident.last_step]
 
     def spike_scores(self) -> dict[str, float]:
         """Return the spike score of each of `SIGNALS` over the steps of all optimizers; empty before there is one."""
@@ -102,7 +112,7 @@ class DivergenceReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON, with None for numbers that are not finite."""
         report = {
-            "entries": [asdict(entry) for entry in self.entries],
+            "entries": [asdict(entry) for entry in self.all_entries],
             "entries_left_out": self._left_out,
             "incidents": [incident.as_dict() for incident in self.incidents.kept],
             "incidents_left_out": self.incidents.left_out,
@@ -121,14 +131,15 @@ class DivergenceReport:
         """
         lines = ["# Divergence report", "", "| step | epoch | batches | kind | what |", "|---|---|---|---|---|"]
         lines += [
-            f"| {e.step} | {e.epoch} | {', '.join(map(str, e.batches))} | {e.kind} | {e.text} |" for e in self.entries
+            f"| {e.step} | {e.epoch} | {', '.join(map(str, e.batches))} | {e.kind} | {e.text} |"
+            for e in self.all_entries
         ]
         if self._left_out:
             lines.append(f"\n{self._left_out} entries in the middle are left out.")
         if scores := self.spike_scores():
             shares = ", ".join(f"{signal} {share:.3%}" for signal, share in scores.items())
             lines += ["", f"Spike score (steps more than 6 robust standard deviations above the last ones): {shares}."]
-        kinds = list(dict.fromkeys(entry.kind for entry in self.entries))
+        kinds = list(dict.fromkeys(entry.kind for entry in self.all_entries))
         lines += ["", "## What to change", ""]
         lines += [f"- **{kind}**: {ALARM_KINDS[kind].advice}" for kind in kinds if kind in ALARM_KINDS]
         incidents = self.incidents.kept
@@ -149,7 +160,7 @@ class DivergenceReport:
     def state_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for a checkpoint."""
         return {
-            "entries": [asdict(entry) for entry in self.entries],
+            "entries": [asdict(entry) for entry in self.all_entries],
             "left_out": self._left_out,
             "incidents": self.incidents.state_dict(),
             "scores": {index: score.state_dict() for index, score in self._scores.items()},
@@ -157,7 +168,7 @@ class DivergenceReport:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
-        self.entries = [Entry(**entry) for entry in state["entries"]]
+        self.earlier, self.entries = [Entry(**entry) for entry in state["entries"]], []
         self._left_out = state["left_out"]
         self.incidents.load_state_dict(state["incidents"])
         self._scores = {}

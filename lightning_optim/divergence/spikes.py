@@ -17,6 +17,8 @@ _FAMILIAR = 50.0
 """Factor on the highest value of the run up to which another one is familiar. Losses that join a run, labels that
 become noisy and new data stay within it, because the first, untrained loss is high as well; late in training a batch
 that is a thousand times as high does not."""
+_NOTHING = 1e-3
+"""Share of the first values below which nothing is a spike: a loss that has been fitted to 0 spreads without bound."""
 _TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation, for a normal distribution."""
 
@@ -134,6 +136,8 @@ class SpikeWindow:
         for known, value, enters in zip(self._accepted, values, enter, strict=True):
             if enters:
                 known.add(value)
+                if len(known) == self.warmup and not known.start:
+                    known.start = known.median
         if any(flags):
             self._flagged.append(list(values))
             self._flags, self._quiet = self._flags + 1, 0
@@ -174,7 +178,7 @@ class SpikeWindow:
         if len(known) < self.warmup:
             return math.inf
         far = known.above(self.threshold)
-        return max(far, known.median + self.min_rise * abs(known.median))
+        return max(far, known.median + self.min_rise * abs(known.median), _NOTHING * known.start)
 
     def state_dict(self) -> dict[str, Any]:
         """Return windows and flags, as plain numbers."""
@@ -184,6 +188,7 @@ class SpikeWindow:
             "flags": self._flags,
             "quiet": self._quiet,
             "peaks": [known.peak for known in self._accepted],
+            "starts": [known.start for known in self._accepted],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -197,6 +202,8 @@ class SpikeWindow:
         self._flags, self._quiet = state["flags"], state["quiet"]
         for known, peak in zip(self._accepted, state.get("peaks", ()), strict=False):  # not in the first checkpoints
             known.peak = peak
+        for known, start in zip(self._accepted, state.get("starts", ()), strict=False):
+            known.start = start
         self._set_limits()
 
 
@@ -242,6 +249,7 @@ class _Accepted:
     def __init__(self, window: int) -> None:
         self.values: deque[float] = deque(maxlen=window)
         self.peak = 0.0
+        self.start = 0.0
         self._sorted: list[float] = []
 
     def __len__(self) -> int:

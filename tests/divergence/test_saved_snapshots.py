@@ -129,7 +129,7 @@ def test_a_resumed_run_returns_where_the_whole_run_returned(
     assert [text.split(",")[0] for _, text in whole.did] == [f"back to the state after step {s}" for s in (11, 11, 47)]
     for step in at:
         resumed = Run(resume=tmp_path / str(step), **options)
-        assert resumed.did == whole.did, step
+        assert resumed.did == [(when, text) for when, text in whole.did if when >= step], step
         assert bit_equal(resumed.state, whole.state), step
         assert resumed.told == []
 

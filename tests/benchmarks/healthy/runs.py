@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import tempfile
 import time
@@ -106,9 +107,9 @@ class _Steps(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         see = self._guard.report.see
 
-        def noted(step: int, optimizer: int, seen: StepObservation, *args: Any) -> Any:
+        def noted(step: int, optimizer: int, seen: StepObservation, lr: float = math.nan) -> None:
             self.seen.append((optimizer, seen))
-            return see(step, optimizer, seen, *args)
+            see(step, optimizer, seen, lr)
 
         self._guard.report.see = noted
 

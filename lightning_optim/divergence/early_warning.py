@@ -96,7 +96,8 @@ class SecondMoments:
     kept for each tensor, all with Adam's bias correction:
 
     - the gradients that the first moment averages, at least the last 10: f, with decay max(β₁, 0.9). By the inequality
-      of Cauchy and Schwarz √(f / v̂) bounds the update to come, in units of the learning rate;
+      of Cauchy and Schwarz √(f / v̂) bounds the norm of the first moment over that of √v̂, and so stands for the update
+      to come, in units of the learning rate;
     - those that the second moment averages: v̂, with β₂;
     - the last 100, with decay 0.99, which take its place where they are smaller. A short memory such as β₂ = 0.95
       follows gradients that grow, and so would never notice.
@@ -109,7 +110,7 @@ class SecondMoments:
         ...     over, update = moments(GradStats(torch.tensor([norm_sq]), group_sizes=(1,))).sqrt()
         ...     moments.commit(torch.tensor(0.0))
         >>> over
-        tensor([1.7093])
+        tensor([1.7067])
     """
 
     def __init__(self) -> None:

@@ -51,7 +51,7 @@ class StepObservation:
         limits: Values above which a signal alone is a spike; infinite while too few are known.
         grad_over_second_moment: Root mean square of the gradient over that of its second moment, the largest of each
             group's tensors; empty if it was not asked for.
-        update_to_come: The same of the last gradients, which bounds the update in units of the learning rate.
+        update_to_come: The same of the last gradients, which stands for the update in units of the learning rate.
         early: Signs of groups whose update to come is too large.
     """
 

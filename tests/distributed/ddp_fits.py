@@ -35,6 +35,7 @@ class Deciding(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         self.skipped.append(self.guard.skipped_steps)
+        self.averages = self.guard._guarded[0].watch.moments.state_dict()["averages"]
 
 
 def fit(folder: Path, kind: str) -> None:
@@ -52,6 +53,7 @@ def fit(folder: Path, kind: str) -> None:
     torch.save(
         {
             "skipped": deciding.skipped,
+            "averages": deciding.averages,
             "before": snapshots.before[BAD_STEP],
             "after": snapshots.after[BAD_STEP],
             "final": snapshots.after[-1],

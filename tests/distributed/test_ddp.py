@@ -28,6 +28,8 @@ def test_a_nan_on_one_rank_is_skipped_by_all_and_weights_stay_identical(runs, ki
         assert all(tensor.isfinite().all() for tensor in rank["final"]["parameters"].values())
         assert [state["last_epoch"] for state in rank["final"]["schedulers"]] == [5]
     assert bit_equal(ranks[0]["final"], ranks[1]["final"])
+    assert torch.equal(ranks[0]["averages"], ranks[1]["averages"])  # of the early warning
+    assert ranks[0]["averages"].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
+from lightning_optim.callbacks._guard.model_parameters import ModelParameters
 from lightning_optim.callbacks._guard.reporter import GuardReporter
 from lightning_optim.callbacks._guard.snapshots import RunSnapshots, not_finite
 from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocation
 from lightning_optim.callbacks._hub import HubCallback
-from lightning_optim.callbacks._lightning import logging_due, logging_step, minimum_left, plain_name
+from lightning_optim.callbacks._lightning import logging_due, logging_step, minimum_left
 from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import StepRecord
@@ -28,7 +29,6 @@ from lightning_optim.divergence import (
     HealthLimits,
     Ladder,
     LRCut,
-    ParameterHealth,
     Rollback,
     SlowDivergence,
     Spikes,
@@ -199,12 +199,11 @@ class DivergenceGuard(HubCallback):
             self._snapshots = RunSnapshots(*parts)
 
     def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> GuardedOptimizer:
-        names: dict[Tensor, str] = {param: plain_name(name) for name, param in pl_module.named_parameters()}
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, StepGuard))
         judge = DivergenceJudge(SlowDivergence(), self._patience, scaled)
         batches = StepBatches(watch.steps, self._save_batches)
-        return GuardedOptimizer(pipeline, watch, judge, ParameterHealth(self.health), names, batches)
+        return GuardedOptimizer(pipeline, watch, judge, self.health, ModelParameters(trainer, pl_module), batches)
 
     def _restore(self) -> None:
         """Restore the state of the last checkpoint that was loaded."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
+from lightning_optim.divergence.gradient_history import GradientHistory
 from lightning_optim.divergence.spikes import SpikeWindow
 from lightning_optim.divergence.step_log import StepLog
 
@@ -74,7 +75,7 @@ class StepGuard(NonFiniteGradient):
 
     Attributes:
         steps: Number of steps so far, skipped ones included.
-        alive: Whether each tensor had a gradient other than 0 at the first step; empty before the host knows.
+        history: What the steps that have arrived at the host show about the gradient of each parameter.
 
     Example:
         >>> watch = StepGuard()
@@ -99,7 +100,7 @@ class StepGuard(NonFiniteGradient):
         self._loss = loss
         self.rows = StepLog() if rows is None else rows  # An empty log is falsy.
         self.detectors = tuple(detectors)
-        self.alive: tuple[bool, ...] = ()
+        self.history = GradientHistory()
         self.steps = 0
         self._now: tuple[list[Tensor], _Layout] | None = None
         self._layouts: dict[int, _Layout] = {}
@@ -168,6 +169,7 @@ class StepGuard(NonFiniteGradient):
             "steps": self.steps,
             "spikes": {} if self.spikes is None else self.spikes.state_dict(),
             "rows": self.rows.state_dict(),
+            "history": self.history.state_dict(),
             "detectors": {name: state for name, one in self._named_detectors() if (state := one.state_dict())},
             "layouts": {
                 step: [list(x.group_sizes), x.has_loss, x.has_places, x.num_detectors, *([x.moved] if x.moved else [])]
@@ -182,18 +184,21 @@ class StepGuard(NonFiniteGradient):
         self._layouts = {step: _Layout(tuple(sizes), *rest) for step, (sizes, *rest) in state["layouts"].items()}
         if self.spikes is not None and state["spikes"]:
             self.spikes.load_state_dict(state["spikes"])
-        known = state.get("detectors", {})  # Checkpoints of version 0.1 have none.
+        if "history" in state:  # Checkpoints of version 0.1 have neither.
+            self.history.load_state_dict(state["history"])
+        known = state.get("detectors", {})
         for name, detector in self._named_detectors():
             if name in known:
                 detector.load_state_dict(known[name])
 
     def move(self, places: Sequence[int]) -> None:
-        """Follow parameters to other places in the optimizer, in the rows that have not arrived yet.
+        """Follow parameters to other places in the optimizer, also in the rows that have not arrived yet.
 
         Args:
             places: The new place of the parameter at each old place; -1 for one that is gone.
         """
         self._layouts = {step: replace(layout, moved=tuple(places)) for step, layout in self._layouts.items()}
+        self.history.move(places)
 
     def _named_detectors(self) -> Iterator[tuple[str, Detector]]:
         """Yield each further detector with a unique name, because two of one class must not share a checkpoint key."""
@@ -226,7 +231,11 @@ class StepGuard(NonFiniteGradient):
         norm_sq = rest[: sum(layout.group_sizes)]
         places = rest[len(norm_sq) :] if layout.has_places else None
         bad = ~np.isfinite(norm_sq)
-        self.alive = self.alive or tuple((norm_sq > 0).tolist())
+        at = places
+        if layout.moved:
+            at = np.array(layout.moved)[np.arange(len(norm_sq)) if places is None else places.astype(int)]
+        if at is None or (at >= 0).all():  # Some may be gone by now.
+            self.history.update(step, norm_sq, at, values[1])
         bad_loss = layout.has_loss and not math.isfinite(values[1])
         medians, levels = [math.nan] * count, [0.0] * count
         if self.spikes is not None:

@@ -240,9 +240,10 @@ class ParameterHealth(Stateful):
             found[kind] = [label[place] for place in places if place in which and place not in spared]
         found["rounded_away"] = []
         for i, place in enumerate(places):
-            own = self.parameters.owned(place)
-            if still[i] and labels[i] in before and place not in idle and not any(healthy(p) for p in own):
-                found["rounded_away" if seen.lossy and seen.lossy[i] else "stalled"].append(labels[i])
+            if still[i] and labels[i] in before and place not in idle:
+                lossy = bool(seen.lossy and seen.lossy[i])
+                if not self.parameters.is_spared(place, healthy, own_only=lossy):
+                    found["rounded_away" if lossy else "stalled"].append(labels[i])
         return {kind: list(dict.fromkeys(which)) for kind, which in found.items()}
 
     def _vanished(self, at: Mapping[int, dict[str, float]], numel: Mapping[int, int]) -> set[int]:

@@ -130,4 +130,5 @@ class ParameterMap:
 
 
 def _owner(name: str) -> str:
-    return name.rpartition(".")[0]
+    """Return the name of the module of a parameter; a parametrization belongs to the module that has it."""
+    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]

@@ -11,7 +11,7 @@ import numpy as np
 _DECAY = 0.5
 """Factor per step on the recent maximum of a square sum: after 20 steps a past gradient counts for a millionth."""
 _FIRST_LOSSES = 5
-_LOSS_DECAY = 0.8
+_LOSS_DECAY = 0.5
 _CONVERGED = 1e-3
 """Share of the first losses below which there is next to nothing left to learn, and gradients are small by right."""
 _GRADIENTLESS = 20
@@ -58,8 +58,7 @@ class GradientHistory:
         """
         at: Any = slice(0, len(norm_sq)) if places is None else places.astype(int)
         count = len(norm_sq) if places is None else int(at.max(initial=-1)) + 1
-        if count > len(self.used):
-            self._grow(count)
+        self.reserve(count)
         self.step = step
         # Written for a few microseconds per step: no indexing by masks.
         norm_sq = np.where(np.isfinite(norm_sq), norm_sq, 0.0)
@@ -77,6 +76,12 @@ class GradientHistory:
                 self._losses.append(abs(loss))
                 self._loss = abs(loss)
             self._loss += (1 - _LOSS_DECAY) * (abs(loss) - self._loss)
+
+    def reserve(self, count: int) -> None:
+        """Make room for so many parameters."""
+        if (more := count - len(self.used)) > 0:
+            for name in _COLUMNS:
+                setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more)]))
 
     @property
     def has_converged(self) -> bool:
@@ -117,8 +122,3 @@ class GradientHistory:
 
     def _allocate(self, count: int) -> None:
         self.used, self.seen, self.gap, self.first, self.recent, self.largest = np.zeros((len(_COLUMNS), count))
-
-    def _grow(self, count: int) -> None:
-        for name in _COLUMNS:
-            values = getattr(self, name)
-            setattr(self, name, np.concatenate([values, np.zeros(count - len(values))]))

@@ -27,8 +27,6 @@ _GROWN = 10.0
 """Factor on the first gradient of a parameter beyond which it is growing, not vanishing."""
 _FALLEN = 1e-3
 """Share of the largest gradient of a parameter below which it is small because training has made it so."""
-_DIED = 5
-"""Number of steps without a gradient after which a parameter that had one has died."""
 _USUAL_RATIO = 0.01
 """Share of the weights below which an update is no sign of a high learning rate."""
 
@@ -163,6 +161,8 @@ class ParameterHealth(Stateful):
         rows = [dict(zip(TENSOR_COLUMNS, row, strict=True)) for row in values]
         if seen.step < self.limits.warmup or not all(math.isfinite(row["grad_sq"]) for row in rows):
             return []
+        if self.history is not None:
+            self.history.reserve(max(seen.places, default=len(rows) - 1) + 1)
         group_of: list[str] = []
         exploding, near_peak = [], []
         for group, lr, size in seen.groups:
@@ -175,8 +175,6 @@ class ParameterHealth(Stateful):
         found = self._find(seen, rows, labels, near_peak)
         found["exploding"] = exploding
         alarms = self._collapse(seen, rows, labels)
-        if alarms:
-            found.pop("dead", None)
         for kind, which in found.items():
             new = [name for name in which if (kind, name) not in self._told]
             self._told |= {(kind, name) for name in new}
@@ -191,10 +189,13 @@ class ParameterHealth(Stateful):
         return [*alarms, *self._advise(seen.step, rows, seen.groups)]
 
     def _collapse(self, seen: Inspection, rows: list[dict[str, float]], labels: list[str]) -> list[Alarm]:
-        """Return an alarm if most of the network is dead, which has learned before: at once, and at each new time."""
+        """Return an alarm if most of the network is dead, which had a gradient before; at each new time."""
         history, places = self.history, seen.places or range(len(rows))
+        if history is None or history.has_converged:
+            return []
+        lasting = history.without_gradient()
         died = [
-            history is not None and row["grad_sq"] == 0 and 0 < history.seen[place] <= history.step - _DIED
+            row["grad_sq"] == 0 and history.seen[place] > 0 and bool(lasting[place])
             for place, row in zip(places, rows, strict=True)
         ]
         before, dead = self._most, sum(n for n, is_dead in zip(seen.numel, died, strict=True) if is_dead)
@@ -218,21 +219,20 @@ class ParameterHealth(Stateful):
         at = dict(zip(places, rows, strict=True))
         missing = {place for place, _ in seen.without}
         zero = {place for place, row in at.items() if row["grad_sq"] == 0}
-        vanished = self._vanished(at, dict(zip(places, seen.numel, strict=True))) - zero
-        by_eps = {
-            place for place, n in zip(places, seen.numel, strict=True) if self._is_set_by_eps(place, at[place], n)
-        }
+        numel = dict(zip(places, seen.numel, strict=True))
+        rms = {place: _rms(row["grad_sq"], numel[place]) for place, row in at.items()}
+        vanished = self._vanished(at, rms, numel) - zero
+        by_eps = {place for place, row in at.items() if self._is_set_by_eps(place, row, numel[place])}
         bad = zero | vanished | by_eps | missing
 
-        def healthy(place: int) -> bool:
-            return place in at and place not in bad
-
-        idle = self.parameters.idle(bad, healthy, needs_earlier=True)
-        if not self.parameters.has_zero_inputs(zero, healthy):
-            idle |= self.parameters.idle(zero | missing, healthy, needs_earlier=False)
-        spared = idle | {place for place in bad if self.parameters.is_spared(place, healthy)}
+        idle = self.parameters.idle(bad, rms, exact=False)
+        if self.parameters.has_zero_inputs(zero, bad, rms):
+            idle -= zero
+        else:
+            idle |= self.parameters.idle(zero | missing, rms, exact=True)
+        spared = idle | {place for place in bad if self.parameters.is_spared(place, bad, rms)}
         lasting = None if self.history is None else self.history.without_gradient()
-        dead = {place for place in zero if lasting is None or place >= len(lasting) or lasting[place]}
+        dead = {place for place in zero if lasting is None or lasting[place]}
         unused = {p for p in missing if self.history is None or self.history.never_used(p)}
         label = dict(zip(places, labels, strict=True))
         found = {"no_gradient": [name for place, name in seen.without if place in unused - idle]}
@@ -242,15 +242,16 @@ class ParameterHealth(Stateful):
         for i, place in enumerate(places):
             if still[i] and labels[i] in before and place not in idle:
                 lossy = bool(seen.lossy and seen.lossy[i])
-                if not self.parameters.is_spared(place, healthy, own_only=lossy):
+                if not self.parameters.is_spared(place, bad, rms, own_only=lossy):
                     found["rounded_away" if lossy else "stalled"].append(labels[i])
         return {kind: list(dict.fromkeys(which)) for kind, which in found.items()}
 
-    def _vanished(self, at: Mapping[int, dict[str, float]], numel: Mapping[int, int]) -> set[int]:
+    def _vanished(
+        self, at: Mapping[int, dict[str, float]], rms: Mapping[int, float], numel: Mapping[int, int]
+    ) -> set[int]:
         """Return the places of the tensors whose gradient is next to nothing, now and in the steps before."""
         history, limit = self.history, self.limits.vanishing
-        now = {place: _rms(row["grad_sq"], numel[place]) for place, row in at.items()}
-        small = {place for place, rms in now.items() if rms < limit * max(now.values())}
+        small = {place for place, value in rms.items() if value < limit * max(rms.values())}
         if history is None or not small:
             return small
         lately = {place: _rms(float(history.recent[place]), numel[place]) for place in at}

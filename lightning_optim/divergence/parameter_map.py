@@ -5,7 +5,10 @@ from __future__ import annotations
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+
+_ALIKE = 0.01
+"""Smallest share of the largest gradient of a family that modules used side by side have."""
 
 
 class ParameterMap:
@@ -61,45 +64,62 @@ class ParameterMap:
         at = bisect.bisect(self._matrices, (self._rank[place], -1))
         return [matrix for _, matrix in self._matrices[max(at - 1, 0) : at + 1]]
 
-    def is_spared(self, place: int, healthy: Callable[[int], bool], own_only: bool = False) -> bool:
+    def is_spared(self, place: int, bad: Collection[int], rms: Mapping[int, float], *, own_only: bool = False) -> bool:
         """Return whether a parameter is zero by construction.
 
         Args:
             place: Place of the parameter.
-            healthy: Whether the parameter at a place has a gradient that matters.
+            bad: Places of parameters without a gradient that matters.
+            rms: Root mean square of each gradient, by the place of its parameter.
             own_only: Whether only the matrices of the same module count.
         """
         if own := self.owned(place):
-            return any(map(healthy, own))
-        near = [] if own_only else self.companions(place)
-        return bool(near) and all(map(healthy, near))
+            return any(other in rms and other not in bad for other in own)
+        near = [] if own_only else [other for other in self.companions(place) if other in rms or other in bad]
+        return bool(near) and not any(other in bad for other in near)
 
-    def idle(self, bad: Collection[int], healthy: Callable[[int], bool], *, needs_earlier: bool) -> set[int]:
+    def idle(self, bad: Collection[int], rms: Mapping[int, float], *, exact: bool) -> set[int]:
         """Return the parameters of idle members.
 
         Args:
             bad: Places of parameters without a gradient that matters.
-            healthy: Whether the parameter at a place has one.
-            needs_earlier: Whether a matrix before the member has to be healthy, as proof that gradients pass it by.
+            rms: Root mean square of each gradient, by the place of its parameter.
+            exact: Whether gradients that are missing or exactly 0 are meant. Small ones may also be those at the lower
+                end of a chain of layers. In that case the gradient of each layer is smaller than that of the next, so
+                the other members of the family differ widely, and nothing before it has a larger gradient.
         """
+
+        def healthy(place: int) -> bool:
+            return place in rms and place not in bad
+
         found: set[int] = set()
         for family in self._families:
             out = [member for member in family if all(place in bad for place in member)]
-            if not out or not any(all(healthy(p) for p in member if not self._is_vector(p)) for member in family):
+            whole = [m for m in family if all(healthy(place) for place in m if not self._is_vector(place))]
+            if not out or not whole:
+                continue
+            sizes = [max(rms.get(place, 0.0) for place in member) for member in family if member not in out]
+            if not exact and min(sizes) < _ALIKE * max(sizes):
                 continue
             for member in out:
                 first = min(self._rank.get(place, 0) for place in member)
-                if not needs_earlier or any(healthy(p) for i, p in self._matrices if i < first):
+                if exact or any(healthy(place) for i, place in self._matrices if i < first):
                     found.update(member)
         return found
 
-    def has_zero_inputs(self, zero: Collection[int], healthy: Callable[[int], bool]) -> bool:
-        """Return whether the inputs of a module are all 0: its bias has a gradient, but its weight has none."""
+    def has_zero_inputs(self, zero: Collection[int], bad: Collection[int], rms: Mapping[int, float]) -> bool:
+        """Return whether the inputs of a module are all 0: its bias has a gradient, but its weight has none.
+
+        Args:
+            zero: Places of parameters whose gradient is 0.
+            bad: Places of parameters without a gradient that matters.
+            rms: Root mean square of each gradient, by the place of its parameter.
+        """
         return any(
-            self._name[place].endswith("weight")
-            and any(self._is_vector(p) and healthy(p) for p in self._owned[_owner(self._name[place])])
+            other in rms and other not in bad and self._is_vector(other)
             for place in zero
-            if place in self._name
+            if self._name.get(place, "").endswith("weight")
+            for other in self._owned[_owner(self._name[place])]
         )
 
     def _is_vector(self, place: int) -> bool:

@@ -61,15 +61,9 @@ class ViT(nn.Module):
         self.patches = nn.Conv2d(1, dim, 2, 2)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(0.02 * torch.randn(1, 17, dim))
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm1": nn.LayerNorm(dim),
-                    "attention": Attention(dim),
-                    "norm2": nn.LayerNorm(dim),
-                    "mlp": nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)),
-                }
-            )
+        self.attention = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), Attention(dim)) for _ in range(2))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
             for _ in range(2)
         )
         self.scales = nn.ParameterList(nn.Parameter(torch.full((dim,), 1e-6)) for _ in range(2))
@@ -78,9 +72,9 @@ class ViT(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.patches(image.reshape(-1, 1, 8, 8)).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions
-        for block, scale in zip(self.blocks, self.scales, strict=True):
-            x = x + block["attention"](block["norm1"](x))
-            x = x + scale * block["mlp"](block["norm2"](x))
+        for attention, mlp, scale in zip(self.attention, self.mlps, self.scales, strict=True):
+            x = x + attention(x)
+            x = x + scale * mlp(x)
         return self.head(self.norm(x[:, 0]))
 
 

@@ -169,7 +169,7 @@ class ParameterHealth(Stateful):
             part = rows[len(group_of) : len(group_of) + size]
             group_of += [group] * size
             near_peak += [self._near_peak(group, lr)] * size
-            if self._explodes(group, math.sqrt(sum(row["grad_sq"] for row in part))):
+            if self._explodes(group, math.sqrt(sum(row["grad_sq"] for row in part))) and not self._has_converged():
                 exploding.append(f"group {group}")
         labels = [f"{name} (group {group})" for name, group in zip(names, group_of, strict=True)]
         found = self._find(seen, rows, labels, near_peak)
@@ -191,7 +191,7 @@ class ParameterHealth(Stateful):
     def _collapse(self, seen: Inspection, rows: list[dict[str, float]], labels: list[str]) -> list[Alarm]:
         """Return an alarm if most of the network is dead, which had a gradient before; at each new time."""
         history, places = self.history, seen.places or range(len(rows))
-        if history is None or history.has_converged:
+        if history is None or self._has_converged():
             return []
         lasting = history.without_gradient()
         died = [
@@ -213,7 +213,7 @@ class ParameterHealth(Stateful):
         still = [near_peak[i] and self._is_still(row, seen, i) for i, row in enumerate(rows)]
         before = set(self._still)
         self._still = tuple(label for label, is_still in zip(labels, still, strict=True) if is_still)
-        if self.history is not None and self.history.has_converged:
+        if self._has_converged():
             return {}
         places = seen.places or range(len(rows))
         at = dict(zip(places, rows, strict=True))
@@ -287,12 +287,14 @@ class ParameterHealth(Stateful):
 
     def _explodes(self, group: str, norm: float) -> bool:
         history = self._norms[group]
-        explodes = len(history) == _HISTORY and norm > self.limits.exploding * statistics.median(history)
+        # After a loss of exactly 0, as of a margin, the median is 0 and any gradient above it.
+        usual = statistics.median(history) if len(history) == _HISTORY else 0.0
+        explodes = usual > 0 and norm > self.limits.exploding * usual
         history.append(norm)
         return explodes
 
     def _advise(self, step: int, rows: list[dict[str, float]], groups: Sequence[tuple[str, float, int]]) -> list[Alarm]:
-        if step < self._looked + _APART:
+        if step < self._looked + _APART or self._has_converged():
             return []
         self._looked = step
         limits = self.limits
@@ -320,6 +322,9 @@ class ParameterHealth(Stateful):
         self._told |= {(kind, "") for kind in new}
         told = {"lr_too_high": "the learning rate may be too high", "lr_too_low": "the learning rate may be too low"}
         return [alarm(kind, step, f"{text}: {told[kind]}") for kind, text in new.items()]
+
+    def _has_converged(self) -> bool:
+        return self.history is not None and self.history.has_converged
 
     def _rounds_away(self) -> bool:
         """Return whether updates are small because rounding takes them, and not the learning rate."""

@@ -15,13 +15,12 @@ from tests.helpers import make_trainer
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 QUICK = {
-    ("CNN", "AdamW", "32-true", 5),
+    ("CNN", "AdamW", "bf16-mixed", 5),
     ("CNN", "SGD", "32-true", 1),
     ("ResNet", "SGD", "32-true", 5),
     ("ViT", "AdamW", "32-true", 1),
-    ("ViT", "SGD", "bf16-mixed", 5),
-    ("transformer", "Muon", "32-true", 5),
-    ("GRU", "Lion", "32-true", 5),
+    ("transformer", "AdamW", "32-true", 5),
+    ("GRU", "Muon", "32-true", 5),
     ("functional norms", "SGD", "32-true", 1),
     ("experts", "SGD", "32-true", 5),
     ("low rank", "AdamW", "32-true", 1),
@@ -50,7 +49,7 @@ def test_a_good_run_of_a_textbook_network_has_no_alarm(tmp_path, monkeypatch, ne
     monkeypatch.setattr(trainings, "make_trainer", partial(_trainer, every))
     guard = lo.DivergenceGuard(report_dir=str(tmp_path), rollback=None)
     training = textbook.training(network, optimizer, precision)
-    steps = 60 if (network, optimizer, precision, every) in QUICK else 110
+    steps = 45 if (network, optimizer, precision, every) in QUICK else 110
     losses = trainings.train(training, [guard], steps)
     assert sum(losses[-5:]) < sum(losses[:5])
     assert [(entry.step, entry.kind, entry.text) for entry in guard.report.entries] == []

@@ -68,7 +68,8 @@ class DivergenceGuard(HubCallback):
         cooldown: Number of steps after a response in which bad steps are skipped without a further response, at least
             0.
         health: Limits beyond which individual parameters or groups are reported as dead, stalled, vanishing or
-            exploding, and the learning rate as too high or too low, when Lightning logs; None for no such report.
+            exploding, and the learning rate as too high or too low, when Lightning logs; None for no such report, and
+            none of clipping that scales down nearly every step.
         report_dir: Folder of the report, local or a URL that fsspec knows (``s3://...``); None for the folder of the
             checkpoints, or else of the logs. If it cannot be written, there is one warning, and training continues.
         save_batches: Whether to save the batches of skipped steps next to the report, for inspection; of at most 16

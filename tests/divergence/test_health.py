@@ -407,8 +407,17 @@ def test_the_figures_of_hints_are_those_of_the_documentation():
     for kind in ("lr_too_low", "lr_too_high"):
         (alarm,) = _hint(kind)
         assert f"(a hint: in its calibration {ALARM_KINDS[kind].reliability})" in alarm.text
-    assert HealthLimits.__doc__ is not None
-    assert table["vanishing"].split(" | ")[0].split()[0] == "1"
+    limits = " ".join((HealthLimits.__doc__ or "").split())
+    for limit, kind, at in (
+        ("vanishing", "vanishing", 2),
+        ("exploding", "exploding", 2),
+        ("against", "lr_too_high", 2),
+        ("along", "lr_too_low", 1),
+    ):
+        (text,) = re.findall(rf" {limit}: (.*?)(?: [a-z_]+: |$)", limits)
+        figures = table[kind].split(" | ")
+        assert figures[0] in text
+        assert figures[at] in text
 
 
 def _hint(kind: str, health: ParameterHealth | None = None) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -414,7 +415,8 @@ def test_the_figures_of_hints_are_those_of_the_documentation():
         ("against", "lr_too_high", 2),
         ("along", "lr_too_low", 1),
     ):
-        (text,) = re.findall(rf" {limit}: (.*?)(?: [a-z_]+: |$)", limits)
+        text = limits.partition(f" {limit}: ")[2]
+        text = min((text.partition(f" {other.name}: ")[0] for other in fields(HealthLimits)), key=len)
         figures = table[kind].split(" | ")
         assert figures[0] in text
         assert figures[at] in text

@@ -21,6 +21,8 @@ _INSPECTIONS = 5
 """Number of inspections that advice about the learning rate is based on."""
 _APART = 10
 """Smallest number of steps between two of these, as measured: gradients of neighbouring steps are much alike."""
+_EARLY = 200
+"""Number of steps in which the gradients of good runs point along the momentum as well: the way down is long."""
 _NEAR_PEAK = 0.1
 """Share of its highest learning rate below which a schedule is near its end, so that small updates are intended."""
 _GROWN = 10.0
@@ -316,7 +318,14 @@ class ParameterHealth(Stateful):
             advice["lr_too_high"] = "gradients point against the momentum, so the steps oscillate"
         elif ratios and steady and max(ratios) < limits.low_ratio and not self._rounds_away():
             advice["lr_too_low"] = f"steps change the weights by less than {limits.low_ratio:g} of their norm"
-        elif ratios and steady and max(ratios) < _USUAL_RATIO and cosine > 0 and min(self._cosines) > limits.along:
+        elif (
+            step >= _EARLY
+            and ratios
+            and steady
+            and max(ratios) < _USUAL_RATIO
+            and cosine > 0
+            and min(self._cosines) > limits.along
+        ):
             advice["lr_too_low"] = "gradients keep pointing along the momentum, so longer steps would still descend"
         new = {kind: text for kind, text in advice.items() if (kind, "") not in self._told}
         self._told |= {(kind, "") for kind in new}

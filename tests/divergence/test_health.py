@@ -151,6 +151,13 @@ def test_small_gradients_at_a_loss_of_next_to_nothing_are_as_they_should_be():
     assert _told(ParameterHealth(history=history), {"a": 1.0, "b": 0.0}, 90) == {"dead": ["b"]}
 
 
+def test_gradients_along_the_momentum_mean_nothing_in_the_first_steps():
+    row = _row(momentum_sq=1.0, grad_exp_avg=0.9)
+    health = ParameterHealth()
+    looks = [Inspection(step, row, ["w"], [1], [("all", 0.1, 1)]) for step in range(20, 300, 10)]
+    assert [alarm.step for look in looks for alarm in health.update(look)] == [200]
+
+
 def test_no_advice_is_given_at_a_loss_of_next_to_nothing():
     history = _steps(GradientHistory(), 30, 1.0, loss=2.0)
     health = ParameterHealth(history=history)

@@ -13,12 +13,13 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
+from lightning_optim.callbacks._guard.model_parameters import ModelParameters
 from lightning_optim.callbacks._guard.reporter import GuardReporter
 from lightning_optim.callbacks._guard.responses import Responses
 from lightning_optim.callbacks._guard.snapshots import RunSnapshots, memory_for, not_finite, parts_of
 from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocation
 from lightning_optim.callbacks._hub import HubCallback
-from lightning_optim.callbacks._lightning import logging_due, logging_step, plain_name
+from lightning_optim.callbacks._lightning import logging_due, logging_step
 from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import StepRecord
@@ -33,7 +34,6 @@ from lightning_optim.divergence import (
     HealthLimits,
     Ladder,
     LRCut,
-    ParameterHealth,
     Rollback,
     SlowDivergence,
     Spikes,
@@ -75,7 +75,8 @@ class DivergenceGuard(HubCallback):
         cooldown: Number of steps after a response in which bad steps are skipped without a further response, at least
             0.
         health: Limits beyond which individual parameters or groups are reported as dead, stalled, vanishing or
-            exploding, and the learning rate as too high or too low, when Lightning logs; None for no such report.
+            exploding, and the learning rate as too high or too low, when Lightning logs; None for no such report, and
+            none of clipping that scales down nearly every step.
         report_dir: Folder of the report, local or a URL that fsspec knows (``s3://...``); None for the folder of the
             checkpoints, or else of the logs. If it cannot be written, there is one warning, and training continues.
         save_batches: Whether to save the batches of skipped steps next to the report, for inspection; of at most 16
@@ -248,7 +249,6 @@ class DivergenceGuard(HubCallback):
             self._snapshots = RunSnapshots(self.rollback, memory, *of, self._first_is_good, saved)
 
     def _guard(self, pipeline: StepPipeline, trainer: L.Trainer, pl_module: L.LightningModule) -> GuardedOptimizer:
-        names: dict[Tensor, str] = {param: plain_name(name) for name, param in pl_module.named_parameters()}
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         (watch,) = (detector for detector in pipeline.detectors if isinstance(detector, StepGuard))
         judge = DivergenceJudge(SlowDivergence(), self._patience, scaled, judge_loss=self._judges(pl_module))
@@ -256,7 +256,7 @@ class DivergenceGuard(HubCallback):
             watch.skip = ()
         watch.follow_rate(partial(_highest_rate, pipeline.optimizer))
         batches = StepBatches(watch.steps, self._save_batches)
-        return GuardedOptimizer(pipeline, watch, judge, ParameterHealth(self.health), names, batches)
+        return GuardedOptimizer(pipeline, watch, judge, self.health, ModelParameters(trainer, pl_module), batches)
 
     def _restore(self) -> None:
         """Restore the state of the last checkpoint that was loaded."""

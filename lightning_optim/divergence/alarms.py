@@ -17,6 +17,8 @@ class AlarmKind:
         skip_suffices: Whether skipping the step undoes the problem completely.
         escalates: Whether skipping the step is not enough, so that the guard has to respond.
         lost: Whether the weights have become worse, so that a lower learning rate alone is not enough either.
+        reliability: For a hint that misses more than it finds: how much it found, and how often it was wrong, in the
+            calibration (`python -m tests.benchmarks.calibration`). It is part of the alarm's text.
     """
 
     name: str
@@ -24,6 +26,7 @@ class AlarmKind:
     skip_suffices: bool = False
     escalates: bool = False
     lost: bool = False
+    reliability: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ _KINDS = (
     AlarmKind(
         "exploding",
         "`GradientClipping`, per group or `{method: agc}`; normalisation in the layers named.",
+        reliability="found in 1 of 33 runs at too high a rate, and in 0 of 61 good ones",
     ),
     AlarmKind(
         "dead",
@@ -122,16 +126,29 @@ _KINDS = (
         "A smaller `eps`, or a larger `lr_multiplier` for the group: its updates are too small to matter.",
     ),
     AlarmKind(
+        "rounded_away",
+        "`kahan_sum: true`, or `stochastic_rounding: true` for bfloat16, of this package's optimizers; or `precision: "
+        "bf16-mixed`, which keeps the weights in float32. A higher `lr` also makes updates that survive rounding.",
+    ),
+    AlarmKind(
         "no_gradient",
-        "Unfreeze the parameters named (`requires_grad_`), use them in the loss, or leave them out of the optimizer.",
+        "Unfreeze the parameters named (`requires_grad_`), use them in the loss, or leave them out of the optimizer; "
+        "nothing, if they are to be unfrozen or used later.",
     ),
     AlarmKind(
         "lr_too_high",
-        "A lower `lr`.",
+        "A lower `lr`. This is a hint: see how often it was right before you act on it.",
+        reliability="found in 5 of 33 runs at too high a rate, and in 0 of 61 good ones",
     ),
     AlarmKind(
         "lr_too_low",
-        "A higher `lr`.",
+        "A higher `lr`. This is a hint: see how often it was right before you act on it.",
+        reliability="found in 13 of 41 runs at too low a rate, and in 1 of 61 good ones",
+    ),
+    AlarmKind(
+        "always_clipped",
+        "A `max_norm` above the usual gradient norm, so that clipping acts on exceptions; if every step is to be "
+        "scaled down, a lower `lr` does that openly.",
     ),
     AlarmKind(
         "detected",
@@ -178,6 +195,8 @@ def alarm(
         True
     """
     table = ALARM_KINDS[kind]
+    if table.reliability:
+        text = f"{text} (a hint: in its calibration {table.reliability})"
     return Alarm(
         kind,
         step,

@@ -5,20 +5,30 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_optim.core.stateful import Stateful
 from lightning_optim.core.stats import TENSOR_COLUMNS
 from lightning_optim.divergence.alarms import Alarm, alarm
+from lightning_optim.divergence.clip_rate import ClipRate
+from lightning_optim.divergence.gradient_history import GradientHistory
+from lightning_optim.divergence.parameter_map import ParameterMap
 
 _HISTORY = 10
 _INSPECTIONS = 5
 """Number of inspections that advice about the learning rate is based on."""
 _APART = 10
 """Smallest number of steps between two of these, as measured: gradients of neighbouring steps are much alike."""
+_EARLY = 200
+"""Number of steps in which the gradients of good runs point along the momentum as well: the way down is long."""
 _NEAR_PEAK = 0.1
 """Share of its highest learning rate below which a schedule is near its end, so that small updates are intended."""
+_GROWN = 10.0
+"""Factor on the first gradient of a parameter beyond which it is growing, not vanishing."""
+_FALLEN = 1e-3
+"""Share of the largest gradient of a parameter below which it is small because training has made it so."""
 _USUAL_RATIO = 0.01
 """Share of the weights below which an update is no sign of a high learning rate."""
 
@@ -28,29 +38,30 @@ class HealthLimits:
     """Limits beyond which a parameter or group is reported.
 
     Figures called "measured" are those of `tests/benchmarks/calibration.py`: five small real trainings at rates
-    from a hundredth to a hundred times a good one, of which 62 in 135 end well; all are in the documentation.
+    from a hundredth to a hundred times a good one, of which 61 in 135 end well; all are in the documentation.
 
     Args:
         warmup: Number of optimizer steps before the first report, because weights that start at zero pass on no
             gradient at first.
-        vanishing: Root mean square of a gradient below this share of the largest one's. Measured: one good run is
-            reported, at three times the best rate, and 6 of 33 at too high a rate.
-        exploding: Gradient norm of a group above this many times its median over the last 10 inspections. Measured:
-            98 % of the good runs stay below 5, all below 30.
-        stalled: Update below this share of the weights, at a learning rate near its highest. Measured: good runs keep
-            every tensor above about 1e-8; a tenth of the bad ones fall below the limit.
+        vanishing: Root mean square of a gradient below this share of the largest one's. Measured: 0 of 61
+            good runs are reported, and 2 of 33 at too high a rate.
+        exploding: Gradient norm of a group above this many times its median over the last 10 inspections. Measured: 0
+            of 61 good runs are reported, and 1 of 33 at too high a rate; 98 % of the good ones stay below 5.
+        stalled: Update below this share of the weights, at a learning rate near its highest. Measured: none
+            of 61 good runs is reported; 95 % of them keep every tensor above 1e-8, and a third of the bad ones do not
+            keep above the limit.
         below_eps: Share of the elements with a gradient whose second moment is below ``eps``, so that ``eps`` alone
             sets their update. Not calibrated: good runs stay far below it.
         high_ratio: Update above this share of the weights, at 5 consecutive inspections; 1e-3 is usual. Measured: no
-            good run is reported, and no other run either, because runs at far too high a rate fail before that and are
-            reported by other limits.
-        low_ratio: Update below this share of the weights, at a steady rate. Measured: no good run is reported, and 3 of
-            40 at too low a rate.
+            run is reported, because runs at far too high a rate fail before that and are reported by other limits.
+        low_ratio: Update below this share of the weights, at a steady rate. Measured: 0 of the good runs
+            are beyond it, and 3 of 41 at too low a rate.
         against: Mean cosine of gradient and momentum over 5 inspections below this, and each cosine below half of it:
-            steps oscillate across a valley. Measured: 2 of 53 good runs are reported, and 6 of 24 at too high a rate.
+            steps oscillate across a valley. Measured, with ``high_ratio``: 0 of 61 good runs are reported, and 5 of 33
+            at too high a rate.
         along: Cosine of gradient and momentum above this at 5 consecutive inspections, at a steady rate and with
             updates below 0.01 of the weights: gradients keep the direction of the steps, so longer steps would be
-            possible. Measured: 2 of 53 good runs are reported, and 18 of 31 at too low a rate.
+            possible. Measured, with ``low_ratio``: 1 of 61 good runs are reported, and 13 of 41 at too low a rate.
     """
 
     warmup: int = 20
@@ -64,20 +75,65 @@ class HealthLimits:
     along: float = 0.4
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """The parameters of one optimizer in one step.
+
+    Args:
+        step: Number of optimizer steps so far.
+        values: `StepRecord.per_tensor`, row by row: [tensors * columns] numbers.
+        names: Name of each tensor.
+        numel: Number of elements of each tensor.
+        groups: Name, learning rate and number of tensors of each group.
+        places: Place of each tensor in the optimizer; empty if they are consecutive.
+        without: Place and name of each parameter without a gradient that is not frozen on purpose.
+        frozen: Those of ``without`` that do not require a gradient.
+        lossy: Relative resolution of each tensor in which small updates round to nothing: one of bfloat16 or float16,
+            without an option that keeps them; 0 for the others; empty if there are none.
+        kept: Indices of the tensors in these dtypes with such an option: an update may be 0 for some steps there.
+        clipped: Number of clipped steps so far.
+    """
+
+    step: int
+    values: Sequence[float]
+    names: Sequence[str]
+    numel: Sequence[int]
+    groups: Sequence[tuple[str, float, int]]
+    places: Sequence[int] = ()
+    without: Sequence[tuple[int, str]] = ()
+    frozen: Collection[int] = ()
+    lossy: Sequence[float] = ()
+    kept: Collection[int] = ()
+    clipped: int = 0
+
+
 class ParameterHealth(Stateful):
     """Inspection of the parameters of one optimizer at logging steps.
 
-    A parameter or group is reported once, and again only after it has been healthy in between.
+    What is found in one step has to be confirmed: by the steps before it (`GradientHistory`), by the parameters next to
+    it (`ParameterMap`), or by the next inspection. Each parameter or group is reported once in a run for each kind of
+    finding; a rollback starts anew.
 
     Args:
-        limits: Limits beyond which it is reported; None for the defaults.
+        limits: Limits beyond which a parameter is reported; None for the defaults.
+        parameters: Relations between the parameters; None if they are not known.
+        history: What the steps so far show; None if that is not known, so that the inspected step has to do.
     """
 
     # These are keys in checkpoints, and so stay: `told` is what was reported, `looked` the step of the last advice.
-    STATE = ("told", "norms", "ratios", "cosines", "rates", "peaks", "looked")
+    STATE = ("told", "norms", "ratios", "cosines", "rates", "peaks", "looked", "still", "most")
+    PARTS = ("clip_rate",)
 
-    def __init__(self, limits: HealthLimits | None = None) -> None:
+    def __init__(
+        self,
+        limits: HealthLimits | None = None,
+        parameters: ParameterMap | None = None,
+        history: GradientHistory | None = None,
+    ) -> None:
         self.limits = limits or HealthLimits()
+        self.parameters = parameters or ParameterMap()
+        self.history = history
+        self.clip_rate = ClipRate()
         self._told: set[tuple[str, str]] = set()
         self._norms: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_HISTORY))
         self._peaks: dict[str, float] = {}
@@ -85,81 +141,148 @@ class ParameterHealth(Stateful):
         self._cosines: deque[float] = deque(maxlen=_INSPECTIONS)
         self._rates: deque[float] = deque(maxlen=_INSPECTIONS)
         self._looked = -_APART
+        self._still: tuple[str, ...] = ()
+        """Names of the parameters with hardly any update at the last inspection."""
+        self._most = False
+        """Whether most of the network was dead at the last inspection."""
 
-    def update(
-        self,
-        step: int,
-        values: Sequence[float],
-        names: Sequence[str],
-        numel: Sequence[int],
-        groups: Sequence[tuple[str, float, int]],
-        without: Sequence[str],
-        alive: Sequence[bool] = (),
-    ) -> list[Alarm]:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state returned by `state_dict`; checkpoints of version 0.1 have less."""
+        super().load_state_dict({"still": (), "most": False, "clip_rate": {}, **state})
+
+    def update(self, seen: Inspection) -> list[Alarm]:
         """Inspect the statistics of each tensor in one step.
 
         Args:
-            step: Number of optimizer steps so far.
-            values: `StepRecord.per_tensor`, row by row: [tensors * columns] numbers.
-            names: Name of each tensor.
-            numel: Number of elements of each tensor.
-            groups: Name, learning rate and number of tensors of each group.
-            without: Names of parameters of the optimizer that have no gradient.
-            alive: Whether each tensor had a gradient other than 0 at the first step; empty if that is not known.
+            seen: The inspection.
 
         Returns:
             One alarm for each kind of new findings, with the names concerned.
         """
-        width = len(TENSOR_COLUMNS)
-        rows = [dict(zip(TENSOR_COLUMNS, values[i * width : (i + 1) * width], strict=True)) for i in range(len(names))]
-        if step < self.limits.warmup or not all(math.isfinite(row["grad_sq"]) for row in rows):
+        width, names = len(TENSOR_COLUMNS), seen.names
+        values = [seen.values[i * width : (i + 1) * width] for i in range(len(names))]
+        rows = [dict(zip(TENSOR_COLUMNS, row, strict=True)) for row in values]
+        if seen.step < self.limits.warmup or not all(math.isfinite(row["grad_sq"]) for row in rows):
             return []
-        found: dict[str, list[str]] = {"no_gradient": list(without), "dead": [], "vanishing": [], "stalled": []}
-        largest = max((_rms(row["grad_sq"], n) for row, n in zip(rows, numel, strict=True)), default=0.0)
-        at = 0
-        exploding = []
-        for group, lr, size in groups:
-            part = range(at, at + size)
-            at += size
-            near_peak = self._near_peak(group, lr)
-            for i in part:
-                self._inspect(rows[i], f"{names[i]} (group {group})", numel[i], largest, near_peak, found)
-            if self._explodes(group, math.sqrt(sum(rows[i]["grad_sq"] for i in part))):
+        if self.history is not None:
+            self.history.reserve(max(seen.places, default=len(rows) - 1) + 1)
+        group_of: list[str] = []
+        exploding, near_peak = [], []
+        for group, lr, size in seen.groups:
+            part = rows[len(group_of) : len(group_of) + size]
+            group_of += [group] * size
+            near_peak += [self._near_peak(group, lr)] * size
+            if self._explodes(group, math.sqrt(sum(row["grad_sq"] for row in part))) and not self._has_converged():
                 exploding.append(f"group {group}")
+        labels = [f"{name} (group {group})" for name, group in zip(names, group_of, strict=True)]
+        found = self._find(seen, rows, labels, near_peak)
         found["exploding"] = exploding
-        text = {
-            "no_gradient": "no gradient at all in",
-            "dead": "the gradient is exactly 0 in",
-            "vanishing": "the gradient has all but vanished in",
-            "stalled": "updates are too small to matter in",
-            "exploding": f"the gradient norm is over {self.limits.exploding:g} times its median in",
-        }
-        known = len(alive) == len(names)
-        died = [known and alive[i] and row["grad_sq"] == 0 for i, row in enumerate(rows)]
-        most = not all(died) and 2 * sum(n for n, dead in zip(numel, died, strict=True) if dead) > sum(numel)
-        alarms = []
+        alarms = self._collapse(seen, rows, labels)
         for kind, which in found.items():
             new = [name for name in which if (kind, name) not in self._told]
-            self._told = {(k, n) for k, n in self._told if k != kind} | {(kind, name) for name in which}
+            self._told |= {(kind, name) for name in new}
             if new:
-                shown = ", ".join(new[:8]) + (f" and {len(new) - 8} more" if len(new) > 8 else "")
-                alarms.append(alarm(kind, step, f"{text[kind]} {shown}", tuple(new), most=most and kind == "dead"))
-        return [*alarms, *self._advise(step, rows, groups)]
+                text = f"{_TEXTS[kind].format(limit=f'{self.limits.exploding:g}')} {_listed(new)}"
+                frozen = sum(name in new for place, name in seen.without if place in seen.frozen)
+                if kind == "no_gradient" and frozen:
+                    text += f"; {frozen} of these are frozen (requires_grad=False), which is right only if it is meant"
+                alarms.append(alarm(kind, seen.step, text, tuple(new)))
+        clipped = self.clip_rate.update(seen.step, seen.clipped, _left(rows))
+        alarms += [alarm("always_clipped", seen.step, clipped)] if clipped else []
+        return [*alarms, *self._advise(seen.step, rows, seen.groups)]
 
-    def _inspect(
-        self, row: dict[str, float], name: str, numel: int, largest: float, near_peak: bool, found: dict[str, list[str]]
-    ) -> None:
-        limits = self.limits
-        if row["grad_sq"] == 0:
-            found["dead"].append(name)
-        elif _rms(row["grad_sq"], numel) < limits.vanishing * largest:
-            found["vanishing"].append(name)
-        still = near_peak and row["update_sq"] < limits.stalled**2 * row["param_sq"]
+    def _collapse(self, seen: Inspection, rows: list[dict[str, float]], labels: list[str]) -> list[Alarm]:
+        """Return an alarm if most of the network is dead, which had a gradient before; at each new time."""
+        history, places = self.history, seen.places or range(len(rows))
+        if history is None or self._has_converged():
+            return []
+        lasting = history.without_gradient()
+        died = [
+            row["grad_sq"] == 0 and history.seen[place] > 0 and bool(lasting[place])
+            for place, row in zip(places, rows, strict=True)
+        ]
+        before, dead = self._most, sum(n for n, is_dead in zip(seen.numel, died, strict=True) if is_dead)
+        self._most = not all(died) and 2 * dead > sum(seen.numel)
+        if before or not self._most:
+            return []
+        which = [label for label, is_dead in zip(labels, died, strict=True) if is_dead]
+        self._told |= {("dead", name) for name in which}
+        return [alarm("dead", seen.step, f"{_TEXTS['dead']} {_listed(which)}", tuple(which), most=True)]
+
+    def _find(
+        self, seen: Inspection, rows: list[dict[str, float]], labels: list[str], near_peak: list[bool]
+    ) -> dict[str, list[str]]:
+        """Return what is wrong with single parameters and confirmed, by kind."""
+        still = [near_peak[i] and self._is_still(row, seen, i) for i, row in enumerate(rows)]
+        before = set(self._still)
+        self._still = tuple(label for label, is_still in zip(labels, still, strict=True) if is_still)
+        if self._has_converged():
+            return {}
+        places = seen.places or range(len(rows))
+        at = dict(zip(places, rows, strict=True))
+        missing = {place for place, _ in seen.without}
+        zero = {place for place, row in at.items() if row["grad_sq"] == 0}
+        numel = dict(zip(places, seen.numel, strict=True))
+        rms = {place: _rms(row["grad_sq"], numel[place]) for place, row in at.items()}
+        vanished = self._vanished(at, rms, numel) - zero
+        by_eps = {place for place, row in at.items() if self._is_set_by_eps(place, row, numel[place])}
+        bad = zero | vanished | by_eps | missing
+
+        idle = self.parameters.idle(bad, rms, exact=False)
+        if self.parameters.has_zero_inputs(zero, bad, rms):
+            idle -= zero
+        else:
+            idle |= self.parameters.idle(zero | missing, rms, exact=True)
+        spared = idle | {place for place in bad if self.parameters.is_spared(place, bad, rms)}
+        lasting = None if self.history is None else self.history.without_gradient()
+        dead = {place for place in zero if lasting is None or lasting[place]}
+        unused = {p for p in missing if self.history is None or self.history.never_used(p)}
+        label = dict(zip(places, labels, strict=True))
+        found = {"no_gradient": [name for place, name in seen.without if place in unused - idle]}
+        for kind, which in (("dead", dead), ("vanishing", vanished), ("stalled", by_eps)):
+            found[kind] = [label[place] for place in places if place in which and place not in spared]
+        found["rounded_away"] = []
+        for i, place in enumerate(places):
+            if still[i] and labels[i] in before and place not in idle:
+                lossy = bool(seen.lossy and seen.lossy[i])
+                if not self.parameters.is_spared(place, bad, rms, own_only=lossy):
+                    found["rounded_away" if lossy else "stalled"].append(labels[i])
+        return {kind: list(dict.fromkeys(which)) for kind, which in found.items()}
+
+    def _vanished(
+        self, at: Mapping[int, dict[str, float]], rms: Mapping[int, float], numel: Mapping[int, int]
+    ) -> set[int]:
+        """Return the places of the tensors whose gradient is next to nothing, now and in the steps before."""
+        history, limit = self.history, self.limits.vanishing
+        small = {place for place, value in rms.items() if value < limit * max(rms.values())}
+        if history is None or not small:
+            return small
+        lately = {place: _rms(float(history.recent[place]), numel[place]) for place in at}
+        largest = max(lately.values())
+        # A branch that starts at zero passes on a gradient that grows.
+        grows = {place for place in small if at[place]["grad_sq"] > _GROWN**2 * history.first[place]}
+        return {place for place in small - grows if lately[place] < limit * largest}
+
+    def _is_still(self, row: dict[str, float], seen: Inspection, i: int) -> bool:
+        """Return whether a tensor with a gradient hardly changes in this step.
+
+        A weight in 16 bits changes by at least half of the resolution of its dtype, or not at all. So a change of
+        1/20 of the resolution, in quadratic mean, shows that at least 99 % of the updates are lost in rounding.
+        """
+        if i in seen.kept or not row["grad_sq"] > 0:
+            return False
+        limit_sq = self.limits.stalled**2
+        if seen.lossy and seen.lossy[i]:
+            limit_sq = (seen.lossy[i] / 20) ** 2 * (1 - row["zero_grad"] / seen.numel[i])
+        return row["update_sq"] < limit_sq * row["param_sq"]
+
+    def _is_set_by_eps(self, place: int, row: dict[str, float], numel: int) -> bool:
+        """Return whether ``eps`` alone sets the update, although the gradient has not become small by training."""
         # Rows of an embedding that no batch has used yet have no second moment either.
         moving = numel - row["zero_grad"]
-        set_by_eps = row["below_eps"] - row["zero_grad"] > limits.below_eps * moving
-        if row["grad_sq"] > 0 and (still or set_by_eps):
-            found["stalled"].append(name)
+        by_eps = row["grad_sq"] > 0 and row["below_eps"] - row["zero_grad"] > self.limits.below_eps * moving
+        fallen = self.history is not None and row["grad_sq"] < _FALLEN**2 * self.history.largest[place]
+        return by_eps and not fallen
 
     def _near_peak(self, group: str, lr: float) -> bool:
         peak = self._peaks[group] = max(lr, self._peaks.get(group, 0.0))
@@ -167,12 +290,14 @@ class ParameterHealth(Stateful):
 
     def _explodes(self, group: str, norm: float) -> bool:
         history = self._norms[group]
-        explodes = len(history) == _HISTORY and norm > self.limits.exploding * statistics.median(history)
+        # After a loss of exactly 0, as of a margin, the median is 0 and any gradient above it.
+        usual = statistics.median(history) if len(history) == _HISTORY else 0.0
+        explodes = usual > 0 and norm > self.limits.exploding * usual
         history.append(norm)
         return explodes
 
     def _advise(self, step: int, rows: list[dict[str, float]], groups: Sequence[tuple[str, float, int]]) -> list[Alarm]:
-        if step < self._looked + _APART:
+        if step < self._looked + _APART or self._has_converged():
             return []
         self._looked = step
         limits = self.limits
@@ -192,17 +317,55 @@ class ParameterHealth(Stateful):
             advice["lr_too_high"] = f"steps change the weights by more than {limits.high_ratio:g} of their norm"
         elif cosine < limits.against and max(self._cosines) < limits.against / 2:
             advice["lr_too_high"] = "gradients point against the momentum, so the steps oscillate"
-        elif ratios and steady and max(ratios) < limits.low_ratio:
+        elif ratios and steady and max(ratios) < limits.low_ratio and not self._rounds_away():
             advice["lr_too_low"] = f"steps change the weights by less than {limits.low_ratio:g} of their norm"
-        elif ratios and steady and max(ratios) < _USUAL_RATIO and cosine > 0 and min(self._cosines) > limits.along:
+        elif (
+            step >= _EARLY
+            and ratios
+            and steady
+            and max(ratios) < _USUAL_RATIO
+            and cosine > 0
+            and min(self._cosines) > limits.along
+        ):
             advice["lr_too_low"] = "gradients keep pointing along the momentum, so longer steps would still descend"
         new = {kind: text for kind, text in advice.items() if (kind, "") not in self._told}
-        self._told = {(k, n) for k, n in self._told if n != ""} | {(kind, "") for kind in advice}
-        return [alarm(kind, step, text) for kind, text in new.items()]
+        self._told |= {(kind, "") for kind in new}
+        told = {"lr_too_high": "the learning rate may be too high", "lr_too_low": "the learning rate may be too low"}
+        return [alarm(kind, step, f"{text}: {told[kind]}") for kind, text in new.items()]
+
+    def _has_converged(self) -> bool:
+        return self.history is not None and self.history.has_converged
+
+    def _rounds_away(self) -> bool:
+        """Return whether updates are small because rounding takes them, and not the learning rate."""
+        return any(kind == "rounded_away" for kind, _ in self._told)
 
     def rolled_back(self) -> None:
         """Forget what has been reported, because it concerned weights that no longer exist."""
         self._told.clear()
+        self._still, self._most = (), False
+
+
+_TEXTS = {
+    "no_gradient": "no step so far has given a gradient to",
+    "dead": "the gradient is exactly 0 in",
+    "vanishing": "the gradient has all but vanished in",
+    "stalled": "updates are too small to matter in",
+    "rounded_away": "updates are below the resolution of bfloat16 or float16 weights, and round to nothing "
+    "(`kahan_sum` or `stochastic_rounding` keeps them), in",
+    "exploding": "the gradient norm is over {limit} times its median in",
+}
+"""What is reported of each kind, before the names."""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _left(rows: Sequence[Mapping[str, float]]) -> float:
+    """Return the share of the gradient norm that clipping has left; NaN if it is not known."""
+    whole = sum(row["grad_sq"] for row in rows)
+    return math.sqrt(sum(row["clipped_sq"] for row in rows) / whole) if whole > 0 else math.nan
 
 
 def _rms(square_sum: float, numel: int) -> float:

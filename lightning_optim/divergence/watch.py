@@ -16,6 +16,7 @@ from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
 from lightning_optim.divergence.early_warning import EarlySign, EarlySigns, EarlyWarning, SecondMoments, group_maxima
+from lightning_optim.divergence.gradient_history import GradientHistory
 from lightning_optim.divergence.rates import RateHistory
 from lightning_optim.divergence.spikes import SpikeWindow
 from lightning_optim.divergence.step_log import StepLog
@@ -95,7 +96,7 @@ class StepGuard(NonFiniteGradient):
 
     Attributes:
         steps: Number of steps so far, skipped ones included.
-        alive: Whether each tensor had a gradient other than 0 at the first step; empty before the host knows.
+        history: What the steps that have arrived at the host show about the gradient of each parameter.
 
     Example:
         >>> watch = StepGuard()
@@ -125,7 +126,7 @@ class StepGuard(NonFiniteGradient):
         self._rate: Callable[[], float] = lambda: math.nan
         self.rows = StepLog() if rows is None else rows  # An empty log is falsy.
         self.detectors = tuple(detectors)
-        self.alive: tuple[bool, ...] = ()
+        self.history = GradientHistory()
         self.steps = 0
         self._now: tuple[list[Tensor], _Layout] | None = None
         self._layouts: dict[int, _Layout] = {}
@@ -220,6 +221,7 @@ class StepGuard(NonFiniteGradient):
             "quiet": int(self._quiet),
             "rates": self.rates.state_dict(),
             "rates_of_rows": {step: list(pair) for step, pair in self._rates.items()},
+            "history": self.history.state_dict(),
             "detectors": {name: state for name, one in self._named_detectors() if (state := one.state_dict())},
             "early": {} if self.early is None else self.early.state_dict(),
             "moments": {} if self.moments is None else self.moments.state_dict(),
@@ -244,6 +246,8 @@ class StepGuard(NonFiniteGradient):
         for part, saved in ((self.early, state.get("early")), (self.moments, state.get("moments"))):
             if part is not None and saved:
                 part.load_state_dict(saved)
+        if "history" in state:
+            self.history.load_state_dict(state["history"])
         known = state.get("detectors", {})
         for name, detector in self._named_detectors():
             if name in known:
@@ -258,6 +262,7 @@ class StepGuard(NonFiniteGradient):
         self._layouts = {step: replace(layout, moved=tuple(places)) for step, layout in self._layouts.items()}
         if self.moments is not None:
             self.moments.move(places)
+        self.history.move(places)
 
     def _named_detectors(self) -> Iterator[tuple[str, Detector]]:
         """Yield each further detector with a unique name, because two of one class must not share a checkpoint key."""
@@ -302,7 +307,11 @@ class StepGuard(NonFiniteGradient):
         norm_sq = rest[: sum(layout.group_sizes)]
         places = rest[len(norm_sq) : 2 * len(norm_sq)] if layout.has_places else None
         bad = ~np.isfinite(norm_sq)
-        self.alive = self.alive or tuple((norm_sq > 0).tolist())
+        at = places
+        if layout.moved:
+            at = np.array(layout.moved)[np.arange(len(norm_sq)) if places is None else places.astype(int)]
+        if at is None or (at >= 0).all():  # Some may be gone by now.
+            self.history.update(step, norm_sq, at, values[1])
         bad_loss = layout.has_loss and not math.isfinite(values[1])
         medians, levels, limits = [math.nan] * count, [0.0] * count, [math.inf] * count
         if self.spikes is not None:

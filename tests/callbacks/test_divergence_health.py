@@ -9,7 +9,7 @@ import torch
 
 import lightning_optim as lo
 from lightning_optim.core.stats import TENSOR_COLUMNS
-from lightning_optim.divergence import ParameterHealth
+from lightning_optim.divergence import Inspection, ParameterHealth
 from tests.helpers import ADAMWS, Net, batches, make_trainer
 
 
@@ -88,7 +88,7 @@ def _looks(count=8, **quantities):
             "grad_exp_avg": 0.5 * at["cosine"],
         }
         row = [numbers.get(column, 0.0) for column in TENSOR_COLUMNS]
-        alarms += health.update(50 * (look + 1), row, ["w"], [1], [("all", at["rate"], 1)], [])
+        alarms += health.update(Inspection(50 * (look + 1), row, ["w"], [1], [("all", at["rate"], 1)]))
         other = ParameterHealth()
         other.load_state_dict(health.state_dict())
         health = other
@@ -120,7 +120,8 @@ def test_elements_without_a_gradient_are_not_those_that_eps_sets():
     def told(zero):
         sums = {"grad_sq": 1.0, "param_sq": 1.0, "update_sq": 1e-6, "below_eps": 98.0, "zero_grad": zero}
         row = [sums.get(column, 0.0) for column in TENSOR_COLUMNS]
-        return [alarm.kind for alarm in ParameterHealth().update(50, row, ["w"], [100], [("all", 0.1, 1)], [])]
+        seen = Inspection(50, row, ["w"], [100], [("all", 0.1, 1)])
+        return [alarm.kind for alarm in ParameterHealth().update(seen)]
 
     assert told(zero=0.0) == ["stalled"]
     assert told(zero=97.0) == []

@@ -13,6 +13,7 @@ from lightning_optim.divergence import (
     Alarm,
     Detector,
     DivergenceJudge,
+    Inspection,
     Ladder,
     LRCut,
     ParameterHealth,
@@ -513,5 +514,5 @@ def test_advice_on_the_rate_wants_looks_that_are_apart(every, told):
     row = [(against | {"grad_exp_avg": -0.9}).get(column, 0.0) for column in TENSOR_COLUMNS]
     health = ParameterHealth()
     looks = range(30, 30 + 5 * every, every)
-    alarms = [alarm for step in looks for alarm in health.update(step, row, ["w"], [1], [("g", 0.1, 1)], [])]
+    alarms = [alarm for step in looks for alarm in health.update(Inspection(step, row, ["w"], [1], [("g", 0.1, 1)]))]
     assert [alarm.step for alarm in alarms if alarm.kind == "lr_too_high"] == told

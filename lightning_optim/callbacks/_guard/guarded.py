@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lightning_optim.callbacks._guard.model_parameters import ModelParameters
 from lightning_optim.callbacks._guard.step_batches import StepBatches
 from lightning_optim.core.stateful import Stateful
 from lightning_optim.core.stats import StepRecord
-from lightning_optim.divergence import Alarm, DivergenceJudge, LRCutter, ParameterHealth, StepGuard, StepLog
+from lightning_optim.divergence import (
+    Alarm,
+    DivergenceJudge,
+    HealthLimits,
+    Inspection,
+    LRCutter,
+    ParameterHealth,
+    StepGuard,
+    StepLog,
+)
 from lightning_optim.step import StepPipeline
 from lightning_optim.step.gradients import names_of
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class GuardedOptimizer(Stateful):
@@ -22,8 +36,8 @@ class GuardedOptimizer(Stateful):
         pipeline: The pipeline of the optimizer.
         watch: Inspects each step before its update.
         judge: Judges each step afterwards.
-        health: Inspects single parameters, when Lightning logs.
-        names: Names of parameters.
+        limits: Limits of the inspection of single parameters, when Lightning logs; None for the defaults.
+        model: The parameters of the module.
         batches: Which batches made up each step.
     """
 
@@ -34,36 +48,61 @@ class GuardedOptimizer(Stateful):
         pipeline: StepPipeline,
         watch: StepGuard,
         judge: DivergenceJudge,
-        health: ParameterHealth,
-        names: Mapping[Tensor, str],
+        limits: HealthLimits | None,
+        model: ModelParameters,
         batches: StepBatches,
     ) -> None:
         self.pipeline, self.optimizer = pipeline, (optimizer := pipeline.optimizer)
-        self.watch, self.judge, self.health = watch, judge, health
+        self.watch, self.judge = watch, judge
+        self.health = ParameterHealth(limits, history=watch.history)
         self.batches = batches
         self.cut = LRCutter(optimizer)
-        found = [name for group in optimizer.param_groups for name in names_of(group, names)]
-        self.names = {place: name for place, name in enumerate(found) if name is not None}
+        self._model = model
+        self._count = -1
+        self._name()
         self._log = StepLog()
-        self._context: dict[int, tuple[Any, ...]] = {}
+        self._inspections: dict[int, Inspection] = {}
+
+    def _name(self) -> None:
+        """Name the parameters, and again if groups have been added."""
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        if len(params) == self._count:
+            return
+        self._count = len(params)
+        found = [name for group in self.optimizer.param_groups for name in names_of(group, self._model.names)]
+        self.names = {place: name for place, name in enumerate(found) if name is not None}
+        self.health.parameters = self._model.map_of(params, self.names)
 
     def inspect(self, record: StepRecord) -> None:
         """Send the statistics of each tensor to the host, without waiting for them."""
-        names, without, place = [], [], 0
+        self._name()
+        names: list[str] = []
+        without: list[tuple[int, str]] = []
+        places, frozen, lossy, kept, place = [], [], [], [], -1
         for group in self.optimizer.param_groups:
+            keeps = group.get("kahan_sum") or group.get("stochastic_rounding")
             for param in group["params"]:
-                name = self.names.get(place, f"parameter {place}")
                 place += 1
+                name = self.names.get(place, f"parameter {place}")
                 if param.grad is not None:
+                    is_half = param.dtype in _HALF
+                    kept += [len(names)] if is_half and keeps else []
+                    lossy.append(torch.finfo(param.dtype).eps if is_half and not keeps else 0.0)
                     names.append(name)
-                elif not group.get("frozen_until"):
-                    without.append(name)
+                    places.append(place)
+                elif not (group.get("frozen_until") or self._model.is_frozen_on_purpose(param)):
+                    without.append((place, name))
+                    frozen += [] if param.requires_grad else [place]
         rates = [float(group["lr"]) if not isinstance(group["lr"], Tensor) else 1.0 for group in record.hyperparameters]
         groups = list(zip(record.group_names, rates, record.grad.group_sizes, strict=True))
         if len(names) != len(record.update.numel):  # This rank may hold nothing of a flat shard.
             return
-        self._context[record.steps] = (names, record.update.numel, groups, without)
-        self._log.write(record.steps, record.per_tensor().reshape(-1))
+        seen = Inspection(
+            record.steps, (), names, record.update.numel, groups, places, without, frozen, lossy, frozenset(kept)
+        )
+        self._inspections[record.steps] = seen
+        rows = record.per_tensor().reshape(-1)
+        self._log.write(record.steps, torch.cat([rows, record.counts[:1].to(rows, non_blocking=True)]))
 
     def health_alarms(self, everything: bool) -> list[Alarm]:
         """Return the alarms of the inspections that have arrived.
@@ -71,13 +110,13 @@ class GuardedOptimizer(Stateful):
         Args:
             everything: Whether to wait for those that have not.
         """
-        if not self._context:
+        if not self._inspections:
             return []
         alarms = []
         for row in self._log.read(everything):
-            names, numel, groups, without = self._context.pop(row.step)
-            numbers = row.values.tolist()
-            alarms += self.health.update(row.step, numbers, names, numel, groups, without, self.watch.alive)
+            *values, clipped = row.values.tolist()
+            seen = replace(self._inspections.pop(row.step), values=values, clipped=int(clipped))
+            alarms += self.health.update(seen)
         return [self.judge.assess(alarm) for alarm in alarms]
 
     def rolled_back(self) -> None:
@@ -90,7 +129,7 @@ class GuardedOptimizer(Stateful):
         """Forget steps that have not arrived: they do not count any more."""
         self.watch.discard()
         self._log.discard()
-        self._context.clear()
+        self._inspections.clear()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""

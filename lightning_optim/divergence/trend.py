@@ -16,8 +16,12 @@ _WINDOW = 128
 _START = 20
 _CLEAR = 8.0
 """Number of robust standard deviations from step to step, of the logarithm, by which a clear rise is above the best."""
+_LOST = 0.5
+"""Share of what was learned, the first losses less the best, that a clear rise takes away."""
+_LOST = 0.5
+"""Share of what was learned, the first losses less the best, that a clear rise takes away."""
 _GROWN = 1.1
-"""Factor of the gradient norm over that at the best loss: a loss that rises for other reasons need not raise it."""
+"""Factor of the gradient norm over that at the lowest loss: a loss that rises for other reasons need not raise it."""
 _LEARNED = 0.05
 _TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation, for a normal distribution."""
@@ -59,7 +63,7 @@ class SlowDivergence(Stateful):
         [211]
     """
 
-    ADDED = ("has_fallen", "grad_norm", "grad_norm_at_best", "unclipped")
+    ADDED = ("has_fallen", "grad_norm", "grad_norm_at_lowest", "lowest", "unclipped")
     STATE = ("first", "seen", "average", "best", "doubt", "evidence", "unit", "insisted", "recent", "last", *ADDED)
 
     def __init__(self, rise: float = 0.15, patience: int = 50, decay: float = 0.95) -> None:
@@ -72,7 +76,7 @@ class SlowDivergence(Stateful):
         self.rise, self.patience, self.decay = rise, patience, decay
         self._first: list[float] = []
         self.rise_was_clear = False
-        """Whether the rise of the last alarm was clear: gradual, far above the noise, with a higher gradient norm."""
+        """Whether the rise of the last alarm was clear: gradual, of half of what was learned, beyond noise."""
         self.has_fallen = False
         """Whether the best is clearly below the first losses: by a twentieth, and by more than the noise.
 
@@ -81,14 +85,18 @@ class SlowDivergence(Stateful):
         self.rebase()
 
     def rebase(self) -> None:
-        """Forget the present level after an alarm or an adopted jump, because the next level is unknown."""
+        """Forget the present level and the lowest one, because those of other data are not comparable."""
+        self._lowest, self._grad_norm, self._grad_norm_at_lowest = math.inf, math.nan, math.nan
+        self._unclipped: deque[float] = deque(maxlen=_WINDOW)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the present level after an alarm, because the next level is unknown."""
         self._seen, self._average, self._best, self._doubt = 0, 0.0, math.inf, 1.0
         self._evidence = self._unit = 0.0
         self._insisted = 0
         self._recent: deque[float] = deque(maxlen=_WINDOW)
-        self._unclipped: deque[float] = deque(maxlen=_WINDOW)
         self._last: deque[float] = deque(maxlen=int(_MOST) + 1)
-        self._grad_norm = self._grad_norm_at_best = math.nan
 
     def update(self, loss: float, grad_norm: float = math.nan) -> bool:
         """Add the loss of a step that was taken.
@@ -118,7 +126,8 @@ class SlowDivergence(Stateful):
         now, before = self._unit_of(self._average, doubt * noise), self._unit_of(self._best, self._doubt * noise)
         if self._average + now < self._best + before:
             self._best, self._doubt, before = self._average, doubt, now
-            self._grad_norm_at_best = self._grad_norm
+            if self._best < self._lowest:
+                self._lowest, self._grad_norm_at_lowest = self._best, self._grad_norm
             self.has_fallen = self.has_fallen or self._is_below_start(noise)
         self._unit = before
         if self._unit > 0:
@@ -129,7 +138,7 @@ class SlowDivergence(Stateful):
         self._insisted += 1
         self.rise_was_clear = self._is_clear()
         if not self.lost:
-            self.rebase()
+            self._begin()
         return True
 
     def far(self, loss: float) -> bool:
@@ -159,19 +168,21 @@ class SlowDivergence(Stateful):
         return self._seen >= 2 * _START and start - self._best >= max(_LEARNED * abs(start), noise)
 
     def _is_clear(self) -> bool:
-        """Return whether the loss is far above its best for its noise, gradually, and the gradient norm has grown.
+        """Return whether half of what was learned is lost, gradually, and far beyond the noise, with larger gradients.
 
-        That is so where weights leave a good region. A rise within one step is one of the data or of the loss function.
-        Logarithms are taken, because the noise of a loss grows with it.
+        That is so where weights leave a good region. A rise within one step is one of the data or of the loss function,
+        and a term that is annealed or a harder task costs less than half. Logarithms are taken of the noise, because
+        that of a loss grows with it.
         """
         logs = [math.log(loss) for loss in self._unclipped if loss > 0]
-        if len(logs) < len(self._unclipped) or len(logs) < 2 or not 0 < self._best < math.inf:
+        if len(logs) < len(self._unclipped) or len(logs) < 2 or not 0 < self._lowest < math.inf:
             return False
         changes = [b - a for a, b in itertools.pairwise(logs)]
         noise = _TO_SIGMA * statistics.median(map(abs, changes)) / math.sqrt(2)
-        rise = math.log(statistics.median(self._last) / self._best)
-        has_grown = not self._grad_norm <= _GROWN * self._grad_norm_at_best  # also if it is not known
-        return has_grown and rise >= _CLEAR * noise and max(changes) < rise / 2
+        now, start = statistics.median(self._last), statistics.median(self._first)
+        rise, is_lost = math.log(now / self._lowest), now - self._lowest >= _LOST * (start - self._lowest)
+        has_grown = not self._grad_norm <= _GROWN * self._grad_norm_at_lowest  # also if it is not known
+        return is_lost and has_grown and rise >= _CLEAR * noise and max(changes) < rise / 2
 
     def _add_grad_norm(self, norm: float) -> None:
         if math.isfinite(norm):

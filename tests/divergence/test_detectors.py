@@ -271,20 +271,20 @@ def _trend_alarms(losses, norms, judge):
 
 def test_a_slow_rise_needs_a_higher_gradient_norm_little_noise_and_no_jump():
     falling = [2.0 * 0.99**k for k in range(100)]
-    rising = [falling[-1] * 1.004**k for k in range(200)]
-    noise = [0.4 * (-1) ** k * (k % 3) for k in range(300)]
+    rising = [falling[-1] * 1.004**k for k in range(400)]
+    noise = [0.4 * (-1) ** k * (k % 3) for k in range(500)]
     quiet, noisy = falling + rising, [x * math.exp(n) for x, n in zip(falling + rising, noise, strict=True)]
-    norms = [1.0] * 100 + [1.002**k for k in range(200)]
+    norms = [1.0] * 100 + [1.002**k for k in range(400)]
 
     def acts(losses, norms, **options):
         return any(_trend_alarms(losses, norms, DivergenceJudge(SlowDivergence(), **options)))
 
     assert acts(quiet, norms, judge_loss=None)
-    assert not acts(quiet, [1.0] * 300, judge_loss=None)
+    assert not acts(quiet, [1.0] * 500, judge_loss=None)
     assert not acts(noisy, norms, judge_loss=None)
-    assert not acts(falling + [falling[-1] * 1.5] * 200, norms, judge_loss=None)
+    assert not acts(falling + [falling[-1] * 1.5] * 400, norms, judge_loss=None)
     assert not acts(quiet[100:], norms[100:], judge_loss=None)  # It has never fallen.
-    assert acts(quiet, [1.0] * 300, judge_loss=True)
+    assert acts(quiet, [1.0] * 500, judge_loss=True)
     assert not acts(quiet, norms, judge_loss=False)
 
 

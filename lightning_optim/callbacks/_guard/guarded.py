@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.callbacks._guard.model_parameters import ModelParameters
 from lightning_optim.callbacks._guard.step_batches import StepBatches
@@ -27,6 +28,10 @@ from lightning_optim.step import StepPipeline
 from lightning_optim.step.gradients import names_of
 
 _HALF = (torch.bfloat16, torch.float16)
+
+
+_OF_THE_RATE = ("lr_too_high", "lr_too_low")
+"""Advice that assumes a loss that is expected to fall."""
 
 
 class GuardedOptimizer(Stateful):
@@ -71,7 +76,10 @@ class GuardedOptimizer(Stateful):
         self._count = len(params)
         found = [name for group in self.optimizer.param_groups for name in names_of(group, self._model.names)]
         self.names = {place: name for place, name in enumerate(found) if name is not None}
-        self.health.parameters = self._model.map_of(params, self.names)
+        if any(isinstance(param, UninitializedParameter) for param in params):
+            self._count = -1  # Those of lazy layers have no shape before the first batch.
+        else:
+            self.health.parameters = self._model.map_of(params, self.names)
 
     def inspect(self, record: StepRecord) -> None:
         """Send the statistics of each tensor to the host, without waiting for them."""
@@ -117,7 +125,9 @@ class GuardedOptimizer(Stateful):
             *values, clipped = row.values.tolist()
             seen = replace(self._inspections.pop(row.step), values=values, clipped=int(clipped))
             alarms += self.health.update(seen)
-        return [self.judge.assess(alarm) for alarm in alarms]
+        # Adversaries follow each other around, so that oscillation and lasting directions say nothing about the rate.
+        is_judged = self.judge.judge_loss is not False
+        return [self.judge.assess(alarm) for alarm in alarms if is_judged or alarm.kind not in _OF_THE_RATE]
 
     def rolled_back(self) -> None:
         """Forget what belongs to weights that are gone."""

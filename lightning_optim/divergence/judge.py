@@ -198,6 +198,8 @@ class DivergenceJudge(Stateful):
         lost = trend.lost
         text = "the loss stays at more than twice its best" if lost else "the loss is leaving its best"
         acts = self._acts_on_loss(trend.rise_was_clear)
+        if trend.rise_was_sudden and not acts:
+            trend.rebase()
         kind = "reported_lost" if lost else "reported_rise"
         again = bool(self._counts[kind]) and not acts
         self._counts[kind] = 1

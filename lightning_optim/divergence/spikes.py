@@ -13,6 +13,9 @@ _TOGETHER_FROM = 16
 """Number of accepted values before all signals together can be flagged."""
 GAP = 8
 """Number of steps without a flag that ends a series of flags: a new level near the threshold is not always flagged."""
+_HARMFUL = 0.4
+"""Rise above the median below which a step is taken. Where there is little noise a loss stands out that is a tenth
+higher, as with each doubling of a batch of negatives; it does no harm."""
 _FAMILIAR = 50.0
 """Factor on the highest value of the run up to which another one is familiar. Losses that join a run, labels that
 become noisy and new data stay within it, because the first, untrained loss is high as well; late in training a batch
@@ -115,6 +118,8 @@ class SpikeWindow:
     """Limits of all signals together: a spike if each is above its own."""
     familiar: list[float]
     """Limit of each signal up to which the run has been through such values; 0 before the first."""
+    harmful: list[float]
+    """Limit of each signal below which a step is worth taking, though it stands out."""
     medians: list[float]
     """Median of each signal's accepted values; infinite before the first."""
 
@@ -168,6 +173,7 @@ class SpikeWindow:
     def _set_limits(self) -> None:
         self.medians = [known.median for known in self._accepted]
         self.alone = [self._limit(known) for known in self._accepted]
+        self.harmful = [median + _HARMFUL * abs(median) for median in self.medians]
         self.familiar = [_FAMILIAR * known.peak for known in self._accepted]
         enough = len(self._accepted) > 1 and all(len(known) >= _TOGETHER_FROM for known in self._accepted)
         usual = [self._accepted[0].highest, *self.medians[1:]] if enough else []

@@ -16,8 +16,10 @@ _WINDOW = 128
 _START = 20
 _CLEAR = 8.0
 """Number of robust standard deviations from step to step, of the logarithm, by which a clear rise is above the best."""
+_FEW = 4
 _LOST = 0.5
 """Share of what was learned, the first losses less the best, that a clear rise takes away."""
+_FEW = 4
 _LOST = 0.5
 """Share of what was learned, the first losses less the best, that a clear rise takes away."""
 _GROWN = 1.1
@@ -75,7 +77,7 @@ class SlowDivergence(Stateful):
             raise ValueError(f"Invalid decay={decay!r}: must be in [0, 1), for instance 0.95.")
         self.rise, self.patience, self.decay = rise, patience, decay
         self._first: list[float] = []
-        self.rise_was_clear = False
+        self.rise_was_clear = self.rise_was_sudden = False
         """Whether the rise of the last alarm was clear: gradual, of half of what was learned, beyond noise."""
         self.has_fallen = False
         """Whether the best is clearly below the first losses: by a twentieth, and by more than the noise.
@@ -136,7 +138,7 @@ class SlowDivergence(Stateful):
             return False
         self._evidence = 0.0
         self._insisted += 1
-        self.rise_was_clear = self._is_clear()
+        self.rise_was_clear, self.rise_was_sudden = self._kind_of_rise()
         if not self.lost:
             self._begin()
         return True
@@ -167,22 +169,22 @@ class SlowDivergence(Stateful):
         start = statistics.median(self._first)
         return self._seen >= 2 * _START and start - self._best >= max(_LEARNED * abs(start), noise)
 
-    def _is_clear(self) -> bool:
-        """Return whether half of what was learned is lost, gradually, and far beyond the noise, with larger gradients.
+    def _kind_of_rise(self) -> tuple[bool, bool]:
+        """Return whether the rise is clear, and whether it is sudden.
 
-        That is so where weights leave a good region. A rise within one step is one of the data or of the loss function,
-        and a term that is annealed or a harder task costs less than half. Logarithms are taken of the noise, because
-        that of a loss grows with it.
+        Where weights leave a good region half of what was learned is lost, gradually, and far beyond the noise, with
+        larger gradients. A rise within a few steps is one of the data or of the loss function, and a term that is
+        annealed or a harder task costs less than half. Logarithms are taken, because the noise of a loss grows with it.
         """
         logs = [math.log(loss) for loss in self._unclipped if loss > 0]
         if len(logs) < len(self._unclipped) or len(logs) < 2 or not 0 < self._lowest < math.inf:
-            return False
-        changes = [b - a for a, b in itertools.pairwise(logs)]
-        noise = _TO_SIGMA * statistics.median(map(abs, changes)) / math.sqrt(2)
+            return False, False
+        noise = _TO_SIGMA * statistics.median(abs(b - a) for a, b in itertools.pairwise(logs)) / math.sqrt(2)
         now, start = statistics.median(self._last), statistics.median(self._first)
         rise, is_lost = math.log(now / self._lowest), now - self._lowest >= _LOST * (start - self._lowest)
         has_grown = not self._grad_norm <= _GROWN * self._grad_norm_at_lowest  # also if it is not known
-        return is_lost and has_grown and rise >= _CLEAR * noise and max(changes) < rise / 2
+        is_sudden = _largest_step(logs) >= rise / 2
+        return is_lost and has_grown and rise >= _CLEAR * noise and not is_sudden, is_sudden
 
     def _add_grad_norm(self, norm: float) -> None:
         if math.isfinite(norm):
@@ -193,3 +195,9 @@ class SlowDivergence(Stateful):
         """Return the standard deviation from step to step, computed from differences, which a drift hardly changes."""
         values = list(self._recent)
         return math.sqrt(sum((b - a) ** 2 for a, b in itertools.pairwise(values)) / (2 * max(len(values) - 1, 1)))
+
+
+def _largest_step(logs: list[float]) -> float:
+    """Return the largest rise from the mean of a few values to that of as many after them."""
+    means = [statistics.fmean(logs[k : k + _FEW]) for k in range(len(logs) - _FEW + 1)]
+    return max((after - before for before, after in zip(means, means[_FEW:], strict=False)), default=math.inf)

@@ -78,12 +78,14 @@ class StepObservation:
 class StepGuard(NonFiniteGradient):
     """Detector of one optimizer: inspects the loss and gradients of each step, requests a skip, and logs the step.
 
-    A step is skipped if a gradient or the loss is not finite, or if a signal in ``skip`` is a spike. If a further spike
-    follows within three steps, skipping has not helped, or the level of the loss has moved: it is skipped only if a
-    value is beyond what the run has been through (`SpikeWindow.familiar`), or the learning rate is. On the device that
-    is a comparison with a few limits. The statistics behind the limits are kept on the host, which reads each step from
-    a `StepLog` and never waits for it. All ranks see the same gradients, and read them at the same step; the caller
-    reduces the loss over ranks.
+    A step is skipped if a gradient or the loss is not finite, or if a signal in ``skip`` is a spike that is high enough
+    to do harm (`SpikeWindow.harmful`). If a further spike follows within three steps, skipping has not helped, or the
+    level of the loss has moved: it is skipped only if a value is beyond what the run has been through
+    (`SpikeWindow.familiar`), or the learning rate is.
+
+    On the device that is a comparison with a few limits. The statistics behind the limits are kept on the host, which
+    reads each step from a `StepLog` and never waits for it. All ranks see the same gradients, and read them at the same
+    step; the caller reduces the loss over ranks.
 
     Args:
         spikes: Limits beyond which a value is a spike; None for no detection of spikes.
@@ -150,12 +152,12 @@ class StepGuard(NonFiniteGradient):
             skip = skip | (values[1] * 0 != 0)
         flags = torch.zeros_like(values, dtype=torch.bool)
         if self.spikes is not None:
-            alone, together, familiar = self._limits_on(values, self.spikes).unbind()
+            alone, together, familiar, harmful = self._limits_on(values, self.spikes).unbind()
             flags = (values > alone) | (values > together).all()
             if self.skip:
                 quiet = self._quiet if isinstance(self._quiet, Tensor) else torch.full_like(norm, self._quiet)
                 again = (quiet < _IN_A_ROW) & ~(values > familiar).any()
-                found = self._of_interest(flags).any()
+                found = self._of_interest(flags & (values > harmful)).any()
                 skip = skip | (found if self.rates.has_risen else found & ~again)
                 self._next_quiet = (quiet + 1) * ~(flags & (values < math.inf)).any()
         if self.detectors:
@@ -273,8 +275,8 @@ class StepGuard(NonFiniteGradient):
             yield detector.name if number == 1 else f"{detector.name}_{number}", detector
 
     def _limits_on(self, values: Tensor, spikes: SpikeWindow) -> Tensor:
-        """Return the limits, shape [3, signals], as ``values``; uploaded only if they have changed."""
-        wanted = [spikes.alone, spikes.together, spikes.familiar]
+        """Return the limits, shape [4, signals], as ``values``; uploaded only if they have changed."""
+        wanted = [spikes.alone, spikes.together, spikes.familiar, spikes.harmful]
         if self._limits is None or self._limits[0] != wanted or self._limits[1].device != values.device:
             self._limits = wanted, upload(wanted, values.device, values.dtype)
         return self._limits[1]

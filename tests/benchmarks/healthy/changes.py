@@ -15,6 +15,7 @@ from tests.benchmarks.healthy.base import Classifier, digits, mlp
 class TermJoins(Classifier):
     """In mid-run a reconstruction of the image joins the loss, which is then as high as at the start."""
 
+    steps = 1000
     weight: ClassVar[float] = 0.5
 
     def __init__(self, seed: int) -> None:
@@ -52,6 +53,8 @@ class TermLeaves(TermJoins):
 
 class CurriculumInJumps(Classifier):
     """Three classes, then six, then all."""
+
+    steps = 2000
 
     def make_batch(self, step: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         x, y = digits("train")

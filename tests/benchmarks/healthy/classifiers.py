@@ -62,6 +62,8 @@ class OneCycle(Classifier):
 class LateLabelNoise(Classifier):
     """From the middle on two labels in five are drawn at random."""
 
+    steps = 1000
+
     def make_batch(self, step: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         x, y = super().make_batch(step, rng)
         return x, with_noise(y, 0.4 if step >= self.steps // 2 else 0.0, rng)

@@ -20,8 +20,9 @@ _FAMILIAR = 50.0
 """Factor on the highest value of the run up to which another one is familiar. Losses that join a run, labels that
 become noisy and new data stay within it, because the first, untrained loss is high as well; late in training a batch
 that is a thousand times as high does not."""
+_FIRST = 8
 _NOTHING = 1e-3
-"""Share of the first values below which nothing is a spike: a loss that has been fitted to 0 spreads without bound."""
+"""Share of the median of the first 8 values below which nothing is a spike: a loss that has been fitted to 0 spreads without bound."""
 _TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation, for a normal distribution."""
 
@@ -141,7 +142,7 @@ class SpikeWindow:
         for known, value, enters in zip(self._accepted, values, enter, strict=True):
             if enters:
                 known.add(value)
-                if len(known) == self.warmup and not known.start:
+                if len(known) == _FIRST and not known.start:
                     known.start = known.median
         if any(flags):
             self._flagged.append(list(values))

@@ -516,3 +516,33 @@ def test_advice_on_the_rate_wants_looks_that_are_apart(every, told):
     looks = range(30, 30 + 5 * every, every)
     alarms = [alarm for step in looks for alarm in health.update(Inspection(step, row, ["w"], [1], [("g", 0.1, 1)]))]
     assert [alarm.step for alarm in alarms if alarm.kind == "lr_too_high"] == told
+
+
+def _skipped(losses):
+    """The steps that are skipped, and those that are flagged, of a run with a gradient norm of 1."""
+    watch = StepGuard(SpikeWindow(2), loss=lambda: torch.tensor(losses[watch.steps]))
+    seen = [_step(watch, [1.0, 0.0]) for _ in losses]
+    return [s.step - 1 for s in seen if s.skipped], [s.step - 1 for s in seen if s.spikes]
+
+
+def test_a_spike_that_does_no_harm_is_reported_and_taken():
+    quiet = [1.0 + 0.001 * (k % 3) for k in range(100)]
+    assert _skipped([*quiet, 1.3, *quiet]) == ([], [100])
+    assert _skipped([*quiet, 1.6, *quiet]) == ([100], [100])
+
+
+def test_a_loss_that_has_been_fitted_to_nothing_has_no_spikes():
+    falling = [0.9**k for k in range(200)]
+    assert _skipped([*falling, *[0.0] * 130, 1e-4, 0.0, 5e-4, 0.0]) == ([], [])
+    assert _skipped([*falling, *[0.0] * 130, 0.5, 0.0])[0] == [330]
+
+
+@pytest.mark.parametrize(("height", "skipped"), [(30.0, 1), (200.0, 5)])
+def test_spikes_in_a_row_are_taken_from_the_second_on_unless_they_are_unheard_of(height, skipped):
+    quiet = [1.0 + 0.01 * (k % 3) for k in range(100)]
+    assert len(_skipped([*quiet, *[height] * 5, *quiet])[0]) == skipped
+
+
+def test_two_spikes_that_are_not_in_a_row_are_both_skipped():
+    quiet = [1.0 + 0.01 * (k % 3) for k in range(100)]
+    assert _skipped([*quiet, 30.0, *quiet[:4], 30.0, *quiet])[0] == [100, 105]

@@ -311,7 +311,7 @@ class DivergenceGuard(HubCallback):
         """Judge the steps that have arrived at the host, and respond."""
         step = logging_step(trainer)
         where = step, trainer.current_epoch, batch_idx, batch
-        stepped = [guarded.batches.add(*where, guarded.watch.steps, guarded.cut.used_lr) for guarded in self._guarded]
+        stepped = [guarded.batches.add(*where, guarded.watch.steps) for guarded in self._guarded]
         skipped_before, self._skipped = self._skipped, self._count()
         alarms = self._new_alarms()
         if self._skipped > skipped_before and not self.hub.skip_count_written():
@@ -400,7 +400,7 @@ class DivergenceGuard(HubCallback):
             name = about(guarded.optimizer).name if len(self._guarded) > 1 else None
             for seen in guarded.watch.read(everything):
                 location = guarded.batches.of(seen.step)
-                self.report.see(location.step, index, seen, location.lr)
+                self.report.see(location.step, index, seen)
                 for alarm in guarded.judge.update(seen, guarded.names):
                     found.append((alarm, location))
                     if not alarm.is_repeated:

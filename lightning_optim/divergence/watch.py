@@ -47,7 +47,7 @@ class StepObservation:
         worst: Indices in the optimizer of the parameters with the worst gradients, those that are not finite first,
             then the largest; empty if nothing was wrong.
         group_norms: Gradient norm of each group.
-        rate: Largest learning rate of the step; NaN if it is not known.
+        rate: Highest learning rate of the groups, as the step used it; NaN if it is not known.
         new_rate: Whether it, or one of the last ones, is far above all before them (`RateHistory.has_risen`).
         limits: Values above which a signal alone is a spike; infinite while too few are known.
         grad_over_second_moment: Root mean square of the gradient over that of its second moment, the largest of each
@@ -140,7 +140,7 @@ class StepGuard(NonFiniteGradient):
 
     def __call__(self, stats: GradStats) -> Tensor:
         """Return whether to skip the step, bool, shape [], on the device of ``stats``."""
-        self._rates[self.steps + 1] = self._next_rate()
+        self.rates.update(self._rate())
         loss, norm = self._loss(), stats.total_norm()
         skip = ~stats.finite()
         if loss is None:
@@ -174,6 +174,7 @@ class StepGuard(NonFiniteGradient):
         """End the step: send its row to the host, and process the rows that have arrived."""
         assert self._now is not None
         (columns, layout), self._now = self._now, None
+        rate = self._rate()  # Without a closure the rate is cut after the decision, so it is read again.
         self.steps += 1
         self._quiet = self._next_quiet
         for detector in self.detectors:
@@ -183,6 +184,7 @@ class StepGuard(NonFiniteGradient):
         dtype = columns[0].dtype
         row = torch.cat([column.to(dtype) for column in ((skip != 0).reshape(1), *columns)])
         self._layouts[self.steps] = layout
+        self._rates[self.steps] = rate, self.rates.has_risen
         self.rows.write(self.steps, row)
         self._learn()
 
@@ -190,7 +192,7 @@ class StepGuard(NonFiniteGradient):
         """Note the learning rate of each step as well.
 
         Args:
-            rate: Called to get the largest one; it returns NaN if that is not known without waiting for the device.
+            rate: Called to get the highest one; it returns NaN if that is not known without waiting for the device.
         """
         self._rate = rate
 
@@ -209,6 +211,7 @@ class StepGuard(NonFiniteGradient):
         """Discard the observations that have not been read."""
         self.rows.discard()
         self._layouts.clear()
+        self._rates.clear()
         self._seen.clear()
         self._quiet = self._next_quiet = _IN_A_ROW
 
@@ -278,12 +281,6 @@ class StepGuard(NonFiniteGradient):
         if self._limits is None or self._limits[0] != wanted or self._limits[1].device != values.device:
             self._limits = wanted, upload(wanted, values.device, values.dtype)
         return self._limits[1]
-
-    def _next_rate(self) -> tuple[float, bool]:
-        """Return the learning rate of the step, and whether such a rate is new."""
-        rate = self._rate()
-        self.rates.update(rate)
-        return rate, self.rates.has_risen
 
     def _of_interest(self, flags: Tensor) -> Tensor:
         """Return the flags of the signals whose spikes are skipped."""

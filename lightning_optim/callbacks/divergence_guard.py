@@ -40,7 +40,7 @@ from lightning_optim.divergence import (
     SpikeWindow,
     StepGuard,
 )
-from lightning_optim.divergence.watch import single_value
+from lightning_optim.divergence.observation import single_value
 from lightning_optim.factory.about import about
 from lightning_optim.step import StepPipeline
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lightning_optim.divergence.watch import StepObservation
+from lightning_optim.divergence.observation import StepObservation
 
 BEFORE, AFTER = 64, 16
 """Number of steps of each optimizer before an incident, and of the loggers' axis after it, that belong to it."""

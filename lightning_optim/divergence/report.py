@@ -12,8 +12,8 @@ from typing import Any
 from lightning_optim.divergence.alarms import ALARM_KINDS
 from lightning_optim.divergence.files import write_file
 from lightning_optim.divergence.incidents import Incident, Incidents, SeenStep
+from lightning_optim.divergence.observation import SIGNALS, StepObservation
 from lightning_optim.divergence.spike_score import SpikeScore
-from lightning_optim.divergence.watch import SIGNALS, StepObservation
 
 
 @dataclass

@@ -16,7 +16,7 @@ import lightning.pytorch as L
 import torch
 
 import lightning_optim as lo
-from lightning_optim.divergence.watch import StepObservation
+from lightning_optim.divergence.observation import StepObservation
 from tests.benchmarks.healthy import changes, classifiers, gans, reinforcement, representations
 from tests.benchmarks.healthy.base import Healthy
 from tests.helpers import make_trainer, precision

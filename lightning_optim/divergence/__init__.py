@@ -7,7 +7,9 @@ is judged on the host, from rows of numbers that arrive a few steps later, so th
 from lightning_optim.divergence.alarms import ALARM_KINDS, Alarm, AlarmKind
 from lightning_optim.divergence.base import DETECTORS, Detector, NonFiniteGradient
 from lightning_optim.divergence.early_warning import EarlySign, EarlyWarning
-from lightning_optim.divergence.health import HealthLimits, Inspection, ParameterHealth
+from lightning_optim.divergence.health import ParameterHealth
+from lightning_optim.divergence.health_limits import HealthLimits
+from lightning_optim.divergence.inspection import Inspection
 from lightning_optim.divergence.judge import DivergenceJudge
 from lightning_optim.divergence.ladder import Ladder, LRCut, Rollback
 from lightning_optim.divergence.lr_cutter import LRCutter

@@ -7,24 +7,23 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
-from torch.optim import Optimizer
 
+from lightning_optim.callbacks._guard.checkpoint import check_guard_state, guard_state, restore_guard
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._guard.model_parameters import ModelParameters
 from lightning_optim.callbacks._guard.reporter import GuardReporter
 from lightning_optim.callbacks._guard.responses import Responses
-from lightning_optim.callbacks._guard.snapshots import RunSnapshots, memory_for, not_finite, parts_of
+from lightning_optim.callbacks._guard.run_alarms import check_parameters, new_alarms
+from lightning_optim.callbacks._guard.snapshots import RunSnapshots, memory_for, parts_of
 from lightning_optim.callbacks._guard.step_batches import StepBatches, StepLocation
+from lightning_optim.callbacks._guard.step_loss import StepLoss
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step
 from lightning_optim.core.registry import one_or_several
-from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import (
-    DETECTORS,
     SIGNALS,
     Alarm,
     Detector,
@@ -40,8 +39,8 @@ from lightning_optim.divergence import (
     SpikeWindow,
     StepGuard,
 )
-from lightning_optim.divergence.watch import single_value
-from lightning_optim.factory.about import about
+from lightning_optim.divergence.base import detector_of
+from lightning_optim.divergence.rates import highest_lr
 from lightning_optim.step import StepPipeline
 
 CHECKPOINT_KEY = "lightning_optim.divergence_guard"
@@ -125,21 +124,19 @@ class DivergenceGuard(HubCallback):
         self._patience = patience
         self._report_dir, self._save_batches = report_dir, save_batches
         self.early_warning = early_warning
-        self.extra_detectors = tuple(map(_detector, one_or_several(detectors)))
+        self.extra_detectors = tuple(map(detector_of, one_or_several(detectors)))
         self._stop, self._cooldown, self.judge_loss = stop, cooldown, judge_loss
         self._guarded: list[GuardedOptimizer] = []
         self._snapshots: RunSnapshots | None = None
         self._reporter: GuardReporter | None = None
         self._responses: Responses | None = None
-        self._reduce: Any = None
+        self._loss = StepLoss()
         self._begin()
 
     def _begin(self) -> None:
         """Start as a new guard does: one object may serve many fits, of other folds or seeds."""
         self.ladder = Ladder(self.lr_cut, self.rollback, self._stop, self._cooldown)
         self.report = DivergenceReport()
-        self._loss: Tensor | None = None
-        self._had_step = False
         self._restored: dict[str, Any] = {}
         self._skipped = self._overflows = 0
         self._first_is_good = True
@@ -188,7 +185,7 @@ class DivergenceGuard(HubCallback):
         window: SpikeWindow | None = None if spikes is None else spikes.window_of(len(SIGNALS))
         skip = SIGNALS if spikes is not None and spikes.skip else ()
         extra = copy.deepcopy(self.extra_detectors)
-        return (StepGuard(window, skip, self._take_loss, detectors=extra, early_warning=self.early_warning),)
+        return (StepGuard(window, skip, self._loss.take, detectors=extra, early_warning=self.early_warning),)
 
     def _judges(self, pl_module: L.LightningModule) -> bool | None:
         """Return whether losses are expected to fall; None if that depends on whether they have."""
@@ -213,30 +210,14 @@ class DivergenceGuard(HubCallback):
     def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the state of a resumed run, and capture the first snapshot."""
         self._guarded = [self._guard(pipeline, trainer, pl_module) for pipeline in self.hub.pipelines]
-        self._loss, self._had_step = None, False
+        self._loss.start(trainer)
         self._reporter = GuardReporter(self.report, trainer, self._report_dir)
-        self._reduce = trainer.strategy.reduce if trainer.world_size > 1 else None
         self._responses = Responses(self.ladder, self._reporter, lambda: self._guarded, lambda: self._snapshots)
         self._saved_snapshots = self._restored.get("snapshots")
         self._restore()
         self._wants_snapshots = self.rollback is not None
-        self._first_is_good = self._check_parameters(trainer, pl_module)
+        self._first_is_good = check_parameters(trainer, pl_module, self._reporter)
         self._start_snapshots(trainer, pl_module)
-
-    def _check_parameters(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Report parameters that are not finite before training has done anything; return whether there are none."""
-        assert self._reporter is not None
-        bad = not_finite(pl_module)
-        if bad:
-            some = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
-            text = (
-                f"training starts with parameters that are not finite: {some}. Neither skipped steps nor a rollback "
-                "help against that; look at their initialization, or at the checkpoint that they come from"
-            )
-            step = logging_step(trainer)
-            location = StepLocation(step, trainer.current_epoch)
-            self._reporter.notify(Alarm("nonfinite", step, text, tuple(bad[:8])), location, 0, None)
-        return bool(trainer.strategy.reduce_boolean_decision(not bad))
 
     def _start_snapshots(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Capture the first snapshot, as soon as all parameters exist: those of lazy layers are made by a batch."""
@@ -254,22 +235,14 @@ class DivergenceGuard(HubCallback):
         judge = DivergenceJudge(SlowDivergence(), self._patience, scaled, judge_loss=self._judges(pl_module))
         if judge.judge_loss is False:
             watch.skip = ()
-        watch.follow_rate(partial(_highest_rate, pipeline.optimizer))
+        watch.follow_rate(partial(highest_lr, pipeline.optimizer))
         batches = StepBatches(watch.steps, self._save_batches)
         return GuardedOptimizer(pipeline, watch, judge, self.health, ModelParameters(trainer, pl_module), batches)
 
     def _restore(self) -> None:
         """Restore the state of the last checkpoint that was loaded."""
-        states = self._restored.get("optimizers", [])
-        for guarded, place in zip(self._guarded, self.hub.restored_places(), strict=True):
-            if place is not None and place < len(states):
-                guarded.restore(states[place], self.hub.restored_names(place))
-        if "report" in self._restored:  # Checkpoints of version 0.1 have none.
-            self.report.load_state_dict(self._restored["report"])
-        if "ladder" in self._restored:
-            self.ladder.load_state_dict(self._restored["ladder"])
-        if "responses" in self._restored and self._responses is not None:
-            self._responses.load_state_dict(self._restored["responses"])
+        parts = self._guarded, self.ladder, self.report, self._responses
+        restore_guard(self._restored, self.hub, *parts)
         self._restored = {}
         self._skipped = self._count()
 
@@ -293,16 +266,11 @@ class DivergenceGuard(HubCallback):
 
     def _at_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Add up the losses of the micro-batches of a step, on the device."""
-        loss = single_value(loss)
-        if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
-            loss = loss / scaler.scale(torch.ones_like(loss))
-        if self._had_step:  # It was left out by a GradScaler, and its gradients were dropped before anything saw them.
-            self._loss, self._had_step = None, False
-        self._loss = loss if self._loss is None else self._loss + loss
+        self._loss.add(trainer, loss)
 
     def _at_step(self, trainer: L.Trainer, optimizer_index: int) -> None:
         """Count a step for the cut of the learning rate; the losses so far are those of this step."""
-        self._had_step = True
+        self._loss.complete()
         self._guarded[optimizer_index].cut.advance()
 
     def _at_batch_end(
@@ -311,7 +279,7 @@ class DivergenceGuard(HubCallback):
         """Judge the steps that have arrived at the host, and respond."""
         step = logging_step(trainer)
         where = step, trainer.current_epoch, batch_idx, batch
-        stepped = [guarded.batches.add(*where, guarded.watch.steps, guarded.cut.used_lr) for guarded in self._guarded]
+        stepped = [guarded.batches.add(*where, guarded.watch.steps) for guarded in self._guarded]
         skipped_before, self._skipped = self._skipped, self._count()
         alarms = self._new_alarms()
         if self._skipped > skipped_before and not self.hub.skip_count_written():
@@ -352,8 +320,7 @@ class DivergenceGuard(HubCallback):
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep the state until training starts; during training, as when a tuner undoes a trial, restore it now."""
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
-        known = ("optimizers", "ladder", "report", "responses", "snapshots")
-        check_version(self._restored, "the state of DivergenceGuard", known)
+        check_guard_state(self._restored)
         if self._guarded:
             for guarded in self._guarded:
                 guarded.discard_pending()
@@ -366,67 +333,18 @@ class DivergenceGuard(HubCallback):
         if self._snapshots is not None:
             self._snapshots.close()
         self._guarded, self._snapshots, self._reporter, self._responses = [], None, None, None
-        self._reduce = self._loss = None
+        self._loss.close()
 
     def _state(self) -> dict[str, Any]:
         if not self._guarded:
             return self._restored
-        optimizers = [guarded.state_dict() for guarded in self._guarded]
         assert self._responses is not None
-        state: dict[str, Any] = {"version": VERSION, "optimizers": optimizers, "ladder": self.ladder.state_dict()}
-        state |= {"report": self.report.state_dict(), "responses": self._responses.state_dict()}
         snapshots = self._saved_snapshots if self._snapshots is None else self._snapshots.state_dict()
-        return state if snapshots is None else {**state, "snapshots": snapshots}
-
-    # Observations.
-
-    def _take_loss(self) -> Tensor | None:
-        """Return the loss since the last optimizer step, the same on all ranks, and forget it."""
-        loss, self._loss = self._loss, None
-        self._had_step = False
-        if loss is None or self._reduce is None:
-            return loss
-        reduced: Tensor = self._reduce(loss, reduce_op="mean")
-        return reduced
+        return guard_state(self._guarded, self.ladder, self.report, self._responses, snapshots)
 
     def _count(self) -> int:
         return self.hub.total().skipped
 
     def _new_alarms(self, everything: bool = False) -> list[tuple[Alarm, StepLocation]]:
-        """Judge the steps that have arrived, report what is wrong with them, and return what may need a response."""
         assert self._reporter is not None
-        found = []
-        for index, guarded in enumerate(self._guarded):
-            name = about(guarded.optimizer).name if len(self._guarded) > 1 else None
-            for seen in guarded.watch.read(everything):
-                location = guarded.batches.of(seen.step)
-                self.report.see(location.step, index, seen, location.lr)
-                for alarm in guarded.judge.update(seen, guarded.names):
-                    found.append((alarm, location))
-                    if not alarm.is_repeated:
-                        self._reporter.notify(alarm, location, index, self._skipped if seen.skipped else None, name)
-            for alarm in guarded.health_alarms(everything):
-                location = guarded.batches.of(alarm.step)
-                self._reporter.notify(alarm, location, index, None, name)
-                if alarm.escalates:  # Other alarms about individual parameters need no response.
-                    found.append((alarm, location))
-        return found
-
-
-def _highest_rate(optimizer: Optimizer) -> float:
-    """Return the largest learning rate of an optimizer; NaN if the device has to be asked."""
-    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
-        return math.nan
-    return max(map(float, rates), default=math.nan)
-
-
-def _detector(given: Any) -> Detector:
-    if isinstance(given, str):
-        return DETECTORS.make(given, {})
-    if not isinstance(given, Detector):
-        raise TypeError(
-            f"Invalid detectors=[{given!r}] of DivergenceGuard: each must be an instance of "
-            "lightning_optim.divergence.Detector, or the name of a registered one."
-        )
-    return given
+        return new_alarms(self._guarded, self.report, self._reporter, self._skipped, everything)

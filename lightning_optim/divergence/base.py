@@ -86,3 +86,22 @@ class NonFiniteGradient(Detector):
 
 
 DETECTORS.add(NonFiniteGradient, "non_finite_gradient")
+
+
+def detector_of(given: Any) -> Detector:
+    """Return the detector that a configuration gives.
+
+    Args:
+        given: A detector, or the name of a registered one.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(given, str):
+        return DETECTORS.make(given, {})
+    if not isinstance(given, Detector):
+        raise TypeError(
+            f"Invalid detectors=[{given!r}] of DivergenceGuard: each must be an instance of "
+            "lightning_optim.divergence.Detector, or the name of a registered one."
+        )
+    return given

@@ -5,106 +5,23 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_optim.core.stateful import Stateful
-from lightning_optim.core.stats import TENSOR_COLUMNS
 from lightning_optim.divergence.alarms import Alarm, alarm
 from lightning_optim.divergence.clip_rate import ClipRate
 from lightning_optim.divergence.gradient_history import GradientHistory
+from lightning_optim.divergence.health_limits import HealthLimits
+from lightning_optim.divergence.inspection import Inspection
 from lightning_optim.divergence.parameter_map import ParameterMap
+from lightning_optim.divergence.rate_advice import NEAR_PEAK, RateAdvice
 
 _HISTORY = 10
-_INSPECTIONS = 5
-"""Number of inspections that advice about the learning rate is based on."""
-_APART = 10
-"""Smallest number of steps between two of these, as measured: gradients of neighbouring steps are much alike."""
-_EARLY = 200
-"""Number of steps in which the gradients of good runs point along the momentum as well: the way down is long."""
-_NEAR_PEAK = 0.1
-"""Share of its highest learning rate below which a schedule is near its end, so that small updates are intended."""
 _GROWN = 10.0
 """Factor on the first gradient of a parameter beyond which it is growing, not vanishing."""
 _FALLEN = 1e-3
 """Share of the largest gradient of a parameter below which it is small because training has made it so."""
-_USUAL_RATIO = 0.01
-"""Share of the weights below which an update is no sign of a high learning rate."""
-
-
-@dataclass(frozen=True)
-class HealthLimits:
-    """Limits beyond which a parameter or group is reported.
-
-    Figures called "measured" are those of `tests/benchmarks/calibration.py`: five small real trainings at rates
-    from a hundredth to a hundred times a good one, of which 61 in 135 end well; all are in the documentation.
-
-    Args:
-        warmup: Number of optimizer steps before the first report, because weights that start at zero pass on no
-            gradient at first.
-        vanishing: Root mean square of a gradient below this share of the largest one's. Measured: 0 of 61
-            good runs are reported, and 2 of 33 at too high a rate.
-        exploding: Gradient norm of a group above this many times its median over the last 10 inspections. Measured: 0
-            of 61 good runs are reported, and 1 of 33 at too high a rate; 98 % of the good ones stay below 5.
-        stalled: Update below this share of the weights, at a learning rate near its highest. Measured: none
-            of 61 good runs is reported; 95 % of them keep every tensor above 1e-8, and a third of the bad ones do not
-            keep above the limit.
-        below_eps: Share of the elements with a gradient whose second moment is below ``eps``, so that ``eps`` alone
-            sets their update. Not calibrated: good runs stay far below it.
-        high_ratio: Update above this share of the weights, at 5 consecutive inspections; 1e-3 is usual. Measured: no
-            run is reported, because runs at far too high a rate fail before that and are reported by other limits.
-        low_ratio: Update below this share of the weights, at a steady rate. Measured: 0 of the good runs
-            are beyond it, and 3 of 41 at too low a rate.
-        against: Mean cosine of gradient and momentum over 5 inspections below this, and each cosine below half of it:
-            steps oscillate across a valley. Measured, with ``high_ratio``: 0 of 61 good runs are reported, and 5 of 33
-            at too high a rate.
-        along: Cosine of gradient and momentum above this at 5 consecutive inspections, at a steady rate and with
-            updates below 0.01 of the weights: gradients keep the direction of the steps, so longer steps would be
-            possible. Measured, with ``low_ratio``: 1 of 61 good runs are reported, and 13 of 41 at too low a rate.
-    """
-
-    warmup: int = 20
-    vanishing: float = 1e-6
-    exploding: float = 30.0
-    stalled: float = 1e-10
-    below_eps: float = 0.9
-    high_ratio: float = 0.1
-    low_ratio: float = 1e-5
-    against: float = -0.4
-    along: float = 0.4
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """The parameters of one optimizer in one step.
-
-    Args:
-        step: Number of optimizer steps so far.
-        values: `StepRecord.per_tensor`, row by row: [tensors * columns] numbers.
-        names: Name of each tensor.
-        numel: Number of elements of each tensor.
-        groups: Name, learning rate and number of tensors of each group.
-        places: Place of each tensor in the optimizer; empty if they are consecutive.
-        without: Place and name of each parameter without a gradient that is not frozen on purpose.
-        frozen: Those of ``without`` that do not require a gradient.
-        lossy: Relative resolution of each tensor in which small updates round to nothing: one of bfloat16 or float16,
-            without an option that keeps them; 0 for the others; empty if there are none.
-        kept: Indices of the tensors in these dtypes with such an option: an update may be 0 for some steps there.
-        clipped: Number of clipped steps so far.
-    """
-
-    step: int
-    values: Sequence[float]
-    names: Sequence[str]
-    numel: Sequence[int]
-    groups: Sequence[tuple[str, float, int]]
-    places: Sequence[int] = ()
-    without: Sequence[tuple[int, str]] = ()
-    frozen: Collection[int] = ()
-    lossy: Sequence[float] = ()
-    kept: Collection[int] = ()
-    clipped: int = 0
 
 
 class ParameterHealth(Stateful):
@@ -120,8 +37,8 @@ class ParameterHealth(Stateful):
         history: What the steps so far show; None if that is not known, so that the inspected step has to do.
     """
 
-    # These are keys in checkpoints, and so stay: `told` is what was reported, `looked` the step of the last advice.
-    STATE = ("told", "norms", "ratios", "cosines", "rates", "peaks", "looked", "still", "most")
+    # These are keys in checkpoints, and so stay: `told` is what was reported.
+    STATE = ("told", "norms", "peaks", "still", "most")
     PARTS = ("clip_rate",)
 
     def __init__(
@@ -137,18 +54,22 @@ class ParameterHealth(Stateful):
         self._told: set[tuple[str, str]] = set()
         self._norms: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_HISTORY))
         self._peaks: dict[str, float] = {}
-        self._ratios: deque[float] = deque(maxlen=_INSPECTIONS)
-        self._cosines: deque[float] = deque(maxlen=_INSPECTIONS)
-        self._rates: deque[float] = deque(maxlen=_INSPECTIONS)
-        self._looked = -_APART
+        self._advice = RateAdvice(self.limits)
         self._still: tuple[str, ...] = ()
         """Names of the parameters with hardly any update at the last inspection."""
         self._most = False
         """Whether most of the network was dead at the last inspection."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with that of the advice on the learning rate among its keys."""
+        return {**super().state_dict(), **self._advice.state_dict()}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state returned by `state_dict`; checkpoints of version 0.1 have less."""
-        super().load_state_dict({"still": (), "most": False, "clip_rate": {}, **state})
+        of_advice = state.keys() & set(RateAdvice.STATE)
+        self._advice.load_state_dict({key: state[key] for key in of_advice})
+        own = {key: value for key, value in state.items() if key not in of_advice}
+        super().load_state_dict({"still": (), "most": False, "clip_rate": {}, **own})
 
     def update(self, seen: Inspection) -> list[Alarm]:
         """Inspect the statistics of each tensor in one step.
@@ -159,9 +80,7 @@ class ParameterHealth(Stateful):
         Returns:
             One alarm for each kind of new findings, with the names concerned.
         """
-        width, names = len(TENSOR_COLUMNS), seen.names
-        values = [seen.values[i * width : (i + 1) * width] for i in range(len(names))]
-        rows = [dict(zip(TENSOR_COLUMNS, row, strict=True)) for row in values]
+        rows = seen.rows()
         if seen.step < self.limits.warmup or not all(math.isfinite(row["grad_sq"]) for row in rows):
             return []
         if self.history is not None:
@@ -174,7 +93,7 @@ class ParameterHealth(Stateful):
             near_peak += [self._near_peak(group, lr)] * size
             if self._explodes(group, math.sqrt(sum(row["grad_sq"] for row in part))) and not self._has_converged():
                 exploding.append(f"group {group}")
-        labels = [f"{name} (group {group})" for name, group in zip(names, group_of, strict=True)]
+        labels = [f"{name} (group {group})" for name, group in zip(seen.names, group_of, strict=True)]
         found = self._find(seen, rows, labels, near_peak)
         found["exploding"] = exploding
         alarms = self._collapse(seen, rows, labels)
@@ -187,9 +106,9 @@ class ParameterHealth(Stateful):
                 if kind == "no_gradient" and frozen:
                     text += f"; {frozen} of these are frozen (requires_grad=False), which is right only if it is meant"
                 alarms.append(alarm(kind, seen.step, text, tuple(new)))
-        clipped = self.clip_rate.update(seen.step, seen.clipped, _left(rows))
+        clipped = self.clip_rate.update(seen.step, seen.clipped, _share_left(rows))
         alarms += [alarm("always_clipped", seen.step, clipped)] if clipped else []
-        return [*alarms, *self._advise(seen.step, rows, seen.groups)]
+        return [*alarms, *self._advise(seen, rows)]
 
     def _collapse(self, seen: Inspection, rows: list[dict[str, float]], labels: list[str]) -> list[Alarm]:
         """Return an alarm if most of the network is dead, which had a gradient before; at each new time."""
@@ -286,7 +205,7 @@ class ParameterHealth(Stateful):
 
     def _near_peak(self, group: str, lr: float) -> bool:
         peak = self._peaks[group] = max(lr, self._peaks.get(group, 0.0))
-        return lr > 0 and lr >= _NEAR_PEAK * peak
+        return lr > 0 and lr >= NEAR_PEAK * peak
 
     def _explodes(self, group: str, norm: float) -> bool:
         history = self._norms[group]
@@ -296,49 +215,18 @@ class ParameterHealth(Stateful):
         history.append(norm)
         return explodes
 
-    def _advise(self, step: int, rows: list[dict[str, float]], groups: Sequence[tuple[str, float, int]]) -> list[Alarm]:
-        if step < self._looked + _APART or self._has_converged():
+    def _advise(self, seen: Inspection, rows: list[dict[str, float]]) -> list[Alarm]:
+        if self._has_converged():
             return []
-        self._looked = step
-        limits = self.limits
-        # A sum is NaN where the rule has no such quantity.
-        total = {key: sum(row[key] for row in rows) for key in TENSOR_COLUMNS}
-        if total["param_sq"] > 0:
-            self._ratios.append(math.sqrt(total["update_sq"] / total["param_sq"]))
-        if (scale := total["clipped_sq"] * total["momentum_sq"]) > 0:
-            self._cosines.append(total["grad_exp_avg"] / math.sqrt(scale))
-        self._rates.append(max((lr for _, lr, _ in groups), default=0.0))
         peak = max(self._peaks.values(), default=0.0)
-        steady = self._rates[-1] <= self._rates[0] and self._rates[-1] >= _NEAR_PEAK * peak  # A warmup is not steady.
-        ratios = self._ratios if len(self._ratios) == _INSPECTIONS else None
-        cosine = statistics.fmean(self._cosines) if len(self._cosines) == _INSPECTIONS else 0.0
-        advice: dict[str, str] = {}
-        if ratios and min(ratios) > limits.high_ratio:
-            advice["lr_too_high"] = f"steps change the weights by more than {limits.high_ratio:g} of their norm"
-        elif cosine < limits.against and max(self._cosines) < limits.against / 2:
-            advice["lr_too_high"] = "gradients point against the momentum, so the steps oscillate"
-        elif ratios and steady and max(ratios) < limits.low_ratio and not self._rounds_away():
-            advice["lr_too_low"] = f"steps change the weights by less than {limits.low_ratio:g} of their norm"
-        elif (
-            step >= _EARLY
-            and ratios
-            and steady
-            and max(ratios) < _USUAL_RATIO
-            and cosine > 0
-            and min(self._cosines) > limits.along
-        ):
-            advice["lr_too_low"] = "gradients keep pointing along the momentum, so longer steps would still descend"
+        rounds_away = any(kind == "rounded_away" for kind, _ in self._told)
+        advice = self._advice.update(seen.step, rows, seen.highest_lr(), peak, rounds_away)
         new = {kind: text for kind, text in advice.items() if (kind, "") not in self._told}
         self._told |= {(kind, "") for kind in new}
-        told = {"lr_too_high": "the learning rate may be too high", "lr_too_low": "the learning rate may be too low"}
-        return [alarm(kind, step, f"{text}: {told[kind]}") for kind, text in new.items()]
+        return [alarm(kind, seen.step, text) for kind, text in new.items()]
 
     def _has_converged(self) -> bool:
         return self.history is not None and self.history.has_converged
-
-    def _rounds_away(self) -> bool:
-        """Return whether updates are small because rounding takes them, and not the learning rate."""
-        return any(kind == "rounded_away" for kind, _ in self._told)
 
     def rolled_back(self) -> None:
         """Forget what has been reported, because it concerned weights that no longer exist."""
@@ -362,7 +250,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _left(rows: Sequence[Mapping[str, float]]) -> float:
+def _share_left(rows: Sequence[Mapping[str, float]]) -> float:
     """Return the share of the gradient norm that clipping has left; NaN if it is not known."""
     whole = sum(row["grad_sq"] for row in rows)
     return math.sqrt(sum(row["clipped_sq"] for row in rows) / whole) if whole > 0 else math.nan

@@ -53,7 +53,7 @@ def draw(incident: Incident, entries: Sequence[Entry], group_names: Sequence[Seq
     panels: list[Callable[..., None]] = [_loss, _norm]
     if any(len(row.seen.group_norms) > 1 for row in rows):
         panels.append(partial(_groups, group_names))
-    if any(math.isfinite(row.lr) for row in rows):
+    if any(math.isfinite(row.seen.rate) for row in rows):
         panels.append(_rate)
     height = 2 * len(panels) + 0.8
     figure = Figure(figsize=(9, height))
@@ -139,7 +139,7 @@ def _groups(group_names: Sequence[Sequence[str]], axis: Any, rows: Sequence[Seen
 
 
 def _rate(axis: Any, rows: Sequence[SeenStep], of: str) -> None:
-    rates = _finite([row.lr for row in rows])
+    rates = _finite([row.seen.rate for row in rows])
     axis.plot([row.at for row in rows], rates, drawstyle="steps-mid", linewidth=1, label=f"rate{of}")
     axis.set_ylabel("highest learning rate", fontsize=8)
     axis.set_ylim(bottom=0)

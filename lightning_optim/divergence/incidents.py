@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lightning_optim.divergence.watch import StepObservation
+from lightning_optim.divergence.observation import StepObservation
 
 BEFORE, AFTER = 64, 16
 """Number of steps of each optimizer before an incident, and of the loggers' axis after it, that belong to it."""
@@ -32,18 +32,16 @@ class SeenStep:
         at: Position on the loggers' axis.
         optimizer: Index of the optimizer.
         seen: The observation of the step.
-        lr: Highest learning rate of its groups, as the step used it; NaN if it is not known.
     """
 
     number: int
     at: int
     optimizer: int
     seen: StepObservation
-    lr: float
 
     def as_dict(self) -> dict[str, Any]:
         """Return the step as plain values."""
-        return {"at": self.at, "optimizer": self.optimizer, "lr": self.lr, **asdict(self.seen)}
+        return {"at": self.at, "optimizer": self.optimizer, "lr": self.seen.rate, **asdict(self.seen)}
 
 
 @dataclass
@@ -134,10 +132,10 @@ class Incidents:
         self._count = 0
         self._recent: dict[int, deque[SeenStep]] = {}
 
-    def see(self, at: int, optimizer: int, seen: StepObservation, lr: float) -> None:
+    def see(self, at: int, optimizer: int, seen: StepObservation) -> None:
         """Add a step; the arguments are those of `SeenStep`."""
         self._count += 1
-        row = SeenStep(self._count, at, optimizer, seen, lr)
+        row = SeenStep(self._count, at, optimizer, seen)
         # One more than the steps before an incident, which is the step of its first alarm.
         self._recent.setdefault(optimizer, deque(maxlen=BEFORE + 1)).append(row)
         if self.kept and at <= self.kept[-1].last_step + AFTER:
@@ -212,7 +210,7 @@ def _row_of(saved: Mapping[str, Any]) -> SeenStep:
     values = _swapped(saved, lambda value: math.nan if value is None else value)
     known = {one.name for one in fields(StepObservation)}  # Another version may have saved more.
     seen: dict[str, Any] = {key: value for key, value in values.items() if key in known}
-    return SeenStep(values["number"], values["at"], values["optimizer"], StepObservation(**seen), values["lr"])
+    return SeenStep(values["number"], values["at"], values["optimizer"], StepObservation(**seen))
 
 
 def _swapped(value: Any, swap: Callable[[Any], Any]) -> Any:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from lightning_optim.core.stateful import Stateful
 from lightning_optim.divergence.alarms import Alarm, alarm
+from lightning_optim.divergence.observation import StepObservation
 from lightning_optim.divergence.spikes import GAP
 from lightning_optim.divergence.trend import SUSTAINED, SlowDivergence
-from lightning_optim.divergence.watch import StepObservation
 
 _DATA = 40
 """Number of steps in which a jump is attributed to the data, once the data has turned out to be the cause.

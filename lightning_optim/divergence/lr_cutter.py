@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -57,12 +56,6 @@ class LRCutter(Stateful):
     def factor(self) -> float:
         """The present factor on the learning rates."""
         return self._lasting * self._passing()
-
-    @property
-    def used_lr(self) -> float:
-        """The highest learning rate of the last step; NaN before it, or if a rate is a tensor, maybe on a device."""
-        rates, factor = self._used
-        return max(rates) * factor if rates and not any(isinstance(rate, Tensor) for rate in rates) else math.nan
 
     def used_lrs(self) -> list[float]:
         """Return the learning rate of each group in the last step; empty before it.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections import deque
 
+from torch import Tensor
+from torch.optim import Optimizer
+
 from lightning_optim.core.stateful import Stateful
 
 _RECENT = 32
@@ -61,3 +64,11 @@ class RateHistory(Stateful):
     def has_risen(self) -> bool:
         """Whether one of the last rates is far above all those before them."""
         return self._highest > 0 and max(self._recent, default=0.0) > _RISE * self._highest
+
+
+def highest_lr(optimizer: Optimizer) -> float:
+    """Return the highest learning rate of the groups of an optimizer; NaN if the device has to be asked."""
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+        return math.nan
+    return max(map(float, rates), default=math.nan)

@@ -12,8 +12,8 @@ from typing import Any
 from lightning_optim.divergence.alarms import ALARM_KINDS
 from lightning_optim.divergence.files import write_file
 from lightning_optim.divergence.incidents import Incident, Incidents, SeenStep
+from lightning_optim.divergence.observation import SIGNALS, StepObservation
 from lightning_optim.divergence.spike_score import SpikeScore
-from lightning_optim.divergence.watch import SIGNALS, StepObservation
 
 
 @dataclass
@@ -66,16 +66,15 @@ class DivergenceReport:
         self._most = most
         self._scores: dict[int, SpikeScore] = {}
 
-    def see(self, step: int, optimizer: int, seen: StepObservation, lr: float = math.nan) -> None:
+    def see(self, step: int, optimizer: int, seen: StepObservation) -> None:
         """Add the observation of a step, before the alarms about it.
 
         Args:
             step: Position of the step on the loggers' axis.
             optimizer: Index of the optimizer.
             seen: The observation of the step.
-            lr: Highest learning rate of its groups, as the step used it; NaN if it is not known.
         """
-        self.incidents.see(step, optimizer, seen, lr)
+        self.incidents.see(step, optimizer, seen)
         if optimizer not in self._scores:
             self._scores[optimizer] = SpikeScore()
         self._scores[optimizer].update(seen.values)
@@ -207,7 +206,8 @@ def _table(rows: Iterable[SeenStep]) -> list[str]:
         )
         values = f"{seen.values['loss']:.4g} | {seen.values['grad_norm']:.4g} | {seen.medians['grad_norm']:.4g}"
         skipped = "yes" if seen.skipped else ""
-        lines.append(f"| {row.at} | {row.optimizer} | {values} | {groups} | {update} | {row.lr:.4g} | {skipped} |")
+        rate = f"{seen.rate:.4g}"
+        lines.append(f"| {row.at} | {row.optimizer} | {values} | {groups} | {update} | {rate} | {skipped} |")
     return lines
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_optim.divergence.watch import SIGNALS
+from lightning_optim.divergence.observation import SIGNALS
 
 _TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation, for a normal distribution."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,62 +17,15 @@ from lightning_optim.core.transfer import upload
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
 from lightning_optim.divergence.early_warning import EarlySign, EarlySigns, EarlyWarning, SecondMoments, group_maxima
 from lightning_optim.divergence.gradient_history import GradientHistory
+from lightning_optim.divergence.observation import SIGNALS, StepObservation, single_value
 from lightning_optim.divergence.rates import RateHistory
 from lightning_optim.divergence.spikes import SpikeWindow
 from lightning_optim.divergence.step_log import StepLog
+from lightning_optim.divergence.step_row import RowLayout, StepRow
 
-SIGNALS = ("grad_norm", "loss")
-"""Names of the signals in which spikes are detected."""
-
-_NAMED = 4
 _IN_A_ROW = 3
 """Number of steps after a spike in which another one shows that skipping has not helped; two bad batches are rarely so
 near, and a new level with much noise is flagged more often."""
-
-
-@dataclass(frozen=True)
-class StepObservation:
-    """One step, as the guard observed it.
-
-    Args:
-        step: Number of optimizer steps so far, this one included.
-        skipped: Whether the step did not happen, for any reason.
-        bad_tensors: Number of gradients with a NaN or an infinity.
-        bad_loss: Whether the loss was not finite.
-        spikes: Those of `SIGNALS` that were spikes; such a step may have been taken.
-        detected: Findings of further detectors, a clause for each that requested a skip.
-        levels: Factor by which the baseline of a signal moved at this step, for each signal whose baseline moved.
-        values: Gradient norm and loss; NaN for a loss that is unknown.
-        medians: Medians of the values accepted before; infinite before the first.
-        worst: Indices in the optimizer of the parameters with the worst gradients, those that are not finite first,
-            then the largest; empty if nothing was wrong.
-        group_norms: Gradient norm of each group.
-        rate: Largest learning rate of the step; NaN if it is not known.
-        new_rate: Whether it, or one of the last ones, is far above all before them (`RateHistory.has_risen`).
-        limits: Values above which a signal alone is a spike; infinite while too few are known.
-        grad_over_second_moment: Root mean square of the gradient over that of its second moment, the largest of each
-            group's tensors; empty if it was not asked for.
-        update_to_come: The same of the last gradients, which stands for the update in units of the learning rate.
-        early: Signs of groups whose update to come is too large.
-    """
-
-    step: int
-    skipped: bool
-    bad_tensors: int
-    bad_loss: bool
-    spikes: tuple[str, ...]
-    detected: tuple[str, ...]
-    levels: dict[str, float]
-    values: dict[str, float]
-    medians: dict[str, float]
-    worst: tuple[int, ...]
-    group_norms: tuple[float, ...]
-    rate: float = math.nan
-    new_rate: bool = False
-    limits: dict[str, float] = field(default_factory=dict)
-    grad_over_second_moment: tuple[float, ...] = ()
-    update_to_come: tuple[float, ...] = ()
-    early: tuple[EarlySign, ...] = ()
 
 
 class StepGuard(NonFiniteGradient):
@@ -130,8 +83,8 @@ class StepGuard(NonFiniteGradient):
         self.detectors = tuple(detectors)
         self.history = GradientHistory()
         self.steps = 0
-        self._now: tuple[list[Tensor], _Layout] | None = None
-        self._layouts: dict[int, _Layout] = {}
+        self._now: tuple[list[Tensor], RowLayout] | None = None
+        self._layouts: dict[int, RowLayout] = {}
         self._seen: list[StepObservation] = []
         self._limits: tuple[list[list[float]], Tensor] | None = None
         self._quiet: Tensor | int = _IN_A_ROW
@@ -142,7 +95,7 @@ class StepGuard(NonFiniteGradient):
 
     def __call__(self, stats: GradStats) -> Tensor:
         """Return whether to skip the step, bool, shape [], on the device of ``stats``."""
-        self._rates[self.steps + 1] = self._next_rate()
+        self.rates.update(self._rate())
         loss, norm = self._loss(), stats.total_norm()
         skip = ~stats.finite()
         if loss is None:
@@ -165,7 +118,7 @@ class StepGuard(NonFiniteGradient):
             flags = torch.cat([flags, torch.stack(asks)])
             skip = skip | flags[len(SIGNALS) :].any()
         columns = [values, flags, stats.norm_sq, *([] if stats.places is None else [stats.places])]
-        layout = _Layout(stats.group_sizes, loss is not None, stats.places is not None, len(self.detectors))
+        layout = RowLayout(stats.group_sizes, loss is not None, stats.places is not None, len(self.detectors))
         if self.moments is not None:
             columns.append(self.moments(stats).flatten())
             layout, self._group_names = replace(layout, has_ratios=True), stats.group_names
@@ -176,6 +129,7 @@ class StepGuard(NonFiniteGradient):
         """End the step: send its row to the host, and process the rows that have arrived."""
         assert self._now is not None
         (columns, layout), self._now = self._now, None
+        rate = self._rate()  # Without a closure the rate is cut after the decision, so it is read again.
         self.steps += 1
         self._quiet = self._next_quiet
         for detector in self.detectors:
@@ -185,6 +139,7 @@ class StepGuard(NonFiniteGradient):
         dtype = columns[0].dtype
         row = torch.cat([column.to(dtype) for column in ((skip != 0).reshape(1), *columns)])
         self._layouts[self.steps] = layout
+        self._rates[self.steps] = rate, self.rates.has_risen
         self.rows.write(self.steps, row)
         self._learn()
 
@@ -192,7 +147,7 @@ class StepGuard(NonFiniteGradient):
         """Note the learning rate of each step as well.
 
         Args:
-            rate: Called to get the largest one; it returns NaN if that is not known without waiting for the device.
+            rate: Called to get the highest one; it returns NaN if that is not known without waiting for the device.
         """
         self._rate = rate
 
@@ -211,6 +166,7 @@ class StepGuard(NonFiniteGradient):
         """Discard the observations that have not been read."""
         self.rows.discard()
         self._layouts.clear()
+        self._rates.clear()
         self._seen.clear()
         self._quiet = self._next_quiet = _IN_A_ROW
 
@@ -227,17 +183,14 @@ class StepGuard(NonFiniteGradient):
             "detectors": {name: state for name, one in self._named_detectors() if (state := one.state_dict())},
             "early": {} if self.early is None else self.early.state_dict(),
             "moments": {} if self.moments is None else self.moments.state_dict(),
-            "layouts": {
-                step: [list(x.group_sizes), x.has_loss, x.has_places, x.num_detectors, list(x.moved), x.has_ratios]
-                for step, x in self._layouts.items()
-            },
+            "layouts": {step: layout.as_list() for step, layout in self._layouts.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
         self.steps = state["steps"]
         self.rows.load_state_dict(state["rows"])
-        self._layouts = {step: _Layout(tuple(sizes), *rest) for step, (sizes, *rest) in state["layouts"].items()}
+        self._layouts = {step: RowLayout.from_list(saved) for step, saved in state["layouts"].items()}
         if self.spikes is not None and state["spikes"]:
             self.spikes.load_state_dict(state["spikes"])
         # Checkpoints of version 0.1 have none of these.
@@ -281,12 +234,6 @@ class StepGuard(NonFiniteGradient):
             self._limits = wanted, upload(wanted, values.device, values.dtype)
         return self._limits[1]
 
-    def _next_rate(self) -> tuple[float, bool]:
-        """Return the learning rate of the step, and whether such a rate is new."""
-        rate = self._rate()
-        self.rates.update(rate)
-        return rate, self.rates.has_risen
-
     def _of_interest(self, flags: Tensor) -> Tensor:
         """Return the flags of the signals whose spikes are skipped."""
         if len(self.skip) == len(SIGNALS):
@@ -294,47 +241,36 @@ class StepGuard(NonFiniteGradient):
         return torch.stack([flag for flag, signal in zip(flags.unbind(), SIGNALS, strict=True) if signal in self.skip])
 
     def _learn(self, everything: bool = False) -> None:
-        for row in self.rows.read(everything):
-            layout = self._layouts.pop(row.step)
-            self._seen.append(self._step_of(row.step, row.values, layout))
+        for logged in self.rows.read(everything):
+            row = self._layouts.pop(logged.step).read(logged.values)
+            self._seen.append(self._observation(logged.step, row))
 
-    def _step_of(self, step: int, row: np.ndarray, layout: _Layout) -> StepObservation:
+    def _observation(self, step: int, row: StepRow) -> StepObservation:
+        """Update the statistics by a step, and return what was observed of it."""
+        places = row.places_now()
+        if places is None or (places >= 0).all():  # Some may be gone by now.
+            self.history.update(step, row.norm_sq, places, row.values[1])
         count = len(SIGNALS)
-        skipped, values, rest = bool(row[0]), row[1 : 1 + count].tolist(), row[1 + count :]
-        flags = [bool(flag) and math.isfinite(value) for flag, value in zip(rest[:count], values, strict=True)]
-        others, rest = rest[count : count + layout.num_detectors], rest[count + layout.num_detectors :]
-        # A row that was in transfer when a run was saved may come from other detectors than the present ones.
-        present = self.detectors if layout.num_detectors == len(self.detectors) else ()
-        detected = tuple(_found(d) for d, flag in zip(present, others, strict=False) if flag)
-        norm_sq = rest[: sum(layout.group_sizes)]
-        places = rest[len(norm_sq) : 2 * len(norm_sq)] if layout.has_places else None
-        bad = ~np.isfinite(norm_sq)
-        at = places
-        if layout.moved:
-            at = np.array(layout.moved)[np.arange(len(norm_sq)) if places is None else places.astype(int)]
-        if at is None or (at >= 0).all():  # Some may be gone by now.
-            self.history.update(step, norm_sq, at, values[1])
-        bad_loss = layout.has_loss and not math.isfinite(values[1])
         medians, levels, limits = [math.nan] * count, [0.0] * count, [math.inf] * count
         if self.spikes is not None:
             medians, limits = self.spikes.medians, self.spikes.alone
-            levels = self.spikes.update(values, flags, not skipped, behind=len(self.rows))
+            levels = self.spikes.update(row.values, row.flags, not row.skipped, behind=len(self.rows))
         rate, is_new = self._rates.pop(step, (math.nan, False))
-        over, update, signs = self._early_of(rest, norm_sq, layout, not skipped)
-        early = tuple(replace(x, worst=layout.now(_places(x.worst, places))) for x in signs)
-        wrong = skipped or bad_loss or any(flags) or bool(detected) or bool(bad.any())
+        over, update, early = self._early_of(row)
+        detected, bad_tensors, bad_loss = self._found_by_detectors(row), row.bad_tensors, row.bad_loss
+        wrong = row.skipped or bad_loss or any(row.flags) or bool(detected) or bad_tensors > 0
         return StepObservation(
             step=step,
-            skipped=skipped,
-            bad_tensors=int(bad.sum()),
+            skipped=row.skipped,
+            bad_tensors=bad_tensors,
             bad_loss=bad_loss,
-            spikes=tuple(signal for signal, flag in zip(SIGNALS, flags, strict=True) if flag),
+            spikes=tuple(signal for signal, flag in zip(SIGNALS, row.flags, strict=True) if flag),
             detected=detected,
             levels={signal: level for signal, level in zip(SIGNALS, levels, strict=True) if level},
-            values=dict(zip(SIGNALS, values, strict=True)),
+            values=dict(zip(SIGNALS, row.values, strict=True)),
             medians=dict(zip(SIGNALS, medians, strict=True)),
-            worst=layout.now(_worst(norm_sq, bad, places)) if wrong else (),
-            group_norms=_group_norms(norm_sq, layout.group_sizes),
+            worst=row.worst() if wrong else (),
+            group_norms=row.group_norms(),
             rate=rate,
             new_rate=is_new,
             limits=dict(zip(SIGNALS, limits, strict=True)),
@@ -343,67 +279,17 @@ class StepGuard(NonFiniteGradient):
             early=early,
         )
 
-    def _early_of(
-        self, rest: np.ndarray, norm_sq: np.ndarray, layout: _Layout, accepted: bool
-    ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[EarlySign, ...]]:
+    def _found_by_detectors(self, row: StepRow) -> tuple[str, ...]:
+        # A row that was in transfer when a run was saved may come from other detectors than the present ones.
+        present = self.detectors if len(row.detected) == len(self.detectors) else ()
+        found = [detector for detector, flag in zip(present, row.detected, strict=False) if flag]
+        return tuple(f"{d.name}: {d.reason}" if d.reason else f"{d.name} requested it" for d in found)
+
+    def _early_of(self, row: StepRow) -> tuple[tuple[float, ...], tuple[float, ...], tuple[EarlySign, ...]]:
         """Return the two ratios of each group, and the signs; empty where the row has no ratios."""
-        if not layout.has_ratios or self.early is None:
+        if row.ratios_sq is None or self.early is None:
             return (), (), ()
-        squares = rest[-2 * len(norm_sq) :].reshape(2, -1)
-        over, update = np.sqrt(np.where(np.isfinite(squares), squares, 0.0))
-        largest, signs = self.early.update(update, layout.group_sizes, self._group_names, accepted)
-        return group_maxima(over, layout.group_sizes), largest, signs
-
-
-def single_value(loss: Tensor) -> Tensor:
-    """Return a loss as one real number.
-
-    Args:
-        loss: Any shape and dtype: [], [1] and [1, 1] alike, or a value for each sample, of which the mean counts. Of
-            complex values the absolute values count.
-
-    Returns:
-        Shape [], at least float32; 0 if there is no element.
-    """
-    loss = loss.detach()
-    loss = loss.abs() if loss.is_complex() else loss
-    loss = loss.to(torch.promote_types(loss.dtype, torch.float32))  # The mean of large values may overflow 16 bits.
-    if loss.numel() == 1:
-        return loss.reshape(())
-    return loss.mean() if loss.numel() else loss.sum()
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Layout of a row, which the host needs to read it."""
-
-    group_sizes: tuple[int, ...]
-    has_loss: bool
-    has_places: bool
-    num_detectors: int = 0
-    moved: tuple[int, ...] = ()
-    """Where the parameter at each place is now, if the run was resumed with another order; -1 for one that is gone."""
-    has_ratios: bool = False
-
-    def now(self, places: tuple[int, ...]) -> tuple[int, ...]:
-        """Return where the parameters at these places are now."""
-        return tuple(self.moved[p] for p in places if self.moved[p] >= 0) if self.moved else places
-
-
-def _found(detector: Detector) -> str:
-    return f"{detector.name}: {detector.reason}" if detector.reason else f"{detector.name} requested it"
-
-
-def _worst(norm_sq: np.ndarray, bad: np.ndarray, places: np.ndarray | None) -> tuple[int, ...]:
-    order = np.argsort(-np.where(bad, np.inf, norm_sq), kind="stable")[:_NAMED]
-    return _places(order.tolist(), places)
-
-
-def _places(rows: Sequence[int], places: np.ndarray | None) -> tuple[int, ...]:
-    """Return the index in the optimizer of each row."""
-    return tuple(rows) if places is None else tuple(int(places[row]) for row in rows)
-
-
-def _group_norms(norm_sq: np.ndarray, sizes: Sequence[int]) -> tuple[float, ...]:
-    ends = np.cumsum(sizes)
-    return tuple(float(np.sqrt(norm_sq[end - size : end].sum())) for end, size in zip(ends, sizes, strict=True))
+        over, update = np.sqrt(np.where(np.isfinite(row.ratios_sq), row.ratios_sq, 0.0))
+        sizes = row.layout.group_sizes
+        largest, signs = self.early.update(update, sizes, self._group_names, not row.skipped)
+        return group_maxima(over, sizes), largest, tuple(replace(x, worst=row.parameters(x.worst)) for x in signs)

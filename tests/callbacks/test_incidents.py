@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 import lightning_optim as lo
 from lightning_optim.cli import main
 from lightning_optim.divergence import LRCut, Rollback
-from tests.helpers import Net, SaveAt, TwoOptimizers, batches, file_size_limit, make_trainer, read_events
+from tests.helpers import Net, Ramp, SaveAt, TwoOptimizers, batches, file_size_limit, make_trainer, read_events
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +125,33 @@ def test_with_a_monitor_each_number_is_logged_once(logger: TensorBoardLogger) ->
     for name in ("rollbacks", "lr_cuts", "spike_score_loss", "spike_score_grad_norm"):
         points = read_events(logger.log_dir)[f"optim_health/{name}"]
         assert len({at for at, _ in points}) == len(points) > 0
+
+
+class RawSteps(Ramp):
+    """Steps torch's optimizer itself, so that there is no closure; the learning rate is cut for steps 3 to 5."""
+
+    def __init__(self, guard: lo.DivergenceGuard) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.guard, self.moves = guard, []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            self.guard._guarded[0].cut.start(0.5, hold=3, recover=0)
+        optimizer = self.trainer.optimizers[0]
+        optimizer.zero_grad()
+        self.manual_backward(self.weight * 1.0)
+        before = self.weight.item()
+        optimizer.step()
+        self.moves.append(before - self.weight.item())
+
+
+def test_the_rate_of_a_step_without_a_closure_is_the_one_it_used() -> None:
+    guard = lo.DivergenceGuard(rollback=None)
+    model = RawSteps(guard)
+    make_trainer([guard]).fit(model, batches(8))
+    assert model.moves == [123.0] * 3 + [61.5] * 3 + [123.0] * 2
+    assert [step.seen.rate for step in guard.report.incidents.last_steps()] == model.moves
 
 
 def test_several_optimizers_share_incident_and_score() -> None:

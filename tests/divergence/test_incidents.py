@@ -11,7 +11,7 @@ from lightning_optim.divergence.report import Entry
 
 def _step(step: int, loss: float = 1.0) -> StepObservation:
     values = {"loss": loss, "grad_norm": 1.0}
-    return StepObservation(step, False, 0, False, (), (), {}, values, dict(values), (), (1.0,))
+    return StepObservation(step, False, 0, False, (), (), {}, values, dict(values), (), (1.0,), rate=0.1)
 
 
 def _run(
@@ -19,7 +19,7 @@ def _run(
 ) -> DivergenceReport:
     report = report or DivergenceReport()
     for step in range(start, steps):
-        report.see(step, 0, _step(step), 0.1)
+        report.see(step, 0, _step(step))
         for kind in alarms.get(step, "").split():
             report.add(Entry(step, 0, [step], 0, kind, kind))
     return report

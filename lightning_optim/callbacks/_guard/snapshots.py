@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,21 +11,17 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch import Tensor
 
 from lightning_optim.callbacks._guard.guarded import GuardedOptimizer
 from lightning_optim.callbacks._guard.saved_snapshots import LEFT_OUT, MISFIT, restore_snapshots, save_snapshots
 from lightning_optim.callbacks._hub import Hub
 from lightning_optim.callbacks._lightning import averaged_models, logging_step, plain_name
-from lightning_optim.core.sharding import local
 from lightning_optim.core.sizes import format_bytes
 from lightning_optim.divergence import Alarm, Rollback
 from lightning_optim.divergence.memory import SHARE, fits_in_memory, free_disk, free_memory
 from lightning_optim.divergence.snapshots import OptimizerState, Part, SnapshotPair, StateDict, Tensors, bytes_needed
-from lightning_optim.step.measure import measure_largest
 
-_READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _NAMED = 8
 """Largest number of names in a warning."""
 
@@ -163,22 +158,6 @@ class RunSnapshots:
     def close(self) -> None:
         """Free memory and remove files."""
         self._pair.close()
-
-
-def not_finite(module: nn.Module) -> list[str]:
-    """Return the names of the parameters that contain a NaN or an infinity, after one read of all of them.
-
-    Of sharded parameters the local shards are read. Buffers are left out: an attention mask of -inf is healthy.
-    """
-    names, largest = [], []
-    for name, param in module.named_parameters():
-        if not isinstance(param, UninitializedParameter) and param.dtype in _READABLE and not param.is_meta:
-            names.append(plain_name(name))
-            largest.append(measure_largest([local(param.detach())]).reshape(()))
-    if not names:
-        return []
-    found = torch.stack([value.to(largest[0], non_blocking=True) for value in largest])
-    return [name for name, value in zip(names, found.tolist(), strict=True) if not math.isfinite(value)]
 
 
 def memory_for(wanted: str, parts: Sequence[Part], trainer: L.Trainer) -> str | None:

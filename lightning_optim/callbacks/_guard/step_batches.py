@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +18,12 @@ class StepLocation:
         epoch: The epoch.
         batches: Indices of the batches of the epoch that made up the step.
         samples: The batches themselves, if they are kept.
-        lr: Highest learning rate of the groups, as the step used it; NaN if it is not known.
     """
 
     step: int = -1
     epoch: int = -1
     batches: list[int] = field(default_factory=list)
     samples: list[Any] = field(default_factory=list)
-    lr: float = math.nan
 
 
 class StepBatches:
@@ -47,7 +44,7 @@ class StepBatches:
         self._of: dict[int, StepLocation] = {}
         self._collecting = StepLocation()
 
-    def add(self, step: int, epoch: int, index: int, batch: Any, count: int, lr: float = math.nan) -> bool:
+    def add(self, step: int, epoch: int, index: int, batch: Any, count: int) -> bool:
         """Add a batch.
 
         Args:
@@ -57,13 +54,12 @@ class StepBatches:
             batch: The batch.
             count: Steps of the optimizer so far: as many as before, if batches are accumulated; several more, if it
                 steps more than once per batch.
-            lr: Highest learning rate of the last of them.
 
         Returns:
             Whether the optimizer has stepped since the last batch.
         """
         location = self._collecting
-        location.step, location.epoch, location.lr = step, epoch, lr
+        location.step, location.epoch = step, epoch
         location.batches.append(index)
         if self._keep:
             location.samples.append(batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import multiprocessing
 import tempfile
 import time
@@ -17,7 +16,7 @@ import lightning.pytorch as L
 import torch
 
 import lightning_optim as lo
-from lightning_optim.divergence.watch import StepObservation
+from lightning_optim.divergence.observation import StepObservation
 from tests.benchmarks.healthy import changes, classifiers, gans, reinforcement, representations
 from tests.benchmarks.healthy.base import Healthy
 from tests.helpers import make_trainer, precision
@@ -106,9 +105,9 @@ class _Steps(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         see = self._guard.report.see
 
-        def noted(step: int, optimizer: int, seen: StepObservation, lr: float = math.nan) -> None:
+        def noted(step: int, optimizer: int, seen: StepObservation) -> None:
             self.seen.append((optimizer, seen))
-            see(step, optimizer, seen, lr)
+            see(step, optimizer, seen)
 
         self._guard.report.see = noted
 

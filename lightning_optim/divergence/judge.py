@@ -18,6 +18,7 @@ _DATA = 40
 It leaves room for the 16 flags after which a new level is adopted."""
 _BLAMED = 150
 """Number of steps after a rise of the learning rate to new heights in which a higher loss is put down to it."""
+_UNSTABLE = 1000
 _RESTART = 2.0
 """Factor on the learning rate since the best loss that is a restart, after which that best means nothing."""
 
@@ -29,8 +30,8 @@ class DivergenceJudge(Stateful):
     become worse, or the data, the loss function or what is trained has changed. An update of the usual size does not
     make the weights twice as bad. So with ``judge_loss=None`` a jump is put down to the weights only if the learning
     rate has risen above all former ones within the last steps, and a slow rise only in that case or if it is clear
-    (`SlowDivergence.rise_was_clear`); neither before the loss has ever fallen. Everything else is reported. A run in
-    which a response was needed is unstable, and every further rise asks for one.
+    (`SlowDivergence.rise_was_clear`); neither before the loss has ever fallen. Everything else is reported. For 1000
+    steps after a response to worse weights a run is unstable, and every further rise asks for one.
 
     The first loss after a rollback shows whether the weights were the cause: if it is as high with those of the
     snapshot, the data or the loss function has changed, and another rollback would not help. The level is then
@@ -90,7 +91,8 @@ class DivergenceJudge(Stateful):
         counts["overflows_in_a_row"] = 0
         if seen.bad_tensors or seen.bad_loss:
             return self._nonfinite(seen, worst)
-        counts["data"] = max(0, counts["data"] - 1)
+        for passing in ("data", "unstable"):
+            counts[passing] = max(0, counts[passing] - 1)
         found = self._detected(seen, worst)
         if not (seen.spikes or found):
             counts["bad_in_a_row"] = 0
@@ -225,12 +227,12 @@ class DivergenceJudge(Stateful):
         return found
 
     def responded(self, stands: bool = True) -> None:
-        """Note a response: the run is unstable, so that from now on every rise asks for one.
+        """Note a response to worse weights: the run is unstable, so that every further rise asks for one.
 
         Args:
             stands: Whether the response stands; False if it was undone.
         """
-        self._counts["unstable"] = int(stands)
+        self._counts["unstable"] = _UNSTABLE * stands
 
     def rolled_back(self) -> None:
         """Reset the counts of consecutive steps after a rollback."""

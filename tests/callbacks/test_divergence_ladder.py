@@ -120,6 +120,17 @@ def test_a_cut_is_taken_back_when_its_level_turns_out_to_be_that_of_the_data():
     assert guard.ladder.used == {"lr_cut": 0, "rollback": 0}
 
 
+def test_a_cut_for_bad_batches_stays_when_the_data_changes_and_is_no_sign_of_an_unstable_run():
+    guard, factors = lo.DivergenceGuard(QUICK, lr_cut=LRCut(0.5, steps=60), rollback=None), Factors()
+    model = Faulty(lambda k: float("nan") if 40 <= k < 45 else 3.0 if k >= 60 else 1.0)
+    make_trainer([_configure(lr=1e-4), guard, factors]).fit(model, batches(120, batch_size=1024))
+    assert [entry.text for entry in guard.report.entries if entry.kind == "did"] == [
+        "learning rate times 0.5 for 60 steps"
+    ]
+    assert "new_level" in _kinds(guard)
+    assert factors.seen[45:100] == [0.5] * 55
+
+
 @pytest.mark.parametrize(("judge_loss", "acts"), [(None, False), (True, True), (False, False)])
 def test_losses_of_several_optimizers_are_watched_and_not_judged(judge_loss, acts):
     """One loss ten times as high at one step, three times as high from another one on, and then NaN."""

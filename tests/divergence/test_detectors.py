@@ -546,3 +546,12 @@ def test_spikes_in_a_row_are_taken_from_the_second_on_unless_they_are_unheard_of
 def test_two_spikes_that_are_not_in_a_row_are_both_skipped():
     quiet = [1.0 + 0.01 * (k % 3) for k in range(100)]
     assert _skipped([*quiet, 30.0, *quiet[:4], 30.0, *quiet])[0] == [100, 105]
+
+
+@pytest.mark.parametrize(("responded", "quiet", "acts"), [(False, 50, False), (True, 50, True), (True, 1000, False)])
+def test_a_run_is_unstable_for_a_thousand_steps_after_a_response(responded, quiet, acts):
+    judge = DivergenceJudge(SlowDivergence(), judge_loss=None)
+    if responded:
+        judge.responded()
+    losses = [1.0 + 0.01 * (k % 3) for k in range(quiet)] + [9.0] * 20
+    assert any(_trend_alarms(losses, [1.0] * len(losses), judge)) is acts

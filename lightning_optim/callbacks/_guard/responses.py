@@ -16,6 +16,10 @@ from lightning_optim.divergence import Alarm, Ladder
 
 _OF_THE_LOSS = ("jump", "slow_divergence")
 """Alarms that turn out to be false if the data is the cause."""
+_OF_THE_WEIGHTS = (*_OF_THE_LOSS, "collapsed")
+"""Alarms that say that the run is unstable, unlike a row of bad batches."""
+_UNDONE_WITHIN = 200
+"""Number of steps after a response in which a level of the data explains the alarm that led to it."""
 
 
 class Responses(Stateful):
@@ -28,7 +32,7 @@ class Responses(Stateful):
         snapshots: Called to get the snapshots; None if there are none.
     """
 
-    STATE = ("before",)
+    STATE = ("before", "at")
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class Responses(Stateful):
         self._ladder, self._reporter = ladder, reporter
         self._guarded, self._snapshots = guarded, snapshots
         self._is_ending = False
+        self._at = 0
         self._before: list[float] = []
         """Permanent factors on the learning rates before the last response, if it was one to the loss."""
 
@@ -72,10 +77,10 @@ class Responses(Stateful):
         if text is not None:
             self._reporter.notify_response(trainer, alarm, location, text)
         if rung in ("lr_cut", "rollback"):
-            for guarded in self._guarded():
+            for guarded in self._guarded() if alarm.kind in _OF_THE_WEIGHTS else ():
                 guarded.judge.responded()
                 guarded.watch.rates.distrust()
-            self._before = factors if alarm.kind in _OF_THE_LOSS else []
+            self._before, self._at = (factors, step) if alarm.kind in _OF_THE_LOSS else ([], step)
         return rung
 
     def undo(self, trainer: L.Trainer, alarm: Alarm, location: StepLocation) -> None:
@@ -87,7 +92,7 @@ class Responses(Stateful):
             location: Where its step took place.
         """
         before, self._before = self._before, []
-        if not before:
+        if not before or logging_step(trainer) - self._at > _UNDONE_WITHIN:
             return
         changed = [guarded.cut.factor for guarded in self._guarded()] != before
         for guarded, factor in zip(self._guarded(), before, strict=False):

@@ -19,9 +19,6 @@ _CLEAR = 8.0
 _FEW = 4
 _LOST = 0.5
 """Share of what was learned, the first losses less the best, that a clear rise takes away."""
-_FEW = 4
-_LOST = 0.5
-"""Share of what was learned, the first losses less the best, that a clear rise takes away."""
 _GROWN = 1.1
 """Factor of the gradient norm over that at the lowest loss: a loss that rises for other reasons need not raise it."""
 _LEARNED = 0.05

@@ -543,6 +543,11 @@ def test_spikes_in_a_row_are_taken_from_the_second_on_unless_they_are_unheard_of
     assert len(_skipped([*quiet, *[height] * 5, *quiet])[0]) == skipped
 
 
+def test_a_term_that_joins_a_negative_loss_costs_one_step():
+    quiet = [-0.9 + 0.01 * (k % 3) for k in range(100)]
+    assert _skipped([*quiet, *[2.0] * 5, *quiet])[0] == [100]
+
+
 def test_two_spikes_that_are_not_in_a_row_are_both_skipped():
     quiet = [1.0 + 0.01 * (k % 3) for k in range(100)]
     assert _skipped([*quiet, 30.0, *quiet[:4], 30.0, *quiet])[0] == [100, 105]

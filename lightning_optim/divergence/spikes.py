@@ -22,7 +22,8 @@ become noisy and new data stay within it, because the first, untrained loss is h
 that is a thousand times as high does not."""
 _FIRST = 8
 _NOTHING = 1e-3
-"""Share of the median of the first 8 values below which nothing is a spike: a loss that has been fitted to 0 spreads without bound."""
+"""Share of the median of the first 8 values below which nothing is a spike: a loss that has been fitted to 0 spreads
+without bound."""
 _TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation, for a normal distribution."""
 

@@ -262,6 +262,20 @@ def test_a_jump_is_put_down_to_the_weights_where_the_loss_has_fallen_and_the_rat
         assert sum(step.skipped for step in seen) == 1
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_during_a_warm_up_a_term_that_joins_leads_to_nothing_and_a_gradual_rise_does(at_once):
+    rise = [5.0] * 60 if at_once else [min(1.3**k, 5.0) for k in range(60)]
+    losses = [2.0 * 0.99**k for k in range(70)] + [0.99**69 * 2.0 * x for x in rise]
+    noisy = [loss * (1 + 0.01 * (k % 5)) for k, loss in enumerate(losses)]
+    watch = StepGuard(SpikeWindow(2), loss=lambda: torch.tensor(noisy[watch.steps]))
+    watch.follow_rate(lambda: (watch.steps + 1) / 300)
+    judge, alarms = DivergenceJudge(SlowDivergence(), judge_loss=None), []
+    for _ in losses:
+        alarms += judge.update(_step(watch, [1.0, 0.0]), {})
+    assert any(alarm.escalates for alarm in alarms) is not at_once
+    assert any(alarm.kind == "slow_divergence" for alarm in alarms)
+
+
 def _trend_alarms(losses, norms, judge):
     watch, alarms = StepGuard(loss=lambda: torch.tensor(losses[watch.steps])), []
     for norm in norms:

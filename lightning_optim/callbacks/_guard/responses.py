@@ -16,6 +16,8 @@ from lightning_optim.divergence import Alarm, Ladder
 
 _OF_THE_LOSS = ("jump", "slow_divergence")
 """Alarms that turn out to be false if the data is the cause."""
+_SOON = 200
+"""Number of steps after a response in which a new level shows that it was wrong; later levels say nothing about it."""
 
 
 class Responses(Stateful):
@@ -28,7 +30,8 @@ class Responses(Stateful):
         snapshots: Called to get the snapshots; None if there are none.
     """
 
-    STATE = ("before",)
+    STATE = ("before", "last_step")
+    ADDED = ("last_step",)
 
     def __init__(
         self,
@@ -42,6 +45,8 @@ class Responses(Stateful):
         self._is_ending = False
         self._before: list[float] = []
         """Permanent factors on the learning rates before the last response, if it was one to the loss."""
+        self._last_step = 0
+        """Step of that response on the loggers' axis."""
 
     def respond(self, trainer: L.Trainer, alarm: Alarm, location: StepLocation) -> str | None:
         """Take the rung of the ladder that is due.
@@ -75,11 +80,11 @@ class Responses(Stateful):
             for guarded in self._guarded():
                 guarded.judge.responded()
                 guarded.watch.rates.distrust()
-            self._before = factors if alarm.kind in _OF_THE_LOSS else []
+            self._before, self._last_step = factors if alarm.kind in _OF_THE_LOSS else [], step
         return rung
 
     def undo(self, trainer: L.Trainer, alarm: Alarm, location: StepLocation) -> None:
-        """Return the learning rate to what it was before the last response, if that was one to the loss.
+        """Return the learning rate to what it was before the last response, if that was one to the loss, and recent.
 
         Args:
             trainer: The Trainer.
@@ -87,7 +92,7 @@ class Responses(Stateful):
             location: Where its step took place.
         """
         before, self._before = self._before, []
-        if not before:
+        if not before or logging_step(trainer) - self._last_step > _SOON:
             return
         changed = [guarded.cut.factor for guarded in self._guarded()] != before
         for guarded, factor in zip(self._guarded(), before, strict=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping
 
 from lightning_optim.core.stateful import Stateful
@@ -19,6 +19,8 @@ It leaves room for the 16 flags after which a new level is adopted."""
 _BLAMED = 150
 """Number of steps after a rise of the learning rate to new heights in which a higher loss is put down to it."""
 _UNSTABLE = 1000
+_AT_ONCE, _LATELY = 2.0, 8
+"""Factor by which a rate has risen at once, and the number of steps in which it has."""
 _RESTART = 2.0
 """Factor on the learning rate since the best loss that is a restart, after which that best means nothing."""
 
@@ -49,9 +51,9 @@ class DivergenceJudge(Stateful):
             falls below any useful value (2⁻⁴) within 20.
     """
 
-    STATE = ("counts", "rate_at_best", "last_rate")
+    STATE = ("counts", "rate_at_best", "last_rate", "last_rates")
     PARTS = ("trend",)
-    ADDED = ("rate_at_best", "last_rate")
+    ADDED = ("rate_at_best", "last_rate", "last_rates")
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class DivergenceJudge(Stateful):
         self._counts: defaultdict[str, int] = defaultdict(int, quiet=GAP)
         self._rate_at_best = (math.inf, math.inf)
         self._last_rate = math.inf
+        self._last_rates: deque[float] = deque(maxlen=_LATELY)
 
     @property
     def overflow_steps(self) -> int:
@@ -102,13 +105,17 @@ class DivergenceJudge(Stateful):
 
     def _follow_rate(self, rate: float, is_new: bool) -> None:
         """Note a rise to new heights, and drop the best loss after a restart, which raises the loss again."""
-        self._counts["blamed"] = _BLAMED if is_new else max(0, self._counts["blamed"] - 1)
+        counts = self._counts
+        rose_at_once = is_new and rate > _AT_ONCE * min(self._last_rates, default=math.inf)
+        counts["blamed"] = _BLAMED if is_new else max(0, counts["blamed"] - 1)
+        counts["blamed_at_once"] = _BLAMED if rose_at_once else max(0, counts["blamed_at_once"] - 1)
+        self._last_rates.append(rate)
         if self.trend is None or not math.isfinite(rate):
             return
         best, rate_then = self._rate_at_best
         if self.trend.best != best:  # by the last step
             rate_then = self._last_rate
-        if rate > _RESTART * rate_then and not self._counts["blamed"]:
+        if rate > _RESTART * rate_then and not counts["blamed"]:
             self.trend.rebase()
             rate_then = rate
         self._rate_at_best = self.trend.best, rate_then
@@ -119,7 +126,12 @@ class DivergenceJudge(Stateful):
         if self.judge_loss is not None:
             return self.judge_loss
         counts = self._counts
-        return bool(counts["unstable"] or (counts["fallen"] and (is_clear or counts["blamed"])))
+        if counts["unstable"] or (counts["fallen"] and is_clear):
+            return True
+        if not (counts["fallen"] and counts["blamed"]):
+            return False
+        # A rate that rises slowly, as in a warm-up, takes several steps to raise the loss; a term joins between two.
+        return bool(counts["blamed_at_once"]) or self.trend is None or not self.trend.rose_at_once
 
     def _overflow(self, seen: StepObservation, worst: tuple[str, ...]) -> list[Alarm]:
         counts = self._counts
@@ -201,6 +213,8 @@ class DivergenceJudge(Stateful):
         text = "the loss stays at more than twice its best" if lost else "the loss is leaving its best"
         acts = self._acts_on_loss(trend.rise_was_clear)
         if trend.rise_was_sudden and not acts:
+            if trend.rose_at_once:
+                self._counts["data"] = _DATA
             trend.rebase()
         kind = "reported_lost" if lost else "reported_rise"
         again = bool(self._counts[kind]) and not acts

@@ -17,13 +17,13 @@ _HARMFUL = 0.4
 """Rise above the median below which a step is taken. Where there is little noise a loss stands out that is a tenth
 higher, as with each doubling of a batch of negatives; it does no harm."""
 _FAMILIAR = 50.0
-"""Factor on the highest value of the run up to which another one is familiar. Losses that join a run, labels that
+"""Factor on the largest magnitude of the run up to which another one is familiar. Losses that join a run, labels that
 become noisy and new data stay within it, because the first, untrained loss is high as well; late in training a batch
 that is a thousand times as high does not."""
 _FIRST = 8
 _NOTHING = 1e-3
-"""Share of the median of the first values below which nothing is a spike: a loss that is fitted to 0 spreads without
-bound."""
+"""Share of the median of the first 8 values below which nothing is a spike: a loss that has been fitted to 0 spreads
+without bound."""
 _TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation, for a normal distribution."""
 
@@ -48,9 +48,9 @@ class SpikeWindow:
     any signal, are a new level and not spikes: the windows move there, and the flags end. Values that are flagged or
     not finite never enter the window.
 
-    A value is *familiar* up to 50 times the highest one accepted in the whole run. A flagged one that is familiar does
-    not have to be skipped a second time in a series, because the run has been through steps of that size, and because
-    the first skip has not helped; see `StepGuard`.
+    A value is *familiar* up to 50 times the largest magnitude accepted in the whole run; the magnitude, because a loss
+    may have been negative so far. A flagged one that is familiar does not have to be skipped a second time in a series,
+    because the run has been through steps of that size, and because the first skip has not helped; see `StepGuard`.
 
     The state is on the host. On the device a step is compared with `alone` and `together`, which are a few numbers to
     upload; when the step has arrived on the host, `update` moves them.
@@ -267,13 +267,13 @@ class _Accepted:
         if len(self.values) == self.values.maxlen:
             del self._sorted[bisect_left(self._sorted, self.values[0])]
         self.values.append(value)
-        self.peak = max(self.peak, value)
+        self.peak = max(self.peak, abs(value))
         insort(self._sorted, value)
 
     def fill(self, values: Sequence[float]) -> None:
         self.values.clear()
         self.values.extend(values)
-        self.peak = max(self.peak, *self.values, 0.0)
+        self.peak = max(self.peak, *map(abs, self.values), 0.0)
         self._sorted = sorted(self.values)
 
     def move(self, factor: float = 1.0, shift: float = 0.0) -> None:

@@ -19,11 +19,10 @@ _CLEAR = 8.0
 _FEW = 4
 _LOST = 0.5
 """Share of what was learned, the first losses less the best, that a clear rise takes away."""
-_FEW = 4
-_LOST = 0.5
-"""Share of what was learned, the first losses less the best, that a clear rise takes away."""
 _GROWN = 1.1
 """Factor of the gradient norm over that at the lowest loss: a loss that rises for other reasons need not raise it."""
+_AT_ONCE = 0.5
+"""Share of a rise between two steps that is no work of a learning rate in its warm-up, which takes several."""
 _LEARNED = 0.05
 _TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation, for a normal distribution."""
@@ -142,6 +141,16 @@ class SlowDivergence(Stateful):
         if not self.lost:
             self._begin()
         return True
+
+    @property
+    def rose_at_once(self) -> bool:
+        """Whether most of the rise above the best took place between two steps of the last 128, and has lasted."""
+        logs = [math.log(loss) for loss in self._unclipped if loss > 0]
+        if len(logs) < len(self._unclipped) or len(logs) < 2 * _FEW or not 0 < self._lowest < math.inf:
+            return False
+        rise = statistics.median(logs[-2 * _FEW :]) - math.log(self._lowest)
+        steps = (min(logs[k : k + 2]) - max(logs[k - _FEW : k]) for k in range(_FEW, len(logs) - 1))
+        return rise > 0 and max(steps) >= _AT_ONCE * rise
 
     def far(self, loss: float) -> bool:
         """Return whether a loss is too far above the best to be noise: twice as high, and four units above it."""

@@ -262,6 +262,20 @@ def test_a_jump_is_put_down_to_the_weights_where_the_loss_has_fallen_and_the_rat
         assert sum(step.skipped for step in seen) == 1
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_during_a_warm_up_a_term_that_joins_leads_to_nothing_and_a_gradual_rise_does(at_once):
+    rise = [5.0] * 60 if at_once else [min(1.3**k, 5.0) for k in range(60)]
+    losses = [2.0 * 0.99**k for k in range(70)] + [0.99**69 * 2.0 * x for x in rise]
+    noisy = [loss * (1 + 0.01 * (k % 5)) for k, loss in enumerate(losses)]
+    watch = StepGuard(SpikeWindow(2), loss=lambda: torch.tensor(noisy[watch.steps]))
+    watch.follow_rate(lambda: (watch.steps + 1) / 300)
+    judge, alarms = DivergenceJudge(SlowDivergence(), judge_loss=None), []
+    for _ in losses:
+        alarms += judge.update(_step(watch, [1.0, 0.0]), {})
+    assert any(alarm.escalates for alarm in alarms) is not at_once
+    assert any(alarm.kind == "slow_divergence" for alarm in alarms)
+
+
 def _trend_alarms(losses, norms, judge):
     watch, alarms = StepGuard(loss=lambda: torch.tensor(losses[watch.steps])), []
     for norm in norms:
@@ -541,6 +555,11 @@ def test_a_loss_that_has_been_fitted_to_nothing_has_no_spikes():
 def test_spikes_in_a_row_are_taken_from_the_second_on_unless_they_are_unheard_of(height, skipped):
     quiet = [1.0 + 0.01 * (k % 3) for k in range(100)]
     assert len(_skipped([*quiet, *[height] * 5, *quiet])[0]) == skipped
+
+
+def test_a_term_that_joins_a_negative_loss_costs_one_step():
+    quiet = [-0.9 + 0.01 * (k % 3) for k in range(100)]
+    assert _skipped([*quiet, *[2.0] * 5, *quiet])[0] == [100]
 
 
 def test_two_spikes_that_are_not_in_a_row_are_both_skipped():

@@ -44,9 +44,10 @@ class Responses(Stateful):
         self._ladder, self._reporter = ladder, reporter
         self._guarded, self._snapshots = guarded, snapshots
         self._is_ending = False
-        self._at = 0
         self._before: list[float] = []
         """Permanent factors on the learning rates before the last response, if it was one to the loss."""
+        self._at = 0
+        """Step of that response on the loggers' axis."""
 
     def respond(self, trainer: L.Trainer, alarm: Alarm, location: StepLocation) -> str | None:
         """Take the rung of the ladder that is due.
@@ -84,7 +85,7 @@ class Responses(Stateful):
         return rung
 
     def undo(self, trainer: L.Trainer, alarm: Alarm, location: StepLocation) -> None:
-        """Return the learning rate to what it was before the last response, if that was one to the loss.
+        """Return the learning rate to what it was before the last response, if that was one to the loss, and recent.
 
         Args:
             trainer: The Trainer.

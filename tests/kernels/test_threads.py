@@ -20,7 +20,7 @@ from lightning_optim import optim
 pytest.importorskip("numba")
 
 from lightning_optim.kernels.cpu import disk_cache, openmp, threads
-from lightning_optim.kernels.cpu.launch import BlockLoop, compile_loop, kernel_text, names
+from lightning_optim.kernels.cpu.launch import BlockLoop, Launch, compile_loop, kernel_text, names
 
 MANY = 10**6
 """Elements that are worth several threads."""
@@ -52,6 +52,18 @@ def test_blocks_are_each_run_once(run: Callable[..., None], monkeypatch: pytest.
         assert sums[:, 0].tolist() == list(range(1, blocks + 1))
 
 
+@team_only
+def test_threads_that_take_blocks_at_the_same_time_take_different_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    team, sums = openmp.team(), np.zeros((100_000, 1))
+    assert team is not None
+    kernel = loop("sums[block, 0] += 1", monkeypatch)
+    for times in range(1, 11):
+        launch = Launch(len(sums), len(sums), [sums])  # As if there were as many threads: one block at a time.
+        team.run(kernel.address, launch.address, 2)
+        launch.check()
+        assert (sums == times).all()
+
+
 def test_an_error_in_a_thread_is_raised(run: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda args: None)
     kernel = loop("if block == 3:\n    raise MemoryError", monkeypatch)
@@ -61,7 +73,7 @@ def test_an_error_in_a_thread_is_raised(run: Callable[..., None], monkeypatch: p
 
 
 def test_what_a_thread_could_not_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = threads.Launch(10, 2, [])
+    launch = Launch(10, 2, [])
     with pytest.raises(MemoryError, match="Only 0 of 10 blocks of a step were computed"):
         launch.check()
 

@@ -98,7 +98,12 @@ def kernel_text(tables: Sequence[str], before: Sequence[str], block: Sequence[st
 def names(tables: dict[str, str]) -> dict[str, Any]:
     """Return the globals that `kernel_text` refers to, for tables of the given dtypes."""
     pointers = {f"pointer_{table}": _pointer(dtype) for table, dtype in tables.items()}
-    return {"carray": numba.carray, "word": _word, "add_to_word": _add_to_word, **pointers}
+    return {
+        "carray": numba.carray,  # type: ignore[attr-defined]
+        "word": _word,
+        "add_to_word": _add_to_word,
+        **pointers,
+    }
 
 
 def compile_loop(what: str, text: str, names: dict[str, Any], kept_as: str) -> BlockLoop:
@@ -148,13 +153,13 @@ def _add_to_word(typingctx: Any, launch: Any, index: Any, amount: Any) -> Any:
 
 
 def _pointer(dtype: str) -> Any:
-    element = getattr(types, dtype)
+    pointer_type: Any = types.CPointer(getattr(types, dtype))  # type: ignore[no-untyped-call]
 
     @intrinsic
     def pointer(typingctx: Any, address: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-        return types.CPointer(element)(types.int64), codegen
+        return pointer_type(types.int64), codegen
 
     return pointer

@@ -61,7 +61,7 @@ def team() -> Team | None:
 
 @cache
 def _find() -> Team | None:
-    if os.name != "posix" or not torch.backends.openmp.is_available():
+    if os.name != "posix" or not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
         return None
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     path = Path(torch.__file__).parent / "lib" / name

@@ -54,10 +54,10 @@ def test_blocks_are_each_run_once(run: Callable[..., None], monkeypatch: pytest.
 
 @team_only
 def test_threads_that_take_blocks_at_the_same_time_take_different_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    team, sums = openmp.team(), np.zeros((100_000, 1))
+    team, sums = openmp.team(), np.zeros((1_000_000, 1))
     assert team is not None
     kernel = loop("sums[block, 0] += 1", monkeypatch)
-    for times in range(1, 11):
+    for times in range(1, 6):
         launch = Launch(len(sums), len(sums), [sums])  # As if there were as many threads: one block at a time.
         team.run(kernel.address, launch.address, 2)
         launch.check()

@@ -35,6 +35,16 @@ def loop(block: str, monkeypatch: pytest.MonkeyPatch, **more: Any) -> BlockLoop:
     return compile_loop("test", text, {"__name__": __name__, **names({"sums": "float64"}), **more}, "test")
 
 
+LIBRARY = ctypes.CDLL(None)
+
+
+def region(what: str) -> Any:
+    """A function of torch's OpenMP library that compiled code may call."""
+    function = getattr(LIBRARY, f"omp_get_{what}")
+    function.argtypes, function.restype = (), ctypes.c_int
+    return function
+
+
 @pytest.fixture(params=["one", pytest.param("team", marks=team_only), "pool"])
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`run_blocks` with each kind of threads."""
@@ -56,12 +66,12 @@ def test_blocks_are_each_run_once(run: Callable[..., None], monkeypatch: pytest.
 def test_threads_that_take_blocks_at_the_same_time_take_different_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     team, sums = openmp.team(), np.zeros((1_000_000, 1))
     assert team is not None
-    kernel = loop("sums[block, 0] += 1", monkeypatch)
+    kernel = loop("sums[block, 0] += size()", monkeypatch, size=region("num_threads"))
     for times in range(1, 6):
         launch = Launch(len(sums), len(sums), [sums])  # As if there were as many threads: one block at a time.
         team.run(kernel.address, launch.address, 2)
         launch.check()
-        assert (sums == times).all()
+        assert (sums == 2 * times).all()
 
 
 def test_an_error_in_a_thread_is_raised(run: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,16 +86,6 @@ def test_what_a_thread_could_not_do_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     launch = Launch(10, 2, [])
     with pytest.raises(MemoryError, match="Only 0 of 10 blocks of a step were computed"):
         launch.check()
-
-
-LIBRARY = ctypes.CDLL(None)
-
-
-def region(what: str) -> Any:
-    """A function of torch's OpenMP library that compiled code may call."""
-    function = getattr(LIBRARY, f"omp_get_{what}")
-    function.argtypes, function.restype = (), ctypes.c_int
-    return function
 
 
 @team_only

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -113,16 +112,10 @@ def run(
 
 def launch(kernel: Kernel, args: KernelArgs, scalars: npt.NDArray[np.floating]) -> Tensor:
     """Run ``kernel`` over all blocks, and add the block sums of each tensor in order: [tensors, sums], float64."""
-    blocks, elements = _blocks(args.numel)
+    blocks = split(args.numel, BLOCK)
     sums = np.zeros((len(blocks), len(kernel.sums)))
-    run_blocks(kernel.function, len(blocks), elements, blocks, args.addresses, scalars, sums)
+    run_blocks(kernel.function, len(blocks), sum(args.numel), blocks, args.addresses, scalars, sums)
     totals = np.zeros((len(args.numel), len(kernel.sums)))
     if kernel.sums:
         np.add.at(totals, blocks[:, 0], sums)
     return torch.from_numpy(totals)
-
-
-@lru_cache(maxsize=256)
-def _blocks(numel: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], int]:
-    """Return the blocks of `split`, and the number of elements in all of them."""
-    return split(numel, BLOCK), sum(numel)

@@ -1,8 +1,8 @@
 """One launch of a kernel: its tables by address, its blocks from an atomic counter, so that any thread can run it.
 
-A kernel is a function of one integer, the address of a record that `Launch` fills in. Every thread calls it with the
-same address and takes runs of blocks until none is left. It needs neither Python objects nor the GIL, so threads that
-know nothing of Python can run it, such as those of OpenMP.
+A kernel is a function of one integer, the address of a record that `threads.run_blocks` fills in. Every thread calls it
+with the same address and takes runs of blocks until none is left. It needs neither Python objects nor the GIL, so
+threads that know nothing of Python can run it, such as those of OpenMP.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numba
-import numpy as np
-import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -24,9 +22,6 @@ NEXT, DONE, BLOCKS, RUN, TABLES = 0, 8, 16, 17, 18
 """Places in the record, int64 each: the first block not yet taken, the number of blocks done, the number of blocks,
 how many are taken at a time, and then (address, rows, columns) of each table. What threads write lies 64 bytes apart
 from what others write or read, because a cache line has one writer at a time."""
-
-RUNS_PER_THREAD = 8
-"""Number of runs per thread into which the blocks are divided at least, as other processes use the cores as well."""
 
 
 @dataclass(frozen=True)
@@ -40,36 +35,6 @@ class BlockLoop:
 
     dispatcher: Any
     address: int
-
-
-class Launch:
-    """Record of one launch, which must live as long as the kernel runs.
-
-    Args:
-        blocks: Number of blocks.
-        threads: Number of threads that will run them.
-        tables: Arrays that the kernel reads and writes, C-contiguous, two dimensions each.
-    """
-
-    def __init__(self, blocks: int, threads: int, tables: Sequence[npt.NDArray[Any]]) -> None:
-        self._tables = tables
-        self._record = record = np.zeros(TABLES + 3 * len(tables), dtype=np.int64)
-        record[BLOCKS] = blocks
-        record[RUN] = max(1, blocks // (threads * RUNS_PER_THREAD))
-        record[TABLES:] = [value for table in tables for value in (table.ctypes.data, *table.shape)]
-        self.address: int = record.ctypes.data
-
-    def check(self) -> None:
-        """Check that every block has been run.
-
-        Raises:
-            MemoryError: A kernel has failed, which only a lack of memory for its buffers can cause.
-        """
-        if self._record[DONE] != self._record[BLOCKS]:
-            raise MemoryError(
-                f"Only {self._record[DONE]} of {self._record[BLOCKS]} blocks of a step were computed, because "
-                "a thread could not allocate its buffers. Parameters and states are updated in part: load a checkpoint."
-            )
 
 
 def kernel_text(tables: Sequence[str], before: Sequence[str], block: Sequence[str]) -> str:

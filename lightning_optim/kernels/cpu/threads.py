@@ -11,14 +11,18 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
 from lightning_optim.kernels.cpu import openmp
-from lightning_optim.kernels.cpu.launch import BlockLoop, Launch
+from lightning_optim.kernels.cpu.launch import BLOCKS, DONE, RUN, TABLES, BlockLoop
 
 ALONE = 32768
 """Number of elements up to which one thread is faster than to wake others; torch's own operations have the same."""
+
+RUNS_PER_THREAD = 8
+"""Number of runs per thread into which the blocks are divided at least, as other processes use the cores as well."""
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -40,20 +44,33 @@ def run_blocks(kernel: BlockLoop, blocks: int, elements: int, *tables: npt.NDArr
     team = openmp.team() if threads > 1 else None
     if team is not None and not team.is_free():
         threads = 1
-    launch = Launch(blocks, threads, tables)
+    record = np.zeros(TABLES + 3 * len(tables), dtype=np.int64)
+    record[BLOCKS] = blocks
+    record[RUN] = max(1, blocks // (threads * RUNS_PER_THREAD))
+    record[TABLES:] = [value for table in tables for value in (table.ctypes.data, *table.shape)]
+    address = record.ctypes.data
     if threads <= 1:
-        kernel.dispatcher(launch.address)
+        kernel.dispatcher(address)
     elif team is not None:
         # The team gets torch's number of threads even for fewer blocks: a smaller one would end some of its threads,
         # and torch's next operation would have to start them again.
-        team.run(kernel.address, launch.address, threads)
+        team.run(kernel.address, address, threads)
     else:
         pool = _executor(threads - 1)
-        others = [pool.submit(kernel.dispatcher, launch.address) for _ in range(min(threads, blocks) - 1)]
-        kernel.dispatcher(launch.address)
-        for other in others:
-            other.result()
-    launch.check()
+        # Each thread holds the arrays whose addresses it has, as an error here or Ctrl+C would free them too early.
+        jobs = [pool.submit(_run, kernel, record, tables) for _ in range(min(threads, blocks) - 1)]
+        kernel.dispatcher(address)
+        for job in jobs:
+            job.result()
+    if record[DONE] != blocks:
+        raise MemoryError(
+            f"Only {record[DONE]} of {blocks} blocks of a step were computed, because a thread could not allocate its "
+            "buffers. Parameters and states are updated in part: load a checkpoint."
+        )
+
+
+def _run(kernel: BlockLoop, record: npt.NDArray[np.int64], tables: tuple[npt.NDArray[Any], ...]) -> None:
+    kernel.dispatcher(record.ctypes.data)
 
 
 def _executor(size: int) -> ThreadPoolExecutor:

@@ -17,9 +17,6 @@ OLDEST := .venv-oldest
 OLDEST_VERSIONS := 'torch==2.11.*' 'lightning==2.6.*' 'numba==0.60.*'
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-# Threads that wait for each other by spinning starve each other on machines with less cores to spare than they think.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: help demo test test-all test-oldest coverage lint docs bench clean
 .DEFAULT_GOAL := help
 

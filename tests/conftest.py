@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Processes that tests start have one thread, too: those of OpenMP spin while they wait, and where several processes
+# share the cores, each waits for threads that do not run; a step was seen to take a hundred times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from lightning_optim import kernels, optim
-from lightning_optim.kernels.cpu.threads import run_blocks
 
 
 def test_automatic_choice_is_by_device() -> None:
@@ -56,7 +54,7 @@ from lightning_optim.optim.adam import AdamRule
 import numba
 start = time.perf_counter()
 kernel = build(KernelSpec(AdamRule, ("float32",) * 4))
-print(len(kernel.function.stats.cache_hits))
+print(len(kernel.function.dispatcher.stats.cache_hits))
 """
 
 
@@ -93,61 +91,3 @@ def test_what_takes_long_is_announced(caplog: pytest.LogCaptureFixture) -> None:
         with LogIfSlow(lambda: "slow", seconds=0.01):
             time.sleep(0.2)
     assert [record.message for record in caplog.records] == ["slow"]
-
-
-def test_blocks_are_each_run_once() -> None:
-    for blocks in (1, 2, 7, 100):
-        seen: list[int] = []
-        lock = threading.Lock()
-
-        def kernel(first: int, last: int, seen: list[int] = seen, lock: threading.Lock = lock) -> None:
-            with lock:
-                seen.extend(range(first, last))
-
-        run_blocks(kernel, blocks)
-        assert sorted(seen) == list(range(blocks))
-
-
-def test_an_error_in_a_thread_is_raised() -> None:
-    def kernel(first: int, last: int) -> None:
-        raise ArithmeticError("block")
-
-    with pytest.raises(ArithmeticError):
-        run_blocks(kernel, 10)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_steps_in_a_forked_process() -> None:
-    """A data loader's worker, say, is forked after training has begun, without the threads of its parent."""
-    code = """
-import os, torch
-torch.set_num_threads(2)
-from lightning_optim.kernels import measure
-grads = [torch.ones(1_000_000)]
-assert measure(grads).item() == 1e6
-child = os.fork()
-if child == 0:
-    os._exit(0 if measure(grads).item() == 1e6 else 1)
-print(os.waitpid(child, 0)[1])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.strip() == "0"
-
-
-def test_two_threads_may_step_at_once() -> None:
-    params = [torch.ones(300_000, requires_grad=True) for _ in range(4)]
-    for param in params:
-        param.grad = torch.ones_like(param)
-    optimizers = [optim.SGD([param], lr=0.1) for param in params]
-
-    def work(optimizer: optim.SGD) -> None:
-        for _ in range(20):
-            optimizer.step()
-
-    threads = [threading.Thread(target=work, args=(o,)) for o in optimizers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for param in params:
-        torch.testing.assert_close(param.detach(), torch.full_like(param, 1 - 2.0))

@@ -114,7 +114,7 @@ def launch(kernel: Kernel, args: KernelArgs, scalars: npt.NDArray[np.floating]) 
     """Run ``kernel`` over all blocks, and add the block sums of each tensor in order: [tensors, sums], float64."""
     blocks = split(args.numel, BLOCK)
     sums = np.zeros((len(blocks), len(kernel.sums)))
-    run_blocks(kernel.function, len(blocks), blocks, args.addresses, scalars, sums)
+    run_blocks(kernel.function, len(blocks), sum(args.numel), blocks, args.addresses, scalars, sums)
     totals = np.zeros((len(args.numel), len(kernel.sums)))
     if kernel.sums:
         np.add.at(totals, blocks[:, 0], sums)

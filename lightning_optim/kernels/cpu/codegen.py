@@ -8,10 +8,11 @@ from typing import Any
 import numba
 import numpy as np
 
-from lightning_optim.kernels.cpu import disk_cache
+from lightning_optim.kernels.cpu import disk_cache, launch
 from lightning_optim.kernels.cpu import quantized as cpu_quantized
+from lightning_optim.kernels.cpu.launch import BlockLoop, kernel_text
 from lightning_optim.kernels.cpu.memory import compiled, load, named_functions, store, sum_functions
-from lightning_optim.kernels.cpu.source import CHUNK, source
+from lightning_optim.kernels.cpu.source import CHUNK, ELEMENTWISE_TABLES, source
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
 from lightning_optim.kernels.rounding import kahan_pending, kahan_rest, noise, slot_key
 from lightning_optim.kernels.rules import rebind
@@ -21,13 +22,7 @@ from lightning_optim.kernels.weight_decay import APPLY_DECAY, DECAY_TERM
 
 @cache
 def build(spec: KernelSpec) -> Kernel:
-    """Compile the kernel described by ``spec``, or load it from disk.
-
-    Returns:
-        A kernel whose function is ``run(first, last, blocks, addresses, scalars, sums)``: blocks, int64, [blocks, 3] of
-        (tensor, first element, end); addresses, int64, [tensors, slots]; scalars, [tensors, columns], in the dtype of
-        the arithmetic; and sums, float64, [blocks, sums].
-    """
+    """Compile the kernel described by ``spec``, or load it from disk; its tables are `ELEMENTWISE_TABLES`."""
     text = source(spec)
     named = named_functions(spec.wide)
     rules = {"sums_update" if spec.purpose == "sums" else "update": spec.function}
@@ -56,31 +51,44 @@ def build(spec: KernelSpec) -> Kernel:
     return Kernel(_compile(spec.rule.__name__, text, names, kept_as, spec.dtypes), spec.scalars, spec.sums)
 
 
-def _compile(what: str, text: str, names: dict[str, Any], kept_as: str, dtypes: tuple[str, ...]) -> Any:
-    """Compile the function ``kernel`` defined by ``text`` with the signature given in `build`, or load it from disk."""
-    exec(compile(text, f"<{what}>", "exec"), names)
-    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy")
-    disk_cache.keep_on_disk(dispatcher, kept_as)
+def _compile(what: str, text: str, names: dict[str, Any], kept_as: str, dtypes: tuple[str, ...]) -> BlockLoop:
     wide = "float64" if dtypes[0] == "float64" else "float32"
-    with disk_cache.LogIfSlow(
-        lambda: f"Compiling the CPU kernel of {what} for {', '.join(dict.fromkeys(dtypes))}{disk_cache.cache_note()}"
-    ):
-        dispatcher.compile(f"void(int64, int64, int64[:, ::1], int64[:, ::1], {wide}[:, ::1], float64[:, ::1])")
-    return dispatcher
+    names |= launch.names(dict(zip(ELEMENTWISE_TABLES, ("int64", "int64", wide, "float64"), strict=True)))
+    return launch.compile_loop(f"of {what} for {', '.join(dict.fromkeys(dtypes))}", text, names, kept_as)
+
+
+_SUBTRACTION = """\
+tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+address_0, address_1, decay = addresses[tensor, 0], addresses[tensor, 1], scalars[tensor, 0]
+for i in range(start, end):
+    param = load_0(address_0, i)
+    store_0(address_0, i, param - change(param, load_1(address_1, i), decay))
+""".splitlines()
+
+_MEASURE = f"""\
+tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+address = addresses[tensor, 0]
+total = 0.0
+for chunk in range(start, end, {CHUNK}):
+    sum = zero
+    for i in range(chunk, min(chunk + {CHUNK}, end)):
+        x = load_0(address, i)
+        sum = add_product(sum, x, x)
+    if sum - sum == zero:
+        total += sum
+    else:  # not finite, or squares beyond float32
+        for i in range(chunk, min(chunk + {CHUNK}, end)):
+            wide_x = double(load_0(address, i))
+            total = add_product(total, wide_x, wide_x)
+sums[block, 0] = total
+""".splitlines()
 
 
 @cache
 def build_subtraction(dtypes: tuple[str, ...]) -> Kernel:
     """Compile the kernel that subtracts deltas and the decay of form `shrink`; ``dtypes`` of parameter and delta."""
     wide = "float64" if dtypes[0] == "float64" else "float32"
-    text = """def kernel(first, last, blocks, addresses, scalars, sums):
-    for block in range(first, last):
-        tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
-        address_0, address_1, decay = addresses[tensor, 0], addresses[tensor, 1], scalars[tensor, 0]
-        for i in range(start, end):
-            param = load_0(address_0, i)
-            store_0(address_0, i, param - change(param, load_1(address_1, i), decay))
-"""
+    text = kernel_text(ELEMENTWISE_TABLES, (), _SUBTRACTION)
     names: dict[str, Any] = {
         "__name__": __name__,
         "change": rebind(APPLY_DECAY["shrink"], named_functions(wide), compiled),
@@ -95,24 +103,7 @@ def build_subtraction(dtypes: tuple[str, ...]) -> Kernel:
 @cache
 def build_measure(dtype: str) -> Kernel:
     """Compile the kernel that computes square sums of tensors of ``dtype``."""
-    text = f"""def kernel(first, last, blocks, addresses, scalars, sums):
-    for block in range(first, last):
-        tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
-        address = addresses[tensor, 0]
-        total = 0.0
-        for chunk in range(start, end, {CHUNK}):
-            sum = zero
-            for i in range(chunk, min(chunk + {CHUNK}, end)):
-                x = load_0(address, i)
-                sum = add_product(sum, x, x)
-            if sum - sum == zero:
-                total += sum
-            else:  # not finite, or squares beyond float32
-                for i in range(chunk, min(chunk + {CHUNK}, end)):
-                    wide_x = double(load_0(address, i))
-                    total = add_product(total, wide_x, wide_x)
-        sums[block, 0] = total
-"""
+    text = kernel_text(ELEMENTWISE_TABLES, (), _MEASURE)
     wide = "float64" if dtype == "float64" else "float32"
     names: dict[str, Any] = {"__name__": __name__, "load_0": load(dtype, 0, 1), "double": numba.float64}
     names |= sum_functions() | {"zero": np.dtype(wide).type(0)}

@@ -47,7 +47,8 @@ def fingerprint(text: str, functions: tuple[Callable[..., Any], ...]) -> str:
     for function in functions:
         for code in _codes(function):
             digest.update(marshal.dumps(_plain(code)))
-    digest.update((Path(__file__).parent / "memory.py").read_bytes())
+    for building_blocks in ("memory.py", "launch.py"):
+        digest.update((Path(__file__).parent / building_blocks).read_bytes())
     digest.update(f"{numba.__version__} {__name__}".encode())  # A cache entry refers to modules by name.
     return digest.hexdigest()[:16]
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim.kernels.base import largest
-from lightning_optim.kernels.cpu import disk_cache
+from lightning_optim.kernels.cpu import disk_cache, launch
+from lightning_optim.kernels.cpu.launch import BlockLoop, kernel_text
 from lightning_optim.kernels.cpu.memory import compiled, load, named_functions, store, sum_functions
 from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.rules import rebind
@@ -34,85 +35,83 @@ CHUNK = 4096
 
 Shape = tuple[int, int, int]
 
-_MEAN_SQUARES = """
-def kernel(first, last, blocks, shapes, addresses, scalars, sums):
-    for block in range(first, last):
-        tensor, start, end, top, bottom, part = blocks[block]
-        rows, columns, parts = shapes[tensor, 1], shapes[tensor, 2], shapes[tensor, 3]
-        grad, row_means, column_means = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
-        for matrix in range(start, end):
-            column, exact = (matrix * parts + part) * columns, False
-            for i in range(columns):
-                store_2(column_means, column + i, zero)
-            for row in range(matrix * rows + top, matrix * rows + bottom):
-                total = 0.0
-                for chunk in range(0, columns, CHUNK):
-                    row_sum = zero
-                    for i in range(chunk, min(chunk + CHUNK, columns)):
-                        x = load_0(grad, row * columns + i)
-                        store_2(column_means, column + i, add_product(load_2(column_means, column + i), x, x))
-                        row_sum = add_product(row_sum, x, x)
-                    total += row_sum
-                if total - total != 0.0:  # not finite, or squares beyond float32
-                    total, exact = 0.0, True
-                    for i in range(columns):
-                        wide_x = double(load_0(grad, row * columns + i))
-                        total += wide_x * wide_x
-                store_1(row_means, row, float(minimum(total / columns, LARGEST)))
-            for i in range(columns):
-                store_2(column_means, column + i, load_2(column_means, column + i) / float(rows))
-            if exact:
-                for i in range(columns):
-                    total = 0.0
-                    for row in range(matrix * rows + top, matrix * rows + bottom):
-                        wide_x = double(load_0(grad, row * columns + i))
-                        total += wide_x * wide_x
-                    store_2(column_means, column + i, float(minimum(total / rows, LARGEST)))
-"""
-
-_SCALED_SQUARES = """
-def kernel(first, last, blocks, shapes, addresses, scalars, sums):
-    for block in range(first, last):
-        tensor, start, end, top, bottom, part = blocks[block]
-        rows, columns = shapes[tensor, 1], shapes[tensor, 2]
-        grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
-        ceiling = scalars[tensor, 0]
+_MEAN_SQUARES = """\
+tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+top, bottom, part = blocks[block, 3], blocks[block, 4], blocks[block, 5]
+rows, columns, parts = shapes[tensor, 1], shapes[tensor, 2], shapes[tensor, 3]
+grad, row_means, column_means = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
+for matrix in range(start, end):
+    column, exact = (matrix * parts + part) * columns, False
+    for i in range(columns):
+        store_2(column_means, column + i, zero)
+    for row in range(matrix * rows + top, matrix * rows + bottom):
         total = 0.0
-        for matrix in range(start, end):
+        for chunk in range(0, columns, CHUNK):
+            row_sum = zero
+            for i in range(chunk, min(chunk + CHUNK, columns)):
+                x = load_0(grad, row * columns + i)
+                store_2(column_means, column + i, add_product(load_2(column_means, column + i), x, x))
+                row_sum = add_product(row_sum, x, x)
+            total += row_sum
+        if total - total != 0.0:  # not finite, or squares beyond float32
+            total, exact = 0.0, True
+            for i in range(columns):
+                wide_x = double(load_0(grad, row * columns + i))
+                total += wide_x * wide_x
+        store_1(row_means, row, float(minimum(total / columns, LARGEST)))
+    for i in range(columns):
+        store_2(column_means, column + i, load_2(column_means, column + i) / float(rows))
+    if exact:
+        for i in range(columns):
+            total = 0.0
             for row in range(matrix * rows + top, matrix * rows + bottom):
-                factor = load_1(row_factors, row)
-                for chunk in range(0, columns, CHUNK):
-                    row_sum = zero
-                    for i in range(chunk, min(chunk + CHUNK, columns)):
-                        y = minimum(factor * load_2(column_factors, matrix * columns + i), ceiling)
-                        y *= load_0(grad, row * columns + i)
-                        row_sum = add_product(row_sum, y, y)
-                    total += row_sum
-        sums[block] = total
+                wide_x = double(load_0(grad, row * columns + i))
+                total += wide_x * wide_x
+            store_2(column_means, column + i, float(minimum(total / rows, LARGEST)))
 """
 
-_SCALED = """
-def kernel(first, last, blocks, shapes, addresses, scalars, sums):
-    for block in range(first, last):
-        tensor, start, end, top, bottom, part = blocks[block]
-        rows, columns = shapes[tensor, 1], shapes[tensor, 2]
-        grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
-        result = addresses[tensor, 3]
-        ceiling, scale, decay = scalars[tensor, 0], scalars[tensor, 1], scalars[tensor, 2]
-        for matrix in range(start, end):
-            for row in range(matrix * rows + top, matrix * rows + bottom):
-                factor = load_1(row_factors, row)
-                for i in range(columns):
-                    y = minimum(factor * load_2(column_factors, matrix * columns + i), ceiling)
-                    y = scale * (load_0(grad, row * columns + i) * y)
-                    RESULT
+_SCALED_SQUARES = """\
+tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+top, bottom, part = blocks[block, 3], blocks[block, 4], blocks[block, 5]
+rows, columns = shapes[tensor, 1], shapes[tensor, 2]
+grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
+ceiling = scalars[tensor, 0]
+total = 0.0
+for matrix in range(start, end):
+    for row in range(matrix * rows + top, matrix * rows + bottom):
+        factor = load_1(row_factors, row)
+        for chunk in range(0, columns, CHUNK):
+            row_sum = zero
+            for i in range(chunk, min(chunk + CHUNK, columns)):
+                y = minimum(factor * load_2(column_factors, matrix * columns + i), ceiling)
+                y *= load_0(grad, row * columns + i)
+                row_sum = add_product(row_sum, y, y)
+            total += row_sum
+sums[block, 0] = total
+"""
+
+_SCALED = """\
+tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+top, bottom, part = blocks[block, 3], blocks[block, 4], blocks[block, 5]
+rows, columns = shapes[tensor, 1], shapes[tensor, 2]
+grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
+result = addresses[tensor, 3]
+ceiling, scale, decay = scalars[tensor, 0], scalars[tensor, 1], scalars[tensor, 2]
+for matrix in range(start, end):
+    for row in range(matrix * rows + top, matrix * rows + bottom):
+        factor = load_1(row_factors, row)
+        for i in range(columns):
+            y = minimum(factor * load_2(column_factors, matrix * columns + i), ceiling)
+            y = scale * (load_0(grad, row * columns + i) * y)
+            RESULT
 """
 _SCALED_DELTAS = _SCALED.replace("RESULT", "store_3(result, row * columns + i, y)")
 _SUBTRACTED = _SCALED.replace(
     "RESULT",
-    "x = load_3(result, row * columns + i)\n"
-    "                    store_3(result, row * columns + i, x - change(x, y, decay))",
+    "x = load_3(result, row * columns + i)\n            store_3(result, row * columns + i, x - change(x, y, decay))",
 )
+
+_TABLES = ("blocks", "shapes", "addresses", "scalars", "sums")
 
 _KERNELS = {
     "mean_squares": _MEAN_SQUARES,
@@ -257,14 +256,14 @@ def _run(
     """Run kernel ``name`` over all blocks of the contiguous tensors ``slots``; return its sums, float64, [blocks]."""
     kernel = _build(name, "float64" if slots[0][0].dtype == torch.float64 else "float32", len(slots))
     addresses = np.array([[tensor.data_ptr() for tensor in slot] for slot in slots], dtype=np.int64).T.copy()
-    sums = np.zeros(len(blocks))
-    run_blocks(kernel, len(blocks), blocks, shapes, addresses, scalars, sums)
-    return sums
+    sums = np.zeros((len(blocks), 1))
+    run_blocks(kernel, len(blocks), sum(map(Tensor.numel, slots[0])), blocks, shapes, addresses, scalars, sums)
+    return sums[:, 0]
 
 
 @cache
-def _build(name: str, dtype: str, slots: int) -> Any:
-    text = _KERNELS[name]
+def _build(name: str, dtype: str, slots: int) -> BlockLoop:
+    text = kernel_text(_TABLES, (), _KERNELS[name].splitlines())
     named = named_functions(dtype)
     names: dict[str, Any] = {
         "__name__": __name__,
@@ -279,11 +278,6 @@ def _build(name: str, dtype: str, slots: int) -> Any:
     for slot in range(slots):
         names[f"load_{slot}"] = load(dtype, slot, slots)
         names[f"store_{slot}"] = store(dtype, slot, slots)
-    exec(compile(text, f"<{name}>", "exec"), names)
-    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy")
+    names |= launch.names(dict(zip(_TABLES, ("int64", "int64", "int64", dtype, "float64"), strict=True)))
     fingerprint = disk_cache.fingerprint(f"{text}{dtype}{slots}{CHUNK}{names['LARGEST']}", (APPLY_DECAY["shrink"],))
-    disk_cache.keep_on_disk(dispatcher, f"{name}-{fingerprint}")
-    with disk_cache.LogIfSlow(lambda: f"Compiling the CPU kernel {name} for {dtype}{disk_cache.cache_note()}"):
-        table = "int64[:, ::1]"
-        dispatcher.compile(f"void(int64, int64, {table}, {table}, {table}, {dtype}[:, ::1], float64[::1])")
-    return dispatcher
+    return launch.compile_loop(f"{name} for {dtype}", text, names, f"{name}-{fingerprint}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lightning_optim.kernels.cpu.launch import kernel_text
 from lightning_optim.kernels.kernel_spec import KernelSpec
 from lightning_optim.kernels.quantization import BLOCK
 from lightning_optim.kernels.rounding import KEY_COLUMNS
@@ -18,31 +19,33 @@ CHUNK = 4096
 """Number of elements summed in the arithmetic dtype before their sum is added to a float64 total, which bounds the
 rounding error at full speed."""
 
+ELEMENTWISE_TABLES = ("blocks", "addresses", "scalars", "sums")
+"""Tables of a kernel: blocks, int64, [blocks, 3] of (tensor, first element, end); addresses, int64, [tensors, slots];
+scalars, [tensors, columns], in the dtype of the arithmetic; and sums, float64, [blocks, sums]."""
+
 _CONSTANTS = {"zero": "zero", "one": "one", "tiny": "tiny"}
 
 
 def source(spec: KernelSpec) -> str:
-    """Return the text of the function ``kernel(first, last, blocks, addresses, scalars, sums)`` for ``spec``."""
+    """Return the text of the function ``kernel(launch)`` for ``spec``."""
     body = [*_loads(spec), *_update(spec), *(_stores(spec) if spec.writes else []), *_sums(spec)]
     names = [*spec.slots, *spec.rounded]
-    lines = ["def kernel(first, last, blocks, addresses, scalars, sums):"]
-    lines += ["    zero, one, tiny = float(0), float(1), float(1e-18)"]
-    lines += [f"    {name}_buffer = np.empty({BLOCK}, np.float32)" for name in spec.quantized]
-    lines += ["    for block in range(first, last):"]
-    lines += ["        tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]"]
-    lines += [f"        {name}_address = addresses[tensor, {slot}]" for slot, name in enumerate(spec.slots)]
-    lines += [f"        {spec.variable[name]} = scalars[tensor, {i}]" for i, name in enumerate(spec.scalars)]
+    before = ["zero, one, tiny = float(0), float(1), float(1e-18)"]
+    before += [f"{name}_buffer = np.empty({BLOCK}, np.float32)" for name in spec.quantized]
+    lines = ["tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]"]
+    lines += [f"{name}_address = addresses[tensor, {slot}]" for slot, name in enumerate(spec.slots)]
+    lines += [f"{spec.variable[name]} = scalars[tensor, {i}]" for i, name in enumerate(spec.scalars)]
     if spec.rounded:
         high, low = (spec.variable[name] for name in KEY_COLUMNS)
         key = f"slot_key(int({high}) * 65536 + int({low}), "
-        lines += [f"        {name}_key = {key}{names.index(name)})" for name in spec.rounded]
-    lines += [f"        total_{name} = 0.0" for name in spec.sums]
-    lines += [f"        for chunk in range(start, end, {CHUNK}):"]
-    lines += [f"            sum_{name} = zero" for name in spec.sums]
-    lines += _indented(12, _in_tiles(spec, body) if spec.quantized else _elements("chunk", CHUNK, body))
-    lines += [f"            total_{name} += sum_{name}" for name in spec.sums]
-    lines += [f"        sums[block, {i}] = total_{name}" for i, name in enumerate(spec.sums)]
-    return "\n".join(lines) + "\n"
+        lines += [f"{name}_key = {key}{names.index(name)})" for name in spec.rounded]
+    lines += [f"total_{name} = 0.0" for name in spec.sums]
+    lines += [f"for chunk in range(start, end, {CHUNK}):"]
+    lines += [f"    sum_{name} = zero" for name in spec.sums]
+    lines += _indented(4, _in_tiles(spec, body) if spec.quantized else _elements("chunk", CHUNK, body))
+    lines += [f"    total_{name} += sum_{name}" for name in spec.sums]
+    lines += [f"sums[block, {i}] = total_{name}" for i, name in enumerate(spec.sums)]
+    return kernel_text(ELEMENTWISE_TABLES, before, lines)
 
 
 def _loads(spec: KernelSpec) -> list[str]:

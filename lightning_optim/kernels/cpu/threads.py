@@ -1,45 +1,76 @@
-"""Threads that run compiled loops over blocks, as many as torch uses.
+"""Threads that run kernels: torch's own where they are found, else a pool of Python threads.
 
-Kernels release the GIL and run on Python threads rather than in numba's thread pool. Which pool numba finds depends on
-the machine; one aborts if two Python threads enter it, another aborts after the process has forked (as data loaders
-do), and parallel loops take several times as long to compile.
+Neither is numba's thread pool: which one numba finds depends on the machine; one aborts if two Python threads enter it,
+another aborts after the process has forked (as data loaders do), and parallel loops take several times as long to
+compile.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+from lightning_optim.kernels.cpu import openmp
+from lightning_optim.kernels.cpu.launch import BLOCKS, DONE, RUN, TABLES, BlockLoop
+
+ALONE = 32768
+"""Number of elements up to which one thread is faster than to wake others; torch's own operations have the same."""
+
+RUNS_PER_THREAD = 8
+"""Number of runs per thread into which the blocks are divided at least, as other processes use the cores as well."""
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 
 
-def run_blocks(kernel: Callable[..., None], blocks: int, *arguments: Any) -> None:
-    """Call ``kernel(first, last, *arguments)`` on ranges that make up ``range(blocks)``, on torch's number of threads.
+def run_blocks(kernel: BlockLoop, blocks: int, elements: int, *tables: npt.NDArray[Any]) -> None:
+    """Run ``kernel`` over ``range(blocks)`` on torch's number of threads.
 
-    There are a few ranges per thread, distributed as threads become free, because other processes of a training run
-    use the cores as well.
+    Args:
+        kernel: The compiled kernel.
+        blocks: Number of blocks.
+        elements: Number of elements in all blocks, by which it is decided whether threads are worth waking.
+        tables: Arrays that the kernel reads and writes, C-contiguous, two dimensions each.
+
+    Raises:
+        MemoryError: A kernel could not allocate its buffers.
     """
-    threads = min(torch.get_num_threads(), blocks)
+    threads = 1 if blocks <= 1 or elements <= ALONE else torch.get_num_threads()
+    team = openmp.team() if threads > 1 else None
+    if team is not None and not team.is_free():
+        threads = 1
+    record = np.zeros(TABLES + 3 * len(tables), dtype=np.int64)
+    record[BLOCKS] = blocks
+    record[RUN] = max(1, blocks // (threads * RUNS_PER_THREAD))
+    record[TABLES:] = [value for table in tables for value in (table.ctypes.data, *table.shape)]
+    address = record.ctypes.data
     if threads <= 1:
-        kernel(0, blocks, *arguments)
-        return
-    run = max(1, blocks // (threads * 8))
-    starts = itertools.count(0, run)  # `next` of a count is atomic.
+        kernel.dispatcher(address)
+    elif team is not None:
+        # The team gets torch's number of threads even for fewer blocks: a smaller one would end some of its threads,
+        # and torch's next operation would have to start them again.
+        team.run(kernel.address, address, threads)
+    else:
+        pool = _executor(threads - 1)
+        # Each thread holds the arrays whose addresses it has, as an error here or Ctrl+C would free them too early.
+        jobs = [pool.submit(_run, kernel, record, tables) for _ in range(min(threads, blocks) - 1)]
+        kernel.dispatcher(address)
+        for job in jobs:
+            job.result()
+    if record[DONE] != blocks:
+        raise MemoryError(
+            f"Only {record[DONE]} of {blocks} blocks of a step were computed, because a thread could not allocate its "
+            "buffers. Parameters and states are updated in part: load a checkpoint."
+        )
 
-    def work() -> None:
-        while (first := next(starts)) < blocks:
-            kernel(first, min(first + run, blocks), *arguments)
 
-    others: list[Future[None]] = [_executor(threads - 1).submit(work) for _ in range(threads - 1)]
-    work()
-    for other in others:
-        other.result()
+def _run(kernel: BlockLoop, record: npt.NDArray[np.int64], tables: tuple[npt.NDArray[Any], ...]) -> None:
+    kernel.dispatcher(record.ctypes.data)
 
 
 def _executor(size: int) -> ThreadPoolExecutor:

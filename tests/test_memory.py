@@ -73,8 +73,7 @@ class Allocated(L.Callback):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("nan", [False, True])
-def test_the_callbacks_keep_as_much_after_5000_steps_as_after_1000(nan: bool, tmp_path: Any) -> None:
+def test_the_callbacks_keep_as_much_after_5000_steps_as_after_1000(tmp_path: Any) -> None:
     allocated = Allocated(1_000, 5_000)
     callbacks = [
         lo.ConfigureOptimizers("adamw", lr=1e-4, schedule="constant"),
@@ -87,7 +86,7 @@ def test_the_callbacks_keep_as_much_after_5000_steps_as_after_1000(nan: bool, tm
     trainer = make_trainer(callbacks, max_steps=5_000, max_epochs=None, logger=logger, log_every_n_steps=2)
     tracemalloc.start()
     try:
-        trainer.fit(Net(nan_batches=range(0, 5_000, 4) if nan else ()), batches(5_000))
+        trainer.fit(Net(), batches(5_000))
     finally:
         tracemalloc.stop()
     early, late = allocated.found

@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 import lightning_optim as lo
 from lightning_optim.clipping import ClipRule, GlobalNorm, get_clip_rule, list_clip_rules
 from lightning_optim.diagnostics import Histograms, PerTensor
-from lightning_optim.diagnostics.magnitudes import KINDS
 from lightning_optim.divergence import NonFiniteGradient, Rollback
+from lightning_optim.step.histograms import KINDS
 from tests import allocations
 from tests.benchmarks.models import matrices, transformer
 from tests.benchmarks.timing import machine, table

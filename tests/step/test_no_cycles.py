@@ -62,7 +62,7 @@ def check(collected: Callable[[], list[Any]], make: Callable[[Any], Optimizer], 
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        total = sum((param**2).sum() for param in params)
+        total = torch.stack([(param**2).sum() for param in params]).sum()
         total.backward()
         return total
 

@@ -2,6 +2,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# `make test TORCH=2.14.1` runs the tests with that torch, in an environment of its own; style, types and documentation
+# are those of the pinned one.
+ifdef TORCH
+VENV := .venv-torch-$(TORCH)
+CONSTRAINTS := $(VENV)/constraints.txt
+else
+CONSTRAINTS := constraints.txt
+endif
 # Tests run in so many processes, of one thread each; 1 to see them in order.
 WORKERS ?= 2
 # How pytest-xdist hands tests to them; `worksteal` splits files as well.
@@ -15,7 +23,7 @@ PYTEST := pytest --numprocesses $(WORKERS) --dist $(DIST)
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 OLDEST_VERSIONS := 'torch==2.11.*' 'lightning==2.6.*' 'numba==0.60.*'
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 
 .PHONY: help demo test test-all test-oldest coverage lint docs bench clean
 .DEFAULT_GOAL := help
@@ -26,7 +34,7 @@ help: ## List what can be made
 demo: $(VENV)/.demo ## Train a small language model on the standard library's sources and show what came out
 	$(BIN)/lightning-optim fit --config examples/char_lm.yaml
 
-test: $(VENV)/.dev lint docs ## Everything that CI runs
+test: $(VENV)/.dev $(if $(TORCH),,lint docs) ## Everything that CI runs; with `TORCH=2.14.1`, the tests alone with that torch
 	rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m $(PYTEST) $(UNMEASURED:%=--ignore=%)
 	$(BIN)/coverage combine --quiet
@@ -61,11 +69,16 @@ bench: $(VENV)/.dev ## Measure; minutes, on a quiet machine
 	$(BIN)/python -m tests.benchmarks
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) $(OLDEST) .coverage .coverage.* site dist runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .venv-torch-*
+	rm -rf .coverage .coverage.* site dist runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: the other packages would pull in a build with CUDA.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
+ifdef TORCH
+	# Each torch wants a triton of its own.
+	sed -e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d' constraints.txt > $(CONSTRAINTS)
+endif
 	@echo "Installing torch and the rest into $(VENV); this takes a minute or two."
 	$(PIP) torch
 	@touch $@

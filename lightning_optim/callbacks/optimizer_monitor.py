@@ -21,6 +21,9 @@ from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, DIAGNOSTICS, Diagno
 from lightning_optim.diagnostics.advice import BatchAdvice
 from lightning_optim.step import StepPipeline
 
+_MOST_ALARMS = 1000
+"""Largest number of sentences in `OptimizerMonitor.alarms`, as in the guard's report."""
+
 
 class OptimizerMonitor(HubCallback):
     """Log the effect of the optimizer on each parameter group, to every logger.
@@ -47,7 +50,8 @@ class OptimizerMonitor(HubCallback):
 
     Attributes:
         latest: The last report that has arrived, by tag; with several optimizers, that of the first.
-        alarms: A sentence for each report with a gradient that was not finite, which names the first of these.
+        alarms: A sentence for each report with a gradient that was not finite, which names the first of these;
+            of more than a thousand the first and the last ones.
         advice: Sentences of advice on the batch size.
 
     Raises:
@@ -240,6 +244,8 @@ class OptimizerMonitor(HubCallback):
         for logger in trainer.loggers:
             log_scalars(logger, values, report.at)
         self.alarms += alarms
+        if len(self.alarms) > _MOST_ALARMS:
+            del self.alarms[_MOST_ALARMS // 2]
         advice = self._batch_advice.update(values.get("optim_grad/noise_scale"), values.get("optim_grad/batch_size"))
         if advice is not None:
             self.advice.append(advice)

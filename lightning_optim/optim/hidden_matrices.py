@@ -169,9 +169,10 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         adjust = group["adjust_lr_fn"]
         if not (group["flatten"] is None or isinstance(group["flatten"], bool)):
             raise ValueError(f"{cls.__name__}: Invalid flatten={group['flatten']!r}: must be None, True or False.")
-        if adjust not in (None, "original", "match_rms_adamw"):
+        if adjust not in (None, "original", "match_rms_adamw", "spectral_unclamped"):
             raise ValueError(
-                f"{cls.__name__}: Invalid adjust_lr_fn={adjust!r}: must be None, 'original' or 'match_rms_adamw'."
+                f"{cls.__name__}: Invalid adjust_lr_fn={adjust!r}: must be None, 'original', "
+                "'match_rms_adamw' or 'spectral_unclamped'."
             )
 
 

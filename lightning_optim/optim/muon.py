@@ -120,6 +120,8 @@ def step_ratio(matrix: Tensor, adjust_lr_fn: str | None) -> float:
     rows, columns = matrix.shape[-2:]
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
+    if adjust_lr_fn == "spectral_unclamped":
+        return math.sqrt(rows / max(columns, 1))
     return math.sqrt(max(1.0, rows / max(columns, 1)))
 
 
@@ -154,7 +156,7 @@ class Muon(HiddenMatrixOptimizer):
         ns_steps: Iterations, 1 to 99; five bring singular values to between about 0.7 and 1.2.
         adjust_lr_fn: Dependence of the step on the shape of the matrix: None or `original`, or `match_rms_adamw`,
             which suits learning rate and weight decay tuned for AdamW (the second paper), so that one lr suits all
-            groups.
+            groups; or `spectral_unclamped`, √(A/B) (torch's from 2.14 on).
         flatten: Meaning of parameters with more than two dimensions: True for convolution kernels, flattened to output
             channels × the rest; False for stacks of matrices, such as experts, each orthogonalised separately. None
             treats four and more dimensions as kernels and refuses three, which are ambiguous; `muon_param_groups`

@@ -64,7 +64,6 @@ class Gradients:
         if not self.plain:
             self._redistribute()
         self._norm_sq: Tensor | None = None
-        self.stats = ReadGradStats(self)
 
     def norm_sq_now(self) -> Tensor:
         """Read the gradients again, and return their present square sums, shape [tensors]."""
@@ -162,13 +161,16 @@ class Gradients:
                 )
         return found
 
-    def read_momentum_norm_sq(self) -> Tensor:
+    def read_momentum_norm_sq(self, norm_sq: Tensor) -> Tensor:
         """Return the square sum of each first moment, scaled to an average of gradients, shape [tensors].
 
         It is 0 where there is no first moment yet.
+
+        Args:
+            norm_sq: The square sum of each gradient, whose dtype and device the result takes, shape [tensors].
         """
         found = self._states("exp_avg", "momentum_buffer", wanted="Clipping by the ratio to the momentum")
-        norm_sq = torch.zeros_like(self.stats.norm_sq)
+        norm_sq = torch.zeros_like(norm_sq)
         if not found:
             return self.sum_shards(norm_sq)
         device = norm_sq.device
@@ -225,6 +227,9 @@ def numbers(param: Tensor) -> int:
 class ReadGradStats(GradStats):
     """Gradient statistics that are read from gradients and state on first use, and cached.
 
+    `Gradients` does not refer back to them: a cycle would keep the gradients of past steps in memory until Python's
+    collector of cycles runs, which counts objects and not their bytes.
+
     Args:
         gradients: The gradients to read.
     """
@@ -268,7 +273,7 @@ class ReadGradStats(GradStats):
     @cached_property
     def momentum_norm_sq(self) -> Tensor:
         """See `GradStats`."""
-        return self._gradients.read_momentum_norm_sq()
+        return self._gradients.read_momentum_norm_sq(self.norm_sq)
 
     @cached_property
     def grad_sq_over_exp_avg_sq(self) -> Tensor:

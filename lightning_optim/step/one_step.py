@@ -13,7 +13,7 @@ from lightning_optim.clipping import Clip, Divisor
 from lightning_optim.core.stats import GradStats, StepRecord, StepStats
 from lightning_optim.core.transfer import upload
 from lightning_optim.step.foreign_stats import ForeignUpdate
-from lightning_optim.step.gradients import Gradients, group_names_of
+from lightning_optim.step.gradients import Gradients, ReadGradStats, group_names_of
 from lightning_optim.step.histograms import StepHistograms
 from lightning_optim.step.operands import StepOperands
 
@@ -36,7 +36,7 @@ class OneStep:
 
     def __init__(self, gradients: Gradients, reported: bool) -> None:
         self.gradients = gradients
-        self.stats = gradients.stats
+        self.stats = ReadGradStats(gradients)
         self.reported = reported
         self.clip: Clip | None = None
         self.skip: Tensor | None = None

@@ -354,6 +354,18 @@ def test_speed_is_the_clocks_without_validation(logger):
     assert all(0 < share < 0.9 for _, share in events["optim_speed/optimizer_share"])
 
 
+def test_of_many_alarms_the_first_and_the_last_ones_are_kept(logger, monkeypatch):
+    monkeypatch.setattr("lightning_optim.callbacks.optimizer_monitor._MOST_ALARMS", 4)
+
+    class Broken(Net):
+        def on_before_optimizer_step(self, optimizer):
+            self.norm.weight.grad[1] = float("inf")
+
+    monitor = lo.OptimizerMonitor()
+    make_trainer([_configure(), lo.GradientClipping(1.0), monitor], logger=logger).fit(Broken(), batches(7))
+    assert [alarm.split(":")[0] for alarm in monitor.alarms] == ["Step 0", "Step 1", "Step 5", "Step 6"]
+
+
 def test_gradients_that_are_not_finite_are_counted_and_the_first_is_named(logger):
     class Broken(Net):
         def on_before_optimizer_step(self, optimizer):

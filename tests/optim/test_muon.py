@@ -182,7 +182,7 @@ def test_a_vector_cannot_be_given_to_the_rule(optimizer_class: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adjust_lr_fn": "rms"}, r"Muon: Invalid adjust_lr_fn='rms': must be None, 'original' or 'match_rms_adamw'"),
+        ({"adjust_lr_fn": "rms"}, r"Muon: Invalid adjust_lr_fn='rms': must be None, 'original', 'match_rms_adamw' or"),
         ({"ns_steps": 0}, r"ns_steps=0: must be a whole number from 1 to 99"),
         ({"ns_coefficients": (1.0, 2.0)}, r"ns_coefficients=\(1.0, 2.0\): must be 3 numbers, not 2"),
         ({"adamw_betas": (0.9, 1.0)}, r"AdamW: Invalid betas\[1\]=1.0"),
@@ -462,3 +462,19 @@ def test_many_groups_left_to_adamw_cost_about_what_they_cost_with_adamw(backend:
     adamw = _calls_of_a_step(lo.optim.AdamW(groups(), backend=backend))
     muon = _calls_of_a_step(lo.optim.Muon([{"params": [matrix]}, *groups(rule="adamw")], backend=backend))
     assert muon <= 1.3 * adamw
+
+
+@pytest.mark.parametrize("shape", [(8, 2), (2, 8)])
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_unclamped_steps_are_shorter_in_wide_matrices(name: str, shape: tuple[int, int]) -> None:
+    start, grad = torch.randn(shape), torch.randn(shape)
+
+    def moved(adjust: str) -> torch.Tensor:
+        weight = torch.nn.Parameter(start.clone())
+        weight.grad = grad.clone()
+        cls: Any = lo.optim.get_optimizer_class(name)
+        cls([weight], lr=0.1, weight_decay=0.0, adjust_lr_fn=adjust).step()
+        return weight.detach() - start
+
+    factor = min(1.0, (shape[0] / shape[1]) ** 0.5)
+    torch.testing.assert_close(moved("spectral_unclamped"), factor * moved("original"))

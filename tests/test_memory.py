@@ -1,0 +1,93 @@
+"""Memory of a whole step: no copy of a tensor beside the update, and no growth over thousands of steps."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import lightning_optim as lo
+from lightning_optim.clipping import GlobalNorm
+from lightning_optim.diagnostics import Histograms, PerTensor
+from lightning_optim.divergence import NonFiniteGradient
+from tests.allocations import python_peak, torch_peak
+from tests.helpers import Net, batches, make_trainer
+
+
+def test_what_is_allocated_is_seen_also_within_an_operator() -> None:
+    values = [torch.ones(10_000), torch.ones(10_000)]
+    assert torch_peak(lambda: None) == 0
+    assert 40_000 <= torch_peak(lambda: values[0] + 1) < 41_000
+    # The foreach form makes both sums before it returns them.
+    assert 80_000 <= torch_peak(lambda: torch._foreach_add(values, 1.0)) < 82_000
+    assert 80_000 <= python_peak(lambda: np.ones(10_000)) < 100_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_adamw_that_clips_skips_and_sums_takes_less_than_one_percent(dtype: torch.dtype) -> None:
+    params = [torch.nn.Parameter(torch.randn(512, 1024).to(dtype)) for _ in range(4)]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = lo.optim.AdamW(params, backend="cpu")
+    records: list[object] = []
+    pipeline = lo.StepPipeline(
+        optimizer, clip=GlobalNorm(max_norm=1e-3), detectors=[NonFiniteGradient()], on_report=records.append
+    )
+    for _ in range(2):
+        optimizer.step()
+    weights = sum(param.numel() * param.element_size() for param in params)
+    # Parameters, gradients and two moments.
+    limit = 4 * weights / 100
+    records.clear()
+    assert torch_peak(optimizer.step) < limit
+    assert python_peak(optimizer.step) < limit
+    assert pipeline.counts().clipped == 4
+    assert len(records) == 2
+
+
+class Allocated(L.Callback):
+    """Bytes in Python objects and numpy arrays that lines of the package have made and that still live.
+
+    Args:
+        at: Steps at which they are added up.
+    """
+
+    def __init__(self, *at: int) -> None:
+        self._at = at
+        self.found: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step in self._at:
+            gc.collect()
+            ours = tracemalloc.Filter(True, str(Path(lo.__file__).parent / "*"))
+            now = tracemalloc.take_snapshot().filter_traces([ours])
+            self.found.append(sum(trace.size for trace in now.traces))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_callbacks_keep_as_much_after_5000_steps_as_after_1000(tmp_path: Any) -> None:
+    allocated = Allocated(1_000, 5_000)
+    callbacks = [
+        lo.ConfigureOptimizers("adamw", lr=1e-4, schedule="constant"),
+        lo.GradientClipping(max_norm=1.0),
+        lo.DivergenceGuard(rollback=None, lr_cut=None, stop=False),
+        lo.OptimizerMonitor(per_tensor=PerTensor(every=100), histograms=Histograms(every=100)),
+        allocated,
+    ]
+    logger = TensorBoardLogger(tmp_path)
+    trainer = make_trainer(callbacks, max_steps=5_000, max_epochs=None, logger=logger, log_every_n_steps=2)
+    tracemalloc.start()
+    try:
+        trainer.fit(Net(), batches(5_000))
+    finally:
+        tracemalloc.stop()
+    early, late = allocated.found
+    assert late - early < 100_000

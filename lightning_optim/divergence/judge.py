@@ -198,7 +198,9 @@ class DivergenceJudge(Stateful):
             alarms += self._trend_alarms(seen, self.trend)
         for signal, factor in seen.levels.items():
             jumped = factor >= SUSTAINED and not self._counts["data"] and self._acts_on_loss(is_clear=False)
-            text = f"{_LABELS[signal]} stays {factor:.3g} times as high, which is taken as its new level"
+            text = f"{_LABELS[signal]} stays {factor:.3g} times as high" + (
+                "" if jumped else ", which is taken as its new level"
+            )
             alarms.append(alarm("jump" if jumped else "new_level", seen.step, text))
             if self.trend is not None and not jumped:
                 self.trend.rebase()

@@ -40,6 +40,9 @@ class SpikeWindow:
     Where the spread is so wide that one signal alone is no evidence, as for the loss of small batches late in training,
     two at once are. This needs no spread, so it starts after 16 steps.
 
+    No value is flagged that is not above the third highest of the window: where every fourth step is of another task,
+    its losses are far from the median, and usual.
+
     The robust spread is not moved by a few spikes, the logarithm makes it relative to the level, and the smallest rise
     avoids flags in a nearly constant signal. A signal that has been 0 or below in the window, such as a log-likelihood
     of densities, is judged without the logarithm. ``patience`` consecutive flags (with gaps of less than 8 steps), of
@@ -183,7 +186,7 @@ class SpikeWindow:
         if len(known) < self.warmup:
             return math.inf
         far = known.above(self.threshold)
-        return max(far, known.median + self.min_rise * abs(known.median), _NOTHING * known.start)
+        return max(far, known.median + self.min_rise * abs(known.median), known.usual_highest, _NOTHING * known.start)
 
     def state_dict(self) -> dict[str, Any]:
         """Return windows and flags, as plain numbers."""
@@ -282,6 +285,11 @@ class _Accepted:
     @property
     def highest(self) -> float:
         return self._sorted[-1]
+
+    @property
+    def usual_highest(self) -> float:
+        """The third highest value, which up to two outliers do not move."""
+        return self._sorted[-3:][0]
 
     def above(self, sigmas: float) -> float:
         """Return the value ``sigmas`` robust σ above the median, on a log scale if all are positive."""

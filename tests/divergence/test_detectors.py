@@ -563,3 +563,9 @@ def test_a_run_is_unstable_for_a_thousand_steps_after_a_response(responded, quie
         judge.responded()
     losses = [1.0 + 0.01 * (k % 3) for k in range(quiet)] + [9.0] * 20
     assert any(_trend_alarms(losses, [1.0] * len(losses), judge)) is acts
+
+
+def test_losses_of_a_task_that_takes_its_turn_are_usual():
+    turns = [(6.0 if k % 4 == 3 else 2.3) * (1 + 0.003 * (-k % 5)) for k in range(300)]
+    assert _skipped(turns) == ([], [])
+    assert _skipped([*turns, 20.0, *turns])[0] == [300]

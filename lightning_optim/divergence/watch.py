@@ -103,16 +103,16 @@ class StepGuard(NonFiniteGradient):
         else:
             values = torch.stack([norm, single_value(loss).to(norm, non_blocking=True)])
             skip = skip | (values[1] * 0 != 0)
-        flags = torch.zeros_like(values, dtype=torch.bool)
-        if self.spikes is not None:
+        if self.spikes is None:
+            flags = torch.zeros_like(values, dtype=torch.bool)
+        else:
             alone, together, familiar, harmful = self._limits_on(values, self.spikes).unbind()
             flags = (values > alone) | (values > together).all()
             if self.skip:
                 quiet = self._quiet if isinstance(self._quiet, Tensor) else torch.full_like(norm, self._quiet)
-                again = (quiet < _IN_A_ROW) & ~(values > familiar).any()
-                found = self._of_interest(flags & (values > harmful)).any()
-                skip = skip | (found if self.rates.has_risen else found & ~again)
-                self._next_quiet = (quiet + 1) * ~(flags & (values < math.inf)).any()
+                least = harmful if self.rates.has_risen else torch.where(quiet < _IN_A_ROW, familiar, harmful)
+                skip = skip | self._of_interest(flags & (values > least)).any()
+                self._next_quiet = (quiet + 1).masked_fill(flags.any(), 0)
         if self.detectors:
             asks = [d(stats).reshape(()).to(skip, non_blocking=True) for d in self.detectors]
             flags = torch.cat([flags, torch.stack(asks)])

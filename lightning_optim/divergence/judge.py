@@ -51,9 +51,9 @@ class DivergenceJudge(Stateful):
             falls below any useful value (2⁻⁴) within 20.
     """
 
-    STATE = ("counts", "rate_at_best", "last_rate", "last_rates")
+    STATE = ("counts", "rate_at_best", "last_rates")
     PARTS = ("trend",)
-    ADDED = ("rate_at_best", "last_rate", "last_rates")
+    ADDED = ("rate_at_best", "last_rates")
 
     def __init__(
         self,
@@ -68,7 +68,6 @@ class DivergenceJudge(Stateful):
         self.judge_loss = judge_loss
         self._counts: defaultdict[str, int] = defaultdict(int, quiet=GAP)
         self._rate_at_best = (math.inf, math.inf)
-        self._last_rate = math.inf
         self._last_rates: deque[float] = deque(maxlen=_LATELY)
 
     @property
@@ -109,17 +108,17 @@ class DivergenceJudge(Stateful):
         rose_at_once = is_new and rate > _AT_ONCE * min(self._last_rates, default=math.inf)
         counts["blamed"] = _BLAMED if is_new else max(0, counts["blamed"] - 1)
         counts["blamed_at_once"] = _BLAMED if rose_at_once else max(0, counts["blamed_at_once"] - 1)
+        last_rate = self._last_rates[-1] if self._last_rates else math.inf
         self._last_rates.append(rate)
         if self.trend is None or not math.isfinite(rate):
             return
         best, rate_then = self._rate_at_best
         if self.trend.best != best:  # by the last step
-            rate_then = self._last_rate
+            rate_then = last_rate
         if rate > _RESTART * rate_then and not counts["blamed"]:
             self.trend.rebase()
             rate_then = rate
         self._rate_at_best = self.trend.best, rate_then
-        self._last_rate = rate
 
     def _acts_on_loss(self, is_clear: bool) -> bool:
         """Return whether a rise of the loss asks for a response."""

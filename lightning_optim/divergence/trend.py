@@ -145,8 +145,8 @@ class SlowDivergence(Stateful):
     @property
     def rose_at_once(self) -> bool:
         """Whether most of the rise above the best took place between two steps of the last 128, and has lasted."""
-        logs = [math.log(loss) for loss in self._unclipped if loss > 0]
-        if len(logs) < len(self._unclipped) or len(logs) < 2 * _FEW or not 0 < self._lowest < math.inf:
+        logs = self._logs()
+        if len(logs) < 2 * _FEW:
             return False
         rise = statistics.median(logs[-2 * _FEW :]) - math.log(self._lowest)
         steps = (min(logs[k : k + 2]) - max(logs[k - _FEW : k]) for k in range(_FEW, len(logs) - 1))
@@ -185,8 +185,8 @@ class SlowDivergence(Stateful):
         larger gradients. A rise within a few steps is one of the data or of the loss function, and a term that is
         annealed or a harder task costs less than half. Logarithms are taken, because the noise of a loss grows with it.
         """
-        logs = [math.log(loss) for loss in self._unclipped if loss > 0]
-        if len(logs) < len(self._unclipped) or len(logs) < 2 or not 0 < self._lowest < math.inf:
+        logs = self._logs()
+        if len(logs) < 2:
             return False, False
         noise = _TO_SIGMA * statistics.median(abs(b - a) for a, b in itertools.pairwise(logs)) / math.sqrt(2)
         now, start = statistics.median(self._last), statistics.median(self._first)
@@ -194,6 +194,12 @@ class SlowDivergence(Stateful):
         has_grown = not self._grad_norm <= _GROWN * self._grad_norm_at_lowest  # also if it is not known
         is_sudden = _largest_step(logs) >= rise / 2
         return is_lost and has_grown and rise >= _CLEAR * noise and not is_sudden, is_sudden
+
+    def _logs(self) -> list[float]:
+        """Return the logarithms of the last losses; empty if one of them or the lowest has none, or none is known."""
+        if not 0 < self._lowest < math.inf or min(self._unclipped, default=0.0) <= 0:
+            return []
+        return [math.log(loss) for loss in self._unclipped]
 
     def _add_grad_norm(self, norm: float) -> None:
         if math.isfinite(norm):

@@ -53,19 +53,19 @@ class TritonBackend(Backend):
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         """Implement `Backend`."""
         args, kept = measure_args(grads)
-        with _current(args.device):
+        with current_device(args.device):
             kernel = build_measure(DTYPES[kept[0].dtype], _aligned(args))
             zero = _flag(None, args.device)
             return _run(kernel, args, zero, zero, squares=True)[:, 0]
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
-        with _current(batch.device):
+        with current_device(batch.device):
             return self._elementwise.sums(batch, divisor)
 
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """Implement `Backend`."""
-        with _current(batch.device):
+        with current_device(batch.device):
             return self._elementwise.apply(batch, divisor=divisor, skip=skip, collect=collect)
 
 
@@ -77,9 +77,9 @@ def run(
     return kernel.sums, _run(kernel, args, kernel.table(columns, args.dtype), _flag(skip, args.device))
 
 
-def launch(function: Any, programs: int, device: torch.device, *arguments: Any) -> None:
+def launch(function: Any, programs: int, device: torch.device, *arguments: Any, threads: int = THREADS) -> None:
     """Launch ``programs`` instances of a jit function on the current device."""
-    function[(programs,)](*arguments, num_warps=THREADS // _threads_per_warp(device), **OPTIONS)
+    function[(programs,)](*arguments, num_warps=threads // _threads_per_warp(device), **OPTIONS)
 
 
 @lru_cache(maxsize=16)
@@ -147,7 +147,7 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make ``device`` current, because Triton launches on the current device and not on that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

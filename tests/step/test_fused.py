@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,8 +41,8 @@ class Run:
 
     def __init__(self, name, *, guard=True, skip=("grad_norm", "loss"), loss=True, sparse=False, moments=True, **more):
         self.parameters = [nn.Parameter(torch.zeros(3, i + 1)) for i in range(6)]
-        groups = [{"params": self.parameters[i : i + 2]} for i in (0, 2, 4)]
-        groups[1]["betas"] = (0.8, 0.95)
+        groups: list[dict[str, Any]] = [{"params": self.parameters[i : i + 2]} for i in (0, 2, 4)]
+        groups[1] |= {"betas": (0.8, 0.95)}
         optimizer = optim.AdamW(groups, lr=0.1)
         self.loss = torch.tensor(1.0)
         window = SpikeWindow(2, warmup=10, patience=6)

@@ -173,7 +173,8 @@ class ParameterHealth(Stateful):
     ) -> set[int]:
         """Return the places of the tensors whose gradient is next to nothing, now and in the steps before."""
         history, limit = self.history, self.limits.vanishing
-        small = {place for place, value in rms.items() if value < limit * max(rms.values())}
+        highest = max(rms.values(), default=0.0)
+        small = {place for place, value in rms.items() if value < limit * highest}
         if history is None or not small:
             return small
         lately = {place: _rms(float(history.recent[place]), numel[place]) for place in at}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_optim.kernels.counters import Numbers, numbers_of
 from lightning_optim.kernels.rules import Rule
+from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.weight_decay import INITIAL
 
 
@@ -39,6 +41,8 @@ class Batch:
             semantics of its own), and only torch's operations may.
         rounding_keys: Key of the random numbers of each tensor, 0-d int64; empty without stochastic rounding.
         shared: New values of the rule's `shared`, shape [] each, on the device; filled in before `apply`.
+        kernels: What a backend keeps of its kernels from step to step, by a key of its own; it depends on no number.
+        grad_addresses: Addresses of the gradients, if the batch has been given these and no ``grads``.
     """
 
     rule: Rule
@@ -55,6 +59,12 @@ class Batch:
     plain: bool = True
     rounding_keys: list[Tensor] = field(default_factory=list)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    kernels: dict[Any, Any] = field(default_factory=dict)
+    grad_addresses: np.ndarray | None = field(default=None, init=False)
+
+    def give(self, addresses: np.ndarray | None) -> None:
+        """Set the addresses of contiguous gradients, int64, [tensors], which replace ``grads``; None for ``grads``."""
+        object.__setattr__(self, "grad_addresses", addresses)
 
     @cached_property
     def quantized(self) -> tuple[str, ...]:
@@ -80,10 +90,10 @@ class Batch:
         shards = [param for param, whole in zip(self.params, self.full_params, strict=True) if param is not whole]
         return [*self.full_params, *shards, *(tensor for state in self.states for tensor in state.values())]
 
-    @cached_property
+    @property
     def numel(self) -> tuple[int, ...]:
         """Number of elements of each local tensor."""
-        return tuple(map(Tensor.numel, self.params))
+        return self.sizes.numel
 
     @cached_property
     def addresses(self) -> np.ndarray | None:
@@ -99,17 +109,33 @@ class Batch:
         rows.insert(1, [0] * len(self.params))
         return np.ascontiguousarray(np.array(rows, dtype=np.int64).T)
 
+    def is_contiguous(self) -> bool:
+        """Return whether all tensors, and the gradients that the batch has now, are contiguous."""
+        return self.addresses is not None and all(map(Tensor.is_contiguous, self.grads))
+
     @cached_property
-    def counters(self) -> dict[str, list[np.ndarray]]:
-        """0-d numpy views of `scalar_states` by name, on the CPU only: reading thousands of tensors would be slow."""
-        return {name: [state[name].numpy() for state in self.scalar_states] for name in self.scalar_states[0]}
+    def counters(self) -> dict[str, Numbers]:
+        """Values of `scalar_states` by name, on the CPU only: reading thousands of tensors one by one would be slow."""
+        return {name: numbers_of([state[name] for state in self.scalar_states]) for name in self.scalar_states[0]}
+
+    @cached_property
+    def members(self) -> tuple[list[Mapping[str, Any]], np.ndarray]:
+        """The different groups, and the index of each tensor's group among them, [tensors]."""
+        different = {id(group): group for group in self.groups}
+        index = {key: number for number, key in enumerate(different)}
+        return list(different.values()), np.array([index[id(group)] for group in self.groups], dtype=np.int64)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Number of elements of each local tensor, with what follows from them."""
+        return Sizes(tuple(map(Tensor.numel, self.params)))
 
     def take(self, rows: Sequence[int]) -> Batch:
         """Return the batch restricted to the tensors at the indices ``rows``."""
         if len(rows) == len(self.params):
             return self
         part = copy(self)
-        for name in ("state_arrays", "written", "numel", "addresses", "counters"):  # These are cached for all tensors.
+        for name in ("state_arrays", "written", "sizes", "addresses", "counters", "members"):  # cached for all tensors
             part.__dict__.pop(name, None)
         for name in ("params", "grads", "states", "scalar_states", "groups", "full_params", "rounding_keys"):
             full = getattr(self, name)
@@ -143,6 +169,13 @@ def largest(dtype: torch.dtype) -> float:
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.bfloat16).max
 
 
+class Watch(Protocol):
+    """What notices changes of tensors without asking each of them in Python; see `cpu.objects.Watch`."""
+
+    def gradients(self) -> np.ndarray | None:
+        """Return the addresses of the gradients, int64, [gradients], or None if anything else may have changed."""
+
+
 class Backend(ABC):
     """Base class of backends, which run rules over batches of tensors.
 
@@ -173,6 +206,12 @@ class Backend(ABC):
 
     reads_skip: ClassVar[bool] = False
     """Whether its kernels read the flag wherever they run. For others, that of tensors on the CPU is read before."""
+
+    watch: ClassVar[Callable[..., Watch] | None] = None
+    """A function like `cpu.objects.Watch`, if the backend has one."""
+
+    takes_addresses: ClassVar[bool] = False
+    """Whether it runs elementwise rules on `Batch.grad_addresses`, without the gradients as objects."""
 
     @abstractmethod
     def why_not(self, device: torch.device) -> str | None:

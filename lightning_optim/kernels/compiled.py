@@ -20,7 +20,8 @@ from lightning_optim.kernels.kernel_spec import KernelSpec
 from lightning_optim.kernels.plain import is_dense
 from lightning_optim.kernels.reference import whole_numel
 from lightning_optim.kernels.rules import UpdateRule
-from lightning_optim.kernels.scalars import commit, scalar_columns
+from lightning_optim.kernels.scalars import commit, host_scalars, scalar_columns
+from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.weight_decay import decay_factor, norm_factor
 
 DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16", "uint8")}
@@ -34,14 +35,19 @@ class KernelArgs:
     Args:
         device: Device of the tensors.
         dtype: Dtype of the arithmetic.
-        numel: Number of elements of each tensor.
+        sizes: Number of elements of each tensor.
         addresses: Addresses of the first elements, int64, [tensors, slots].
     """
 
     device: torch.device
     dtype: torch.dtype
-    numel: tuple[int, ...]
+    sizes: Sizes
     addresses: npt.NDArray[np.int64]
+
+    @property
+    def numel(self) -> tuple[int, ...]:
+        """Number of elements of each tensor."""
+        return self.sizes.numel
 
 
 Run = Callable[[KernelSpec, KernelArgs, Mapping[str, Tensor], Tensor | None], tuple[tuple[str, ...], Tensor]]
@@ -67,7 +73,7 @@ class ElementwiseSteps:
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
-        columns = scalar_columns(batch, divisor)
+        columns = _scalars(batch, divisor)
         with kernel_args(batch) as args:
             return self.run(batch, args, "sums", False, columns, None)
 
@@ -75,7 +81,7 @@ class ElementwiseSteps:
         """Implement `Backend`."""
         rule = batch.rule
         assert isinstance(rule, UpdateRule)
-        columns = scalar_columns(batch, divisor)
+        columns = _scalars(batch, divisor)
         with kernel_args(batch) as args:
             if rule.sums and not rule.shared:
                 sums = self.run(batch, args, "sums", False, columns, skip)
@@ -120,11 +126,18 @@ class ElementwiseSteps:
         Returns:
             The kernel's sums by name, over all shards, [tensors] each, float64; undefined if ``skip`` is set.
         """
-        dtypes = tuple(DTYPES[column[0].dtype] for column in slots(batch))
-        storing = (batch.decay_form, batch.kahan, batch.stochastic, batch.quantized)
-        spec = KernelSpec(type(batch.rule), dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # asserted
+        spec = batch.kernels.get((purpose, cautious))
+        if spec is None:
+            dtypes = tuple(DTYPES[column[0].dtype] for column in slots(batch))
+            storing = (batch.decay_form, batch.kahan, batch.stochastic, batch.quantized)
+            spec = KernelSpec(type(batch.rule), dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # asserted
+            batch.kernels[purpose, cautious] = spec
         names, sums = self._run(spec, args, columns, skip)
         return dict(zip(names, sum_over_shards(sums, batch.full_params).unbind(1), strict=True)) if names else {}
+
+
+def _scalars(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
+    return host_scalars(batch, divisor) if batch.device.type == "cpu" else scalar_columns(batch, divisor)
 
 
 def measure_args(grads: Sequence[Tensor]) -> tuple[KernelArgs, list[Tensor]]:
@@ -134,14 +147,14 @@ def measure_args(grads: Sequence[Tensor]) -> tuple[KernelArgs, list[Tensor]]:
         kept = [grad if is_dense(grad) else grad.contiguous() for grad in kept]
     addresses = np.array(list(map(Tensor.data_ptr, kept)), dtype=np.int64)[:, None]
     dtype = arithmetic_dtype(kept[0].dtype)
-    return KernelArgs(kept[0].device, dtype, tuple(map(Tensor.numel, kept)), addresses), kept
+    return KernelArgs(kept[0].device, dtype, Sizes(tuple(map(Tensor.numel, kept))), addresses), kept
 
 
 @contextmanager
 def kernel_args(batch: Batch) -> Iterator[KernelArgs]:
     """Yield the batch as arguments of a kernel; temporary copies are written back when the block ends."""
     addresses, write_back, keep = find(batch)
-    yield KernelArgs(batch.device, batch.dtype, batch.numel, addresses)
+    yield KernelArgs(batch.device, batch.dtype, batch.sizes, addresses)
     for tensor, copy in write_back:
         tensor.copy_(copy)
     del keep
@@ -163,9 +176,10 @@ def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor
         Addresses, int64, [tensors, slots]; pairs (tensor, copy) to be written back; and all copies, to be kept alive
         while the kernel runs.
     """
-    if batch.addresses is not None and all(map(Tensor.is_contiguous, batch.grads)):
+    given = batch.grad_addresses
+    if batch.addresses is not None and (given is not None or batch.is_contiguous()):
         addresses = batch.addresses.copy()
-        addresses[:, 1] = list(map(Tensor.data_ptr, batch.grads))
+        addresses[:, 1] = list(map(Tensor.data_ptr, batch.grads)) if given is None else given
         return addresses, [], []
     columns = [list(column) for column in slots(batch)]
     write_back: list[tuple[Tensor, Tensor]] = []

@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lightning_optim.kernels import step_sums
 from lightning_optim.kernels.rounding import KEY_COLUMNS
 from lightning_optim.kernels.rules import UpdateRule
+from lightning_optim.kernels.scalars import HostColumns
 from lightning_optim.kernels.weight_decay import INITIAL
 
 _WORDS = """
 kernel launch count run first blocks addresses scalars skip sums block tensor start end chunk tile i row lanes mask
 zero one tiny raw_grad delta moved pending after decay_term left right update sums_update apply_decay take_decay term
 add add_product sqrt maximum absolute noise slot_key kahan_pending kahan_rest
-tl np range min int float carray word add_to_word pointer_blocks pointer_addresses pointer_scalars pointer_sums
+tl np range min int float carray word add_to_word set_word pointer_blocks pointer_addresses pointer_scalars pointer_sums
 """
 
 
@@ -149,3 +152,10 @@ class Kernel:
     def table(self, columns: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Stack the kernel's scalars, [tensors] each, into one table, [tensors, scalars], of dtype ``dtype``."""
         return torch.stack([columns[name] for name in self.scalars], dim=1).to(dtype)
+
+    def host_table(self, columns: Mapping[str, Tensor], dtype: torch.dtype) -> npt.NDArray[np.floating]:
+        """Return the same table for scalars on the host."""
+        if isinstance(columns, HostColumns):
+            return columns.table(self.scalars, dtype)
+        table: npt.NDArray[np.floating] = self.table(columns, dtype).numpy()
+        return table

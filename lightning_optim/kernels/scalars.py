@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def scalar_columns(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
     Returns:
         The scalars by name, [tensors] each, float64 (float32 on MPS), on the device of the batch.
     """
-    columns = _host_columns(batch) if batch.device.type == "cpu" else _device_columns(batch)
+    columns: dict[str, Tensor] = _host_columns(batch) if batch.device.type == "cpu" else _device_columns(batch)
     if batch.rounding_keys:
         columns |= key_columns(batch.rounding_keys)
     for name, value in batch.shared.items():
@@ -51,10 +53,8 @@ def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> 
     if batch.device.type == "cpu":
         if skip is not None and is_set(skip):
             return
-        for name, counters in batch.counters.items():
-            new = [counter.item() + 1 for counter in counters] if name == "step" else columns[name].tolist()
-            for counter, value in zip(counters, new, strict=True):
-                counter[()] = value
+        for name, numbers in batch.counters.items():
+            numbers.write(numbers.read() + 1 if name == "step" else columns[name].numpy())
     else:
         for name in batch.scalar_states[0]:
             tensors = [state[name] for state in batch.scalar_states]
@@ -79,21 +79,87 @@ def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> 
     return shared | batch.rule.scalars(group, step, **others)
 
 
-def _host_columns(batch: Batch) -> dict[str, Tensor]:
-    # Tensors with equal 0-d state and the same group share a row of scalars; there is nearly always one per group.
-    states = list(batch.counters)
-    old = [[counter.item() for counter in counters] for counters in batch.counters.values()]
-    keys = list(zip(map(id, batch.groups), *old, strict=True))
-    groups = dict(zip(keys, batch.groups, strict=True))
+class HostColumns(dict[str, Tensor]):
+    """Scalars by name, on the host, as the rows of a few different kinds of tensors.
+
+    There is nearly always one kind per group, so a column, float64, [tensors], is made only where it is asked for.
+
+    Args:
+        numbers: The scalars of each kind, by the same names.
+        kinds: Kind of each tensor, int64, [tensors].
+    """
+
+    def __init__(self, numbers: Sequence[Mapping[str, Any]], kinds: npt.NDArray[np.int64]) -> None:
+        super().__init__()
+        self.names = list(numbers[0])
+        rows = [[float(row[name]) for name in self.names] for row in numbers]
+        self.rows = np.array(rows, dtype=np.float64)
+        """[kinds, names]."""
+        self.kinds = kinds
+
+    def __missing__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        column = self[name] = torch.from_numpy(self.rows[self.kinds, self.names.index(name)])
+        return column
+
+    def complete(self) -> HostColumns:
+        """Make all columns that have not been asked for; return ``self``."""
+        for name in self.names:
+            self[name]
+        return self
+
+    def divide(self, name: str, divisor: Tensor) -> None:
+        """Divide a column by ``divisor``, shape [] or [tensors]."""
+        if divisor.dim() or name in self:
+            self[name] = self[name] / divisor.to(torch.float64)
+        else:
+            with np.errstate(all="ignore"):  # as torch divides
+                self.rows[:, self.names.index(name)] /= read(divisor.to(torch.float64))
+
+    def table(self, names: Sequence[str], dtype: torch.dtype) -> npt.NDArray[np.floating]:
+        """Return the columns called ``names`` side by side, [tensors, names], in ``dtype``."""
+        table = np.empty((len(self.kinds), len(names)), np.float64 if dtype == torch.float64 else np.float32)
+        places = [0 if name in self else self.names.index(name) for name in names]
+        rows = self.rows[:, places]
+        with np.errstate(all="ignore"):  # as torch rounds
+            table[:] = rows if len(rows) == 1 else rows[self.kinds]
+        for i, name in enumerate(names):
+            if name in self:
+                table[:, i] = self[name].numpy()
+        return table
+
+
+def host_scalars(batch: Batch, divisor: Tensor | None) -> HostColumns:
+    """Compute the same as `scalar_columns` for a batch on the CPU; columns are made where they are asked for."""
+    columns = _host_scalars(batch)
+    if batch.rounding_keys:
+        columns.update(key_columns(batch.rounding_keys))
+    for name, value in batch.shared.items():
+        columns[f"new_{name}"] = value.expand(len(batch.params))
+    if divisor is not None:
+        columns.divide("inverse_divisor", divisor)
+    return columns
+
+
+def _host_scalars(batch: Batch) -> HostColumns:
+    # Tensors with equal 0-d state and the same group share a row of scalars.
+    old = {name: numbers.read() for name, numbers in batch.counters.items()}
+    groups, kinds = batch.members
+    if all((values == values[0]).all() for values in old.values()):
+        first = {name: values[0].item() for name, values in old.items()}
+        return HostColumns([_numbers(batch, _readable(group), first) for group in groups], kinds)
+    keys = list(zip(kinds.tolist(), *(values.tolist() for values in old.values()), strict=True))
+    number_of: dict[Any, int] = {}
+    kinds = np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
     numbers = [
-        _numbers(batch, _readable(group), dict(zip(states, key[1:], strict=True))) for key, group in groups.items()
+        _numbers(batch, _readable(groups[group]), dict(zip(old, values, strict=True))) for group, *values in number_of
     ]
-    names = list(numbers[0])
-    table = torch.tensor([[float(row[name]) for row in numbers] for name in names], dtype=torch.float64, device="cpu")
-    if len(numbers) == 1:
-        return dict(zip(names, table.expand(-1, len(keys)), strict=True))
-    number_of = {key: number for number, key in enumerate(groups)}
-    return dict(zip(names, table[:, [number_of[key] for key in keys]], strict=True))
+    return HostColumns(numbers, kinds)
+
+
+def _host_columns(batch: Batch) -> dict[str, Tensor]:
+    return dict(_host_scalars(batch).complete())
 
 
 def _readable(group: Mapping[str, Any]) -> Mapping[str, Any]:

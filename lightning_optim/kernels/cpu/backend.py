@@ -12,10 +12,13 @@ from torch import Tensor
 
 from lightning_optim.core.host import is_set
 from lightning_optim.core.stats import STEP_SUMS
+from lightning_optim.kernels import counters
 from lightning_optim.kernels.base import Backend, Batch
 from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, kernel_args, measure_args, split
 from lightning_optim.kernels.cpu.codegen import build, build_measure, build_subtraction
+from lightning_optim.kernels.cpu.counters import CompiledNumbers
 from lightning_optim.kernels.cpu.factored import Scaled
+from lightning_optim.kernels.cpu.objects import Watch
 from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
 from lightning_optim.kernels.reference import apply_tensor_rule
@@ -28,11 +31,16 @@ SUBTRACTED_AT_ONCE = 2**20
 """Number of elements of a tensor rule's updates that are subtracted in one pass."""
 
 
+counters.compiled = CompiledNumbers
+
+
 class CpuBackend(Backend):
     """Backend with one pass over memory for elementwise rules, which divides, updates, writes and sums."""
 
     name = "cpu"
     low_precision = True
+    takes_addresses = True
+    watch = Watch
 
     def __init__(self) -> None:
         self._elementwise = ElementwiseSteps(run)
@@ -107,15 +115,17 @@ def run(
 ) -> tuple[tuple[str, ...], Tensor]:
     """Implement `compiled.Run`; ``skip`` is always None, because `CpuBackend.apply` has read the flag."""
     kernel = build(spec)
-    return kernel.sums, launch(kernel, args, kernel.table(columns, args.dtype).numpy())
+    return kernel.sums, launch(kernel, args, kernel.host_table(columns, args.dtype))
 
 
 def launch(kernel: Kernel, args: KernelArgs, scalars: npt.NDArray[np.floating]) -> Tensor:
     """Run ``kernel`` over all blocks, and add the block sums of each tensor in order: [tensors, sums], float64."""
-    blocks = split(args.numel, BLOCK)
+    blocks = args.sizes.blocks(BLOCK, split)
     sums = np.zeros((len(blocks), len(kernel.sums)))
-    run_blocks(kernel.function, len(blocks), sum(args.numel), blocks, args.addresses, scalars, sums)
-    totals = np.zeros((len(args.numel), len(kernel.sums)))
+    run_blocks(kernel.function, len(blocks), args.sizes.total, blocks, args.addresses, scalars, sums)
+    if len(blocks) == len(args.sizes) and 0 not in args.numel:  # Each tensor is one block.
+        return torch.from_numpy(sums)
+    totals = np.zeros((len(args.sizes), len(kernel.sums)))
     if kernel.sums:
         np.add.at(totals, blocks[:, 0], sums)
     return torch.from_numpy(totals)

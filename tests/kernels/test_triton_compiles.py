@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from lightning_optim import optim  # noqa: E402
 from lightning_optim.clipping import AdaGC, AutoClip, BlockRMS, GlobalNorm, GroupNorm, ZClip  # noqa: E402
 from lightning_optim.divergence import SpikeWindow, StepGuard  # noqa: E402
 from lightning_optim.divergence.early_warning import EarlyWarning  # noqa: E402
@@ -26,7 +28,9 @@ from lightning_optim.kernels.rules import UpdateRule  # noqa: E402
 from lightning_optim.kernels.triton.codegen import OPTIONS, THREADS, build, build_measure  # noqa: E402
 from lightning_optim.kernels.triton.decision import decision_kernel  # noqa: E402
 from lightning_optim.kernels.triton.functions import add_blocks, add_squares  # noqa: E402
+from lightning_optim.kernels.triton.scalars import DeviceColumns, device_scalars, scalar_kernel  # noqa: E402
 from lightning_optim.optim.adam import AdamRule  # noqa: E402
+from lightning_optim.optim.batches import Batches  # noqa: E402
 from lightning_optim.optim.lion import LionRule  # noqa: E402
 from tests.optim.cases import CASES  # noqa: E402
 from tests.optim.test_rules import TrustRatioRule  # noqa: E402
@@ -263,4 +267,25 @@ def test_a_decision_compiles_and_keeps_double_precision(program: Program) -> Non
     source = ASTSource(decision_kernel(program), signature=signature, constexprs={"SIZE": 256})
     made = triton.compile(source, target=HOPPER, options=OPTIONS | {"num_warps": 4})
     assert "f64" in made.asm["ptx"]
+    assert "atom." not in made.asm["ptx"]
+
+
+@pytest.mark.parametrize("divisor", [None, 0, 1])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.elementwise and case.optimizer is not optim.Prodigy], ids=str
+)
+def test_the_scalars_of_every_rule_compile(case: Any, divisor: int | None) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    optimizer = case.optimizer(parameters, **case.settings[0].arguments, backend="reference")
+    (batch,) = Batches(optimizer).batches
+    columns = device_scalars(batch, None if divisor is None else torch.ones((2,) * divisor), None, False)
+    assert isinstance(columns, DeviceColumns)
+    assert isinstance(batch.rule, UpdateRule)
+    names = tuple(inspect.signature(batch.rule.update).parameters.keys() & columns.known)
+    form = columns.form(("inverse_divisor", *names))
+    kinds = {"constants": "*fp64", "table": "*fp32", "skip": "*fp32", "divisor": "*fp64", "tensors": "i32"}
+    signature = {name: kinds.get(name, "*i64") for name in form.arguments}
+    made = triton.compile(ASTSource(scalar_kernel(form), signature=signature), target=HOPPER, options=OPTIONS)
     assert "atom." not in made.asm["ptx"]

@@ -129,6 +129,9 @@ def test_a_skipped_step_changes_nothing(case: Case, setting: Setting) -> None:
     give(params, steps[0])
     optimizer.step()
     before = deepcopy((optimizer.state_dict(), [p.detach() for p in params]))
+    for group in before[0]["param_groups"]:  # The host counts calls; that one was skipped it cannot know.
+        if "calls" in group:
+            group["calls"] += 1
     give(params, [g * math.nan for g in steps[1]])
     optimizer.found_inf = torch.ones((), device=DEVICE)
     optimizer.collect_step_stats = True

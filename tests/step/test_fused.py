@@ -16,6 +16,7 @@ from lightning_optim import optim
 from lightning_optim.clipping import AdaGC, AutoClip, BlockRMS, GlobalNorm, GroupNorm, ZClip
 from lightning_optim.divergence import Detector, SpikeWindow, StepGuard
 from lightning_optim.divergence.early_warning import EarlyWarning
+from lightning_optim.divergence.step_log import StepLog
 from lightning_optim.kernels.decision import HostRunner
 from lightning_optim.step import StepPipeline
 from lightning_optim.step.fused import FusedDecision
@@ -39,8 +40,10 @@ EVERY = pytest.mark.parametrize("name", RULES)
 class Run:
     """A run with bad steps, spikes, new levels and parameters without a gradient; its weights after each step."""
 
-    def __init__(self, name, *, guard=True, skip=("grad_norm", "loss"), loss=True, sparse=False, moments=True, **more):
-        self.parameters = [nn.Parameter(torch.zeros(3, i + 1)) for i in range(6)]
+    def __init__(
+        self, name, *, guard=True, skip=("grad_norm", "loss"), loss=True, sparse=False, moments=True, device="cpu"
+    ):
+        self.parameters = [nn.Parameter(torch.zeros(3, i + 1, device=device)) for i in range(6)]
         groups: list[dict[str, Any]] = [{"params": self.parameters[i : i + 2]} for i in (0, 2, 4)]
         groups[1] |= {"betas": (0.8, 0.95)}
         optimizer = optim.AdamW(groups, lr=0.1)
@@ -50,7 +53,7 @@ class Run:
         self.guard = StepGuard(window, skip, lambda: self.loss if loss else None, early_warning=early)
         detectors = [self.guard] if guard else []
         self.pipeline = StepPipeline(
-            optimizer, clip=RULES[name](), clip_limit=lambda t: 1 + 0.01 * t, detectors=detectors, **more
+            optimizer, clip=RULES[name](), clip_limit=lambda t: 1 + 0.01 * t, detectors=detectors
         )
         self.weights = []
         random = np.random.default_rng(0)
@@ -58,16 +61,18 @@ class Run:
         levels[[14, 30, 31]] = 40, 60, 50
         levels[40:] *= 6
         for step, level in enumerate(levels):
-            self.loss = torch.tensor(math.nan if step == 20 else 1.0 + 0.1 * level)
+            self.loss = torch.tensor(math.nan if step == 20 else 1.0 + 0.1 * level, device=device)
             for i, parameter in enumerate(self.parameters):
                 there = not sparse or (step + i) % 4
                 parameter.grad = (
-                    torch.tensor(random.normal(size=parameter.shape) * level * 0.1).float() if there else None
+                    torch.tensor(random.normal(size=parameter.shape) * level * 0.1).float().to(device)
+                    if there
+                    else None
                 )
             if step in (8, 25) and self.parameters[3].grad is not None:
                 self.parameters[3].grad[0, 0] = math.inf if step == 8 else math.nan
             optimizer.step()
-            self.weights.append(torch.cat([p.detach().flatten() for p in self.parameters]))
+            self.weights.append(torch.cat([p.detach().flatten().cpu() for p in self.parameters]))
 
     @property
     def fused(self):
@@ -79,6 +84,7 @@ def assert_alike(one, other):
     assert one.pipeline.counts() == other.pipeline.counts()
     torch.testing.assert_close(one.weights, other.weights, rtol=1e-5, atol=1e-6)
     states = [run.pipeline.clip_state().get("state", {}) for run in (one, other)]
+    states = [{name: value.cpu() for name, value in state.items()} for state in states]
     assert states[0].keys() == states[1].keys()
     torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-6)
     seen = [run.guard.read(everything=True) for run in (one, other)]
@@ -199,3 +205,47 @@ def test_triton_decides_as_numpy_does(name, sparse, monkeypatch):
     assert isinstance(host.fused._runner, HostRunner)
     assert isinstance(device.fused._runner, DeviceRunner)
     assert_alike(device, host)
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("sparse", [False, True])
+@EVERY
+def test_a_gpu_decides_as_the_cpu_does(name, sparse, monkeypatch):
+    # The host sees a step on a GPU 8 steps later, and limits with it; the CPU waits for as long here.
+    monkeypatch.setattr(StepLog, "read", late(StepLog.read))
+    assert_alike(Run(name, sparse=sparse, device="cuda"), Run(name, sparse=sparse))
+
+
+def late(read):
+    def read_late(log, everything=False):
+        for i, (step, values, arrived) in enumerate(log._pending):
+            log._pending[i] = step, values, arrived or _Arrived()
+        return read(log, everything)
+
+    return read_late
+
+
+class _Arrived:
+    def synchronize(self):
+        pass
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@EVERY
+def test_a_gpu_has_four_launches_beside_the_update(name):
+    run = Run(name, device="cuda")
+    run.pipeline.optimizer.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run.pipeline.optimizer.step()
+        torch.cuda.synchronize()
+    launches = [
+        event.name for event in profile.events() if "Memcpy" not in event.name and "Optimizer" not in event.name
+    ]
+    launches = [name for name in launches if not name.startswith(("cuda", "Activity"))]
+    assert len(launches) <= 5, launches

@@ -23,6 +23,7 @@ from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
 from lightning_optim.kernels.reference import apply_tensor_rule
 from lightning_optim.kernels.rules import Rule, TensorRule
+from lightning_optim.kernels.scalars import host_scalars
 
 BLOCK = 65536
 """Elements per block, 256 KB of float32: long enough to stream memory, short enough to balance the threads."""
@@ -43,7 +44,7 @@ class CpuBackend(Backend):
     watch = Watch
 
     def __init__(self) -> None:
-        self._elementwise = ElementwiseSteps(run)
+        self._elementwise = ElementwiseSteps(run, _scalars)
 
     def why_not(self, device: torch.device) -> str | None:
         """Implement `Backend`: it runs on the CPU only."""
@@ -108,6 +109,10 @@ class CpuBackend(Backend):
                 kernel = build_subtraction((DTYPES[only.params[0].dtype], DTYPES[delta.dtype]))
                 launch(kernel, args, kernel.table({"decay": decay[part]}, args.dtype).numpy())
             some, first = [], i + 1
+
+
+def _scalars(batch: Batch, divisor: Tensor | None, skip: Tensor | None, at_once: bool) -> dict[str, Tensor]:
+    return host_scalars(batch, divisor)
 
 
 def run(

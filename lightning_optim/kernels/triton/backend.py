@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +14,10 @@ from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.base import Backend, Batch
 from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, measure_args, split
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
-from lightning_optim.kernels.triton.codegen import OPTIONS, THREADS, build, build_measure
+from lightning_optim.kernels.triton.codegen import build, build_measure
 from lightning_optim.kernels.triton.functions import add_blocks, add_squares
+from lightning_optim.kernels.triton.launch import address_table, current_device, flag, launch, stream_of
+from lightning_optim.kernels.triton.scalars import DeviceColumns, device_scalars
 
 
 class TritonBackend(Backend):
@@ -30,7 +30,7 @@ class TritonBackend(Backend):
     reads_skip = True
 
     def __init__(self) -> None:
-        self._elementwise = ElementwiseSteps(run)
+        self._elementwise = ElementwiseSteps(run, device_scalars)
 
     def why_not(self, device: torch.device) -> str | None:
         """Implement `Backend`: it needs a device for which Triton can compile and launch kernels."""
@@ -55,7 +55,7 @@ class TritonBackend(Backend):
         args, kept = measure_args(grads)
         with current_device(args.device):
             kernel = build_measure(DTYPES[kept[0].dtype], _aligned(args))
-            zero = _flag(None, args.device)
+            zero = flag(None, args.device)
             return _run(kernel, args, zero, zero, squares=True)[:, 0]
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
@@ -74,17 +74,11 @@ def run(
 ) -> tuple[tuple[str, ...], Tensor]:
     """Implement `compiled.Run`."""
     kernel = build(spec, _aligned(args))
-    return kernel.sums, _run(kernel, args, kernel.table(columns, args.dtype), _flag(skip, args.device))
-
-
-def launch(function: Any, programs: int, device: torch.device, *arguments: Any, threads: int = THREADS) -> None:
-    """Launch ``programs`` instances of a jit function on the current device."""
-    function[(programs,)](*arguments, num_warps=threads // _threads_per_warp(device), **OPTIONS)
-
-
-@lru_cache(maxsize=16)
-def _threads_per_warp(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).warp_size) if device.type == "cuda" else 32
+    if isinstance(columns, DeviceColumns):
+        table = columns.table(kernel.scalars, args.dtype)
+    else:
+        table = kernel.table(columns, args.dtype)
+    return kernel.sums, _run(kernel, args, table, flag(skip, args.device))
 
 
 def _run(kernel: Kernel, args: KernelArgs, scalars: Tensor, skip: Tensor, squares: bool = False) -> Tensor:
@@ -95,26 +89,17 @@ def _run(kernel: Kernel, args: KernelArgs, scalars: Tensor, skip: Tensor, square
     """
     device = args.device
     tensors, width = len(args.numel), len(kernel.sums)
-    blocks, offsets = _block_table(args.numel, device, _stream(device))
+    blocks, offsets = _block_table(args.numel, device, stream_of(device))
     sums = torch.empty(len(blocks), width, dtype=args.dtype, device=device)
     totals = torch.empty(tensors, 1 if squares else width, dtype=torch.float64, device=device)
     if len(blocks):
-        addresses = _address_table(args.addresses.tobytes(), device, _stream(device))
+        addresses = address_table(args.addresses.tobytes(), device, stream_of(device))
         launch(kernel.function, len(blocks), device, blocks, addresses, scalars, skip, sums)
     if squares:
         launch(add_squares, tensors, device, sums, offsets, totals)
     elif width:
         launch(add_blocks, tensors, device, sums, offsets, totals, width)
     return totals
-
-
-@lru_cache(maxsize=64)
-def _address_table(addresses: bytes, device: torch.device, stream: int) -> Tensor:
-    """Upload addresses to the device; the cache avoids this while they do not change.
-
-    Tables are cached per stream, because memory freed on one stream may be reused there while another still reads it.
-    """
-    return upload(np.frombuffer(addresses, dtype=np.int64), device)
 
 
 @lru_cache(maxsize=64)
@@ -129,27 +114,6 @@ def _block_table(numel: tuple[int, ...], device: torch.device, stream: int) -> t
 
 def _aligned(args: KernelArgs) -> bool:
     return not (args.addresses % 16).any()
-
-
-def _flag(skip: Tensor | None, device: torch.device) -> Tensor:
-    """Return the flag that a kernel reads, float32, shape []; the step is skipped if it is non-zero."""
-    if skip is None:
-        return _zero(device, _stream(device))
-    return skip if skip.dtype == torch.float32 else (skip != 0).float()
-
-
-@lru_cache(maxsize=16)
-def _zero(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros((), device=device)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def current_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` current, because Triton launches on the current device and not on that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @lru_cache(maxsize=1)

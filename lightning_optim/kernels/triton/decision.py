@@ -16,8 +16,8 @@ from lightning_optim.core.fragment import NUMBER
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.decision import COLUMNS, HELPERS, Program, Runner, body, stored
 from lightning_optim.kernels.rules import rebind
-from lightning_optim.kernels.triton.backend import current_device, launch
 from lightning_optim.kernels.triton.functions import NAMED, jit, jit_text
+from lightning_optim.kernels.triton.launch import current_device, launch
 
 _SIZES = ("parameters", "tensors")
 

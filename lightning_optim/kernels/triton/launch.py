@@ -15,8 +15,22 @@ from lightning_optim.kernels.triton.codegen import OPTIONS, THREADS
 
 
 def launch(function: Any, programs: int, device: torch.device, *arguments: Any, threads: int = THREADS) -> None:
-    """Launch ``programs`` instances of a jit function on the current device."""
-    function[(programs,)](*arguments, num_warps=threads // _threads_per_warp(device), **OPTIONS)
+    """Launch ``programs`` instances of a jit function on the current device.
+
+    No argument is specialised on, so the compiled kernel depends on dtypes and numbers only. It is kept and launched
+    directly: to have Triton look it up takes longer than most launches.
+    """
+    key = (function, device, threads, *(a.dtype if isinstance(a, Tensor) else a for a in arguments))
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(programs, 1, 1)](*arguments)
+        return
+    compiled = function[(programs,)](*arguments, num_warps=threads // _threads_per_warp(device), **OPTIONS)
+    if compiled is not None:  # The interpreter returns nothing.
+        _compiled[key] = compiled
+
+
+_compiled: dict[Any, Any] = {}
 
 
 @lru_cache(maxsize=16)

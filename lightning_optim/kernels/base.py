@@ -80,6 +80,11 @@ class Batch:
         return [[state[name] for state in self.states] for name in names]
 
     @cached_property
+    def slot_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of parameter, gradient and `state_arrays`, from the first gradients that the batch has had."""
+        return tuple(column[0].dtype for column in (self.params, self.grads, *self.state_arrays))
+
+    @cached_property
     def largest(self) -> float:
         """Largest value of a second moment; cached, because every group needs it at every step."""
         return largest(self.dtype)
@@ -232,6 +237,14 @@ class Backend(ABC):
             Shape [tensors], float64 where the device supports it. An entry is finite wherever its gradient is, although
             1e20² overflows float32.
         """
+
+    def measure_at(self, addresses: np.ndarray, sizes: Sizes, dtype: torch.dtype) -> Tensor:
+        """Compute the same as `measure` of contiguous tensors of ``dtype`` at ``addresses``, int64, [tensors].
+
+        Raises:
+            NotImplementedError: The backend has no `watch`, which finds addresses.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:

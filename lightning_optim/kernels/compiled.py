@@ -69,7 +69,7 @@ class ElementwiseSteps:
 
     def supports(self, batch: Batch) -> bool:
         """Return whether the rule is elementwise and kernels can load and store all dtypes."""
-        return isinstance(batch.rule, UpdateRule) and all(c[0].dtype in DTYPES for c in slots(batch))
+        return isinstance(batch.rule, UpdateRule) and all(map(DTYPES.__contains__, batch.slot_dtypes))
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
@@ -128,7 +128,7 @@ class ElementwiseSteps:
         """
         spec = batch.kernels.get((purpose, cautious))
         if spec is None:
-            dtypes = tuple(DTYPES[column[0].dtype] for column in slots(batch))
+            dtypes = tuple(map(DTYPES.__getitem__, batch.slot_dtypes))
             storing = (batch.decay_form, batch.kahan, batch.stochastic, batch.quantized)
             spec = KernelSpec(type(batch.rule), dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # asserted
             batch.kernels[purpose, cautious] = spec

@@ -102,6 +102,10 @@ def frozen(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> 
     parameters[3].grad = None
 
 
+def collect(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    optimizer.collect_step_stats = True  # type: ignore[attr-defined]
+
+
 MORE: dict[str, Change] = {
     **CHANGES,
     **{
@@ -109,7 +113,7 @@ MORE: dict[str, Change] = {
         for change in (
             *(set_memory, transpose_in_place, shrink, swap_tensors, new_count, count_written, remove_parameter),
             *(reorder, new_list, new_state, strided_gradient, expanded_gradient, negated_gradient),
-            *(part_of_a_bucket, frozen),
+            *(part_of_a_bucket, frozen, collect),
         )
     },
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_optim.core.host import is_set
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.kernels import counters
-from lightning_optim.kernels.base import Backend, Batch
+from lightning_optim.kernels.base import Backend, Batch, arithmetic_dtype
 from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, kernel_args, measure_args, split
 from lightning_optim.kernels.cpu.codegen import build, build_measure, build_subtraction
 from lightning_optim.kernels.cpu.counters import CompiledNumbers
@@ -23,6 +23,7 @@ from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
 from lightning_optim.kernels.reference import apply_tensor_rule
 from lightning_optim.kernels.rules import Rule, TensorRule
+from lightning_optim.kernels.sizes import Sizes
 
 BLOCK = 65536
 """Elements per block, 256 KB of float32: long enough to stream memory, short enough to balance the threads."""
@@ -56,9 +57,11 @@ class CpuBackend(Backend):
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         """Implement `Backend`."""
         args, kept = measure_args(grads)
-        no_scalars = np.zeros((1, 1), np.float64 if args.dtype == torch.float64 else np.float32)
-        norm_sq = launch(build_measure(DTYPES[kept[0].dtype]), args, no_scalars)
-        return norm_sq[:, 0]
+        return _measure(args, kept[0].dtype)
+
+    def measure_at(self, addresses: npt.NDArray[np.int64], sizes: Sizes, dtype: torch.dtype) -> Tensor:
+        """Implement `Backend`."""
+        return _measure(KernelArgs(torch.device("cpu"), arithmetic_dtype(dtype), sizes, addresses[:, None]), dtype)
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
@@ -116,6 +119,11 @@ def run(
     """Implement `compiled.Run`; ``skip`` is always None, because `CpuBackend.apply` has read the flag."""
     kernel = build(spec)
     return kernel.sums, launch(kernel, args, kernel.host_table(columns, args.dtype))
+
+
+def _measure(args: KernelArgs, dtype: torch.dtype) -> Tensor:
+    no_scalars = np.zeros((1, 1), np.float64 if args.dtype == torch.float64 else np.float32)
+    return launch(build_measure(DTYPES[dtype]), args, no_scalars)[:, 0]
 
 
 def launch(kernel: Kernel, args: KernelArgs, scalars: npt.NDArray[np.floating]) -> Tensor:

@@ -177,7 +177,7 @@ def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor
         while the kernel runs.
     """
     given = batch.grad_addresses
-    if batch.addresses is not None and (given is not None or batch.is_contiguous()):
+    if batch.addresses is not None and (given is not None or all(map(Tensor.is_contiguous, batch.grads))):
         addresses = batch.addresses.copy()
         addresses[:, 1] = list(map(Tensor.data_ptr, batch.grads)) if given is None else given
         return addresses, [], []

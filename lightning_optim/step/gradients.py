@@ -16,8 +16,9 @@ from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import DECAYS, GradStats, UnitNorms
 from lightning_optim.core.transfer import upload
+from lightning_optim.kernels.base import MANY
 from lightning_optim.kernels.plain import as_real
-from lightning_optim.step.known_gradients import PresentGrads, known_of, remember
+from lightning_optim.step.known_gradients import MEMORIES, PresentGrads, remember
 from lightning_optim.step.measure import measure_largest, measure_norm_sq, measure_units
 
 _NO_NAMES: Mapping[Tensor, str] = {}
@@ -55,7 +56,8 @@ class Gradients:
         self.grads: Sequence[Tensor]
         self.group_sizes: tuple[int, ...]
         self.parameters: int
-        self._known = None if shards is not None else known_of(optimizer)
+        memory = None if shards is not None else MEMORIES.get(optimizer)
+        self._known = None if memory is None else memory.present(optimizer)
         if self._known is not None:
             self.params = self._known.params
             self.grads, self.plain = PresentGrads(self.params), True
@@ -75,7 +77,7 @@ class Gradients:
         self.plain = {*map(type, self.params), *map(type, grads)}.issubset(PLAIN)
         if not self.plain:
             self._redistribute(grads)
-        elif shards is None and grads:
+        elif shards is None and len(grads) >= MANY:
             remember(self)
 
     def norm_sq_now(self) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import kernels
-from lightning_optim.kernels import counters, plain
+from lightning_optim.kernels import plain
 from lightning_optim.kernels.sizes import Sizes
 
 _AFTER = 8
@@ -120,34 +120,31 @@ class KnownGradients:
         return None if addresses is None else self._backend.measure_at(addresses, self._sizes, self._dtype)
 
 
-class _Memory:
+class Memory:
     """What is remembered of one optimizer."""
 
     def __init__(self) -> None:
         self.known: KnownGradients | None = None
         self.steps, self.times = 0, 0
 
+    def present(self, optimizer: Optimizer) -> KnownGradients | None:
+        """Return what is known of the optimizer's gradients, if it holds for the present ones."""
+        if self.known is not None and not self.known.still_there(optimizer):
+            self.known = None
+        return self.known
 
-_MEMORIES: weakref.WeakKeyDictionary[Optimizer, _Memory] = weakref.WeakKeyDictionary()
 
-
-def known_of(optimizer: Optimizer) -> KnownGradients | None:
-    """Return what is known of an optimizer's gradients, if it holds for the present ones."""
-    memory = _MEMORIES.get(optimizer)
-    if memory is None or memory.known is None:
-        return None
-    if not memory.known.still_there(optimizer):
-        memory.known = None
-    return memory.known
+MEMORIES: weakref.WeakKeyDictionary[Optimizer, Memory] = weakref.WeakKeyDictionary()
+"""What is remembered of each optimizer."""
 
 
 def remember(gradients: Found) -> None:
     """Note a step with gradients that were not known, and get to know them after a few."""
-    memory = _MEMORIES.get(gradients.optimizer)
+    memory = MEMORIES.get(gradients.optimizer)
     if memory is None:
-        memory = _MEMORIES[gradients.optimizer] = _Memory()
+        memory = MEMORIES[gradients.optimizer] = Memory()
     memory.steps += 1
-    if memory.steps < _AFTER or memory.times >= _MOST or len(gradients.params) < counters.MANY:
+    if memory.steps < _AFTER or memory.times >= _MOST:
         return
     memory.steps, memory.times = 0, memory.times + 1
     try:
@@ -158,4 +155,4 @@ def remember(gradients: Found) -> None:
 
 def forget(optimizer: Optimizer) -> None:
     """Let go of what is kept of an optimizer's gradients, and with it of the parameters."""
-    _MEMORIES.pop(optimizer, None)
+    MEMORIES.pop(optimizer, None)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_optim.core.host import is_set
 from lightning_optim.core.stats import STEP_SUMS
-from lightning_optim.kernels import counters
 from lightning_optim.kernels.base import Backend, Batch, arithmetic_dtype
 from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, kernel_args, measure_args, split
 from lightning_optim.kernels.cpu.codegen import build, build_measure, build_subtraction
@@ -23,6 +22,7 @@ from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
 from lightning_optim.kernels.reference import apply_tensor_rule
 from lightning_optim.kernels.rules import Rule, TensorRule
+from lightning_optim.kernels.scalars import HostColumns
 from lightning_optim.kernels.sizes import Sizes
 
 BLOCK = 65536
@@ -32,9 +32,6 @@ SUBTRACTED_AT_ONCE = 2**20
 """Number of elements of a tensor rule's updates that are subtracted in one pass."""
 
 
-counters.compiled = CompiledNumbers
-
-
 class CpuBackend(Backend):
     """Backend with one pass over memory for elementwise rules, which divides, updates, writes and sums."""
 
@@ -42,6 +39,7 @@ class CpuBackend(Backend):
     low_precision = True
     takes_addresses = True
     watch = Watch
+    numbers = CompiledNumbers
 
     def __init__(self) -> None:
         self._elementwise = ElementwiseSteps(run)
@@ -118,7 +116,8 @@ def run(
 ) -> tuple[tuple[str, ...], Tensor]:
     """Implement `compiled.Run`; ``skip`` is always None, because `CpuBackend.apply` has read the flag."""
     kernel = build(spec)
-    return kernel.sums, launch(kernel, args, kernel.host_table(columns, args.dtype))
+    assert isinstance(columns, HostColumns)
+    return kernel.sums, launch(kernel, args, columns.table(kernel.scalars, args.dtype))
 
 
 def _measure(args: KernelArgs, dtype: torch.dtype) -> Tensor:
@@ -126,14 +125,24 @@ def _measure(args: KernelArgs, dtype: torch.dtype) -> Tensor:
     return launch(build_measure(DTYPES[dtype]), args, no_scalars)[:, 0]
 
 
+def _blocks(numel: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], int, bool]:
+    """Return the blocks of tensors, their number of elements, and whether each tensor is one block."""
+    blocks = split(numel, BLOCK)
+    one_each = len(blocks) == len(numel) and bool((blocks[:, 0] == np.arange(len(blocks))).all())
+    return blocks, sum(numel), one_each
+
+
 def launch(kernel: Kernel, args: KernelArgs, scalars: npt.NDArray[np.floating]) -> Tensor:
     """Run ``kernel`` over all blocks, and add the block sums of each tensor in order: [tensors, sums], float64."""
-    blocks = args.sizes.blocks(BLOCK, split)
+    sizes = args.sizes
+    if BLOCK not in sizes.kept:
+        sizes.kept[BLOCK] = _blocks(sizes.numel)
+    blocks, elements, one_each = sizes.kept[BLOCK]
     sums = np.zeros((len(blocks), len(kernel.sums)))
-    run_blocks(kernel.function, len(blocks), args.sizes.total, blocks, args.addresses, scalars, sums)
-    if len(blocks) == len(args.sizes) and 0 not in args.numel:  # Each tensor is one block.
+    run_blocks(kernel.function, len(blocks), elements, blocks, args.addresses, scalars, sums)
+    if one_each:
         return torch.from_numpy(sums)
-    totals = np.zeros((len(args.sizes), len(kernel.sums)))
+    totals = np.zeros((len(sizes.numel), len(kernel.sums)))
     if kernel.sums:
         np.add.at(totals, blocks[:, 0], sums)
     return torch.from_numpy(totals)

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from torch import Tensor
 
 from lightning_optim.kernels.cpu import disk_cache, launch
-from lightning_optim.kernels.cpu.launch import address
 from lightning_optim.kernels.cpu.memory import load, store
 
 _TEXT = """\
@@ -27,7 +26,7 @@ def kernel(launch):
 
 
 class CompiledNumbers:
-    """Implementation of `kernels.counters.Numbers` for tensors of one dtype.
+    """The values of 0-d tensors of one dtype.
 
     Args:
         tensors: 0-d tensors, all float32 or all float64, which keep their memory.
@@ -39,18 +38,19 @@ class CompiledNumbers:
         self._loop = _build(name)
 
     def read(self) -> npt.NDArray[np.float64]:
-        """See `Numbers`."""
+        """Return the values, shape [tensors]."""
         values = np.empty(len(self._addresses))
         self._run(values, writes=False)
         return values
 
     def write(self, values: npt.NDArray[np.float64]) -> None:
-        """See `Numbers`."""
+        """Write new values, shape [tensors], rounded to the dtype of the tensors."""
         self._run(np.ascontiguousarray(values, dtype=np.float64), writes=True)
 
     def _run(self, values: npt.NDArray[np.float64], writes: bool) -> None:
-        record = np.array([address(self._addresses), address(values), len(values), writes], dtype=np.int64)
-        self._loop.dispatcher(address(record))
+        places = self._addresses.ctypes.data, values.ctypes.data
+        record = np.array([*places, len(values), writes], dtype=np.int64)
+        self._loop.dispatcher(record.ctypes.data)
 
 
 @cache

@@ -185,7 +185,7 @@ class Numbers(Protocol):
     """The values of 0-d tensors of one dtype on the CPU; see `cpu.counters.CompiledNumbers`."""
 
     def read(self) -> np.ndarray:
-        """Return the values, float64, [tensors]."""
+        """Return the values, float64, [tensors], in an array that the next call may overwrite."""
 
     def write(self, values: np.ndarray) -> None:
         """Write new values, float64, [tensors]."""

@@ -54,7 +54,12 @@ def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> 
         if skip is not None and is_set(skip):
             return
         for name, counters in batch.counters.items():
-            _write(counters, _read(counters) + 1 if name == "step" else columns[name].numpy())
+            if name != "step":
+                _write(counters, columns[name].numpy())
+            elif isinstance(columns, HostColumns):
+                _write(counters, columns.steps + 1)
+            else:
+                _write(counters, _read(counters) + 1)
     else:
         for name in batch.scalar_states[0]:
             tensors = [state[name] for state in batch.scalar_states]
@@ -96,6 +101,8 @@ class HostColumns(dict[str, Tensor]):
         self.rows = np.array(rows, dtype=np.float64)
         """[kinds, names]."""
         self.kinds = kinds
+        self.steps: npt.NDArray[np.float64] = np.zeros(0)
+        """Step counts from which the scalars are computed, [tensors], if there are any."""
 
     def __missing__(self, name: str) -> Tensor:
         if name not in self.names:
@@ -132,7 +139,9 @@ class HostColumns(dict[str, Tensor]):
 
 def host_scalars(batch: Batch, divisor: Tensor | None) -> HostColumns:
     """Compute the same as `scalar_columns` for a batch on the CPU; columns are made where they are asked for."""
-    columns = _host_scalars(batch)
+    old = {name: _read(counters) for name, counters in batch.counters.items()}
+    columns = _host_scalars(batch, old)
+    columns.steps = old.get("step", columns.steps)
     if batch.rounding_keys:
         columns.update(key_columns(batch.rounding_keys))
     for name, value in batch.shared.items():
@@ -156,9 +165,8 @@ def _write(counters: list[npt.NDArray[Any]] | Numbers, values: npt.NDArray[np.fl
         counter[()] = value
 
 
-def _host_scalars(batch: Batch) -> HostColumns:
+def _host_scalars(batch: Batch, old: Mapping[str, npt.NDArray[np.float64]]) -> HostColumns:
     # Tensors with equal 0-d state and the same group share a row of scalars.
-    old = {name: _read(counters) for name, counters in batch.counters.items()}
     groups, kinds = batch.members
     if all((values == values[0]).all() for values in old.values()):
         first = {name: values[0].item() for name, values in old.items()}
@@ -173,7 +181,8 @@ def _host_scalars(batch: Batch) -> HostColumns:
 
 
 def _host_columns(batch: Batch) -> dict[str, Tensor]:
-    return dict(_host_scalars(batch).complete())
+    old = {name: _read(counters) for name, counters in batch.counters.items()}
+    return dict(_host_scalars(batch, old).complete())
 
 
 def _readable(group: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -32,6 +32,9 @@ SUBTRACTED_AT_ONCE = 2**20
 """Number of elements of a tensor rule's updates that are subtracted in one pass."""
 
 
+_NOTHING = np.zeros((0, 0))
+
+
 class CpuBackend(Backend):
     """Backend with one pass over memory for elementwise rules, which divides, updates, writes and sums."""
 
@@ -138,11 +141,11 @@ def launch(kernel: Kernel, args: KernelArgs, scalars: npt.NDArray[np.floating]) 
     if BLOCK not in sizes.kept:
         sizes.kept[BLOCK] = _blocks(sizes.numel)
     blocks, elements, one_each = sizes.kept[BLOCK]
-    sums = np.zeros((len(blocks), len(kernel.sums)))
+    # Without sums nothing is allocated: glibc tidies up at the first allocation after a backward pass.
+    sums = np.zeros((len(blocks), len(kernel.sums))) if kernel.sums else _NOTHING
     run_blocks(kernel.function, len(blocks), elements, blocks, args.addresses, scalars, sums)
-    if one_each:
+    if one_each or not kernel.sums:
         return torch.from_numpy(sums)
     totals = np.zeros((len(sizes.numel), len(kernel.sums)))
-    if kernel.sums:
-        np.add.at(totals, blocks[:, 0], sums)
+    np.add.at(totals, blocks[:, 0], sums)
     return torch.from_numpy(totals)

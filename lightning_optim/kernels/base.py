@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_optim.kernels.counters import Numbers, numbers_of
 from lightning_optim.kernels.rules import Rule
 from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.weight_decay import INITIAL
@@ -80,6 +79,11 @@ class Batch:
         return [[state[name] for state in self.states] for name in names]
 
     @cached_property
+    def slot_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of parameter, gradient and `state_arrays`, from the first gradients that the batch has had."""
+        return tuple(column[0].dtype for column in (self.params, self.grads, *self.state_arrays))
+
+    @cached_property
     def largest(self) -> float:
         """Largest value of a second moment; cached, because every group needs it at every step."""
         return largest(self.dtype)
@@ -109,14 +113,18 @@ class Batch:
         rows.insert(1, [0] * len(self.params))
         return np.ascontiguousarray(np.array(rows, dtype=np.int64).T)
 
-    def is_contiguous(self) -> bool:
-        """Return whether all tensors, and the gradients that the batch has now, are contiguous."""
-        return self.addresses is not None and all(map(Tensor.is_contiguous, self.grads))
-
     @cached_property
-    def counters(self) -> dict[str, Numbers]:
-        """Values of `scalar_states` by name, on the CPU only: reading thousands of tensors one by one would be slow."""
-        return {name: numbers_of([state[name] for state in self.scalar_states]) for name in self.scalar_states[0]}
+    def counters(self) -> dict[str, list[np.ndarray] | Numbers]:
+        """0-d numpy views of `scalar_states` by name, on the CPU only: reading thousands of tensors would be slow."""
+        return {name: [state[name].numpy() for state in self.scalar_states] for name in self.scalar_states[0]}
+
+    def count_by(self, numbers: Callable[[Sequence[Tensor]], Numbers]) -> None:
+        """Let ``numbers`` read and write `counters` where there are many of one dtype."""
+        for name in self.counters:
+            tensors = [state[name] for state in self.scalar_states]
+            dtypes = {tensor.dtype for tensor in tensors}
+            if len(tensors) >= MANY and len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}:
+                self.counters[name] = numbers(tensors)
 
     @cached_property
     def members(self) -> tuple[list[Mapping[str, Any]], np.ndarray]:
@@ -177,6 +185,20 @@ def largest(dtype: torch.dtype) -> float:
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.bfloat16).max
 
 
+MANY = 32
+"""Number of tensors from which a compiled loop over objects is worth its compilation."""
+
+
+class Numbers(Protocol):
+    """The values of 0-d tensors of one dtype on the CPU; see `cpu.counters.CompiledNumbers`."""
+
+    def read(self) -> np.ndarray:
+        """Return the values, float64, [tensors], in an array that the next call may overwrite."""
+
+    def write(self, values: np.ndarray) -> None:
+        """Write new values, float64, [tensors]."""
+
+
 class Watch(Protocol):
     """What notices changes of tensors without asking each of them in Python; see `cpu.objects.Watch`."""
 
@@ -215,11 +237,14 @@ class Backend(ABC):
     reads_skip: ClassVar[bool] = False
     """Whether its kernels read the flag wherever they run. For others, that of tensors on the CPU is read before."""
 
-    watch: ClassVar[Callable[..., Watch] | None] = None
-    """A function like `cpu.objects.Watch`, if the backend has one."""
+    watch: ClassVar[Any] = None
+    """A class like `cpu.objects.Watch`, if the backend has one."""
 
     takes_addresses: ClassVar[bool] = False
     """Whether it runs elementwise rules on `Batch.grad_addresses`, without the gradients as objects."""
+
+    numbers: ClassVar[Any] = None
+    """A class like `cpu.counters.CompiledNumbers`, a faster `Numbers` of many tensors, if the backend has one."""
 
     @abstractmethod
     def why_not(self, device: torch.device) -> str | None:
@@ -240,6 +265,14 @@ class Backend(ABC):
             Shape [tensors], float64 where the device supports it. An entry is finite wherever its gradient is, although
             1e20² overflows float32.
         """
+
+    def measure_at(self, addresses: np.ndarray, sizes: Sizes, dtype: torch.dtype) -> Tensor:
+        """Compute the same as `measure` of contiguous tensors of ``dtype`` at ``addresses``, int64, [tensors].
+
+        Raises:
+            NotImplementedError: The backend has no `watch`, which finds addresses.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:

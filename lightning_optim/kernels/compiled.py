@@ -76,7 +76,7 @@ class ElementwiseSteps:
 
     def supports(self, batch: Batch) -> bool:
         """Return whether the rule is elementwise and kernels can load and store all dtypes."""
-        return isinstance(batch.rule, UpdateRule) and all(c[0].dtype in DTYPES for c in slots(batch))
+        return isinstance(batch.rule, UpdateRule) and all(map(DTYPES.__contains__, batch.slot_dtypes))
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
@@ -137,7 +137,7 @@ class ElementwiseSteps:
         """
         spec = batch.kernels.get((purpose, cautious))
         if spec is None:
-            dtypes = tuple(DTYPES[column[0].dtype] for column in slots(batch))
+            dtypes = tuple(map(DTYPES.__getitem__, batch.slot_dtypes))
             storing = (batch.decay_form, batch.kahan, batch.stochastic, batch.quantized)
             spec = KernelSpec(type(batch.rule), dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # asserted
             batch.kernels[purpose, cautious] = spec
@@ -182,7 +182,7 @@ def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor
         while the kernel runs.
     """
     given = batch.grad_addresses
-    if batch.addresses is not None and (given is not None or batch.is_contiguous()):
+    if batch.addresses is not None and (given is not None or all(map(Tensor.is_contiguous, batch.grads))):
         addresses = batch.addresses.copy()
         addresses[:, 1] = list(map(Tensor.data_ptr, batch.grads)) if given is None else given
         return addresses, [], []

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lightning_optim.kernels import step_sums
 from lightning_optim.kernels.rounding import KEY_COLUMNS
 from lightning_optim.kernels.rules import UpdateRule
-from lightning_optim.kernels.scalars import HostColumns
 from lightning_optim.kernels.weight_decay import INITIAL
 
 _WORDS = """
@@ -152,10 +149,3 @@ class Kernel:
     def table(self, columns: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Stack the kernel's scalars, [tensors] each, into one table, [tensors, scalars], of dtype ``dtype``."""
         return torch.stack([columns[name] for name in self.scalars], dim=1).to(dtype)
-
-    def host_table(self, columns: Mapping[str, Tensor], dtype: torch.dtype) -> npt.NDArray[np.floating]:
-        """Return the same table for scalars on the host."""
-        if isinstance(columns, HostColumns):
-            return columns.table(self.scalars, dtype)
-        table: npt.NDArray[np.floating] = self.table(columns, dtype).numpy()
-        return table

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_optim.core.host import is_set, read, widest_dtype
 from lightning_optim.core.transfer import upload
-from lightning_optim.kernels.base import Batch
+from lightning_optim.kernels.base import Batch, Numbers
 from lightning_optim.kernels.rounding import advance, key_columns
 from lightning_optim.kernels.rules import Scalar
 from lightning_optim.kernels.weight_decay import group_decay
@@ -53,8 +53,13 @@ def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> 
     if batch.device.type == "cpu":
         if skip is not None and is_set(skip):
             return
-        for name, numbers in batch.counters.items():
-            numbers.write(numbers.read() + 1 if name == "step" else columns[name].numpy())
+        for name, counters in batch.counters.items():
+            if name != "step":
+                _write(counters, columns[name].numpy())
+            elif isinstance(columns, HostColumns):
+                _write(counters, columns.steps + 1)
+            else:
+                _write(counters, _read(counters) + 1)
     else:
         for name in batch.scalar_states[0]:
             tensors = [state[name] for state in batch.scalar_states]
@@ -96,6 +101,8 @@ class HostColumns(dict[str, Tensor]):
         self.rows = np.array(rows, dtype=np.float64)
         """[kinds, names]."""
         self.kinds = kinds
+        self.steps: npt.NDArray[np.float64] = np.zeros(0)
+        """Step counts from which the scalars are computed, [tensors], if there are any."""
 
     def __missing__(self, name: str) -> Tensor:
         if name not in self.names:
@@ -115,7 +122,7 @@ class HostColumns(dict[str, Tensor]):
             self[name] = self[name] / divisor.to(torch.float64)
         else:
             with np.errstate(all="ignore"):  # as torch divides
-                self.rows[:, self.names.index(name)] /= read(divisor.to(torch.float64))
+                self.rows[:, self.names.index(name)] /= divisor.item()
 
     def table(self, names: Sequence[str], dtype: torch.dtype) -> npt.NDArray[np.floating]:
         """Return the columns called ``names`` side by side, [tensors, names], in ``dtype``."""
@@ -132,7 +139,9 @@ class HostColumns(dict[str, Tensor]):
 
 def host_scalars(batch: Batch, divisor: Tensor | None) -> HostColumns:
     """Compute the same as `scalar_columns` for a batch on the CPU; columns are made where they are asked for."""
-    columns = _host_scalars(batch)
+    old = {name: _read(counters) for name, counters in batch.counters.items()}
+    columns = _host_scalars(batch, old)
+    columns.steps = old.get("step", columns.steps)
     if batch.rounding_keys:
         columns.update(key_columns(batch.rounding_keys))
     for name, value in batch.shared.items():
@@ -142,9 +151,22 @@ def host_scalars(batch: Batch, divisor: Tensor | None) -> HostColumns:
     return columns
 
 
-def _host_scalars(batch: Batch) -> HostColumns:
+def _read(counters: list[npt.NDArray[Any]] | Numbers) -> npt.NDArray[np.float64]:
+    if isinstance(counters, list):
+        return np.array([counter.item() for counter in counters], dtype=np.float64)
+    return counters.read()
+
+
+def _write(counters: list[npt.NDArray[Any]] | Numbers, values: npt.NDArray[np.float64]) -> None:
+    if not isinstance(counters, list):
+        counters.write(values)
+        return
+    for counter, value in zip(counters, values.tolist(), strict=True):
+        counter[()] = value
+
+
+def _host_scalars(batch: Batch, old: Mapping[str, npt.NDArray[np.float64]]) -> HostColumns:
     # Tensors with equal 0-d state and the same group share a row of scalars.
-    old = {name: numbers.read() for name, numbers in batch.counters.items()}
     groups, kinds = batch.members
     if all((values == values[0]).all() for values in old.values()):
         first = {name: values[0].item() for name, values in old.items()}
@@ -160,7 +182,8 @@ def _host_scalars(batch: Batch) -> HostColumns:
 
 
 def _host_columns(batch: Batch) -> dict[str, Tensor]:
-    return dict(_host_scalars(batch).complete())
+    old = {name: _read(counters) for name, counters in batch.counters.items()}
+    return dict(_host_scalars(batch, old).complete())
 
 
 def _readable(group: Mapping[str, Any]) -> Mapping[str, Any]:

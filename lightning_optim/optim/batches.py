@@ -21,8 +21,8 @@ from torch import Tensor
 from lightning_optim import kernels
 from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local
-from lightning_optim.kernels import Backend, Batch, counters
-from lightning_optim.kernels.base import Watch
+from lightning_optim.kernels import Backend, Batch
+from lightning_optim.kernels.base import MANY, Watch
 from lightning_optim.kernels.plain import resolved
 from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import decay_form, decay_forms
@@ -206,16 +206,22 @@ class Batches:
     def _begin_watch(self, optimizer: Ruled, rules: Sequence[Rule]) -> None:
         """Let a compiled loop look for changes from now on, if there are many tensors and the backend has one."""
         self._watch, self._watches, self._steps_to_watch = None, self._watches + 1, _WATCHED_AFTER
-        if len(self._held) < counters.MANY or all(backend.watch is None for backend in self.backends):
+        if len(self._held) < MANY or all(backend.watch is None for backend in self.backends):
             self._watches = _MOST_WATCHES
             return
+        for batch, backend in zip(self.batches, self.backends, strict=True):
+            if backend.numbers is not None:
+                batch.count_by(backend.numbers)
         watch = next(backend.watch for backend in self.backends if backend.watch is not None)
         self._lists = [group["params"] for group in optimizer.param_groups]
         self._state = optimizer.state
         params = [param for params in self._lists for param in params]
         self._settings = _settings(optimizer, rules)
         self._by_address = [
-            backend.takes_addresses and isinstance(batch.rule, UpdateRule) and batch.is_contiguous()
+            backend.takes_addresses
+            and isinstance(batch.rule, UpdateRule)
+            and batch.addresses is not None
+            and all(map(Tensor.is_contiguous, batch.grads))
             for batch, backend in zip(self.batches, self.backends, strict=True)
         ]
         whole = len(self.batches) == 1
@@ -254,7 +260,8 @@ class Batches:
         """Drop the references to the gradients, so that the caller can free their memory."""
         for batch in self.batches:
             batch.grads.clear()
-            batch.give(None)
+            if batch.grad_addresses is not None:
+                batch.give(None)
             batch.shared.clear()
 
 

@@ -42,6 +42,7 @@ from lightning_optim.optim import FusedOptimizer
 from lightning_optim.step.decision import Decision
 from lightning_optim.step.evaluations import Evaluations, updating_optimizer
 from lightning_optim.step.gradients import Gradients, group_names_of, names_of
+from lightning_optim.step.known_gradients import forget
 from lightning_optim.step.one_step import OneStep
 from lightning_optim.step.operands import AroundStep, StepOperands, StepSkipped, operands_for
 
@@ -180,6 +181,7 @@ class StepPipeline:
         self._operands.close()
         # A scheduler still asks for the counts, and must not keep alive what the callbacks refer to: the Trainer, say.
         self._step, self.on_report, self.report_due, self.histograms = None, None, bool, tuple
+        forget(self._updates)
         if isinstance(self.optimizer, FusedOptimizer):
             self.optimizer.forget_step()
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_optim import optim
-from lightning_optim.kernels import counters
+from lightning_optim.kernels import base
 from lightning_optim.optim import batches
 from tests.optim.cases import assert_same
 from tests.optim.test_batches import CHANGES, Change, give, params
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(object_layout.layout() is None, reason="objects 
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Watch from the second step, whatever the number of tensors."""
     monkeypatch.setattr(batches, "_WATCHED_AFTER", 1)
-    monkeypatch.setattr(counters, "MANY", 1)
+    for module in (batches, base):
+        monkeypatch.setattr(module, "MANY", 1)
 
 
 def set_memory(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
@@ -102,6 +103,10 @@ def frozen(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> 
     parameters[3].grad = None
 
 
+def collect(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    optimizer.collect_step_stats = True  # type: ignore[attr-defined]
+
+
 MORE: dict[str, Change] = {
     **CHANGES,
     **{
@@ -109,7 +114,7 @@ MORE: dict[str, Change] = {
         for change in (
             *(set_memory, transpose_in_place, shrink, swap_tensors, new_count, count_written, remove_parameter),
             *(reorder, new_list, new_state, strided_gradient, expanded_gradient, negated_gradient),
-            *(part_of_a_bucket, frozen),
+            *(part_of_a_bucket, frozen, collect),
         )
     },
 }

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lightning_optim.core.host import is_set
 from lightning_optim.core.stats import STEP_SUMS
-from lightning_optim.kernels import counters
-from lightning_optim.kernels.base import Backend, Batch
+from lightning_optim.kernels.base import Backend, Batch, arithmetic_dtype
 from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, kernel_args, measure_args, split
 from lightning_optim.kernels.cpu.codegen import build, build_measure, build_subtraction
 from lightning_optim.kernels.cpu.counters import CompiledNumbers
@@ -23,7 +22,8 @@ from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
 from lightning_optim.kernels.reference import apply_tensor_rule
 from lightning_optim.kernels.rules import Rule, TensorRule
-from lightning_optim.kernels.scalars import host_scalars
+from lightning_optim.kernels.scalars import HostColumns, host_scalars
+from lightning_optim.kernels.sizes import Sizes
 
 BLOCK = 65536
 """Elements per block, 256 KB of float32: long enough to stream memory, short enough to balance the threads."""
@@ -32,7 +32,7 @@ SUBTRACTED_AT_ONCE = 2**20
 """Number of elements of a tensor rule's updates that are subtracted in one pass."""
 
 
-counters.compiled = CompiledNumbers
+_NOTHING = np.zeros((0, 0))
 
 
 class CpuBackend(Backend):
@@ -42,6 +42,7 @@ class CpuBackend(Backend):
     low_precision = True
     takes_addresses = True
     watch = Watch
+    numbers = CompiledNumbers
 
     def __init__(self) -> None:
         self._elementwise = ElementwiseSteps(run, _scalars)
@@ -57,9 +58,11 @@ class CpuBackend(Backend):
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         """Implement `Backend`."""
         args, kept = measure_args(grads)
-        no_scalars = np.zeros((1, 1), np.float64 if args.dtype == torch.float64 else np.float32)
-        norm_sq = launch(build_measure(DTYPES[kept[0].dtype]), args, no_scalars)
-        return norm_sq[:, 0]
+        return _measure(args, kept[0].dtype)
+
+    def measure_at(self, addresses: npt.NDArray[np.int64], sizes: Sizes, dtype: torch.dtype) -> Tensor:
+        """Implement `Backend`."""
+        return _measure(KernelArgs(torch.device("cpu"), arithmetic_dtype(dtype), sizes, addresses[:, None]), dtype)
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
@@ -120,17 +123,33 @@ def run(
 ) -> tuple[tuple[str, ...], Tensor]:
     """Implement `compiled.Run`; ``skip`` is always None, because `CpuBackend.apply` has read the flag."""
     kernel = build(spec)
-    return kernel.sums, launch(kernel, args, kernel.host_table(columns, args.dtype))
+    assert isinstance(columns, HostColumns)
+    return kernel.sums, launch(kernel, args, columns.table(kernel.scalars, args.dtype))
+
+
+def _measure(args: KernelArgs, dtype: torch.dtype) -> Tensor:
+    no_scalars = np.zeros((1, 1), np.float64 if args.dtype == torch.float64 else np.float32)
+    return launch(build_measure(DTYPES[dtype]), args, no_scalars)[:, 0]
+
+
+def _blocks(numel: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], int, bool]:
+    """Return the blocks of tensors, their number of elements, and whether each tensor is one block."""
+    blocks = split(numel, BLOCK)
+    one_each = len(blocks) == len(numel) and bool((blocks[:, 0] == np.arange(len(blocks))).all())
+    return blocks, sum(numel), one_each
 
 
 def launch(kernel: Kernel, args: KernelArgs, scalars: npt.NDArray[np.floating]) -> Tensor:
     """Run ``kernel`` over all blocks, and add the block sums of each tensor in order: [tensors, sums], float64."""
-    blocks = args.sizes.blocks(BLOCK, split)
-    sums = np.zeros((len(blocks), len(kernel.sums)))
-    run_blocks(kernel.function, len(blocks), args.sizes.total, blocks, args.addresses, scalars, sums)
-    if len(blocks) == len(args.sizes) and 0 not in args.numel:  # Each tensor is one block.
+    sizes = args.sizes
+    if BLOCK not in sizes.kept:
+        sizes.kept[BLOCK] = _blocks(sizes.numel)
+    blocks, elements, one_each = sizes.kept[BLOCK]
+    # Without sums nothing is allocated: glibc tidies up at the first allocation after a backward pass.
+    sums = np.zeros((len(blocks), len(kernel.sums))) if kernel.sums else _NOTHING
+    run_blocks(kernel.function, len(blocks), elements, blocks, args.addresses, scalars, sums)
+    if one_each or not kernel.sums:
         return torch.from_numpy(sums)
-    totals = np.zeros((len(args.sizes), len(kernel.sums)))
-    if kernel.sums:
-        np.add.at(totals, blocks[:, 0], sums)
+    totals = np.zeros((len(sizes.numel), len(kernel.sums)))
+    np.add.at(totals, blocks[:, 0], sums)
     return torch.from_numpy(totals)

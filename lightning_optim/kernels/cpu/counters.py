@@ -12,7 +12,6 @@ import numpy.typing as npt
 from torch import Tensor
 
 from lightning_optim.kernels.cpu import disk_cache, launch
-from lightning_optim.kernels.cpu.launch import address
 from lightning_optim.kernels.cpu.memory import load, store
 
 _TEXT = """\
@@ -27,7 +26,7 @@ def kernel(launch):
 
 
 class CompiledNumbers:
-    """Implementation of `kernels.counters.Numbers` for tensors of one dtype.
+    """The values of 0-d tensors of one dtype.
 
     Args:
         tensors: 0-d tensors, all float32 or all float64, which keep their memory.
@@ -35,22 +34,24 @@ class CompiledNumbers:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._addresses = np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)
+        self._values = np.empty(len(tensors))
+        places = self._addresses.ctypes.data, self._values.ctypes.data
+        self._record = np.array([*places, len(tensors), 0], dtype=np.int64)
+        self._record_at = self._record.ctypes.data
         name = str(tensors[0].dtype).removeprefix("torch.")
         self._loop = _build(name)
 
     def read(self) -> npt.NDArray[np.float64]:
-        """See `Numbers`."""
-        values = np.empty(len(self._addresses))
-        self._run(values, writes=False)
-        return values
+        """Return the values, shape [tensors], in an array that the next call overwrites."""
+        self._record[3] = 0
+        self._loop.dispatcher(self._record_at)
+        return self._values
 
     def write(self, values: npt.NDArray[np.float64]) -> None:
-        """See `Numbers`."""
-        self._run(np.ascontiguousarray(values, dtype=np.float64), writes=True)
-
-    def _run(self, values: npt.NDArray[np.float64], writes: bool) -> None:
-        record = np.array([address(self._addresses), address(values), len(values), writes], dtype=np.int64)
-        self._loop.dispatcher(address(record))
+        """Write new values, shape [tensors], rounded to the dtype of the tensors."""
+        self._values[:] = values
+        self._record[3] = 1
+        self._loop.dispatcher(self._record_at)
 
 
 @cache

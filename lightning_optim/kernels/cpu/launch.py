@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numba
-import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -91,12 +90,6 @@ def compile_loop(what: str, text: str, names: dict[str, Any], kept_as: str, *, h
     (compiled,) = dispatcher.overloads.values()
     # This is how numba itself passes compiled functions as pointers; `numba.cfunc` offers no choice of the cache.
     return BlockLoop(dispatcher, compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name))
-
-
-def address(array: npt.NDArray[Any]) -> int:
-    """Return the address of the first element; ``array.ctypes`` takes several times as long."""
-    first: int = array.__array_interface__["data"][0]
-    return first
 
 
 _INT64 = ir.IntType(64)

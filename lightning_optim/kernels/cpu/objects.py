@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lightning_optim.core.placements import PLAIN
 from lightning_optim.kernels.cpu import disk_cache, launch
-from lightning_optim.kernels.cpu.launch import address
 from lightning_optim.kernels.cpu.object_layout import KIND_WORDS, Layout, kind_of, layout, words
 
 _MOST = 5  # dimensions, as in object_layout
@@ -140,17 +139,18 @@ class Watch:
         self._kinds: dict[tuple[int, ...], int] = {}
         items = [_table([[id(item)] for item in held]) for held in lists]
         parts = [
-            _table([[id(held), len(held), address(ids)] for held, ids in zip(lists, items, strict=True)], 3),
+            _table([[id(held), len(held), _address(ids)] for held, ids in zip(lists, items, strict=True)], 3),
             _table([[id(held), words(id(held), known.tag + 1)[known.tag]] for held in dicts], 2),
             _table([self._tensor(tensor, known) for tensor in tensors], 7),
             _table([self._gradient(*pair, known) for pair in zip(params, grads, strict=True)], 5),
         ]
         self._found = np.zeros(sum(grad is not None for grad in grads), dtype=np.int64)
         kinds = _table([list(kind) for kind in self._kinds], KIND_WORDS)
-        record = [0, *known.words(), id(Tensor), address(kinds)]
+        record = [0, *known.words(), id(Tensor), _address(kinds)]
         for part in parts:
-            record += [address(part), len(part)]
-        self._record = np.array([*record, address(self._found)], dtype=np.int64)
+            record += [_address(part), len(part)]
+        self._record = np.array([*record, _address(self._found)], dtype=np.int64)
+        self._address = _address(self._record)
         self._kept = lists, dicts, tensors, params, items, parts, kinds
         self._loop = _build()
         present = self.gradients()
@@ -165,7 +165,7 @@ class Watch:
         the next call.
         """
         self._record[0] = 0
-        self._loop.dispatcher(address(self._record))
+        self._loop.dispatcher(self._address)
         return self._found if self._record[0] else None
 
     def _kind(self, tensor: Tensor, known: Layout) -> int:
@@ -191,6 +191,10 @@ class Watch:
 
 def _table(rows: Sequence[Sequence[int]], width: int = 1) -> npt.NDArray[np.int64]:
     return np.array(rows, dtype=np.int64).reshape(-1, width)
+
+
+def _address(array: npt.NDArray[np.int64]) -> int:
+    return array.ctypes.data
 
 
 @cache

@@ -17,7 +17,6 @@ import torch
 
 from lightning_optim.kernels.cpu import openmp
 from lightning_optim.kernels.cpu.launch import BLOCKS, DONE, RUN, TABLES, BlockLoop
-from lightning_optim.kernels.cpu.launch import address as address_of
 
 ALONE = 32768
 """Number of elements up to which one thread is faster than to wake others; torch's own operations have the same."""
@@ -48,8 +47,8 @@ def run_blocks(kernel: BlockLoop, blocks: int, elements: int, *tables: npt.NDArr
     record = np.zeros(TABLES + 3 * len(tables), dtype=np.int64)
     record[BLOCKS] = blocks
     record[RUN] = max(1, blocks // (threads * RUNS_PER_THREAD))
-    record[TABLES:] = [value for table in tables for value in (address_of(table), *table.shape)]
-    address = address_of(record)
+    record[TABLES:] = [value for table in tables for value in (table.__array_interface__["data"][0], *table.shape)]
+    address = record.__array_interface__["data"][0]  # `record.ctypes` takes several times as long
     if threads <= 1:
         kernel.dispatcher(address)
     elif team is not None:
@@ -71,7 +70,7 @@ def run_blocks(kernel: BlockLoop, blocks: int, elements: int, *tables: npt.NDArr
 
 
 def _run(kernel: BlockLoop, record: npt.NDArray[np.int64], tables: tuple[npt.NDArray[Any], ...]) -> None:
-    kernel.dispatcher(address_of(record))
+    kernel.dispatcher(record.ctypes.data)
 
 
 def _executor(size: int) -> ThreadPoolExecutor:

@@ -266,8 +266,8 @@ class Backend(ABC):
             1e20² overflows float32.
         """
 
-    def measure_at(self, addresses: np.ndarray, sizes: Sizes, dtype: torch.dtype) -> Tensor:
-        """Compute the same as `measure` of contiguous tensors of ``dtype`` at ``addresses``, int64, [tensors].
+    def measure_at(self, addresses: np.ndarray, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Compute the same as `measure` of contiguous tensors at ``addresses``, int64, [tensors].
 
         Raises:
             NotImplementedError: The backend has no `watch`, which finds addresses.

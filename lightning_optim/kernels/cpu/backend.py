@@ -60,9 +60,11 @@ class CpuBackend(Backend):
         args, kept = measure_args(grads)
         return _measure(args, kept[0].dtype)
 
-    def measure_at(self, addresses: npt.NDArray[np.int64], sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    def measure_at(
+        self, addresses: npt.NDArray[np.int64], sizes: Sizes, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         """Implement `Backend`."""
-        return _measure(KernelArgs(torch.device("cpu"), arithmetic_dtype(dtype), sizes, addresses[:, None]), dtype)
+        return _measure(KernelArgs(device, arithmetic_dtype(dtype), sizes, addresses[:, None]), dtype)
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 from torch import Tensor
 
 from lightning_optim.core.transfer import upload
-from lightning_optim.kernels.base import Backend, Batch
+from lightning_optim.kernels.base import Backend, Batch, arithmetic_dtype
 from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, measure_args, split
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
+from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.triton.codegen import build, build_measure
 from lightning_optim.kernels.triton.functions import add_blocks, add_squares
 from lightning_optim.kernels.triton.launch import address_table, current_device, flag, launch, stream_of
@@ -28,6 +31,12 @@ class TritonBackend(Backend):
 
     name = "triton"
     reads_skip = True
+    takes_addresses = True
+
+    @property
+    def watch(self) -> Any:  # type: ignore[override]
+        """See `Backend`; it is that of the CPU backend, where numba is installed, because the host does the looking."""
+        return _watch()
 
     def __init__(self) -> None:
         self._elementwise = ElementwiseSteps(run, device_scalars)
@@ -53,10 +62,13 @@ class TritonBackend(Backend):
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         """Implement `Backend`."""
         args, kept = measure_args(grads)
-        with current_device(args.device):
-            kernel = build_measure(DTYPES[kept[0].dtype], _aligned(args))
-            zero = flag(None, args.device)
-            return _run(kernel, args, zero, zero, squares=True)[:, 0]
+        return _measure(args, kept[0].dtype)
+
+    def measure_at(
+        self, addresses: npt.NDArray[np.int64], sizes: Sizes, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Implement `Backend`."""
+        return _measure(KernelArgs(device, arithmetic_dtype(dtype), sizes, addresses[:, None]), dtype)
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
@@ -67,6 +79,21 @@ class TritonBackend(Backend):
         """Implement `Backend`."""
         with current_device(batch.device):
             return self._elementwise.apply(batch, divisor=divisor, skip=skip, collect=collect)
+
+
+@lru_cache(maxsize=1)
+def _watch() -> Any:
+    try:
+        from lightning_optim.kernels.cpu.objects import Watch
+    except ImportError:
+        return None
+    return Watch
+
+
+def _measure(args: KernelArgs, dtype: torch.dtype) -> Tensor:
+    with current_device(args.device):
+        zero = flag(None, args.device)
+        return _run(build_measure(DTYPES[dtype], _aligned(args)), args, zero, zero, squares=True)[:, 0]
 
 
 def run(

@@ -198,8 +198,8 @@ class StepGuard(NonFiniteGradient):
         """Return the numbers of the fragment: the limits of this step."""
         if (spikes := self.spikes) is None:
             return ()
-        limits = (value for which in _LIMITS for value in getattr(spikes, which))
-        return (float(self.rates.has_risen), *limits)
+        risen = float(self.rates.has_risen)
+        return (risen, *spikes.alone, *spikes.together, *spikes.familiar, *spikes.harmful)
 
     def vectors(self, decays: Sequence[tuple[float, float]], group_sizes: Sequence[int]) -> Sequence[Sequence[float]]:
         """Return the vectors of the fragment, one value for each parameter.

@@ -7,10 +7,11 @@ runs it on the CPU; `triton/decision.py` compiles it for an accelerator, where i
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,6 @@ from torch import Tensor
 
 from lightning_optim.core.fragment import NUMBER, Fragment
 from lightning_optim.kernels.rules import rebind
-
-Array = TypeVar("Array")
 
 COLUMNS = 5
 """Number of columns before the square sums in a row: whether the step is skipped, norm, loss, and a flag for each."""
@@ -247,67 +246,58 @@ def _numpy_function(program: Program) -> Any:
     return names["decide"]
 
 
-class Runner(Generic[Array]):
-    """What runs programs on one device, over arrays of its own kind."""
+Results = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each array that a program writes, by name."""
 
-    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Array:
-        """Return a new array, not filled."""
-        raise NotImplementedError
 
-    def upload(self, values: np.ndarray) -> Array:
-        """Return an array of values from the host."""
-        raise NotImplementedError
+class Runner(ABC):
+    """What runs programs on one device."""
 
-    def array(self, name: str, tensor: Tensor) -> Array:
-        """Return a tensor as an array; the one that was last made under this name is remembered."""
-        raise NotImplementedError
+    @abstractmethod
+    def upload(self, values: np.ndarray) -> Any:
+        """Return values from the host as what `run` takes."""
 
-    def tensor(self, name: str, array: Array) -> Tensor:
-        """Return an array as a tensor, which shares its memory."""
-        raise NotImplementedError
-
-    def run(self, program: Program, arrays: Mapping[str, Array]) -> None:
+    @abstractmethod
+    def run(self, program: Program, given: Mapping[str, Any], results: Results) -> dict[str, Tensor]:
         """Run a program.
 
         Args:
             program: The program.
-            arrays: Array of each name in ``program.reads`` and ``program.writes``; the latter are written.
+            given: What it reads, by name: tensors, or what `upload` has returned.
+            results: What it writes.
+
+        Returns:
+            New tensors for ``results``.
         """
-        raise NotImplementedError
 
 
-class HostRunner(Runner[np.ndarray]):
+class HostRunner(Runner):
     """Runs programs over numpy arrays, without an operation of torch."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Tensor, np.ndarray]] = {}
-
-    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
-        """See `Runner`."""
-        return np.empty(shape, _NUMPY[dtype])
+        self._made: dict[str, tuple[Tensor, np.ndarray]] = {}  # to have the array of a state at the next step
 
     def upload(self, values: np.ndarray) -> np.ndarray:
         """See `Runner`."""
         return values
 
-    def array(self, name: str, tensor: Tensor) -> np.ndarray:
+    def run(self, program: Program, given: Mapping[str, Any], results: Results) -> dict[str, Tensor]:
         """See `Runner`."""
-        known = self._known.get(name)
-        if known is not None and known[0] is tensor:
-            return known[1]
-        tensor = tensor.detach().cpu()
-        return (tensor.double() if tensor.dtype not in _NUMPY else tensor).numpy()
-
-    def tensor(self, name: str, array: np.ndarray) -> Tensor:
-        """See `Runner`."""
-        tensor = torch.from_numpy(array)
-        self._known[name] = tensor, array
-        return tensor
-
-    def run(self, program: Program, arrays: Mapping[str, np.ndarray]) -> None:
-        """See `Runner`."""
+        arrays = {}
+        for name, value in given.items():
+            known = self._made.get(f"new_{name}")
+            if known is not None and known[0] is value:
+                value = known[1]
+            elif isinstance(value, Tensor):
+                value = value.detach().cpu()
+                value = (value if value.dtype in _NUMPY else value.double()).numpy()
+            arrays[name] = value
+        for name, (shape, dtype) in results.items():
+            arrays[name] = np.empty(shape, _NUMPY[dtype])
         with np.errstate(all="ignore"):
             _numpy_function(program)(*map(arrays.__getitem__, program.arrays))
+        self._made = {name: (torch.from_numpy(arrays[name]), arrays[name]) for name in results}
+        return {name: tensor for name, (tensor, _) in self._made.items()}
 
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64}

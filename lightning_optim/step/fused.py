@@ -57,9 +57,7 @@ class FusedDecision:
         runner: What runs the program; None for the one of the device.
     """
 
-    def __init__(
-        self, clipper: Clipper | None, detectors: Sequence[Detector], runner: Runner[Any] | None = None
-    ) -> None:
+    def __init__(self, clipper: Clipper | None, detectors: Sequence[Detector], runner: Runner | None = None) -> None:
         self._clipper = clipper
         self._guard = next((d for d in detectors if type(d) is StepGuard), None)
         self._others = [d for d in detectors if d is not self._guard and type(d) is not NonFiniteGradient]
@@ -96,11 +94,11 @@ class FusedDecision:
         loss = None if self._guard is None else self._guard.begin()
         has_incoming = incoming is not None or bool(self._others)
         program = self._program(names, loss is not None, has_incoming, len(gradients.params) != gradients.parameters)
-        given = {"norm_sq": run.array("norm_sq", step.stats.norm_sq)}
+        given: dict[str, Any] = {"norm_sq": step.stats.norm_sq}
         if loss is not None:
-            given["loss"] = run.array("loss", loss)
+            given["loss"] = loss
         if has_incoming:
-            given["incoming"] = run.array("incoming", self._asked(step, incoming, device))
+            given["incoming"] = self._asked(step, incoming, device)
         if program.sparse:
             given["place"] = self._uploaded_places(gradients, run)
         if program.vectors:
@@ -117,21 +115,22 @@ class FusedDecision:
         if numbers:
             given["numbers"] = self._uploaded_numbers(numbers, run)
         before = {**clip_state, **guard_state, "counts": counts}
-        given.update((name, run.array(name, value)) for name, value in before.items())
-        made = {f"new_{name}": run.new(value.shape, value.dtype) for name, value in before.items()}
-        made |= self._results(program, len(gradients.params), run)
-        run.run(program, given | made)
-        after = {name: run.tensor(name, made[f"new_{name}"]) for name in before}
-        results = {name: run.tensor(name, made[name]) for name in made.keys() - {f"new_{name}" for name in before}}
-        step.skip = results["skip"] if self._can_skip or has_incoming else None
+        tensors = len(gradients.params)
+        results: dict[str, Any] = {f"new_{name}": (value.shape, value.dtype) for name, value in before.items()}
+        results |= {"norm": ((), torch.float64), "skip": ((), torch.float32)}
+        results["divisor"] = (tensors,) if program.per_tensor else (), torch.float64
+        if program.guard is not None:
+            results["row"] = (program.row_length(tensors),), torch.float64
+        made = run.run(program, {**given, **before}, results)
+        step.skip = made["skip"] if self._can_skip or has_incoming else None
         if self._clipper is not None:
-            step.clip = Divisor(results["divisor"])
+            step.clip = Divisor(made["divisor"])
         return Decided(
-            counts=after["counts"],
-            norm=results["norm"],
-            clip_state={name: after[name] for name in clip_state},
-            guard_state={name: after[name] for name in guard_state},
-            row=results.get("row"),
+            counts=made["new_counts"],
+            norm=made["norm"],
+            clip_state={name: made[f"new_{name}"] for name in clip_state},
+            guard_state={name: made[f"new_{name}"] for name in guard_state},
+            row=made.get("row"),
             layout=RowLayout(gradients.group_sizes, loss is not None, program.sparse),
             group_names=names,
         )
@@ -182,19 +181,12 @@ class FusedDecision:
         flags = [flag.reshape(()).to(device, torch.float32, non_blocking=True) for flag in flags]
         return flags[0] if len(flags) == 1 else torch.stack(flags).amax()
 
-    def _results(self, program: Program, tensors: int, run: Runner[Any]) -> dict[str, Any]:
-        results = {"norm": run.new((), torch.float64), "skip": run.new((), torch.float32)}
-        results["divisor"] = run.new((tensors,) if program.per_tensor else (), torch.float64)
-        if program.guard is not None:
-            results["row"] = run.new((program.row_length(tensors),), torch.float64)
-        return results
-
-    def _uploaded_numbers(self, given: tuple[float, ...], run: Runner[Any]) -> Any:
+    def _uploaded_numbers(self, given: tuple[float, ...], run: Runner) -> Any:
         if self._numbers is None or self._numbers[0] != given:
             self._numbers = given, run.upload(np.array(given))
         return self._numbers[1]
 
-    def _uploaded_vectors(self, gradients: Gradients, names: tuple[str, ...], run: Runner[Any]) -> list[Any]:
+    def _uploaded_vectors(self, gradients: Gradients, names: tuple[str, ...], run: Runner) -> list[Any]:
         groups = gradients.optimizer.param_groups
         sizes = tuple(len(group["params"]) for group in groups)
         decays = tuple(map(decays_of, groups))
@@ -210,7 +202,7 @@ class FusedDecision:
             self._vectors = key, [run.upload(np.array(row, dtype=np.float64)) for row in rows]
         return self._vectors[1]
 
-    def _uploaded_places(self, gradients: Gradients, run: Runner[Any]) -> Any:
+    def _uploaded_places(self, gradients: Gradients, run: Runner) -> Any:
         """Return the index of each parameter among those with a gradient, int64, -1 for one without."""
         there = [p.grad is not None for group in gradients.optimizer.param_groups for p in group["params"]]
         if self._places is None or self._places[0] != there:
@@ -229,7 +221,7 @@ def _is_known(kind: type[ClipRule]) -> bool:
     return depth("fragment") <= min(map(depth, ("__call__", "updated", "init_state")))
 
 
-def runner_for(device: torch.device) -> Runner[Any] | None:
+def runner_for(device: torch.device) -> Runner | None:
     """Return what runs programs on a device; None if nothing does."""
     if device.type == "cpu":
         return HostRunner()

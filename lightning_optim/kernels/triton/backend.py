@@ -34,7 +34,7 @@ class TritonBackend(Backend):
     takes_addresses = True
 
     @property
-    def watch(self) -> Any:  # type: ignore[override]
+    def watch(self) -> Any:
         """See `Backend`; it is that of the CPU backend, where numba is installed, because the host does the looking."""
         return _watch()
 

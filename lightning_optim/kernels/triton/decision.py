@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_optim.core.fragment import NUMBER
 from lightning_optim.core.transfer import upload
-from lightning_optim.kernels.decision import COLUMNS, HELPERS, Program, Runner, body, stored
+from lightning_optim.kernels.decision import COLUMNS, HELPERS, Program, Results, Runner, body, stored
 from lightning_optim.kernels.rules import rebind
 from lightning_optim.kernels.triton.functions import NAMED, jit, jit_text
 from lightning_optim.kernels.triton.launch import current_device, launch
@@ -186,8 +186,8 @@ def decision_kernel(program: Program) -> Any:
     return jit_text(text(program), "kernel", {**FUNCTIONS, **helpers}, do_not_specialize=[*pointers, *_SIZES])
 
 
-class DeviceRunner(Runner[Tensor]):
-    """Runs programs on an accelerator, over tensors.
+class DeviceRunner(Runner):
+    """Runs programs on an accelerator, in one launch each.
 
     Args:
         device: The device.
@@ -196,28 +196,24 @@ class DeviceRunner(Runner[Tensor]):
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """See `Runner`."""
-        return torch.empty(shape, dtype=dtype, device=self._device)
-
     def upload(self, values: np.ndarray) -> Tensor:
         """See `Runner`."""
         return upload(values, self._device)
 
-    def array(self, name: str, tensor: Tensor) -> Tensor:
+    def run(self, program: Program, given: Mapping[str, Any], results: Results) -> dict[str, Tensor]:
         """See `Runner`."""
-        return tensor if tensor.device == self._device else tensor.to(self._device, non_blocking=True)
-
-    def tensor(self, name: str, array: Tensor) -> Tensor:
-        """See `Runner`."""
-        return array
-
-    def run(self, program: Program, arrays: Mapping[str, Tensor]) -> None:
-        """See `Runner`."""
+        device = self._device
+        arrays = {
+            name: value if value.device == device else value.to(device, non_blocking=True)
+            for name, value in given.items()
+        }
+        made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in results.items()}
+        arrays |= made
         tensors = arrays["norm_sq"].numel()
         parameters = arrays["place"].numel() if program.sparse else tensors
         size = max(triton.next_power_of_2(parameters), 16)
-        given = map(arrays.__getitem__, program.arrays)
-        with current_device(self._device):
+        with current_device(device):
             threads = min(max(size // 8, 128), 1024)
-            launch(decision_kernel(program), 1, self._device, *given, parameters, tensors, size, threads=threads)
+            ordered_arrays = map(arrays.__getitem__, program.arrays)
+            launch(decision_kernel(program), 1, device, *ordered_arrays, parameters, tensors, size, threads=threads)
+        return made

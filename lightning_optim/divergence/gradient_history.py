@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,13 +17,16 @@ _CONVERGED = 1e-3
 """Share of the first losses below which there is next to nothing left to learn, and gradients are small by right."""
 _GRADIENTLESS = 20
 """Smallest number of steps without a gradient that means more than a parameter that is used now and then."""
+_PENDING = 2**14
+"""Number of square sums from which the steps that have been added are processed; until then they are only kept."""
 _COLUMNS = ("used", "seen", "gap", "first", "recent", "largest")
 
 
 class GradientHistory:
     """What the steps so far show about the gradient of each parameter of one optimizer.
 
-    All arrays have one element per parameter, by its place in the optimizer, and grow when a higher place appears.
+    All arrays have one element per parameter, by its place in the optimizer, and grow when a higher place appears. They
+    are asked for at logging steps, so steps are kept until then, or until there are many, and processed at once.
 
     Attributes:
         step: Number of the last step.
@@ -43,6 +47,8 @@ class GradientHistory:
 
     def __init__(self) -> None:
         self.step = 0
+        self._columns: dict[str, np.ndarray]
+        self._pending: list[tuple[int, np.ndarray, np.ndarray | None]] = []
         self._allocate(0)
         self._losses: list[float] = []
         self._loss = math.nan
@@ -56,32 +62,62 @@ class GradientHistory:
             places: Place of each tensor in the optimizer, shape [tensors]; None if all parameters have a gradient.
             loss: The loss; NaN if it is not known.
         """
-        at: Any = slice(0, len(norm_sq)) if places is None else places.astype(int)
-        count = len(norm_sq) if places is None else int(at.max(initial=-1)) + 1
-        self.reserve(count)
+        at = None if places is None else places.astype(int)
         self.step = step
-        # Written for a few microseconds per step: no indexing by masks.
-        norm_sq = np.where(np.isfinite(norm_sq), norm_sq, 0.0)
-        moves = norm_sq > 0
-        self.used[at] = step
-        seen = self.seen[at]
-        self.gap[at] = np.maximum(self.gap[at], np.where(moves & (seen > 0), step - seen, 0))
-        self.first[at] = np.where(seen == 0, norm_sq, self.first[at])
-        self.seen[at] = np.where(moves, step, seen)
-        self.recent *= _DECAY
-        self.recent[at] = np.maximum(self.recent[at], norm_sq)
-        self.largest[at] = np.maximum(self.largest[at], norm_sq)
+        self._pending.append((step, norm_sq, at))
+        if len(self._pending) * len(norm_sq) >= _PENDING:
+            self._take_in()
         if math.isfinite(loss):
             if len(self._losses) < _FIRST_LOSSES:
                 self._losses.append(abs(loss))
                 self._loss = abs(loss)
             self._loss += (1 - _LOSS_DECAY) * (abs(loss) - self._loss)
 
+    def _take_in(self) -> None:
+        """Process the steps that have been added: those with the same parameters at once."""
+        pending, self._pending = self._pending, []
+        for _, group in itertools.groupby(pending, key=_tensors):
+            steps, norms, places = zip(*group, strict=True)
+            self._add(steps, np.stack(norms), places[0])
+
+    def _add(self, steps: Sequence[int], norm_sq: np.ndarray, places: np.ndarray | None) -> None:
+        """Add consecutive steps.
+
+        Args:
+            steps: Their numbers.
+            norm_sq: Square sum of each gradient, shape [steps, tensors].
+            places: Place of each tensor in the optimizer, as for `update`.
+        """
+        at: Any = slice(0, norm_sq.shape[1]) if places is None else places
+        self.reserve(norm_sq.shape[1] if places is None else int(at.max(initial=-1)) + 1)
+        norm_sq = np.where(np.isfinite(norm_sq), norm_sq, 0.0)
+        known, moves = self._columns, norm_sq > 0
+        before = known["seen"][at]
+        seen = np.maximum.accumulate(
+            np.vstack([before, np.where(moves, np.array(steps, dtype=np.float64)[:, None], 0.0)]), axis=0
+        )
+        gaps = np.where(moves & (seen[:-1] > 0), seen[1:] - seen[:-1], 0.0)
+        first = np.where(moves.any(axis=0), norm_sq[moves.argmax(axis=0), np.arange(norm_sq.shape[1])], 0.0)
+        recent = known["recent"]
+        for row in norm_sq:
+            recent *= _DECAY
+            recent[at] = np.maximum(recent[at], row)
+        known["used"][at] = steps[-1]
+        known["gap"][at] = np.maximum(known["gap"][at], gaps.max(axis=0))
+        known["first"][at] = np.where(before == 0, first, known["first"][at])
+        known["seen"][at] = seen[-1]
+        known["largest"][at] = np.maximum(known["largest"][at], norm_sq.max(axis=0))
+
     def reserve(self, count: int) -> None:
         """Make room for so many parameters."""
-        if (more := count - len(self.used)) > 0:
-            for name in _COLUMNS:
-                setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more)]))
+        if (more := count - len(self._columns["used"])) > 0:
+            self._columns = {name: np.concatenate([old, np.zeros(more)]) for name, old in self._columns.items()}
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name not in _COLUMNS:
+            raise AttributeError(name)
+        self._take_in()
+        return self._columns[name]
 
     @property
     def has_converged(self) -> bool:
@@ -90,11 +126,13 @@ class GradientHistory:
 
     def never_used(self, place: int) -> bool:
         """Return whether no step so far has given the parameter a gradient, not even one of zeros."""
-        return place >= len(self.used) or not self.used[place]
+        used = self.used
+        return place >= len(used) or not used[place]
 
     def without_gradient(self) -> np.ndarray:
         """Return whether each parameter has been without a gradient for longer than is usual for it, shape [places]."""
-        return self.step - self.seen >= np.maximum(_GRADIENTLESS, 3 * self.gap)
+        lasts: np.ndarray = self.step - self.seen >= np.maximum(_GRADIENTLESS, 3 * self.gap)
+        return lasts
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in plain numbers and lists."""
@@ -104,8 +142,8 @@ class GradientHistory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
         self.step, self._losses, self._loss = state["step"], list(state["losses"]), state["loss"]
-        for name in _COLUMNS:
-            setattr(self, name, np.array(state[name], dtype=np.float64))
+        self._pending.clear()
+        self._columns = {name: np.array(state[name], dtype=np.float64) for name in _COLUMNS}
 
     def move(self, places: Sequence[int]) -> None:
         """Follow parameters to other places in the optimizer.
@@ -118,7 +156,13 @@ class GradientHistory:
         for old, new in enumerate(places):
             if new >= 0 and old < len(before["used"]):
                 for name, values in before.items():
-                    getattr(self, name)[new] = values[old]
+                    self._columns[name][new] = values[old]
 
     def _allocate(self, count: int) -> None:
-        self.used, self.seen, self.gap, self.first, self.recent, self.largest = np.zeros((len(_COLUMNS), count))
+        self._columns = {name: np.zeros(count) for name in _COLUMNS}
+
+
+def _tensors(row: tuple[int, np.ndarray, np.ndarray | None]) -> tuple[int, bytes | None]:
+    """Return what is equal for steps in which the same parameters had a gradient."""
+    _, norm_sq, at = row
+    return len(norm_sq), None if at is None else at.tobytes()

@@ -106,9 +106,10 @@ class ParameterHealth(Stateful):
                 if kind == "no_gradient" and frozen:
                     text += f"; {frozen} of these are frozen (requires_grad=False), which is right only if it is meant"
                 alarms.append(alarm(kind, seen.step, text, tuple(new)))
-        clipped = self.clip_rate.update(seen.step, seen.clipped, _share_left(rows))
+        total = seen.sums()
+        clipped = self.clip_rate.update(seen.step, seen.clipped, _share_left(total))
         alarms += [alarm("always_clipped", seen.step, clipped)] if clipped else []
-        return [*alarms, *self._advise(seen, rows)]
+        return [*alarms, *self._advise(seen, total)]
 
     def _collapse(self, seen: Inspection, rows: list[dict[str, float]], labels: list[str]) -> list[Alarm]:
         """Return an alarm if most of the network is dead, which had a gradient before; at each new time."""
@@ -173,7 +174,8 @@ class ParameterHealth(Stateful):
     ) -> set[int]:
         """Return the places of the tensors whose gradient is next to nothing, now and in the steps before."""
         history, limit = self.history, self.limits.vanishing
-        small = {place for place, value in rms.items() if value < limit * max(rms.values())}
+        highest = max(rms.values(), default=0.0)
+        small = {place for place, value in rms.items() if value < limit * highest}
         if history is None or not small:
             return small
         lately = {place: _rms(float(history.recent[place]), numel[place]) for place in at}
@@ -215,12 +217,12 @@ class ParameterHealth(Stateful):
         history.append(norm)
         return explodes
 
-    def _advise(self, seen: Inspection, rows: list[dict[str, float]]) -> list[Alarm]:
+    def _advise(self, seen: Inspection, total: Mapping[str, float]) -> list[Alarm]:
         if self._has_converged():
             return []
         peak = max(self._peaks.values(), default=0.0)
         rounds_away = any(kind == "rounded_away" for kind, _ in self._told)
-        advice = self._advice.update(seen.step, rows, seen.highest_lr(), peak, rounds_away)
+        advice = self._advice.update(seen.step, total, seen.highest_lr(), peak, rounds_away)
         new = {kind: text for kind, text in advice.items() if (kind, "") not in self._told}
         self._told |= {(kind, "") for kind in new}
         return [alarm(kind, seen.step, text) for kind, text in new.items()]
@@ -250,10 +252,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _share_left(rows: Sequence[Mapping[str, float]]) -> float:
+def _share_left(total: Mapping[str, float]) -> float:
     """Return the share of the gradient norm that clipping has left; NaN if it is not known."""
-    whole = sum(row["grad_sq"] for row in rows)
-    return math.sqrt(sum(row["clipped_sq"] for row in rows) / whole) if whole > 0 else math.nan
+    whole = total["grad_sq"]
+    return math.sqrt(total["clipped_sq"] / whole) if whole > 0 else math.nan
 
 
 def _rms(square_sum: float, numel: int) -> float:

@@ -39,6 +39,12 @@ class Inspection:
     kept: Collection[int] = ()
     clipped: int = 0
 
+    def sums(self) -> dict[str, float]:
+        """Return the sum of each statistic over all tensors, by the names of `TENSOR_COLUMNS`."""
+        width = len(TENSOR_COLUMNS)
+        values = self.values[: width * len(self.names)]
+        return {name: sum(values[i::width]) for i, name in enumerate(TENSOR_COLUMNS)}
+
     def rows(self) -> list[dict[str, float]]:
         """Return the statistics of each tensor, by the names of `TENSOR_COLUMNS`."""
         width = len(TENSOR_COLUMNS)

@@ -70,6 +70,8 @@ def single_value(loss: Tensor) -> Tensor:
         Shape [], at least float32; 0 if there is no element.
     """
     loss = loss.detach()
+    if loss.dim() == 0 and loss.dtype in (torch.float32, torch.float64):  # nearly always
+        return loss
     loss = loss.abs() if loss.is_complex() else loss
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32))  # The mean of large values may overflow 16 bits.
     if loss.numel() == 1:

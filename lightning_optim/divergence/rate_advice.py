@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from lightning_optim.core.stateful import Stateful
-from lightning_optim.core.stats import TENSOR_COLUMNS
 from lightning_optim.divergence.health_limits import HealthLimits
 
 _INSPECTIONS = 5
@@ -41,13 +40,14 @@ class RateAdvice(Stateful):
         self._looked = -_APART
 
     def update(
-        self, step: int, rows: Sequence[Mapping[str, float]], lr: float, peak: float, rounds_away: bool
+        self, step: int, total: Mapping[str, float], lr: float, peak: float, rounds_away: bool
     ) -> dict[str, str]:
         """Add an inspection, unless the last one is too near.
 
         Args:
             step: Number of optimizer steps so far.
-            rows: Statistics of each tensor, by the names of `TENSOR_COLUMNS`.
+            total: Sum of each statistic over all tensors, by the names of `TENSOR_COLUMNS`; NaN where the rule has no
+                such quantity.
             lr: Highest learning rate of the groups.
             peak: The highest one so far.
             rounds_away: Whether updates are small because rounding takes them, and not the learning rate.
@@ -59,8 +59,6 @@ class RateAdvice(Stateful):
             return {}
         self._looked = step
         limits = self.limits
-        # A sum is NaN where the rule has no such quantity.
-        total = {key: sum(row[key] for row in rows) for key in TENSOR_COLUMNS}
         if total["param_sq"] > 0:
             self._ratios.append(math.sqrt(total["update_sq"] / total["param_sq"]))
         if (scale := total["clipped_sq"] * total["momentum_sq"]) > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -251,29 +251,34 @@ class Spikes:
 
 
 class _Accepted:
-    """Last accepted values of one signal, in order of arrival and in order of size."""
+    """Last accepted values of one signal, in order of arrival and in order of size, with their logarithms."""
 
     def __init__(self, window: int) -> None:
         self.values: deque[float] = deque(maxlen=window)
         self.peak = 0.0
         self.start = 0.0
         self._sorted: list[float] = []
+        self._logs: list[float] = []
 
     def __len__(self) -> int:
         return len(self._sorted)
 
     def add(self, value: float) -> None:
         if len(self.values) == self.values.maxlen:
-            del self._sorted[bisect_left(self._sorted, self.values[0])]
+            oldest = bisect_left(self._sorted, self.values[0])
+            del self._sorted[oldest], self._logs[oldest]
         self.values.append(value)
         self.peak = max(self.peak, abs(value))
-        insort(self._sorted, value)
+        place = bisect_right(self._sorted, value)
+        self._sorted.insert(place, value)
+        self._logs.insert(place, _log(value))
 
     def fill(self, values: Sequence[float]) -> None:
         self.values.clear()
         self.values.extend(values)
         self.peak = max(self.peak, *map(abs, self.values), 0.0)
         self._sorted = sorted(self.values)
+        self._logs = list(map(_log, self._sorted))
 
     def move(self, factor: float = 1.0, shift: float = 0.0) -> None:
         self.fill([value * factor + shift for value in self.values])
@@ -294,9 +299,9 @@ class _Accepted:
     def above(self, sigmas: float) -> float:
         """Return the value ``sigmas`` robust σ above the median, on a log scale if all are positive."""
         logs = self._sorted[0] > 0
-        scaled = [math.log(value) for value in self._sorted] if logs else self._sorted
+        scaled = self._logs if logs else self._sorted
         level = _lower_median(scaled)
-        limit = level + sigmas * _TO_SIGMA * _lower_median(sorted(abs(value - level) for value in scaled))
+        limit = level + sigmas * _TO_SIGMA * _lower_median_distance(scaled, level)
         if not logs:
             return limit
         return math.exp(limit) if limit < 700 else math.inf  # exp overflows above 709.
@@ -305,3 +310,25 @@ class _Accepted:
 def _lower_median(ordered: Sequence[float]) -> float:
     """Return the lower of the two middle values; infinite for an empty sequence."""
     return ordered[(len(ordered) - 1) // 2] if ordered else math.inf
+
+
+def _lower_median_distance(ordered: Sequence[float], level: float) -> float:
+    """Return the lower median of the distances of ``ordered`` from ``level``, by a search instead of sorting them.
+
+    Half of the values, those that are closest, follow each other. The larger of the distances at the two ends of such a
+    row is least where both are nearly equal.
+    """
+    half = (len(ordered) - 1) // 2
+    first, last = 0, len(ordered) - half  # of the rows that may be the closest, by their beginnings
+    while first < last:
+        middle = (first + last) // 2
+        if ordered[middle + half] - level >= level - ordered[middle]:
+            last = middle
+        else:
+            first = middle + 1
+    ends = [ordered[first + half] - level] if first + half < len(ordered) else []
+    return min([*ends, level - ordered[first - 1]] if first else ends)
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf

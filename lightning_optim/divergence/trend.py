@@ -6,6 +6,8 @@ import itertools
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 from lightning_optim.core.stateful import Stateful
 
@@ -97,6 +99,7 @@ class SlowDivergence(Stateful):
         self._evidence = self._unit = 0.0
         self._insisted = 0
         self._recent: deque[float] = deque(maxlen=_WINDOW)
+        self._squares: deque[float] = deque(maxlen=_WINDOW - 1)
         self._last: deque[float] = deque(maxlen=int(_MOST) + 1)
 
     def update(self, loss: float, grad_norm: float = math.nan) -> bool:
@@ -116,6 +119,8 @@ class SlowDivergence(Stateful):
         self._last.append(loss)
         self._unclipped.append(loss)
         loss = min(loss, self._best + (_MOST + 1) * self._unit)  # One huge loss must not count as noise.
+        if self._recent:
+            self._squares.append((loss - self._recent[-1]) ** 2)
         self._recent.append(loss)
         self._seen += 1
         # A plain mean at first, so that the first loss does not linger.
@@ -208,8 +213,13 @@ class SlowDivergence(Stateful):
 
     def _noise(self) -> float:
         """Return the standard deviation from step to step, computed from differences, which a drift hardly changes."""
-        values = list(self._recent)
-        return math.sqrt(sum((b - a) ** 2 for a, b in itertools.pairwise(values)) / (2 * max(len(values) - 1, 1)))
+        return math.sqrt(sum(self._squares) / (2 * max(len(self._recent) - 1, 1)))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state returned by `state_dict`."""
+        super().load_state_dict(state)
+        self._squares.clear()
+        self._squares.extend((b - a) ** 2 for a, b in itertools.pairwise(self._recent))
 
 
 def _largest_step(logs: list[float]) -> float:

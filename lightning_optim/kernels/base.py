@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_optim.kernels.rules import Rule
+from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.weight_decay import INITIAL
 
 
@@ -39,6 +40,8 @@ class Batch:
             semantics of its own), and only torch's operations may.
         rounding_keys: Key of the random numbers of each tensor, 0-d int64; empty without stochastic rounding.
         shared: New values of the rule's `shared`, shape [] each, on the device; filled in before `apply`.
+        kernels: What a backend keeps of its kernels from step to step, by a key of its own; it depends on no number.
+        grad_addresses: Addresses of the gradients, if the batch has been given these and no ``grads``.
     """
 
     rule: Rule
@@ -55,6 +58,12 @@ class Batch:
     plain: bool = True
     rounding_keys: list[Tensor] = field(default_factory=list)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    kernels: dict[Any, Any] = field(default_factory=dict)
+    grad_addresses: np.ndarray | None = field(default=None, init=False)
+
+    def give(self, addresses: np.ndarray | None) -> None:
+        """Set the addresses of contiguous gradients, int64, [tensors], which replace ``grads``; None for ``grads``."""
+        object.__setattr__(self, "grad_addresses", addresses)
 
     @cached_property
     def quantized(self) -> tuple[str, ...]:
@@ -70,6 +79,11 @@ class Batch:
         return [[state[name] for state in self.states] for name in names]
 
     @cached_property
+    def slot_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of parameter, gradient and `state_arrays`, from the first gradients that the batch has had."""
+        return tuple(column[0].dtype for column in (self.params, self.grads, *self.state_arrays))
+
+    @cached_property
     def largest(self) -> float:
         """Largest value of a second moment; cached, because every group needs it at every step."""
         return largest(self.dtype)
@@ -80,10 +94,10 @@ class Batch:
         shards = [param for param, whole in zip(self.params, self.full_params, strict=True) if param is not whole]
         return [*self.full_params, *shards, *(tensor for state in self.states for tensor in state.values())]
 
-    @cached_property
+    @property
     def numel(self) -> tuple[int, ...]:
         """Number of elements of each local tensor."""
-        return tuple(map(Tensor.numel, self.params))
+        return self.sizes.numel
 
     @cached_property
     def addresses(self) -> np.ndarray | None:
@@ -100,16 +114,44 @@ class Batch:
         return np.ascontiguousarray(np.array(rows, dtype=np.int64).T)
 
     @cached_property
-    def counters(self) -> dict[str, list[np.ndarray]]:
+    def counters(self) -> dict[str, list[np.ndarray] | Numbers]:
         """0-d numpy views of `scalar_states` by name, on the CPU only: reading thousands of tensors would be slow."""
         return {name: [state[name].numpy() for state in self.scalar_states] for name in self.scalar_states[0]}
+
+    def count_by(self, numbers: Callable[[Sequence[Tensor]], Numbers]) -> None:
+        """Let ``numbers`` read and write `counters` where there are many of one dtype."""
+        for name in self.counters:
+            tensors = [state[name] for state in self.scalar_states]
+            dtypes = {tensor.dtype for tensor in tensors}
+            if len(tensors) >= MANY and len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}:
+                self.counters[name] = numbers(tensors)
+
+    @cached_property
+    def members(self) -> tuple[list[Mapping[str, Any]], np.ndarray]:
+        """The different groups, and the index of each tensor's group among them, [tensors]."""
+        different = {id(group): group for group in self.groups}
+        index = {key: number for number, key in enumerate(different)}
+        return list(different.values()), np.array([index[id(group)] for group in self.groups], dtype=np.int64)
+
+    @cached_property
+    def scalar_tables(self) -> tuple[bytes, bytes]:
+        """Addresses of `scalar_states`, int64, [tensors, names], and the group of each tensor, as bytes of tables."""
+        states = self.scalar_states
+        addresses = [[state[name].data_ptr() for name in states[0]] for state in states]
+        return np.array(addresses, dtype=np.int64).tobytes(), self.members[1].tobytes()
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Number of elements of each local tensor, with what follows from them."""
+        return Sizes(tuple(map(Tensor.numel, self.params)))
 
     def take(self, rows: Sequence[int]) -> Batch:
         """Return the batch restricted to the tensors at the indices ``rows``."""
         if len(rows) == len(self.params):
             return self
         part = copy(self)
-        for name in ("state_arrays", "written", "numel", "addresses", "counters"):  # These are cached for all tensors.
+        # What is cached is of all tensors.
+        for name in ("state_arrays", "written", "sizes", "addresses", "counters", "members", "scalar_tables"):
             part.__dict__.pop(name, None)
         for name in ("params", "grads", "states", "scalar_states", "groups", "full_params", "rounding_keys"):
             full = getattr(self, name)
@@ -143,6 +185,27 @@ def largest(dtype: torch.dtype) -> float:
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.bfloat16).max
 
 
+MANY = 32
+"""Number of tensors from which a compiled loop over objects is worth its compilation."""
+
+
+class Numbers(Protocol):
+    """The values of 0-d tensors of one dtype on the CPU; see `cpu.counters.CompiledNumbers`."""
+
+    def read(self) -> np.ndarray:
+        """Return the values, float64, [tensors], in an array that the next call may overwrite."""
+
+    def write(self, values: np.ndarray) -> None:
+        """Write new values, float64, [tensors]."""
+
+
+class Watch(Protocol):
+    """What notices changes of tensors without asking each of them in Python; see `cpu.objects.Watch`."""
+
+    def gradients(self) -> np.ndarray | None:
+        """Return the addresses of the gradients, int64, [gradients], or None if anything else may have changed."""
+
+
 class Backend(ABC):
     """Base class of backends, which run rules over batches of tensors.
 
@@ -174,6 +237,15 @@ class Backend(ABC):
     reads_skip: ClassVar[bool] = False
     """Whether its kernels read the flag wherever they run. For others, that of tensors on the CPU is read before."""
 
+    watch: ClassVar[Any] = None
+    """A class like `cpu.objects.Watch`, if the backend has one."""
+
+    takes_addresses: ClassVar[bool] = False
+    """Whether it runs elementwise rules on `Batch.grad_addresses`, without the gradients as objects."""
+
+    numbers: ClassVar[Any] = None
+    """A class like `cpu.counters.CompiledNumbers`, a faster `Numbers` of many tensors, if the backend has one."""
+
     @abstractmethod
     def why_not(self, device: torch.device) -> str | None:
         """Return the reason why this backend cannot run on ``device``, as a clause; None if it can."""
@@ -193,6 +265,14 @@ class Backend(ABC):
             Shape [tensors], float64 where the device supports it. An entry is finite wherever its gradient is, although
             1e20² overflows float32.
         """
+
+    def measure_at(self, addresses: np.ndarray, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Compute the same as `measure` of contiguous tensors at ``addresses``, int64, [tensors].
+
+        Raises:
+            NotImplementedError: The backend has no `watch`, which finds addresses.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from lightning_optim.kernels.plain import is_dense
 from lightning_optim.kernels.reference import whole_numel
 from lightning_optim.kernels.rules import UpdateRule
 from lightning_optim.kernels.scalars import commit, scalar_columns
+from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.weight_decay import decay_factor, norm_factor
 
 DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16", "uint8")}
@@ -34,14 +35,19 @@ class KernelArgs:
     Args:
         device: Device of the tensors.
         dtype: Dtype of the arithmetic.
-        numel: Number of elements of each tensor.
+        sizes: Number of elements of each tensor.
         addresses: Addresses of the first elements, int64, [tensors, slots].
     """
 
     device: torch.device
     dtype: torch.dtype
-    numel: tuple[int, ...]
+    sizes: Sizes
     addresses: npt.NDArray[np.int64]
+
+    @property
+    def numel(self) -> tuple[int, ...]:
+        """Number of elements of each tensor."""
+        return self.sizes.numel
 
 
 Run = Callable[[KernelSpec, KernelArgs, Mapping[str, Tensor], Tensor | None], tuple[tuple[str, ...], Tensor]]
@@ -51,19 +57,26 @@ all writes. It returns the names of the kernel's sums and the sums, [tensors, na
 set."""
 
 
+Scalars = Callable[[Batch, Tensor | None, Tensor | None, bool], dict[str, Tensor]]
+"""A backend's function that computes the scalars of a batch, as `scalars.scalar_columns` does. Its arguments are the
+batch, the divisor and the flag as for `Backend.apply`, and whether the scalars are needed one by one, and not only in
+the table of one kernel."""
+
+
 class ElementwiseSteps:
     """The passes of one step of an elementwise rule, each of which is one kernel.
 
     Args:
         run: Function of the backend that runs a kernel.
+        scalars: Function of the backend that computes scalars.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, scalars: Scalars) -> None:
+        self._run, self._scalars = run, scalars
 
     def supports(self, batch: Batch) -> bool:
         """Return whether the rule is elementwise and kernels can load and store all dtypes."""
-        return isinstance(batch.rule, UpdateRule) and all(c[0].dtype in DTYPES for c in slots(batch))
+        return isinstance(batch.rule, UpdateRule) and all(map(DTYPES.__contains__, batch.slot_dtypes))
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
@@ -75,7 +88,8 @@ class ElementwiseSteps:
         """Implement `Backend`."""
         rule = batch.rule
         assert isinstance(rule, UpdateRule)
-        columns = scalar_columns(batch, divisor)
+        has_more = bool(rule.sums) or batch.cautious or batch.decay_form == "rescale"
+        columns = self._scalars(batch, divisor, skip, has_more)
         with kernel_args(batch) as args:
             if rule.sums and not rule.shared:
                 sums = self.run(batch, args, "sums", False, columns, skip)
@@ -88,7 +102,8 @@ class ElementwiseSteps:
                 moved_sq = self.run(batch, args, "moved_sq", batch.cautious, columns, skip)["moved_sq"]
                 columns["decay"] = norm_factor(columns["decay"], moved_sq, whole_numel(batch))
             sums = self.run(batch, args, "step+sums" if collect else "step", batch.cautious, columns, skip)
-        commit(batch, columns, skip)
+        if not getattr(columns, "has_advanced", False):
+            commit(batch, columns, skip)
         if not collect:
             return None
         if rule.decays_beside:
@@ -120,9 +135,12 @@ class ElementwiseSteps:
         Returns:
             The kernel's sums by name, over all shards, [tensors] each, float64; undefined if ``skip`` is set.
         """
-        dtypes = tuple(DTYPES[column[0].dtype] for column in slots(batch))
-        storing = (batch.decay_form, batch.kahan, batch.stochastic, batch.quantized)
-        spec = KernelSpec(type(batch.rule), dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # asserted
+        spec = batch.kernels.get((purpose, cautious))
+        if spec is None:
+            dtypes = tuple(map(DTYPES.__getitem__, batch.slot_dtypes))
+            storing = (batch.decay_form, batch.kahan, batch.stochastic, batch.quantized)
+            spec = KernelSpec(type(batch.rule), dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # asserted
+            batch.kernels[purpose, cautious] = spec
         names, sums = self._run(spec, args, columns, skip)
         return dict(zip(names, sum_over_shards(sums, batch.full_params).unbind(1), strict=True)) if names else {}
 
@@ -134,14 +152,14 @@ def measure_args(grads: Sequence[Tensor]) -> tuple[KernelArgs, list[Tensor]]:
         kept = [grad if is_dense(grad) else grad.contiguous() for grad in kept]
     addresses = np.array(list(map(Tensor.data_ptr, kept)), dtype=np.int64)[:, None]
     dtype = arithmetic_dtype(kept[0].dtype)
-    return KernelArgs(kept[0].device, dtype, tuple(map(Tensor.numel, kept)), addresses), kept
+    return KernelArgs(kept[0].device, dtype, Sizes(tuple(map(Tensor.numel, kept))), addresses), kept
 
 
 @contextmanager
 def kernel_args(batch: Batch) -> Iterator[KernelArgs]:
     """Yield the batch as arguments of a kernel; temporary copies are written back when the block ends."""
     addresses, write_back, keep = find(batch)
-    yield KernelArgs(batch.device, batch.dtype, batch.numel, addresses)
+    yield KernelArgs(batch.device, batch.dtype, batch.sizes, addresses)
     for tensor, copy in write_back:
         tensor.copy_(copy)
     del keep
@@ -163,9 +181,10 @@ def find(batch: Batch) -> tuple[npt.NDArray[np.int64], list[tuple[Tensor, Tensor
         Addresses, int64, [tensors, slots]; pairs (tensor, copy) to be written back; and all copies, to be kept alive
         while the kernel runs.
     """
-    if batch.addresses is not None and all(map(Tensor.is_contiguous, batch.grads)):
+    given = batch.grad_addresses
+    if batch.addresses is not None and (given is not None or all(map(Tensor.is_contiguous, batch.grads))):
         addresses = batch.addresses.copy()
-        addresses[:, 1] = list(map(Tensor.data_ptr, batch.grads))
+        addresses[:, 1] = list(map(Tensor.data_ptr, batch.grads)) if given is None else given
         return addresses, [], []
     columns = [list(column) for column in slots(batch)]
     write_back: list[tuple[Tensor, Tensor]] = []

@@ -19,7 +19,7 @@ _WORDS = """
 kernel launch count run first blocks addresses scalars skip sums block tensor start end chunk tile i row lanes mask
 zero one tiny raw_grad delta moved pending after decay_term left right update sums_update apply_decay take_decay term
 add add_product sqrt maximum absolute noise slot_key kahan_pending kahan_rest
-tl np range min int float carray word add_to_word pointer_blocks pointer_addresses pointer_scalars pointer_sums
+tl np range min int float carray word add_to_word set_word pointer_blocks pointer_addresses pointer_scalars pointer_sums
 """
 
 

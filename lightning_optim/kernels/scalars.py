@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lightning_optim.core.host import is_set, read, widest_dtype
 from lightning_optim.core.transfer import upload
-from lightning_optim.kernels.base import Batch
+from lightning_optim.kernels.base import Batch, Numbers
 from lightning_optim.kernels.rounding import advance, key_columns
 from lightning_optim.kernels.rules import Scalar
 from lightning_optim.kernels.weight_decay import group_decay
@@ -30,7 +32,7 @@ def scalar_columns(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
     Returns:
         The scalars by name, [tensors] each, float64 (float32 on MPS), on the device of the batch.
     """
-    columns = _host_columns(batch) if batch.device.type == "cpu" else _device_columns(batch)
+    columns: dict[str, Tensor] = _host_columns(batch) if batch.device.type == "cpu" else _device_columns(batch)
     if batch.rounding_keys:
         columns |= key_columns(batch.rounding_keys)
     for name, value in batch.shared.items():
@@ -52,9 +54,12 @@ def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> 
         if skip is not None and is_set(skip):
             return
         for name, counters in batch.counters.items():
-            new = [counter.item() + 1 for counter in counters] if name == "step" else columns[name].tolist()
-            for counter, value in zip(counters, new, strict=True):
-                counter[()] = value
+            if name != "step":
+                _write(counters, columns[name].numpy())
+            elif isinstance(columns, HostColumns):
+                _write(counters, columns.steps + 1)
+            else:
+                _write(counters, _read(counters) + 1)
     else:
         for name in batch.scalar_states[0]:
             tensors = [state[name] for state in batch.scalar_states]
@@ -67,8 +72,8 @@ def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> 
         advance(batch.rounding_keys, skip)
 
 
-def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute the scalars of tensors that share ``group`` and 0-d state: floats, or float64 tensors, [tensors]."""
+def numbers_of_group(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """Compute the scalars of tensors that share ``group`` and 0-d state ``old``; numbers of any kind of `Scalar`."""
     step = old["step"] + 1 if "step" in old else 1.0
     others = {name: value for name, value in old.items() if name != "step"}
     decay, l2 = batch.rule.decay(group, group_decay(group))
@@ -79,21 +84,106 @@ def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> 
     return shared | batch.rule.scalars(group, step, **others)
 
 
-def _host_columns(batch: Batch) -> dict[str, Tensor]:
-    # Tensors with equal 0-d state and the same group share a row of scalars; there is nearly always one per group.
-    states = list(batch.counters)
-    old = [[counter.item() for counter in counters] for counters in batch.counters.values()]
-    keys = list(zip(map(id, batch.groups), *old, strict=True))
-    groups = dict(zip(keys, batch.groups, strict=True))
+class HostColumns(dict[str, Tensor]):
+    """Scalars by name, on the host, as the rows of a few different kinds of tensors.
+
+    There is nearly always one kind per group, so a column, float64, [tensors], is made only where it is asked for.
+
+    Args:
+        numbers: The scalars of each kind, by the same names.
+        kinds: Kind of each tensor, int64, [tensors].
+    """
+
+    def __init__(self, numbers: Sequence[Mapping[str, Any]], kinds: npt.NDArray[np.int64]) -> None:
+        super().__init__()
+        self.names = list(numbers[0])
+        rows = [[float(row[name]) for name in self.names] for row in numbers]
+        self.rows = np.array(rows, dtype=np.float64)
+        """[kinds, names]."""
+        self.kinds = kinds
+        self.steps: npt.NDArray[np.float64] = np.zeros(0)
+        """Step counts from which the scalars are computed, [tensors], if there are any."""
+
+    def __missing__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        column = self[name] = torch.from_numpy(self.rows[self.kinds, self.names.index(name)])
+        return column
+
+    def complete(self) -> HostColumns:
+        """Make all columns that have not been asked for; return ``self``."""
+        for name in self.names:
+            self[name]
+        return self
+
+    def divide(self, name: str, divisor: Tensor) -> None:
+        """Divide a column by ``divisor``, shape [] or [tensors]."""
+        if divisor.dim() or name in self:
+            self[name] = self[name] / divisor.to(torch.float64)
+        else:
+            with np.errstate(all="ignore"):  # as torch divides
+                self.rows[:, self.names.index(name)] /= read(divisor)
+
+    def table(self, names: Sequence[str], dtype: torch.dtype) -> npt.NDArray[np.floating]:
+        """Return the columns called ``names`` side by side, [tensors, names], in ``dtype``."""
+        table = np.empty((len(self.kinds), len(names)), np.float64 if dtype == torch.float64 else np.float32)
+        places = [0 if name in self else self.names.index(name) for name in names]
+        rows = self.rows[:, places]
+        with np.errstate(all="ignore"):  # as torch rounds
+            table[:] = rows if len(rows) == 1 else rows[self.kinds]
+        for i, name in enumerate(names):
+            if name in self:
+                table[:, i] = self[name].numpy()
+        return table
+
+
+def host_scalars(batch: Batch, divisor: Tensor | None) -> HostColumns:
+    """Compute the same as `scalar_columns` for a batch on the CPU; columns are made where they are asked for."""
+    old = {name: _read(counters) for name, counters in batch.counters.items()}
+    columns = _host_scalars(batch, old)
+    columns.steps = old.get("step", columns.steps)
+    if batch.rounding_keys:
+        columns.update(key_columns(batch.rounding_keys))
+    for name, value in batch.shared.items():
+        columns[f"new_{name}"] = value.expand(len(batch.params))
+    if divisor is not None:
+        columns.divide("inverse_divisor", divisor)
+    return columns
+
+
+def _read(counters: list[npt.NDArray[Any]] | Numbers) -> npt.NDArray[np.float64]:
+    if isinstance(counters, list):
+        return np.array([counter.item() for counter in counters], dtype=np.float64)
+    return counters.read()
+
+
+def _write(counters: list[npt.NDArray[Any]] | Numbers, values: npt.NDArray[np.float64]) -> None:
+    if not isinstance(counters, list):
+        counters.write(values)
+        return
+    for counter, value in zip(counters, values.tolist(), strict=True):
+        counter[()] = value
+
+
+def _host_scalars(batch: Batch, old: Mapping[str, npt.NDArray[np.float64]]) -> HostColumns:
+    # Tensors with equal 0-d state and the same group share a row of scalars.
+    groups, kinds = batch.members
+    if all((values == values[0]).all() for values in old.values()):
+        first = {name: values[0].item() for name, values in old.items()}
+        return HostColumns([numbers_of_group(batch, _readable(group), first) for group in groups], kinds)
+    keys = list(zip(kinds.tolist(), *(values.tolist() for values in old.values()), strict=True))
+    number_of: dict[Any, int] = {}
+    kinds = np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
     numbers = [
-        _numbers(batch, _readable(group), dict(zip(states, key[1:], strict=True))) for key, group in groups.items()
+        numbers_of_group(batch, _readable(groups[group]), dict(zip(old, values, strict=True)))
+        for group, *values in number_of
     ]
-    names = list(numbers[0])
-    table = torch.tensor([[float(row[name]) for row in numbers] for name in names], dtype=torch.float64, device="cpu")
-    if len(numbers) == 1:
-        return dict(zip(names, table.expand(-1, len(keys)), strict=True))
-    number_of = {key: number for number, key in enumerate(groups)}
-    return dict(zip(names, table[:, [number_of[key] for key in keys]], strict=True))
+    return HostColumns(numbers, kinds)
+
+
+def _host_columns(batch: Batch) -> dict[str, Tensor]:
+    old = {name: _read(counters) for name, counters in batch.counters.items()}
+    return dict(_host_scalars(batch, old).complete())
 
 
 def _readable(group: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -119,7 +209,7 @@ def _device_columns(batch: Batch) -> dict[str, Tensor]:
             name: torch.stack([batch.scalar_states[i][name] for i in indices]).to(dtype)
             for name in batch.scalar_states[indices[0]]
         }
-        for name, value in _numbers(batch, group, old).items():
+        for name, value in numbers_of_group(batch, group, old).items():
             parts.setdefault(name, []).append((value, len(indices)))
     # Launches cost more than the work itself here, so all plain numbers are uploaded in one copy.
     plain = [name for name, values in parts.items() if not any(isinstance(value, Tensor) for value, _ in values)]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,9 @@ from lightning_optim import kernels
 from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local
 from lightning_optim.kernels import Backend, Batch
+from lightning_optim.kernels.base import MANY, Watch
 from lightning_optim.kernels.plain import resolved
-from lightning_optim.kernels.rules import Rule
+from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import decay_form, decay_forms
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.admission import GRADIENT, Owned, Ruled, Subject
@@ -31,6 +33,10 @@ from lightning_optim.optim.state import complete_state, tensor_names
 from lightning_optim.optim.tensor_form import Form
 
 _AS_IT_IS = nullcontext()
+_WATCHED_AFTER = 8
+"""Number of steps without a change after which it is worth describing all tensors to a compiled loop."""
+_MOST_WATCHES = 4
+"""Number of times that this is done: what changes again and again is looked at in Python."""
 _NBYTES = torch.UntypedStorage.nbytes
 
 
@@ -155,11 +161,16 @@ class Batches:
             self._lazy = [i for i, grad in enumerate(grads) if grad.is_neg() or grad._is_zerotensor()]
             self._occupied = Occupied(self._held, grads)
         self._written, self._read = [], []
+        self._watch: Watch | None = None
+        self._steps_to_watch = _WATCHED_AFTER
+        self._watches = 0
 
     def refill(self, optimizer: Ruled, rules: Sequence[Rule]) -> bool:
         """Fill the batches with new gradients; return False if anything else has changed, so that they are invalid."""
         if not self._kept:
             return False
+        if self._watch is not None and self._is_unchanged(optimizer, rules):
+            return True
         same, equal, grads = _look(optimizer, rules)
         if equal != self._equal or len(same) != len(self._same) or not all(map(operator.is_, same, self._same)):
             return False
@@ -187,12 +198,70 @@ class Batches:
             return False
         for batch, rows in zip(self.batches, self.rows, strict=True):
             batch.grads.extend(map(grads.__getitem__, rows))
+        self._steps_to_watch -= 1
+        if self._steps_to_watch <= 0 and self._watches < _MOST_WATCHES and not self._sharded and not self._lazy:
+            self._begin_watch(optimizer, rules)
+        return True
+
+    def _begin_watch(self, optimizer: Ruled, rules: Sequence[Rule]) -> None:
+        """Let a compiled loop look for changes from now on, if there are many tensors and the backend has one."""
+        self._watch, self._watches, self._steps_to_watch = None, self._watches + 1, _WATCHED_AFTER
+        if len(self._held) < MANY or all(backend.watch is None for backend in self.backends):
+            self._watches = _MOST_WATCHES
+            return
+        for batch, backend in zip(self.batches, self.backends, strict=True):
+            if backend.numbers is not None:
+                batch.count_by(backend.numbers)
+        watch = next(backend.watch for backend in self.backends if backend.watch is not None)
+        self._lists = [group["params"] for group in optimizer.param_groups]
+        self._state = optimizer.state
+        params = [param for params in self._lists for param in params]
+        self._settings = _settings(optimizer, rules)
+        self._by_address = [
+            backend.takes_addresses
+            and isinstance(batch.rule, UpdateRule)
+            and batch.addresses is not None
+            and all(map(Tensor.is_contiguous, batch.grads))
+            for batch, backend in zip(self.batches, self.backends, strict=True)
+        ]
+        whole = len(self.batches) == 1
+        self._indices = [slice(None) if whole else np.array(rows, dtype=np.int64) for rows in self.rows]
+        try:
+            self._watch = watch(
+                self._lists, [self._state, *self._state.values()], self._held, params, list(map(_GRAD, params))
+            )
+        except ValueError:  # Something among these cannot be watched.
+            self._watches = _MOST_WATCHES
+
+    def _is_unchanged(self, optimizer: Ruled, rules: Sequence[Rule]) -> bool:
+        """Return whether certainly nothing but the gradients has changed, and fill the batches with these if so."""
+        assert self._watch is not None
+        groups = optimizer.param_groups
+        if optimizer.state is not self._state or len(groups) != len(self._lists):
+            return False
+        if not all(group["params"] is params for group, params in zip(groups, self._lists, strict=True)):
+            return False
+        if _settings(optimizer, rules) != self._settings:
+            return False
+        addresses = self._watch.gradients()
+        if addresses is None:  # Perhaps something has changed.
+            self._watch = None
+            return False
+        if self._occupied.reached_at(addresses):
+            return False
+        for batch, indices, by_address in zip(self.batches, self._indices, self._by_address, strict=True):
+            if by_address:
+                batch.give(addresses[indices])
+            else:
+                batch.grads.extend(map(_GRAD, batch.full_params))
         return True
 
     def release(self) -> None:
         """Drop the references to the gradients, so that the caller can free their memory."""
         for batch in self.batches:
             batch.grads.clear()
+            if batch.grad_addresses is not None:
+                batch.give(None)
             batch.shared.clear()
 
 
@@ -208,13 +277,17 @@ def _look(optimizer: Ruled, rules: Sequence[Rule]) -> tuple[list[object], list[o
     given = list(map(_GRAD, params))
     states = optimizer.state.values()
     same = [*params, *states, *itertools.chain.from_iterable(map(dict.values, states))]
-    equal: list[object] = [
+    equal: list[object] = [*_settings(optimizer, rules), [grad is None for grad in given]]
+    return same, equal, [grad for grad in given if grad is not None]
+
+
+def _settings(optimizer: Ruled, rules: Sequence[Rule]) -> list[object]:
+    """Return all settings on which batches depend."""
+    return [
         optimizer.backend,
         list(map(_kind, optimizer.param_groups, rules)),
         decay_forms(optimizer.param_groups),
-        [grad is None for grad in given],
     ]
-    return same, equal, [grad for grad in given if grad is not None]
 
 
 def _storage_bytes(tensors: Sequence[Tensor]) -> list[int]:

@@ -29,6 +29,9 @@ class Occupied:
 
     def reached_by(self, grads: Sequence[Tensor]) -> bool:
         """Return whether a gradient overlaps the written memory; vectorised, because there may be thousands."""
-        at = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
+        return self.reached_at(np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads)))
+
+    def reached_at(self, at: np.ndarray) -> bool:
+        """Return the same for gradients at the addresses ``at``, int64, [gradients]."""
         before = np.searchsorted(self._first, at + self._grad_spans)  # Count of ranges that start before its end.
         return bool(((self._ends[before] > at) & (self._grad_spans > 0)).any())

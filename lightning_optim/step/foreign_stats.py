@@ -34,7 +34,7 @@ class ForeignUpdate:
 
     def __init__(self, optimizer: Optimizer, gradients: Gradients) -> None:
         self._optimizer = optimizer
-        self._params, self._grads, self._sum_shards = gradients.params, gradients.grads, gradients.sum_shards
+        self._params, self._grads, self._sum_shards = gradients.params, list(gradients.grads), gradients.sum_shards
         sizes = zip(optimizer.param_groups, gradients.group_sizes, strict=True)
         self._groups = [group for group, size in sizes for _ in range(size)]
         self._before = [local(param.detach()).clone() for param in self._params]

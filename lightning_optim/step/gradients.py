@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,7 +16,9 @@ from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import DECAYS, GradStats, UnitNorms
 from lightning_optim.core.transfer import upload
+from lightning_optim.kernels.base import MANY
 from lightning_optim.kernels.plain import as_real
+from lightning_optim.step.known_gradients import MEMORIES, PresentGrads, remember
 from lightning_optim.step.measure import measure_largest, measure_norm_sq, measure_units
 
 _NO_NAMES: Mapping[Tensor, str] = {}
@@ -48,6 +50,19 @@ class Gradients:
         self.optimizer = optimizer
         self.scale = scale
         self.shards = shards
+        self._names = names
+        self._norm_sq: Tensor | None = None
+        self.params: Sequence[Tensor]
+        self.grads: Sequence[Tensor]
+        self.group_sizes: tuple[int, ...]
+        self.parameters: int
+        memory = None if shards is not None else MEMORIES.get(optimizer)
+        self._known = None if memory is None else memory.present(optimizer)
+        if self._known is not None:
+            self.params = self._known.params
+            self.grads, self.plain = PresentGrads(self.params), True
+            self.group_sizes, self.parameters = self._known.group_sizes, self._known.parameters
+            return
         # This runs at every step over perhaps thousands of parameters, so it calls no function for each of them.
         if shards is None:
             groups = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
@@ -55,18 +70,20 @@ class Gradients:
         else:
             groups = [[p for p in group["params"] if self._takes_part(p)] for group in optimizer.param_groups]
             grads = [p.new_empty(0) if p.grad is None else p.grad for group in groups for p in group]
-        self.params: list[Tensor] = [p for group in groups for p in group]
-        self.grads: list[Tensor] = grads
+        self.params = [p for group in groups for p in group]
+        self.grads = grads
         self.group_sizes = tuple(len(group) for group in groups)
         self.parameters = sum(len(group["params"]) for group in optimizer.param_groups)
-        self._names = names
         self.plain = {*map(type, self.params), *map(type, grads)}.issubset(PLAIN)
         if not self.plain:
-            self._redistribute()
-        self._norm_sq: Tensor | None = None
+            self._redistribute(grads)
+        elif shards is None and len(grads) >= MANY:
+            remember(self)
 
     def norm_sq_now(self) -> Tensor:
         """Read the gradients again, and return their present square sums, shape [tensors]."""
+        if self._known is not None and (norm_sq := self._known.norm_sq()) is not None:
+            return self._unscaled_sq(norm_sq)
         return self._unscaled_sq(self.sum_shards(measure_norm_sq(self.grads)))
 
     def present(self) -> list[int] | None:
@@ -81,12 +98,12 @@ class Gradients:
     def _takes_part(self, param: Tensor) -> bool:
         return param.grad is not None or (self.shards is not None and param in self.shards and param.requires_grad)
 
-    def _redistribute(self) -> None:
+    def _redistribute(self, grads: list[Tensor]) -> None:
         """Give each gradient the placements of its parameter, because all statistics read local shards."""
         for i, param in enumerate(self.params):
             grad = gradient_of(param, partial(self._label, i))
             if grad is not None:  # It is None for a flat shard of which this rank holds no part.
-                self.grads[i] = grad
+                grads[i] = grad
 
     def _label(self, index: int) -> str:
         name = self.names()[index]
@@ -94,6 +111,8 @@ class Gradients:
 
     def places(self) -> Tensor | None:
         """Return the index of each tensor among all parameters of the optimizer, int64, shape [tensors], or None."""
+        if self._known is not None and self._known.places is not None:
+            return self._known.places
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
         places = [place for place, p in enumerate(everything) if self._takes_part(p)]
         return upload(places, self.params[0].device, torch.int64) if places else None
@@ -103,6 +122,8 @@ class Gradients:
 
     def numel(self) -> tuple[int, ...]:
         """Return the number of elements of each tensor over all shards; a complex element counts as two."""
+        if self._known is not None:
+            return self._known.numel
         return tuple(numbers(p) if self.shards is None else self.shards.numel(p) for p in self.params)
 
     def read_norm_sq(self) -> Tensor:

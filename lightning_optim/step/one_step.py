@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class OneStep:
         if self._foreign is not None and earlier._foreign is not None:
             self._foreign.begin_with(earlier._foreign)
 
-    def _held_here(self) -> tuple[list[Tensor], Clip | None]:
+    def _held_here(self) -> tuple[Sequence[Tensor], Clip | None]:
         """Return the gradients that the optimizer will find on this rank, and the clip decision for these alone."""
         grads, clip = self.gradients.grads, self.clip
         if self.gradients.shards is None or (present := self.gradients.present()) is None:

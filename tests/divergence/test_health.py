@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import lightning_optim as lo
 from lightning_optim.core.stats import TENSOR_COLUMNS
-from lightning_optim.divergence import ALARM_KINDS, HealthLimits, Inspection, ParameterHealth
+from lightning_optim.divergence import ALARM_KINDS, HealthLimits, Inspection, ParameterHealth, gradient_history
 from lightning_optim.divergence.clip_rate import ClipRate
 from lightning_optim.divergence.gradient_history import GradientHistory
 from lightning_optim.divergence.parameter_map import ParameterMap
@@ -174,6 +174,23 @@ def test_a_gradient_explodes_against_a_usual_one(usual, converged, told):
     looks = [Inspection(60 + i, _row(grad_sq=usual), ["w"], [1], [("all", 0.1, 1)]) for i in range(12)]
     looks += [Inspection(80, _row(grad_sq=1e4), ["w"], [1], [("all", 0.1, 1)])]
     assert sum(alarm.kind == "exploding" for look in looks for alarm in health.update(look)) == told
+
+
+@pytest.mark.parametrize("pending", [2, 17, 10**6])
+def test_steps_that_are_processed_together_leave_the_same_history(pending: int, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    histories = GradientHistory(), GradientHistory()
+    for step in range(1, 200):
+        count = 3 + step // 60
+        norms = np.where(rng.random(count) < 0.5, 0.0, rng.random(count))
+        norms[rng.random(count) < 0.05] = np.nan
+        places = np.sort(rng.choice(count, count - 1, replace=False)) if step % 5 == 0 else None
+        for history, most in zip(histories, (1, pending), strict=True):
+            monkeypatch.setattr(gradient_history, "_PENDING", most)
+            history.update(step, norms if places is None else norms[:-1], places, 1.0)
+        if step % 30 == 0:
+            assert histories[0].without_gradient().tolist() == histories[1].without_gradient().tolist()
+    assert histories[0].state_dict() == histories[1].state_dict()
 
 
 def test_the_history_survives_a_checkpoint_and_another_order():

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from lightning_optim.core.host import is_set
 from lightning_optim.core.stats import STEP_SUMS
-from lightning_optim.kernels.base import Backend, Batch
+from lightning_optim.kernels.base import Backend, Batch, arithmetic_dtype
 from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, kernel_args, measure_args, split
 from lightning_optim.kernels.cpu.codegen import build, build_measure, build_subtraction
+from lightning_optim.kernels.cpu.counters import CompiledNumbers
 from lightning_optim.kernels.cpu.factored import Scaled
+from lightning_optim.kernels.cpu.objects import Watch
 from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
 from lightning_optim.kernels.reference import apply_tensor_rule
 from lightning_optim.kernels.rules import Rule, TensorRule
+from lightning_optim.kernels.scalars import HostColumns, host_scalars
+from lightning_optim.kernels.sizes import Sizes
 
 BLOCK = 65536
 """Elements per block, 256 KB of float32: long enough to stream memory, short enough to balance the threads."""
@@ -28,14 +32,20 @@ SUBTRACTED_AT_ONCE = 2**20
 """Number of elements of a tensor rule's updates that are subtracted in one pass."""
 
 
+_NOTHING = np.zeros((0, 0))
+
+
 class CpuBackend(Backend):
     """Backend with one pass over memory for elementwise rules, which divides, updates, writes and sums."""
 
     name = "cpu"
     low_precision = True
+    takes_addresses = True
+    watch = Watch
+    numbers = CompiledNumbers
 
     def __init__(self) -> None:
-        self._elementwise = ElementwiseSteps(run)
+        self._elementwise = ElementwiseSteps(run, _scalars)
 
     def why_not(self, device: torch.device) -> str | None:
         """Implement `Backend`: it runs on the CPU only."""
@@ -48,9 +58,13 @@ class CpuBackend(Backend):
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         """Implement `Backend`."""
         args, kept = measure_args(grads)
-        no_scalars = np.zeros((1, 1), np.float64 if args.dtype == torch.float64 else np.float32)
-        norm_sq = launch(build_measure(DTYPES[kept[0].dtype]), args, no_scalars)
-        return norm_sq[:, 0]
+        return _measure(args, kept[0].dtype)
+
+    def measure_at(
+        self, addresses: npt.NDArray[np.int64], sizes: Sizes, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Implement `Backend`."""
+        return _measure(KernelArgs(device, arithmetic_dtype(dtype), sizes, addresses[:, None]), dtype)
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
@@ -102,20 +116,42 @@ class CpuBackend(Backend):
             some, first = [], i + 1
 
 
+def _scalars(batch: Batch, divisor: Tensor | None, skip: Tensor | None, at_once: bool) -> dict[str, Tensor]:
+    return host_scalars(batch, divisor)
+
+
 def run(
     spec: KernelSpec, args: KernelArgs, columns: Mapping[str, Tensor], skip: Tensor | None
 ) -> tuple[tuple[str, ...], Tensor]:
     """Implement `compiled.Run`; ``skip`` is always None, because `CpuBackend.apply` has read the flag."""
     kernel = build(spec)
-    return kernel.sums, launch(kernel, args, kernel.table(columns, args.dtype).numpy())
+    assert isinstance(columns, HostColumns)
+    return kernel.sums, launch(kernel, args, columns.table(kernel.scalars, args.dtype))
+
+
+def _measure(args: KernelArgs, dtype: torch.dtype) -> Tensor:
+    no_scalars = np.zeros((1, 1), np.float64 if args.dtype == torch.float64 else np.float32)
+    return launch(build_measure(DTYPES[dtype]), args, no_scalars)[:, 0]
+
+
+def _blocks(numel: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], int, bool]:
+    """Return the blocks of tensors, their number of elements, and whether each tensor is one block."""
+    blocks = split(numel, BLOCK)
+    one_each = len(blocks) == len(numel) and bool((blocks[:, 0] == np.arange(len(blocks))).all())
+    return blocks, sum(numel), one_each
 
 
 def launch(kernel: Kernel, args: KernelArgs, scalars: npt.NDArray[np.floating]) -> Tensor:
     """Run ``kernel`` over all blocks, and add the block sums of each tensor in order: [tensors, sums], float64."""
-    blocks = split(args.numel, BLOCK)
-    sums = np.zeros((len(blocks), len(kernel.sums)))
-    run_blocks(kernel.function, len(blocks), sum(args.numel), blocks, args.addresses, scalars, sums)
-    totals = np.zeros((len(args.numel), len(kernel.sums)))
-    if kernel.sums:
-        np.add.at(totals, blocks[:, 0], sums)
+    sizes = args.sizes
+    if BLOCK not in sizes.kept:
+        sizes.kept[BLOCK] = _blocks(sizes.numel)
+    blocks, elements, one_each = sizes.kept[BLOCK]
+    # Without sums nothing is allocated: glibc tidies up at the first allocation after a backward pass.
+    sums = np.zeros((len(blocks), len(kernel.sums))) if kernel.sums else _NOTHING
+    run_blocks(kernel.function, len(blocks), elements, blocks, args.addresses, scalars, sums)
+    if one_each or not kernel.sums:
+        return torch.from_numpy(sums)
+    totals = np.zeros((len(sizes.numel), len(kernel.sums)))
+    np.add.at(totals, blocks[:, 0], sums)
     return torch.from_numpy(totals)

@@ -61,17 +61,18 @@ def kernel_text(tables: Sequence[str], before: Sequence[str], block: Sequence[st
 
 
 def names(tables: dict[str, str]) -> dict[str, Any]:
-    """Return the globals that `kernel_text` refers to, for tables of the given dtypes."""
+    """Return the globals that `kernel_text` and other kernels refer to, for tables of the given dtypes."""
     pointers = {f"pointer_{table}": _pointer(dtype) for table, dtype in tables.items()}
     return {
         "carray": numba.carray,  # type: ignore[attr-defined]
         "word": _word,
         "add_to_word": _add_to_word,
+        "set_word": _set_word,
         **pointers,
     }
 
 
-def compile_loop(what: str, text: str, names: dict[str, Any], kept_as: str) -> BlockLoop:
+def compile_loop(what: str, text: str, names: dict[str, Any], kept_as: str, *, holds_gil: bool = False) -> BlockLoop:
     """Compile the function ``kernel`` that ``text`` defines, or load it from disk.
 
     Args:
@@ -79,9 +80,10 @@ def compile_loop(what: str, text: str, names: dict[str, Any], kept_as: str) -> B
         text: Text of the kernel, from `kernel_text`.
         names: Globals that the text refers to.
         kept_as: Name of the entry on disk.
+        holds_gil: Whether it reads Python objects, so that it must not release the GIL.
     """
     exec(compile(text, f"<{kept_as}>", "exec"), names)
-    dispatcher = numba.njit(names["kernel"], nogil=True, error_model="numpy")
+    dispatcher = numba.njit(names["kernel"], nogil=not holds_gil, error_model="numpy")
     disk_cache.keep_on_disk(dispatcher, kept_as)
     with disk_cache.LogIfSlow(lambda: f"Compiling the CPU kernel {what}{disk_cache.cache_note()}"):
         dispatcher.compile("void(int64)")
@@ -115,6 +117,17 @@ def _add_to_word(typingctx: Any, launch: Any, index: Any, amount: Any) -> Any:
         return builder.atomic_rmw("add", _place(builder, args[0], args[1]), args[2], "seq_cst")
 
     return types.int64(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _set_word(typingctx: Any, launch: Any, index: Any, value: Any) -> Any:
+    """Write one place of the record."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _place(builder, args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 def _pointer(dtype: str) -> Any:

@@ -47,8 +47,8 @@ def run_blocks(kernel: BlockLoop, blocks: int, elements: int, *tables: npt.NDArr
     record = np.zeros(TABLES + 3 * len(tables), dtype=np.int64)
     record[BLOCKS] = blocks
     record[RUN] = max(1, blocks // (threads * RUNS_PER_THREAD))
-    record[TABLES:] = [value for table in tables for value in (table.ctypes.data, *table.shape)]
-    address = record.ctypes.data
+    record[TABLES:] = [value for table in tables for value in (table.__array_interface__["data"][0], *table.shape)]
+    address = record.__array_interface__["data"][0]  # `record.ctypes` takes several times as long
     if threads <= 1:
         kernel.dispatcher(address)
     elif team is not None:

@@ -144,6 +144,7 @@ def test_lightnings_strategy_for_it() -> None:
 
     finals = []
     for strategy in ("auto", FSDPStrategy()):
+        torch.manual_seed(0)
         model = Net()
         parts = [lo.ConfigureOptimizers("adamw", lr=0.01), lo.GradientClipping(0.1), lo.DivergenceGuard()]
         trainer = make_trainer(parts, accelerator="gpu", devices=1, strategy=strategy)

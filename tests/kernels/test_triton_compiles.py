@@ -270,10 +270,11 @@ def test_a_decision_compiles_and_keeps_double_precision(program: Program) -> Non
     assert "atom." not in made.asm["ptx"]
 
 
+RECORDED = [case for case in CASES if case.elementwise and case.optimizer is not optim.Prodigy]
+
+
 @pytest.mark.parametrize("divisor", [None, 0, 1])
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.elementwise and case.optimizer is not optim.Prodigy], ids=str
-)
+@pytest.mark.parametrize("case", RECORDED, ids=lambda case: case.optimizer.__name__)
 def test_the_scalars_of_every_rule_compile(case: Any, divisor: int | None) -> None:
     parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     for parameter in parameters:

@@ -42,6 +42,8 @@ def unit_squares(tensors: Sequence[Tensor], rows: Sequence[int], device: torch.d
 
         counts = [rows[i] for i in indices]
         squares = torch.from_numpy(row_squares([tensors[i] for i in indices], counts))
+        if len(indices) == len(tensors):
+            return squares.to(device, widest_dtype(device))
         parts.update(zip(indices, torch.split(squares, counts), strict=True))
     return torch.cat([parts[i].to(device, widest_dtype(device), non_blocking=True) for i in range(len(tensors))])
 
@@ -55,17 +57,16 @@ def _in_rows(tensor: Tensor, rows: int) -> bool:
 
 def _unit_squares(tensor: Tensor, rows: int) -> Tensor:
     """Return the square sum of each unit in torch's operations, shape [rows]."""
-    wide = widest_dtype(tensor.device)
-    units = tensor[None] if rows == 1 else tensor
-    width, size = units.numel() // max(rows, 1), piece_size(tensor.device)
-    if width > size:
-        return torch.stack([norm(unit, wide) for unit in units]).square()
-    within = tuple(range(1, units.dim()))
-    parts = torch.split(units, max(1, size // max(width, 1)))
-    norms = [
-        torch.linalg.vector_norm(part, dim=within, dtype=wide) if within else part.abs().to(wide) for part in parts
-    ]
-    return torch.cat(norms).square()
+    wide, size = widest_dtype(tensor.device), piece_size(tensor.device)
+    if rows == 1:
+        return norm(tensor, wide).square().reshape(1)
+    if tensor.numel() > rows * size:
+        return torch.stack([norm(unit, wide) for unit in tensor]).square()
+    within = tuple(range(1, tensor.dim()))
+    count = max(1, rows * size // max(tensor.numel(), 1))
+    parts = [tensor] if count >= rows else torch.split(tensor, count)
+    norms: Tensor = torch.cat([torch.linalg.vector_norm(part, dim=within, dtype=wide) for part in parts])
+    return norms.square()
 
 
 @dataclass(frozen=True)

@@ -75,11 +75,11 @@ def measure_units(grads: Sequence[Tensor], params: Sequence[Tensor], scale: Tens
         raise RuntimeError("Clipping unit by unit needs dense gradients: create the layer with sparse=False.")
     parts = [as_real(local(tensor.detach())) for tensor in (*grads, *params)]
     rows = [shape[0] if shape else 1 for shape in shapes] * 2
-    local_sq, params_sq = unit_squares(parts, rows, device).tensor_split(2)
+    squares = unit_squares(parts, rows, device).view(2, -1)
     if scale is not None:
-        local_sq = local_sq / scale.to(device).square()
-    both = sum_split_units(torch.stack([local_sq, params_sq]), params, shapes).sqrt()
-    return UnitNorms(both[0], both[1], shapes, local_sq, lambda sums: sum_over_shards(sums, params))
+        squares[0] /= scale.to(device).square()
+    both = sum_split_units(squares, params, shapes).sqrt()
+    return UnitNorms(both[0], both[1], shapes, squares[0], lambda sums: sum_over_shards(sums, params))
 
 
 @torch.no_grad()

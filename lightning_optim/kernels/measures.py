@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_optim import kernels
 from lightning_optim.core.host import read, widest_dtype
 from lightning_optim.kernels import plain
-from lightning_optim.kernels.pieces import norm, piece_size, pieces
+from lightning_optim.kernels.pieces import norm, piece_size, pieces, take
 
 
 def unit_squares(tensors: Sequence[Tensor], rows: Sequence[int], device: torch.device) -> Tensor:
@@ -158,14 +158,14 @@ def _over_second_moment(grad: Tensor, scale: Tensor | None, moment: Moment) -> T
     step, beta2 = moment.step, moment.beta2
     found = []
     for index in pieces(grad.shape, grad.device):
-        size = grad[index].abs().to(dtype)
+        size = take(grad, index).abs().to(dtype)
         size = size if scale is None else size / scale.to(size.device)
         norm_sq = torch.linalg.vector_norm(size, dtype=wide).square()
         counted = (size > 0).sum().to(wide)
         if moment.is_first or moment.exp_avg_sq is None:
             found.append(torch.stack([norm_sq, counted]))
             continue
-        old = moment.exp_avg_sq[index].to(dtype)
+        old = take(moment.exp_avg_sq, index).to(dtype)
         # Square roots are used throughout, because the square of a finite gradient may be infinite.
         root = torch.hypot(old.sqrt().mul_(beta2**0.5), size * (1 - beta2) ** 0.5)
         root.div_((1 - beta2 ** (step + 1)) ** 0.5)

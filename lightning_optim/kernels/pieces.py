@@ -30,22 +30,22 @@ def pieces(shape: torch.Size, device: torch.device) -> Iterator[Index]:
         device: Device of the tensor, on which the size of a piece depends.
 
     Yields:
-        Indices of the pieces, in row-major order; ``tensor[index]`` is a view.
+        Indices of the pieces, in row-major order, for `take`.
     """
     yield from _cut(tuple(shape), piece_size(device))
 
 
+def take(tensor: Tensor, index: Index) -> Tensor:
+    """Return one piece of ``tensor`` as a view; the tensor itself if it is all of it."""
+    return tensor[index] if index else tensor
+
+
 def norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the norm of ``tensor``, any shape, as one vector, computed in ``dtype``, shape []."""
-    norms = [torch.linalg.vector_norm(tensor[i], dtype=dtype) for i in pieces(tensor.shape, tensor.device)]
+    parts = [take(tensor, index) for index in pieces(tensor.shape, tensor.device)]
+    norms = [torch.linalg.vector_norm(part, dtype=dtype) for part in parts]
     result: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     return result
-
-
-def total(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum of ``tensor``, any shape, computed in ``dtype``, shape []."""
-    sums = [tensor[i].sum(dtype=dtype) for i in pieces(tensor.shape, tensor.device)]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 def _cut(shape: tuple[int, ...], size: int) -> Iterator[Index]:

@@ -17,6 +17,7 @@ from lightning_optim.core.transfer import upload
 from lightning_optim.kernels import step_sums
 from lightning_optim.kernels.base import Backend, Batch
 from lightning_optim.kernels.parts import parts
+from lightning_optim.kernels.pieces import Index, norm, pieces, take
 from lightning_optim.kernels.quantization import dequantize, quantize
 from lightning_optim.kernels.rounding import kahan_pending, kahan_rest, round_stochastically
 from lightning_optim.kernels.rules import TensorRule, UpdateRule, rebind
@@ -50,8 +51,11 @@ class ReferenceBackend(Backend):
         return True
 
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
-        """Implement `Backend` with torch's multi-tensor norm; returns shape [tensors]."""
-        return torch.stack(torch._foreach_norm(list(grads), 2, dtype=widest_dtype(grads[0].device))).square()
+        """Implement `Backend`; returns shape [tensors]."""
+        wide = widest_dtype(grads[0].device)
+        if grads[0].device.type == "cpu":
+            return torch.stack([norm(grad, wide) for grad in grads]).square()
+        return torch.stack(torch._foreach_norm(list(grads), 2, dtype=wide)).square()
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
@@ -178,32 +182,42 @@ def _finish(
         steps = _cautious(batch, list(steps))
     if batch.decay_form == "rescale":
         steps = list(steps)
-        moved = [
-            (_wide(p) - delta).square().sum(dtype=widest_dtype(batch.device))
-            for p, (_, delta, _) in zip(batch.params, steps, strict=True)
-        ]
+        moved = [_moved_sq(p, delta) for p, (_, delta, _) in zip(batch.params, steps, strict=True)]
         decays = norm_factor(decays, sum_over_shards(torch.stack(moved), batch.full_params), whole_numel(batch))
     decay = decays.to(batch.dtype)
     apply_decay = rebound(APPLY_DECAY[batch.decay_form])
     decay_term = rebound(DECAY_TERM.get(batch.decay_form, _param))
 
-    def write(i: int, step: StepResult) -> Tensor | None:
-        _, delta, new_state = step
-        param, state = batch.params[i], batch.states[i]
-        moments = new_state
+    def put(old: Tensor, new: Tensor) -> None:
+        if new is not old:
+            new = new.to(old.dtype)
+            old.copy_(new if on_host or skip is None else torch.where(skip != 0, old, new))
+
+    def write_piece(i: int, index: Index, first: int, delta: Tensor, moments: dict[str, Tensor]) -> Tensor | None:
+        param, state = take(batch.params[i], index), batch.states[i]
         before = _wide(param)
-        initial = [_wide(state[INITIAL])] if batch.decay_form == "toward_initial" else []
-        terms = (before, delta, decay[i], *initial)
-        new_param, new_state = _stored(batch, i, before, apply_decay(*terms), new_state)
+        initial = [_wide(take(state[INITIAL], index))] if batch.decay_form == "toward_initial" else []
+        terms = (before, take(delta, index), decay[i], *initial)
+        after, rest = _stored(batch, i, index, first, before, apply_decay(*terms))
         row = None
         if collect:
-            raw = batch.grads[i].to(batch.dtype) * scalars[i]["inverse_divisor"]
-            row = _sums(batch, i, raw, new_param, moments, scalars[i], decay_term(*terms))
-        for old, new in [(param, new_param), *((state[name], new_state[name]) for name in new_state)]:
-            if new is not old:
-                new = new.to(old.dtype)
-                old.copy_(new if on_host or skip is None else torch.where(skip != 0, old, new))
+            row = _sums(batch, i, index, after, moments, scalars[i], decay_term(*terms))
+        if rest is not None:
+            put(take(state["kahan_comp"], index), rest)
+        put(param, after)
         return row
+
+    def write(i: int, step: StepResult) -> Tensor | None:
+        _, delta, new_state = step
+        param, first, rows = batch.params[i], 0, []
+        moments = _moments(batch, i, new_state) if collect else {}
+        for index in _pieces(batch, param):
+            rows.append(write_piece(i, index, first, delta, moments))
+            first += take(param, index).numel()
+        for name, new in _stored_state(batch, i, new_state).items():
+            put(batch.states[i][name], new)
+        found = [row for row in rows if row is not None]
+        return (found[0] if len(found) == 1 else torch.stack(found).sum(0)) if found else None
 
     # The variables of a loop would keep the temporaries of one tensor alive during the next, so this is a `map`.
     sums = [row for row in map(write, range(len(batch.params)), steps) if row is not None]
@@ -213,6 +227,16 @@ def _finish(
     result[:, STEP_SUMS.index("decay_sq")] *= decay_factor(batch.decay_form, decays).square()
     result = result.float()
     return result if on_host or skip is None else result.masked_fill(skip != 0, math.nan)
+
+
+def _moved_sq(param: Tensor, delta: Tensor) -> Tensor:
+    """Return the square sum of a parameter after the update, without decay, shape []."""
+    wide = widest_dtype(param.device)
+    found = [
+        (_wide(take(param, index)) - take(delta, index)).square().sum(dtype=wide)
+        for index in pieces(param.shape, param.device)
+    ]
+    return found[0] if len(found) == 1 else torch.stack(found).sum()
 
 
 def _param(param: Any, delta: Any, decay: Any) -> Any:
@@ -233,11 +257,18 @@ def _rule_sums(batch: Batch, rule: UpdateRule, columns: dict[str, Tensor]) -> di
     function = rebound(type(rule).sums_update)
     names = rule.sums_scalars()
     scalars = _rows(columns, batch.dtype)
+
+    def terms(i: int, index: Index, states: list[Tensor]) -> Tensor:
+        state = [_wide(take(moment, index)) for moment in states]
+        arguments = (scalars[i][name] for name in names)
+        values = function(_wide(take(batch.params[i], index)), _grad(batch, i, scalars[i], index), *state, *arguments)
+        return torch.stack([value.sum(dtype=widest_dtype(batch.device)) for value in values])
+
     rows = []
     for i, param in enumerate(batch.params):
-        state = [_moment(batch, i, name) for name in rule.state]
-        terms = function(_wide(param), _grad(batch, i, scalars[i]), *state, *(scalars[i][name] for name in names))
-        rows.append(torch.stack([term.sum(dtype=widest_dtype(batch.device)) for term in terms]))
+        states = [_moment(batch, i, n) if n in batch.quantized else batch.states[i][n] for n in rule.state]
+        found = [terms(i, index, states) for index in _pieces(batch, param)]
+        rows.append(found[0] if len(found) == 1 else torch.stack(found).sum(0))
     sums = sum_over_shards(torch.stack(rows), batch.full_params)
     return dict(zip(rule.sums, sums.unbind(1), strict=True))
 
@@ -251,6 +282,11 @@ def rebound(function: Callable[..., Any]) -> Callable[..., Any]:
 def whole_numel(batch: Batch) -> Tensor:
     """Return the number of elements of each tensor over all its shards, [tensors], float64."""
     return upload([t.numel() for t in batch.full_params], batch.device, widest_dtype(batch.device))
+
+
+def _pieces(batch: Batch, tensor: Tensor) -> Iterable[Index]:
+    """Return the pieces of a tensor of ``batch``; one for tensors that are more than memory, which may not be cut."""
+    return pieces(tensor.shape, batch.device) if batch.plain else [()]
 
 
 def _rows(columns: dict[str, Tensor], dtype: torch.dtype) -> list[dict[str, Tensor]]:
@@ -272,10 +308,15 @@ def _moment(batch: Batch, i: int, name: str) -> Tensor:
     return _wide(state[name])
 
 
-def _grad(batch: Batch, i: int, scalars: dict[str, Tensor]) -> Tensor:
-    """Return the gradient as the rule sees it: divided, negated for `maximize`, with the L2 term."""
-    scaled = batch.grads[i].to(batch.dtype) * scalars["inverse_divisor"]
-    return scaled.add_(scalars["l2"] * _wide(batch.params[i]))
+def _grad(batch: Batch, i: int, scalars: dict[str, Tensor], index: Index = ()) -> Tensor:
+    """Return a gradient, or a piece of it, as the rule sees it: divided, negated for `maximize`, with the L2 term."""
+    scaled, param = (
+        take(batch.grads[i], index).to(batch.dtype) * scalars["inverse_divisor"],
+        take(batch.params[i], index),
+    )
+    for part in _pieces(batch, param):
+        take(scaled, part).add_(scalars["l2"] * _wide(take(param, part)))
+    return scaled
 
 
 def _steps(batch: Batch, rule: UpdateRule, scalars: list[dict[str, Tensor]]) -> Iterator[StepResult]:
@@ -291,10 +332,30 @@ def _steps(batch: Batch, rule: UpdateRule, scalars: list[dict[str, Tensor]]) -> 
 
 
 def _stored(
-    batch: Batch, i: int, param: Tensor, change: Tensor, state: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the new parameter in its storage dtype and the new state; ``param`` is the parameter before the step."""
+    batch: Batch, i: int, index: Index, first: int, param: Tensor, change: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return one piece of the new parameter in its storage dtype, and of its compensation, if it has one.
+
+    Args:
+        batch: The batch.
+        i: Index of the tensor.
+        index: Index of the piece.
+        first: Number of elements before the piece.
+        param: The piece of the parameter before the step.
+        change: Amount to subtract from it.
+    """
     dtype = batch.params[i].dtype
+    if batch.kahan:
+        pending = kahan_pending(_wide(take(batch.states[i]["kahan_comp"], index)), change)
+        after = (param + pending).to(dtype)
+        return after, kahan_rest(pending, _wide(after), param)
+    if "param" in batch.stochastic:
+        return round_stochastically(param - change, batch.rounding_keys[i], 0, first), None
+    return (param - change).to(dtype), None
+
+
+def _stored_state(batch: Batch, i: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the new state of one tensor, stochastically rounded where it is stored so."""
     quantized = batch.quantized
     for name in batch.stochastic:
         if name in state:
@@ -304,14 +365,7 @@ def _stored(
                 state = state | {name: codes, f"{name}_scale": scales}
             else:
                 state = state | {name: round_stochastically(state[name], key, slot)}
-    if batch.kahan:
-        pending = kahan_pending(_wide(batch.states[i]["kahan_comp"]), change)
-        del change
-        after = (param + pending).to(dtype)
-        return after, state | {"kahan_comp": kahan_rest(pending, _wide(after), param)}
-    if "param" in batch.stochastic:
-        return round_stochastically(param - change, batch.rounding_keys[i], 0), state
-    return (param - change).to(dtype), state
+    return state
 
 
 def _cautious(batch: Batch, steps: list[StepResult]) -> Iterator[StepResult]:
@@ -330,26 +384,48 @@ def _cautious(batch: Batch, steps: list[StepResult]) -> Iterator[StepResult]:
         yield grad, delta * masks[i] * scale[i], state
 
 
+def _moments(batch: Batch, i: int, new_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the moments that the step sums read: the first before the step, the second after it."""
+    rule, found = batch.rule, {}
+    if rule.first_moment in new_state:
+        name = rule.first_moment
+        found["first_moment"] = _moment(batch, i, name) if name in batch.quantized else batch.states[i][name]
+    if rule.second_moment in new_state:
+        found["second_moment"] = new_state[rule.second_moment]
+    return found
+
+
 def _sums(
     batch: Batch,
     i: int,
-    grad: Tensor,
-    new_param: Tensor,
-    new_state: dict[str, Tensor],
+    index: Index,
+    after: Tensor,
+    moments: dict[str, Tensor],
     scalars: dict[str, Tensor],
     decay_term: Tensor,
 ) -> Tensor:
-    """Compute one row of step sums, [columns], float64 where the device supports it; NaN where one is undefined."""
+    """Compute one row of step sums over a piece of a tensor.
+
+    Args:
+        batch: The batch, before this piece is stored.
+        i: Index of the tensor.
+        index: Index of the piece.
+        after: The piece of the new parameter.
+        moments: The result of `_moments`.
+        scalars: Scalars of the tensor, shape [] each.
+        decay_term: The piece of the decay term.
+
+    Returns:
+        Shape [columns], float64 where the device supports it; NaN where a sum is undefined.
+    """
     rule, dtype, device = batch.rule, widest_dtype(batch.device), batch.device
     constants = {"zero": 0.0, "one": 1.0, "tiny": step_sums.TINY}
     known = {name: torch.full((), value, dtype=dtype, device=device) for name, value in constants.items()}
     known |= {name: scalars[name] for name in ("eps", "bias_correction2_sqrt")}
-    known |= {"param": batch.params[i].to(dtype), "after": new_param.to(dtype), "grad": grad.to(dtype)}
+    grad = take(batch.grads[i], index).to(batch.dtype) * scalars["inverse_divisor"]
+    known |= {"param": take(batch.params[i], index).to(dtype), "after": after.to(dtype), "grad": grad.to(dtype)}
     known["decay_term"] = decay_term.to(dtype)
-    if rule.first_moment in new_state:
-        known["first_moment"] = _moment(batch, i, rule.first_moment).to(dtype)
-    if rule.second_moment in new_state:
-        known["second_moment"] = new_state[rule.second_moment].to(dtype)
+    known |= {name: take(moment, index).to(dtype) for name, moment in moments.items()}
     row = torch.full((len(STEP_SUMS),), math.nan, dtype=dtype, device=device)
     for name in step_sums.collected(rule):
         names = step_sums.arguments(name)

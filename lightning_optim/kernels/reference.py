@@ -20,7 +20,7 @@ from lightning_optim.kernels.parts import parts
 from lightning_optim.kernels.pieces import Index, norm, pieces, take
 from lightning_optim.kernels.quantization import dequantize, quantize
 from lightning_optim.kernels.rounding import kahan_pending, kahan_rest, round_stochastically
-from lightning_optim.kernels.rules import TensorRule, UpdateRule, rebind
+from lightning_optim.kernels.rules import LazyDeltas, TensorRule, UpdateRule, rebind
 from lightning_optim.kernels.scalars import commit, scalar_columns
 from lightning_optim.kernels.weight_decay import APPLY_DECAY, DECAY_TERM, INITIAL, decay_factor, norm_factor
 
@@ -124,6 +124,8 @@ def apply_tensor_rule(
         ]
         deltas, new_states = update([_wide(p) for p in part.params], grads, states, numbers, part.groups)
         if subtract is None or not plain or collect:
+            if isinstance(deltas, LazyDeltas) and not batch.cautious:
+                deltas = _in_place_of(grads, part.grads, deltas)
             return _finish(part, zip(grads, deltas, new_states, strict=True), decays, numbers, skip, collect)
         subtract(part, deltas, decays)
         pairs = [(state[n], new[n]) for state, new in zip(part.states, new_states, strict=True) for n in new]
@@ -132,6 +134,12 @@ def apply_tensor_rule(
         return None
 
     return _in_parts(batch, columns, run, skip)
+
+
+def _in_place_of(grads: Sequence[Tensor], given: Sequence[Tensor], deltas: LazyDeltas) -> Iterator[Tensor]:
+    """Yield the deltas, each in the memory of its gradient where that is a copy of the given one."""
+    for i, (grad, own) in enumerate(zip(grads, given, strict=True)):
+        yield deltas.delta(i, overwrite=grad is not own)
 
 
 def _in_parts(

@@ -10,7 +10,8 @@ import builtins
 import inspect
 import math
 import types
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -251,6 +252,33 @@ class UpdateRule(Rule):
         return tuple(inspect.signature(cls.sums_update).parameters)[2 + len(cls.state) :]
 
 
+class LazyDeltas(ABC):
+    """Amounts to subtract that are computed one by one, so that memory is needed for one of them.
+
+    Args:
+        count: Number of tensors.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.delta(i, overwrite=False) for i in range(self._count))
+
+    @abstractmethod
+    def delta(self, i: int, *, overwrite: bool) -> Tensor:
+        """Compute the amount of one tensor.
+
+        Args:
+            i: Index of the tensor.
+            overwrite: Whether the gradient that `TensorRule.update` was given is a copy that nothing else needs, whose
+                memory may hold the result.
+
+        Returns:
+            The amount, in the shape of the parameter.
+        """
+
+
 class TensorRule(Rule):
     """Rule made of tensor operations, such as matrix factors, orthogonalisation or projections.
 
@@ -290,7 +318,7 @@ class TensorRule(Rule):
             groups: Parameter group of each tensor, for settings that are not numbers.
 
         Returns:
-            The amounts to subtract, in the shapes of ``params`` and in order, possibly computed lazily to save memory;
+            The amounts to subtract, in the shapes of ``params`` and in order, possibly as `LazyDeltas`;
             and the new states, which may contain given tensors unchanged.
         """
         raise NotImplementedError

@@ -9,7 +9,7 @@ Tensors are treated as ``matrices`` × ``rows`` × ``columns``; the last two dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from lightning_optim.kernels.cpu import disk_cache, launch
 from lightning_optim.kernels.cpu.launch import BlockLoop, kernel_text
 from lightning_optim.kernels.cpu.memory import compiled, load, named_functions, store, sum_functions
 from lightning_optim.kernels.cpu.threads import run_blocks
-from lightning_optim.kernels.rules import rebind
+from lightning_optim.kernels.rules import LazyDeltas, rebind
 from lightning_optim.kernels.weight_decay import APPLY_DECAY
 
 BLOCK = 65536
@@ -106,6 +106,9 @@ for matrix in range(start, end):
             RESULT
 """
 _SCALED_DELTAS = _SCALED.replace("RESULT", "store_3(result, row * columns + i, y)")
+_SCALED_IN_PLACE = _SCALED.replace("RESULT", "store_0(grad, row * columns + i, y)").replace(
+    "result = addresses[tensor, 3]\n", ""
+)
 _SUBTRACTED = _SCALED.replace(
     "RESULT",
     "x = load_3(result, row * columns + i)\n            store_3(result, row * columns + i, x - change(x, y, decay))",
@@ -117,6 +120,7 @@ _KERNELS = {
     "mean_squares": _MEAN_SQUARES,
     "scaled_squares": _SCALED_SQUARES,
     "scaled": _SCALED_DELTAS,
+    "scaled_in_place": _SCALED_IN_PLACE,
     "subtracted": _SUBTRACTED,
 }
 
@@ -163,7 +167,7 @@ def scaled_squares(
     return torch.from_numpy(totals)
 
 
-class Scaled:
+class Scaled(LazyDeltas):
     """The updates scale·g·min(row·column, ceiling), which are computed one by one or subtracted without being stored.
 
     Args:
@@ -184,16 +188,19 @@ class Scaled:
         ceilings: Sequence[float],
         scales: Sequence[float],
     ) -> None:
+        super().__init__(len(grads))
         self._shapes = shapes
         self._factors = (grads, rows, columns)
         self._scalars = np.array([ceilings, scales, [0.0] * len(grads)], dtype=_numpy(grads)).T.copy()
 
-    def __iter__(self) -> Iterator[Tensor]:
-        for i, grad in enumerate(self._factors[0]):
-            delta = torch.empty_like(grad)
-            one = tuple(factor[i : i + 1] for factor in self._factors)
-            _run("scaled", *_blocks((_shape(grad),)), (*one, [delta]), self._scalars[i : i + 1])
-            yield delta.view(self._shapes[i])
+    def delta(self, i: int, *, overwrite: bool) -> Tensor:
+        """Implement `LazyDeltas`."""
+        grad, *factors = (factor[i : i + 1] for factor in self._factors)
+        delta = grad if overwrite else [torch.empty_like(grad[0])]
+        slots = (grad, *factors) if overwrite else (grad, *factors, delta)
+        name = "scaled_in_place" if overwrite else "scaled"
+        _run(name, *_blocks((_shape(grad[0]),)), slots, self._scalars[i : i + 1])
+        return delta[0].view(self._shapes[i])
 
     def subtract_from(self, params: Sequence[Tensor], decay: Tensor) -> None:
         """Subtract all updates and the weight decay from parameters in one pass.

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.ranges import NON_NEGATIVE, Range
 from lightning_optim.kernels.base import largest
+from lightning_optim.kernels.pieces import norm
 from lightning_optim.kernels.rules import Scalar, TensorRule, minimum, sqrt
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.shared_options import SharedOptions
@@ -129,9 +130,8 @@ def _mean_square(grad: Tensor, dim: int) -> Tensor:
 
 def _rms(tensor: Tensor) -> Tensor:
     """Return the root mean square, shape [], finite if the tensor is, and 0 for an empty tensor."""
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=widest_dtype(tensor.device))
-    result: Tensor = norm / math.sqrt(max(tensor.numel(), 1))
-    return result.to(tensor.dtype)
+    root = norm(tensor, widest_dtype(tensor.device)) / math.sqrt(max(tensor.numel(), 1))
+    return root.to(tensor.dtype)
 
 
 def _row_factor(row_var: Tensor, eps1: float) -> Tensor:

@@ -20,7 +20,7 @@ from lightning_optim.kernels.parts import parts
 from lightning_optim.kernels.pieces import Index, norm, pieces, take
 from lightning_optim.kernels.quantization import dequantize, quantize
 from lightning_optim.kernels.rounding import kahan_pending, kahan_rest, round_stochastically
-from lightning_optim.kernels.rules import LazyDeltas, TensorRule, UpdateRule, rebind
+from lightning_optim.kernels.rules import TensorRule, UpdateRule, rebind
 from lightning_optim.kernels.scalars import commit, scalar_columns
 from lightning_optim.kernels.weight_decay import APPLY_DECAY, DECAY_TERM, INITIAL, decay_factor, norm_factor
 
@@ -87,6 +87,7 @@ def apply_tensor_rule(
     update: Callable[..., Any],
     subtract: Callable[[Batch, Iterable[Tensor], Tensor], None] | None = None,
     *,
+    divides: bool = False,
     divisor: Tensor | None,
     skip: Tensor | None,
     collect: bool,
@@ -98,6 +99,8 @@ def apply_tensor_rule(
         update: The rule's `update`, or a replacement of the backend's.
         subtract: Faster function of a backend that subtracts deltas and the decay of form `shrink`, coefficients
             [tensors], from the parameters; used in steps that need nothing else. None if the backend has none.
+        divides: Whether ``update`` multiplies the gradients by the scalar `inverse_divisor`; see
+            `TensorRule.divides_on_cpu`.
         divisor: As for `Backend.apply`.
         skip: As for `Backend.apply`.
         collect: As for `Backend.apply`.
@@ -110,22 +113,23 @@ def apply_tensor_rule(
     columns = scalar_columns(batch, divisor)
     scalars = _rows(columns, batch.dtype)
     as_given = _needs_no_scaling(columns) if batch.device.type == "cpu" else [False] * len(batch.params)
+    at_once = divides and _are_only_divided(batch, columns)
+    one = torch.ones((), dtype=batch.dtype, device=batch.device)
     plain = batch.decay_form == "shrink" and not (batch.cautious or batch.low_precision)
 
     def run(rows: list[int], part: Batch, decays: Tensor) -> Tensor | None:
         numbers = [scalars[row] for row in rows]
         grads = [
-            part.grads[i].to(part.dtype) if as_given[row] else _grad(part, i, scalars[row])
+            part.grads[i].to(part.dtype) if at_once or as_given[row] else _grad(part, i, scalars[row])
             for i, row in enumerate(rows)
         ]
         states = [
             {n: _wide(tensor) for n, tensor in state.items() if n not in ("kahan_comp", INITIAL)}
             for state in part.states
         ]
-        deltas, new_states = update([_wide(p) for p in part.params], grads, states, numbers, part.groups)
+        given = [row | {"inverse_divisor": one} for row in numbers] if divides and not at_once else numbers
+        deltas, new_states = update([_wide(p) for p in part.params], grads, states, given, part.groups)
         if subtract is None or not plain or collect:
-            if isinstance(deltas, LazyDeltas) and not batch.cautious:
-                deltas = _in_place_of(grads, part.grads, deltas)
             return _finish(part, zip(grads, deltas, new_states, strict=True), decays, numbers, skip, collect)
         subtract(part, deltas, decays)
         pairs = [(state[n], new[n]) for state, new in zip(part.states, new_states, strict=True) for n in new]
@@ -133,13 +137,16 @@ def apply_tensor_rule(
             torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
         return None
 
-    return _in_parts(batch, columns, run, skip)
+    return _in_parts(batch, columns, run, skip, at_once=at_once)
 
 
-def _in_place_of(grads: Sequence[Tensor], given: Sequence[Tensor], deltas: LazyDeltas) -> Iterator[Tensor]:
-    """Yield the deltas, each in the memory of its gradient where that is a copy of the given one."""
-    for i, (grad, own) in enumerate(zip(grads, given, strict=True)):
-        yield deltas.delta(i, overwrite=grad is not own)
+def _are_only_divided(batch: Batch, columns: dict[str, Tensor]) -> bool:
+    """Return whether a tensor rule that divides the gradients itself may read them where they are, all in one call."""
+    if batch.cautious or batch.decay_form == "rescale" or not batch.plain:
+        return False
+    dtypes = {batch.params[0].dtype, *(grad.dtype for grad in batch.grads)}
+    usual = dtypes == {batch.dtype} and all(map(Tensor.is_contiguous, batch.grads))
+    return usual and not any(columns["l2"].tolist())
 
 
 def _in_parts(
@@ -147,6 +154,7 @@ def _in_parts(
     columns: dict[str, Tensor],
     run: Callable[[list[int], Batch, Tensor], Tensor | None],
     skip: Tensor | None,
+    at_once: bool = False,
 ) -> Tensor | None:
     """Update the batch part by part, storing each part before the next one begins.
 
@@ -155,13 +163,14 @@ def _in_parts(
         columns: Scalars of all tensors, [tensors] each.
         run: Function that updates a part, given the indices of its tensors, the part, and its rows of `decay`.
         skip: As for `Backend.apply`.
+        at_once: Whether all tensors are one part, because ``run`` needs little memory for many.
 
     Returns:
         The step sums, [tensors, columns of `STEP_SUMS`]; None if ``run`` returns none.
     """
     order: list[int] = []
     sums: list[Tensor] = []
-    for rows in parts(batch):
+    for rows in [list(range(len(batch.params)))] if at_once else parts(batch):
         whole = len(rows) == len(batch.params)
         decays = columns["decay"] if whole else columns["decay"][upload(rows, batch.device)]
         collected = run(rows, batch.take(rows), decays)

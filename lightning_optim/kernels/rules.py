@@ -10,8 +10,7 @@ import builtins
 import inspect
 import math
 import types
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -252,33 +251,6 @@ class UpdateRule(Rule):
         return tuple(inspect.signature(cls.sums_update).parameters)[2 + len(cls.state) :]
 
 
-class LazyDeltas(ABC):
-    """Amounts to subtract that are computed one by one, so that memory is needed for one of them.
-
-    Args:
-        count: Number of tensors.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self.delta(i, overwrite=False) for i in range(self._count))
-
-    @abstractmethod
-    def delta(self, i: int, *, overwrite: bool) -> Tensor:
-        """Compute the amount of one tensor.
-
-        Args:
-            i: Index of the tensor.
-            overwrite: Whether the gradient that `TensorRule.update` was given is a copy that nothing else needs, whose
-                memory may hold the result.
-
-        Returns:
-            The amount, in the shape of the parameter.
-        """
-
-
 class TensorRule(Rule):
     """Rule made of tensor operations, such as matrix factors, orthogonalisation or projections.
 
@@ -286,6 +258,11 @@ class TensorRule(Rule):
     statistics, casts from and to the stored dtype, and 0-d state, as for elementwise rules. Parameters that are sharded
     over ranks are refused, because the factors of a matrix need the whole matrix.
     """
+
+    divides_on_cpu: ClassVar[bool] = False
+    """Whether `update_on_cpu` multiplies gradients by the scalar `inverse_divisor` itself, and needs no temporary as
+    large as a tensor. It is then called once for all tensors, with the gradients as they are in memory, where nothing
+    else is to be done to these."""
 
     def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
         """Return a key that is equal for tensors which one call of `update` may process; None for a call of its own.
@@ -318,7 +295,7 @@ class TensorRule(Rule):
             groups: Parameter group of each tensor, for settings that are not numbers.
 
         Returns:
-            The amounts to subtract, in the shapes of ``params`` and in order, possibly as `LazyDeltas`;
+            The amounts to subtract, in the shapes of ``params`` and in order, possibly computed lazily to save memory;
             and the new states, which may contain given tensors unchanged.
         """
         raise NotImplementedError

@@ -23,8 +23,8 @@ from numba.extending import intrinsic
 # meaning.
 FAST_SUMS = {"reassoc", "contract", "nsz"}
 
-WITHIN_KERNELS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""Options of functions that only kernels call: their wrappers for Python and C took a quarter of the time to compile."""
+WITHIN_KERNELS: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Options of functions that only kernels call; wrappers for Python and C would take a quarter of all compilation."""
 
 STORAGE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "uint8": 1}
 """Size in bytes of each element type that can be loaded and stored."""

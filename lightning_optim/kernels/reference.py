@@ -130,7 +130,9 @@ def apply_tensor_rule(
         given = [row | {"inverse_divisor": one} for row in numbers] if divides and not at_once else numbers
         deltas, new_states = update([_wide(p) for p in part.params], grads, states, given, part.groups)
         if subtract is None or not plain or collect:
-            return _finish(part, zip(grads, deltas, new_states, strict=True), decays, numbers, skip, collect)
+            # Not `zip`, which keeps its last tuple while it makes the next one.
+            steps = map(lambda *step: step, grads, deltas, new_states)
+            return _finish(part, steps, decays, numbers, skip, collect)
         subtract(part, deltas, decays)
         pairs = [(state[n], new[n]) for state, new in zip(part.states, new_states, strict=True) for n in new]
         if pairs:

@@ -199,11 +199,13 @@ class Scaled:
         self._scalars = _table(grads, inverse_divisors, ceilings, scales, [0.0] * len(grads))
 
     def __iter__(self) -> Iterator[Tensor]:
-        for i, grad in enumerate(self._factors[0]):
-            delta = torch.empty_like(grad)
-            one = tuple(factor[i : i + 1] for factor in self._factors)
-            _run("scaled", *_blocks((_shape(grad),)), (*one, [delta]), self._scalars[i : i + 1])
-            yield delta.view(self._shapes[i])
+        return map(self._delta, range(len(self._shapes)))  # A loop would keep one update while it makes the next.
+
+    def _delta(self, i: int) -> Tensor:
+        grad, rows, columns = (factor[i : i + 1] for factor in self._factors)
+        delta = torch.empty_like(grad[0])
+        _run("scaled", *_blocks((_shape(delta),)), (grad, rows, columns, [delta]), self._scalars[i : i + 1])
+        return delta.view(self._shapes[i])
 
     def subtract_from(self, params: Sequence[Tensor], decay: Tensor) -> None:
         """Subtract all updates and the weight decay from parameters in one pass.

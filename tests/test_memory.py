@@ -140,3 +140,45 @@ def test_the_callbacks_keep_as_much_after_5000_steps_as_after_1000(tmp_path: Any
         tracemalloc.stop()
     early, late = allocated.found
     assert late - early < 100_000
+
+
+class Kept(L.Callback):
+    """Bytes of all tensors, and number of objects, that live.
+
+    Args:
+        at: Steps at which they are counted.
+    """
+
+    def __init__(self, *at: int) -> None:
+        self._at = at
+        self.nbytes: list[int] = []
+        self.objects: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step in self._at:
+            gc.collect()
+            found = gc.get_objects()
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if type(t) in KINDS}
+            self.nbytes.append(sum(storages.values()))
+            self.objects.append(len(found))
+
+
+KINDS = (torch.Tensor, torch.nn.Parameter)
+
+
+def test_the_callbacks_keep_no_tensor_and_few_objects_more_from_step_to_step(tmp_path: Any) -> None:
+    kept = Kept(300, 600)
+    callbacks = [
+        lo.ConfigureOptimizers("adamw", lr=1e-4, schedule="constant"),
+        lo.GradientClipping(max_norm=1.0),
+        lo.DivergenceGuard(rollback=None, lr_cut=None, stop=False),
+        lo.OptimizerMonitor(per_tensor=PerTensor(every=50), histograms=Histograms(every=50)),
+        kept,
+    ]
+    logger = TensorBoardLogger(tmp_path)
+    trainer = make_trainer(callbacks, max_steps=600, max_epochs=None, logger=logger, log_every_n_steps=10)
+    trainer.fit(Net(), batches(600))
+    early, late = kept.nbytes
+    assert early > 0
+    assert late - early < 1_000
+    assert kept.objects[1] - kept.objects[0] < 200

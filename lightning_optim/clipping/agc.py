@@ -70,8 +70,8 @@ class AGC(ClipRule):
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> UnitDivisor:
         """Return the divisor of each output unit."""
         units = stats.units
-        bound = units.params.clamp(min=self.eps) * (self.clip_factor * limit)
-        divisors = (units.grads / bound).clamp(min=1.0)
+        bound = units.params.clamp(min=self.eps).mul_(self.clip_factor * limit)
+        divisors = torch.div(units.grads, bound, out=bound).clamp_(min=1.0)
         if self.exclude:
             excluded = [any(name and re.search(p, name) for p in self.exclude) for name in stats.names]
             parts = zip(torch.split(divisors, units.counts), excluded, strict=True)

@@ -83,8 +83,7 @@ class UpdateRMS(_Released):
     Adafactor and StableAdamW divide the learning rate by the same number, and the whole gradient enters the moments.
     Here the divided gradient enters them, so that v would follow a new level only slowly; therefore a tensor clipped
     ``patience`` times in a row is not clipped until v has reached the new level. For their method, use
-    `lightning_optim.optim.StableAdamW`. The rule reads v and needs arithmetic in torch's operations, which costs about
-    as much as the update itself.
+    `lightning_optim.optim.StableAdamW`. The rule reads v in addition to the gradients.
 
     Args:
         max_rms: d, above 0; 1.0 in both papers.

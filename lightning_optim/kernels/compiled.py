@@ -16,9 +16,9 @@ from torch import Tensor
 from lightning_optim.core.sharding import sum_over_shards
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.kernels.base import Batch, arithmetic_dtype
+from lightning_optim.kernels.batch_values import whole_numel
 from lightning_optim.kernels.kernel_spec import KernelSpec
 from lightning_optim.kernels.plain import is_dense
-from lightning_optim.kernels.reference import whole_numel
 from lightning_optim.kernels.rules import UpdateRule
 from lightning_optim.kernels.scalars import commit, scalar_columns
 from lightning_optim.kernels.sizes import Sizes

@@ -82,7 +82,7 @@ def advance(keys: Sequence[Tensor], skip: Tensor | None) -> None:
     torch._foreach_copy_(list(keys), list((new if skip is None else torch.where(skip != 0, old, new)).unbind()))
 
 
-def round_stochastically(values: Tensor, key: Tensor, slot: int) -> Tensor:
+def round_stochastically(values: Tensor, key: Tensor, slot: int, first: int = 0) -> Tensor:
     """Round to bfloat16, up or down with a probability proportional to proximity, which is unbiased.
 
     Sixteen random bits are added below the last bit that is kept, and the rest is truncated: a value at a fraction f of
@@ -92,6 +92,7 @@ def round_stochastically(values: Tensor, key: Tensor, slot: int) -> Tensor:
         values: Tensor of any shape, rounded from float32. NaN and infinity do not change.
         key: Key of the tensor, int64, shape [].
         slot: Index of the array; see `slot_key`.
+        first: Index of the first value in the array, if these are a piece of it.
 
     Returns:
         The rounded values, bfloat16, in the shape of ``values``.
@@ -99,7 +100,6 @@ def round_stochastically(values: Tensor, key: Tensor, slot: int) -> Tensor:
     size = PIECE.get(values.device.type, PIECE_ELSEWHERE)
     flat = values.float().contiguous().view(-1)
     result = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
-    first = 0
     for piece, rounded in zip(torch.split(flat, size), torch.split(result.view(-1), size), strict=True):
         index = torch.arange(first, first + piece.numel(), device=values.device)
         bits = (noise(index, slot_key(key, slot)) & 0xFFFF).to(torch.int32)

@@ -264,6 +264,11 @@ class TensorRule(Rule):
     over ranks are refused, because the factors of a matrix need the whole matrix.
     """
 
+    divides_on_cpu: ClassVar[bool] = False
+    """Whether `update_on_cpu` multiplies gradients by the scalar `inverse_divisor` itself, and needs no temporary as
+    large as a tensor. It is then called once for all tensors, with the gradients as they are in memory, where nothing
+    else is to be done to these."""
+
     def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
         """Return a key that is equal for tensors which one call of `update` may process; None for a call of its own.
 

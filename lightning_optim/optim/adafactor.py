@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.ranges import NON_NEGATIVE, Range
 from lightning_optim.kernels.base import largest
+from lightning_optim.kernels.pieces import norm
 from lightning_optim.kernels.rules import Scalar, TensorRule, minimum, sqrt
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.shared_options import SharedOptions
@@ -22,6 +23,8 @@ from lightning_optim.optim.shared_options import SharedOptions
 
 class AdafactorRule(TensorRule):
     """Adafactor's update: the gradient over the root of a factored second moment, clipped, relative to the weights."""
+
+    divides_on_cpu: ClassVar[bool] = True
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return zeros: a row and a column for each matrix, or the whole second moment of a vector."""
@@ -89,8 +92,9 @@ class AdafactorRule(TensorRule):
 
         shapes = [grad.shape for grad in grads]
         grads = [(grad if grad.dim() >= 2 else grad.reshape(1, -1)).contiguous() for grad in grads]
+        inverse_divisors = torch.stack([numbers["inverse_divisor"] for numbers in scalars]).tolist()
         weights = [numbers["one_minus_beta2"] for numbers in scalars]
-        row_means, col_means = factored.mean_squares(grads)
+        row_means, col_means = factored.mean_squares(grads, inverse_divisors)
         new_states, rows, columns, ceilings = [], [], [], []
         for i, state in enumerate(states):
             eps1 = _eps1(params[i], groups[i])
@@ -106,12 +110,13 @@ class AdafactorRule(TensorRule):
                 rows.append(_row_factor(row_var, eps1).rsqrt().contiguous())
                 columns.append(col_var.rsqrt().contiguous())
                 new_states.append({"row_var": row_var, "col_var": col_var})
-        delta_sq = factored.scaled_squares(grads, rows, columns, ceilings)
+        delta_sq = factored.scaled_squares(grads, inverse_divisors, rows, columns, ceilings)
         numel = delta_sq.new_tensor([max(param.numel(), 1) for param in params])
         eps2, d = delta_sq.new_tensor([[group["eps"][1], group["d"]] for group in groups]).unbind(1)
         relative_step = torch.stack([numbers["relative_step"] for numbers in scalars])
         scales = _scale((measure(params) / numel).sqrt(), (delta_sq / numel).sqrt(), relative_step, eps2, d)
-        return factored.Scaled(shapes, grads, rows, columns, ceilings, scales.tolist()), new_states
+        scaled = factored.Scaled(shapes, grads, inverse_divisors, rows, columns, ceilings, scales.tolist())
+        return scaled, new_states
 
 
 def _eps1(param: Tensor, group: Mapping[str, Any]) -> float:
@@ -129,9 +134,8 @@ def _mean_square(grad: Tensor, dim: int) -> Tensor:
 
 def _rms(tensor: Tensor) -> Tensor:
     """Return the root mean square, shape [], finite if the tensor is, and 0 for an empty tensor."""
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=widest_dtype(tensor.device))
-    result: Tensor = norm / math.sqrt(max(tensor.numel(), 1))
-    return result.to(tensor.dtype)
+    root = norm(tensor, widest_dtype(tensor.device)) / math.sqrt(max(tensor.numel(), 1))
+    return root.to(tensor.dtype)
 
 
 def _row_factor(row_var: Tensor, eps1: float) -> Tensor:

@@ -74,18 +74,18 @@ class SOAPRule(TensorRule):
         for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
             bases: Bases = [state.get(f"Q_{dim}") for dim in range(grad.dim())]
             exp_avg = state["exp_avg"].lerp(grad, numbers["one_minus_beta1"])
-            most = largest(grad.dtype)  # An infinite square would never leave the average.
-            squares = _rotated(grad, bases).square().clamp_(max=most)
-            exp_avg_sq = state["exp_avg_sq"].lerp(squares, numbers["one_minus_beta2"])
-            direction = _rotated(exp_avg, bases) / (exp_avg_sq.sqrt() + group["eps"])
-            deltas.append(_rotated(direction, bases, back=True) * (numbers["step_size"] * numbers["kept"]))
+            most = largest(grad.dtype)
+            exp_avg_sq = _average_square(grad, bases, state["exp_avg_sq"], numbers["one_minus_beta2"], most)
+            direction = _direction(exp_avg, exp_avg_sq, bases, group["eps"])
+            deltas.append(direction.mul_(numbers["step_size"] * numbers["kept"]))
             new_state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
             count = _count(numbers, group)
             for dim, basis in enumerate(bases):
                 if basis is None:
                     continue
-                products = _gram(grad, dim).clamp_(-most, most)
-                gram = state[f"GG_{dim}"].lerp(products, numbers["one_minus_shampoo_beta"])
+                gram = _gram(grad, dim).clamp_(-most, most)
+                # In the memory of the products, because these matrices are the largest tensors here.
+                torch.lerp(state[f"GG_{dim}"], gram, numbers["one_minus_shampoo_beta"], out=gram)
                 new_state[f"GG_{dim}"] = gram
                 if count == 1:
                     new_state[f"Q_{dim}"] = _eigenvectors(gram)
@@ -96,6 +96,21 @@ class SOAPRule(TensorRule):
                     new_state[f"Q_{dim}"] = basis
             new_states.append(new_state)
         return deltas, new_states
+
+
+def _average_square(grad: Tensor, bases: Bases, old: Tensor, weight: Tensor, most: float) -> Tensor:
+    """Return the new average of squares in the coordinates of ``bases``, shape of ``grad``."""
+    rotated = _rotated(grad, bases)  # This is the gradient itself, or a view of it, if there is no basis at all.
+    squares = rotated.square() if all(basis is None for basis in bases) else rotated.square_()
+    # An infinite square would never leave the average.
+    return torch.lerp(old, squares.clamp_(max=most), weight)
+
+
+def _direction(exp_avg: Tensor, exp_avg_sq: Tensor, bases: Bases, eps: float) -> Tensor:
+    """Return Adam's direction in the coordinates of ``bases``, rotated back, as a new tensor, shape of ``exp_avg``."""
+    root = exp_avg_sq.sqrt().add_(eps)
+    torch.div(_rotated(exp_avg, bases), root, out=root)
+    return _rotated(root, bases, back=True)
 
 
 def _preconditioned(param: Tensor, group: Mapping[str, Any]) -> list[int]:
@@ -124,28 +139,31 @@ def _gram(grad: Tensor, dim: int) -> Tensor:
 
 
 def _moderate(gram: Tensor) -> Tensor:
-    """Scale ``gram``, [size, size], by a power of two against overflow, which does not change its eigenvectors."""
+    """Return ``gram``, [size, size], times a power of two against overflow, which does not change its eigenvectors."""
     if not gram.numel():  # torch has no maximum of an empty tensor.
-        return gram
-    return gram * torch.where(gram.abs().amax() > 2.0**100, 2.0**-100, 1.0)
+        return gram.clone()
+    least, most = torch.aminmax(gram)
+    return gram * torch.where(torch.maximum(-least, most) > 2.0**100, 2.0**-100, 1.0)
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
     """Return the eigenvectors of ``gram`` as columns, [size, size], in descending order of eigenvalues."""
     gram = _moderate(gram)
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     finite = gram.isfinite().all()
-    vectors: Tensor = torch.linalg.eigh(torch.where(finite, gram, identity) + 1e-30 * identity).eigenvectors
     # LAPACK raises an error on NaN, which has to propagate to parameters and state as in any other optimizer.
-    return torch.where(finite, vectors.flip(1), torch.nan)
+    gram.masked_fill_(~finite, 0.0).diagonal().add_(torch.where(finite, 1e-30, 1.0))
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    del gram
+    return vectors.flip(1).masked_fill_(~finite, torch.nan)
 
 
 def _power_iteration(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Return a basis closer to the eigenvectors, [size, size], and the order of the old vectors used for it, [size]."""
     product = _moderate(gram) @ basis
     order = (basis * product).sum(0).argsort(descending=True)
+    product = product[:, order]
     # QR runs in float32, as in the authors' code: it is accurate enough, and every device supports it.
-    return torch.linalg.qr(product[:, order].float()).Q.to(gram.dtype), order
+    return torch.linalg.qr(product.float()).Q.to(gram.dtype), order
 
 
 class SOAP(FusedOptimizer):

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.core.flat_shards import FlatShards
-from lightning_optim.core.host import read, widest_dtype
+from lightning_optim.core.host import read
 from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.stats import DECAYS, GradStats, UnitNorms
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.base import MANY
+from lightning_optim.kernels.measures import Moment, over_second_moments
 from lightning_optim.kernels.plain import as_real
 from lightning_optim.step.known_gradients import MEMORIES, PresentGrads, remember
 from lightning_optim.step.measure import measure_largest, measure_norm_sq, measure_units
@@ -207,37 +208,20 @@ class Gradients:
         The same read of the gradients yields their square sums.
         """
         kept = {i for i, _ in self._states("exp_avg_sq", wanted="Clipping by the RMS of the update")}
-        device, wide = self.grads[0].device, widest_dtype(self.grads[0].device)
-        sums = []
-        for i, grad in enumerate(self.grads):
-            size = as_real(local(grad)).abs()
-            size = size.to(torch.promote_types(size.dtype, torch.float32))
-            size = size if self.scale is None else size / self.scale.to(size.device)
-            total = torch.linalg.vector_norm(size, dtype=wide).square()
-            ratio = self._over_exp_avg_sq(size, self.params[i], self._groups[i], i in kept)
-            sums.append(torch.stack([total, ratio.to(wide)]).to(device, non_blocking=True))
-        both = self.sum_shards(sum_over_shards(torch.stack(sums), self.params))
+        grads = [as_real(local(grad.detach())) for grad in self.grads]
+        moments = [self._moment(i) if i in kept else Moment(None, 0.0, 0.0, 0.0) for i in range(len(grads))]
+        sums = over_second_moments(grads, self.scale, moments, self.grads[0].device)
+        both = self.sum_shards(sum_over_shards(sums, self.params))
         self._norm_sq = both[:, 0]
         return both[:, 1]
 
-    def _over_exp_avg_sq(self, size: Tensor, param: Tensor, group: Mapping[str, Any], kept: bool) -> Tensor:
-        """Return Σ g²/v̂ of one tensor, shape [], where ``size`` is |g|.
-
-        At its first step v̂ is g², so each element with a gradient counts as 1.
-        """
-        step = self.optimizer.state[param]["step"] if kept else 0.0
-        if isinstance(step, Tensor) and step.device.type == "cpu":
-            step = read(step)
-        if not isinstance(step, Tensor) and step == 0:
-            return (size > 0).sum()
-        beta2 = group["betas"][1]
-        old = as_real(local(self.optimizer.state[param]["exp_avg_sq"])).to(size.dtype)
-        # Square roots are used throughout, because the square of a finite gradient may be infinite.
-        root = torch.hypot(old.sqrt().mul_(beta2**0.5), size * (1 - beta2) ** 0.5)
-        root.div_((1 - beta2 ** (step + 1)) ** 0.5)
-        # 0/0, where the gradient has always been 0, must count as 0, and a tiny eps must not vanish in float32.
-        ratio = (size / root.clamp_(min=max(group["eps"], 1e-15))).square_().sum()
-        return torch.where(step > 0, ratio, (size > 0).sum()) if isinstance(step, Tensor) else ratio
+    def _moment(self, index: int) -> Moment:
+        """Return the second moment of one tensor as it is before the step."""
+        group, state = self._groups[index], self.optimizer.state[self.params[index]]
+        step = state["step"]
+        step = read(step) if isinstance(step, Tensor) and step.device.type == "cpu" else step
+        exp_avg_sq = as_real(local(state["exp_avg_sq"].detach()))
+        return Moment(exp_avg_sq, step, group["betas"][1], group["eps"])
 
 
 def numbers(param: Tensor) -> int:

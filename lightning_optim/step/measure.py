@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_optim import kernels
-from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.sharding import local, max_over_shards, sum_over_shards, sum_split_units
 from lightning_optim.core.stats import STEP_SUMS, UnitNorms
+from lightning_optim.kernels.measures import unit_squares
 from lightning_optim.kernels.plain import as_real
 
 measure_norm_sq = torch.no_grad()(kernels.measure)
@@ -65,28 +65,21 @@ def measure_units(grads: Sequence[Tensor], params: Sequence[Tensor], scale: Tens
 
     Returns:
         The norms of all units, float64 where the device has it, on the device of the first gradient.
+
+    Raises:
+        RuntimeError: A gradient is sparse.
     """
     device = grads[0].device
-    wide = widest_dtype(device)
     shapes = tuple((local(p).shape[0], *[1] * (p.dim() - 1)) if p.dim() > 1 else () for p in params)
-    local_sq, params_sq = (
-        torch.cat([_unit_norms(t, wide).to(device, non_blocking=True) for t in tensors]).square()
-        for tensors in (grads, params)
-    )
-    if scale is not None:
-        local_sq = local_sq / scale.to(device).square()
-    both = sum_split_units(torch.stack([local_sq, params_sq]), params, shapes).sqrt()
-    return UnitNorms(both[0], both[1], shapes, local_sq, lambda sums: sum_over_shards(sums, params))
-
-
-def _unit_norms(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the norm of each row of this rank's part, shape [rows], or that of a whole vector, shape [1]."""
-    if tensor.layout != torch.strided:
+    if any(tensor.layout != torch.strided for tensor in grads):
         raise RuntimeError("Clipping unit by unit needs dense gradients: create the layer with sparse=False.")
-    part = as_real(local(tensor.detach()))
-    within = tuple(range(1, part.dim())) if tensor.dim() > 1 else None
-    norms: Tensor = torch.linalg.vector_norm(part, dim=within, dtype=dtype)
-    return norms.reshape(-1)
+    parts = [as_real(local(tensor.detach())) for tensor in (*grads, *params)]
+    rows = [shape[0] if shape else 1 for shape in shapes] * 2
+    squares = unit_squares(parts, rows, device).view(2, -1)
+    if scale is not None:
+        squares[0] /= scale.to(device).square()
+    both = sum_split_units(squares, params, shapes).sqrt()
+    return UnitNorms(both[0], both[1], shapes, squares[0], lambda sums: sum_over_shards(sums, params))
 
 
 @torch.no_grad()

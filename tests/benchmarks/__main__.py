@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import clipping, cpu_optimizers, memory, monitor, training_loop
+from tests.benchmarks import clipping, cold_start, cpu_optimizers, memory, monitor, roofline, training_loop
 from tests.benchmarks.timing import machine
 
 
 def main(names: list[str]) -> None:
     """Run the sections called ``names``, or all."""
-    modules = (training_loop, cpu_optimizers, clipping, memory, monitor)
+    modules = (training_loop, cpu_optimizers, roofline, cold_start, clipping, memory, monitor)
     known = {section.__name__: section for module in modules for section in module.SECTIONS}
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"No section {unknown[0]!r}. There are: {', '.join(known)}.")

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lightning_optim import optim
+from lightning_optim.kernels import rounding
 from lightning_optim.optim import soap
 from tests.distributed.ranks import run_ranks
 from tests.optim.cases import BACKENDS, assert_same, copies, give, gradients, run
@@ -293,3 +294,78 @@ def continue_on_copies(kind: type[optim.FusedOptimizer], mesh: DeviceMesh, value
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_sharded_parameters_have_sums_of_whole_tensors_or_are_refused() -> None:
     run_ranks(compare_shards_or_refuse)
+
+
+def test_soap_without_a_basis_leaves_the_gradient_as_it_is() -> None:
+    param = torch.randn(5, 4, requires_grad=True)
+    param.grad = torch.randn(5, 4)
+    kept = param.grad.clone()
+    optimizer = optim.SOAP([param], max_precondition_dim=1)
+    for _ in range(3):
+        optimizer.step()
+    assert torch.equal(param.grad, kept)
+
+
+@pytest.mark.parametrize("collect", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "channels_last"])
+def test_adafactor_clipped_is_adafactor_of_the_clipped_gradient_and_writes_no_gradient(
+    collect: bool, layout: str
+) -> None:
+    shape = (6, 5, 4, 3) if layout == "channels_last" else (30, 40)
+    grad = torch.randn(shape)
+    grad = grad.to(memory_format=torch.channels_last) if layout == "channels_last" else grad
+    grad = torch.randn(40, 30).t() if layout == "transposed" else grad
+    params = [torch.ones(shape, requires_grad=True) for _ in range(2)]
+    one, other = (optim.Adafactor([param], backend="cpu") for param in params)
+    one.collect_step_stats = other.collect_step_stats = collect
+    one.divisor = torch.tensor(4.0)
+    for _ in range(3):
+        params[0].grad, params[1].grad = grad, grad / 4
+        one.step()
+        other.step()
+        assert params[0].grad is grad
+    assert_same([params[0].detach()], [params[1].detach()])
+    if collect:
+        assert one.step_stats is not None
+        assert other.step_stats is not None
+        torch.testing.assert_close(one.step_stats.sums, other.step_stats.sums, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"weight_decay_kind": "norm", "weight_decay": 0.1},
+        {"weight_decay_kind": "l2_sp", "weight_decay": 0.1},
+        {"dtype": torch.bfloat16, "kahan_sum": True},
+        {"dtype": torch.bfloat16, "stochastic_rounding": True},
+    ],
+)
+@pytest.mark.parametrize("name", ["adamw", "lamb", "adafactor", "soap"])
+def test_storing_piece_by_piece_changes_no_weight(
+    name: str, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dict(kind)
+    dtype = settings.pop("dtype", torch.float32)
+    shapes = [(6, 40), (3, 2, 5), (70,), ()] if name != "lamb" else [(6, 40)]
+    params = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    twins = copies(params)
+    cls: Any = optim.get_optimizer_class(name)
+    one, other = (cls(some, lr=0.1, backend="reference", **settings) for some in (params, twins))
+    one.collect_step_stats = other.collect_step_stats = True
+    one.divisor = other.divisor = torch.tensor(3.0)
+    for grads in gradients(params, 3):
+        give(params, grads)
+        give(twins, grads)
+        monkeypatch.setitem(rounding.PIECE, "cpu", 16)
+        one.step()
+        monkeypatch.setitem(rounding.PIECE, "cpu", 10**6)
+        other.step()
+        assert one.step_stats is not None
+        assert other.step_stats is not None
+        # Sums over pieces are in another order.
+        torch.testing.assert_close(one.step_stats.sums, other.step_stats.sums, rtol=1e-6, atol=0, equal_nan=True)
+    tolerance = {"rtol": 1e-6, "atol": 1e-7}  # LAMB, Adafactor and this decay depend on such sums.
+    exact = name in ("adamw", "soap") and kind.get("weight_decay_kind") != "norm"
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(param, twin, **({"rtol": 0, "atol": 0} if exact else tolerance))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +76,8 @@ class CpuBackend(Backend):
         if isinstance(batch.rule, TensorRule):
             subtract = self._subtract if batch.params[0].dtype in DTYPES else None
             update = batch.rule.update_on_cpu
-            return apply_tensor_rule(batch, update, subtract, divisor=divisor, skip=skip, collect=collect)
+            how: dict[str, Any] = {"divisor": divisor, "skip": skip, "collect": collect}
+            return apply_tensor_rule(batch, update, subtract, divides=batch.rule.divides_on_cpu, **how)
         if skip is not None and is_set(skip):
             return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
         return self._elementwise.apply(batch, divisor=divisor, skip=None, collect=collect)

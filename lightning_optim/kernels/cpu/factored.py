@@ -40,6 +40,7 @@ tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
 top, bottom, part = blocks[block, 3], blocks[block, 4], blocks[block, 5]
 rows, columns, parts = shapes[tensor, 1], shapes[tensor, 2], shapes[tensor, 3]
 grad, row_means, column_means = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
+inverse_divisor = scalars[tensor, 0]
 for matrix in range(start, end):
     column, exact = (matrix * parts + part) * columns, False
     for i in range(columns):
@@ -49,14 +50,14 @@ for matrix in range(start, end):
         for chunk in range(0, columns, CHUNK):
             row_sum = zero
             for i in range(chunk, min(chunk + CHUNK, columns)):
-                x = load_0(grad, row * columns + i)
+                x = load_0(grad, row * columns + i) * inverse_divisor
                 store_2(column_means, column + i, add_product(load_2(column_means, column + i), x, x))
                 row_sum = add_product(row_sum, x, x)
             total += row_sum
         if total - total != 0.0:  # not finite, or squares beyond float32
             total, exact = 0.0, True
             for i in range(columns):
-                wide_x = double(load_0(grad, row * columns + i))
+                wide_x = double(load_0(grad, row * columns + i) * inverse_divisor)
                 total += wide_x * wide_x
         store_1(row_means, row, float(minimum(total / columns, LARGEST)))
     for i in range(columns):
@@ -65,7 +66,7 @@ for matrix in range(start, end):
         for i in range(columns):
             total = 0.0
             for row in range(matrix * rows + top, matrix * rows + bottom):
-                wide_x = double(load_0(grad, row * columns + i))
+                wide_x = double(load_0(grad, row * columns + i) * inverse_divisor)
                 total += wide_x * wide_x
             store_2(column_means, column + i, float(minimum(total / rows, LARGEST)))
 """
@@ -75,7 +76,7 @@ tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
 top, bottom, part = blocks[block, 3], blocks[block, 4], blocks[block, 5]
 rows, columns = shapes[tensor, 1], shapes[tensor, 2]
 grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
-ceiling = scalars[tensor, 0]
+inverse_divisor, ceiling = scalars[tensor, 0], scalars[tensor, 1]
 total = 0.0
 for matrix in range(start, end):
     for row in range(matrix * rows + top, matrix * rows + bottom):
@@ -84,7 +85,7 @@ for matrix in range(start, end):
             row_sum = zero
             for i in range(chunk, min(chunk + CHUNK, columns)):
                 y = minimum(factor * load_2(column_factors, matrix * columns + i), ceiling)
-                y *= load_0(grad, row * columns + i)
+                y *= load_0(grad, row * columns + i) * inverse_divisor
                 row_sum = add_product(row_sum, y, y)
             total += row_sum
 sums[block, 0] = total
@@ -96,13 +97,14 @@ top, bottom, part = blocks[block, 3], blocks[block, 4], blocks[block, 5]
 rows, columns = shapes[tensor, 1], shapes[tensor, 2]
 grad, row_factors, column_factors = addresses[tensor, 0], addresses[tensor, 1], addresses[tensor, 2]
 result = addresses[tensor, 3]
-ceiling, scale, decay = scalars[tensor, 0], scalars[tensor, 1], scalars[tensor, 2]
+inverse_divisor, ceiling = scalars[tensor, 0], scalars[tensor, 1]
+scale, decay = scalars[tensor, 2], scalars[tensor, 3]
 for matrix in range(start, end):
     for row in range(matrix * rows + top, matrix * rows + bottom):
         factor = load_1(row_factors, row)
         for i in range(columns):
             y = minimum(factor * load_2(column_factors, matrix * columns + i), ceiling)
-            y = scale * (load_0(grad, row * columns + i) * y)
+            y = scale * (load_0(grad, row * columns + i) * inverse_divisor * y)
             RESULT
 """
 _SCALED_DELTAS = _SCALED.replace("RESULT", "store_3(result, row * columns + i, y)")
@@ -121,11 +123,12 @@ _KERNELS = {
 }
 
 
-def mean_squares(grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def mean_squares(grads: Sequence[Tensor], inverse_divisors: Sequence[float]) -> tuple[list[Tensor], list[Tensor]]:
     """Compute the means of g² over columns and over rows.
 
     Args:
         grads: Contiguous gradients of one dtype, [..., rows, columns] each.
+        inverse_divisors: Factor of each gradient, with which it is g.
 
     Returns:
         Means over the last dimension, [..., rows, 1] each, and over the second to last, [..., 1, columns] each, in the
@@ -135,19 +138,24 @@ def mean_squares(grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     row_means = [grad.new_empty(*grad.shape[:-1], 1) for grad in grads]
     parts = shapes[:, 3].tolist()
     column_means = [g.new_empty(*g.shape[:-2], part, g.shape[-1]) for g, part in zip(grads, parts, strict=True)]
-    _run("mean_squares", blocks, shapes, (grads, row_means, column_means), _no_scalars(grads))
+    _run("mean_squares", blocks, shapes, (grads, row_means, column_means), _table(grads, inverse_divisors))
     most = largest(grads[0].dtype)
     column_means = [m if m.shape[-2] == 1 else m.sum(-2, keepdim=True).clamp_(max=most) for m in column_means]
     return row_means, column_means
 
 
 def scaled_squares(
-    grads: Sequence[Tensor], rows: Sequence[Tensor], columns: Sequence[Tensor], ceilings: Sequence[float]
+    grads: Sequence[Tensor],
+    inverse_divisors: Sequence[float],
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    ceilings: Sequence[float],
 ) -> Tensor:
     """Compute Σ (g·min(row·column, ceiling))² of each tensor.
 
     Args:
-        grads: Contiguous gradients of one dtype, [..., rows, columns] each.
+        grads: As for `mean_squares`.
+        inverse_divisors: As for `mean_squares`.
         rows: Row factors, [..., rows, 1] each.
         columns: Column factors, [..., 1, columns] each.
         ceilings: Upper bound of the product of factors for each tensor.
@@ -156,7 +164,7 @@ def scaled_squares(
         Shape [tensors], float64.
     """
     blocks, shapes = _blocks(tuple(_shape(grad) for grad in grads))
-    scalars = np.array([ceilings], dtype=_numpy(grads)).T.copy()
+    scalars = _table(grads, inverse_divisors, ceilings)
     sums = _run("scaled_squares", blocks, shapes, (grads, rows, columns), scalars)
     totals = np.zeros(len(grads))
     np.add.at(totals, blocks[:, 0], sums)
@@ -168,7 +176,8 @@ class Scaled:
 
     Args:
         shapes: Shapes of the updates.
-        grads: As for `scaled_squares`.
+        grads: As for `mean_squares`.
+        inverse_divisors: As for `mean_squares`.
         rows: As for `scaled_squares`.
         columns: As for `scaled_squares`.
         ceilings: As for `scaled_squares`.
@@ -179,6 +188,7 @@ class Scaled:
         self,
         shapes: Sequence[torch.Size],
         grads: Sequence[Tensor],
+        inverse_divisors: Sequence[float],
         rows: Sequence[Tensor],
         columns: Sequence[Tensor],
         ceilings: Sequence[float],
@@ -186,14 +196,16 @@ class Scaled:
     ) -> None:
         self._shapes = shapes
         self._factors = (grads, rows, columns)
-        self._scalars = np.array([ceilings, scales, [0.0] * len(grads)], dtype=_numpy(grads)).T.copy()
+        self._scalars = _table(grads, inverse_divisors, ceilings, scales, [0.0] * len(grads))
 
     def __iter__(self) -> Iterator[Tensor]:
-        for i, grad in enumerate(self._factors[0]):
-            delta = torch.empty_like(grad)
-            one = tuple(factor[i : i + 1] for factor in self._factors)
-            _run("scaled", *_blocks((_shape(grad),)), (*one, [delta]), self._scalars[i : i + 1])
-            yield delta.view(self._shapes[i])
+        return map(self._delta, range(len(self._shapes)))  # A loop would keep one update while it makes the next.
+
+    def _delta(self, i: int) -> Tensor:
+        grad, rows, columns = (factor[i : i + 1] for factor in self._factors)
+        delta = torch.empty_like(grad[0])
+        _run("scaled", *_blocks((_shape(delta),)), (grad, rows, columns, [delta]), self._scalars[i : i + 1])
+        return delta.view(self._shapes[i])
 
     def subtract_from(self, params: Sequence[Tensor], decay: Tensor) -> None:
         """Subtract all updates and the weight decay from parameters in one pass.
@@ -204,7 +216,7 @@ class Scaled:
         """
         blocks, shapes = _blocks(tuple(_shape(grad) for grad in self._factors[0]))
         scalars = self._scalars.copy()
-        scalars[:, 2] = decay.numpy()
+        scalars[:, 3] = decay.numpy()
         _run("subtracted", blocks, shapes, (*self._factors, params), scalars)
 
 
@@ -217,8 +229,9 @@ def _numpy(tensors: Sequence[Tensor]) -> Any:
     return np.float64 if tensors[0].dtype == torch.float64 else np.float32
 
 
-def _no_scalars(tensors: Sequence[Tensor]) -> npt.NDArray[Any]:
-    return np.zeros((len(tensors), 1), dtype=_numpy(tensors))
+def _table(tensors: Sequence[Tensor], *columns: Sequence[float]) -> npt.NDArray[Any]:
+    """Return the scalars of each tensor, [tensors, columns], in the dtype of the arithmetic."""
+    return np.array(columns, dtype=_numpy(tensors)).T.copy()
 
 
 @lru_cache(maxsize=64)

@@ -23,6 +23,9 @@ from numba.extending import intrinsic
 # meaning.
 FAST_SUMS = {"reassoc", "contract", "nsz"}
 
+WITHIN_KERNELS: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Options of functions that only kernels call; wrappers for Python and C would take a quarter of all compilation."""
+
 STORAGE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "uint8": 1}
 """Size in bytes of each element type that can be loaded and stored."""
 
@@ -147,7 +150,7 @@ def _upper_half(builder: Any, value: Any, rounded: Any) -> Any:
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a helper that kernels call, without fast-math flags."""
-    return numba.njit(function, error_model="numpy", inline="never")
+    return numba.njit(function, error_model="numpy", inline="never", **WITHIN_KERNELS)
 
 
 def _add(total: Any, term: Any) -> Any:
@@ -160,7 +163,8 @@ def _add_product(total: Any, x: Any, y: Any) -> Any:
 
 def sum_functions() -> dict[str, Any]:
     """Return the functions by which kernels add; they are separate because fast-math flags apply to whole functions."""
-    return {f.__name__[1:]: numba.njit(f, error_model="numpy", fastmath=FAST_SUMS) for f in (_add, _add_product)}
+    fast = numba.njit(error_model="numpy", fastmath=FAST_SUMS, **WITHIN_KERNELS)
+    return {function.__name__[1:]: fast(function) for function in (_add, _add_product)}
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:

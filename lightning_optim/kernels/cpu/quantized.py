@@ -14,6 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from lightning_optim.kernels.cpu.memory import WITHIN_KERNELS
 from lightning_optim.kernels.quantization import code_map
 
 HALF_WORD = np.float32(1 / 65536)
@@ -38,8 +39,8 @@ def _encode_positive(value: Any, scale: Any, random: Any, codes: Any, guesses: A
     return 1 if value > 0 and code == 0 else code
 
 
-encode = numba.njit(_encode, error_model="numpy")
-encode_positive = numba.njit(_encode_positive, error_model="numpy")
+encode = numba.njit(_encode, error_model="numpy", **WITHIN_KERNELS)
+encode_positive = numba.njit(_encode_positive, error_model="numpy", **WITHIN_KERNELS)
 
 SOURCES = (_encode, _encode_positive)
 """Functions that enter the fingerprint of a kernel."""

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, gather, scatter, whole
+from lightning_optim.core.fragment import NUMBER, PARAMETER, Fragment
 from lightning_optim.core.stats import GradStats
 
 
@@ -89,3 +92,29 @@ class AdaGC(ClipRule):
         # A gradient of zeros does not set the level, because γ = 0 would clip all later gradients to 0.
         new = torch.where(norms > 0, new, gamma)
         return {"gamma": scatter(state["gamma"], stats, new), "flags": scatter(state["flags"], stats, flags)}
+
+    per_tensor = True
+
+    def fragment(self, group_names: Sequence[str]) -> Fragment:
+        """Return the decision and the next levels as lines of a program."""
+        patience = "infinity" if self.patience is None else float(self.patience)
+        lines = (
+            "norms = sqrt(norm_sq)",
+            f"warming = steps < {float(self.warmup)}",
+            "divisor = where(warming, maximum(norm / bound, 1.0), maximum(norms / (ratio * gamma), 1.0))",
+            "clipped = some(has & (divisor > 1.0))",
+            "after = norms / divisor",
+            f"average = where(gamma == infinity, after, {self.beta} * gamma + {1 - self.beta} * after)",
+            "level = where(warming, minimum(gamma, after), average)",
+            "new_flags = where((divisor > 1.0) & negation(warming), flags + 1.0, 0.0)",
+            f"moved = new_flags >= {patience}",
+            "level = where(moved, norms, level)",
+            "new_flags = where(moved, 0.0, new_flags)",
+            "new_gamma = where(norms > 0.0, level, gamma)",
+            "new_steps = steps + 1.0",
+        )
+        return Fragment(lines, ("bound", "ratio"), (), (("gamma", PARAMETER), ("flags", PARAMETER), ("steps", NUMBER)))
+
+    def numbers(self, limit: float) -> tuple[float, ...]:
+        """Return the limit during the warmup, and the ratio after it."""
+        return self.max_norm * limit, self.ratio * limit

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_optim.core.fragment import Fragment
 from lightning_optim.core.stats import GradStats
 
 State = Mapping[str, Tensor]
@@ -77,6 +78,38 @@ class ClipRule(ABC):
             clip: The decision that the call returned; a divisor as a `Divisor`.
         """
         return {}
+
+    per_tensor: ClassVar[bool] = False
+    """Whether the divisor of `fragment` is a vector."""
+
+    def fragment(self, group_names: Sequence[str]) -> Fragment | None:
+        """Return the same decision and next state as lines of a program, which costs one launch; None for none.
+
+        A subclass that changes the decision changes this, too; otherwise it is not used. The host gives `numbers` and
+        `vectors` in the order in which the fragment names them.
+
+        Args:
+            group_names: Names of the parameter groups.
+        """
+        return None
+
+    def numbers(self, limit: float) -> tuple[float, ...]:
+        """Return the numbers of the fragment at this step.
+
+        Args:
+            limit: Factor of a schedule on the rule's limit.
+        """
+        return ()
+
+    def vectors(self, numel: Sequence[int], group_names: Sequence[str], groups: Sequence[int]) -> list[list[float]]:
+        """Return the vectors of the fragment, one value for each parameter.
+
+        Args:
+            numel: Number of elements of each parameter.
+            group_names: Names of the parameter groups.
+            groups: Index of the group of each parameter.
+        """
+        return []
 
     def check(self, group_names: Collection[str], names: Collection[str]) -> None:  # noqa: B027 - most need none
         """Check the rule against the optimizer, once.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, whole
+from lightning_optim.core.fragment import NUMBER, Fragment
 from lightning_optim.core.stats import GradStats
 
 SMALLEST = 1e-30
@@ -62,6 +65,26 @@ class AutoClip(ClipRule):
     def updated(self, stats: GradStats, state: State, clip: Clip) -> dict[str, Tensor]:
         """Return the window with the present norm in place of the oldest."""
         return {"norms": self._norms(stats.total_norm(), state)}
+
+    def fragment(self, group_names: Sequence[str]) -> Fragment:
+        """Return the decision and the next window as lines of a program."""
+        lines = (
+            "kept = single(norm)",
+            "kept = pick(kept * 0.0 == 0.0, kept, norm)",
+            f"here = index(norms) == modulo(steps, {float(self.window)})",
+            f"known = minimum(steps + 1.0, {float(self.window)})",
+            f"usual = quantile(where(here, single(kept), norms), known, {self.percentile / 100})",
+            f"divisor = maximum(kept / maximum(usual * factor, {SMALLEST}), 1.0)",
+            f"divisor = pick(steps < {float(self.warmup)}, 1.0, divisor)",
+            "clipped = divisor > 1.0",
+            "new_norms = where(here, norm, norms)",
+            "new_steps = steps + 1.0",
+        )
+        return Fragment(lines, ("factor",), (), (("norms", self.window), ("steps", NUMBER)))
+
+    def numbers(self, limit: float) -> tuple[float, ...]:
+        """Return the factor on the percentile."""
+        return (limit,)
 
     def _norms(self, norm: Tensor, state: State) -> Tensor:
         return _put(state["norms"], state["steps"], norm)
@@ -148,6 +171,40 @@ class ZClip(ClipRule):
             "flagged": flagged,
             "flags": torch.where(moved, torch.zeros_like(flags), flags),
         }
+
+    def fragment(self, group_names: Sequence[str]) -> Fragment:
+        """Return the decision and the next windows as lines of a program."""
+        window, patience = float(self.window), float(self.patience)
+        at_most = () if self.max_norm is None else ("divisor = maximum(divisor, norm / highest)",)
+        lines = (
+            f"count = minimum(maximum(known, 1.0), {window})",
+            "median = quantile(logs, count, 0.5)",
+            "sigma = maximum(1.4826 * quantile(absolute(logs - median), count, 0.5), 0.04)",
+            f"above = log(maximum(norm / factor, {SMALLEST})) - median",
+            f"outlier = (above / sigma > {self.threshold}) & (known >= {float(self.warmup)})",
+            f"excess = above - {self.threshold**2} / (above / sigma) * sigma",
+            "divisor = pick(outlier, exp(excess), 1.0)",
+            *at_most,
+            "clipped = divisor > 1.0",
+            f"value = log(maximum(norm, {SMALLEST}))",  # A schedule of the limit does not change what is normal.
+            f"outlier = ((value - median) / sigma > {self.threshold}) & (known >= {float(self.warmup)})",
+            f"new_flagged = where(index(flagged) == modulo(flags, {patience}), value, flagged)",
+            "row = pick(outlier, flags + 1.0, 0.0)",
+            f"moved = row >= {patience}",
+            f"shift = quantile(single(new_flagged), minimum(maximum(row, 1.0), {patience}), 0.5) - median",
+            f"here = (index(logs) == modulo(known, {window})) & negation(outlier)",
+            "new_logs = where(here, value, logs)",
+            "new_logs = where(moved, new_logs + shift, new_logs)",
+            "new_known = pick(outlier, known, known + 1.0)",
+            "new_flags = pick(moved, 0.0, row)",
+            "new_steps = steps + 1.0",
+        )
+        states = (("logs", self.window), ("known", NUMBER), ("flagged", self.patience), ("flags", NUMBER))
+        return Fragment(lines, ("factor",) if not at_most else ("factor", "highest"), (), (*states, ("steps", NUMBER)))
+
+    def numbers(self, limit: float) -> tuple[float, ...]:
+        """Return the factor on the limit, and the fixed limit."""
+        return (limit,) if self.max_norm is None else (limit, self.max_norm * limit)
 
     def _excess(self, norm: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return the amount by which log ``norm`` exceeds its clipped value, and whether it is flagged, [] each."""

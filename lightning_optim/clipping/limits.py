@@ -5,12 +5,13 @@ The pipeline calls a rule once a step, and divides the gradients by the result (
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_optim.clipping.base import STATELESS, Clamp, ClipRule, State, above_zero
+from lightning_optim.core.fragment import Fragment
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.transfer import upload
@@ -42,6 +43,14 @@ class GlobalNorm(ClipRule):
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor:
         """Return the divisor of all gradients, at least 1, shape []."""
         return ((stats.total_norm() + 1e-6) / (self.max_norm * limit)).clamp(min=1.0)
+
+    def fragment(self, group_names: Sequence[str]) -> Fragment:
+        """Return the decision as lines of a program."""
+        return Fragment(("divisor = maximum((norm + 1e-06) / bound, 1.0)", "clipped = divisor > 1.0"), ("bound",))
+
+    def numbers(self, limit: float) -> tuple[float, ...]:
+        """Return the limit."""
+        return (self.max_norm * limit,)
 
 
 class GroupNorm(ClipRule):
@@ -98,6 +107,30 @@ class GroupNorm(ClipRule):
         divisors = ((norms + 1e-6) / bounds).clamp(min=1.0)
         return torch.cat([divisor.expand(size) for divisor, size in zip(divisors.unbind(), sizes, strict=True)])
 
+    per_tensor = True
+
+    def fragment(self, group_names: Sequence[str]) -> Fragment:
+        """Return the decision as lines of a program."""
+        lines = (
+            "divisor = ones(norm_sq)",
+            f"for number in range({len(group_names)}):",
+            "    mine = group == number",
+            "    own = sqrt(total(where(mine, norm_sq, 0.0)))",
+            "    divisor = where(mine, maximum((own + 1e-06) / (bounds * factor), 1.0), divisor)",
+            "clipped = some(has & (divisor > 1.0))",
+        )
+        return Fragment(lines, ("factor",), ("group", "bounds"))
+
+    def numbers(self, limit: float) -> tuple[float, ...]:
+        """Return the factor on all limits."""
+        return (limit,)
+
+    def vectors(self, numel: Sequence[int], group_names: Sequence[str], groups: Sequence[int]) -> list[list[float]]:
+        """Return the index of each parameter's group, and the limit of that."""
+        limits = [self.groups.get(name, self.max_norm) for name in group_names]
+        bounds = [float("inf") if value is None else value for value in limits]
+        return [list(map(float, groups)), [bounds[group] for group in groups]]
+
 
 class BlockRMS(ClipRule):
     """Scale the gradient of each tensor so that its root mean square is at most ``max_rms``.
@@ -128,6 +161,21 @@ class BlockRMS(ClipRule):
         norm_sq = stats.norm_sq
         numel = upload([max(n, 1) for n in stats.numel], norm_sq.device, norm_sq.dtype)
         return ((norm_sq / numel).sqrt() / (self.max_rms * limit)).clamp(min=1.0)
+
+    per_tensor = True
+
+    def fragment(self, group_names: Sequence[str]) -> Fragment:
+        """Return the decision as lines of a program."""
+        lines = ("divisor = maximum(sqrt(norm_sq / numel) / bound, 1.0)", "clipped = some(has & (divisor > 1.0))")
+        return Fragment(lines, ("bound",), ("numel",))
+
+    def numbers(self, limit: float) -> tuple[float, ...]:
+        """Return the limit."""
+        return (self.max_rms * limit,)
+
+    def vectors(self, numel: Sequence[int], group_names: Sequence[str], groups: Sequence[int]) -> list[list[float]]:
+        """Return the number of elements of each parameter."""
+        return [[float(max(n, 1)) for n in numel]]
 
 
 class Value(ClipRule):

@@ -56,6 +56,22 @@ class Clipper:
         Raises:
             ValueError: The schedule of the limit is not above 0 at this step.
         """
+        limit = self.begin(steps, parameters, device)
+        answer = self.rule(stats, self._state, limit)
+        clip = Divisor(answer) if isinstance(answer, Tensor) else answer
+        if self._state:
+            self._next = {"steps": self._state["steps"] + 1, **self.rule.updated(stats, self._state, clip)}
+        return clip
+
+    def begin(self, steps: int, parameters: int, device: torch.device) -> float:
+        """Begin a step, whose decision is then made from `values`; arguments as for `decide`.
+
+        Returns:
+            The factor of the schedule on the rule's limit.
+
+        Raises:
+            ValueError: The schedule of the limit is not above 0 at this step.
+        """
         if parameters != self._prepared_for:
             self._prepare(parameters, device)
             self._prepared_for = parameters
@@ -65,11 +81,16 @@ class Clipper:
                 f"The schedule multiplies the limit of {self.rule!r} by {limit} at step {steps}, which would clip all "
                 "gradients to 0. It must stay above 0, for instance Cosine(final=0.1)."
             )
-        answer = self.rule(stats, self._state, limit)
-        clip = Divisor(answer) if isinstance(answer, Tensor) else answer
-        if self._state:
-            self._next = {"steps": self._state["steps"] + 1, **self.rule.updated(stats, self._state, clip)}
-        return clip
+        return limit
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """The present state of the rule, by name."""
+        return self._state
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """End the step with a state that already is the one after it, whether the step was accepted or not."""
+        self._state, self._next = dict(state), {}
 
     def commit(self, accepted: Tensor) -> None:
         """End the step: adopt the next state, or keep the present one.

@@ -37,31 +37,33 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) 
 
 
 class HostMirror:
-    """Delayed host copy of a small device tensor that changes in place, without synchronisation.
+    """Delayed host copy of the last of a series of small device tensors, without synchronisation.
 
     On the CPU it reads the memory of the tensor, so it is exact and free. On an accelerator each
     [`push`][lightning_optim.core.transfer.HostMirror.push] starts an asynchronous copy into pinned memory, and `read`
     returns the last values that have arrived, which may be a few steps old.
 
     Args:
-        tensor: The tensor to copy, shape [values]; it must keep its storage.
+        tensor: The first tensor, shape [values].
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self._host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu", pin_memory=True)
-        if self._host is not tensor:
+        self._is_there = tensor.device.type == "cpu"
+        self._host = tensor if self._is_there else torch.empty_like(tensor, device="cpu", pin_memory=True)
+        if not self._is_there:
             self._host.copy_(tensor)
-        self._view: np.ndarray = self._host.numpy()
 
-    def push(self) -> None:
-        """Start an asynchronous copy of the present values."""
-        if self._host is not self._tensor:
-            self._host.copy_(self._tensor, non_blocking=True)
+    def push(self, tensor: Tensor) -> None:
+        """Follow ``tensor``, of the shape, dtype and device of the first one: start an asynchronous copy of it."""
+        if self._is_there:
+            self._host = tensor
+        else:
+            self._host.copy_(tensor, non_blocking=True)
 
     def read(self) -> list[float]:
         """Return the last values that have arrived."""
-        return [value.item() for value in self._view]
+        values: list[float] = self._host.numpy().tolist()
+        return values
 
 
 class PendingValues:

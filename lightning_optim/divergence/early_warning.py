@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_optim.core.fragment import PARAMETER, Fragment
 from lightning_optim.core.stats import DECAYS, GradStats
 from lightning_optim.core.transfer import upload
 
@@ -137,6 +138,29 @@ class SecondMoments:
         last, own, usual = (known[:, 0] / known[:, 1]).unbind()
         return torch.stack([norm_sq / own, last / torch.minimum(own, usual)])
 
+    def fragment(self) -> Fragment:
+        """Return the same ratios, ``own_ratio`` and ``last_ratio``, and the next averages as lines of a program."""
+        lines = ["clipped_sq = norm_sq / (divisor * divisor)"]
+        for i, row in enumerate(_ROWS):
+            total, weight = f"averages_{2 * i}", f"averages_{2 * i + 1}"
+            lines.append(f"new_{total} = {total} + weight_{row} * (clipped_sq - {total})")
+            lines.append(f"new_{weight} = {weight} + weight_{row} * (1.0 - {weight})")
+            lines.append(f"{row} = new_{total} / new_{weight}")
+        lines += ["own_ratio = clipped_sq / own", "last_ratio = last / minimum(own, usual)"]
+        weights = tuple(f"weight_{row}" for row in _ROWS)
+        return Fragment(tuple(lines), (), weights, (("averages", 2 * len(_ROWS) * PARAMETER),))
+
+    def averages(self, parameters: int, device: torch.device) -> Tensor:
+        """Return the state of the fragment, float64, shape [3, 2, parameters], on ``device``."""
+        known = self._averages
+        if known is None or known.shape[-1] != parameters or known.device != device:
+            known = self._averages_of(parameters, torch.empty(0, dtype=torch.float64, device=device))
+        return known
+
+    def adopt(self, averages: Tensor) -> None:
+        """End the step with averages that already are those after it."""
+        self._averages, self._next = averages, None
+
     def commit(self, skip: Tensor) -> None:
         """End the step.
 
@@ -189,13 +213,23 @@ class SecondMoments:
         """Return the weight of a new value in each average, shape [3, 1, tensors]; uploaded only if it has changed."""
         key = stats.decays, stats.group_sizes, like.device
         if self._weights is None or self._weights[0] != key:
-            first, second = np.repeat(np.array(stats.decays).reshape(-1, 2), stats.group_sizes, axis=0).T
-            rows = [np.maximum(first, DECAYS[0]), second, np.full_like(second, DECAYS[1])]
-            self._weights = key, upload(1 - np.stack(rows)[:, None], like.device, like.dtype)
+            weights = weights_of(stats.decays, stats.group_sizes)
+            self._weights = key, upload(weights[:, None], like.device, like.dtype)
         return self._weights[1]
 
 
 _ROWS = ("last", "own", "usual")
+
+
+def weights_of(decays: Sequence[tuple[float, float]], group_sizes: Sequence[int]) -> np.ndarray:
+    """Return the weight of a new value in each average, shape [3, tensors].
+
+    Args:
+        decays: Decays of the averages of gradients and of their squares in each group.
+        group_sizes: Number of tensors in each group.
+    """
+    first, second = np.repeat(np.array(decays).reshape(-1, 2), group_sizes, axis=0).T
+    return 1 - np.stack([np.maximum(first, DECAYS[0]), second, np.full_like(second, DECAYS[1])])
 
 
 class EarlySigns:

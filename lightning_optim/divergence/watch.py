@@ -12,10 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_optim.core.fragment import NUMBER, Fragment
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
 from lightning_optim.divergence.base import Detector, NonFiniteGradient
-from lightning_optim.divergence.early_warning import EarlySign, EarlySigns, EarlyWarning, SecondMoments, group_maxima
+from lightning_optim.divergence.early_warning import (
+    EarlySign,
+    EarlySigns,
+    EarlyWarning,
+    SecondMoments,
+    group_maxima,
+    weights_of,
+)
 from lightning_optim.divergence.gradient_history import GradientHistory
 from lightning_optim.divergence.observation import SIGNALS, StepObservation, single_value
 from lightning_optim.divergence.rates import RateHistory
@@ -26,6 +34,10 @@ from lightning_optim.divergence.step_row import RowLayout, StepRow
 _IN_A_ROW = 3
 """Number of steps after a spike in which another one shows that skipping has not helped; two bad batches are rarely so
 near, and a new level with much noise is flagged more often."""
+_LIMITS = ("alone", "together", "familiar", "harmful")
+"""The limits of `SpikeWindow` that a step is compared with."""
+_VALUES = ("norm", "loss")
+"""Names of the signals in a program."""
 
 
 class StepGuard(NonFiniteGradient):
@@ -95,13 +107,12 @@ class StepGuard(NonFiniteGradient):
 
     def __call__(self, stats: GradStats) -> Tensor:
         """Return whether to skip the step, bool, shape [], on the device of ``stats``."""
-        self.rates.update(self._rate())
-        loss, norm = self._loss(), stats.total_norm()
+        loss, norm = self.begin(), stats.total_norm()
         skip = ~stats.finite()
         if loss is None:
             values = torch.stack([norm, torch.full_like(norm, torch.nan)])
         else:
-            values = torch.stack([norm, single_value(loss).to(norm, non_blocking=True)])
+            values = torch.stack([norm, loss.to(norm, non_blocking=True)])
             skip = skip | (values[1] * 0 != 0)
         if self.spikes is None:
             flags = torch.zeros_like(values, dtype=torch.bool)
@@ -129,19 +140,102 @@ class StepGuard(NonFiniteGradient):
         """End the step: send its row to the host, and process the rows that have arrived."""
         assert self._now is not None
         (columns, layout), self._now = self._now, None
-        rate = self._rate()  # Without a closure the rate is cut after the decision, so it is read again.
-        self.steps += 1
-        self._quiet = self._next_quiet
         for detector in self.detectors:
             detector.commit(skip)
         if self.moments is not None:
             self.moments.commit(skip)
         dtype = columns[0].dtype
         row = torch.cat([column.to(dtype) for column in ((skip != 0).reshape(1), *columns)])
+        self._end(row, layout, self._next_quiet)
+
+    def _end(self, row: Tensor, layout: RowLayout, quiet: Tensor | int) -> None:
+        rate = self._rate()  # Without a closure the rate is cut after the decision, so it is read again.
+        self.steps += 1
+        self._quiet = self._next_quiet = quiet
         self._layouts[self.steps] = layout
         self._rates[self.steps] = rate, self.rates.has_risen
         self.rows.write(self.steps, row)
         self._learn()
+
+    # The same decision as a part of the program that decides a step in one launch (`lightning_optim.step.fused`).
+
+    def begin(self) -> Tensor | None:
+        """Begin a step: note its rate, and return its loss as one real number, shape [], on any device, if known."""
+        self.rates.update(self._rate())
+        loss = self._loss()
+        return None if loss is None else single_value(loss)
+
+    def fragment(self, has_loss: bool) -> Fragment:
+        """Return the decision as lines of a program, but for that of further detectors.
+
+        Args:
+            has_loss: Whether the loss is known.
+        """
+        lines, numbers = ["skip = negation(finite)"], tuple[str, ...]()
+        if has_loss:
+            lines.append("skip = skip | negation(loss * 0.0 == 0.0)")
+        new_quiet = "quiet"
+        if self.spikes is None:
+            lines += ["norm_flag = norm < 0.0", "loss_flag = norm < 0.0"]
+        else:
+            numbers = ("risen", *(f"{name}_{which}" for which in _LIMITS for name in _VALUES))
+            lines.append("both = (norm > norm_together) & (loss > loss_together)")
+            lines += [f"{name}_flag = ({name} > {name}_alone) | both" for name in _VALUES]
+            if self.skip:
+                lines.append(f"seldom = (risen == 0.0) & (quiet < {float(_IN_A_ROW)})")
+                lines += [
+                    f"skip = skip | ({name}_flag & ({name} > pick(seldom, {name}_familiar, {name}_harmful)))"
+                    for name, signal in zip(_VALUES, SIGNALS, strict=True)
+                    if signal in self.skip
+                ]
+                new_quiet = "pick(norm_flag | loss_flag, 0.0, quiet + 1.0)"
+        lines.append(f"new_quiet = {new_quiet}")
+        moments = Fragment() if self.moments is None else self.moments.fragment()
+        states = (("quiet", NUMBER), *moments.states)
+        return Fragment((*lines, *moments.lines), numbers, moments.vectors, states, always=("quiet",))
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return the numbers of the fragment: the limits of this step."""
+        if (spikes := self.spikes) is None:
+            return ()
+        risen = float(self.rates.has_risen)
+        return (risen, *spikes.alone, *spikes.together, *spikes.familiar, *spikes.harmful)
+
+    def vectors(self, decays: Sequence[tuple[float, float]], group_sizes: Sequence[int]) -> Sequence[Sequence[float]]:
+        """Return the vectors of the fragment, one value for each parameter.
+
+        Args:
+            decays: Decays of the averages of gradients and of their squares in each group.
+            group_sizes: Number of parameters in each group.
+        """
+        return [] if self.moments is None else weights_of(decays, group_sizes).tolist()
+
+    def states(self, parameters: int, device: torch.device) -> dict[str, Tensor]:
+        """Return the states of the fragment, float64, on ``device``.
+
+        Args:
+            parameters: Number of parameters of the optimizer.
+            device: Where to have them.
+        """
+        if not isinstance(self._quiet, Tensor) or self._quiet.device != device:
+            self._quiet = upload(float(self._quiet), device, torch.float64)
+        states = {"quiet": self._quiet}
+        return states if self.moments is None else states | {"averages": self.moments.averages(parameters, device)}
+
+    def adopt(self, states: Mapping[str, Tensor], row: Tensor, layout: RowLayout, group_names: tuple[str, ...]) -> None:
+        """End a step that the program has decided.
+
+        Args:
+            states: The states after the step.
+            row: The row of the step, with its last word on whether it was skipped.
+            layout: Layout of the row, but for the ratios.
+            group_names: Name of each parameter group.
+        """
+        self._now = None
+        if self.moments is not None:
+            self.moments.adopt(states["averages"])
+            layout, self._group_names = replace(layout, has_ratios=True), group_names
+        self._end(row, layout, states["quiet"])
 
     def follow_rate(self, rate: Callable[[], float]) -> None:
         """Note the learning rate of each step as well.

@@ -134,6 +134,13 @@ class Batch:
         return list(different.values()), np.array([index[id(group)] for group in self.groups], dtype=np.int64)
 
     @cached_property
+    def scalar_tables(self) -> tuple[bytes, bytes]:
+        """Addresses of `scalar_states`, int64, [tensors, names], and the group of each tensor, as bytes of tables."""
+        states = self.scalar_states
+        addresses = [[state[name].data_ptr() for name in states[0]] for state in states]
+        return np.array(addresses, dtype=np.int64).tobytes(), self.members[1].tobytes()
+
+    @cached_property
     def sizes(self) -> Sizes:
         """Number of elements of each local tensor, with what follows from them."""
         return Sizes(tuple(map(Tensor.numel, self.params)))
@@ -143,7 +150,8 @@ class Batch:
         if len(rows) == len(self.params):
             return self
         part = copy(self)
-        for name in ("state_arrays", "written", "sizes", "addresses", "counters", "members"):  # cached for all tensors
+        # What is cached is of all tensors.
+        for name in ("state_arrays", "written", "sizes", "addresses", "counters", "members", "scalar_tables"):
             part.__dict__.pop(name, None)
         for name in ("params", "grads", "states", "scalar_states", "groups", "full_params", "rounding_keys"):
             full = getattr(self, name)
@@ -258,8 +266,8 @@ class Backend(ABC):
             1e20² overflows float32.
         """
 
-    def measure_at(self, addresses: np.ndarray, sizes: Sizes, dtype: torch.dtype) -> Tensor:
-        """Compute the same as `measure` of contiguous tensors of ``dtype`` at ``addresses``, int64, [tensors].
+    def measure_at(self, addresses: np.ndarray, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Compute the same as `measure` of contiguous tensors at ``addresses``, int64, [tensors].
 
         Raises:
             NotImplementedError: The backend has no `watch`, which finds addresses.

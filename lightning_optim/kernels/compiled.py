@@ -20,7 +20,7 @@ from lightning_optim.kernels.kernel_spec import KernelSpec
 from lightning_optim.kernels.plain import is_dense
 from lightning_optim.kernels.reference import whole_numel
 from lightning_optim.kernels.rules import UpdateRule
-from lightning_optim.kernels.scalars import commit, host_scalars, scalar_columns
+from lightning_optim.kernels.scalars import commit, scalar_columns
 from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.weight_decay import decay_factor, norm_factor
 
@@ -57,15 +57,22 @@ all writes. It returns the names of the kernel's sums and the sums, [tensors, na
 set."""
 
 
+Scalars = Callable[[Batch, Tensor | None, Tensor | None, bool], dict[str, Tensor]]
+"""A backend's function that computes the scalars of a batch, as `scalars.scalar_columns` does. Its arguments are the
+batch, the divisor and the flag as for `Backend.apply`, and whether the scalars are needed one by one, and not only in
+the table of one kernel."""
+
+
 class ElementwiseSteps:
     """The passes of one step of an elementwise rule, each of which is one kernel.
 
     Args:
         run: Function of the backend that runs a kernel.
+        scalars: Function of the backend that computes scalars.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, scalars: Scalars) -> None:
+        self._run, self._scalars = run, scalars
 
     def supports(self, batch: Batch) -> bool:
         """Return whether the rule is elementwise and kernels can load and store all dtypes."""
@@ -73,7 +80,7 @@ class ElementwiseSteps:
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
-        columns = _scalars(batch, divisor)
+        columns = scalar_columns(batch, divisor)
         with kernel_args(batch) as args:
             return self.run(batch, args, "sums", False, columns, None)
 
@@ -81,7 +88,8 @@ class ElementwiseSteps:
         """Implement `Backend`."""
         rule = batch.rule
         assert isinstance(rule, UpdateRule)
-        columns = _scalars(batch, divisor)
+        has_more = bool(rule.sums) or batch.cautious or batch.decay_form == "rescale"
+        columns = self._scalars(batch, divisor, skip, has_more)
         with kernel_args(batch) as args:
             if rule.sums and not rule.shared:
                 sums = self.run(batch, args, "sums", False, columns, skip)
@@ -94,7 +102,8 @@ class ElementwiseSteps:
                 moved_sq = self.run(batch, args, "moved_sq", batch.cautious, columns, skip)["moved_sq"]
                 columns["decay"] = norm_factor(columns["decay"], moved_sq, whole_numel(batch))
             sums = self.run(batch, args, "step+sums" if collect else "step", batch.cautious, columns, skip)
-        commit(batch, columns, skip)
+        if not getattr(columns, "has_advanced", False):
+            commit(batch, columns, skip)
         if not collect:
             return None
         if rule.decays_beside:
@@ -134,10 +143,6 @@ class ElementwiseSteps:
             batch.kernels[purpose, cautious] = spec
         names, sums = self._run(spec, args, columns, skip)
         return dict(zip(names, sum_over_shards(sums, batch.full_params).unbind(1), strict=True)) if names else {}
-
-
-def _scalars(batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
-    return host_scalars(batch, divisor) if batch.device.type == "cpu" else scalar_columns(batch, divisor)
 
 
 def measure_args(grads: Sequence[Tensor]) -> tuple[KernelArgs, list[Tensor]]:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.host import widest_dtype
+from lightning_optim.kernels.recorded import Recorded
 
 Scalar = Any
-"""A float on the host, or a float64 tensor, [] or [tensors], on a device whose memory the host must not read."""
+"""A float on the host, or a number that only a device knows: a float64 tensor, [] or [tensors], or a `Recorded`."""
 
 
 # `scalars` and `rescale` call the following named functions, which take floats and tensors; in `update` and
@@ -29,6 +30,8 @@ Scalar = Any
 
 def sqrt(x: Scalar) -> Scalar:
     """Return the square root."""
+    if isinstance(x, Recorded):
+        return x.call("sqrt", x)
     return torch.sqrt(x) if isinstance(x, Tensor) else math.sqrt(x)
 
 
@@ -39,6 +42,8 @@ def absolute(x: Scalar) -> Scalar:
 
 def sign(x: Scalar) -> Scalar:
     """Return the sign of ``x``: -1, 0 or 1."""
+    if isinstance(x, Recorded):
+        return x.call("sign", x)
     return torch.sign(x) if isinstance(x, Tensor) else float((x > 0) - (x < 0))
 
 
@@ -49,7 +54,7 @@ def where(condition: Scalar, x: Scalar, y: Scalar) -> Scalar:
         wide = widest_dtype(condition.device)
         x, y = (v if isinstance(v, Tensor) else condition.new_full((), v, dtype=wide) for v in (x, y))
         return torch.where(condition, x, y)
-    return x if condition else y
+    return condition.call("where", condition, x, y) if isinstance(condition, Recorded) else x if condition else y
 
 
 def maximum(x: Scalar, y: Scalar) -> Scalar:

@@ -72,8 +72,8 @@ def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> 
         advance(batch.rounding_keys, skip)
 
 
-def _numbers(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute the scalars of tensors that share ``group`` and 0-d state: floats, or float64 tensors, [tensors]."""
+def numbers_of_group(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """Compute the scalars of tensors that share ``group`` and 0-d state ``old``; numbers of any kind of `Scalar`."""
     step = old["step"] + 1 if "step" in old else 1.0
     others = {name: value for name, value in old.items() if name != "step"}
     decay, l2 = batch.rule.decay(group, group_decay(group))
@@ -122,7 +122,7 @@ class HostColumns(dict[str, Tensor]):
             self[name] = self[name] / divisor.to(torch.float64)
         else:
             with np.errstate(all="ignore"):  # as torch divides
-                self.rows[:, self.names.index(name)] /= divisor.item()
+                self.rows[:, self.names.index(name)] /= read(divisor)
 
     def table(self, names: Sequence[str], dtype: torch.dtype) -> npt.NDArray[np.floating]:
         """Return the columns called ``names`` side by side, [tensors, names], in ``dtype``."""
@@ -170,12 +170,13 @@ def _host_scalars(batch: Batch, old: Mapping[str, npt.NDArray[np.float64]]) -> H
     groups, kinds = batch.members
     if all((values == values[0]).all() for values in old.values()):
         first = {name: values[0].item() for name, values in old.items()}
-        return HostColumns([_numbers(batch, _readable(group), first) for group in groups], kinds)
+        return HostColumns([numbers_of_group(batch, _readable(group), first) for group in groups], kinds)
     keys = list(zip(kinds.tolist(), *(values.tolist() for values in old.values()), strict=True))
     number_of: dict[Any, int] = {}
     kinds = np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
     numbers = [
-        _numbers(batch, _readable(groups[group]), dict(zip(old, values, strict=True))) for group, *values in number_of
+        numbers_of_group(batch, _readable(groups[group]), dict(zip(old, values, strict=True)))
+        for group, *values in number_of
     ]
     return HostColumns(numbers, kinds)
 
@@ -208,7 +209,7 @@ def _device_columns(batch: Batch) -> dict[str, Tensor]:
             name: torch.stack([batch.scalar_states[i][name] for i in indices]).to(dtype)
             for name in batch.scalar_states[indices[0]]
         }
-        for name, value in _numbers(batch, group, old).items():
+        for name, value in numbers_of_group(batch, group, old).items():
             parts.setdefault(name, []).append((value, len(indices)))
     # Launches cost more than the work itself here, so all plain numbers are uploaded in one copy.
     plain = [name for name, values in parts.items() if not any(isinstance(value, Tensor) for value, _ in values)]

@@ -74,7 +74,7 @@ class PresentGrads(Sequence[Tensor]):
 
 
 class KnownGradients:
-    """The gradients of one optimizer, on the CPU, which only change their values and their addresses.
+    """The gradients of one optimizer, on one device, which only change their values and their addresses.
 
     Args:
         gradients: The gradients of a step.
@@ -92,15 +92,16 @@ class KnownGradients:
 
     def __init__(self, gradients: Found) -> None:
         grads = list(gradients.grads)
-        dtypes = {grad.dtype for grad in grads}
+        kinds = {(grad.dtype, grad.device) for grad in grads}
+        dtype, self._device = grads[0].dtype, grads[0].device
         backend = kernels.choose("auto", grads[0].device)
-        if backend.watch is None or len(dtypes) > 1 or not dtypes <= plain.FLOATS or not plain.all_usual(grads):
+        if backend.watch is None or len(kinds) > 1 or dtype not in plain.FLOATS or not plain.all_usual(grads):
             raise ValueError("These gradients cannot be watched.")
         groups = gradients.optimizer.param_groups
         self._lists = [group["params"] for group in groups]
         everything = [param for params in self._lists for param in params]
         self._watch = backend.watch(self._lists, [], [], everything, list(map(_GRAD, everything)))
-        self._backend, self._dtype = backend, grads[0].dtype
+        self._backend, self._dtype = backend, dtype
         self._sizes = Sizes(tuple(grad.numel() for grad in grads))
         self.params, self.group_sizes = gradients.params, gradients.group_sizes
         self.parameters, self.numel = gradients.parameters, gradients.numel()
@@ -117,7 +118,9 @@ class KnownGradients:
     def norm_sq(self) -> Tensor | None:
         """Read the gradients, and return their square sums, shape [tensors]; None if they are others by now."""
         addresses = self._watch.gradients()
-        return None if addresses is None else self._backend.measure_at(addresses, self._sizes, self._dtype)
+        if addresses is None:
+            return None
+        return self._backend.measure_at(addresses, self._sizes, self._dtype, self._device)
 
 
 class Memory:

@@ -33,14 +33,13 @@ from lightning_optim.clipping import Clipper, ClipRule
 from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.interval import Interval
 from lightning_optim.core.operands_flag import takes_operands
-from lightning_optim.core.sharding import max_over_ranks
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.core.step_hooks import after_closure, calls_already, closure_of, is_trial_step
-from lightning_optim.core.transfer import HostMirror
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.core.wrappers import unwrap_optimizer
 from lightning_optim.divergence import Detector, NonFiniteGradient
 from lightning_optim.optim import FusedOptimizer
+from lightning_optim.step.decision import Decision
 from lightning_optim.step.evaluations import Evaluations, updating_optimizer
 from lightning_optim.step.gradients import Gradients, group_names_of, names_of
 from lightning_optim.step.known_gradients import forget
@@ -139,8 +138,6 @@ class StepPipeline:
         devices = (p.device for group in optimizer.param_groups for p in group["params"])
         device = next(devices, torch.device("cpu"))  # none yet, or Lightning's stand-in for no optimizer
         self.steps = counts.steps
-        self._counts = torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device=device)
-        self._counts_on_host = HostMirror(self._counts)
         self._norms = Interval(device)
         self.is_expecting, self._may_be_left_out = False, True
         self._step: OneStep | None = None
@@ -163,6 +160,7 @@ class StepPipeline:
                 )
             if self._operands.skips_for_free and not any(isinstance(d, NonFiniteGradient) for d in self.detectors):
                 self.detectors = (NonFiniteGradient(), *self.detectors)
+        self._decision = Decision(self.clipper, self.detectors, counts, device)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(uncompiled(self._before)),
             optimizer.register_step_post_hook(uncompiled(self._after_outer if self._has_inner else self._after)),
@@ -207,7 +205,7 @@ class StepPipeline:
             exact: Whether to wait for the device; else clipped and skipped may lag a few steps on an accelerator.
         """
         self.settle()
-        return StepCounts(self.steps, *map(int, self._counts.tolist() if exact else self._counts_on_host.read()))
+        return StepCounts(self.steps, *self._decision.numbers(exact))
 
     def skipped(self) -> int:
         """Return the number of skipped steps so far, as `counts` has it."""
@@ -222,8 +220,7 @@ class StepPipeline:
         """Restore the counts returned by `counts`."""
         self.is_expecting = False
         self.steps = counts.steps
-        self._counts.copy_(torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device="cpu"))
-        self._counts_on_host.push()
+        self._decision.load(counts)
 
     def clip_state(self) -> dict[str, Any]:
         """Return the state of the clip rule, as plain tensors for a checkpoint; empty if it has none."""
@@ -260,13 +257,11 @@ class StepPipeline:
         if not (self.is_expecting and self._may_be_left_out):
             return
         self.is_expecting = False
-        if (step := self._open()) is not None:
-            step.skip = torch.ones_like(self._counts[0], dtype=torch.float32)
+        if (step := self._open(left_out=True)) is not None:
             self._close(step)
         else:  # Its gradients have been dropped by now, as in manual optimization.
             self.steps += 1
-            self._counts[1] += 1
-            self._counts_on_host.push()
+            self._decision.count_left_out()
 
     # One step, in order.
 
@@ -381,23 +376,20 @@ class StepPipeline:
                 stacklevel=2,
             )
 
-    def _open(self) -> OneStep | None:
-        """Measure and decide; return None if there is no gradient, because then no step can happen."""
-        scale, skip = self._operands.incoming()
+    def _open(self, left_out: bool = False) -> OneStep | None:
+        """Measure and decide; return None if there is no gradient, because then no step can happen.
+
+        Args:
+            left_out: Whether it is known that the step does not happen.
+        """
+        scale, incoming = self._operands.incoming()
         gradients = Gradients(self._updates, scale, self._names, self._shards)
         if not gradients.grads:
             return None
-        reported = self.on_report is not None and self.report_due()
-        step = OneStep(gradients, reported)
-        step.skip = skip
-        if self.clipper is not None:
-            step.clip = self.clipper.decide(step.stats, self.steps, gradients.parameters, self._counts.device)
-            step.stats.clipped = step.clip.norm_sq_after
-        for detector in self.detectors:
-            flag = detector(step.stats).to(torch.float32)
-            step.skip = flag if step.skip is None else torch.maximum(step.skip, flag)
-        if step.skip is not None and not gradients.plain:
-            step.skip = max_over_ranks(step.skip, gradients.params)
+        if left_out:
+            incoming = torch.ones_like(self._decision.counts[0], dtype=torch.float32)
+        step = OneStep(gradients, self.on_report is not None and self.report_due())
+        self._decision.open(step, incoming, self.steps)
         if step.reported:
             step.measure_update(self._updates, self.histograms())
             _ = step.stats.norm_sq  # It must be read before clipping rewrites the gradients.
@@ -406,21 +398,10 @@ class StepPipeline:
     def _close(self, step: OneStep) -> None:
         """Count the step, advance the state of rule and detectors, and report it."""
         self.steps += 1
-        taken = None if step.skip is None else step.skip == 0
-        if self.clipper is not None:
-            assert step.clip is not None
-            accepted = step.stats.finite() if taken is None else step.stats.finite() & taken
-            self.clipper.commit(accepted)
-            clipped = step.clip.flag() & accepted
-            self._counts += torch.stack([clipped, torch.zeros_like(clipped) if taken is None else ~taken])
-        elif taken is not None:
-            self._counts[1] += ~taken
-        for detector in self.detectors:
-            assert step.skip is not None
-            detector.commit(step.skip)
-        self._counts_on_host.push()
-        if self.on_report is not None and step.stats.norm_sq_is_read:
-            self._norms.add(step.stats.total_norm())
+        norm = self._decision.close(step)
+        if self.on_report is None:
+            return
+        if norm is not None:
+            self._norms.add(norm)
         if step.reported:
-            assert self.on_report is not None
-            self.on_report(step.record(self._updates, self.steps, self._counts, self._norms.take()))
+            self.on_report(step.record(self._updates, self.steps, self._decision.counts, self._norms.take()))

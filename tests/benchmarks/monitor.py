@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -83,12 +84,16 @@ class Turns(L.Callback):
         self._start = time.perf_counter()
 
 
-def _bare(folder: Path) -> tuple[L.LightningModule, dict[str, Any]]:
-    return Bare(DIM, LAYERS), {"logger": False}
+Make = Callable[[Path, int], tuple[L.LightningModule, dict[str, Any]]]
+"""Of a folder and the width of the model: the model, and options of its Trainer."""
 
 
-def _everything(every: int) -> Callable[[Path], tuple[L.LightningModule, dict[str, Any]]]:
-    def make(folder: Path) -> tuple[L.LightningModule, dict[str, Any]]:
+def _bare(folder: Path, dim: int) -> tuple[L.LightningModule, dict[str, Any]]:
+    return Bare(dim, LAYERS), {"logger": False}
+
+
+def _everything(every: int) -> Make:
+    def make(folder: Path, dim: int) -> tuple[L.LightningModule, dict[str, Any]]:
         callbacks = [
             lo.ConfigureOptimizers("adamw", lr=1e-3, weight_decay=0.1, schedule="cosine", param_groups=["no_decay"]),
             lo.GradientClipping(max_norm=1.0),
@@ -96,21 +101,21 @@ def _everything(every: int) -> Callable[[Path], tuple[L.LightningModule, dict[st
             lo.OptimizerMonitor(),
         ]
         logger = TensorBoardLogger(folder, name="everything", default_hp_metric=False)
-        return CharLM(DIM, LAYERS), {"callbacks": callbacks, "logger": logger, "log_every_n_steps": every}
+        return CharLM(dim, LAYERS), {"callbacks": callbacks, "logger": logger, "log_every_n_steps": every}
 
     return make
 
 
-def _recipe(every: int) -> Callable[[Path], tuple[L.LightningModule, dict[str, Any]]]:
-    def make(folder: Path) -> tuple[L.LightningModule, dict[str, Any]]:
+def _recipe(every: int) -> Make:
+    def make(folder: Path, dim: int) -> tuple[L.LightningModule, dict[str, Any]]:
         logger = TensorBoardLogger(folder, name="recipe", default_hp_metric=False)
         rest = {"callbacks": [LearningRateMonitor()], "log_every_n_steps": every, "gradient_clip_val": 1.0}
-        return Recipe(DIM, LAYERS), {"logger": logger, **rest}
+        return Recipe(dim, LAYERS), {"logger": logger, **rest}
 
     return make
 
 
-CANDIDATES: dict[str, Callable[[Path], tuple[L.LightningModule, dict[str, Any]]]] = {
+CANDIDATES: dict[str, Make] = {
     "torch's fused AdamW alone, no logger": _bare,
     "everything, log_every_n_steps=50": _everything(50),
     "everything, log_every_n_steps=1": _everything(1),
@@ -119,17 +124,20 @@ CANDIDATES: dict[str, Callable[[Path], tuple[L.LightningModule, dict[str, Any]]]
 }
 
 
-def _train(name: str, parent: Connection, folder: str, rounds: int, shape: tuple[int, int]) -> None:
+def _train(
+    name: str, parent: Connection, folder: str, rounds: int, shape: tuple[int, int], dim: int, more: dict[str, Any]
+) -> None:
     """One candidate, in a process of its own: threads of one process would share torch's."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    module, options = CANDIDATES[name](Path(folder))
+    module, options = CANDIDATES[name](Path(folder), dim)
     trainer = L.Trainer(
         **{
             **options,
             "callbacks": [Turns(parent), *options.get("callbacks", [])],
             "accelerator": "cpu",
+            **more,
             "max_steps": WARMUP + rounds * STEPS + 1,
             "enable_progress_bar": False,
             "enable_model_summary": False,
@@ -141,15 +149,17 @@ def _train(name: str, parent: Connection, folder: str, rounds: int, shape: tuple
     trainer.fit(module, DataLoader(Text(length), windows))
 
 
-def _in_turns(rounds: int, shape: tuple[int, int]) -> dict[str, list[float]]:
+def _in_turns(
+    names: list[str], rounds: int, shape: tuple[int, int], dim: int, more: dict[str, Any]
+) -> dict[str, list[float]]:
     """Seconds of each turn of each candidate."""
     context = multiprocessing.get_context("spawn")
-    seconds: dict[str, list[float]] = {name: [] for name in CANDIDATES}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {}
-        for name in CANDIDATES:  # each warms up alone
+        for name in names:  # each warms up alone
             mine, theirs = context.Pipe()
-            process = context.Process(target=_train, args=(name, theirs, folder, rounds, shape))
+            process = context.Process(target=_train, args=(name, theirs, folder, rounds, shape, dim, more))
             process.start()
             mine.recv()
             trainers[name] = mine, process
@@ -163,22 +173,43 @@ def _in_turns(rounds: int, shape: tuple[int, int]) -> dict[str, list[float]]:
     return seconds
 
 
-def trainer_with_everything(rounds: int = 12, shape: tuple[int, int] = (8, 64)) -> str:
+def trainer_with_everything(
+    rounds: int = 12, shape: tuple[int, int] = (8, 64), dim: int = DIM, only: int = 5, **options: Any
+) -> str:
     """Five Trainers in turn, ratios of the time of each turn to the bare one's of the same round, medians.
 
     Args:
         rounds: How many turns each gets.
         shape: Windows in a batch, and bytes in a window.
+        dim: Width of the model.
+        only: Number of Trainers.
+        **options: Options of all Trainers.
     """
-    seconds = _in_turns(rounds, shape)
+    seconds = _in_turns(list(CANDIDATES)[:only], rounds, shape, dim, options)
     bare = next(iter(seconds.values()))
-    parameters = sum(p.numel() for p in Bare(DIM, LAYERS).parameters())
-    rows: list[list[object]] = [
-        [name, statistics.median(took) / STEPS * 1e3, statistics.median(a / b for a, b in zip(took, bare, strict=True))]
-        for name, took in seconds.items()
-    ]
+    parameters = sum(p.numel() for p in Bare(dim, LAYERS).parameters())
+    rows: list[list[object]] = []
+    for name, took in seconds.items():
+        ratios = [a / b for a, b in zip(took, bare, strict=True)]
+        low, high = _interval(ratios)
+        rows.append(
+            [name, statistics.median(took) / STEPS * 1e3, statistics.median(ratios), f"{low:.3f} to {high:.3f}"]
+        )
     label = f"{LAYERS} layers, {parameters / 1e6:.1f} M parameters, {shape[0]} x {shape[1]} bytes a batch"
-    return table([label, "ms a step", "over the first"], rows)
+    return table([label, "ms a step", "over the first", "95 % interval"], rows)
+
+
+def _interval(ratios: list[float], draws: int = 2000) -> tuple[float, float]:
+    """Return the 95 % interval of the median, by drawing from the ratios anew."""
+    random = np.random.default_rng(0)
+    medians = np.median(random.choice(ratios, (draws, len(ratios))), axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def trainer_on_a_fast_model() -> str:
+    """The same on a model whose step takes some 10 ms, with as many tensors."""
+    return trainer_with_everything(rounds=24, shape=(1, 32), dim=64, only=3)
 
 
 def trainer_with_the_demos_batches() -> str:
@@ -186,4 +217,4 @@ def trainer_with_the_demos_batches() -> str:
     return trainer_with_everything(rounds=5, shape=(16, 128))
 
 
-SECTIONS = (trainer_with_everything, trainer_with_the_demos_batches)
+SECTIONS = (trainer_with_everything, trainer_on_a_fast_model, trainer_with_the_demos_batches)

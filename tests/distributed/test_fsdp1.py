@@ -137,6 +137,7 @@ def test_flat_shards_are_clipped_and_skipped_as_whole_tensors(check) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of what Lightning's strategy calls
 def test_lightnings_strategy_for_it() -> None:
     """On one GPU, where all is in one shard; Lightning itself refuses to clip norms there."""
     from lightning.pytorch.strategies import FSDPStrategy

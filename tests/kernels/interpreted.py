@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_optim import kernels, optim
 from lightning_optim.kernels import measure
-from lightning_optim.kernels.triton import backend as triton_backend
+from lightning_optim.kernels.triton import launch as launching
 from lightning_optim.kernels.triton.functions import add_blocks, add_squares
 from tests.kernels.bfloat16 import round_as_hardware_does
 from tests.optim.cases import (
@@ -64,14 +64,14 @@ class Launches(list[tuple[Any, int, tuple[Any, ...]]]):
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     seen = Launches()
-    original = triton_backend.launch
+    original = launching.launch
 
     def launch(function: Any, programs: int, device: torch.device, *arguments: Any) -> None:
         seen.append((function, programs, arguments))
         if not seen.only_count:
             original(function, programs, device, *arguments)
 
-    monkeypatch.setattr(triton_backend, "launch", launch)
+    monkeypatch.setattr("lightning_optim.kernels.triton.backend.launch", launch)
     return seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 from pathlib import Path
@@ -17,11 +18,19 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from lightning_optim import optim  # noqa: E402
+from lightning_optim.clipping import AdaGC, AutoClip, BlockRMS, GlobalNorm, GroupNorm, ZClip  # noqa: E402
+from lightning_optim.divergence import SpikeWindow, StepGuard  # noqa: E402
+from lightning_optim.divergence.early_warning import EarlyWarning  # noqa: E402
+from lightning_optim.kernels.decision import Program  # noqa: E402
 from lightning_optim.kernels.kernel_spec import KernelSpec  # noqa: E402
 from lightning_optim.kernels.rules import UpdateRule  # noqa: E402
 from lightning_optim.kernels.triton.codegen import OPTIONS, THREADS, build, build_measure  # noqa: E402
+from lightning_optim.kernels.triton.decision import decision_kernel  # noqa: E402
 from lightning_optim.kernels.triton.functions import add_blocks, add_squares  # noqa: E402
+from lightning_optim.kernels.triton.scalars import DeviceColumns, device_scalars, scalar_kernel  # noqa: E402
 from lightning_optim.optim.adam import AdamRule  # noqa: E402
+from lightning_optim.optim.batches import Batches  # noqa: E402
 from lightning_optim.optim.lion import LionRule  # noqa: E402
 from tests.optim.cases import CASES  # noqa: E402
 from tests.optim.test_rules import TrustRatioRule  # noqa: E402
@@ -219,3 +228,64 @@ def test_without_a_gpu_cuda_is_refused_with_the_reason() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert "no CUDA device" in str(kernels.why_not("triton", torch.device("cuda")))
+
+
+def decisions() -> list[Any]:
+    """The program of each clip rule with a fragment, with a guard of everything, and with parameters left out."""
+    rules = (GlobalNorm(), GroupNorm(groups={"1": None}), BlockRMS(), AdaGC(), AutoClip(), ZClip(max_norm=1.0), None)
+    guard = StepGuard(SpikeWindow(2), early_warning=EarlyWarning()).fragment(has_loss=True)
+    return [
+        Program(
+            clip=None if rule is None else rule.fragment(("0", "1")),
+            per_tensor=rule is not None and rule.per_tensor,
+            guard=guard,
+            has_ratios=True,
+            has_loss=True,
+            has_incoming=True,
+            can_skip=True,
+            sparse=rule is None or rule.per_tensor,
+        )
+        for rule in rules
+    ]
+
+
+@pytest.mark.parametrize("program", decisions(), ids=lambda program: program.numbers[0])
+def test_a_decision_compiles_and_keeps_double_precision(program: Program) -> None:
+    kinds = {
+        "place": "*i64",
+        "loss": "*bf16",
+        "incoming": "*fp32",
+        "counts": "*i64",
+        "new_counts": "*i64",
+        "skip": "*fp32",
+    }
+    short = ("gamma", "norms", "logs", "flagged")
+    kinds |= {f"{new}{name}": "*fp32" for name in short for new in ("", "new_")}
+    kinds |= {f"{new}{name}": "*i64" for name in ("flags", "steps", "known") for new in ("", "new_")}
+    signature = {f"{name}_at": kinds.get(name, "*fp64") for name in program.arrays}
+    signature |= {"parameters": "i32", "tensors": "i32", "SIZE": "constexpr"}
+    source = ASTSource(decision_kernel(program), signature=signature, constexprs={"SIZE": 256})
+    made = triton.compile(source, target=HOPPER, options=OPTIONS | {"num_warps": 4})
+    assert "f64" in made.asm["ptx"]
+    assert "atom." not in made.asm["ptx"]
+
+
+@pytest.mark.parametrize("divisor", [None, 0, 1])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.elementwise and case.optimizer is not optim.Prodigy], ids=str
+)
+def test_the_scalars_of_every_rule_compile(case: Any, divisor: int | None) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    optimizer = case.optimizer(parameters, **case.settings[0].arguments, backend="reference")
+    (batch,) = Batches(optimizer).batches
+    columns = device_scalars(batch, None if divisor is None else torch.ones((2,) * divisor), None, False)
+    assert isinstance(columns, DeviceColumns)
+    assert isinstance(batch.rule, UpdateRule)
+    names = tuple(inspect.signature(batch.rule.update).parameters.keys() & columns.known)
+    form = columns.form(("inverse_divisor", *names))
+    kinds = {"constants": "*fp64", "table": "*fp32", "skip": "*fp32", "divisor": "*fp64", "tensors": "i32"}
+    signature = {name: kinds.get(name, "*i64") for name in form.arguments}
+    made = triton.compile(ASTSource(scalar_kernel(form), signature=signature), target=HOPPER, options=OPTIONS)
+    assert "atom." not in made.asm["ptx"]

@@ -48,6 +48,12 @@ def mixed(dtype: torch.dtype = torch.float32, aligned: bool = False) -> list[Ten
     return made
 
 
+def arguments_of(case: Case, setting: Setting) -> dict[str, Any]:
+    """Those of the setting; a tensor of three dimensions is one matrix, as the others are."""
+    flat = {"flatten": True} if "flatten" in case.optimizer.hyperparameters() else {}
+    return {**setting.arguments, **flat}
+
+
 def on_device(params: list[Tensor], steps: int, seed: int = 1) -> list[list[Tensor]]:
     on_host = [torch.empty(p.shape, dtype=p.dtype) for p in params]
     return [[g.to(DEVICE) for g in grads] for grads in gradients(on_host, steps, seed)]
@@ -79,7 +85,7 @@ def test_it_is_the_automatic_choice() -> None:
 def test_agrees_with_reference(case: Case, setting: Setting, aligned: bool) -> None:
     both = [mixed(aligned=aligned), mixed(aligned=aligned)]
     names = ("reference", "triton")
-    optimizers = [case.optimizer(p, **setting.arguments, backend=n) for p, n in zip(both, names, strict=True)]
+    optimizers = [case.optimizer(p, **arguments_of(case, setting), backend=n) for p, n in zip(both, names, strict=True)]
     for step, grads in enumerate(on_device(both[0], 5)):
         for optimizer, params in zip(optimizers, both, strict=True):
             give(params, grads)
@@ -124,11 +130,14 @@ def test_a_rule_with_sums() -> None:
 @pytest.mark.parametrize(("case", "setting"), each_setting())
 def test_a_skipped_step_changes_nothing(case: Case, setting: Setting) -> None:
     params = mixed()
-    optimizer = case.optimizer(params, **setting.arguments, backend="triton")
+    optimizer = case.optimizer(params, **arguments_of(case, setting), backend="triton")
     steps = on_device(params, 2)
     give(params, steps[0])
     optimizer.step()
     before = deepcopy((optimizer.state_dict(), [p.detach() for p in params]))
+    for group in before[0]["param_groups"]:  # The host counts calls; that one was skipped it cannot know.
+        if "calls" in group:
+            group["calls"] += 1
     give(params, [g * math.nan for g in steps[1]])
     optimizer.found_inf = torch.ones((), device=DEVICE)
     optimizer.collect_step_stats = True

@@ -29,6 +29,15 @@ def test_triton_agrees_with_reference_under_its_interpreter() -> None:
     run_interpreted("tests/kernels/interpreted.py")
 
 
+def test_a_step_is_decided_as_on_the_cpu() -> None:
+    run_interpreted("tests/step/test_fused.py", "-k", "triton and (global_norm or zclip_max_norm or adagc-)")
+
+
+@pytest.mark.slow
+def test_so_it_is_with_every_clip_rule() -> None:
+    run_interpreted("tests/step/test_fused.py", "-k", "triton")
+
+
 @pytest.mark.slow
 def test_so_it_does_in_every_setting() -> None:
     run_interpreted("tests/kernels/interpreted.py", "-m", "slow")

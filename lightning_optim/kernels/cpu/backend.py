@@ -22,7 +22,7 @@ from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
 from lightning_optim.kernels.reference import apply_tensor_rule
 from lightning_optim.kernels.rules import Rule, TensorRule
-from lightning_optim.kernels.scalars import HostColumns
+from lightning_optim.kernels.scalars import HostColumns, host_scalars
 from lightning_optim.kernels.sizes import Sizes
 
 BLOCK = 65536
@@ -45,7 +45,7 @@ class CpuBackend(Backend):
     numbers = CompiledNumbers
 
     def __init__(self) -> None:
-        self._elementwise = ElementwiseSteps(run)
+        self._elementwise = ElementwiseSteps(run, _scalars)
 
     def why_not(self, device: torch.device) -> str | None:
         """Implement `Backend`: it runs on the CPU only."""
@@ -60,9 +60,11 @@ class CpuBackend(Backend):
         args, kept = measure_args(grads)
         return _measure(args, kept[0].dtype)
 
-    def measure_at(self, addresses: npt.NDArray[np.int64], sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    def measure_at(
+        self, addresses: npt.NDArray[np.int64], sizes: Sizes, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         """Implement `Backend`."""
-        return _measure(KernelArgs(torch.device("cpu"), arithmetic_dtype(dtype), sizes, addresses[:, None]), dtype)
+        return _measure(KernelArgs(device, arithmetic_dtype(dtype), sizes, addresses[:, None]), dtype)
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
@@ -112,6 +114,10 @@ class CpuBackend(Backend):
                 kernel = build_subtraction((DTYPES[only.params[0].dtype], DTYPES[delta.dtype]))
                 launch(kernel, args, kernel.table({"decay": decay[part]}, args.dtype).numpy())
             some, first = [], i + 1
+
+
+def _scalars(batch: Batch, divisor: Tensor | None, skip: Tensor | None, at_once: bool) -> dict[str, Tensor]:
+    return host_scalars(batch, divisor)
 
 
 def run(

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 from torch import Tensor
 
 from lightning_optim.core.transfer import upload
-from lightning_optim.kernels.base import Backend, Batch
+from lightning_optim.kernels.base import Backend, Batch, arithmetic_dtype
 from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, measure_args, split
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
-from lightning_optim.kernels.triton.codegen import OPTIONS, THREADS, build, build_measure
+from lightning_optim.kernels.sizes import Sizes
+from lightning_optim.kernels.triton.codegen import build, build_measure
 from lightning_optim.kernels.triton.functions import add_blocks, add_squares
+from lightning_optim.kernels.triton.launch import address_table, current_device, flag, launch, stream_of
+from lightning_optim.kernels.triton.scalars import DeviceColumns, device_scalars
 
 
 class TritonBackend(Backend):
@@ -28,9 +31,15 @@ class TritonBackend(Backend):
 
     name = "triton"
     reads_skip = True
+    takes_addresses = True
+
+    @property
+    def watch(self) -> Any:
+        """See `Backend`; it is that of the CPU backend, where numba is installed, because the host does the looking."""
+        return _watch()
 
     def __init__(self) -> None:
-        self._elementwise = ElementwiseSteps(run)
+        self._elementwise = ElementwiseSteps(run, device_scalars)
 
     def why_not(self, device: torch.device) -> str | None:
         """Implement `Backend`: it needs a device for which Triton can compile and launch kernels."""
@@ -53,20 +62,38 @@ class TritonBackend(Backend):
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         """Implement `Backend`."""
         args, kept = measure_args(grads)
-        with _current(args.device):
-            kernel = build_measure(DTYPES[kept[0].dtype], _aligned(args))
-            zero = _flag(None, args.device)
-            return _run(kernel, args, zero, zero, squares=True)[:, 0]
+        return _measure(args, kept[0].dtype)
+
+    def measure_at(
+        self, addresses: npt.NDArray[np.int64], sizes: Sizes, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Implement `Backend`."""
+        return _measure(KernelArgs(device, arithmetic_dtype(dtype), sizes, addresses[:, None]), dtype)
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
-        with _current(batch.device):
+        with current_device(batch.device):
             return self._elementwise.sums(batch, divisor)
 
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """Implement `Backend`."""
-        with _current(batch.device):
+        with current_device(batch.device):
             return self._elementwise.apply(batch, divisor=divisor, skip=skip, collect=collect)
+
+
+@lru_cache(maxsize=1)
+def _watch() -> Any:
+    try:
+        from lightning_optim.kernels.cpu.objects import Watch
+    except ImportError:
+        return None
+    return Watch
+
+
+def _measure(args: KernelArgs, dtype: torch.dtype) -> Tensor:
+    with current_device(args.device):
+        zero = flag(None, args.device)
+        return _run(build_measure(DTYPES[dtype], _aligned(args)), args, zero, zero, squares=True)[:, 0]
 
 
 def run(
@@ -74,17 +101,11 @@ def run(
 ) -> tuple[tuple[str, ...], Tensor]:
     """Implement `compiled.Run`."""
     kernel = build(spec, _aligned(args))
-    return kernel.sums, _run(kernel, args, kernel.table(columns, args.dtype), _flag(skip, args.device))
-
-
-def launch(function: Any, programs: int, device: torch.device, *arguments: Any) -> None:
-    """Launch ``programs`` instances of a jit function on the current device."""
-    function[(programs,)](*arguments, num_warps=THREADS // _threads_per_warp(device), **OPTIONS)
-
-
-@lru_cache(maxsize=16)
-def _threads_per_warp(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).warp_size) if device.type == "cuda" else 32
+    if isinstance(columns, DeviceColumns):
+        table = columns.table(kernel.scalars, args.dtype)
+    else:
+        table = kernel.table(columns, args.dtype)
+    return kernel.sums, _run(kernel, args, table, flag(skip, args.device))
 
 
 def _run(kernel: Kernel, args: KernelArgs, scalars: Tensor, skip: Tensor, squares: bool = False) -> Tensor:
@@ -95,26 +116,17 @@ def _run(kernel: Kernel, args: KernelArgs, scalars: Tensor, skip: Tensor, square
     """
     device = args.device
     tensors, width = len(args.numel), len(kernel.sums)
-    blocks, offsets = _block_table(args.numel, device, _stream(device))
+    blocks, offsets = _block_table(args.numel, device, stream_of(device))
     sums = torch.empty(len(blocks), width, dtype=args.dtype, device=device)
     totals = torch.empty(tensors, 1 if squares else width, dtype=torch.float64, device=device)
     if len(blocks):
-        addresses = _address_table(args.addresses.tobytes(), device, _stream(device))
+        addresses = address_table(args.addresses.tobytes(), device, stream_of(device))
         launch(kernel.function, len(blocks), device, blocks, addresses, scalars, skip, sums)
     if squares:
         launch(add_squares, tensors, device, sums, offsets, totals)
     elif width:
         launch(add_blocks, tensors, device, sums, offsets, totals, width)
     return totals
-
-
-@lru_cache(maxsize=64)
-def _address_table(addresses: bytes, device: torch.device, stream: int) -> Tensor:
-    """Upload addresses to the device; the cache avoids this while they do not change.
-
-    Tables are cached per stream, because memory freed on one stream may be reused there while another still reads it.
-    """
-    return upload(np.frombuffer(addresses, dtype=np.int64), device)
 
 
 @lru_cache(maxsize=64)
@@ -129,27 +141,6 @@ def _block_table(numel: tuple[int, ...], device: torch.device, stream: int) -> t
 
 def _aligned(args: KernelArgs) -> bool:
     return not (args.addresses % 16).any()
-
-
-def _flag(skip: Tensor | None, device: torch.device) -> Tensor:
-    """Return the flag that a kernel reads, float32, shape []; the step is skipped if it is non-zero."""
-    if skip is None:
-        return _zero(device, _stream(device))
-    return skip if skip.dtype == torch.float32 else (skip != 0).float()
-
-
-@lru_cache(maxsize=16)
-def _zero(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros((), device=device)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` current, because Triton launches on the current device and not on that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @lru_cache(maxsize=1)

@@ -116,9 +116,9 @@ class ParameterHealth(Stateful):
         history, places = self.history, seen.places or range(len(rows))
         if history is None or self._has_converged():
             return []
-        lasting = history.without_gradient()
+        lasting, seen_last = history.without_gradient().tolist(), history.seen.tolist()
         died = [
-            row["grad_sq"] == 0 and history.seen[place] > 0 and bool(lasting[place])
+            row["grad_sq"] == 0 and seen_last[place] > 0 and lasting[place]
             for place, row in zip(places, rows, strict=True)
         ]
         before, dead = self._most, sum(n for n, is_dead in zip(seen.numel, died, strict=True) if is_dead)
@@ -145,7 +145,12 @@ class ParameterHealth(Stateful):
         numel = dict(zip(places, seen.numel, strict=True))
         rms = {place: _rms(row["grad_sq"], numel[place]) for place, row in at.items()}
         vanished = self._vanished(at, rms, numel) - zero
-        by_eps = {place for place, row in at.items() if self._is_set_by_eps(place, row, numel[place])}
+        largest = None if self.history is None else self.history.largest.tolist()
+        by_eps = {
+            place
+            for place, row in at.items()
+            if self._is_set_by_eps(row, numel[place], 0.0 if largest is None else largest[place])
+        }
         bad = zero | vanished | by_eps | missing
 
         idle = self.parameters.idle(bad, rms, exact=False)
@@ -178,10 +183,11 @@ class ParameterHealth(Stateful):
         small = {place for place, value in rms.items() if value < limit * highest}
         if history is None or not small:
             return small
-        lately = {place: _rms(float(history.recent[place]), numel[place]) for place in at}
+        recent, first = history.recent.tolist(), history.first.tolist()
+        lately = {place: _rms(recent[place], numel[place]) for place in at}
         largest = max(lately.values())
         # A branch that starts at zero passes on a gradient that grows.
-        grows = {place for place in small if at[place]["grad_sq"] > _GROWN**2 * history.first[place]}
+        grows = {place for place in small if at[place]["grad_sq"] > _GROWN**2 * first[place]}
         return {place for place in small - grows if lately[place] < limit * largest}
 
     def _is_still(self, row: dict[str, float], seen: Inspection, i: int) -> bool:
@@ -197,13 +203,18 @@ class ParameterHealth(Stateful):
             limit_sq = (seen.lossy[i] / 20) ** 2 * (1 - row["zero_grad"] / seen.numel[i])
         return row["update_sq"] < limit_sq * row["param_sq"]
 
-    def _is_set_by_eps(self, place: int, row: dict[str, float], numel: int) -> bool:
-        """Return whether ``eps`` alone sets the update, although the gradient has not become small by training."""
+    def _is_set_by_eps(self, row: dict[str, float], numel: int, largest: float) -> bool:
+        """Return whether ``eps`` alone sets the update, although the gradient has not become small by training.
+
+        Args:
+            row: Statistics of the tensor.
+            numel: Its number of elements.
+            largest: Largest square sum of its gradient so far; 0 if that is not known.
+        """
         # Rows of an embedding that no batch has used yet have no second moment either.
         moving = numel - row["zero_grad"]
         by_eps = row["grad_sq"] > 0 and row["below_eps"] - row["zero_grad"] > self.limits.below_eps * moving
-        fallen = self.history is not None and row["grad_sq"] < _FALLEN**2 * self.history.largest[place]
-        return by_eps and not fallen
+        return by_eps and not row["grad_sq"] < _FALLEN**2 * largest
 
     def _near_peak(self, group: str, lr: float) -> bool:
         peak = self._peaks[group] = max(lr, self._peaks.get(group, 0.0))

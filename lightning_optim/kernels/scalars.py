@@ -122,7 +122,7 @@ class HostColumns(dict[str, Tensor]):
             self[name] = self[name] / divisor.to(torch.float64)
         else:
             with np.errstate(all="ignore"):  # as torch divides
-                self.rows[:, self.names.index(name)] /= read(divisor)
+                self.rows[:, self.names.index(name)] /= read(divisor.to(torch.float64))
 
     def table(self, names: Sequence[str], dtype: torch.dtype) -> npt.NDArray[np.floating]:
         """Return the columns called ``names`` side by side, [tensors, names], in ``dtype``."""

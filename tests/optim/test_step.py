@@ -246,3 +246,17 @@ def test_a_group_may_have_a_rule_of_its_own() -> None:
     fresh = optim.AdamW([{"params": [first]}, {"params": [second], "rule": "lion"}])
     fresh.load_state_dict(optimizer.state_dict())
     assert fresh.param_groups[1]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_divisor_may_have_any_dtype(dtype: torch.dtype, backend: str) -> None:
+    results = []
+    for kind in (torch.float32, dtype):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        parameter.grad = torch.tensor([1.0, 2.0, 3.0])
+        optimizer = optim.SGD([parameter], lr=0.1, backend=backend)
+        optimizer.divisor = torch.tensor(4.0, dtype=kind)
+        optimizer.step()
+        results.append(parameter.detach())
+    assert torch.equal(*results)

@@ -13,7 +13,7 @@ from lightning_optim.callbacks._followed import names_in
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step
 from lightning_optim.callbacks._monitor.details import MonitorDetails
-from lightning_optim.callbacks._monitor.meter import RunMeter
+from lightning_optim.callbacks._monitor.meter import RunMeter, samples_in
 from lightning_optim.callbacks._monitor.page import HP_METRICS, MonitorPage, log_scalars
 from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.stats import StepCounts, StepRecord
@@ -95,10 +95,9 @@ class OptimizerMonitor(HubCallback):
         self._details: MonitorDetails | None = None
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the last fit, and log the hyperparameters before Lightning does."""
+        """Forget the last fit, and hold TensorBoard's record of hyperparameters until ours are known."""
         self.latest, self.alarms, self.advice = {}, [], []
         self._page = MonitorPage(trainer, self.hp_metrics)
-        self._page.declare()
 
     def report_due(self, trainer: L.Trainer) -> bool:
         """Return whether Lightning logs at this step and a logger or the progress bar shows the values."""
@@ -121,7 +120,7 @@ class OptimizerMonitor(HubCallback):
     def _at_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Begin the page before the first batch, and count the samples of each."""
         if self._page is not None and not self._page.has_started:
-            self._page.start()
+            self._page.start(samples_in(batch))
         if self._meter is not None:
             self._meter.begin_batch(batch)
 
@@ -198,6 +197,8 @@ class OptimizerMonitor(HubCallback):
         self._flush(trainer)
 
     def _at_close(self) -> None:
+        if self._page is not None:
+            self._page.close()
         self._meter = self._page = self._details = None
         self._open, self._last = [], {}
         self._pending.clear()

@@ -28,7 +28,9 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     logger = WandbLogger(save_dir=tmp_path, offline=True, project="p", settings=wandb.Settings(console="off"))
     monitor = _fit(logger)
     summary = dict(logger.experiment.summary)
+    config = dict(logger.experiment.config)
     wandb.finish()
+    assert (config["optim/lr"], config["optim/optimizer"], config["trainer/batch_size"]) == (0.01, "AdamW", 2)
     for tag in TAGS:
         assert summary[tag] == pytest.approx(monitor.latest[tag])
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
@@ -43,6 +45,8 @@ def test_mlflow_in_local_files(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger("e", tracking_uri=f"file:{tmp_path / 'runs'}")
     monitor = _fit(logger)
+    params = logger.experiment.get_run(logger.run_id).data.params
+    assert (params["optim/lr"], params["optim/optimizer"], params["optim/guard"]) == ("0.01", "AdamW", "none")
     for tag in TAGS:
         history = logger.experiment.get_metric_history(logger.run_id, tag)
         assert [point.step for point in history] == list(range(STEPS)), tag
@@ -63,6 +67,8 @@ def test_comet_in_an_archive(tmp_path, monkeypatch):
     with zipfile.ZipFile(archive) as files:
         messages = [json.loads(line) for line in files.read("messages.json").splitlines()]
     points = [message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"]
+    params = [message["payload"]["param"] for message in messages if message["type"] == "parameter_msg"]
+    assert {"optim/lr", "optim/schedule"} <= {param["paramName"] for param in params}
     for tag in TAGS:
         found = {point["step"]: point["metricValue"] for point in points if point["metricName"] == tag}
         assert sorted(found) == list(range(STEPS)), tag

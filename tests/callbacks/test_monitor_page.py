@@ -8,7 +8,8 @@ from functools import partial
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
@@ -39,6 +40,17 @@ def _page(logger) -> EventAccumulator:
     accumulator = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "scalars": 0, "images": 0})
     accumulator.Reload()
     return accumulator
+
+
+def _hyperparameters(page: EventAccumulator) -> tuple:
+    """The record of the experiment and that of the start of the session."""
+    found = []
+    for tag in ("experiment", "session_start_info"):
+        data = plugin_data_pb2.HParamsPluginData.FromString(
+            page.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
+        )
+        found.append(getattr(data, tag))
+    return tuple(found)
 
 
 def _texts(page: EventAccumulator, tag: str) -> list[tuple[int, str]]:
@@ -190,12 +202,96 @@ def test_runs_are_compared_by_a_real_metric(tmp_path, default_hp_metric):
     for tag in ("experiment", "session_start_info"):
         content = page.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
         found[tag] = plugin_data_pb2.HParamsPluginData.FromString(content)
-    assert [info.name.tag for info in found["experiment"].experiment.metric_infos] == ["val_loss"]
+    metrics = [info.name.tag for info in found["experiment"].experiment.metric_infos]
+    assert metrics == ["val_loss", "hp_metric"][: 1 + default_hp_metric]
     assert page.Scalars("val_loss")
     hparams = found["session_start_info"].session_start_info.hparams
     assert hparams["width"].number_value == 3
     assert hparams["optim/lr"].number_value == 0.01
     assert metadata.PLUGIN_NAME == "hparams"
+
+
+class LogsItself(Net):
+    """Logs hyperparameters with a metric of its own, as Lightning documents it."""
+
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def on_train_start(self):
+        self.logger.log_hyperparams(self.hparams, {"hp/accuracy": 0.0})
+
+
+def test_hyperparameters_of_the_user_and_ours_are_one_record_with_the_users_metric_first(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run", version="0", default_hp_metric=False)
+    make_trainer(_callbacks(), logger=logger).fit(LogsItself(), batches(4))
+    experiment, session = _hyperparameters(_page(logger))
+    assert [info.name.tag for info in experiment.metric_infos] == ["hp/accuracy", "optim_loss/mean"]
+    assert session.hparams["width"].number_value == 3
+    assert session.hparams["optim/lr"].number_value == 0.01
+    assert {"width", "optim/lr"} <= {info.name for info in experiment.hparam_infos}
+    assert "add_summary" not in vars(logger.experiment._get_file_writer())
+
+
+def test_the_first_columns_of_the_page_of_hyperparameters_are_what_runs_differ_in(logger):
+    make_trainer([*_callbacks(), lo.DivergenceGuard()], logger=logger).fit(Net(), batches(4))
+    infos = _hyperparameters(_page(logger))[0].hparam_infos
+    as_shown = sorted((not info.differs, info.name) for info in infos)  # TensorBoard's order
+    first = ["optim/clipping", "optim/lr", "optim/optimizer", "optim/schedule", "optim/weight_decay"]
+    assert [name for _, name in as_shown[:5]] == first
+    assert "optim/lr" in sorted(info.name for info in infos)[:5]
+
+
+def test_what_the_user_logged_stays_if_training_never_begins(tmp_path):
+    class Fails(LogsItself):
+        def on_train_epoch_start(self):
+            raise KeyError("own")
+
+    logger = TensorBoardLogger(tmp_path, name="run", version="0", default_hp_metric=False)
+    with pytest.raises(KeyError, match="own"):
+        make_trainer(_callbacks(), logger=logger).fit(Fails(), batches(4))
+    logger.save()
+    experiment, session = _hyperparameters(_page(logger))
+    assert [info.name.tag for info in experiment.metric_infos] == ["hp/accuracy"]
+    assert session.hparams["width"].number_value == 3
+
+
+def test_without_metrics_of_ours_the_page_of_hyperparameters_is_the_users(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run", version="0", default_hp_metric=False)
+    make_trainer(_callbacks(hp_metrics=[]), logger=logger).fit(Net(), batches(2))
+    logger.log_hyperparams({"width": 3}, {"test_accuracy": 0.5})
+    logger.save()
+    assert [info.name.tag for info in _hyperparameters(_page(logger))[0].metric_infos] == ["test_accuracy"]
+
+
+def test_settings_are_those_of_the_optimizers_there_are(tmp_path):
+    class Ordered(CSVLogger):
+        def log_hyperparams(self, params=None):
+            given.append(list(params))
+            super().log_hyperparams(params)
+
+    given = []
+    logger = Ordered(tmp_path, name="run", version="0")
+    make = partial(torch.optim.AdamW, lr=0.125)
+    clip = lo.GradientClipping({"0": 0.5, "1": None})
+    make_trainer([clip, lo.OptimizerMonitor()], logger=logger).fit(TwoOptimizers(make, make), batches(2))
+    logger.save()
+    found = yaml.safe_load((tmp_path / "run" / "0" / "hparams.yaml").read_text())
+    assert given[-1][:3] == ["optim/0/lr", "optim/0/optimizer", "optim/0/weight_decay"]
+    assert (found["optim/0/lr"], found["optim/1/optimizer"], found["optim/1/schedule"]) == (0.125, "AdamW", "constant")
+    assert (found["optim/0/clipping"], found["optim/1/clipping"]) == ("GlobalNorm(max_norm=0.5)", "none")
+    assert (found["optim/guard"], found["trainer/batch_size"]) == ("none", 2)
+
+
+def test_a_logger_that_takes_no_hyperparameters_costs_a_warning(tmp_path):
+    class Refuses(CSVLogger):
+        def log_hyperparams(self, params=None):
+            raise RuntimeError("changed value of a parameter")
+
+    trainer = make_trainer([lo.OptimizerMonitor()], logger=Refuses(tmp_path))
+    with pytest.warns(UserWarning, match="Refuses has not taken the settings of the optimizer.*changed value"):
+        trainer.fit(Net(), batches(2))
+    assert trainer.global_step == 2
 
 
 def test_scalars_are_one_record(logger, monkeypatch):

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks._followed import bare, names_in, prefixes_in
 from lightning_optim.callbacks._lightning import logging_step
+from lightning_optim.callbacks._monitor.hyperparameters import Hyperparameters
+from lightning_optim.callbacks._monitor.settings import settings
 from lightning_optim.callbacks._packages import lightning_class, tensorboard_loggers
-from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
-from lightning_optim.callbacks.gradient_clipping import GradientClipping
 from lightning_optim.core.durations import Horizon
 from lightning_optim.core.sizes import format_bytes
 from lightning_optim.diagnostics import tensorboard
@@ -40,7 +40,7 @@ class MonitorPage:
 
     def __init__(self, trainer: L.Trainer, metrics: Sequence[str] = HP_METRICS) -> None:
         self._trainer = trainer
-        self._metrics = metrics
+        self._hyperparameters = Hyperparameters(trainer, metrics)
         self._tags: set[str] = set()
         self._drawn = (0, 0.0)
         self._awaits_state = self._has_started = False
@@ -52,21 +52,14 @@ class MonitorPage:
         """Whether `start` has been called."""
         return self._has_started
 
-    def declare(self) -> None:
-        """Write the hyperparameters; TensorBoard takes the first ones of a run, and Lightning's compare nothing."""
-        from torch.utils.tensorboard.summary import hparams
-
-        flat = {key: value for key, value in settings(self._trainer).items() if isinstance(value, bool | float | str)}
-        experiment, session, self._session_end = hparams(flat, dict.fromkeys(self._metrics, 0.0))  # type: ignore[no-untyped-call]
-        for writer in self._writers:
-            writer._get_file_writer().add_summary(experiment)
-            writer._get_file_writer().add_summary(session)
-
-    def start(self) -> None:
+    def start(self, batch_size: int | None = None) -> None:
         """Write what is known before the first step; purge what a run wrote after the step that it is resumed at.
 
         To be called in the first batch: only then has Lightning corrected the step of a checkpoint that was saved
         within an epoch, and the point before it stays.
+
+        Args:
+            batch_size: Number of samples of the first batch; None if it is not known.
         """
         self._has_started = True
         step = logging_step(self._trainer)
@@ -74,9 +67,12 @@ class MonitorPage:
             if step > 0:
                 tensorboard.purge_from(writer, step)
         self.show_groups()
+        found = settings(self._trainer, batch_size)
+        self._hyperparameters.log(found)
         for writer in self._writers:
-            table = tensorboard.markdown_table(["setting", "value"], settings(self._trainer).items())
-            writer.add_text("optim/configuration", table, step)
+            writer.add_text(
+                "optim/configuration", tensorboard.markdown_table(["setting", "value"], found.items()), step
+            )
         self.show_schedule()
 
     def show_groups(self) -> None:
@@ -156,9 +152,13 @@ class MonitorPage:
     def end(self) -> None:
         """Write the schedule as far as it went, and the end of the session."""
         self.show_schedule()
+        self._hyperparameters.end()
         for writer in self._writers:
-            writer._get_file_writer().add_summary(self._session_end)
             writer.flush()
+
+    def close(self) -> None:
+        """Release what is held until training begins."""
+        self._hyperparameters.close()
 
 
 @rank_zero_only
@@ -177,36 +177,9 @@ def log_scalars(logger: Any, values: dict[str, float], step: int) -> None:
         logger.log_metrics(values, step)
 
 
-def settings(trainer: L.Trainer) -> dict[str, Any]:
-    """Return the configuration of the run, in one flat dictionary of plain values."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    found: dict[str, Any] = dict(trainer.lightning_module.hparams)
-    for callback in callbacks:
-        if issubclass(type(callback), ConfigureOptimizers):
-            found |= {f"optim/{name}": value for name, value in callback.settings.items()}
-        if issubclass(type(callback), GradientClipping):
-            found |= {f"optim/{name}": value for name, value in callback.settings.items()}
-    found |= {
-        "trainer/precision": str(trainer.precision),
-        "trainer/accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "trainer/world_size": trainer.world_size,
-        "trainer/max_steps": trainer.max_steps,
-        "trainer/max_epochs": trainer.max_epochs,
-    }
-    return {key: _plain(value) for key, value in found.items() if value is not None}
-
-
 def _bytes_kept(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
     values = [value for param in group["params"] for value in optimizer.state.get(param, {}).values()]
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
-
-
-def _plain(value: Any) -> bool | float | str:
-    if isinstance(value, bool | str):
-        return value
-    if isinstance(value, int | float):
-        return float(value)
-    return value.__name__ if isinstance(value, type) else str(value)
 
 
 def _drawn(scheduler: Scheduler, horizon: Horizon, step: int) -> Any:

@@ -117,14 +117,13 @@ class MonitorPage:
                     if image is not None:
                         writer.add_image(tag, image, step, dataformats="HWC")
 
-    def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str], advice: str | None) -> None:
-        """Write the screen of all charts so far, new alarms, and advice, once a report has been written.
+    def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str]) -> None:
+        """Write the screen of all charts so far, and new alarms, once a report has been written.
 
         Args:
             values: The scalars of the report, by tag.
             step: Its place on the loggers' axis.
             alarms: Sentences.
-            advice: A sentence, or None.
         """
         if self._awaits_state:
             self.show_groups()
@@ -138,8 +137,11 @@ class MonitorPage:
                 writer.add_custom_scalars(tensorboard.screen(self._tags))
             for alarm in alarms:
                 writer.add_text("optim/alarms", alarm, step)
-            if advice is not None:
-                writer.add_text("optim/advice", advice, step)
+
+    def advise(self, advice: str, step: int) -> None:
+        """Write a sentence of advice."""
+        for writer in self._writers:
+            writer.add_text("optim/advice", advice, step)
 
     def _is_time_to_draw(self, step: int) -> bool:
         last, when = self._drawn

@@ -89,8 +89,9 @@ class Generalization:
         return (
             f"{name} has {verbs[0]} from {best.validation:.4g} (step {best.step:,}) to {look.validation:.4g} (step "
             f"{look.step:,}) while {training_name} {verbs[1]} from {best.training:.4g} to {look.training:.4g}: what "
-            f"the model has learnt since step {best.step:,} does not hold on data that it has not seen. Keep the weights "
-            f"of that step (EarlyStopping, ModelCheckpoint), or train with more weight decay{now}, with dropout, or with more or augmented data."
+            f"the model has learnt since step {best.step:,} does not hold on data that it has not seen. Keep the "
+            f"weights of that step (EarlyStopping, ModelCheckpoint), or train with more weight decay{now}, with "
+            "dropout, or with more or augmented data."
         )
 
     def _overfits(self, best: Look, since: list[Look], sign: float) -> bool:

@@ -126,7 +126,7 @@ def _schedule_of(trainer: L.Trainer, optimizer: Optimizer) -> str:
         scheduler: Any = config.scheduler
         if bare(getattr(scheduler, "optimizer", None)) is optimizer:
             schedule = getattr(scheduler, "schedule", None)
-            return type(scheduler).__name__ if schedule is None else repr(schedule)
+            return type(scheduler).__name__ if schedule is None else repr(schedule).removesuffix("()")
     return "constant"
 
 

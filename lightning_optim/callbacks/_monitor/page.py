@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from lightning_optim.callbacks._boards import Boards, boards_of
 from lightning_optim.callbacks._followed import bare, names_in, prefixes_in
 from lightning_optim.callbacks._lightning import logging_step
 from lightning_optim.callbacks._monitor.hyperparameters import Hyperparameters
@@ -46,6 +47,7 @@ class MonitorPage:
         self._awaits_state = self._has_started = False
         loggers = tensorboard_loggers(trainer) if trainer.is_global_zero else []
         self._writers = [logger.experiment for logger in loggers]
+        self._boards = Boards(boards_of(trainer))
 
     @property
     def has_started(self) -> bool:
@@ -81,7 +83,7 @@ class MonitorPage:
         No optimizer is created to find it out: that of a user may draw random numbers, count its instances, or need
         what it gets later.
         """
-        if not self._writers:
+        if not self._boards:
             return
         header = ["group", "tensors", "parameters", "lr", "weight decay", "rule", "state"]
         rows: list[list[Any]] = []
@@ -98,8 +100,7 @@ class MonitorPage:
                 shown = "after the first step" if size is None else format_bytes(size)
                 numbers = [f"{plan.numel:,}", f"{plan.lr:.4g}", plan.weight_decay]
                 rows.append([prefix + plan.name, len(plan.parameters), *numbers, plan.rule, shown])
-        for writer in self._writers:
-            writer.add_text("optim/groups", tensorboard.markdown_table(header, rows), logging_step(self._trainer))
+        self._boards.table("optim/groups", header, rows, logging_step(self._trainer))
 
     def show_schedule(self) -> None:
         """Draw the schedule and the position of the run in it; nothing without matplotlib."""
@@ -107,15 +108,14 @@ class MonitorPage:
         schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
         names = names_in(self._trainer)
         for scheduler in schedulers:
-            if isinstance(scheduler, Scheduler) and scheduler.horizon is not None and self._writers:
+            if isinstance(scheduler, Scheduler) and scheduler.horizon is not None and self._boards:
                 step = logging_step(self._trainer)
                 image = _drawn(scheduler, scheduler.horizon, step)
                 tag = "optim/schedule"
                 if len(names) > 1 and (name := about(bare(scheduler.optimizer)).name) is not None:
                     tag = f"{tag}/{name}"
-                for writer in self._writers:
-                    if image is not None:
-                        writer.add_image(tag, image, step, dataformats="HWC")
+                if image is not None:
+                    self._boards.image(tag, image, step)
 
     def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str]) -> None:
         """Write the screen of all charts so far, and new alarms, once a report has been written.
@@ -135,13 +135,12 @@ class MonitorPage:
         for writer in self._writers:
             if new:
                 writer.add_custom_scalars(tensorboard.screen(self._tags))
-            for alarm in alarms:
-                writer.add_text("optim/alarms", alarm, step)
+        for alarm in alarms:
+            self._boards.text("optim/alarms", alarm, step, is_alarm=True)
 
     def advise(self, advice: str, step: int) -> None:
         """Write a sentence of advice."""
-        for writer in self._writers:
-            writer.add_text("optim/advice", advice, step)
+        self._boards.text("optim/advice", advice, step)
 
     def _is_time_to_draw(self, step: int) -> bool:
         last, when = self._drawn

@@ -15,7 +15,7 @@ from lightning_optim.callbacks._lightning import logging_due, logging_step
 from lightning_optim.callbacks._monitor.details import MonitorDetails
 from lightning_optim.callbacks._monitor.meter import RunMeter, samples_in
 from lightning_optim.callbacks._monitor.page import HP_METRICS, MonitorPage, log_scalars
-from lightning_optim.callbacks._monitor.validation import OWN_LOSS, ValidationLooks
+from lightning_optim.callbacks._monitor.validation import OWN_LOSS, ValidationLooks, metric_tags
 from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, DIAGNOSTICS, Diagnostic, Histograms, PerTensor, StepReport
@@ -232,8 +232,8 @@ class OptimizerMonitor(HubCallback):
         step, gaps, advice = look
         for logger in trainer.loggers if gaps else ():
             log_scalars(logger, gaps, step)
-        if self._page is not None and gaps:
-            self._page.report(gaps, step, [])
+        if self._page is not None:
+            self._page.show_charts([*gaps, *metric_tags(trainer)])
         self._advise(advice, step)
 
     def _advise(self, advice: Sequence[str], step: int) -> None:

@@ -16,6 +16,8 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 import lightning_optim as lo
 from lightning_optim.callbacks._monitor.page import log_scalars
+from lightning_optim.callbacks._monitor.schedule_image import group_rates, schedule_image
+from lightning_optim.core.durations import Horizon
 from lightning_optim.diagnostics import tensorboard
 from tests.distributed.monitor_fits import Drift, drifting
 from tests.helpers import RULES, Net, NetWith, SaveAt, TwoOptimizers, batches, make_trainer, read_events
@@ -60,8 +62,9 @@ def _texts(page: EventAccumulator, tag: str) -> list[tuple[int, str]]:
 def _charts(page: EventAccumulator) -> dict[str, list[str]]:
     layout = layout_pb2.Layout()
     layout.ParseFromString(page.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
-    (category,) = layout.category
-    return {chart.title: list(chart.multiline.tag) for chart in category.chart}
+    first, *of_groups = layout.category
+    charts = {chart.title: list(chart.multiline.tag) for chart in first.chart}
+    return charts | {each.title: [tag for chart in each.chart for tag in chart.multiline.tag] for each in of_groups}
 
 
 def test_the_screen_covers_all_tags_and_no_chart_is_empty(logger):
@@ -69,7 +72,7 @@ def test_the_screen_covers_all_tags_and_no_chart_is_empty(logger):
     page = _page(logger)
     tags = page.Tags()["scalars"]
     charts = _charts(page)
-    assert next(iter(charts)) == "loss: mean and max"
+    assert next(iter(charts)) == "loss: training and validation"
     shown = {tag for patterns in charts.values() for p in patterns for tag in tags if re.search(p, tag)}
     assert {tag for tag in tags if tag.startswith(("optim_loss", "optim_lr", "optim_grad_norm/"))} <= shown
     for patterns in charts.values():
@@ -85,7 +88,7 @@ def test_the_screen_of_several_optimizers_shows_each_and_the_run_once(logger):
     page = _page(logger)
     tags = page.Tags()["scalars"]
     found = {title: {t for p in ps for t in tags if re.search(p, t)} for title, ps in _charts(page).items()}
-    assert found["loss: mean and max"] == {"optim_loss/mean", "optim_loss/max"}
+    assert found["loss: training and validation"] == {"optim_loss/mean", "optim_loss/max"}
     assert found["gradient norm of each group"] == {"optim_grad_norm/0.0", "optim_grad_norm/1.0"}
     assert {"optim_grad_norm/0.total", "optim_grad_norm/1.total"} <= found["gradient norm"]
     guard = {"optim_health/rollbacks", "optim_health/lr_cut", "optim_health/lr_cuts"}
@@ -98,6 +101,36 @@ def test_the_screen_of_several_optimizers_shows_each_and_the_run_once(logger):
     ):
         assert {tag.split("/")[1].split(".")[0] for tag in found[title]} == {"0", "1"}, title
     assert found["clipped, skipped, not finite"] >= {"optim_health/0.skipped_steps", "optim_health/1.skipped_steps"}
+
+
+def test_validation_is_in_the_first_chart_and_each_group_has_a_chart_of_its_own(logger):
+    class Accurate(Net):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("val_acc", 0.5)
+
+    make_trainer(_callbacks(), logger=logger).fit(Accurate(), batches(4), batches(2))
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(_page(logger).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    first, *others = layout.category
+    assert list(first.chart[0].multiline.tag) == ["^val_loss$", "^optim_loss/(mean|max)$"]
+    assert [chart.title for chart in first.chart[:2]] == [
+        "loss: training and validation",
+        "acc: training and validation",
+    ]
+    rates = next(category for category in others if category.title == "learning rate")
+    found = {chart.title: list(chart.multiline.tag) for chart in rates.chart}
+    assert found == {name: [f"^optim_lr/{name}$"] for name in ("default", "head", "no_decay")}
+
+
+def test_the_image_of_the_schedule_has_each_group():
+    head = lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10, schedule="linear")
+    factory = lo.OptimizerFactory("adamw", lr=0.01, schedule="cosine", param_groups=[head, "no_decay"])
+    _, scheduler = factory.build(Net(), Horizon(total_steps=10))
+    rates = group_rates(scheduler, scheduler.horizon)
+    assert {name: rate(0) for name, rate in rates.items()} == {"head": 0.1, "no_decay, default": 0.01}
+    assert rates["head"](5) == pytest.approx(0.05)
+    assert schedule_image(scheduler, scheduler.horizon, 3).shape[2] == 3
 
 
 @pytest.mark.filterwarnings("ignore:Resumed on the old curve")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -16,14 +16,13 @@ from lightning_optim.callbacks._boards import Boards, boards_of
 from lightning_optim.callbacks._followed import bare, names_in, prefixes_in
 from lightning_optim.callbacks._lightning import logging_step
 from lightning_optim.callbacks._monitor.hyperparameters import Hyperparameters
+from lightning_optim.callbacks._monitor.schedule_image import schedule_image
 from lightning_optim.callbacks._monitor.settings import settings
 from lightning_optim.callbacks._packages import lightning_class, tensorboard_loggers
-from lightning_optim.core.durations import Horizon
 from lightning_optim.core.sizes import format_bytes
 from lightning_optim.diagnostics import tensorboard
 from lightning_optim.factory.about import about
-from lightning_optim.factory.plan import plan_curves, plan_groups
-from lightning_optim.factory.plan_text import draw_curves
+from lightning_optim.factory.plan import plan_groups
 from lightning_optim.schedules import Scheduler
 
 HP_METRICS = ("optim_loss/mean",)
@@ -110,7 +109,7 @@ class MonitorPage:
         for scheduler in schedulers:
             if isinstance(scheduler, Scheduler) and scheduler.horizon is not None and self._boards:
                 step = logging_step(self._trainer)
-                image = _drawn(scheduler, scheduler.horizon, step)
+                image = schedule_image(scheduler, scheduler.horizon, step)
                 tag = "optim/schedule"
                 if len(names) > 1 and (name := about(bare(scheduler.optimizer)).name) is not None:
                     tag = f"{tag}/{name}"
@@ -130,13 +129,16 @@ class MonitorPage:
             self._awaits_state = False  # an optimizer that has stepped and kept nothing keeps nothing
         if self._is_time_to_draw(step):
             self.show_schedule()
-        new = values.keys() - self._tags  # some quantities need a past
-        self._tags |= new
-        for writer in self._writers:
-            if new:
-                writer.add_custom_scalars(tensorboard.screen(self._tags))
+        self.show_charts(values)  # some quantities need a past
         for alarm in alarms:
             self._boards.text("optim/alarms", alarm, step, is_alarm=True)
+
+    def show_charts(self, tags: Iterable[str]) -> None:
+        """Write the screen of charts again if there are new tags."""
+        new = set(tags) - self._tags
+        self._tags |= new
+        for writer in self._writers if new else ():
+            writer.add_custom_scalars(tensorboard.screen(self._tags))
 
     def advise(self, advice: str, step: int) -> None:
         """Write a sentence of advice."""
@@ -181,10 +183,3 @@ def log_scalars(logger: Any, values: dict[str, float], step: int) -> None:
 def _bytes_kept(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
     values = [value for param in group["params"] for value in optimizer.state.get(param, {}).values()]
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
-
-
-def _drawn(scheduler: Scheduler, horizon: Horizon, step: int) -> Any:
-    try:
-        return draw_curves(plan_curves(scheduler), horizon, step)
-    except ModuleNotFoundError:
-        return None

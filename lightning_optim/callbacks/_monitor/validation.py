@@ -20,6 +20,11 @@ OWN_LOSS = "optim_loss/mean"
 """Stands for the training loss where the module logs none."""
 
 
+def metric_tags(trainer: L.Trainer) -> list[str]:
+    """Return the names of the metrics that the module has logged to loggers, of training and of validation."""
+    return [name for name in trainer.logged_metrics if split_of(name) in ("training", "validation")]
+
+
 class ValidationLooks:
     """Pairs of validation and training metrics, as the module logs them.
 

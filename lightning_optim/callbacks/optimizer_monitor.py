@@ -43,10 +43,10 @@ class OptimizerMonitor(HubCallback):
             list; None for all built-in ones (`lightning_optim.diagnostics.DEFAULT_DIAGNOSTICS`). Learning rates, weight
             decay, loss, health and speed are always shown.
         hp_metrics: Tags by which TensorBoard's page of hyperparameters compares runs; add those that the module logs,
-            for instance ``val_loss``.
-        per_tensor: Display of individual tensors on TensorBoard, as a table of those that stand out and as images of
-            all of them over time; None for none.
-        histograms: Histograms per group on TensorBoard; None for none.
+            for instance ``val_loss``. An empty list leaves that page to the user.
+        per_tensor: Display of individual tensors, as a table of those that stand out and as images of all of them over
+            time, on TensorBoard, Weights & Biases, MLflow and Comet; None for none.
+        histograms: Histograms per group, in the same loggers; None for none.
         overfitting_patience: Number of validations in a row, in which validation got worse while training got better,
             after which advice is given; at least 1.
         progress_bar: Whether the progress bar shows gradient norm and skipped steps, with or without a logger.

@@ -17,6 +17,7 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 import lightning_optim as lo
 from lightning_optim.callbacks._monitor.page import log_scalars
 from lightning_optim.callbacks._monitor.schedule_image import group_rates, schedule_image
+from lightning_optim.callbacks._monitor.settings import main_settings
 from lightning_optim.core.durations import Horizon
 from lightning_optim.diagnostics import tensorboard
 from tests.distributed.monitor_fits import Drift, drifting
@@ -314,6 +315,14 @@ def test_settings_are_those_of_the_optimizers_there_are(tmp_path):
     assert (found["optim/0/lr"], found["optim/1/optimizer"], found["optim/1/schedule"]) == (0.125, "AdamW", "constant")
     assert (found["optim/0/clipping"], found["optim/1/clipping"]) == ("GlobalNorm(max_norm=0.5)", "none")
     assert (found["optim/guard"], found["trainer/batch_size"]) == ("none", 2)
+
+
+def test_settings_of_an_optimizer_without_a_rate_are_those_it_has():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    assert main_settings(optimizer) == {"lr": 0.1, "optimizer": "SGD", "weight_decay": 0.0}
+    for group in optimizer.param_groups:
+        del group["lr"], group["weight_decay"]
+    assert main_settings(optimizer) == {"lr": None, "optimizer": "SGD", "weight_decay": None}
 
 
 def test_a_logger_that_takes_no_hyperparameters_costs_a_warning(tmp_path):

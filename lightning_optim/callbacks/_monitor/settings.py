@@ -69,15 +69,30 @@ def settings(trainer: L.Trainer, batch_size: int | None = None) -> dict[str, Any
 
 
 def main_settings(optimizer: Optimizer) -> dict[str, Any]:
-    """Return the class, the peak learning rate and the weight decay of an optimizer, as its largest group has them."""
-    group = max(optimizer.param_groups, key=lambda group: len(group["params"]))
-    lr = float(group.get("initial_lr", group["lr"])) / float(group.get("lr_multiplier", 1) or 1)
-    decays = [group["weight_decay"] for group in optimizer.param_groups if "weight_decay" in group]
+    """Return the class, the peak learning rate and the weight decay of an optimizer, as its largest group has them.
+
+    None stands for what it does not have.
+    """
+    groups = optimizer.param_groups
+    lrs = [_peak(group) for group in sorted(groups, key=lambda group: len(group["params"]), reverse=True)]
+    decays = [decay for group in groups if (decay := _number(group.get("weight_decay"))) is not None]
     return {
-        "lr": float(f"{lr:.12g}"),
+        "lr": lrs[0] if lrs else None,
         "optimizer": type(optimizer).__name__,
-        "weight_decay": max(map(float, decays)) if decays else None,
+        "weight_decay": max(decays) if decays else None,
     }
+
+
+def _peak(group: Mapping[str, Any], shared: bool = True) -> float | None:
+    """Return the peak learning rate of a group; if ``shared``, without the multiplier that it alone has."""
+    lr = _number(group.get("initial_lr", group.get("lr")))
+    if lr is None or not shared:
+        return lr
+    return float(f"{lr / (_number(group.get('lr_multiplier')) or 1.0):.12g}")
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float | Tensor) else None
 
 
 def clipping_of(trainer: L.Trainer, names: Sequence[str]) -> list[str]:
@@ -115,8 +130,9 @@ def _guard_of(trainer: L.Trainer) -> str:
 
 def _groups_of(optimizer: Optimizer) -> str:
     def described(index: int, group: Mapping[str, Any]) -> str:
-        text = f"{group.get('name', index)}: lr {float(group.get('initial_lr', group['lr'])):g}"
-        return text + (f", weight decay {float(group['weight_decay']):g}" if "weight_decay" in group else "")
+        values = {"lr": _peak(group, shared=False), "weight decay": _number(group.get("weight_decay"))}
+        text = ", ".join(f"{name} {value:g}" for name, value in values.items() if value is not None)
+        return f"{group.get('name', index)}: {text}" if text else str(group.get("name", index))
 
     return "; ".join(described(index, group) for index, group in enumerate(optimizer.param_groups))
 
@@ -124,7 +140,8 @@ def _groups_of(optimizer: Optimizer) -> str:
 def _schedule_of(trainer: L.Trainer, optimizer: Optimizer) -> str:
     for config in trainer.lr_scheduler_configs:
         scheduler: Any = config.scheduler
-        if bare(getattr(scheduler, "optimizer", None)) is optimizer:
+        of = getattr(scheduler, "optimizer", None)
+        if of is not None and bare(of) is optimizer:
             schedule = getattr(scheduler, "schedule", None)
             return type(scheduler).__name__ if schedule is None else repr(schedule).removesuffix("()")
     return "constant"

@@ -70,12 +70,13 @@ class ValidationLooks:
         if self._open is None:
             return None
         (step, names), self._open = self._open, None
-        metrics: dict[str, Any] = dict(self._trainer.callback_metrics)
+        found_in: dict[str, Any] = dict(self._trainer.callback_metrics)
+        metrics = {n: v for n, v in found_in.items() if isinstance(v, Tensor) and v.numel() == 1}
         gaps: dict[str, float] = {}
         advice = []
         for name in names:
-            found = self._training(name, metrics)
-            if found is None or metrics[name].numel() != 1:
+            found = self._training(name, metrics) if name in metrics else None
+            if found is None:
                 continue
             look = Look(step, float(metrics[name]), found[1])
             gaps[name] = self._watch.gap(name, look)
@@ -85,10 +86,10 @@ class ValidationLooks:
         self._losses.clear()
         return step, gap_tags(gaps), advice
 
-    def _training(self, validation: str, metrics: dict[str, Any]) -> tuple[str, float] | None:
+    def _training(self, validation: str, metrics: dict[str, Tensor]) -> tuple[str, float] | None:
         """Return name and value of the training metric of a validation metric, over the time since the last look."""
         name = training_name(validation, metrics)
-        if name is None or metrics[name].numel() != 1:
+        if name is None:
             if quantity_of(validation) == "loss" and self._losses:
                 return OWN_LOSS, sum(self._losses) / len(self._losses)
             return None

@@ -109,13 +109,31 @@ def report(args: list[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog="lightning-optim report", description=report.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder with the event files of one run")
-    parser.add_argument("--out", default="report", help="folder to write report.html and PNGs to (default: report)")
+    parser.add_argument("--out", default="report", help="folder for report.html and its pictures (default: report)")
     parser.add_argument("--loss", type=float, action="append", help="show when this loss was reached; repeatable")
+    parser.add_argument(
+        "--level",
+        type=_level,
+        action="append",
+        default=[],
+        metavar="METRIC=VALUE",
+        help="show when this metric reached this value, as val_acc=0.9; repeatable",
+    )
     options = parser.parse_args(args)
+    levels: dict[str, list[float]] = {}
+    for name, value in options.level:
+        levels.setdefault(name, []).append(value)
     try:
-        print(write_report(read_runs(options.runs), options.out, options.loss))
-    except FileNotFoundError as error:
+        print(write_report(read_runs(options.runs), options.out, options.loss, levels))
+    except (ModuleNotFoundError, OSError, ValueError) as error:
         parser.error(str(error))
+
+
+def _level(text: str) -> tuple[str, float]:
+    name, sign, value = text.rpartition("=")
+    if not (name and sign):
+        raise argparse.ArgumentTypeError(f"{text!r} is not METRIC=VALUE, for instance val_acc=0.9")
+    return name, float(value)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -13,8 +13,9 @@ from lightning_optim.callbacks._followed import names_in
 from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step
 from lightning_optim.callbacks._monitor.details import MonitorDetails
-from lightning_optim.callbacks._monitor.meter import RunMeter
+from lightning_optim.callbacks._monitor.meter import RunMeter, samples_in
 from lightning_optim.callbacks._monitor.page import HP_METRICS, MonitorPage, log_scalars
+from lightning_optim.callbacks._monitor.validation import OWN_LOSS, ValidationLooks, metric_tags
 from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, DIAGNOSTICS, Diagnostic, Histograms, PerTensor, StepReport
@@ -42,20 +43,22 @@ class OptimizerMonitor(HubCallback):
             list; None for all built-in ones (`lightning_optim.diagnostics.DEFAULT_DIAGNOSTICS`). Learning rates, weight
             decay, loss, health and speed are always shown.
         hp_metrics: Tags by which TensorBoard's page of hyperparameters compares runs; add those that the module logs,
-            for instance ``val_loss``.
-        per_tensor: Display of individual tensors on TensorBoard, as a table of those that stand out and as images of
-            all of them over time; None for none.
-        histograms: Histograms per group on TensorBoard; None for none.
+            for instance ``val_loss``. An empty list leaves that page to the user.
+        per_tensor: Display of individual tensors, as a table of those that stand out and as images of all of them over
+            time, on TensorBoard, Weights & Biases, MLflow and Comet; None for none.
+        histograms: Histograms per group, in the same loggers; None for none.
+        overfitting_patience: Number of validations in a row, in which validation got worse while training got better,
+            after which advice is given; at least 1.
         progress_bar: Whether the progress bar shows gradient norm and skipped steps, with or without a logger.
 
     Attributes:
         latest: The last report that has arrived, by tag; with several optimizers, that of the first.
         alarms: A sentence for each report with a gradient that was not finite, which names the first of these;
             of more than a thousand the first and the last ones.
-        advice: Sentences of advice on the batch size.
+        advice: Sentences of advice: on the batch size, and on validation that gets worse while training gets better.
 
     Raises:
-        ValueError: Two diagnostics have the same name, or a name is unknown.
+        ValueError: Two diagnostics have the same name, or a name is unknown; or ``overfitting_patience`` is below 1.
         TypeError: One of ``diagnostics`` is neither a diagnostic nor a name.
 
     Example:
@@ -71,7 +74,17 @@ class OptimizerMonitor(HubCallback):
         progress_bar: bool = True,
         per_tensor: PerTensor | None = None,
         histograms: Histograms | None = None,
+        overfitting_patience: int = 3,
     ) -> None:
+        if (
+            isinstance(overfitting_patience, bool)
+            or not isinstance(overfitting_patience, int)
+            or overfitting_patience < 1
+        ):
+            raise ValueError(
+                f"Invalid overfitting_patience={overfitting_patience!r}: must be a whole number of at least 1, for "
+                "instance 3."
+            )
         self.diagnostics = (
             DEFAULT_DIAGNOSTICS if diagnostics is None else tuple(map(_diagnostic, one_or_several(diagnostics)))
         )
@@ -83,6 +96,7 @@ class OptimizerMonitor(HubCallback):
         self.hp_metrics = one_or_several(hp_metrics)
         self.progress_bar = progress_bar
         self.per_tensor, self.histograms = per_tensor, histograms
+        self.overfitting_patience = overfitting_patience
         self.latest: dict[str, float] = {}
         self.alarms: list[str] = []
         self.advice: list[str] = []
@@ -93,12 +107,12 @@ class OptimizerMonitor(HubCallback):
         self._meter: RunMeter | None = None
         self._page: MonitorPage | None = None
         self._details: MonitorDetails | None = None
+        self._looks: ValidationLooks | None = None
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the last fit, and log the hyperparameters before Lightning does."""
+        """Forget the last fit, and hold TensorBoard's record of hyperparameters until ours are known."""
         self.latest, self.alarms, self.advice = {}, [], []
         self._page = MonitorPage(trainer, self.hp_metrics)
-        self._page.declare()
 
     def report_due(self, trainer: L.Trainer) -> bool:
         """Return whether Lightning logs at this step and a logger or the progress bar shows the values."""
@@ -109,6 +123,7 @@ class OptimizerMonitor(HubCallback):
         self._last = dict(zip(self.hub.pipelines, self.hub.counts(), strict=True))
         self._meter = RunMeter(trainer) if trainer.loggers or self._bar(trainer) else None
         self._batch_advice = BatchAdvice()
+        self._looks = ValidationLooks(trainer, self.overfitting_patience) if self._meter is not None else None
         self._details = MonitorDetails(trainer, self.per_tensor, self.histograms)
 
     def _at_new_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -119,11 +134,12 @@ class OptimizerMonitor(HubCallback):
             self._page.show_groups()
 
     def _at_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Begin the page before the first batch, and count the samples of each."""
+        """Begin the page before the first batch, count the samples of each, and complete looks at validation."""
         if self._page is not None and not self._page.has_started:
-            self._page.start()
+            self._page.start(samples_in(batch))
         if self._meter is not None:
             self._meter.begin_batch(batch)
+            self._look(trainer)
 
     def _at_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Measure the gradient of this rank before it is averaged over ranks."""
@@ -159,6 +175,8 @@ class OptimizerMonitor(HubCallback):
         pipeline = self.hub.pipelines[optimizer_index]
         report = StepReport(record, self.diagnostics, self._last[pipeline], at=logging_step(trainer))
         self._meter.on_record(report, record, is_first=not self._open)
+        if not self._open and self._looks is not None:
+            self._looks.observe()
         if not self._open:  # The first report of a batch contains the values that belong to the run.
             health = self.hub.health_points()
             report.add([f"optim_health/{name}" for name in health], list(health.values()), of_run=True)
@@ -183,13 +201,16 @@ class OptimizerMonitor(HubCallback):
             self._meter.clock.pause()
 
     def _at_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Resume the clock."""
+        """Resume the clock, and note that there are new metrics of validation."""
         if self._meter is not None:
             self._meter.clock.resume()
+        if self._looks is not None:
+            self._looks.validated()
 
     def _at_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the reports that have not arrived yet."""
         self._flush(trainer)
+        self._look(trainer)
         if self._page is not None:
             self._page.end()
 
@@ -198,9 +219,29 @@ class OptimizerMonitor(HubCallback):
         self._flush(trainer)
 
     def _at_close(self) -> None:
-        self._meter = self._page = self._details = None
+        if self._page is not None:
+            self._page.close()
+        self._meter = self._page = self._details = self._looks = None
         self._open, self._last = [], {}
         self._pending.clear()
+
+    def _look(self, trainer: L.Trainer) -> None:
+        """Log the gap of a validation that has ended, and advice."""
+        if self._looks is None or (look := self._looks.complete()) is None:
+            return
+        step, gaps, advice = look
+        for logger in trainer.loggers if gaps else ():
+            log_scalars(logger, gaps, step)
+        if self._page is not None:
+            self._page.show_charts([*gaps, *metric_tags(trainer)])
+        self._advise(advice, step)
+
+    def _advise(self, advice: Sequence[str], step: int) -> None:
+        for sentence in advice:
+            self.advice.append(sentence)
+            rank_zero_info(f"Step {step}: {sentence}")
+            if self._page is not None:
+                self._page.advise(sentence, step)
 
     def _bar(self, trainer: L.Trainer) -> bool:
         return self.progress_bar and trainer.progress_bar_callback is not None
@@ -247,11 +288,11 @@ class OptimizerMonitor(HubCallback):
         if len(self.alarms) > _MOST_ALARMS:
             del self.alarms[_MOST_ALARMS // 2]
         advice = self._batch_advice.update(values.get("optim_grad/noise_scale"), values.get("optim_grad/batch_size"))
-        if advice is not None:
-            self.advice.append(advice)
-            rank_zero_info(f"Step {report.at}: {advice}")
+        self._advise([] if advice is None else [advice], report.at)
+        if self._looks is not None and index == 0:
+            self._looks.observe_loss(values.get(OWN_LOSS))
         if self._page is not None:
-            self._page.report(values, report.at, alarms, advice)
+            self._page.report(values, report.at, alarms)
         if self._details is not None:
             self._details.write(report, index, tag_of)
         if self._bar(trainer) and index == 0:

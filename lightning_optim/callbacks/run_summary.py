@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_optim.callbacks._followed import names_in, prefixes_in
 from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.callbacks._monitor.settings import clipping_of
 from lightning_optim.callbacks._packages import tensorboard_loggers
 from lightning_optim.core.stats import StepCounts
 
@@ -26,6 +27,8 @@ _HEALTH = {
 
 class RunSummary(HubCallback):
     """Print a summary after training: metrics, speed, clipped and skipped steps, and the parameter groups.
+
+    With several optimizers clipped and skipped steps are those of each, by its name.
 
     With a `DivergenceGuard` it also has the numbers of rollbacks and of cuts of the learning rate, and the spike score.
     The learning rate of a group is that of the last step, as the step used it: after the schedule, and after the cut.
@@ -57,6 +60,8 @@ class RunSummary(HubCallback):
         """Reset the results of the last fit, because a fit with nothing left to train never starts or ends training."""
         self._first_step, self._start, self._seconds = trainer.global_step, 0.0, 0.0
         self._counts, self._each = StepCounts(), list[StepCounts]()
+        self._names: list[str] = []
+        self._clips: list[str] = []
         self._rates: dict[int, list[Any]] = {}
         self._used_lrs: Sequence[Sequence[float]] = ()
 
@@ -75,6 +80,9 @@ class RunSummary(HubCallback):
         """Stop the clock, and collect the counts, which are not available after the fit."""
         self._seconds = time.perf_counter() - self._start
         self._counts, self._each = self.hub.total(), self.hub.counts()
+        self._names = names_in(trainer)
+        of_each = zip(self.hub.pipelines, clipping_of(trainer, self._names), strict=True)
+        self._clips = ["" if pipeline.clipper is not None else clipping for pipeline, clipping in of_each]
         self._used_lrs = self.hub.used_lrs()
 
     @rank_zero_only
@@ -88,18 +96,19 @@ class RunSummary(HubCallback):
         for name, label in self._labels(trainer).items():
             value = trainer.callback_metrics.get(name)
             run.add_row(label, "not logged" if value is None else f"{float(value):.4f}")
+        several = len(self._each) > 1
         steps = trainer.global_step - self._first_step
-        run.add_row("steps per second", f"{steps / self._seconds:.1f}" if self._seconds > 0 else "-")
-        counts = self._counts
-        run.add_row("steps clipped", f"{counts.clipped / counts.steps:.1%} of {counts.steps}" if counts.steps else "-")
-        run.add_row("steps skipped", str(counts.skipped))
+        speed = f"{steps / self._seconds:.1f}" if self._seconds > 0 else "-"
+        run.add_row("steps per second" + (" of all optimizers" if several else ""), speed)
+        if not several:
+            run.add_row("steps clipped", _clipped(self._counts, *self._clips))
+        run.add_row("steps skipped", str(self._counts.skipped))
         health = self.hub.health_points()
         for name, label in _HEALTH.items():
             if name in health:
                 run.add_row(label, f"{health[name]:.3%}" if name.startswith("spike_score") else f"{health[name]:.0f}")
-        for name, of_one in zip(names_in(trainer), self._each, strict=False) if len(self._each) > 1 else ():
-            share = f"{of_one.clipped / of_one.steps:.1%} of {of_one.steps}" if of_one.steps else "-"
-            run.add_row(f"{name}: steps clipped", share)
+        for name, of_one, clips in zip(self._names, self._each, self._clips, strict=True) if several else ():
+            run.add_row(f"{name}: steps clipped", _clipped(of_one, clips))
             run.add_row(f"{name}: steps skipped", str(of_one.skipped))
         console.print(run)
         groups = Table("group", "tensors", "parameters", "lr", "peak lr", "weight decay", title="Parameter groups")
@@ -136,6 +145,20 @@ class RunSummary(HubCallback):
         if self.metrics is not None:
             return self.metrics
         return {name: name for name, value in trainer.callback_metrics.items() if isinstance(value, torch.Tensor)}
+
+
+def _clipped(counts: StepCounts, clips: str = "") -> str:
+    """Format how many steps were clipped.
+
+    Args:
+        counts: Counts of an optimizer, or of all of them.
+        clips: What clips, if it is not us who count: "none" for nothing.
+    """
+    if clips == "none":
+        return "no clipping"
+    if clips:
+        return f"not counted: {clips}"
+    return f"{counts.clipped / counts.steps:.1%} of {counts.steps}" if counts.steps else "-"
 
 
 def _relative(path: str) -> str:

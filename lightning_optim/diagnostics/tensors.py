@@ -58,7 +58,7 @@ QUANTITIES: dict[str, Callable[[TensorRows], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class PerTensor:
-    """Display of individual tensors by `OptimizerMonitor` on TensorBoard.
+    """Display of individual tensors by `OptimizerMonitor`, in loggers that can.
 
     Their values are transferred with the others of a report.
 

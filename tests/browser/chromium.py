@@ -53,10 +53,27 @@ class Chromium:
         self._number, self._rest = 0, b""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.requested: list[str] = []
+        """Addresses that pages have asked for, from `watch_requests` on."""
 
     def open(self, url: str) -> None:
         """Goes to a page."""
         self._call("Page.navigate", url=url)
+
+    def watch_requests(self) -> None:
+        """Notes from now on what pages load."""
+        self._call("Network.enable")
+
+    def emulate(self, width: int, height: int, dark: bool = False) -> None:
+        """Gives the window another size, and the reader's light or dark mode."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+        mode = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", features=[mode])
+
+    def move(self, x: float, y: float) -> None:
+        """Moves the mouse."""
+        self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def text(self) -> str:
         """All text of the page."""
@@ -93,6 +110,8 @@ class Chromium:
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._receive()
+            if answer.get("method") == "Network.requestWillBeSent":
+                self.requested.append(answer["params"]["request"]["url"])
             if answer.get("id") == self._number:
                 assert "error" not in answer, answer
                 result: dict[str, Any] = answer["result"]

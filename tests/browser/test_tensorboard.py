@@ -105,7 +105,7 @@ def _save(browser: Chromium, name: str, tmp_path: Path) -> None:
 
 def test_the_screen_of_charts(address, browser, tmp_path):
     browser.open(f"{address}/?darkMode=false#custom_scalars")
-    browser.wait_for("loss: mean and max", "learning rate", "gradient norm", "update over parameters")
+    browser.wait_for("loss: training and validation", "learning rate", "gradient norm", "update over parameters")
     _save(browser, "tensorboard_screen.png", tmp_path)
 
 

@@ -114,8 +114,8 @@ def test_tensorboard_has_pictures_scores_and_the_numbers_of_responses(
     main(["report", logger.log_dir, "--out", str(tmp_path / "out")])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Incident at step 90" in page
-    assert (tmp_path / "out" / "incident_at_step_90_of_0.png").exists()
-    row = re.search(r"<tr><td>0</td><td>(\d+)</td><td>(\d+)</td><td>(\d+)</td><td>([\d.]+)%", page)
+    assert (tmp_path / "out" / "incident_at_step_90_of_run_0.png").exists()
+    row = re.search(r"<tr><td>run/0</td><td>(\d+)</td><td>(\d+)</td><td>(\d+)</td><td>([\d.]+)%", page)
     assert row is not None
     assert row.groups() == ("13", "1", "1", "1.562")
 

@@ -8,13 +8,17 @@ from functools import partial
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 import lightning_optim as lo
 from lightning_optim.callbacks._monitor.page import log_scalars
+from lightning_optim.callbacks._monitor.schedule_image import group_rates, schedule_image
+from lightning_optim.callbacks._monitor.settings import main_settings
+from lightning_optim.core.durations import Horizon
 from lightning_optim.diagnostics import tensorboard
 from tests.distributed.monitor_fits import Drift, drifting
 from tests.helpers import RULES, Net, NetWith, SaveAt, TwoOptimizers, batches, make_trainer, read_events
@@ -41,6 +45,17 @@ def _page(logger) -> EventAccumulator:
     return accumulator
 
 
+def _hyperparameters(page: EventAccumulator) -> tuple:
+    """The record of the experiment and that of the start of the session."""
+    found = []
+    for tag in ("experiment", "session_start_info"):
+        data = plugin_data_pb2.HParamsPluginData.FromString(
+            page.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
+        )
+        found.append(getattr(data, tag))
+    return tuple(found)
+
+
 def _texts(page: EventAccumulator, tag: str) -> list[tuple[int, str]]:
     return [(e.step, e.tensor_proto.string_val[0].decode()) for e in page.Tensors(f"{tag}/text_summary")]
 
@@ -48,8 +63,9 @@ def _texts(page: EventAccumulator, tag: str) -> list[tuple[int, str]]:
 def _charts(page: EventAccumulator) -> dict[str, list[str]]:
     layout = layout_pb2.Layout()
     layout.ParseFromString(page.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
-    (category,) = layout.category
-    return {chart.title: list(chart.multiline.tag) for chart in category.chart}
+    first, *of_groups = layout.category
+    charts = {chart.title: list(chart.multiline.tag) for chart in first.chart}
+    return charts | {each.title: [tag for chart in each.chart for tag in chart.multiline.tag] for each in of_groups}
 
 
 def test_the_screen_covers_all_tags_and_no_chart_is_empty(logger):
@@ -57,7 +73,7 @@ def test_the_screen_covers_all_tags_and_no_chart_is_empty(logger):
     page = _page(logger)
     tags = page.Tags()["scalars"]
     charts = _charts(page)
-    assert next(iter(charts)) == "loss: mean and max"
+    assert next(iter(charts)) == "loss: training and validation"
     shown = {tag for patterns in charts.values() for p in patterns for tag in tags if re.search(p, tag)}
     assert {tag for tag in tags if tag.startswith(("optim_loss", "optim_lr", "optim_grad_norm/"))} <= shown
     for patterns in charts.values():
@@ -73,7 +89,7 @@ def test_the_screen_of_several_optimizers_shows_each_and_the_run_once(logger):
     page = _page(logger)
     tags = page.Tags()["scalars"]
     found = {title: {t for p in ps for t in tags if re.search(p, t)} for title, ps in _charts(page).items()}
-    assert found["loss: mean and max"] == {"optim_loss/mean", "optim_loss/max"}
+    assert found["loss: training and validation"] == {"optim_loss/mean", "optim_loss/max"}
     assert found["gradient norm of each group"] == {"optim_grad_norm/0.0", "optim_grad_norm/1.0"}
     assert {"optim_grad_norm/0.total", "optim_grad_norm/1.total"} <= found["gradient norm"]
     guard = {"optim_health/rollbacks", "optim_health/lr_cut", "optim_health/lr_cuts"}
@@ -86,6 +102,36 @@ def test_the_screen_of_several_optimizers_shows_each_and_the_run_once(logger):
     ):
         assert {tag.split("/")[1].split(".")[0] for tag in found[title]} == {"0", "1"}, title
     assert found["clipped, skipped, not finite"] >= {"optim_health/0.skipped_steps", "optim_health/1.skipped_steps"}
+
+
+def test_validation_is_in_the_first_chart_and_each_group_has_a_chart_of_its_own(logger):
+    class Accurate(Net):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("val_acc", 0.5)
+
+    make_trainer(_callbacks(), logger=logger).fit(Accurate(), batches(4), batches(2))
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(_page(logger).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    first, *others = layout.category
+    assert list(first.chart[0].multiline.tag) == ["^val_loss$", "^optim_loss/(mean|max)$"]
+    assert [chart.title for chart in first.chart[:2]] == [
+        "loss: training and validation",
+        "acc: training and validation",
+    ]
+    rates = next(category for category in others if category.title == "learning rate")
+    found = {chart.title: list(chart.multiline.tag) for chart in rates.chart}
+    assert found == {name: [f"^optim_lr/{name}$"] for name in ("default", "head", "no_decay")}
+
+
+def test_the_image_of_the_schedule_has_each_group():
+    head = lo.ParamGroupRule(name="head", pattern=r"^head\.", lr_multiplier=10, schedule="linear")
+    factory = lo.OptimizerFactory("adamw", lr=0.01, schedule="cosine", param_groups=[head, "no_decay"])
+    _, scheduler = factory.build(Net(), Horizon(total_steps=10))
+    rates = group_rates(scheduler, scheduler.horizon)
+    assert {name: rate(0) for name, rate in rates.items()} == {"head": 0.1, "no_decay, default": 0.01}
+    assert rates["head"](5) == pytest.approx(0.05)
+    assert schedule_image(scheduler, scheduler.horizon, 3).shape[2] == 3
 
 
 @pytest.mark.filterwarnings("ignore:Resumed on the old curve")
@@ -190,12 +236,104 @@ def test_runs_are_compared_by_a_real_metric(tmp_path, default_hp_metric):
     for tag in ("experiment", "session_start_info"):
         content = page.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
         found[tag] = plugin_data_pb2.HParamsPluginData.FromString(content)
-    assert [info.name.tag for info in found["experiment"].experiment.metric_infos] == ["val_loss"]
+    metrics = [info.name.tag for info in found["experiment"].experiment.metric_infos]
+    assert metrics == ["val_loss", "hp_metric"][: 1 + default_hp_metric]
     assert page.Scalars("val_loss")
     hparams = found["session_start_info"].session_start_info.hparams
     assert hparams["width"].number_value == 3
     assert hparams["optim/lr"].number_value == 0.01
     assert metadata.PLUGIN_NAME == "hparams"
+
+
+class LogsItself(Net):
+    """Logs hyperparameters with a metric of its own, as Lightning documents it."""
+
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def on_train_start(self):
+        self.logger.log_hyperparams(self.hparams, {"hp/accuracy": 0.0})
+
+
+def test_hyperparameters_of_the_user_and_ours_are_one_record_with_the_users_metric_first(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run", version="0", default_hp_metric=False)
+    make_trainer(_callbacks(), logger=logger).fit(LogsItself(), batches(4))
+    experiment, session = _hyperparameters(_page(logger))
+    assert [info.name.tag for info in experiment.metric_infos] == ["hp/accuracy", "optim_loss/mean"]
+    assert session.hparams["width"].number_value == 3
+    assert session.hparams["optim/lr"].number_value == 0.01
+    assert {"width", "optim/lr"} <= {info.name for info in experiment.hparam_infos}
+    assert "add_summary" not in vars(logger.experiment._get_file_writer())
+
+
+def test_the_first_columns_of_the_page_of_hyperparameters_are_what_runs_differ_in(logger):
+    make_trainer([*_callbacks(), lo.DivergenceGuard()], logger=logger).fit(Net(), batches(4))
+    infos = _hyperparameters(_page(logger))[0].hparam_infos
+    as_shown = sorted((not info.differs, info.name) for info in infos)  # TensorBoard's order
+    first = ["optim/clipping", "optim/lr", "optim/optimizer", "optim/schedule", "optim/weight_decay"]
+    assert [name for _, name in as_shown[:5]] == first
+    assert "optim/lr" in sorted(info.name for info in infos)[:5]
+
+
+def test_what_the_user_logged_stays_if_training_never_begins(tmp_path):
+    class Fails(LogsItself):
+        def on_train_epoch_start(self):
+            raise KeyError("own")
+
+    logger = TensorBoardLogger(tmp_path, name="run", version="0", default_hp_metric=False)
+    with pytest.raises(KeyError, match="own"):
+        make_trainer(_callbacks(), logger=logger).fit(Fails(), batches(4))
+    logger.save()
+    experiment, session = _hyperparameters(_page(logger))
+    assert [info.name.tag for info in experiment.metric_infos] == ["hp/accuracy"]
+    assert session.hparams["width"].number_value == 3
+
+
+def test_without_metrics_of_ours_the_page_of_hyperparameters_is_the_users(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run", version="0", default_hp_metric=False)
+    make_trainer(_callbacks(hp_metrics=[]), logger=logger).fit(Net(), batches(2))
+    logger.log_hyperparams({"width": 3}, {"test_accuracy": 0.5})
+    logger.save()
+    assert [info.name.tag for info in _hyperparameters(_page(logger))[0].metric_infos] == ["test_accuracy"]
+
+
+def test_settings_are_those_of_the_optimizers_there_are(tmp_path):
+    class Ordered(CSVLogger):
+        def log_hyperparams(self, params=None):
+            given.append(list(params))
+            super().log_hyperparams(params)
+
+    given = []
+    logger = Ordered(tmp_path, name="run", version="0")
+    make = partial(torch.optim.AdamW, lr=0.125)
+    clip = lo.GradientClipping({"0": 0.5, "1": None})
+    make_trainer([clip, lo.OptimizerMonitor()], logger=logger).fit(TwoOptimizers(make, make), batches(2))
+    logger.save()
+    found = yaml.safe_load((tmp_path / "run" / "0" / "hparams.yaml").read_text())
+    assert given[-1][:3] == ["optim/0/lr", "optim/0/optimizer", "optim/0/weight_decay"]
+    assert (found["optim/0/lr"], found["optim/1/optimizer"], found["optim/1/schedule"]) == (0.125, "AdamW", "constant")
+    assert (found["optim/0/clipping"], found["optim/1/clipping"]) == ("GlobalNorm(max_norm=0.5)", "none")
+    assert (found["optim/guard"], found["trainer/batch_size"]) == ("none", 2)
+
+
+def test_settings_of_an_optimizer_without_a_rate_are_those_it_has():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    assert main_settings(optimizer) == {"lr": 0.1, "optimizer": "SGD", "weight_decay": 0.0}
+    for group in optimizer.param_groups:
+        del group["lr"], group["weight_decay"]
+    assert main_settings(optimizer) == {"lr": None, "optimizer": "SGD", "weight_decay": None}
+
+
+def test_a_logger_that_takes_no_hyperparameters_costs_a_warning(tmp_path):
+    class Refuses(CSVLogger):
+        def log_hyperparams(self, params=None):
+            raise RuntimeError("changed value of a parameter")
+
+    trainer = make_trainer([lo.OptimizerMonitor()], logger=Refuses(tmp_path))
+    with pytest.warns(UserWarning, match="Refuses has not taken the settings of the optimizer.*changed value"):
+        trainer.fit(Net(), batches(2))
+    assert trainer.global_step == 2
 
 
 def test_scalars_are_one_record(logger, monkeypatch):

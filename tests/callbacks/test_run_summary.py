@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+from functools import partial
 
 import lightning.pytorch as L
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import lightning_optim as lo
 from lightning_optim.divergence import LRCut, Rollback
-from tests.helpers import RULES, Net, batches, bit_equal, make_trainer, precision
+from tests.helpers import RULES, Net, TwoOptimizers, batches, bit_equal, make_trainer, precision
 
 
 def _configure():
@@ -82,6 +83,25 @@ def test_without_a_guard_the_rate_is_that_of_the_last_step_and_nothing_is_said_o
     out = capsys.readouterr().out
     assert not _lines(out, "rollbacks")
     assert "0.25" in _lines(out, "default")[0].split()
+
+
+def test_without_clipping_it_says_so_and_what_the_trainer_clips_is_not_counted(capsys):
+    make_trainer([lo.RunSummary()]).fit(Net(), batches(2))
+    assert _lines(capsys.readouterr().out, "steps clipped")[0].split()[-3:-1] == ["no", "clipping"]
+    make_trainer([lo.RunSummary()], gradient_clip_val=0.5).fit(Net(), batches(2))
+    assert "not counted: Trainer(norm 0.5)" in _lines(capsys.readouterr().out, "steps clipped")[0]
+
+
+def test_clipped_steps_of_several_optimizers_are_those_of_each(capsys):
+    make = partial(torch.optim.AdamW, lr=0.1)
+    make_trainer([lo.RunSummary(), lo.GradientClipping({"0": 1e-9, "1": None})]).fit(
+        TwoOptimizers(make, make), batches(4)
+    )
+    out = capsys.readouterr().out
+    first, second = _lines(out, "steps clipped")
+    assert "100.0% of 4" in first
+    assert "no clipping" in second
+    assert "of all optimizers" in _lines(out, "steps per second")[0]
 
 
 def test_a_rate_that_is_a_tensor_is_shown(capsys):

@@ -13,10 +13,10 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_optim.callbacks._boards import boards_of
 from lightning_optim.callbacks._followed import bare
 from lightning_optim.callbacks._guard.step_batches import StepLocation
 from lightning_optim.callbacks._lightning import logging_step
-from lightning_optim.callbacks._packages import tensorboard_loggers
 from lightning_optim.divergence import Alarm, DivergenceReport
 from lightning_optim.divergence.files import check_folder, write_file
 from lightning_optim.divergence.incident_picture import as_pixels, as_png, can_draw, draw
@@ -45,6 +45,7 @@ class GuardReporter:
         checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
         log_dir = trainer.log_dir  # Ranks agree on it by a broadcast, so all of them have to ask.
         self._folder = str(report_dir or checkpoints or log_dir or trainer.default_root_dir)
+        self._boards = boards_of(trainer)
         self._files = 0
         self._said_no_pictures = False
         self._failed: set[str] = set()
@@ -129,13 +130,13 @@ class GuardReporter:
 
     def _show(self, trainer: L.Trainer) -> None:
         text = self._report.markdown(as_file=False)
-        for logger in tensorboard_loggers(trainer):
-            logger.experiment.add_text("optim_health/divergence", text, logging_step(trainer))
+        for board in self._boards:
+            board.text("optim_health/divergence", text, logging_step(trainer), is_alarm=True)
 
     def _show_picture(self, trainer: L.Trainer, incident: Incident, figure: Any) -> None:
-        for logger in tensorboard_loggers(trainer):
+        for board in self._boards:
             tag = f"optim_health/incident_at_step_{incident.first_step}"
-            logger.experiment.add_image(tag, as_pixels(figure), logging_step(trainer), dataformats="HWC")
+            board.image(tag, as_pixels(figure), logging_step(trainer))
 
     def log_skips(self, trainer: L.Trainer, skipped: int) -> None:
         """Send the number of skipped steps to the loggers.

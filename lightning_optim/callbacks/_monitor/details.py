@@ -1,4 +1,4 @@
-"""Details of `OptimizerMonitor` on request: single tensors, and histograms. On TensorBoard only."""
+"""Details of `OptimizerMonitor` on request: single tensors, and histograms."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_optim.callbacks._boards import Boards, boards_of, shows_scalars_only
 from lightning_optim.callbacks._lightning import plain_name
-from lightning_optim.callbacks._packages import tensorboard_loggers
 from lightning_optim.core.stats import StepRecord
-from lightning_optim.diagnostics import StepReport, tensorboard
+from lightning_optim.diagnostics import StepReport
 from lightning_optim.diagnostics.heat_map import HeatMap
 from lightning_optim.diagnostics.magnitudes import TAGS, Histograms, buckets
 from lightning_optim.diagnostics.tensors import PerTensor, TensorRows, table_of
@@ -26,10 +27,17 @@ class MonitorDetails:
     """
 
     def __init__(self, trainer: L.Trainer, per_tensor: PerTensor | None, histograms: Histograms | None) -> None:
-        loggers = tensorboard_loggers(trainer)
-        self._per_tensor = per_tensor if loggers else None
-        self._histograms = histograms if loggers else None
-        self._writers = [logger.experiment for logger in loggers] if trainer.is_global_zero else []
+        without = shows_scalars_only(trainer)
+        some = len(without) < len(trainer.loggers)
+        self._per_tensor = per_tensor if some else None
+        self._histograms = histograms if some else None
+        self._boards = Boards(boards_of(trainer))
+        asked = [name for name, value in (("per_tensor", per_tensor), ("histograms", histograms)) if value is not None]
+        if asked and without:
+            rank_zero_info(
+                f"{', '.join(without)} gets the scalars of OptimizerMonitor, but nothing of {' and '.join(asked)}: "
+                "tables, pictures and histograms go to TensorBoard, Weights & Biases, MLflow and Comet."
+            )
         names = trainer.lightning_module.named_parameters()
         self._order = {plain_name(name): place for place, (name, _) in enumerate(names)}
         self._batches = 0
@@ -42,7 +50,7 @@ class MonitorDetails:
 
     def add(self, report: StepReport, record: StepRecord) -> None:
         """Add tables to a report before it is sent."""
-        if not self._writers:
+        if not self._boards:
             return
         if self._per_tensor is not None:
             report.add_table("tensors", record.per_tensor())
@@ -64,18 +72,17 @@ class MonitorDetails:
         for kind, tag in TAGS.items():
             for group, counts in zip(report.group_names, report.tables.get(kind, ()), strict=False):
                 if (found := buckets(counts)) is not None:
-                    for writer in self._writers:
-                        tensorboard.add_histogram(writer, tag_of(f"{tag}/{group}"), *found, report.at)
+                    self._boards.histogram(tag_of(f"{tag}/{group}"), *found, report.at)
         if self._per_tensor is not None and "tensors" in report.tables:
             shown = self._shown.setdefault(index, _Shown(self._per_tensor, tag_of, self._order))
             shown.add(report)
             if shown.due():
-                shown.write(self._writers)
+                shown.write(self._boards)
 
     def end(self) -> None:
         """Write the last state of text and images."""
         for shown in self._shown.values():
-            shown.write(self._writers)
+            shown.write(self._boards)
 
 
 class _Shown:
@@ -98,19 +105,15 @@ class _Shown:
     def due(self) -> bool:
         return self._reports % self._detail.every == 0
 
-    def write(self, writers: Sequence[Any]) -> None:
+    def write(self, boards: Boards) -> None:
         if self._rows is None or self._written == self._step:
             return
         self._written = self._step
         if self._detail.worst:
-            table = tensorboard.markdown_table(*table_of(self._rows, self._detail))
-            for writer in writers:
-                writer.add_text(self._tag_of("optim/tensors"), table, self._step)
+            boards.table(self._tag_of("optim/tensors"), *table_of(self._rows, self._detail), self._step)
         for name, heat_map in self._heat_maps.items():
             if (image := _drawn(heat_map, name, self._order)) is not None:
-                for writer in writers:
-                    tag = self._tag_of(f"optim/tensors/{name}")
-                    writer.add_image(tag, image, self._step, dataformats="HWC")
+                boards.image(self._tag_of(f"optim/tensors/{name}"), image, self._step)
 
 
 def _drawn(heat_map: HeatMap, title: str, order: Mapping[str, int]) -> Any:

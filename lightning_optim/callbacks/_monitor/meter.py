@@ -62,7 +62,7 @@ class RunMeter:
         """Count the samples of a batch."""
         if (step := logging_step(self._trainer)) != self._step:
             self._step, self._micro_batches, self._has_small = step, 0, False
-        self._batch_size = _batch_size(batch)
+        self._batch_size = samples_in(batch)
         self._samples += self._batch_size or 0
 
     def before_average(self) -> None:
@@ -156,8 +156,8 @@ class RunMeter:
         return reduced
 
 
-def _batch_size(batch: Any) -> int | None:
-    """Number of samples, where Lightning can tell it."""
+def samples_in(batch: Any) -> int | None:
+    """Return the number of samples in a batch; None where Lightning cannot tell it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where tensors differ it warns, and takes the first
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from lightning_optim.callbacks._boards import Boards, boards_of
 from lightning_optim.callbacks._followed import bare, names_in, prefixes_in
 from lightning_optim.callbacks._lightning import logging_step
+from lightning_optim.callbacks._monitor.hyperparameters import Hyperparameters
+from lightning_optim.callbacks._monitor.schedule_image import schedule_image
+from lightning_optim.callbacks._monitor.settings import settings
 from lightning_optim.callbacks._packages import lightning_class, tensorboard_loggers
-from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
-from lightning_optim.callbacks.gradient_clipping import GradientClipping
-from lightning_optim.core.durations import Horizon
 from lightning_optim.core.sizes import format_bytes
 from lightning_optim.diagnostics import tensorboard
 from lightning_optim.factory.about import about
-from lightning_optim.factory.plan import plan_curves, plan_groups
-from lightning_optim.factory.plan_text import draw_curves
+from lightning_optim.factory.plan import plan_groups
 from lightning_optim.schedules import Scheduler
 
 HP_METRICS = ("optim_loss/mean",)
@@ -40,33 +40,27 @@ class MonitorPage:
 
     def __init__(self, trainer: L.Trainer, metrics: Sequence[str] = HP_METRICS) -> None:
         self._trainer = trainer
-        self._metrics = metrics
+        self._hyperparameters = Hyperparameters(trainer, metrics)
         self._tags: set[str] = set()
         self._drawn = (0, 0.0)
         self._awaits_state = self._has_started = False
         loggers = tensorboard_loggers(trainer) if trainer.is_global_zero else []
         self._writers = [logger.experiment for logger in loggers]
+        self._boards = Boards(boards_of(trainer))
 
     @property
     def has_started(self) -> bool:
         """Whether `start` has been called."""
         return self._has_started
 
-    def declare(self) -> None:
-        """Write the hyperparameters; TensorBoard takes the first ones of a run, and Lightning's compare nothing."""
-        from torch.utils.tensorboard.summary import hparams
-
-        flat = {key: value for key, value in settings(self._trainer).items() if isinstance(value, bool | float | str)}
-        experiment, session, self._session_end = hparams(flat, dict.fromkeys(self._metrics, 0.0))  # type: ignore[no-untyped-call]
-        for writer in self._writers:
-            writer._get_file_writer().add_summary(experiment)
-            writer._get_file_writer().add_summary(session)
-
-    def start(self) -> None:
+    def start(self, batch_size: int | None = None) -> None:
         """Write what is known before the first step; purge what a run wrote after the step that it is resumed at.
 
         To be called in the first batch: only then has Lightning corrected the step of a checkpoint that was saved
         within an epoch, and the point before it stays.
+
+        Args:
+            batch_size: Number of samples of the first batch; None if it is not known.
         """
         self._has_started = True
         step = logging_step(self._trainer)
@@ -74,9 +68,12 @@ class MonitorPage:
             if step > 0:
                 tensorboard.purge_from(writer, step)
         self.show_groups()
+        found = settings(self._trainer, batch_size)
+        self._hyperparameters.log(found)
         for writer in self._writers:
-            table = tensorboard.markdown_table(["setting", "value"], settings(self._trainer).items())
-            writer.add_text("optim/configuration", table, step)
+            writer.add_text(
+                "optim/configuration", tensorboard.markdown_table(["setting", "value"], found.items()), step
+            )
         self.show_schedule()
 
     def show_groups(self) -> None:
@@ -85,7 +82,7 @@ class MonitorPage:
         No optimizer is created to find it out: that of a user may draw random numbers, count its instances, or need
         what it gets later.
         """
-        if not self._writers:
+        if not self._boards:
             return
         header = ["group", "tensors", "parameters", "lr", "weight decay", "rule", "state"]
         rows: list[list[Any]] = []
@@ -102,8 +99,7 @@ class MonitorPage:
                 shown = "after the first step" if size is None else format_bytes(size)
                 numbers = [f"{plan.numel:,}", f"{plan.lr:.4g}", plan.weight_decay]
                 rows.append([prefix + plan.name, len(plan.parameters), *numbers, plan.rule, shown])
-        for writer in self._writers:
-            writer.add_text("optim/groups", tensorboard.markdown_table(header, rows), logging_step(self._trainer))
+        self._boards.table("optim/groups", header, rows, logging_step(self._trainer))
 
     def show_schedule(self) -> None:
         """Draw the schedule and the position of the run in it; nothing without matplotlib."""
@@ -111,39 +107,42 @@ class MonitorPage:
         schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
         names = names_in(self._trainer)
         for scheduler in schedulers:
-            if isinstance(scheduler, Scheduler) and scheduler.horizon is not None and self._writers:
+            if isinstance(scheduler, Scheduler) and scheduler.horizon is not None and self._boards:
                 step = logging_step(self._trainer)
-                image = _drawn(scheduler, scheduler.horizon, step)
+                image = schedule_image(scheduler, scheduler.horizon, step)
                 tag = "optim/schedule"
                 if len(names) > 1 and (name := about(bare(scheduler.optimizer)).name) is not None:
                     tag = f"{tag}/{name}"
-                for writer in self._writers:
-                    if image is not None:
-                        writer.add_image(tag, image, step, dataformats="HWC")
+                if image is not None:
+                    self._boards.image(tag, image, step)
 
-    def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str], advice: str | None) -> None:
-        """Write the screen of all charts so far, new alarms, and advice, once a report has been written.
+    def report(self, values: Mapping[str, float], step: int, alarms: Sequence[str]) -> None:
+        """Write the screen of all charts so far, and new alarms, once a report has been written.
 
         Args:
             values: The scalars of the report, by tag.
             step: Its place on the loggers' axis.
             alarms: Sentences.
-            advice: A sentence, or None.
         """
         if self._awaits_state:
             self.show_groups()
             self._awaits_state = False  # an optimizer that has stepped and kept nothing keeps nothing
         if self._is_time_to_draw(step):
             self.show_schedule()
-        new = values.keys() - self._tags  # some quantities need a past
+        self.show_charts(values)  # some quantities need a past
+        for alarm in alarms:
+            self._boards.text("optim/alarms", alarm, step, is_alarm=True)
+
+    def show_charts(self, tags: Iterable[str]) -> None:
+        """Write the screen of charts again if there are new tags."""
+        new = set(tags) - self._tags
         self._tags |= new
-        for writer in self._writers:
-            if new:
-                writer.add_custom_scalars(tensorboard.screen(self._tags))
-            for alarm in alarms:
-                writer.add_text("optim/alarms", alarm, step)
-            if advice is not None:
-                writer.add_text("optim/advice", advice, step)
+        for writer in self._writers if new else ():
+            writer.add_custom_scalars(tensorboard.screen(self._tags))
+
+    def advise(self, advice: str, step: int) -> None:
+        """Write a sentence of advice."""
+        self._boards.text("optim/advice", advice, step)
 
     def _is_time_to_draw(self, step: int) -> bool:
         last, when = self._drawn
@@ -156,9 +155,13 @@ class MonitorPage:
     def end(self) -> None:
         """Write the schedule as far as it went, and the end of the session."""
         self.show_schedule()
+        self._hyperparameters.end()
         for writer in self._writers:
-            writer._get_file_writer().add_summary(self._session_end)
             writer.flush()
+
+    def close(self) -> None:
+        """Release what is held until training begins."""
+        self._hyperparameters.close()
 
 
 @rank_zero_only
@@ -177,40 +180,6 @@ def log_scalars(logger: Any, values: dict[str, float], step: int) -> None:
         logger.log_metrics(values, step)
 
 
-def settings(trainer: L.Trainer) -> dict[str, Any]:
-    """Return the configuration of the run, in one flat dictionary of plain values."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    found: dict[str, Any] = dict(trainer.lightning_module.hparams)
-    for callback in callbacks:
-        if issubclass(type(callback), ConfigureOptimizers):
-            found |= {f"optim/{name}": value for name, value in callback.settings.items()}
-        if issubclass(type(callback), GradientClipping):
-            found |= {f"optim/{name}": value for name, value in callback.settings.items()}
-    found |= {
-        "trainer/precision": str(trainer.precision),
-        "trainer/accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "trainer/world_size": trainer.world_size,
-        "trainer/max_steps": trainer.max_steps,
-        "trainer/max_epochs": trainer.max_epochs,
-    }
-    return {key: _plain(value) for key, value in found.items() if value is not None}
-
-
 def _bytes_kept(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
     values = [value for param in group["params"] for value in optimizer.state.get(param, {}).values()]
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
-
-
-def _plain(value: Any) -> bool | float | str:
-    if isinstance(value, bool | str):
-        return value
-    if isinstance(value, int | float):
-        return float(value)
-    return value.__name__ if isinstance(value, type) else str(value)
-
-
-def _drawn(scheduler: Scheduler, horizon: Horizon, step: int) -> Any:
-    try:
-        return draw_curves(plan_curves(scheduler), horizon, step)
-    except ModuleNotFoundError:
-        return None

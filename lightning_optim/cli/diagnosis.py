@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_optim.cli.errors import condense
+from lightning_optim.cli.errors import condense, sentences
 from lightning_optim.cli.keys import KEYS
 from lightning_optim.cli.merge import is_spec, plain
 from lightning_optim.cli.sources import Source, SourceError, read_sources
@@ -210,8 +210,9 @@ class _Diagnosis:
         inside = _at(source.data, keys)
         inner = _find(inside, argument) if argument else None
         if inner is None:
-            words = re.findall(r"'([^']+)'|(-?\d[\d.e-]*\d|\d)", problem)
-            places = (_find(inside, quoted or number) for quoted, number in words)
+            words = re.findall(r"'([^']+)'|(-?\d+(?:\.\d+)?(?:e-?\d+)?)", problem)
+            numbers = [number for _, number in words if number][:1]
+            places = (_find(inside, word) for word in [*(quoted for quoted, _ in words if quoted), *numbers])
             inner = next((place for place in places if place is not None), None)
         return f"{self._place(source, (*keys, *(inner or ())))}: {problem}"
 
@@ -227,6 +228,8 @@ def _trial(cls: type, arguments: Mapping[str, Any]) -> str | None:
     for name in arguments:
         if name not in known:
             return f"{cls.__name__} takes no {name!r}. {_nearest(name, known)}"
+    if (problem := _unknown_argument(arguments)) is not None:
+        return problem
     parser = LightningArgumentParser(exit_on_error=False)
     try:
         parser.add_class_arguments(cls, "it", fail_untyped=False)
@@ -240,21 +243,33 @@ def _trial(cls: type, arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _unknown_argument(value: Any) -> str | None:
+    """An argument that a class within the arguments does not take."""
+    if is_spec(value) and (cls := _class_of(value["class_path"], object)) is not None:
+        known = inspect.signature(cls).parameters
+        if not any(each.kind is each.VAR_KEYWORD for each in known.values()):
+            for name in value.get("init_args") or ():
+                if name not in known:
+                    return f"{cls.__name__} takes no {name!r}. {_nearest(name, [n for n in known if n != 'params'])}"
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((problem for each in inner if (problem := _unknown_argument(each)) is not None), None)
+
+
 def _own_words(cls: type, arguments: Mapping[str, Any]) -> str | None:
     """What the constructor says about those arguments that are numbers and names, in place of jsonargparse."""
     simple = {name: value for name, value in arguments.items() if isinstance(value, str | int | float)}
     try:
         cls(**simple)
     except (ValueError, TypeError) as error:
-        return str(error)
+        # One of Python itself, such as "must be real number, not str", says less than jsonargparse.
+        return str(error) if re.match("Invalid |Unknown |Cannot ", str(error)) else None
     return None
 
 
 def _reason(message: str) -> str:
     """The sentence of a constructor within a message of jsonargparse, or else the message in short."""
-    ours = re.findall(r"^[ \-]*((?:Invalid|Unknown|Cannot|Two|No) .*|.*\bDid you mean .*)$", message, re.MULTILINE)
-    if ours:
-        return str(ours[0]).strip()
+    if found := sentences(message):
+        return found[0]
     option = re.search(r"Problem with given class_path '([\w.]+)':\s*Option '(\w+)' is not accepted", message)
     if option is not None and (cls := _class_of(option[1], object)) is not None:
         return f"{cls.__name__} takes no {option[2]!r}. {_nearest(option[2], inspect.signature(cls).parameters)}"
@@ -374,12 +389,10 @@ def _has(data: Any, keys: Keys) -> bool:
 
 def _at(data: Any, keys: Keys) -> Any:
     for key in keys:
-        if (isinstance(data, dict) and key in data) or (
-            isinstance(data, list) and isinstance(key, int) and key < len(data)
-        ):
-            data = data[key]
-        else:
+        of_list = isinstance(data, list) and isinstance(key, int) and key < len(data)
+        if not of_list and not (isinstance(data, dict) and key in data):
             return None
+        data = data[key]
     return data
 
 

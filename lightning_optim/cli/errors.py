@@ -96,24 +96,39 @@ def condense(message: str) -> str:
         ...   Given value: many'''))
         Invalid trainer.max_epochs: expected int or null, got 'many'.
     """
-    lines = [line for line in message.splitlines() if line.strip()]
     keys = re.findall(r'Parser key "([^"]+)"', message)
     values = re.findall(r"^\s*Given value: (.*)", message, re.MULTILINE)
-    reasons = [line.strip(" -") for line in lines if not _NOISE.match(line.strip(" -"))]
     expected = list(dict.fromkeys(re.findall(r"Expected an? (?:<class ')?([\w.]+)", message)))
     if not keys:
-        return "\n".join(lines)
+        return message
     key = keys[-1] if keys[-1].startswith(keys[0]) else ".".join(dict.fromkeys(keys))
+    if reasons := sentences(message):
+        return f"Invalid {key}: {reasons[0]}"
     kinds = " or ".join("null" if kind == "NoneType" else kind for kind in expected)
-    got = f", got {values[-1]!r}" if values else ""
-    if not reasons:
-        return f"Invalid {key}: expected {kinds or 'another type'}{got}."
-    return "\n".join([f"Invalid {key}: {reasons[0]}", *(f"  {reason}" for reason in dict.fromkeys(reasons[1:]))])
+    got = f", got {values[-1]!r:.80}" if values else ""
+    return f"Invalid {key}: expected {kinds or 'another type'}{got}."
+
+
+def sentences(message: str) -> list[str]:
+    r"""Return what constructors say in a message of jsonargparse, which tries every type that an argument may have.
+
+    Args:
+        message: The message.
+
+    Example:
+        >>> sentences("Errors:\n  - Invalid lr=-1: it must be above 0.\n  - Expected a <class 'int'>")
+        ['Invalid lr=-1: it must be above 0.']
+    """
+    lines = [line.strip(" -") for line in message.splitlines()]
+    found = [line for line in dict.fromkeys(lines) if not _NOISE.match(line)]
+    # What the other types lack says nothing about the one that was meant.
+    return [line for line in found if "got an unexpected keyword argument" not in line] or found
 
 
 _NOISE = re.compile(
     r"Parser key|Does not validate against|Subtypes: |Errors:$|Given value|Expected an? |Problem with given class_path"
-    r"|Not a valid subclass|Subclass types expect|- Expected|Unable to load config|$"
+    r"|Not a valid subclass|Subclass types expect|- Expected|Unable to load config|Option '\w+' is not accepted"
+    r"|a class path|a dict with|a dict without|Problems parsing|Got value|$"
 )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
-from jsonargparse import get_loader
+from jsonargparse import Namespace, get_loader
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_optim.callbacks import ConfigureOptimizers, DivergenceGuard, GradientClipping, OptimizerMonitor
@@ -142,6 +142,14 @@ class OptimKeys:
     def _write_keys(self, parser: LightningArgumentParser, flags: Flags, sources: Sequence[Source]) -> None:
         subcommand = self.config.get("subcommand")
         config = self.config if subcommand is None else self.config[subcommand]
+        in_files = {key: source.data[key] for source in sources for key in KEYS if key in source.data}
+        for key, value in in_files.items():
+            if value is None:
+                parser.error(
+                    f"The key {key} has no value: write `{key}: {{}}` for its defaults, `{key}: false` for none."
+                )
+            if value == {} and key not in config:  # which jsonargparse drops
+                config[key] = Namespace()
         if not (flags.paths or flags.switches or any(key in config for key in KEYS)):
             return
         try:
@@ -152,6 +160,7 @@ class OptimKeys:
             parser.error(str(error))
         whole = plain(self.config)
         (whole if subcommand is None else whole[subcommand])["trainer"]["callbacks"] = callbacks
+        config["trainer"]["callbacks"] = callbacks  # for an explanation of what is refused
         self.config = parser.parse_object(whole)
 
     def _print_config(self, parser: LightningArgumentParser, subcommand: str | None, options: Sequence[str]) -> None:
@@ -181,9 +190,8 @@ def _write_key(
     given = plain(config.pop(key)) if has_key else None
     present = [each for each in callbacks if _is_a(each, cls)]
     switch = flags.switches.get(key, given if isinstance(given, bool) else None)
-    if switch is False or (has_key and given is None and switch is None and key not in flags.named):
-        if switch is False:
-            callbacks[:] = [each for each in callbacks if each not in present]
+    if switch is False:
+        callbacks[:] = [each for each in callbacks if each not in present]
         return
     if given is not None and not isinstance(given, dict | bool):
         raise ChangeError(

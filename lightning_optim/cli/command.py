@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,15 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: The command is wrong, which one to six lines on stderr explain, or has found conflicts.
     """
     given = list(sys.argv[1:] if args is None else args)
+    try:
+        _run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # The reader has seen enough: `lightning-optim list | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _run(given: list[str]) -> None:
     command = given[0] if given else ""
     if command == "--version":
         from lightning_optim import __version__

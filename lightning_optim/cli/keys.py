@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -116,6 +117,9 @@ class OptimKeys:
                 action.default = argparse.SUPPRESS
                 parser._defaults.pop(action.dest, None)
 
+    replaced: Sequence[str] = ()
+    """Sentences about callbacks of one configuration file that a later one drops."""
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then write the keys into the list of callbacks."""
         given = sys.argv[1:] if args is None else args
@@ -135,6 +139,7 @@ class OptimKeys:
             sources = read_sources(rest, subcommand)
         except SourceError as error:
             parser.error(str(error))
+        self.replaced = _dropped(sources)
         self._write_keys(parser, flags, sources)
         if printing:
             self._print_config(parser, subcommand, printing[-1].partition("=")[2].split(","))
@@ -149,7 +154,7 @@ class OptimKeys:
                     f"The key {key} has no value: write `{key}: {{}}` for its defaults, `{key}: false` for none."
                 )
             if value == {} and key not in config:  # which jsonargparse drops
-                config[key] = Namespace()
+                config[key] = Namespace()  # type: ignore[no-untyped-call]
         if not (flags.paths or flags.switches or any(key in config for key in KEYS)):
             return
         try:
@@ -240,6 +245,28 @@ def _lists(data: Mapping[str, Any], cls: type[L.Callback]) -> bool:
     trainer = data.get("trainer")
     callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
     return any(_is_a(each, cls) for each in (callbacks if isinstance(callbacks, list) else [callbacks]))
+
+
+def _dropped(sources: Sequence[Source]) -> list[str]:
+    """What a list of callbacks in one file had, and the list of a later file, which takes its place, has not."""
+    notes = []
+    lists = [(source.path, found) for source in sources if (found := _class_names(source.data)) is not None]
+    for (before, old), (after, new) in itertools.pairwise(lists):
+        if gone := [name for name in old if name not in new]:
+            notes.append(
+                f"trainer.callbacks of {after} takes the place of that of {before}, without {', '.join(gone)}. A list "
+                "is replaced as a whole; keys such as optim: {lr: 1e-3} change single arguments."
+            )
+    return notes
+
+
+def _class_names(data: Mapping[str, Any]) -> list[str] | None:
+    trainer = data.get("trainer")
+    callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
+    if not isinstance(callbacks, list):
+        return None
+    paths = [each.get("class_path") if isinstance(each, dict) else each for each in callbacks]
+    return [str(path).rpartition(".")[2] for path in paths]
 
 
 def _is_a(entry: Any, cls: type[L.Callback]) -> bool:

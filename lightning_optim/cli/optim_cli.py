@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import lightning.pytorch as L
@@ -50,7 +52,8 @@ class PlanningTrainer(L.Trainer):
         Raises:
             SystemExit: The fit has conflicts; the exit code is 1.
         """
-        plan = make_plan(self, model, datamodule)
+        plan = make_plan(self, model, datamodule=datamodule)
+        plan.notes = [*getattr(self, "plan_notes", ()), *plan.notes]
         if ckpt_path is not None:
             plan.notes.append(f"The plan is that of a run from its start; {ckpt_path} was not read.")
         print(format_plan(plan, parameters, width))
@@ -125,6 +128,10 @@ class OptimCLI(OptimKeys, LightningCLI):
                     attach(self.model, callback)
                     break
 
+    def before_plan(self) -> None:
+        """Tell the plan what the configuration files replace in each other."""
+        self.trainer.plan_notes = self.replaced  # type: ignore[attr-defined]
+
     def _explain(self, message: str) -> str | None:
         """The message, with the file, line and key that it is about."""
         if not isinstance(getattr(self, "_given", None), list):
@@ -138,9 +145,10 @@ _COMMANDS = {
     "validate": "run one epoch over the validation data",
     "test": "run one epoch over the test data",
     "predict": "compute predictions",
-    "plan": "show groups, schedule, steps, memory and conflicts of a fit, without training",
-    "list": "show what there is: optimizers, schedules, clipping, weight-decay, detectors, diagnostics",
-    "report": "write one page about a run, or several side by side",
+    "plan": "show a fit before it runs: groups, schedule, conflicts",
+    "list": "show optimizers, schedules, clipping methods and more",
+    "report": "write a page about a run, or several side by side",
+    "completion": "print completions for bash, zsh or tcsh",
 }
 """All commands, each with a line for `--help`."""
 
@@ -149,6 +157,8 @@ class Command(OptimCLI):
     """The command `lightning-optim`."""
 
     _at_shell = True
+    _shell: str | None = None
+    """The shell for which to print a completion script."""
 
     @classmethod
     def run(cls, args: Sequence[str]) -> None:
@@ -167,10 +177,20 @@ class Command(OptimCLI):
             fail(f"Unknown command {command!r}. {nearest(command, _COMMANDS)}", code=2)
         needed = {command: cls.subcommands()[command]} if command in cls.subcommands() else cls.subcommands()
         # The parser of a command takes a fifth of a second to build, so the others are left out.
-        one = type(cls.__name__, (cls,), {"subcommands": staticmethod(lambda: needed)})
+        shell = _shell(args[1:]) if command == "completion" else None
+        one = type(cls.__name__, (cls,), {"subcommands": staticmethod(lambda: needed), "_shell": shell})
         description = "Train with PyTorch Lightning: optimizer, schedule, clipping and guard from a configuration."
         kwargs = {"prog": "lightning-optim", "version": __version__, "description": f"{description}\n\n{_DEBUG}"}
         one(args=list(args), parser_kwargs=kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; for ``completion`` print the script and exit."""
+        if self._shell is not None:
+            if not hasattr(parser, "get_completion_script"):
+                fail("Completion needs a newer jsonargparse: pip install -U 'jsonargparse[signatures]'", code=2)
+            print(parser.get_completion_script(f"shtab-{self._shell}"))
+            raise SystemExit(0)
+        super().parse_arguments(parser, args)
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
@@ -179,12 +199,34 @@ class Command(OptimCLI):
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         action = self.parser._subcommands_action
         assert action is not None
-        for command, add in (("list", add_list_arguments), ("report", add_report_arguments)):
+        others = {"list": add_list_arguments, "report": add_report_arguments, "completion": add_completion_arguments}
+        for command, add in others.items():
             other = ArgumentParser(description=_COMMANDS[command])
             add(other)
             action.add_subcommand(command, other, help=_COMMANDS[command])
         for choice in action._choices_actions:
             choice.help = _COMMANDS[choice.dest]
+
+
+def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of ``completion``.
+
+    Args:
+        parser: A parser of argparse, or of a package whose parsers are such.
+    """
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
+
+
+def _shell(args: Sequence[str]) -> str:
+    """The shell of ``completion``, for which jsonargparse needs shtab."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-optim completion", description="Print a script that completes commands and options."
+    )
+    add_completion_arguments(parser)
+    shell: str = parser.parse_args(args).shell
+    if find_spec("shtab") is None:
+        fail("Completion needs shtab: pip install shtab", code=2)
+    return shell
 
 
 _DEBUG = "Errors are a few lines; with --debug, each has its traceback."

@@ -30,7 +30,8 @@ def run(tmp_path, monkeypatch, capfd):
     return run
 
 
-def _check(code, out, err, told):
+def _check(result, told):
+    code, out, err = result
     assert code
     assert "Traceback" not in err
     lines = err[err.index("error:") :].strip().splitlines() if "error:" in err else []
@@ -52,13 +53,13 @@ SPREAD = [pytest.param(name, marks=[pytest.mark.slow] if index % 4 else []) for 
 def test_a_mistake_is_told_in_a_few_lines(mistake, run):
     before, after, told = CHANGES[mistake]
     assert before in GOOD
-    _check(*run(GOOD.replace(before, after, 1)), told)
+    _check(run(GOOD.replace(before, after, 1)), told)
 
 
 @pytest.mark.parametrize("mistake", WHOLE)
 def test_a_file_that_is_no_configuration_is_told_in_a_few_lines(mistake, run):
     content, told = WHOLE[mistake]
-    _check(*run(content), told)
+    _check(run(content), told)
 
 
 def test_the_number_of_mistakes_and_that_the_file_without_any_is_accepted(run):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_optim.cli.command import main
+from lightning_optim.cli.command import main, require_extra
 
 if TYPE_CHECKING:
     from lightning_optim.cli.keys import OptimKeys as OptimKeys
@@ -22,5 +22,6 @@ __all__ = ["OptimCLI", "OptimKeys", "PlanningTrainer", "main"]
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
+        require_extra()
         return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

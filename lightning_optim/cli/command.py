@@ -51,15 +51,30 @@ def _run(given: list[str]) -> None:
 
 def _run_cli(given: list[str]) -> None:
     try:
-        import jsonargparse  # noqa: F401
-        import rich  # noqa: F401
-
-        from lightning_optim.cli.optim_cli import Command
+        require_extra()
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("jsonargparse", "rich", "docstring_parser", "yaml"):
-            raise
-        raise SystemExit(NEEDED) from None
+        raise SystemExit(str(error)) from None
+    from lightning_optim.cli.optim_cli import Command
+
     # As with `python -m`, class paths such as `examples.char_lm.CharLM` start in the current directory.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     Command.run(given)
+
+
+def require_extra() -> None:
+    """Check that the packages of the extra ``cli`` are there.
+
+    Raises:
+        ModuleNotFoundError: One is missing, or too old for Lightning.
+    """
+    try:
+        import jsonargparse
+        import rich  # noqa: F401
+        import yaml  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(NEEDED) from error
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    if not issubclass(LightningArgumentParser, jsonargparse.ArgumentParser):  # Lightning finds it too old.
+        raise ModuleNotFoundError(NEEDED)

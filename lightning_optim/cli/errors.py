@@ -155,15 +155,22 @@ def short_errors(explain: Callable[[str], str | None], raises: Callable[[], bool
         fail(explained or f"{_capped(message, MOST_LINES - 1)}\n(--debug shows the traceback.)")
 
 
-def _through_users_code(error: BaseException) -> bool:
-    """Whether a frame between this package and the place of the error is of a program that uses it."""
+def _through_users_code(error: BaseException | None) -> bool:
+    """Whether a frame between this package and the place of the error is of a program that uses it.
+
+    jsonargparse raises an error of its own from that of a constructor, so the causes count, too.
+    """
     stdlib = str(Path(sysconfig.get_path("stdlib")))
-    trace: Any = error.__traceback__
-    while trace is not None:
-        package = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
-        name = trace.tb_frame.f_code.co_filename
-        in_stdlib = name.startswith(("<", stdlib)) and "site-packages" not in name
-        if not in_stdlib and package not in (*_OTHERS, "lightning_optim"):
-            return True
-        trace = trace.tb_next
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        trace: Any = error.__traceback__
+        while trace is not None:
+            package = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+            name = trace.tb_frame.f_code.co_filename
+            in_stdlib = name.startswith(("<", stdlib)) and "site-packages" not in name
+            if not in_stdlib and package not in (*_OTHERS, "lightning_optim"):
+                return True
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
     return False

@@ -117,6 +117,8 @@ class _Diagnosis:
         if found is None:
             return None
         name = (found[1] or found[2]).removeprefix("fit.").split(".", 1)
+        if not set(name) & (self.known.keys() | self.commands):
+            return None
         key = name[1] if name[0] in self.commands and len(name) > 1 else ".".join(name)
         example = {"model": "my_package.MyModule", "data": "my_package.MyData"}.get(key, "...")
         where = f" in {self.sources[-1].path}" if self.sources else ""
@@ -134,6 +136,9 @@ class _Diagnosis:
         if any(arg.partition("=")[0] == f"--{path}" for arg in self.args):
             return text
         for source in reversed(self.sources):
+            inner = _find(source.data.get(keys[0]), str(keys[-1])) if keys[0] in ("model", "data") else None
+            if inner is not None:
+                return f"{self._place(source, (keys[0], *inner))}: {text}"
             if _has(source.data, keys):
                 return f"{self._place(source, keys)}: {text.removeprefix(f'Invalid {path}: ')}"
         return text
@@ -151,6 +156,10 @@ class _Diagnosis:
             elif keys in (("model",), ("data",)) and not known[key]:
                 base = L.LightningModule if key == "model" else L.LightningDataModule
                 yield from _wrong_spec(value, keys, base)
+            elif not known[key] and (is_spec(value) or (isinstance(value, list) and any(map(is_spec, value)))):
+                for at, spec in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                    if is_spec(spec):
+                        yield from _wrong_spec(spec, keys if at is None else (*keys, at), object)
             elif known[key] and isinstance(value, dict):
                 yield from self._misplaced(value, keys, known[key])
             elif known[key] and value is not None and not isinstance(value, str | bool):
@@ -227,7 +236,13 @@ def _trial(cls: type, arguments: Mapping[str, Any]) -> str | None:
     known = list(inspect.signature(cls).parameters)
     for name in arguments:
         if name not in known:
-            return f"{cls.__name__} takes no {name!r}. {_nearest(name, known)}"
+            near = _nearest(name, known)
+            if "optimizer_kwargs" in known and not near.startswith("Did you mean"):
+                near = f"An argument of the optimizer itself: optimizer_kwargs: {{{name}: ...}}."
+            return f"{cls.__name__} takes no {name!r}. {near}"
+    for name, example in (("optimizer", "adamw"), ("schedule", "cosine"), ("method", "agc")):
+        if isinstance(value := arguments.get(name), dict) and "class_path" not in value:
+            return f"Invalid {name}={value}: a mapping needs class_path. A name stands alone, as {name}: {example}."
     if (problem := _unknown_argument(arguments)) is not None:
         return problem
     parser = LightningArgumentParser(exit_on_error=False)
@@ -287,7 +302,8 @@ def _wrong_callbacks(value: Any, keys: Keys) -> Iterator[tuple[Keys, str]]:
 
 def _wrong_spec(value: Any, keys: Keys, base: type) -> Iterator[tuple[Keys, str]]:
     """What is wrong with a class given by its path, with or without arguments."""
-    kind = {L.Callback: "callback", L.LightningModule: "module"}.get(base, "data module")
+    kinds = {L.Callback: "callback", L.LightningModule: "module", L.LightningDataModule: "data module"}
+    kind = kinds.get(base, "class")
     if isinstance(value, dict):
         known = ("class_path", "init_args", "dict_kwargs")
         if "class_path" not in value:
@@ -315,6 +331,11 @@ def _wrong_spec(value: Any, keys: Keys, base: type) -> Iterator[tuple[Keys, str]
             yield keys, f"{path} is no class."
         elif isinstance(found, type) and not issubclass(found, base):
             yield keys, f"{path} is no {base.__name__}."
+    elif base is not object and path not in (names := {cls.__name__ for cls in _subclasses(base)}):
+        near = nearest(path, names)
+        hint = near if near.startswith("Did you mean") else "Write its whole path, such as my_package.MyClass."
+        yield keys, f"{path!r} is no {kind} that is known by its name. {hint}"
+        return
     if isinstance(value, dict):
         for key in value:
             if key not in known:
@@ -328,6 +349,12 @@ def _wrong_spec(value: Any, keys: Keys, base: type) -> Iterator[tuple[Keys, str]
                 for name in arguments:
                     if name not in names:
                         yield (*keys, "init_args", name), f"{path} takes no {name!r}. {_nearest(name, names)}"
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    for cls in base.__subclasses__():
+        yield cls
+        yield from _subclasses(cls)
 
 
 def _path_of(entry: Any) -> Any:

@@ -98,15 +98,21 @@ def condense(message: str) -> str:
     """
     keys = re.findall(r'Parser key "([^"]+)"', message)
     values = re.findall(r"^\s*Given value: (.*)", message, re.MULTILINE)
-    expected = list(dict.fromkeys(re.findall(r"Expected an? (?:<class ')?([\w.]+)", message)))
     if not keys:
         return message
     key = keys[-1] if keys[-1].startswith(keys[0]) else ".".join(dict.fromkeys(keys))
     if reasons := sentences(message):
         return f"Invalid {key}: {reasons[0]}"
-    kinds = " or ".join("null" if kind == "NoneType" else kind for kind in expected)
-    got = f", got {values[-1]!r:.80}" if values else ""
-    return f"Invalid {key}: expected {kinds or 'another type'}{got}."
+    kinds = list(dict.fromkeys(_kind(kind) for kind in re.findall(r"Expected an? (?:<class ')?([\w.]+)", message)))
+    got = f", got {values[0]!r:.80}" if values else ""
+    return f"Invalid {key}: expected {' or '.join(kinds) or 'another type'}{got}."
+
+
+def _kind(kind: str) -> str:
+    """What jsonargparse expects, in the words of a configuration."""
+    name = kind.rpartition(".")[2]
+    words = {"NoneType": "null", "Iterable": "list", "Sequence": "list", "Literal": "one of its names"}
+    return "the path of a class" if kind in ("path", "dot") else words.get(name, name)
 
 
 def sentences(message: str) -> list[str]:

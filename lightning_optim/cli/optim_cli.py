@@ -181,7 +181,8 @@ class Command(OptimCLI):
         one = type(cls.__name__, (cls,), {"subcommands": staticmethod(lambda: needed), "_shell": shell})
         description = "Train with PyTorch Lightning: optimizer, schedule, clipping and guard from a configuration."
         kwargs = {"prog": "lightning-optim", "version": __version__, "description": f"{description}\n\n{_DEBUG}"}
-        one(args=list(args), parser_kwargs=kwargs)
+        # Without a logger all runs save their configuration to the same place.
+        one(args=list(args), parser_kwargs=kwargs, save_config_kwargs={"overwrite": True})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; for ``completion`` print the script and exit."""

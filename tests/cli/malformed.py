@@ -78,6 +78,8 @@ CHANGES: dict[str, tuple[str, str, str]] = {
     "warmup is a list": ("warmup: 5%", "warmup: [5]", "warmup"),
     "guard without value": ("model:", "guard:\nmodel:", "has no value"),
     "unknown key of the callback": ("lr: 3.0e-4", "learning_rate: 3.0e-4", "Did you mean 'lr'?"),
+    "an argument of the optimizer": ("lr: 3.0e-4", "betas: [0.9, 0.95]", "optimizer_kwargs: {betas"),
+    "an optimizer as a mapping of its name": ("optimizer: adamw", "optimizer: {name: adamw}", "class_path"),
     "unknown policy": ("lr: 3.0e-4", "on_resume: restart", "on_resume"),
     "a group without name": ("name: head, pattern: ^head", "pattern: ^head", "name"),
     "a group of two names": ("name: no_decay", "name: head", "head"),
@@ -136,6 +138,18 @@ CHANGES: dict[str, tuple[str, str, str]] = {
     ),
     "init_args are a list": ("init_args: {max_norm: 1.0}", "init_args: [1.0]", "init_args"),
     "init_args are a number": ("init_args: {max_norm: 1.0}", "init_args: 1.0", "init_args"),
+    "a callback by a wrong name": ("- lightning_optim.OptimizerMonitor", "- EarlyStoping", "'EarlyStopping'"),
+    "a logger that does not exist": (
+        "logger: false",
+        "logger: {class_path: lightning.pytorch.loggers.CSVLoger}",
+        "'CSVLogger'",
+    ),
+    "unknown argument of a logger": (
+        "logger: false",
+        "logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_di: x}}",
+        "'save_dir'",
+    ),
+    "a model by its name alone": ("{class_path: tests.helpers.BareNet}", "BareNett", "BareNett"),
     "misspelt init_args": ("init_args: {max_norm", "init_arg: {max_norm", "init_args"),
     "misspelt class_path": (
         CLIPPING,

@@ -25,7 +25,7 @@ def run(args, capfd):
     try:
         main(args)
     except SystemExit as end:
-        code = end.code or 0
+        code = int(end.code or 0)
     out, err = capfd.readouterr()
     return code, err[err.index("error:") :] if code else out
 

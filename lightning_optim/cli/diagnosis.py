@@ -331,7 +331,7 @@ def _wrong_spec(value: Any, keys: Keys, base: type) -> Iterator[tuple[Keys, str]
             yield keys, f"{path} is no class."
         elif isinstance(found, type) and not issubclass(found, base):
             yield keys, f"{path} is no {base.__name__}."
-    elif base is not object and path not in (names := {cls.__name__ for cls in _subclasses(base)}):
+    elif base is not object and path not in (names := {each.__name__ for each in _subclasses(base)}):
         near = nearest(path, names)
         hint = near if near.startswith("Did you mean") else "Write its whole path, such as my_package.MyClass."
         yield keys, f"{path!r} is no {kind} that is known by its name. {hint}"
@@ -344,15 +344,15 @@ def _wrong_spec(value: Any, keys: Keys, base: type) -> Iterator[tuple[Keys, str]
         if arguments is not None and not isinstance(arguments, dict):
             yield (*keys, "init_args"), f"it must be a mapping of arguments, got {arguments!r:.60}."
         elif base is not L.Callback and isinstance(arguments, dict) and (cls := _class_of(path, base)) is not None:
-            names = inspect.signature(cls).parameters
-            if not any(each.kind is each.VAR_KEYWORD for each in names.values()):
+            taken = inspect.signature(cls).parameters
+            if not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
                 for name in arguments:
-                    if name not in names:
-                        yield (*keys, "init_args", name), f"{path} takes no {name!r}. {_nearest(name, names)}"
+                    if name not in taken:
+                        yield (*keys, "init_args", name), f"{path} takes no {name!r}. {_nearest(name, taken)}"
 
 
 def _subclasses(base: type) -> Iterator[type]:
-    for cls in base.__subclasses__():
+    for cls in type.__subclasses__(base):
         yield cls
         yield from _subclasses(cls)
 

@@ -68,7 +68,11 @@ class OptimCLI(OptimKeys, LightningCLI):
 
     The configuration is that of LightningCLI, with the callbacks of this package under ``trainer.callbacks``. A
     `ConfigureOptimizers` among them is attached to a module that defines no ``configure_optimizers``. The key
-    ``run_summary`` takes the arguments of `RunSummary`.
+    ``run_summary`` takes the arguments of `RunSummary`. Keys and flags for the callbacks are those of `OptimKeys`:
+    ``--optim.lr 1e-3``.
+
+    At the shell, a mistake in the configuration ends in a few lines with file, line and key; with ``--debug`` it ends
+    in its traceback, as does an error in the user's own code always.
 
     The command ``plan`` takes the configuration of ``fit`` and shows, without training, the parameter groups, the
     schedule, the number of steps and all conflicts; the exit code is 1 if there are any.

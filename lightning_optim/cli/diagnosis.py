@@ -352,7 +352,8 @@ def _wrong_spec(value: Any, keys: Keys, base: type) -> Iterator[tuple[Keys, str]
 
 
 def _subclasses(base: type) -> Iterator[type]:
-    for cls in type.__subclasses__(base):
+    subclasses: list[type] = base.__subclasses__()
+    for cls in subclasses:
         yield cls
         yield from _subclasses(cls)
 

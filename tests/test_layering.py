@@ -18,7 +18,7 @@ import lightning_optim
 ROOT = Path(lightning_optim.__file__).parent
 
 ROOMS = {
-    "cli": {"callbacks", "diagnostics", "factory"},
+    "cli": {"callbacks", "clipping", "core", "diagnostics", "divergence", "factory", "optim", "schedules"},
     "callbacks": {
         "clipping",
         "core",

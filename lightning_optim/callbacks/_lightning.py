@@ -142,10 +142,12 @@ def found_lr(trainer: Trainer) -> float | None:
     return None
 
 
-def enter_fit(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:
+def enter_fit(
+    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None, loaders: Any = None
+) -> None:
     """Bring a Trainer to where ``fit`` is when it begins: it knows its model, its data and what it is doing."""
     trainer.strategy.connect(model)
-    trainer._data_connector.attach_data(model, datamodule=datamodule)
+    trainer._data_connector.attach_data(model, train_dataloaders=loaders, datamodule=datamodule)
     trainer.state.fn = TrainerFn.FITTING
     trainer.training = True
 
@@ -155,8 +157,10 @@ def verify(trainer: Trainer) -> None:
     _verify_loop_configurations(trainer)
 
 
-def count_training_batches(trainer: Trainer) -> int | float:
-    """Batches of an epoch as ``fit`` will see them, without iterating; afterwards ``num_training_batches`` says so.
+def count_training_batches(trainer: Trainer) -> list[Any]:
+    """Count the batches of an epoch as ``fit`` will see them, without iterating, for ``trainer.num_training_batches``.
+
+    Returns the loaders, as ``fit`` will use them.
 
     The steps of Lightning's ``fit_loop.setup_data`` before it makes an iterator, which would start loading.
     """
@@ -172,8 +176,8 @@ def count_training_batches(trainer: Trainer) -> int | float:
         for part in combined.flattened
     ]
     mode = _SUPPORTED_MODES[combined._mode]["iterator"](combined.flattened, combined.limits)
-    trainer.fit_loop.max_batches = batches = mode.__len__()  # not `len`, which refuses an infinity
-    return batches
+    trainer.fit_loop.max_batches = mode.__len__()  # not `len`, which refuses an infinity
+    return list(combined.flattened)
 
 
 def configure_optimizers(trainer: Trainer, model: LightningModule) -> None:

@@ -144,6 +144,11 @@ class DivergenceGuard(HubCallback):
         self._saved_snapshots: dict[str, Any] | None = None
 
     @property
+    def stops(self) -> bool:
+        """Whether the run ends when the other responses are used up."""
+        return self._stop
+
+    @property
     def skipped_steps(self) -> int:
         """Number of optimizer steps skipped so far, over all optimizers and resumes."""
         return self._skipped

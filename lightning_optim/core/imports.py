@@ -30,5 +30,6 @@ def import_object(path: str, what: str, base: type | tuple[type, ...]) -> Any:
         raise ValueError(f"Cannot import the {what} {path!r}: {error}.") from error
     if not hasattr(module, name):
         options = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
-        raise ValueError(f"{module_name} has no {name!r}. {nearest(name, options)}")
+        options += getattr(module, "__all__", ())  # of which some may be imported on first use
+        raise ValueError(f"{module_name} has no {name!r}." + (f" {nearest(name, options)}" if options else ""))
     return getattr(module, name)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
@@ -33,6 +34,8 @@ class GroupPlan:
         rule: Name of the optimizer whose update it uses.
         state_bytes: What the optimizer will keep for it, in bytes; None if shapes do not tell before it steps.
         frozen_until: As the rule has it; None if it is trained from the start.
+        betas: Its betas, or its momentum; None if its rule has neither.
+        schedule: The schedule of its own; None for that of all groups.
         not_hidden: By name, the kind of each parameter that an optimizer of hidden matrices leaves to AdamW.
     """
 
@@ -44,6 +47,8 @@ class GroupPlan:
     rule: str
     state_bytes: int | None
     frozen_until: str | None
+    betas: tuple[float, ...] | None = None
+    schedule: str | None = None
     not_hidden: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -66,6 +71,7 @@ class Plan:
 
     Args:
         horizon: Its length.
+        facts: What it is set to, by label: batch, optimizer, schedule, clipping, guard, snapshots.
         groups: All parameter groups, of each optimizer.
         curves: What its schedules do.
         conflicts: What prevents it, a sentence each; it can run if there is none.
@@ -73,6 +79,7 @@ class Plan:
     """
 
     horizon: Horizon = field(default_factory=Horizon)
+    facts: dict[str, str] = field(default_factory=dict)
     groups: list[GroupPlan] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
@@ -108,6 +115,8 @@ def plan_groups(optimizer: Optimizer) -> list[GroupPlan]:
                 rule=str(group.get("rule") or type(optimizer).__name__.lower()),
                 state_bytes=sum(known) if len(known) == len(sizes) else None,
                 frozen_until=group.get("frozen_until"),
+                betas=_betas(group),
+                schedule=None if group.get("schedule") is None else str(group["schedule"]),
                 not_hidden=dict(group.get("not_hidden", {})),
             )
         )
@@ -176,6 +185,14 @@ def replay(scheduler: LRScheduler, horizon: Horizon, per_epoch: bool = False) ->
                 scheduler.step()
     label = f"lr of group {groups[index].get('name', index)!r} ({type(scheduler).__name__})"
     return Curve(label, lambda step: rates[min(int(step / length), len(rates) - 1)])
+
+
+def _betas(group: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """The averages' decay rates of a group."""
+    betas = group.get("betas", group.get("momentum"))
+    if betas is None or isinstance(betas, Tensor):
+        return None
+    return tuple(float(beta) for beta in betas) if isinstance(betas, tuple | list) else (float(betas),)
 
 
 def _shape(param: Tensor) -> tuple[int, ...]:

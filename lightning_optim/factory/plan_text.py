@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def format_plan(plan: Plan, parameters: bool = False, width: int = 72) -> str:
         f"Optimizer steps: {'unbounded' if total is None else f'{total:,}'}"
         + ("" if per_epoch is None else f" ({per_epoch:,g} per epoch)")
     ]
+    lines += [line for label, text in plan.facts.items() for line in _fact(label, text)]
     if plan.groups:
         lines += ["", *_table(plan.groups, parameters)]
         lines += [f"{group.name}: {_left_out(group.not_hidden)}." for group in plan.groups if group.not_hidden]
@@ -44,14 +46,14 @@ def format_plan(plan: Plan, parameters: bool = False, width: int = 72) -> str:
 
 
 def _table(groups: Sequence[GroupPlan], parameters: bool) -> list[str]:
-    temporary = any(group.frozen_until is not None for group in groups)
     header = ["group", "tensors", "parameters", "peak lr", "weight decay", "rule", "state"]
-    rows: list[list[str]] = [[*header, "frozen until"] if temporary else header]
+    further = _further_columns(groups)
+    rows: list[list[str]] = [[*header, *further]]
     details: dict[int, list[str]] = {}
     for group in groups:
         row = [group.name, f"{len(group.parameters):,}", f"{group.numel:,}", f"{group.lr:.4g}"]
         row += ["-" if group.weight_decay is None else f"{group.weight_decay:g}", group.rule, _bytes(group.state_bytes)]
-        rows.append([*row, group.frozen_until or "-"] if temporary else row)
+        rows.append([*row, *(show(group) for show in further.values())])
         if parameters:
             details[len(rows) - 1] = [
                 f"    {name}  {list(shape)}" + (f"  ({group.not_hidden[name]})" if name in group.not_hidden else "")
@@ -61,7 +63,7 @@ def _table(groups: Sequence[GroupPlan], parameters: bool) -> list[str]:
     known = [size for size in sizes if size is not None]
     last = ["total", f"{sum(len(group.parameters) for group in groups):,}", f"{sum(group.numel for group in groups):,}"]
     last += ["", "", "", _bytes(sum(known) if len(known) == len(sizes) else None)]
-    rows.append([*last, ""] if temporary else last)
+    rows.append([*last, *[""] * len(further)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):
@@ -72,6 +74,24 @@ def _table(groups: Sequence[GroupPlan], parameters: bool) -> list[str]:
             lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
         lines += details.get(number, [])
     return lines
+
+
+def _further_columns(groups: Sequence[GroupPlan]) -> dict[str, Callable[[GroupPlan], str]]:
+    """Columns for what is not the same in all groups."""
+    columns: dict[str, Callable[[GroupPlan], str]] = {}
+    if len({(group.rule, group.betas) for group in groups}) > len({group.rule for group in groups}):
+        columns["betas"] = lambda group: ", ".join(f"{beta:g}" for beta in group.betas or ()) or "-"
+    if any(group.schedule is not None for group in groups):
+        columns["schedule"] = lambda group: group.schedule or "-"
+    if any(group.frozen_until is not None for group in groups):
+        columns["frozen until"] = lambda group: group.frozen_until or "-"
+    return columns
+
+
+def _fact(label: str, text: str) -> list[str]:
+    """A fact in lines of 80 columns, its text indented."""
+    head = f"{label}: "
+    return textwrap.wrap(text, 80, initial_indent=head, subsequent_indent="    ", break_on_hyphens=False) or [head]
 
 
 def _left_out(reasons: Mapping[str, str]) -> str:
@@ -96,7 +116,8 @@ _ROWS = 8
 
 def _plot(curve: Curve, total_steps: int | None, width: int) -> list[str]:
     """The curve as an area of block characters, an eighth of a line exact."""
-    steps = _steps(total_steps, width)
+    last = max((_UNBOUNDED if total_steps is None else total_steps) - 1, 0)
+    steps = [round(index * last / (width - 1)) for index in range(width)]  # of a short run each several times
     values = [curve.values(step) for step in steps]
     top = max(*values, 0.0)
     heights = [round(value / top * _ROWS * 8) if top > 0 else 0 for value in values]

@@ -1,0 +1,80 @@
+"""The command `lightning-optim`: which part of it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+LISTED = ("optimizers", "schedules", "clipping", "weight-decay", "detectors", "diagnostics")
+"""Kinds of ``list``, each of which is a command as well."""
+
+NEEDED = "The command line needs jsonargparse and rich: pip install 'lightning-optim[cli]'"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the ``lightning-optim`` command.
+
+    Args:
+        args: The command line after the program's name; None for that of the process.
+
+    Raises:
+        SystemExit: The command is wrong, which one to six lines on stderr explain, or has found conflicts.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        _run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # The reader has seen enough: `lightning-optim list | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _run(given: list[str]) -> None:
+    command = given[0] if given else ""
+    if command == "--version":
+        from lightning_optim import __version__
+
+        print(f"lightning-optim {__version__}")
+    elif command == "list" or command in LISTED:
+        from lightning_optim.cli.listing import run_list
+
+        run_list(given[command == "list" :])
+    elif command == "report":
+        from lightning_optim.cli.report import run_report
+
+        run_report(given[1:])
+    else:
+        _run_cli(given)
+
+
+def _run_cli(given: list[str]) -> None:
+    try:
+        require_extra()
+    except ModuleNotFoundError as error:
+        raise SystemExit(str(error)) from None
+    from lightning_optim.cli.optim_cli import Command
+
+    # As with `python -m`, class paths such as `examples.char_lm.CharLM` start in the current directory.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    Command.run(given)
+
+
+def require_extra() -> None:
+    """Check that the packages of the extra ``cli`` are there.
+
+    Raises:
+        ModuleNotFoundError: One is missing, or too old for Lightning.
+    """
+    try:
+        import jsonargparse
+        import rich  # noqa: F401
+        import yaml  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(NEEDED) from error
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    if not issubclass(LightningArgumentParser, jsonargparse.ArgumentParser):  # Lightning finds it too old.
+        raise ModuleNotFoundError(NEEDED)

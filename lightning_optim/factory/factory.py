@@ -48,7 +48,8 @@ class OptimizerFactory:
         warmup: Length of the warmup for a schedule given by name: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``;
             or a `Warmup`, which has a shape and a start, too.
         param_groups: Rules and presets, the first match wins. None means the preset ``no_decay``: no weight decay on
-            biases, norms and embeddings, which is nearly always what is wanted. An empty list means one group.
+            biases, norms and embeddings, which is nearly always what is wanted. An empty list means one group,
+            which is all that LBFGS takes.
         schedules: Schedules of other hyperparameters by name, each a name or a `Schedule`: a key of the optimizer's
             groups (``weight_decay``), or ``momentum``, ``beta1``, ``beta2``. They multiply each group's own value.
         on_resume: Resume policy: whether checkpoint or configuration takes precedence. ``"checkpoint"``: the run
@@ -92,7 +93,8 @@ class OptimizerFactory:
         given = {"lr": lr, "weight_decay": weight_decay}
         given = {key: value for key, value in given.items() if value is not None}
         self._optimizer = OptimizerSpec(optimizer, optimizer_kwargs or {}, given)
-        self._rules: Sequence[Entry] = ("no_decay",) if param_groups is None else param_groups
+        preset = () if self._optimizer.why_one_group else ("no_decay",)
+        self._rules: Sequence[Entry] = preset if param_groups is None else param_groups
         check_rules(self._rules)
         self._optimizer.check_rules(self._rules)
         trial = self._optimizer.trial()

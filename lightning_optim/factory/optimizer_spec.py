@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from lightning_optim.core.group_keys import RESERVED
 from lightning_optim.core.imports import import_object
 from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.sparse_gradients import UnfuseIfSparse, gives_sparse_gradients
-from lightning_optim.optim.base import class_of_rule
+from lightning_optim.optim import other_names
+from lightning_optim.optim.base import OPTIMIZERS, class_of_rule
 from lightning_optim.param_groups import Entry, ParamGroupRule
 
 
@@ -70,6 +71,17 @@ class OptimizerSpec:
             UnfuseIfSparse(optimizer)
         return optimizer
 
+    @cached_property
+    def why_one_group(self) -> str | None:
+        """The error of an optimizer that takes no second parameter group, as LBFGS; None if it takes one."""
+        if issubclass(self.cls, optim.FusedOptimizer):
+            return None
+        try:
+            self.make([{"params": [param]} for param in _trial_params()])
+        except ValueError as error:
+            return str(error)
+        return None
+
     def check_rules(self, rules: Sequence[Entry]) -> None:
         """Refuse rules that set options which the optimizer does not have, or values that it does not accept.
 
@@ -77,6 +89,11 @@ class OptimizerSpec:
             ValueError: With one line for each invalid rule.
         """
         problems = []
+        if rules and self.why_one_group:
+            raise ValueError(
+                f"Invalid param_groups={list(rules)!r}: {self.cls.__name__} must have one group ({self.why_one_group}). "
+                "Leave param_groups out, or write []."
+            )
         for rule in rules:
             if isinstance(rule, ParamGroupRule):
                 try:
@@ -136,6 +153,8 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, Optim
         kwargs = _merge(given.get("init_args") or {}, kwargs)
         given = given["class_path"]
     if isinstance(given, str):
+        given, options = (given, {}) if given in OPTIMIZERS else other_names.meaning(given)
+        kwargs = {**options, **kwargs}
         given = import_object(given, "optimizer", Optimizer) if "." in given else optim.get_optimizer_class(given)
     if isinstance(given, type):
         if not issubclass(given, Optimizer):

@@ -91,8 +91,8 @@ class OptimizerSpec:
         problems = []
         if rules and self.why_one_group:
             raise ValueError(
-                f"Invalid param_groups={list(rules)!r}: {self.cls.__name__} must have one group ({self.why_one_group}). "
-                "Leave param_groups out, or write []."
+                f"Invalid param_groups={list(rules)!r}: {self.cls.__name__} must have one group "
+                f"({self.why_one_group}). Leave param_groups out, or write []."
             )
         for rule in rules:
             if isinstance(rule, ParamGroupRule):

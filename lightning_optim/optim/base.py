@@ -46,7 +46,7 @@ OPTIMIZERS: Registry[Optimizer] = Registry(
     aliases={name: ours for name, (ours, options) in other_names.NAMES.items() if not options and "." not in ours},
     known=other_names.REFUSED
     | {
-        name: f"As an optimizer it is {ours!r}{' with ' if options else ''}{other_names.spelt(options)}; write that here."
+        name: f"As an optimizer it is {ours!r}{' with ' if options else ''}{other_names.spelt(options)}: write that."
         for name, (ours, options) in other_names.NAMES.items()
         if options or "." in ours
     },

@@ -8,8 +8,10 @@ import torch
 from lightning_optim.clipping.base import STATELESS, ClipRule, State, UnitDivisor, above_zero
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 
 
+@typed(own=("exclude",))
 class AGC(ClipRule):
     r"""Adaptive gradient clipping: the gradient of each output unit is limited to a fraction of the unit's weights.
 

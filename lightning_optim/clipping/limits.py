@@ -14,8 +14,10 @@ from lightning_optim.clipping.base import STATELESS, Clamp, ClipRule, State, abo
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.transfer import upload
+from lightning_optim.core.typed import typed
 
 
+@typed
 class GlobalNorm(ClipRule):
     """Scale all gradients together so that their norm as one vector is at most ``max_norm``.
 
@@ -44,6 +46,7 @@ class GlobalNorm(ClipRule):
         return ((stats.total_norm() + 1e-6) / (self.max_norm * limit)).clamp(min=1.0)
 
 
+@typed
 class GroupNorm(ClipRule):
     """Scale the gradients of each parameter group so that their norm is at most the group's limit.
 
@@ -99,6 +102,7 @@ class GroupNorm(ClipRule):
         return torch.cat([divisor.expand(size) for divisor, size in zip(divisors.unbind(), sizes, strict=True)])
 
 
+@typed
 class BlockRMS(ClipRule):
     """Scale the gradient of each tensor so that its root mean square is at most ``max_rms``.
 
@@ -130,6 +134,7 @@ class BlockRMS(ClipRule):
         return ((norm_sq / numel).sqrt() / (self.max_rms * limit)).clamp(min=1.0)
 
 
+@typed
 class Value(ClipRule):
     """Clamp each element of the gradients to [−max_value, max_value], as torch's ``clip_grad_value_`` does.
 

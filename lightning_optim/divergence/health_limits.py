@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_optim.core.typed import typed
 
+
+@typed
 @dataclass(frozen=True)
 class HealthLimits:
     """Limits beyond which a parameter or group is reported.

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_optim.core.typed import typed
+
 _TOGETHER_FROM = 16
 """Number of accepted values before all signals together can be flagged."""
 GAP = 8
@@ -28,6 +30,7 @@ _TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation, for a normal distribution."""
 
 
+@typed
 class SpikeWindow:
     """Limits above which values of several signals are spikes, each from its own last accepted values.
 
@@ -215,6 +218,7 @@ class SpikeWindow:
         self._set_limits()
 
 
+@typed
 @dataclass(frozen=True)
 class Spikes:
     """Definition of a spike, and whether such a step is skipped; see `SpikeWindow`.

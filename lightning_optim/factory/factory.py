@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.core.durations import Horizon
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import checked, typed
 from lightning_optim.core.wrappers import unwrap_module
 from lightning_optim.factory.about import about
 from lightning_optim.factory.added_groups import track_added_groups
@@ -32,6 +33,7 @@ __all__ = ["OptimizerFactory"]
 _ON_RESUME = ("checkpoint", "config")
 
 
+@typed(own=("optimizer", "schedule", "schedules"))
 class OptimizerFactory:
     r"""Makes the optimizer of a model: groups by rules, fused where it can be, and a schedule per optimizer step.
 
@@ -114,6 +116,7 @@ class OptimizerFactory:
         name, defaults = self._optimizer.cls.__name__, self._optimizer.defaults
         return {"optimizer": name, **defaults, "schedule": repr(self._schedule)}
 
+    @checked
     def build(
         self, model: nn.Module, horizon: Horizon | None = None, owner: nn.Module | None = None
     ) -> tuple[Optimizer, Any]:

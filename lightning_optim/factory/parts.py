@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 from lightning_optim.factory.about import about
 from lightning_optim.factory.factory import OptimizerFactory
 from lightning_optim.param_groups import Entry
@@ -19,6 +20,7 @@ from lightning_optim.schedules import Schedule, Warmup
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
+@typed(own=("optimizer", "schedule", "schedules", "name", "part"))
 @dataclass(frozen=True, kw_only=True)
 class PartOptimizer:
     """The optimizer of one part of a module; the arguments from ``optimizer`` on are those of `OptimizerFactory`.
@@ -101,6 +103,7 @@ class PartOptimizer:
             raise type(error)(_of(self.name, error)) from error
 
 
+@typed(own=("optimizers",))
 class OptimizerFactories:
     """Makes several optimizers of one module, in the order given, each of its part, with groups and a schedule.
 

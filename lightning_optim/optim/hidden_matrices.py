@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from lightning_optim.core.ranges import FINITE, FRACTION, NON_NEGATIVE, Range
+from lightning_optim.core.typed import checked
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.hyperparameters import check_numbers
 from lightning_optim.optim.ranges import ranges_of
@@ -20,6 +21,7 @@ from lightning_optim.param_groups import Entry, NamedParameter, build_param_grou
 from lightning_optim.param_groups.parts import is_stack
 
 
+@checked
 def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dict[str, Any]]:
     """Build parameter groups for `Muon` or `NorMuon`: those of `build_param_groups`, each split into two.
 

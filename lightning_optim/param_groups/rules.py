@@ -16,6 +16,7 @@ from torch import nn
 from lightning_optim.core.durations import Duration
 from lightning_optim.core.group_keys import RESERVED
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 from lightning_optim.param_groups.parts import NamedParameter, list_parts
 from lightning_optim.schedules import Schedule, get_schedule
 
@@ -25,6 +26,7 @@ REST = "default"
 CRITERIA = ("pattern", "glob", "module_types", "part", "max_ndim", "min_ndim", "predicate")
 
 
+@typed(own=("module_types",))
 @dataclass(frozen=True, kw_only=True)
 class ParamGroupRule:
     r"""Rule of a parameter group: the criteria for its parameters, and the settings in which it differs.

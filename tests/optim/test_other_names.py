@@ -29,8 +29,9 @@ TIMM = """sgd momentum sgdp sgdw adam adamw adamwlegacy adamp nadam nadamlegacy 
 adafactor adafactorbv adopt adoptw lamb lambc lambw lambcw lars larc nlars nlarc adamc nadamc sgdc adoptc lambcd kronc
 lionc lapropc rmsproptfc novogradc adafactorbvc cadamc cadoptc cnadamc csgdc clionc cadafactorbvc cadafactor
 cadafactorbv cadamw cadopt cadan cadanw cadoptw clamb clambw claprop clion cmars cnadamw crmsproptf csgdw cadamp csgdp
-adabelief radabelief adadelta adagrad adan adanw adahessian kron kronw laprop lion madgrad madgradw mars muon nmuon adamuon
-nadamuon novograd novogradw rmsprop rmsproptf rmsproptfw fusedsgd fusedadam fusedadamw fusedlamb fusednovograd bnbsgd
+adabelief radabelief adadelta adagrad adan adanw adahessian kron kronw laprop lion madgrad madgradw mars muon nmuon
+adamuon nadamuon novograd novogradw rmsprop rmsproptf rmsproptfw fusedsgd fusedadam fusedadamw fusedlamb fusednovograd
+bnbsgd
 bnbsgd8bit bnbadam bnbadam8bit bnbadamw bnbadamw8bit bnblion bnblion8bit bnbademamix bnbademamix8bit"""
 TORCH = [name for name in torch.optim.__all__ if name != "Optimizer" and isinstance(getattr(torch.optim, name), type)]
 

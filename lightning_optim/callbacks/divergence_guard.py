@@ -48,7 +48,7 @@ CHECKPOINT_KEY = "lightning_optim.divergence_guard"
 """Key in a checkpoint; Lightning's own key for a callback's state contains the class and its arguments."""
 
 
-@typed
+@typed(own=("detectors",))
 class DivergenceGuard(HubCallback):
     """Keep a run alive through bad batches, spikes and divergence, and report all observations and responses.
 

@@ -26,7 +26,7 @@ _MOST_ALARMS = 1000
 """Largest number of sentences in `OptimizerMonitor.alarms`, as in the guard's report."""
 
 
-@typed
+@typed(own=("diagnostics",))
 class OptimizerMonitor(HubCallback):
     """Log the effect of the optimizer on each parameter group, to every logger.
 

@@ -176,7 +176,7 @@ def one_or_several(given: Any) -> tuple[Any, ...]:
         >>> one_or_several("spikes"), one_or_several(["spikes", "nan"]), one_or_several(())
         (('spikes',), ('spikes', 'nan'), ())
     """
-    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else (given,)
 
 
 def snake_case(name: str) -> str:

@@ -17,10 +17,9 @@ import reprlib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, overload
 
-from lightning_optim.core.durations import Duration
 from lightning_optim.core.imports import import_object
 from lightning_optim.core.suggest import nearest
 
@@ -152,6 +151,8 @@ def fit(value: Any, hint: Any, name: str, owner: str, default: Any = inspect.Par
 def _fit(value: Any, hint: Any, default: Any = None) -> Any:
     members = _members(hint)
     if {int, str} <= set(members) and isinstance(value, numbers.Real | str):
+        from lightning_optim.core.durations import Duration  # which is itself typed
+
         Duration.parse(value)  # type: ignore[arg-type]  # its message says how to write one
         return value
     for member in members:  # as it is, before what it may stand for
@@ -169,7 +170,7 @@ def _fit(value: Any, hint: Any, default: Any = None) -> Any:
         if "class_path" in value:
             return _made(value, tuple(m for m in members if isinstance(m, type) and m.__module__ != "builtins"))
         if plain:
-            known = (cls for cls in plain if value.keys() <= {field.name for field in fields(cls)})
+            known = (cls for cls in plain if value.keys() <= inspect.signature(cls).parameters.keys())
             return next(known, plain[0])(**value)
     raise _UnfitError
 

@@ -93,6 +93,8 @@ class SpikeWindow:
         patience: int = 16,
         together: float = 2.0,
     ) -> None:
+        if signals < 1:
+            raise ValueError(f"Invalid signals={signals!r}: must be a number of signals of at least 1.")
         if not (math.isfinite(threshold) and threshold > 0):
             raise ValueError(
                 f"Invalid threshold={threshold!r}: must be a finite number of standard deviations above 0, for "

@@ -102,6 +102,11 @@ class OptimizerFactory:
         trial = self._optimizer.trial()
         self._schedule = resolve_schedule("constant" if schedule is None else schedule, warmup, trial)
         of_groups = {rule.name: rule.schedule for rule in self._rules if isinstance(rule, ParamGroupRule)}
+        if schedules is not None and not isinstance(schedules, Mapping):
+            raise TypeError(
+                f"Invalid schedules={schedules!r}: must be a mapping from hyperparameters to schedules, for instance "
+                "{'weight_decay': 'cosine'}."
+            )
         own = {name: own for name, own in of_groups.items() if isinstance(own, Schedule)}
         self._schedules = resolve_hyperparameter_schedules(self._schedule, schedules or {}, own, trial)
 

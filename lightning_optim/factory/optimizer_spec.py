@@ -175,9 +175,13 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, Optim
             f"Invalid optimizer={given!r}: give a name such as 'adamw', a subclass of torch.optim.Optimizer, an import "
             "path, or a callable from parameter groups to an optimizer."
         )
+    if isinstance(given, partial) and isinstance(given.func, type) and issubclass(given.func, Optimizer):
+        _check_kwargs(given.func, given.keywords)
     trial = make([{"params": _trial_params()}])  # refuses bad values now, not in the middle of fit
     if not isinstance(trial, Optimizer):
         raise TypeError(f"The optimizer callable {label} returned {trial!r}, which is no torch.optim.Optimizer.")
+    for key in trial.defaults.keys() & inspect.signature(type(trial)).parameters.keys():
+        _check_length(type(trial), key, trial.defaults[key])
     if "lr" in trial.defaults:
         _check_number(type(trial).__name__, "lr", trial.defaults["lr"], above_zero=True)
     return make, trial
@@ -225,8 +229,17 @@ def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
     for key, value in kwargs.items():
         if key not in options and key not in refused and not takes_all:
             raise ValueError(f"{cls.__name__} has no option {key!r}. {nearest(key, options)}")
+        if key in parameters:
+            _check_length(cls, key, value)
         if key in ("lr", "weight_decay"):
             _check_number(cls.__name__, key, value, above_zero=key == "lr")
+
+
+def _check_length(cls: type[Optimizer], key: str, value: Any) -> None:
+    """Refuse a value that is not as long as the default; torch's own look at the first elements, and fail in a step."""
+    default = inspect.signature(cls).parameters[key].default
+    if isinstance(default, tuple) and not (isinstance(value, list | tuple) and len(value) == len(default)):
+        raise ValueError(f"Invalid {key}={value!r} of {cls.__name__}: must be {len(default)} values, as {default}.")
 
 
 def _check_number(label: str, key: str, value: Any, above_zero: bool) -> None:

@@ -60,11 +60,16 @@ class PartOptimizer:
                 f"Invalid name={self.name!r} of an optimizer: it must be a word of letters, digits, '_' and '-' that "
                 "does not begin with a digit, for instance 'generator'."
             )
-        if not self.paths or not all(isinstance(path, str) and path for path in self.paths):
+        if (
+            not isinstance(self.part, str | list | tuple)
+            or not self.paths
+            or not all(isinstance(path, str) and path for path in self.paths)
+        ):
             raise ValueError(
                 f"Invalid part={self.part!r} of optimizer {self.name!r}: it must be the path of a submodule, for "
                 "instance 'net.encoder', or a list of them."
             )
+        self.factory("checkpoint", OptimizerFactory)  # refuses what is wrong now, not where the list is used
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -116,6 +116,8 @@ class FusedOptimizer(Optimizer):
         shared_options.check_names(owner, options)
         given: dict[str, Any] = {**shared_options.defaults_of(owner), **defaults, **options}
         self.backend = given.pop("backend")
+        if not isinstance(self.backend, str):
+            raise ValueError(f"{owner.__name__}: Invalid backend={self.backend!r}: must be the name of a backend.")
         # The constructor's own arguments were checked when the class was defined.
         known = ranges_of(owner).keys() | shared_options.DEFAULTS.keys() | inspect.signature(owner).parameters.keys()
         refuse_unranged(owner, [name for name, value in defaults.items() if is_number(value) and name not in known])

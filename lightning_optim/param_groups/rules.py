@@ -132,8 +132,10 @@ class ParamGroupRule:
             re.compile(self.pattern or "")
         except re.error as error:
             raise self._invalid("pattern", f"a regular expression ({error})") from None
-        if isinstance(self.module_types, str):
-            raise self._invalid("module_types", f"a list of class names, for instance [{self.module_types}]")
+        types = self.module_types
+        if not isinstance(types, list | tuple) or not all(isinstance(name, str) for name in types):
+            example = types if isinstance(types, str) else "LayerNorm"
+            raise self._invalid("module_types", f"a list of class names, for instance [{example}]")
         if self.part is not None and self.part not in list_parts():
             raise ValueError(
                 f"ParamGroupRule {self.name!r}: unknown part={self.part!r}. {nearest(self.part, list_parts())}"

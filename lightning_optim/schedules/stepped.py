@@ -88,7 +88,7 @@ class MultiStepDecay(Schedule):
         cooldown: int | str | Duration | Cooldown = 0,
     ) -> None:
         super().__init__(warmup, hold, cooldown)
-        if isinstance(milestones, int | str | Duration) or not milestones:
+        if not isinstance(milestones, list | tuple) or not milestones:
             raise ValueError(
                 f"Invalid milestones={milestones!r} of MultiStepDecay: must be a list, for instance ['50%', '75%']."
             )

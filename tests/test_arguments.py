@@ -28,7 +28,7 @@ NAN = math.nan
 VALUES = [None, True, False, -1, 2, 0.5, NAN, math.inf, "x", "", "1.0", [], [1], [0.9] * 5, ["a"], [NAN], {}, {"a": 1}]
 VALUES += [object(), lambda *given: None, torch.ones(3), nn.Linear]
 
-CALLBACKS = {
+CALLBACKS: dict[type, dict[str, object]] = {
     lo.ConfigureOptimizers: {},
     lo.DivergenceGuard: {},
     lo.GradientClipping: {},
@@ -36,7 +36,7 @@ CALLBACKS = {
     lo.RunSummary: {},
     lo.WeightDecay: {"weight_decay": 0.1},
 }
-PARTS = {
+PARTS: dict[type, dict[str, object]] = {
     divergence.EarlyWarning: {},
     divergence.HealthLimits: {},
     divergence.LRCut: {},
@@ -232,9 +232,12 @@ def test_rules_of_groups_may_be_mappings():
             lambda: lo.DivergenceGuard(patience="5"),
             r"patience='5' of DivergenceGuard: .* whole number \(without quotes\)",
         ),
-        (lambda: lo.DivergenceGuard(patiance=5), r"unexpected keyword argument 'patiance'. Did you mean 'patience'"),
+        (
+            lambda: lo.DivergenceGuard(**{"patiance": 5}),
+            r"argument 'patiance'. Did you mean 'patience'",
+        ),
         (lambda: lo.ParamGroupRule(name="head"), r"ParamGroupRule 'head' has no criterion"),
-        (lambda: lo.ParamGroupRule(pattern="a"), r"ParamGroupRule: missing a required argument: 'name'"),
+        (lambda: lo.ParamGroupRule(**{"pattern": "a"}), r"ParamGroupRule: missing a required argument: 'name'"),
         (lambda: lo.OptimizerFactory().build([]), r"Invalid model=\[\] of build\(\): must be a Module"),
         (lambda: lo.OptimizerFactory().build(nn.Linear(1, 1), 100), r"Invalid horizon=100 of build\(\): .* Horizon"),
         (lambda: lo.schedules.Cosine(warmup=0.05), r"Invalid warmup=0.05 of Cosine: .*For 5% of the run write '5%'"),
@@ -303,7 +306,7 @@ def test_a_subclass_is_named_in_the_message_and_keeps_its_signature():
 
 def test_every_annotation_of_a_public_constructor_can_be_checked():
     for cls in ALL.keys() - OPTIMIZERS.keys():
-        assert hasattr(cls.__init__, "__wrapped__"), f"{cls.__name__} does not check its arguments"
+        assert hasattr(inspect.getattr_static(cls, "__init__"), "__wrapped__"), cls.__name__
 
 
 def test_a_duration_is_checked_as_itself():

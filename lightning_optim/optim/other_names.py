@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_8BIT: Mapping[str, Any] = {"state_bits": 8}
-_CAUTIOUS: Mapping[str, Any] = {"cautious": True}
-_CORRECTED: Mapping[str, Any] = {"weight_decay_kind": "corrected"}
-_MOMENTUM: Mapping[str, Any] = {"momentum": 0.9}
-_NESTEROV: Mapping[str, Any] = {"momentum": 0.9, "nesterov": True}
-_SGDW: Mapping[str, Any] = {**_NESTEROV, "weight_decay_kind": "decoupled"}
+_8BIT: dict[str, Any] = {"state_bits": 8}
+_CAUTIOUS: dict[str, Any] = {"cautious": True}
+_CORRECTED: dict[str, Any] = {"weight_decay_kind": "corrected"}
+_MOMENTUM: dict[str, Any] = {"momentum": 0.9}
+_NESTEROV: dict[str, Any] = {"momentum": 0.9, "nesterov": True}
+_SGDW: dict[str, Any] = {**_NESTEROV, "weight_decay_kind": "decoupled"}
 
 _HUGGING_FACE: dict[str, tuple[str, Mapping[str, Any]]] = {
     "adamw_hf": ("adamw", {}),
@@ -127,7 +127,7 @@ def _elsewhere(nearest: str, *classes: str) -> dict[str, str]:
     return {name.lower(): _IN_PYTORCH_OPTIMIZER.format(nearest, name) for name in classes}
 
 
-REFUSED: Mapping[str, str] = {
+REFUSED: dict[str, str] = {
     **_elsewhere(
         "'adamw'", "AdaBelief", "AdaHessian", "AdamP", "LaProp", "MARS", "NovoGrad", "SophiaH", "GrokFastAdamW"
     ),

@@ -194,6 +194,7 @@ class Adafactor(FusedOptimizer):
     when_to_use = "Where memory does not suffice for Adam's moments: large language models, the T5 family."
     memory = "rows + columns of each matrix"
     paper = "https://arxiv.org/abs/1804.04235"
+    usual_lr = (1e-3, 3e-2)
     ranges: ClassVar[Mapping[str, Range]] = {
         "beta2_decay": Range(high=0),
         "eps": replace(NON_NEGATIVE, optional=True),

@@ -76,6 +76,7 @@ class Adagrad(FusedOptimizer):
     when_to_use = "Sparse or rare features, and convex problems; in deep networks its steps fade."
     memory = "1 value"
     paper = "https://jmlr.org/papers/v12/duchi11a.html"
+    usual_lr = (1e-3, 1e-1)
     ranges: ClassVar[Mapping[str, Range]] = {
         "lr_decay": NON_NEGATIVE,
         "initial_accumulator_value": NON_NEGATIVE,

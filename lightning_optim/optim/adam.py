@@ -123,6 +123,7 @@ class Adam(FusedOptimizer):
     when_to_use = "The classic; prefer AdamW when weights decay."
     memory = "2 values (3 with amsgrad)"
     paper = "https://arxiv.org/abs/1412.6980"
+    usual_lr = (1e-5, 3e-3)
     option_defaults: ClassVar[SharedOptions] = {"weight_decay_kind": "l2"}
 
     def __init__(

@@ -117,6 +117,7 @@ class Adan(FusedOptimizer):
     when_to_use = "Vision transformers and large batches, with a larger lr than AdamW's; memory permitting."
     memory = "4 values"
     paper = "https://arxiv.org/abs/2208.06677"
+    usual_lr = (1e-4, 2e-2)
 
     def __init__(
         self,

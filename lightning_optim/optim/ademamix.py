@@ -112,6 +112,7 @@ class AdEMAMix(FusedOptimizer):
     when_to_use = "Long language-model runs: reaches AdamW's loss in fewer tokens, and forgets less."
     memory = "3 values"
     paper = "https://arxiv.org/abs/2409.03137"
+    usual_lr = (1e-5, 3e-3)
     ranges: ClassVar[Mapping[str, Range]] = {
         "alpha": NON_NEGATIVE,
         "alpha_warmup": NON_NEGATIVE,

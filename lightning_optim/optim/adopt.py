@@ -109,6 +109,7 @@ class ADOPT(FusedOptimizer):
     when_to_use = "Where Adam is unstable, or small batches make β₂ hard to choose."
     memory = "2 values"
     paper = "https://arxiv.org/abs/2411.02853"
+    usual_lr = (1e-5, 3e-3)
     ranges: ClassVar[Mapping[str, Range]] = {
         "clip_exp": replace(NON_NEGATIVE, optional=True),
     }

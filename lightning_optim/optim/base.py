@@ -89,6 +89,9 @@ class FusedOptimizer(Optimizer):
     """State per parameter, in words."""
     paper: ClassVar[str]
     """URL of the publication."""
+    usual_lr: ClassVar[tuple[float, float] | None] = None
+    """Smallest and largest peak of the learning rate in published recipes, fine-tuning included; None if unknown.
+    `usual_lr_of` has that of a parameter group."""
     ranges: ClassVar[Mapping[str, Range]] = MappingProxyType(
         {"lr": NON_NEGATIVE, "weight_decay": NON_NEGATIVE, "eps": NON_NEGATIVE, "betas": FRACTION}
     )
@@ -110,6 +113,15 @@ class FusedOptimizer(Optimizer):
     _batches: Batches | None = None  # The batches of the last step are not part of the state.
 
     _step_supports_amp_scaling: bool  # of the object, as torch's: Lightning's wrapper would not find a change to it
+
+    @classmethod
+    def usual_lr_of(cls, group: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Return `usual_lr` with the settings of a parameter group, some of which change the scale of the rate.
+
+        Args:
+            group: A parameter group of this class.
+        """
+        return cls.usual_lr
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[SharedOptions]) -> None:
         owner = type(self)

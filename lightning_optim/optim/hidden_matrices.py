@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from lightning_optim.core.ranges import FINITE, FRACTION, NON_NEGATIVE, Range
 from lightning_optim.core.typed import checked
+from lightning_optim.optim.adamw import AdamW
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.hyperparameters import check_lengths, check_numbers
 from lightning_optim.optim.ranges import ranges_of
@@ -152,6 +153,11 @@ class HiddenMatrixOptimizer(FusedOptimizer):
     def hyperparameters(cls) -> dict[str, Any]:
         """Return the result of `FusedOptimizer.hyperparameters` without the settings for AdamW."""
         return {name: value for name, value in super().hyperparameters().items() if not name.startswith("adamw_")}
+
+    @classmethod
+    def usual_lr_of(cls, group: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Return AdamW's range for `match_rms_adamw`, whose steps are as large as AdamW's, and otherwise `usual_lr`."""
+        return AdamW.usual_lr if group.get("adjust_lr_fn") == "match_rms_adamw" else cls.usual_lr
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, with parameters that are not hidden matrices in a separate group; see the class."""

@@ -145,6 +145,7 @@ class LAMB(FusedOptimizer):
     when_to_use = "Very large batches (thousands to tens of thousands) for models that need Adam, such as BERT."
     memory = "2 values"
     paper = "https://arxiv.org/abs/1904.00962"
+    usual_lr = (5e-4, 2e-2)
 
     def __init__(
         self,

@@ -144,6 +144,7 @@ class LARS(FusedOptimizer):
     when_to_use = "Very large batches with convolutional networks; contrastive pretraining."
     memory = "1 value (0 without momentum)"
     paper = "https://arxiv.org/abs/1708.03888"
+    usual_lr = (0.1, 20.0)
     ranges: ClassVar[Mapping[str, Range]] = {
         "momentum": NON_NEGATIVE,
         "dampening": Range(0, 1),

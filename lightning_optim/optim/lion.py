@@ -88,6 +88,7 @@ class Lion(FusedOptimizer):
     when_to_use = "Half of AdamW's state; large batches in vision and language, with a smaller lr."
     memory = "1 value"
     paper = "https://arxiv.org/abs/2302.06675"
+    usual_lr = (1e-5, 1e-3)
 
     def __init__(
         self,

@@ -187,6 +187,7 @@ class Muon(HiddenMatrixOptimizer):
     when_to_use = "Hidden matrices of transformers and convolutional networks; fewer steps than AdamW."
     memory = "1 value (2 in groups for AdamW)"
     paper = "https://kellerjordan.github.io/posts/muon"
+    usual_lr = (5e-3, 5e-2)
 
     def __init__(
         self,

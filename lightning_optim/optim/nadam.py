@@ -106,6 +106,7 @@ class NAdam(FusedOptimizer):
     when_to_use = "Where Adam works and published settings use it; prefer NAdamW for new ones."
     memory = "2 values"
     paper = "https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ"
+    usual_lr = (1e-5, 3e-3)
     ranges: ClassVar[Mapping[str, Range]] = {
         "momentum_decay": NON_NEGATIVE,
     }

@@ -82,6 +82,7 @@ class NAdamW(FusedOptimizer):
     when_to_use = "In place of AdamW, at the same cost and with the same settings; the AlgoPerf baseline."
     memory = "2 values"
     paper = "https://arxiv.org/abs/1910.05446"
+    usual_lr = (1e-5, 3e-3)
 
     def __init__(
         self,

@@ -124,6 +124,7 @@ class NorMuon(HiddenMatrixOptimizer):
     when_to_use = "Like Muon, where some neurons would otherwise get most of the update."
     memory = "1 value and 1 per row (2 in groups for AdamW)"
     paper = "https://arxiv.org/abs/2510.05491"
+    usual_lr = (5e-3, 5e-2)
     ranges: ClassVar[Mapping[str, Range]] = {
         "beta2": FRACTION,
     }

@@ -192,6 +192,7 @@ class Prodigy(FusedOptimizer):
     when_to_use = "Training without tuning a learning rate: fine-tuning, diffusion, first experiments."
     memory = "4 values"
     paper = "https://arxiv.org/abs/2306.06101"
+    usual_lr = (0.3, 3.0)
     ranges: ClassVar[Mapping[str, Range]] = {
         "beta3": replace(FRACTION, optional=True),
         "d0": Range(0, above=True, below=True),

@@ -111,6 +111,7 @@ class RAdam(FusedOptimizer):
     when_to_use = "Adam without a warmup schedule."
     memory = "2 values"
     paper = "https://arxiv.org/abs/1908.03265"
+    usual_lr = (1e-5, 3e-3)
     option_defaults: ClassVar[SharedOptions] = {"weight_decay_kind": "l2"}
 
     def __init__(

@@ -167,6 +167,7 @@ class RMSprop(FusedOptimizer):
     when_to_use = "Recurrent networks and reinforcement learning, where published settings use it."
     memory = "1 value (one more with momentum, one more if centered)"
     paper = "https://arxiv.org/abs/1308.0850"
+    usual_lr = (1e-5, 1e-2)
     ranges: ClassVar[Mapping[str, Range]] = {
         "alpha": Range(0, 1, below=True),
         "momentum": NON_NEGATIVE,

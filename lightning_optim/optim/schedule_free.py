@@ -179,6 +179,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
     when_to_use = "Runs of unknown length, and wherever tuning a schedule is too much effort."
     memory = "2 values (3 in evaluation mode; 1 more with inner_momentum)"
     paper = "https://arxiv.org/abs/2405.15682"
+    usual_lr = (1e-4, 1e-2)
     refused_options: ClassVar[Mapping[str, str]] = {"cautious": "x would no longer be the average of z"}
     ranges: ClassVar[Mapping[str, Range]] = {
         "warmup_steps": NON_NEGATIVE,

@@ -110,6 +110,7 @@ class SGD(FusedOptimizer):
     when_to_use = "Convolutional networks, and wherever memory is short."
     memory = "1 value (0 without momentum)"
     paper = "https://proceedings.mlr.press/v28/sutskever13.html"
+    usual_lr = (1e-3, 1.0)
     ranges: ClassVar[Mapping[str, Range]] = {
         "momentum": NON_NEGATIVE,
         "dampening": Range(0, 1),

@@ -205,6 +205,7 @@ class SOAP(FusedOptimizer):
     when_to_use = "Fewest steps at large batches, if time per step and memory allow; language models."
     memory = "2 values, and 2 per element of two square matrices as large as each side"
     paper = "https://arxiv.org/abs/2409.11321"
+    usual_lr = (1e-4, 1e-2)
     ranges: ClassVar[Mapping[str, Range]] = {
         "shampoo_beta": replace(FRACTION, optional=True),
         "precondition_frequency": Range(1, whole=True),

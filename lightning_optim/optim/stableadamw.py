@@ -128,6 +128,7 @@ class StableAdamW(FusedOptimizer):
     when_to_use = "AdamW that survives loss spikes, without gradient clipping; low precision, large vision models."
     memory = "2 values"
     paper = "https://arxiv.org/abs/2304.13013"
+    usual_lr = (1e-5, 3e-3)
 
     def __init__(
         self,

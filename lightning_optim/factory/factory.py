@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_optim.core.durations import Horizon
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.typed import checked, typed
+from lightning_optim.core.user_frame import depth_outside
 from lightning_optim.core.wrappers import unwrap_module
 from lightning_optim.factory.about import about
 from lightning_optim.factory.added_groups import track_added_groups
@@ -99,6 +100,8 @@ class OptimizerFactory:
         self._rules: Sequence[Entry] = preset if param_groups is None else param_groups
         check_rules(self._rules)
         self._optimizer.check_rules(self._rules)
+        for text in self._optimizer.odd_rates(self._rules):
+            self._tell(text, True)
         trial = self._optimizer.trial()
         self._schedule = resolve_schedule("constant" if schedule is None else schedule, warmup, trial)
         of_groups = {rule.name: rule.schedule for rule in self._rules if isinstance(rule, ParamGroupRule)}
@@ -207,7 +210,7 @@ class OptimizerFactory:
     def _tell(self, message: str, warn: bool) -> None:
         """Report what differs between a checkpoint and the configuration."""
         if warn:
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=depth_outside())
         else:
             print(message)
 

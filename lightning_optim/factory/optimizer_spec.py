@@ -82,6 +82,21 @@ class OptimizerSpec:
             return str(error)
         return None
 
+    def odd_rates(self, rules: Sequence[Entry]) -> list[str]:
+        """Describe learning rates that are far off the usual ones of their optimizer, a sentence each.
+
+        Args:
+            rules: Rules of parameter groups; one with another update rule is compared with that rule's own rates.
+        """
+        found = []
+        for group in [self.defaults, *(rule.settings() for rule in rules if isinstance(rule, ParamGroupRule))]:
+            cls = self.cls if group.get("rule") is None else class_of_rule(group["rule"])
+            rate = group.get("lr", self.defaults.get("lr"))
+            own = group is self.defaults or group.keys() & {"lr", "rule"}
+            if own and rate is not None and issubclass(cls, optim.FusedOptimizer):
+                found.append(_odd_rate(cls, float(rate), self.defaults | group))
+        return list(dict.fromkeys(filter(None, found)))
+
     def check_rules(self, rules: Sequence[Entry]) -> None:
         """Refuse rules that set options which the optimizer does not have, or values that it does not accept.
 
@@ -126,7 +141,14 @@ class OptimizerSpec:
         if rule.betas is not None and len(rule.betas) != len(betas):
             raise ValueError(f"betas={list(rule.betas)} are {len(rule.betas)}; needed are {len(betas)}, as {betas}.")
         if issubclass(self.cls, optim.FusedOptimizer):  # torch's own check the values of defaults only
-            self.make([{"params": [param], **settings} for param in _trial_params()])
+            problems: list[Exception] = []
+            for param in _trial_params():
+                try:
+                    self.make([{"params": [param], **settings}])
+                except ValueError as error:
+                    problems.append(error)
+            if len(problems) == len(_trial_params()):  # a rule for matrices does not take the vector
+                raise problems[0]
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.kwargs.items())
@@ -185,6 +207,21 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, Optim
     if "lr" in trial.defaults:
         _check_number(type(trial).__name__, "lr", trial.defaults["lr"], above_zero=True)
     return make, trial
+
+
+_FAR = 4.0
+"""Factor beyond the usual learning rates from which on a rate is warned about: a name was swapped and the rate not."""
+
+
+def _odd_rate(cls: type[optim.FusedOptimizer], rate: float, group: Mapping[str, Any]) -> str | None:
+    usual = cls.usual_lr_of(group)
+    if usual is None or usual[0] / _FAR <= rate <= usual[1] * _FAR:
+        return None
+    return (
+        f"lr={rate:g} of {cls.__name__} is far {'below' if rate < usual[0] else 'above'} what is usual for it, "
+        f"{usual[0]:g} to {usual[1]:g}; its default is {cls.hyperparameters().get('lr', usual[0]):g}. Each optimizer "
+        "has a scale of its own: with another one, choose lr anew, or leave it out."
+    )
 
 
 _FUSED_DEVICES = ("cpu", "cuda")

@@ -113,7 +113,8 @@ class HiddenMatrixOptimizer(FusedOptimizer):
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         defaults: Hyperparameters by name.
-        adamw: Defaults of groups for AdamW: lr, betas, eps, weight_decay; None for those of the original group.
+        adamw: Defaults of groups for AdamW: lr, betas, eps, weight_decay. None for the weight decay of the original
+            group; None for its lr with `match_rms_adamw`, whose scale is AdamW's, and otherwise for that of AdamW.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -139,6 +140,8 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         **options: Unpack[SharedOptions],
     ) -> None:
         self._adamw = {name: value for name, value in adamw.items() if value is not None or name in _NEEDED}
+        if adamw["lr"] is None and defaults["adjust_lr_fn"] != "match_rms_adamw":
+            self._adamw["lr"] = AdamW.hyperparameters()["lr"]
         # They must be valid without a group for AdamW as well, and a message has the names that were given.
         named = {f"adamw_{name}": value for name, value in self._adamw.items()}
         lengths = {name: (0.9, 0.95) if name == "adamw_betas" else None for name in named}

@@ -52,7 +52,7 @@ def check_lengths(owner: str, group: Mapping[str, Any], defaults: Mapping[str, A
         ValueError: A hyperparameter is not a tuple or list of that length, or is one and should not be.
     """
     for name, default in defaults.items():
-        given = group[name]
+        given = group.get(name)
         if not isinstance(default, tuple):
             if isinstance(given, tuple | list):
                 raise ValueError(f"{_where(owner, group)}Invalid {name}={given!r}: must be one value, not a list.")

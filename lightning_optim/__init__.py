@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lightning_optim import diagnostics as diagnostics
     from lightning_optim import divergence as divergence
     from lightning_optim import optim as optim
-    from lightning_optim import param_groups as param_groups
     from lightning_optim import schedules as schedules
     from lightning_optim.callbacks import ConfigureOptimizers as ConfigureOptimizers
     from lightning_optim.callbacks import DivergenceGuard as DivergenceGuard
@@ -55,7 +54,7 @@ _MODULES = (
     "schedules",
     "step",
 )
-_SHOWN = ("clipping", "diagnostics", "divergence", "optim", "param_groups", "schedules")
+_SHOWN = ("clipping", "diagnostics", "divergence", "optim", "schedules")
 """The modules whose names a user writes; `import *` and completion offer them."""
 _NAMES = {
     "ConfigureOptimizers": "callbacks",

@@ -39,7 +39,6 @@ def train_digits(name: str, lr: float | None, epochs: int) -> float:
     data.setup("fit")
     images, labels = data.train.tensors
     optimizer, scheduler = lo.OptimizerFactory(name, lr=lr).build(model, lo.Horizon(total_steps=22 * epochs))
-    averages = isinstance(optimizer, optim.ScheduleFreeAdamW)
     for _ in range(epochs):
         order = torch.randperm(len(images))
         for start in range(0, len(images) - batch + 1, batch):
@@ -48,7 +47,9 @@ def train_digits(name: str, lr: float | None, epochs: int) -> float:
             F.cross_entropy(model(images[rows]), labels[rows]).backward()
             optimizer.step()
             scheduler.step()
-    if averages:  # The running statistics of batch norm are those of the weights that were trained.
+    if isinstance(
+        optimizer, optim.ScheduleFreeAdamW
+    ):  # The running statistics of batch norm are those of the weights that were trained.
         optimizer.eval()
         with torch.no_grad():
             model(images)

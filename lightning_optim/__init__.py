@@ -95,12 +95,15 @@ def __getattr__(name: str) -> Any:
 
 
 def _where(name: str) -> str:
-    """Return where a class is that has been looked for here, as the end of a sentence."""
-    if name[:1].isupper():
-        for module in _SHOWN:
-            if hasattr(importlib.import_module(f"{__name__}.{module}"), name):
-                return f". Did you mean {f'{__name__}.{module}.{name}'!r}?"
-    return ""
+    """Return where a class is that has been looked for here, or what it may be, as the end of a sentence."""
+    if not name[:1].isupper():
+        return ""
+    from lightning_optim.core.suggest import nearest
+
+    for module in _SHOWN:
+        if hasattr(importlib.import_module(f"{__name__}.{module}"), name):
+            return f". Did you mean {f'{__name__}.{module}.{name}'!r}?"
+    return f". {nearest(name, _NAMES)}"
 
 
 def __dir__() -> list[str]:

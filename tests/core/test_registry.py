@@ -146,6 +146,8 @@ def test_modules_of_the_package_are_attributes_and_none_is_loaded_before():
 def test_a_class_that_is_looked_for_in_the_wrong_place_is_pointed_at():
     with pytest.raises(AttributeError, match=r"no attribute 'AdamW'\. Did you mean 'lightning_optim\.optim\.AdamW'"):
         lo.AdamW  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'GradintClipping'\. Did you mean 'GradientClipping'\?"):
+        lo.GradintClipping  # noqa: B018
     with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
         lo.nothing  # noqa: B018
     with pytest.raises(ValueError, match=r"Did you mean 'lightning_optim\.optim\.AdamW'"):

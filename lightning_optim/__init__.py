@@ -12,6 +12,9 @@ from lightning_optim._version import __version__
 from lightning_optim.core.moved_modules import keep_old_paths
 
 if TYPE_CHECKING:
+    from lightning_optim import clipping as clipping
+    from lightning_optim import diagnostics as diagnostics
+    from lightning_optim import divergence as divergence
     from lightning_optim import optim as optim
     from lightning_optim import schedules as schedules
     from lightning_optim.callbacks import ConfigureOptimizers as ConfigureOptimizers
@@ -37,7 +40,22 @@ if TYPE_CHECKING:
 
 keep_old_paths()
 
-_MODULES = ("optim", "schedules")
+_MODULES = (
+    "callbacks",
+    "cli",
+    "clipping",
+    "core",
+    "diagnostics",
+    "divergence",
+    "factory",
+    "kernels",
+    "optim",
+    "param_groups",
+    "schedules",
+    "step",
+)
+_SHOWN = ("clipping", "diagnostics", "divergence", "optim", "schedules")
+"""The modules whose names a user writes; `import *` and completion offer them."""
 _NAMES = {
     "ConfigureOptimizers": "callbacks",
     "DivergenceGuard": "callbacks",
@@ -63,7 +81,7 @@ _NAMES = {
 
 __all__ = [
     "__version__",
-    *_MODULES,
+    *_SHOWN,
     *_NAMES,
 ]
 
@@ -73,7 +91,19 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     if name in _NAMES:
         return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_where(name)}")
+
+
+def _where(name: str) -> str:
+    """Return where a class is that has been looked for here, or what it may be, as the end of a sentence."""
+    if not name[:1].isupper():
+        return ""
+    from lightning_optim.core.suggest import nearest
+
+    for module in _SHOWN:
+        if hasattr(importlib.import_module(f"{__name__}.{module}"), name):
+            return f". Did you mean {f'{__name__}.{module}.{name}'!r}?"
+    return f". {nearest(name, _NAMES)}"
 
 
 def __dir__() -> list[str]:

@@ -32,8 +32,8 @@ FACTORY = [
     ({"optimizer": "no_such_package.Optimizer"}, ValueError, ["no_such_package"]),
     (
         {"param_groups": [{"name": "head", "lr": 0.1}]},
-        TypeError,
-        ["Write ParamGroupRule(name='head', lr=0.1)"],
+        ValueError,
+        ["param_groups", "ParamGroupRule 'head'", "criterion"],
     ),
     ({"optimizer": 3}, TypeError, ["3", "'adamw'"]),
     ({"optimizer": nn.Linear}, TypeError, ["Linear", "Optimizer"]),
@@ -126,7 +126,8 @@ FACTORY = [
     ({"schedule": "cosine", "warmup": NAN}, ValueError, ["nan"]),
     ({"schedule": "cosine", "warmup": True}, ValueError, ["True"]),
     ({"param_groups": ["no_decya"]}, ValueError, ["'no_decya'", "'no_decay'"]),
-    ({"param_groups": [{"name": "head"}]}, TypeError, ["ParamGroupRule", "no_decay"]),
+    ({"param_groups": [{"name": "head", "patern": "a"}]}, TypeError, ["param_groups", "'patern'", "'pattern'"]),
+    ({"param_groups": [nn.Linear]}, TypeError, ["ParamGroupRule", "LayerDecay"]),
     ({"param_groups": "no_decay"}, (TypeError, ValueError), ["no_decay"]),
     (
         {"param_groups": [lo.ParamGroupRule(name="a", pattern="x"), lo.ParamGroupRule(name="a", pattern="y")]},

@@ -19,6 +19,8 @@ from lightning_optim.callbacks._hub import CHECKPOINT_KEY, HubCallback
 from lightning_optim.callbacks._lightning import found_lr
 from lightning_optim.callbacks._packages import is_lightning, module_overrides
 from lightning_optim.core.durations import Horizon
+from lightning_optim.core.typed import checked, typed
+from lightning_optim.core.user_frame import depth_outside
 from lightning_optim.factory import OptimizerFactories, OptimizerFactory, PartOptimizer
 from lightning_optim.factory.about import optimizer_names
 from lightning_optim.param_groups import Entry
@@ -33,9 +35,13 @@ class _Factory(OptimizerFactory):
     """A factory that reports on the first rank only."""
 
     def _tell(self, message: str, warn: bool) -> None:
-        (rank_zero_warn if warn else rank_zero_info)(message)
+        if warn:
+            rank_zero_warn(message, stacklevel=3 + depth_outside())  # 3 of it and of what it is called through
+        else:
+            rank_zero_info(message)
 
 
+@typed(own=("optimizer", "schedule", "schedules", "optimizers"))
 class ConfigureOptimizers(HubCallback, _Factory):
     r"""Supplies the optimizer, its parameter groups and its schedule; the module's own are not asked.
 
@@ -126,6 +132,7 @@ class ConfigureOptimizers(HubCallback, _Factory):
         """The optimizers and their hyperparameters, for tables of runs."""
         return super().settings if self._several is None else self._several.settings
 
+    @checked
     def build(
         self, model: nn.Module, horizon: Horizon | None = None, owner: nn.Module | None = None
     ) -> tuple[Optimizer, Any]:

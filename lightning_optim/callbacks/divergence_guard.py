@@ -23,6 +23,7 @@ from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._lightning import logging_due, logging_step
 from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.stats import StepRecord
+from lightning_optim.core.typed import typed
 from lightning_optim.divergence import (
     SIGNALS,
     Alarm,
@@ -47,6 +48,7 @@ CHECKPOINT_KEY = "lightning_optim.divergence_guard"
 """Key in a checkpoint; Lightning's own key for a callback's state contains the class and its arguments."""
 
 
+@typed(own=("detectors",))
 class DivergenceGuard(HubCallback):
     """Keep a run alive through bad batches, spikes and divergence, and report all observations and responses.
 

@@ -10,12 +10,14 @@ from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._pipelines import has_engine
 from lightning_optim.clipping import ClipRule, GlobalNorm, make_clip_rule
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.schedules import Schedule, get_schedule
 from lightning_optim.schedules.live import LiveCurve
 from lightning_optim.schedules.run import Run
 
 
+@typed
 class GradientClipping(HubCallback):
     """Clip the gradients of every optimizer step, by their global norm or another rule, in every precision.
 

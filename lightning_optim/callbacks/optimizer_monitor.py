@@ -18,6 +18,7 @@ from lightning_optim.callbacks._monitor.page import HP_METRICS, MonitorPage, log
 from lightning_optim.callbacks._monitor.validation import OWN_LOSS, ValidationLooks, metric_tags
 from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.stats import StepCounts, StepRecord
+from lightning_optim.core.typed import typed
 from lightning_optim.diagnostics import DEFAULT_DIAGNOSTICS, DIAGNOSTICS, Diagnostic, Histograms, PerTensor, StepReport
 from lightning_optim.diagnostics.advice import BatchAdvice
 from lightning_optim.step import StepPipeline
@@ -26,6 +27,7 @@ _MOST_ALARMS = 1000
 """Largest number of sentences in `OptimizerMonitor.alarms`, as in the guard's report."""
 
 
+@typed(own=("diagnostics",))
 class OptimizerMonitor(HubCallback):
     """Log the effect of the optimizer on each parameter group, to every logger.
 

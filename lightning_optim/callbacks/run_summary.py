@@ -15,6 +15,7 @@ from lightning_optim.callbacks._hub import HubCallback
 from lightning_optim.callbacks._monitor.settings import clipping_of
 from lightning_optim.callbacks._packages import tensorboard_loggers
 from lightning_optim.core.stats import StepCounts
+from lightning_optim.core.typed import typed
 
 _HEALTH = {
     "rollbacks": "rollbacks",
@@ -25,6 +26,7 @@ _HEALTH = {
 """Label of each number about the run's health that is shown."""
 
 
+@typed
 class RunSummary(HubCallback):
     """Print a summary after training: metrics, speed, clipped and skipped steps, and the parameter groups.
 

@@ -7,10 +7,12 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks._followed import bare
 from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.core.typed import typed
 from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.step.foreign_decay import ForeignDecay, check_decay
 
 
+@typed
 class WeightDecay(HubCallback):
     """Decoupled weight decay for an optimizer of another package that has none or only L2.
 

@@ -8,8 +8,10 @@ from torch import Tensor
 from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, gather, scatter, whole
 from lightning_optim.core.fragment import NUMBER, PARAMETER, Fragment
 from lightning_optim.core.stats import GradStats
+from lightning_optim.core.typed import typed
 
 
+@typed
 class AdaGC(ClipRule):
     """Limit the norm of each tensor's gradient to a little above its own average so far.
 

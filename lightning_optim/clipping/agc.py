@@ -8,8 +8,10 @@ import torch
 from lightning_optim.clipping.base import STATELESS, ClipRule, State, UnitDivisor, above_zero
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 
 
+@typed(own=("exclude",))
 class AGC(ClipRule):
     r"""Adaptive gradient clipping: the gradient of each output unit is limited to a fraction of the unit's weights.
 
@@ -39,8 +41,9 @@ class AGC(ClipRule):
         self.eps = above_zero(
             "eps", eps, 1e-3, "leave gradient clipping out; at 0, weights that start at zero would never change"
         )
-        if isinstance(exclude, str):
-            raise ValueError(f"Invalid exclude={exclude!r}: it must be a list of patterns, such as [{exclude!r}].")
+        if not isinstance(exclude, list | tuple) or not all(isinstance(pattern, str) for pattern in exclude):
+            example = [exclude] if isinstance(exclude, str) else ["head"]
+            raise ValueError(f"Invalid exclude={exclude!r}: it must be a list of patterns, such as {example}.")
         self.exclude = tuple(exclude)
         for pattern in self.exclude:
             try:

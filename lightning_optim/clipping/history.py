@@ -10,11 +10,13 @@ from torch import Tensor
 from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, Divisor, State, above_zero, whole
 from lightning_optim.core.fragment import NUMBER, Fragment
 from lightning_optim.core.stats import GradStats
+from lightning_optim.core.typed import typed
 
 SMALLEST = 1e-30
 """Replacement for a norm of 0, which has no logarithm and cannot be a divisor."""
 
 
+@typed
 class AutoClip(ClipRule):
     """Limit the global norm to a percentile of the last norms, the present one included.
 
@@ -90,6 +92,7 @@ class AutoClip(ClipRule):
         return _put(state["norms"], state["steps"], norm)
 
 
+@typed
 class ZClip(ClipRule):
     """Clip a global norm that is an outlier among recent ones, by its robust z-score in log space.
 

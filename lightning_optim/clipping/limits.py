@@ -15,8 +15,10 @@ from lightning_optim.core.fragment import Fragment
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.transfer import upload
+from lightning_optim.core.typed import typed
 
 
+@typed
 class GlobalNorm(ClipRule):
     """Scale all gradients together so that their norm as one vector is at most ``max_norm``.
 
@@ -53,6 +55,7 @@ class GlobalNorm(ClipRule):
         return (self.max_norm * limit,)
 
 
+@typed
 class GroupNorm(ClipRule):
     """Scale the gradients of each parameter group so that their norm is at most the group's limit.
 
@@ -132,6 +135,7 @@ class GroupNorm(ClipRule):
         return [list(map(float, groups)), [bounds[group] for group in groups]]
 
 
+@typed
 class BlockRMS(ClipRule):
     """Scale the gradient of each tensor so that its root mean square is at most ``max_rms``.
 
@@ -178,6 +182,7 @@ class BlockRMS(ClipRule):
         return [[float(max(n, 1)) for n in numel]]
 
 
+@typed
 class Value(ClipRule):
     """Clamp each element of the gradients to [−max_value, max_value], as torch's ``clip_grad_value_`` does.
 

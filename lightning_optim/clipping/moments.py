@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_optim.clipping.base import STATELESS, Clip, ClipRule, State, above_zero, gather, scatter, whole
 from lightning_optim.core.stats import GradStats
 from lightning_optim.core.transfer import upload
+from lightning_optim.core.typed import typed
 
 
 class _Released(ClipRule):
@@ -39,6 +40,7 @@ class _Released(ClipRule):
         return {"flags": scatter(state["flags"], stats, flags)}
 
 
+@typed
 class MomentumRatio(_Released):
     """Limit the norm of each tensor's gradient to ``ratio`` times that of the optimizer's momentum.
 
@@ -74,6 +76,7 @@ class MomentumRatio(_Released):
         return torch.where(passes, 1.0, (stats.norm_sq.sqrt() / bound).clamp(min=1.0))
 
 
+@typed
 class UpdateRMS(_Released):
     """Limit, tensor by tensor, the root mean square of g/√v̂, which is about 1 when the second moment is up to date.
 

@@ -7,10 +7,13 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from lightning_optim.core.typed import typed
+
 _PATTERN = re.compile(r"\s*(?P<amount>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>steps?|epochs?|%|percent)\s*", re.IGNORECASE)
 _FORMS = "Write a number of optimizer steps (500 or '500 steps'), of epochs ('2 epochs') or a share of the run ('5%')."
 
 
+@typed
 @dataclass(frozen=True)
 class Horizon:
     """The length of a run in optimizer steps.
@@ -61,6 +64,7 @@ class Horizon:
         return whole + ((step - ends[whole]) / length if length else 0.0)
 
 
+@typed
 @dataclass(frozen=True)
 class Duration:
     """Duration of training, which converts to a number of steps once the length of the run is known.

@@ -28,8 +28,10 @@ def import_object(path: str, what: str, base: type | tuple[type, ...]) -> Any:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"Cannot import the {what} {path!r}: {error}.") from error
-    if not hasattr(module, name):
+    try:
+        return getattr(module, name)
+    except AttributeError as error:  # The module's own message may say where the name is.
         options = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
         options += getattr(module, "__all__", ())  # of which some may be imported on first use
-        raise ValueError(f"{module_name} has no {name!r}." + (f" {nearest(name, options)}" if options else ""))
-    return getattr(module, name)
+        advice = nearest(name, options) if options else f"It says: {error}"
+        raise ValueError(f"{module_name} has no {name!r}. {advice}") from error

@@ -26,6 +26,7 @@ class Registry(Generic[T]):
         kind: Name of the kind in messages, for instance "schedule".
         base: Base class of all entries.
         aliases: Name of each alias, for instance for the names of other libraries.
+        known: What is nearest, as a sentence, by names that mean something which no class here is.
 
     Example:
         >>> tables = Registry("table", dict)
@@ -38,10 +39,16 @@ class Registry(Generic[T]):
         >>> tables.close()
     """
 
-    def __init__(self, kind: str, base: type, aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        base: type,
+        aliases: Mapping[str, str] | None = None,
+        known: Mapping[str, str] | None = None,
+    ) -> None:
         self.kind, self.base = kind, base
         self._classes: dict[str, type[T]] = {}
-        self._aliases = dict(aliases or {})
+        self._aliases, self._known = dict(aliases or {}), dict(known or {})
         _registries.append(self)
 
     def add(self, cls: type[T], name: str) -> None:
@@ -79,6 +86,9 @@ class Registry(Generic[T]):
         """Exclude this registry from `register`."""
         _registries.remove(self)
 
+    def __contains__(self, name: str) -> bool:
+        return _key(name) in self._classes
+
     def get(self, name: str) -> type[T]:
         """Return the class called ``name``.
 
@@ -90,7 +100,8 @@ class Registry(Generic[T]):
         key = _key(name)
         cls = self._classes.get(self._aliases.get(key, key))
         if cls is None:
-            raise ValueError(f"Unknown {self.kind} {name!r}. {nearest(key, [*self._classes, *self._aliases])}")
+            advice = self._known.get(key) or nearest(key, self._classes, also=self._aliases)
+            raise ValueError(f"Unknown {self.kind} {name!r}. {advice}")
         return cls
 
     def make(self, name: str, arguments: Mapping[str, Any]) -> T:
@@ -165,7 +176,7 @@ def one_or_several(given: Any) -> tuple[Any, ...]:
         >>> one_or_several("spikes"), one_or_several(["spikes", "nan"]), one_or_several(())
         (('spikes',), ('spikes', 'nan'), ())
     """
-    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else (given,)
 
 
 def snake_case(name: str) -> str:

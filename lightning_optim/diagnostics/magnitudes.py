@@ -10,6 +10,7 @@ import numpy as np
 
 from lightning_optim.core.magnitude_columns import COLUMNS, FIRST, KINDS
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 
 TAGS = {
     "grad": "optim_grad/histogram",
@@ -22,6 +23,7 @@ EDGES = tuple(math.log10(2) * (FIRST + column - 2) for column in range(COLUMNS +
 """Edges of the columns, in log10 of the magnitude; zeros are at the left end, NaN and infinities at the right."""
 
 
+@typed
 @dataclass(frozen=True)
 class Histograms:
     """Histograms of magnitudes that `OptimizerMonitor` writes to TensorBoard, one for each parameter group.

@@ -10,6 +10,7 @@ import numpy as np
 from lightning_optim.core.registry import one_or_several
 from lightning_optim.core.stats import TENSOR_COLUMNS
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 
 
 class TensorRows:
@@ -56,6 +57,7 @@ QUANTITIES: dict[str, Callable[[TensorRows], np.ndarray]] = {
 """Quantities of a tensor by name, defined as a group's diagnostics are; `update_rms` is a group's ``lr/effective``."""
 
 
+@typed
 @dataclass(frozen=True)
 class PerTensor:
     """Display of individual tensors by `OptimizerMonitor`, in loggers that can.

@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_optim.core.fragment import PARAMETER, Fragment
 from lightning_optim.core.stats import DECAYS, GradStats
 from lightning_optim.core.transfer import upload
+from lightning_optim.core.typed import typed
 
 _NAMED = 4
 _TO_SIGMA = 1.4826
@@ -31,6 +32,7 @@ _SMALLEST = 1e-3
 """Value that stands for anything below it, as of a group whose gradients are all 0."""
 
 
+@typed
 @dataclass(frozen=True)
 class EarlyWarning:
     """When gradients are too large for their second moment; see `EarlySigns`.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_optim.core.typed import typed
 
+
+@typed
 @dataclass(frozen=True)
 class HealthLimits:
     """Limits beyond which a parameter or group is reported.
@@ -45,3 +48,17 @@ class HealthLimits:
     low_ratio: float = 1e-5
     against: float = -0.4
     along: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise ValueError(
+                f"Invalid warmup={self.warmup!r} of HealthLimits: must be a number of steps of at least 0."
+            )
+        for name in ("vanishing", "exploding", "stalled", "below_eps", "high_ratio", "low_ratio"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Invalid {name}={getattr(self, name)!r} of HealthLimits: must be at least 0.")
+        for name in ("against", "along"):
+            if not -1 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"Invalid {name}={getattr(self, name)!r} of HealthLimits: must be a cosine, from -1 to 1."
+                )

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 
 from lightning_optim.core.stateful import Stateful
+from lightning_optim.core.typed import typed
 from lightning_optim.divergence.memory import CHOICES, check_memory
 
 
+@typed
 @dataclass(frozen=True)
 class LRCut:
     """First rung: a temporary cut of the learning rate.
@@ -35,6 +37,7 @@ class LRCut:
         _at_least("LRCut", 0, recover=self.recover)
 
 
+@typed
 @dataclass(frozen=True)
 class Rollback:
     """Second rung: a return to the last snapshot of weights, optimizer, schedule, scaler and averages.

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_optim.core.typed import typed
+
 _TOGETHER_FROM = 16
 """Number of accepted values before all signals together can be flagged."""
 GAP = 8
@@ -28,6 +30,7 @@ _TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation, for a normal distribution."""
 
 
+@typed
 class SpikeWindow:
     """Limits above which values of several signals are spikes, each from its own last accepted values.
 
@@ -90,6 +93,8 @@ class SpikeWindow:
         patience: int = 16,
         together: float = 2.0,
     ) -> None:
+        if signals < 1:
+            raise ValueError(f"Invalid signals={signals!r}: must be a number of signals of at least 1.")
         if not (math.isfinite(threshold) and threshold > 0):
             raise ValueError(
                 f"Invalid threshold={threshold!r}: must be a finite number of standard deviations above 0, for "
@@ -215,6 +220,7 @@ class SpikeWindow:
         self._set_limits()
 
 
+@typed
 @dataclass(frozen=True)
 class Spikes:
     """Definition of a spike, and whether such a step is skipped; see `SpikeWindow`.

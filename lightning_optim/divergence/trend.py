@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_optim.core.stateful import Stateful
+from lightning_optim.core.typed import typed
 
 SUSTAINED = 2.0
 """Factor of a lasting rise that no change of the data or of what is trained explains: the weights are worse."""
@@ -32,6 +33,7 @@ _MOST = 7.0
 """Largest amount that one step adds to the evidence, so that an alarm takes several steps."""
 
 
+@typed
 class SlowDivergence(Stateful):
     """Alarm on enough evidence that the loss has left its best, by Page's cumulative sum.
 

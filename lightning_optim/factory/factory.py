@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_optim.core.durations import Horizon
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import checked, typed
+from lightning_optim.core.user_frame import depth_outside
 from lightning_optim.core.wrappers import unwrap_module
 from lightning_optim.factory.about import about
 from lightning_optim.factory.added_groups import track_added_groups
@@ -32,6 +34,7 @@ __all__ = ["OptimizerFactory"]
 _ON_RESUME = ("checkpoint", "config")
 
 
+@typed(own=("optimizer", "schedule", "schedules"))
 class OptimizerFactory:
     r"""Makes the optimizer of a model: groups by rules, fused where it can be, and a schedule per optimizer step.
 
@@ -48,7 +51,8 @@ class OptimizerFactory:
         warmup: Length of the warmup for a schedule given by name: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``;
             or a `Warmup`, which has a shape and a start, too.
         param_groups: Rules and presets, the first match wins. None means the preset ``no_decay``: no weight decay on
-            biases, norms and embeddings, which is nearly always what is wanted. An empty list means one group.
+            biases, norms and embeddings, which is nearly always what is wanted. An empty list means one group,
+            which is all that LBFGS takes.
         schedules: Schedules of other hyperparameters by name, each a name or a `Schedule`: a key of the optimizer's
             groups (``weight_decay``), or ``momentum``, ``beta1``, ``beta2``. They multiply each group's own value.
         on_resume: Resume policy: whether checkpoint or configuration takes precedence. ``"checkpoint"``: the run
@@ -92,12 +96,20 @@ class OptimizerFactory:
         given = {"lr": lr, "weight_decay": weight_decay}
         given = {key: value for key, value in given.items() if value is not None}
         self._optimizer = OptimizerSpec(optimizer, optimizer_kwargs or {}, given)
-        self._rules: Sequence[Entry] = ("no_decay",) if param_groups is None else param_groups
+        preset = () if self._optimizer.why_one_group else ("no_decay",)
+        self._rules: Sequence[Entry] = preset if param_groups is None else param_groups
         check_rules(self._rules)
         self._optimizer.check_rules(self._rules)
+        for text in self._optimizer.odd_rates(self._rules):
+            self._tell(text, True)
         trial = self._optimizer.trial()
         self._schedule = resolve_schedule("constant" if schedule is None else schedule, warmup, trial)
         of_groups = {rule.name: rule.schedule for rule in self._rules if isinstance(rule, ParamGroupRule)}
+        if schedules is not None and not isinstance(schedules, Mapping):
+            raise TypeError(
+                f"Invalid schedules={schedules!r}: must be a mapping from hyperparameters to schedules, for instance "
+                "{'weight_decay': 'cosine'}."
+            )
         own = {name: own for name, own in of_groups.items() if isinstance(own, Schedule)}
         self._schedules = resolve_hyperparameter_schedules(self._schedule, schedules or {}, own, trial)
 
@@ -112,6 +124,7 @@ class OptimizerFactory:
         name, defaults = self._optimizer.cls.__name__, self._optimizer.defaults
         return {"optimizer": name, **defaults, "schedule": repr(self._schedule)}
 
+    @checked
     def build(
         self, model: nn.Module, horizon: Horizon | None = None, owner: nn.Module | None = None
     ) -> tuple[Optimizer, Any]:
@@ -197,7 +210,7 @@ class OptimizerFactory:
     def _tell(self, message: str, warn: bool) -> None:
         """Report what differs between a checkpoint and the configuration."""
         if warn:
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=depth_outside())
         else:
             print(message)
 

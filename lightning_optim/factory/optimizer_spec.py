@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from lightning_optim.core.group_keys import RESERVED
 from lightning_optim.core.imports import import_object
 from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.sparse_gradients import UnfuseIfSparse, gives_sparse_gradients
-from lightning_optim.optim.base import class_of_rule
+from lightning_optim.optim import other_names
+from lightning_optim.optim.base import OPTIMIZERS, class_of_rule
 from lightning_optim.param_groups import Entry, ParamGroupRule
 
 
@@ -70,6 +71,32 @@ class OptimizerSpec:
             UnfuseIfSparse(optimizer)
         return optimizer
 
+    @cached_property
+    def why_one_group(self) -> str | None:
+        """The error of an optimizer that takes no second parameter group, as LBFGS; None if it takes one."""
+        if issubclass(self.cls, optim.FusedOptimizer):
+            return None
+        try:
+            self.make([{"params": [param]} for param in _trial_params()])
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def odd_rates(self, rules: Sequence[Entry]) -> list[str]:
+        """Describe learning rates that are far off the usual ones of their optimizer, a sentence each.
+
+        Args:
+            rules: Rules of parameter groups; one with another update rule is compared with that rule's own rates.
+        """
+        found = []
+        for group in [self.defaults, *(rule.settings() for rule in rules if isinstance(rule, ParamGroupRule))]:
+            cls = self.cls if group.get("rule") is None else class_of_rule(group["rule"])
+            rate = group.get("lr", self.defaults.get("lr"))
+            own = group is self.defaults or group.keys() & {"lr", "rule"}
+            if own and rate is not None and issubclass(cls, optim.FusedOptimizer):
+                found.append(_odd_rate(cls, float(rate), self.defaults | group))
+        return list(dict.fromkeys(filter(None, found)))
+
     def check_rules(self, rules: Sequence[Entry]) -> None:
         """Refuse rules that set options which the optimizer does not have, or values that it does not accept.
 
@@ -77,6 +104,11 @@ class OptimizerSpec:
             ValueError: With one line for each invalid rule.
         """
         problems = []
+        if rules and self.why_one_group:
+            raise ValueError(
+                f"Invalid param_groups={list(rules)!r}: {self.cls.__name__} must have one group "
+                f"({self.why_one_group}). Leave param_groups out, or write []."
+            )
         for rule in rules:
             if isinstance(rule, ParamGroupRule):
                 try:
@@ -109,7 +141,14 @@ class OptimizerSpec:
         if rule.betas is not None and len(rule.betas) != len(betas):
             raise ValueError(f"betas={list(rule.betas)} are {len(rule.betas)}; needed are {len(betas)}, as {betas}.")
         if issubclass(self.cls, optim.FusedOptimizer):  # torch's own check the values of defaults only
-            self.make([{"params": [param], **settings} for param in _trial_params()])
+            problems: list[Exception] = []
+            for param in _trial_params():
+                try:
+                    self.make([{"params": [param], **settings}])
+                except ValueError as error:
+                    problems.append(error)
+            if len(problems) == len(_trial_params()):  # a rule for matrices does not take the vector
+                raise problems[0]
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.kwargs.items())
@@ -136,6 +175,8 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, Optim
         kwargs = _merge(given.get("init_args") or {}, kwargs)
         given = given["class_path"]
     if isinstance(given, str):
+        given, options = (given, {}) if given in OPTIMIZERS else other_names.meaning(given)
+        kwargs = {**options, **kwargs}
         given = import_object(given, "optimizer", Optimizer) if "." in given else optim.get_optimizer_class(given)
     if isinstance(given, type):
         if not issubclass(given, Optimizer):
@@ -156,12 +197,31 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, Optim
             f"Invalid optimizer={given!r}: give a name such as 'adamw', a subclass of torch.optim.Optimizer, an import "
             "path, or a callable from parameter groups to an optimizer."
         )
+    if isinstance(given, partial) and isinstance(given.func, type) and issubclass(given.func, Optimizer):
+        _check_kwargs(given.func, given.keywords)
     trial = make([{"params": _trial_params()}])  # refuses bad values now, not in the middle of fit
     if not isinstance(trial, Optimizer):
         raise TypeError(f"The optimizer callable {label} returned {trial!r}, which is no torch.optim.Optimizer.")
+    for key in trial.defaults.keys() & inspect.signature(type(trial)).parameters.keys():
+        _check_length(type(trial), key, trial.defaults[key])
     if "lr" in trial.defaults:
         _check_number(type(trial).__name__, "lr", trial.defaults["lr"], above_zero=True)
     return make, trial
+
+
+_FAR = 4.0
+"""Factor beyond the usual learning rates from which on a rate is warned about: a name was swapped and the rate not."""
+
+
+def _odd_rate(cls: type[optim.FusedOptimizer], rate: float, group: Mapping[str, Any]) -> str | None:
+    usual = cls.usual_lr_of(group)
+    if usual is None or usual[0] / _FAR <= rate <= usual[1] * _FAR:
+        return None
+    return (
+        f"lr={rate:g} of {cls.__name__} is far {'below' if rate < usual[0] else 'above'} what is usual for it, "
+        f"{usual[0]:g} to {usual[1]:g}; its default is {cls.hyperparameters().get('lr', usual[0]):g}. Each optimizer "
+        "has a scale of its own: with another one, choose lr anew, or leave it out."
+    )
 
 
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -206,8 +266,17 @@ def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
     for key, value in kwargs.items():
         if key not in options and key not in refused and not takes_all:
             raise ValueError(f"{cls.__name__} has no option {key!r}. {nearest(key, options)}")
+        if key in parameters:
+            _check_length(cls, key, value)
         if key in ("lr", "weight_decay"):
             _check_number(cls.__name__, key, value, above_zero=key == "lr")
+
+
+def _check_length(cls: type[Optimizer], key: str, value: Any) -> None:
+    """Refuse a value that is not as long as the default; torch's own look at the first elements, and fail in a step."""
+    default = inspect.signature(cls).parameters[key].default
+    if isinstance(default, tuple) and not (isinstance(value, list | tuple) and len(value) == len(default)):
+        raise ValueError(f"Invalid {key}={value!r} of {cls.__name__}: must be {len(default)} values, as {default}.")
 
 
 def _check_number(label: str, key: str, value: Any, above_zero: bool) -> None:

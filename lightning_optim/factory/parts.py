@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 from lightning_optim.factory.about import about
 from lightning_optim.factory.factory import OptimizerFactory
 from lightning_optim.param_groups import Entry
@@ -19,6 +20,7 @@ from lightning_optim.schedules import Schedule, Warmup
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
+@typed(own=("optimizer", "schedule", "schedules", "name", "part"))
 @dataclass(frozen=True, kw_only=True)
 class PartOptimizer:
     """The optimizer of one part of a module; the arguments from ``optimizer`` on are those of `OptimizerFactory`.
@@ -58,11 +60,16 @@ class PartOptimizer:
                 f"Invalid name={self.name!r} of an optimizer: it must be a word of letters, digits, '_' and '-' that "
                 "does not begin with a digit, for instance 'generator'."
             )
-        if not self.paths or not all(isinstance(path, str) and path for path in self.paths):
+        if (
+            not isinstance(self.part, str | list | tuple)
+            or not self.paths
+            or not all(isinstance(path, str) and path for path in self.paths)
+        ):
             raise ValueError(
                 f"Invalid part={self.part!r} of optimizer {self.name!r}: it must be the path of a submodule, for "
                 "instance 'net.encoder', or a list of them."
             )
+        self.factory("checkpoint", OptimizerFactory)  # refuses what is wrong now, not where the list is used
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -101,6 +108,7 @@ class PartOptimizer:
             raise type(error)(_of(self.name, error)) from error
 
 
+@typed(own=("optimizers",))
 class OptimizerFactories:
     """Makes several optimizers of one module, in the order given, each of its part, with groups and a schedule.
 

@@ -95,7 +95,7 @@ def plan_groups(optimizer: Optimizer) -> list[GroupPlan]:
     Example:
         >>> from torch import nn
         >>> from lightning_optim import OptimizerFactory
-        >>> optimizer, _ = OptimizerFactory("adamw", lr=0.1).build(nn.Linear(3, 2))
+        >>> optimizer, _ = OptimizerFactory("adamw", lr=1e-3).build(nn.Linear(3, 2))
         >>> [(group.name, group.numel, group.state_bytes) for group in plan_groups(optimizer)]
         [('no_decay', 2, 20), ('default', 6, 52)]
     """

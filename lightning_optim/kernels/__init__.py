@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import warnings
 from collections.abc import Sequence
 from functools import cache
 
@@ -15,6 +16,7 @@ from lightning_optim.core.placements import PLAIN, added_up
 from lightning_optim.core.sharding import local, sum_over_shards
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.transfer import upload
+from lightning_optim.core.user_frame import depth_outside
 from lightning_optim.kernels import plain
 from lightning_optim.kernels.base import Backend, Batch
 
@@ -60,7 +62,7 @@ def why_not(name: str, device: torch.device) -> str | None:
     try:
         return get_backend(name).why_not(device)
     except ImportError as error:
-        return f"it needs a package that cannot be imported: {error}. Try `pip install lightning-optim[{name}]`."
+        return f"it needs a package that cannot be imported: {error}. Try `pip install 'lightning-optim[{name}]'`."
 
 
 def choose(name: str, device: torch.device) -> Backend:
@@ -81,6 +83,34 @@ def choose(name: str, device: torch.device) -> Backend:
     if reason is not None:
         raise ValueError(f"backend={name!r} cannot run on {device}: {reason}")
     return get_backend(name)
+
+
+SLOW_FROM = 1_000_000
+"""Number of elements from which the time of the step is felt, where it runs in torch's operations."""
+
+
+def warn_if_slow(backend: Backend, device: torch.device, numel: int) -> None:
+    """Warn, once in a process, that a large model is updated slowly because a package is missing.
+
+    Args:
+        backend: The backend that was chosen automatically for the parameters on ``device``.
+        device: Their device.
+        numel: Their number of elements.
+    """
+    if numel >= SLOW_FROM and backend.name == "reference" and (wanted := AUTOMATIC.get(device.type)) is not None:
+        _warn_of_missing(wanted)
+
+
+@cache
+def _warn_of_missing(name: str) -> None:
+    try:
+        get_backend(name)
+    except ImportError as error:
+        warnings.warn(
+            "The optimizer runs in plain torch operations, several times slower than its kernel would, because of a "
+            f"package that cannot be imported: {error}. Install it: pip install 'lightning-optim[{name}]'",
+            stacklevel=depth_outside(),
+        )
 
 
 @cache

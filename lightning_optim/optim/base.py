@@ -23,7 +23,7 @@ from lightning_optim.core.uncompiled import leave_step_uncompiled
 from lightning_optim.kernels.peak_lr import NEED_PEAK, follow_peak, say_peak, start_peak
 from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import WeightDecayKind
-from lightning_optim.optim import admission, low_precision, shared_options, update_pass
+from lightning_optim.optim import admission, low_precision, other_names, shared_options, update_pass
 from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.checkpoint import load_state_dict
 from lightning_optim.optim.hyperparameters import (
@@ -40,7 +40,17 @@ from lightning_optim.optim.shared_options import OwnSignature, SharedOptions
 from lightning_optim.optim.state import complete_state, tensor_names
 from lightning_optim.optim.widening import warn_of_conversions, widen
 
-OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", Optimizer)
+OPTIMIZERS: Registry[Optimizer] = Registry(
+    "optimizer",
+    Optimizer,
+    aliases={name: ours for name, (ours, options) in other_names.NAMES.items() if not options and "." not in ours},
+    known=other_names.REFUSED
+    | {
+        name: f"As an optimizer it is {ours!r}{' with ' if options else ''}{other_names.spelt(options)}: write that."
+        for name, (ours, options) in other_names.NAMES.items()
+        if options or "." in ours
+    },
+)
 """Optimizers by name; `lightning_optim.register` adds a user's own."""
 
 
@@ -118,6 +128,8 @@ class FusedOptimizer(Optimizer):
         shared_options.check_names(owner, options)
         given: dict[str, Any] = {**shared_options.defaults_of(owner), **defaults, **options}
         self.backend = given.pop("backend")
+        if not isinstance(self.backend, str):
+            raise ValueError(f"{owner.__name__}: Invalid backend={self.backend!r}: must be the name of a backend.")
         # The constructor's own arguments were checked when the class was defined.
         known = ranges_of(owner).keys() | shared_options.DEFAULTS.keys() | inspect.signature(owner).parameters.keys()
         refuse_unranged(owner, [name for name, value in defaults.items() if is_number(value) and name not in known])

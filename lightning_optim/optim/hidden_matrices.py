@@ -12,15 +12,17 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from lightning_optim.core.ranges import FINITE, FRACTION, NON_NEGATIVE, Range
+from lightning_optim.core.typed import checked
 from lightning_optim.optim.adamw import AdamW
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.optim.hyperparameters import check_numbers
+from lightning_optim.optim.hyperparameters import check_lengths, check_numbers
 from lightning_optim.optim.ranges import ranges_of
 from lightning_optim.optim.shared_options import SharedOptions
 from lightning_optim.param_groups import Entry, NamedParameter, build_param_groups, named_parameters, why_not_hidden
 from lightning_optim.param_groups.parts import is_stack
 
 
+@checked
 def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dict[str, Any]]:
     """Build parameter groups for `Muon` or `NorMuon`: those of `build_param_groups`, each split into two.
 
@@ -98,6 +100,10 @@ def _split_by_form(group: dict[str, Any], found: Mapping[int, NamedParameter]) -
     yield {**group, **name, "params": forms[False], "flatten": False}
 
 
+_NEEDED = ("betas", "eps")
+"""Settings for AdamW that cannot be those of the other groups."""
+
+
 class HiddenMatrixOptimizer(FusedOptimizer):
     """Base class of optimizers for hidden matrices, which puts all other parameters into separate groups for AdamW.
 
@@ -107,7 +113,8 @@ class HiddenMatrixOptimizer(FusedOptimizer):
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         defaults: Hyperparameters by name.
-        adamw: Defaults of groups for AdamW: lr, betas, eps, weight_decay; None for those of the original group.
+        adamw: Defaults of groups for AdamW: lr, betas, eps, weight_decay. None for the weight decay of the original
+            group; None for its lr with `match_rms_adamw`, whose scale is AdamW's, and otherwise for that of AdamW.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -132,10 +139,15 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         adamw: Mapping[str, Any],
         **options: Unpack[SharedOptions],
     ) -> None:
-        self._adamw = {name: value for name, value in adamw.items() if value is not None}
+        self._adamw = {name: value for name, value in adamw.items() if value is not None or name in _NEEDED}
+        if adamw["lr"] is None and defaults["adjust_lr_fn"] != "match_rms_adamw":
+            self._adamw["lr"] = AdamW.hyperparameters()["lr"]
+        # They must be valid without a group for AdamW as well, and a message has the names that were given.
+        named = {f"adamw_{name}": value for name, value in self._adamw.items()}
+        lengths = {name: (0.9, 0.95) if name == "adamw_betas" else None for name in named}
+        check_lengths(type(self).__name__, named, lengths)
+        check_numbers(type(self).__name__, named, ranges_of(type(self)))
         super().__init__(params, defaults, **options)
-        # A group for AdamW has been checked, but the settings must be valid without such a group as well.
-        check_numbers(type(self).__name__, {f"adamw_{n}": v for n, v in self._adamw.items()}, ranges_of(type(self)))
 
     groups_of = staticmethod(muon_param_groups)
     """Function by which `OptimizerFactory` builds the parameter groups of a model for this class."""

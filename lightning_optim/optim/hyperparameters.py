@@ -41,7 +41,7 @@ def own_tensors(groups: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
 
 
 def check_lengths(owner: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check that each hyperparameter whose default is a tuple has the same length.
+    """Check that each hyperparameter whose default is a tuple has the same length, and that no other is a list.
 
     Args:
         owner: Name of the optimizer, for messages.
@@ -49,12 +49,14 @@ def check_lengths(owner: str, group: Mapping[str, Any], defaults: Mapping[str, A
         defaults: Defaults of the hyperparameters.
 
     Raises:
-        ValueError: A hyperparameter is not a tuple or list of that length.
+        ValueError: A hyperparameter is not a tuple or list of that length, or is one and should not be.
     """
     for name, default in defaults.items():
+        given = group.get(name)
         if not isinstance(default, tuple):
+            if isinstance(given, tuple | list):
+                raise ValueError(f"{_where(owner, group)}Invalid {name}={given!r}: must be one value, not a list.")
             continue
-        given = group[name]
         if not isinstance(given, tuple | list):
             raise ValueError(f"{_where(owner, group)}Invalid {name}={given!r}: must be {len(default)} numbers.")
         if len(given) != len(default):

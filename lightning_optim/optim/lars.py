@@ -155,7 +155,7 @@ class LARS(FusedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1.0,
+        lr: float | Tensor = 0.3,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,

@@ -93,7 +93,7 @@ class Lion(FusedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-4,
+        lr: float | Tensor = 5e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         **options: Unpack[SharedOptions],

@@ -39,7 +39,7 @@ def check(owner: str, group: Mapping[str, Any], rule: Rule) -> None:
             "exact, stochastic_rounding needs no memory."
         )
     bits = group["state_bits"]
-    if bits not in (32, 16, 8) or isinstance(bits, bool):
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in (32, 16, 8):
         raise ValueError(f"{owner}: Invalid state_bits={bits!r}: must be 32, 16 or 8.")
     if bits == 32 or rule.compressible:
         return

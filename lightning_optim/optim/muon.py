@@ -147,7 +147,8 @@ class Muon(HiddenMatrixOptimizer):
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
-        lr: Learning rate; a float or a one-element tensor. With `original`, 0.02 is usual for hidden matrices.
+        lr: Learning rate of the hidden matrices; a float or a one-element tensor. With `original`, 0.02 is usual, and
+            torch's default of 1e-3 hardly trains.
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         momentum: μ in [0, 1); 0.95 averages over about twenty steps.
         nesterov: Whether to use Nesterov momentum.
@@ -161,7 +162,8 @@ class Muon(HiddenMatrixOptimizer):
             channels × the rest; False for stacks of matrices, such as experts, each orthogonalised separately. None
             treats four and more dimensions as kernels and refuses three, which are ambiguous; `muon_param_groups`
             inspects the modules.
-        adamw_lr: Learning rate of the groups for AdamW; None for ``lr``.
+        adamw_lr: Learning rate of the groups for AdamW; None for AdamW's own default, 1e-3, or with `match_rms_adamw`,
+            whose scale is AdamW's, for ``lr``.
         adamw_betas: Betas of the groups for AdamW; β₂ = 0.95 rather than 0.999, as with Muon in language models.
         adamw_eps: ε of the groups for AdamW.
         adamw_weight_decay: Weight decay of the groups for AdamW; None for ``weight_decay``.
@@ -192,7 +194,7 @@ class Muon(HiddenMatrixOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 2e-2,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,

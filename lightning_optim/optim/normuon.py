@@ -100,7 +100,8 @@ class NorMuon(HiddenMatrixOptimizer):
             channels × the rest; False for stacks of matrices, such as experts, each orthogonalised separately. None
             treats four and more dimensions as kernels and refuses three, which are ambiguous; `muon_param_groups`
             inspects the modules.
-        adamw_lr: Learning rate of the groups for AdamW; None for ``lr``.
+        adamw_lr: Learning rate of the groups for AdamW; None for AdamW's own default, 1e-3, or with `match_rms_adamw`,
+            whose scale is AdamW's, for ``lr``.
         adamw_betas: Betas of the groups for AdamW; β₂ = 0.95 rather than 0.999, as with Muon in language models.
         adamw_eps: ε of the groups for AdamW.
         adamw_weight_decay: Weight decay of the groups for AdamW; None for ``weight_decay``.

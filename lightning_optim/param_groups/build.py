@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import checked
 from lightning_optim.core.wrappers import unwrap_module
 from lightning_optim.param_groups.parts import named_parameters
 from lightning_optim.param_groups.rules import REST, ParamGroupRule
@@ -44,7 +45,7 @@ def check_rules(rules: Sequence[Entry]) -> None:
         elif not isinstance(rule, ParamGroupRule | LayerDecay | WidthScaling):
             raise TypeError(
                 f"Invalid parameter group rule {rule!r}: must be a ParamGroupRule, a LayerDecay, a WidthScaling or the "
-                f"name of a preset ({', '.join(_PRESETS)}).{_what_to_write(rule)}"
+                f"name of a preset ({', '.join(_PRESETS)})."
             )
     for kind in (LayerDecay, WidthScaling):
         if len(twice := [rule for rule in rules if isinstance(rule, kind)]) > 1:
@@ -54,13 +55,7 @@ def check_rules(rules: Sequence[Entry]) -> None:
         raise ValueError(f"Duplicate parameter group name {duplicates[0]!r}: each of {names} must be unique.")
 
 
-def _what_to_write(rule: Any) -> str:
-    if not isinstance(rule, Mapping):
-        return ""
-    # A mapping is what YAML without a class path gives.
-    return f" Write ParamGroupRule({', '.join(f'{key}={value!r}' for key, value in rule.items())})."
-
-
+@checked
 def build_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dict[str, Any]]:
     """Sort every trainable parameter of ``model`` into exactly one group.
 

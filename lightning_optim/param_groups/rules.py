@@ -16,6 +16,7 @@ from torch import nn
 from lightning_optim.core.durations import Duration
 from lightning_optim.core.group_keys import RESERVED
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 from lightning_optim.param_groups.parts import NamedParameter, list_parts
 from lightning_optim.schedules import Schedule, get_schedule
 
@@ -25,6 +26,7 @@ REST = "default"
 CRITERIA = ("pattern", "glob", "module_types", "part", "max_ndim", "min_ndim", "predicate")
 
 
+@typed(own=("module_types",))
 @dataclass(frozen=True, kw_only=True)
 class ParamGroupRule:
     r"""Rule of a parameter group: the criteria for its parameters, and the settings in which it differs.
@@ -130,8 +132,10 @@ class ParamGroupRule:
             re.compile(self.pattern or "")
         except re.error as error:
             raise self._invalid("pattern", f"a regular expression ({error})") from None
-        if isinstance(self.module_types, str):
-            raise self._invalid("module_types", f"a list of class names, for instance [{self.module_types}]")
+        types = self.module_types
+        if not isinstance(types, list | tuple) or not all(isinstance(name, str) for name in types):
+            example = types if isinstance(types, str) else "LayerNorm"
+            raise self._invalid("module_types", f"a list of class names, for instance [{example}]")
         if self.part is not None and self.part not in list_parts():
             raise ValueError(
                 f"ParamGroupRule {self.name!r}: unknown part={self.part!r}. {nearest(self.part, list_parts())}"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 from lightning_optim.param_groups.depth import parameter_depths
 from lightning_optim.param_groups.parts import NamedParameter
 
@@ -25,6 +26,7 @@ class Scale(NamedTuple):
     lr_multiplier: float
 
 
+@typed
 @dataclass(frozen=True)
 class LayerDecay:
     r"""Layer-wise learning-rate decay: each layer has a lower rate than the layer above it, by a constant factor.
@@ -89,6 +91,7 @@ class LayerDecay:
         }
 
 
+@typed
 @dataclass(frozen=True)
 class WidthScaling:
     """Scaling of the learning rates of hidden matrices with width, which transfers a small model's rate to a large one.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_optim.core.durations import Duration, Horizon
+from lightning_optim.core.typed import typed
 from lightning_optim.schedules.phases import Cooldown, Warmup
 
 
@@ -50,6 +51,7 @@ class Phases:
     cooldown: int
 
 
+@typed
 class Schedule(ABC):
     """A multiplier of the peak as a function of the step: a warmup, a hold at the peak, a shape, a cooldown.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from lightning_optim.core.durations import Duration, Horizon
+from lightning_optim.core.typed import typed
 from lightning_optim.schedules.base import Phases, Position
 from lightning_optim.schedules.phases import COOLDOWN_SHAPES, Cooldown, Warmup
 from lightning_optim.schedules.shapes import Constant, Cosine
 
 
+@typed
 class OneCycle(Cosine):
     """One cycle: a cosine up from 1/25 of the peak, then a cosine down to nearly 0.
 
@@ -92,6 +94,7 @@ class OneCycle(Cosine):
         return self.final + (start - self.final) * left
 
 
+@typed
 class WSD(Constant):
     """Warmup, stable, decay: the peak throughout, and a cooldown at the end.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_optim.core.durations import Duration
+from lightning_optim.core.typed import typed
 from lightning_optim.schedules.base import Position, Schedule
 from lightning_optim.schedules.phases import Cooldown, Warmup
 
 
+@typed
 class FromFunction(Schedule):
     """Schedule whose multiplier is the value of a function of the step.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_optim.core.durations import Duration
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 
 COOLDOWN_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
@@ -36,6 +37,7 @@ class _Phase:
         return f"{type(self).__name__}({', '.join([repr(str(vars(self)['length'])), *rest])})"
 
 
+@typed
 @dataclass(frozen=True, repr=False)
 class Warmup(_Phase):
     """Warmup: the rise of a schedule to the peak.
@@ -112,6 +114,7 @@ class Warmup(_Phase):
         return start + (1 - start) * progress
 
 
+@typed
 @dataclass(frozen=True, repr=False)
 class Cooldown(_Phase):
     """Cooldown: a decay over the last part of the run, from the value that the schedule's shape has reached.

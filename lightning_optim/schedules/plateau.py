@@ -14,10 +14,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.core.durations import Duration
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 from lightning_optim.schedules.base import Position, Schedule
 from lightning_optim.schedules.phases import Cooldown, Warmup
 
 
+@typed
 class ReduceOnPlateau(Schedule):
     """Reduction of the peak by ``factor`` whenever ``monitor`` has not improved for ``patience`` observations.
 

@@ -71,7 +71,7 @@ def resolve_schedule(
             raise ValueError(f"The warmup is given twice: warmup={warmup!r} and in schedule={given.__name__}.")
         _check_arguments(given, kwargs)
         return given(**kwargs) if warmup is None else given(**kwargs, warmup=warmup)
-    if not callable(given):
+    if not callable(given) or (isinstance(given, type) and not issubclass(given, LRScheduler)):
         raise TypeError(f"Invalid schedule={given!r}: {_FORMS}.")
     return _from_callable(given, kwargs, warmup, trial)
 

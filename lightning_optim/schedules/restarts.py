@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 from lightning_optim.core.durations import Duration
+from lightning_optim.core.typed import typed
 from lightning_optim.schedules.base import Position, Schedule
 from lightning_optim.schedules.phases import COOLDOWN_SHAPES, Cooldown, Warmup, check_final
 
 
+@typed
 class CosineRestarts(Schedule):
     """Half a cosine from the peak to ``final``, repeated.
 

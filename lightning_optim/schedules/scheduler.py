@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.core.durations import Horizon
 from lightning_optim.core.suggest import nearest
+from lightning_optim.core.typed import typed
 from lightning_optim.core.wrappers import unwrap_optimizer
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.checks import check_value
@@ -29,6 +30,7 @@ def _warn(message: str, warn: bool) -> None:
         print(message)
 
 
+@typed
 class Scheduler(FollowsRun):
     """Sets each group's learning rate to its own peak times a schedule, once per optimizer step.
 

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 
 from lightning_optim.core.durations import Duration
+from lightning_optim.core.typed import typed
 from lightning_optim.schedules.base import Position, Schedule
 from lightning_optim.schedules.phases import COOLDOWN_SHAPES, Cooldown, Warmup, check_final
 
@@ -31,6 +32,7 @@ class Constant(Schedule):
         return 1.0
 
 
+@typed
 class Decay(Schedule):
     """Base class of decays from 1 to ``final``; a subclass defines `remaining`.
 
@@ -114,6 +116,7 @@ class Cosine(Decay):
         return COOLDOWN_SHAPES["cosine"](progress)
 
 
+@typed
 class Polynomial(Decay):
     """A power of the remaining fraction of the run, ``(1 − progress) ** power``, scaled to end at ``final``.
 
@@ -153,6 +156,7 @@ class Polynomial(Decay):
         return float((1 - progress) ** self.power)
 
 
+@typed
 class Exponential(Decay):
     """Exponential decay to ``final``, with equal ratios from step to step.
 
@@ -218,6 +222,7 @@ class REX(Decay):
         return (1 - progress) / (1 - progress / 2)
 
 
+@typed
 class Tanh(Decay):
     """A hyperbolic tangent: high for most of the run, then a fast fall, then flat; ``tanh`` of timm.
 
@@ -268,6 +273,7 @@ class Tanh(Decay):
         return (1 - math.tanh(self.lower * (1 - progress) + self.upper * progress)) / 2
 
 
+@typed
 class InverseSqrt(Schedule):
     """The inverse square root of the steps since the warmup; it does not need the length of the run.
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_optim.core.durations import Duration, Horizon
+from lightning_optim.core.typed import typed
 from lightning_optim.schedules.base import Phases, Position, Schedule
 from lightning_optim.schedules.phases import Cooldown, Warmup
 
 
+@typed
 class StepDecay(Schedule):
     """Multiplication by ``factor`` at equal intervals, counted from the end of warmup and hold.
 
@@ -55,6 +57,7 @@ class StepDecay(Schedule):
         return float(self.factor ** (at.step // self.every.steps(at.run)))
 
 
+@typed(own=("milestones",))
 class MultiStepDecay(Schedule):
     """Multiplication by ``factor`` at each of the ``milestones``, which count from the beginning of the run.
 
@@ -85,7 +88,7 @@ class MultiStepDecay(Schedule):
         cooldown: int | str | Duration | Cooldown = 0,
     ) -> None:
         super().__init__(warmup, hold, cooldown)
-        if isinstance(milestones, int | str | Duration) or not milestones:
+        if not isinstance(milestones, list | tuple) or not milestones:
             raise ValueError(
                 f"Invalid milestones={milestones!r} of MultiStepDecay: must be a list, for instance ['50%', '75%']."
             )

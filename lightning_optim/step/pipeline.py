@@ -35,6 +35,7 @@ from lightning_optim.core.interval import Interval
 from lightning_optim.core.operands_flag import takes_operands
 from lightning_optim.core.stats import StepCounts, StepRecord
 from lightning_optim.core.step_hooks import after_closure, calls_already, closure_of, is_trial_step
+from lightning_optim.core.typed import typed
 from lightning_optim.core.uncompiled import uncompiled
 from lightning_optim.core.wrappers import unwrap_optimizer
 from lightning_optim.divergence import Detector, NonFiniteGradient
@@ -49,6 +50,7 @@ from lightning_optim.step.operands import AroundStep, StepOperands, StepSkipped,
 __all__ = ["StepPipeline"]
 
 
+@typed
 class StepPipeline:
     """Clip, guard and measure every step of one optimizer.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -125,3 +128,27 @@ def test_a_rule_that_is_no_fused_optimizer_is_refused_for_a_group():
 @pytest.mark.parametrize(("name", "snake"), [("WSD", "wsd"), ("OneCycle", "one_cycle"), ("AdaGCRule", "ada_gc_rule")])
 def test_snake_case(name, snake):
     assert snake_case(name) == snake
+
+
+def test_modules_of_the_package_are_attributes_and_none_is_loaded_before():
+    code = (
+        "import sys, lightning_optim as lo; before = [m for m in sys.modules if m.startswith('lightning_optim.')];"
+        "names = ['clipping', 'diagnostics', 'divergence', 'optim', 'schedules', 'param_groups', 'factory', 'step'];"
+        "print(len(before), [getattr(lo, name).__name__ for name in names] == [f'lightning_optim.{n}' for n in names],"
+        "set(names[:5]) <= set(dir(lo)), 'torch' in before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded, *rest = done.stdout.split()
+    assert rest == ["True", "True", "False"]
+    assert int(loaded) < 8
+
+
+def test_a_class_that_is_looked_for_in_the_wrong_place_is_pointed_at():
+    with pytest.raises(AttributeError, match=r"no attribute 'AdamW'\. Did you mean 'lightning_optim\.optim\.AdamW'"):
+        lo.AdamW  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'GradintClipping'\. Did you mean 'GradientClipping'\?"):
+        lo.GradintClipping  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
+        lo.nothing  # noqa: B018
+    with pytest.raises(ValueError, match=r"Did you mean 'lightning_optim\.optim\.AdamW'"):
+        lo.OptimizerFactory("lightning_optim.AdamW")

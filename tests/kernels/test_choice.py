@@ -43,7 +43,39 @@ except ValueError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0] == "[4.0] True"
     assert "backend='cpu' cannot run on cpu: it needs a package" in done.stdout
-    assert "pip install lightning-optim[cpu]" in done.stdout
+    assert "pip install 'lightning-optim[cpu]'" in done.stdout
+
+
+def test_a_large_model_without_numba_says_so_once_and_a_small_one_does_not() -> None:
+    code = """
+import sys, warnings
+sys.modules["numba"] = None
+import torch
+from lightning_optim import optim
+warnings.simplefilter("always")
+for size in (10, 1000, 1000):
+    weight = torch.ones(size, 1000, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    for backend in ("auto", "reference"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer = optim.AdamW([weight], backend=backend)
+            optimizer.step()
+            optimizer.step()
+        print(size, backend, len(caught), *[f"{one.filename} {one.message}" for one in caught])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.split(" ")[:3] for line in lines] == [
+        ["10", "auto", "0"],
+        ["10", "reference", "0"],
+        ["1000", "auto", "1"],
+        ["1000", "reference", "0"],
+        ["1000", "auto", "0"],
+        ["1000", "reference", "0"],
+    ]
+    assert lines[2].endswith("pip install 'lightning-optim[cpu]'")
+    assert "numba" in lines[2]
 
 
 TIMED = """

@@ -155,7 +155,7 @@ def test_adamw_groups_are_adamw(optimizer_class: Any) -> None:
 def test_what_a_group_says_itself_wins_over_the_settings_for_adamw() -> None:
     model = nn.Linear(3, 3)
     optimizer = optim.Muon([{"params": model.parameters(), "weight_decay": 0.0}], adamw_weight_decay=0.5, adamw_lr=0.1)
-    assert [(g["weight_decay"], g["lr"]) for g in optimizer.param_groups] == [(0.0, 1e-3), (0.0, 0.1)]
+    assert [(g["weight_decay"], g["lr"]) for g in optimizer.param_groups] == [(0.0, 2e-2), (0.0, 0.1)]
 
 
 @both
@@ -185,7 +185,7 @@ def test_a_vector_cannot_be_given_to_the_rule(optimizer_class: Any) -> None:
         ({"adjust_lr_fn": "rms"}, r"Muon: Invalid adjust_lr_fn='rms': must be None, 'original', 'match_rms_adamw' or"),
         ({"ns_steps": 0}, r"ns_steps=0: must be a whole number from 1 to 99"),
         ({"ns_coefficients": (1.0, 2.0)}, r"ns_coefficients=\(1.0, 2.0\): must be 3 numbers, not 2"),
-        ({"adamw_betas": (0.9, 1.0)}, r"AdamW: Invalid betas\[1\]=1.0"),
+        ({"adamw_betas": (0.9, 1.0)}, r"Muon: Invalid adamw_betas\[1\]=1.0"),
     ],
 )
 def test_wrong_settings_are_refused(arguments: dict[str, Any], message: str) -> None:

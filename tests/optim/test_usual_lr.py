@@ -21,7 +21,7 @@ def test_every_optimizer_has_a_usual_rate(name):
     assert 0 < low < high
     low, high = cls.usual_lr_of(cls.hyperparameters())
     default = inspect.signature(cls).parameters["lr"].default
-    assert low <= default <= high or cls is optim.Muon  # whose default is torch's
+    assert low <= default <= high
 
 
 @pytest.mark.parametrize("cls", [optim.Muon, optim.NorMuon])

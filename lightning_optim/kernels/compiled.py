@@ -20,7 +20,7 @@ from lightning_optim.kernels.batch_values import whole_numel
 from lightning_optim.kernels.kernel_spec import KernelSpec
 from lightning_optim.kernels.plain import is_dense
 from lightning_optim.kernels.rules import UpdateRule
-from lightning_optim.kernels.scalars import commit, scalar_columns
+from lightning_optim.kernels.scalars import commit
 from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.weight_decay import decay_factor, norm_factor
 
@@ -80,7 +80,7 @@ class ElementwiseSteps:
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
-        columns = scalar_columns(batch, divisor)
+        columns = self._scalars(batch, divisor, None, True)
         with kernel_args(batch) as args:
             return self.run(batch, args, "sums", False, columns, None)
 

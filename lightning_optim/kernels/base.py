@@ -41,6 +41,8 @@ class Batch:
         rounding_keys: Key of the random numbers of each tensor, 0-d int64; empty without stochastic rounding.
         shared: New values of the rule's `shared`, shape [] each, on the device; filled in before `apply`.
         kernels: What a backend keeps of its kernels from step to step, by a key of its own; it depends on no number.
+
+    Attributes:
         grad_addresses: Addresses of the gradients, if the batch has been given these and no ``grads``.
     """
 

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -114,7 +115,7 @@ class DivergenceGuard(HubCallback):
         patience: int = 5,
         cooldown: int = 10,
         health: HealthLimits | None = HealthLimits(),  # noqa: B008
-        report_dir: str | None = None,
+        report_dir: str | Path | None = None,
         save_batches: bool = False,
         detectors: Sequence[Detector | str] | Detector | str = (),
         judge_loss: bool | None = None,
@@ -124,7 +125,8 @@ class DivergenceGuard(HubCallback):
             raise ValueError(f"Invalid patience={patience!r}: must be a whole number of at least 1, for instance 5.")
         self.spikes, self.lr_cut, self.rollback, self.health = spikes, lr_cut, rollback, health
         self._patience = patience
-        self._report_dir, self._save_batches = report_dir, save_batches
+        self._report_dir = None if report_dir is None else str(report_dir)
+        self._save_batches = save_batches
         self.early_warning = early_warning
         self.extra_detectors = tuple(map(detector_of, one_or_several(detectors)))
         self._stop, self._cooldown, self.judge_loss = stop, cooldown, judge_loss

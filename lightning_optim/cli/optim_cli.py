@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -185,6 +186,8 @@ class Command(OptimCLI):
         one = type(cls.__name__, (cls,), {"subcommands": staticmethod(lambda: needed), "_shell": shell})
         description = "Train with PyTorch Lightning: optimizer, schedule, clipping and guard from a configuration."
         kwargs = {"prog": "lightning-optim", "version": __version__, "description": f"{description}\n\n{_DEBUG}"}
+        # The arguments are given because `python -m` and tests have others; they are those of the command line.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         # Without a logger all runs save their configuration to the same place.
         one(args=list(args), parser_kwargs=kwargs, save_config_kwargs={"overwrite": True})
 

@@ -33,5 +33,6 @@ def import_object(path: str, what: str, base: type | tuple[type, ...]) -> Any:
     except AttributeError as error:  # The module's own message may say where the name is.
         options = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
         options += getattr(module, "__all__", ())  # of which some may be imported on first use
-        advice = nearest(name, options) if options else f"It says: {error}"
+        own = str(error)
+        advice = f"It says: {own}" if "Did you mean" in own or not options else nearest(name, options)
         raise ValueError(f"{module_name} has no {name!r}. {advice}") from error

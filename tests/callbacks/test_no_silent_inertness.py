@@ -183,10 +183,8 @@ def summary_acts(way: str, folder: Path, capsys: Any) -> None:
     model = Trained(way)
     fit(way, [lo.GradientClipping(LIMIT), lo.RunSummary()], model)
     out = capsys.readouterr().out
-    assert f"100.0% of {STEPS * len(model.parts)}" in out
+    assert out.count(f"100.0% of {STEPS} ") == len(model.parts)  # of each optimizer
     assert "Parameter groups" in out
-    if way == "two":
-        assert out.count(f"100.0% of {STEPS} ") == 2
 
 
 def schedule_free_acts(way: str, folder: Path, capsys: Any) -> None:

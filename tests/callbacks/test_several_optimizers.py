@@ -346,6 +346,7 @@ def test_an_error_of_the_users_own_is_left_alone(printed):
     assert "manually" not in printed.text
 
 
+@pytest.mark.filterwarnings("ignore:lr=")
 def test_from_yaml(tmp_path, capsys):
     part = {"lr": 0.1, "optimizer": {"class_path": "lightning_optim.optim.Adam", "init_args": {"betas": [0.5, 0.9]}}}
     optimizers = [

@@ -301,7 +301,9 @@ def train(
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{CASES.index(case)}-{'-'.join(map(str, case.values()))}")
 def test_it_trains_as_stock_lightning_does(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "_drawn", lambda *args: None)  # Images of the schedule take two thirds of the time.
+    monkeypatch.setattr(
+        page, "schedule_image", lambda *args: None
+    )  # Images of the schedule take two thirds of the time.
 
     def theirs() -> Any:
         return stock(case)

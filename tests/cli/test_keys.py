@@ -109,6 +109,7 @@ def test_flags_reach_into_optimizer_and_schedule(callbacks, flags, shown, tmp_pa
     assert shown in f"{callback!r} {callback.schedule!r} {callback.settings}"
 
 
+@pytest.mark.filterwarnings("ignore:lr=")
 def test_flags_reach_the_optimizers_of_parts_and_groups_by_name(tmp_path):
     cli = _cli(tmp_path, SEVERAL, "--optim.optimizers.head.lr=0.1", "--optim.optimizers.body.betas=[0.6, 0.9]",
                "--clip.max_norm.head=0.5")  # fmt: skip

@@ -30,7 +30,7 @@ def _warn(message: str, warn: bool) -> None:
         print(message)
 
 
-@typed
+@typed(own=("optimizer",))
 class Scheduler(FollowsRun):
     """Sets each group's learning rate to its own peak times a schedule, once per optimizer step.
 

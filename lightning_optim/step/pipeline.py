@@ -50,7 +50,7 @@ from lightning_optim.step.operands import AroundStep, StepOperands, StepSkipped,
 __all__ = ["StepPipeline"]
 
 
-@typed
+@typed(own=("optimizer",))
 class StepPipeline:
     """Clip, guard and measure every step of one optimizer.
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 _WORD = 8
-_IMPL_WORDS = 22
-"""Number of words of a tensor's object in C++ that are looked at; it has at least as many in all known versions."""
+_IMPL_WORDS = (22, 23)
+"""Number of words of a tensor's object in C++ that are looked at: as many as it has in torch 2.13, else in 2.11."""
 _INLINE = 5
 """Number of dimensions up to which sizes and strides are kept in that object."""
 _DEVICE_MASK = 0xFF_FFFF_FFFF
@@ -78,32 +78,34 @@ def layout() -> Layout | None:
         return None
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
-    try:
-        return _found()
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return None
+    for impl_words in _IMPL_WORDS:
+        try:
+            return _found(impl_words)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            continue
+    return None
 
 
-def _found() -> Layout:
+def _found(impl_words: int) -> Layout:
     one = nn.Parameter(torch.empty(7, 11, device="cpu"))
     other = nn.Parameter(torch.empty(13, 17, dtype=torch.float64, device="cpu"))
     part = torch.empty(40, device="cpu")[3:20:2]
     frozen = torch.empty(3, 5, device="cpu")
     impl = _place(words(id(one), type(one).__basicsize__ // _WORD), one._cdata)
-    inside = words(one._cdata, _IMPL_WORDS)
+    inside = words(one._cdata, impl_words)
     storage = _place(inside, one.untyped_storage()._cdata)
     python = _place([word & ~7 for word in inside], id(one))
     sizes = _place(inside, 7) - 1
-    _require(storage < sizes and storage < python < sizes <= _IMPL_WORDS - KIND_WORDS)
+    _require(storage < sizes and storage < python < sizes <= impl_words - KIND_WORDS)
 
     autograd = storage + 1
-    _require(words(frozen._cdata, _IMPL_WORDS)[autograd] == 0)  # as for any tensor without a gradient
+    _require(words(frozen._cdata, impl_words)[autograd] == 0)  # as for any tensor without a gradient
     before = words(inside[autograd], 8)
     one.grad = torch.empty(7, 11, device="cpu")
     grad = _place(words(inside[autograd], 8), one.grad._cdata)
     no_grad = before[grad]
     for without in (other, part):
-        _require(no_grad != 0 and words(words(without._cdata, _IMPL_WORDS)[autograd], 8)[grad] == no_grad)
+        _require(no_grad != 0 and words(words(without._cdata, impl_words)[autograd], 8)[grad] == no_grad)
 
     in_storage = words(one.untyped_storage()._cdata, 8)
     data = in_storage.index(one.untyped_storage().data_ptr())  # It may be there twice, as the owner of the memory.
@@ -114,7 +116,7 @@ def _found() -> Layout:
     for tensor in (one, other, part, frozen, one.grad, torch.empty(2, 3, 4, dtype=torch.bfloat16, device="meta")):
         _require(words(id(tensor), impl + 1)[impl] == tensor._cdata)
         _require(kind_of(tensor, found) == _expected(tensor, found))
-        at = words(tensor._cdata, _IMPL_WORDS)[storage]
+        at = words(tensor._cdata, impl_words)[storage]
         _require(at == tensor.untyped_storage()._cdata)
         _require(words(at, nbytes + 1)[nbytes] == tensor.untyped_storage().nbytes())
         _require(words(at, data + 1)[data] == tensor.untyped_storage().data_ptr())
@@ -128,7 +130,7 @@ def _found() -> Layout:
 
 def kind_of(tensor: Tensor, found: Layout) -> tuple[int, ...]:
     """Return `KIND_WORDS` words that say what ``tensor`` is, apart from its memory: 0 where they have no meaning."""
-    raw = words(tensor._cdata, _IMPL_WORDS)[found.sizes : found.sizes + KIND_WORDS]
+    raw = words(tensor._cdata, found.sizes + KIND_WORDS)[found.sizes :]
     dims = raw[0]
     if dims > _INLINE:
         raise ValueError("Sizes and strides of more than 5 dimensions are not kept in the object.")

@@ -193,7 +193,7 @@ def test_muon_is_routed_within_each_depth():
     optimizer, _ = lo.OptimizerFactory("muon", lr=0.1, param_groups=[LayerDecay(0.5)]).build(model)
     found = {group["name"]: (group.get("rule"), group["lr"]) for group in optimizer.param_groups}
     assert found["layer_1"] == (None, pytest.approx(0.025))
-    assert found["layer_1_adamw"] == ("adamw", pytest.approx(0.025))
+    assert found["layer_1_adamw"] == ("adamw", pytest.approx(0.25e-3))  # of a rate of its own
     assert found["layer_3"][0] == "adamw"
 
 

@@ -90,7 +90,7 @@ class Batches:
         self.backends = [_backend_for(batch, optimizer.backend) for batch in self.batches]
         if optimizer.backend == "auto":
             for batch, backend in zip(self.batches, self.backends, strict=True):
-                kernels.warn_if_slow(backend, batch.device, sum(batch.numel))
+                kernels.warn_if_slow(backend, batch.device, sum(batch.numel), batch.low_precision)
         self.group_sizes = tuple(sizes)
         self.numel = tuple(numel)
         self._remember(optimizer, rules)

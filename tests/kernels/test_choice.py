@@ -25,6 +25,16 @@ def test_a_backend_that_cannot_run_says_why() -> None:
         optim.AdamW([torch.ones(1, device="meta", requires_grad=True)], backend="cpu")
 
 
+def test_what_has_no_kernel_on_a_gpu_says_so_once(recwarn: pytest.WarningsRecorder) -> None:
+    kernels._warn_of_no_kernel.cache_clear()
+    reference, gpu = kernels.get_backend("reference"), torch.device("cuda")
+    for numel, low_precision in ((10, True), (10**7, False), (10**7, True), (10**7, True)):
+        kernels.warn_if_slow(reference, gpu, numel, low_precision)
+    (told,) = [str(warning.message) for warning in recwarn if "no kernel" in str(warning.message)]
+    assert "state_bits=8" in told
+    assert "on cuda" in told
+
+
 def test_everything_works_without_numba() -> None:
     code = """
 import sys

@@ -107,9 +107,9 @@ def warn_if_slow(backend: Backend, device: torch.device, numel: int, low_precisi
 @cache
 def _warn_of_no_kernel(device_type: str) -> None:
     warnings.warn(
-        f"state_bits=8, kahan_sum and stochastic_rounding have no kernel on {device_type} yet, so the optimizer runs in "
-        "plain torch operations: on an H200, state_bits=8 took 280 times as long as torch's fused AdamW. Leave them out "
-        "(state_bits=32), or take an 8-bit optimizer of bitsandbytes.",
+        f"state_bits=8, kahan_sum and stochastic_rounding have no kernel on {device_type} yet, so the optimizer runs "
+        "in plain torch operations: on an H200, state_bits=8 took 280 times as long as torch's fused AdamW. Leave them "
+        "out (state_bits=32), or take an 8-bit optimizer of bitsandbytes.",
         stacklevel=depth_outside(),
     )
 

@@ -17,7 +17,7 @@ from lightning_optim.core.fragment import Fragment
 from lightning_optim.divergence import Detector, NonFiniteGradient, StepGuard
 from lightning_optim.divergence.step_row import RowLayout
 from lightning_optim.kernels.decision import MOST, HostRunner, Program, Runner
-from lightning_optim.step.gradients import Gradients, decays_of, group_names_of, numbers
+from lightning_optim.step.gradients import Gradients, decays_of, numbers
 from lightning_optim.step.one_step import OneStep
 
 
@@ -88,7 +88,7 @@ class FusedDecision:
         if gradients.grads[0].device != device or (self._guard is not None and self._guard.detectors):
             return None
         run = self._runner = self._runner or runner_for(device)
-        names = group_names_of(gradients.optimizer)
+        names = step.stats.group_names
         if run is None or (device.type != "cpu" and gradients.parameters > MOST) or not self._has_fragment(names):
             return None
         loss = None if self._guard is None else self._guard.begin()

@@ -140,6 +140,7 @@ def test_events_are_marked_on_the_curve():
         ([4, 2, 1, float("nan")], {}, "not finite at the end; it was not at step 30"),
         ([4, 2, 1, 50], {}, "diverged"),
         ([4, 4, 4, 4], {}, "has not fallen"),
+        ([3725, 2.6, 2.4, 2.7, 2.6, 2.5, 2.58], {}, "hardly fallen: it began at 2.6, and ended at 2.58"),
         ([5 - 0.1 * place for place in range(40)], {}, "still falling"),
         ([4, 2, 1], {"optim_health/skipped_steps": _curve([0, 0, 3])}, "3 steps were skipped"),
         ([4, 2, 1], {"optim_health/clip_rate": _curve([1, 1, 0.7])}, "90% of the steps were clipped, so that"),
@@ -148,6 +149,14 @@ def test_events_are_marked_on_the_curve():
 )
 def test_the_verdict_is_in_words(loss, more, words):
     assert words in " ".join(text for _, text in of_run(Run("r", {"optim_loss/mean": _curve(loss), **more})))
+
+
+def test_a_long_report_of_the_guard_is_folded(tmp_path):
+    told = "# Divergence report\n\n" + "| 1 | 2 |\n" * 70
+    run = Run("r", {"optim_loss/mean": _curve([2, 1])}, ("one sentence", told))
+    text = write_report([run], tmp_path).read_text()
+    assert "<li><pre>one sentence</pre></li>" in text
+    assert "<details><summary>Divergence report</summary><pre>| 1 | 2 |" in text
 
 
 AWKWARD = "</script><b>$x$ $$y$$ %%body%% _" + "n" * 220

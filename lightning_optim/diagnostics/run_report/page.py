@@ -29,6 +29,9 @@ from lightning_optim.diagnostics.run_report.verdict import REMEDY, compare, dura
 
 _NO_LIBRARY = "The charts are pictures, because Bokeh is not installed: pip install 'lightning-optim[plot]'."
 
+_FOLDED_FROM = 6
+"""Number of lines from which an alarm is folded."""
+
 
 def write_report(
     runs: Sequence[Run],
@@ -219,10 +222,20 @@ def _details(run: Run, saved: _Pictures, several: bool) -> str:
     for step, picture in run.incidents.items():
         title = f"Incident at step {step} of {run.name}"
         body += f"<h3>Incident at step {step:,}</h3>{saved.add(title, picture)}"
-    lines = "".join(f"<li><pre>{html.escape(alarm)}</pre></li>" for alarm in run.alarms)
+    lines = "".join(f"<li>{_alarm(alarm)}</li>" for alarm in run.alarms)
     body += f"<h3>Alarms and advice</h3><ul>{lines}</ul>" if lines else ""
     title = f"What happened in {short(run.name)}" if several else "What happened"
     return _section(title, body)
+
+
+def _alarm(text: str) -> str:
+    """Return a sentence as it is, and a long text, such as the guard's report, folded under its first line."""
+    first, _, rest = text.partition("\n")
+    if rest.count("\n") < _FOLDED_FROM:
+        return f"<pre>{html.escape(text)}</pre>"
+    return (
+        f"<details><summary>{html.escape(first.lstrip('# '))}</summary><pre>{html.escape(rest.strip())}</pre></details>"
+    )
 
 
 def _section(title: str, body: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from lightning_optim.diagnostics.generalization import Generalization, Look
@@ -12,6 +13,10 @@ from lightning_optim.diagnostics.run_report.run import Points, Run, loss_tags, s
 
 _DIVERGED = 2.0
 """A last loss of more than this many times the distance that it had fallen, above its best, is a divergence."""
+_HARDLY = 0.05
+"""Share of the first loss by which it has to fall."""
+_STANDS_OUT = 10.0
+"""Factor on the median of the first losses from which the very first one says nothing."""
 _CLIPPED = 0.5
 _LAST = 0.1
 
@@ -81,6 +86,13 @@ REMEDY = (
 )
 
 
+def _start(points: Points) -> float:
+    """Return the first value, or the median of the first ones where it stands out, as after a step far too large."""
+    usual = statistics.median(value for _, value, _ in points[: max(len(points) // 20, 5)])
+    first = points[0][1]
+    return first if abs(first) <= _STANDS_OUT * abs(usual) else usual
+
+
 def _course(run: Run) -> tuple[str, str] | None:
     tags = loss_tags(run)
     if not tags or len(run.scalars[tags[0]]) < 2:
@@ -93,14 +105,17 @@ def _course(run: Run) -> tuple[str, str] | None:
     best = best_of(points, False)
     assert best is not None
     tail = _mean(points[-max(len(points) // 20, 1) :])
-    fallen = finite(points)[0][1] - best[1]
+    start = _start(finite(points))
+    fallen = start - best[1]
     if tail - best[1] > _DIVERGED * max(fallen, abs(best[1]) * 0.05):
         return "bad", f"It diverged: the {name} was {best[1]:.4g} at step {best[0]:,}, and is {tail:.4g} at the end."
     if fallen <= 0.01 * abs(best[1]):
-        return "bad", f"The {name} has not fallen: it began at {points[0][1]:.4g}, and ended at {tail:.4g}."
+        return "bad", f"The {name} has not fallen: it began at {start:.4g}, and ended at {tail:.4g}."
+    if start - tail <= _HARDLY * abs(start):
+        return "bad", f"The {name} has hardly fallen: it began at {start:.4g}, and ended at {tail:.4g}."
     share = max(round(len(points) * _LAST), 1)
     before, after = _mean(points[-2 * share : -share] or points[:1]), _mean(points[-share:])
-    text = f"The {name} fell from {points[0][1]:.4g} to {tail:.4g}"
+    text = f"The {name} fell from {start:.4g} to {tail:.4g}"
     if len(points) >= 20 and before - after > 0.02 * fallen:
         return "note", f"{text}, and was still falling in the last tenth of the run: training longer would help."
     return "good", f"{text}."

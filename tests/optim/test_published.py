@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_optim import optim
 from tests.optim.cases import (
     BACKENDS,
     CASES,
@@ -26,6 +27,8 @@ LATE, THAWED = 7, 13
 @pytest.mark.parametrize(("case", "setting"), each_setting())
 def test_equals_the_published_optimizer_step_by_step(case: Case, setting: Setting, backend: str) -> None:
     """Of three groups, one at a rate of 0 until late, and a fourth that joins late."""
+    if case.optimizer is optim.Adagrad and torch.__version__ < "2.12":
+        pytest.skip("torch's own Adagrad takes no group after its construction there.")
     ours, theirs = parameters(case, torch.float64), parameters(case, torch.float64)
     lr = setting.arguments["lr"]
     (*groups, late), (*their_groups, their_late) = (groups_of(params, lr, case) for params in (ours, theirs))

@@ -272,7 +272,7 @@ def test_step_counts_of_several_dtypes() -> None:
             optimizer.step()
         optimizers.append(optimizer)
         weights.append([param.detach() for param in params])
-    assert_close_states(*optimizers, rtol=1e-6, atol=1e-7)
+    assert_close_states(optimizers[0], optimizers[1], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7)
 
 

@@ -365,7 +365,7 @@ def test_the_optimizer_inside_is_the_deepest_that_has_the_same_parameters():
 
 def test_an_optimizer_inside_forgets_its_step_when_the_pipeline_is_closed() -> None:
     weight = nn.Parameter(torch.ones(3))
-    optimizer = Sam([weight], BASES["ours"])
+    optimizer: Any = Sam([weight], BASES["ours"])
     pipeline = StepPipeline(optimizer, clip=GlobalNorm(1.0))
 
     def closure() -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 NUMBER, PARAMETER = 0, -1
 """Lengths of a state that is one number, and of one with an element for each parameter."""
@@ -36,3 +37,8 @@ class Fragment:
     vectors: tuple[str, ...] = ()
     states: tuple[tuple[str, int], ...] = ()
     always: tuple[str, ...] = ()
+
+    @cached_property
+    def longest(self) -> int:
+        """Length of the longest window among the states; 0 without a window."""
+        return max((length for _, length in self.states), default=NUMBER)

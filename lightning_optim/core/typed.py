@@ -160,6 +160,8 @@ def _fit(value: Any, hint: Any, default: Any = None) -> Any:
             return _as_it_is(value, member)
         except _UnfitError:
             continue
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a number of numpy's or torch's
+        return _fit(value.item(), hint, default)
     plain = [member for member in members if isinstance(member, type) and is_dataclass(member)]
     if isinstance(value, bool) and plain:
         if value:

@@ -120,12 +120,17 @@ class Batch:
         """0-d numpy views of `scalar_states` by name, on the CPU only: reading thousands of tensors would be slow."""
         return {name: [state[name].numpy() for state in self.scalar_states] for name in self.scalar_states[0]}
 
+    @cached_property
+    def scalar_dtypes(self) -> dict[str, torch.dtype | None]:
+        """Dtype of each of `scalar_states`, by name; None where tensors differ, of which some may have been loaded."""
+        found = {name: {state[name].dtype for state in self.scalar_states} for name in self.scalar_states[0]}
+        return {name: dtypes.pop() if len(dtypes) == 1 else None for name, dtypes in found.items()}
+
     def count_by(self, numbers: Callable[[Sequence[Tensor]], Numbers]) -> None:
         """Let ``numbers`` read and write `counters` where there are many of one dtype."""
         for name in self.counters:
             tensors = [state[name] for state in self.scalar_states]
-            dtypes = {tensor.dtype for tensor in tensors}
-            if len(tensors) >= MANY and len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}:
+            if len(tensors) >= MANY and self.scalar_dtypes[name] in (torch.float32, torch.float64):
                 self.counters[name] = numbers(tensors)
 
     @cached_property
@@ -153,7 +158,8 @@ class Batch:
             return self
         part = copy(self)
         # What is cached is of all tensors.
-        for name in ("state_arrays", "written", "sizes", "addresses", "counters", "members", "scalar_tables"):
+        cached = "state_arrays", "written", "sizes", "addresses", "counters", "members"
+        for name in (*cached, "scalar_dtypes", "scalar_tables"):
             part.__dict__.pop(name, None)
         for name in ("params", "grads", "states", "scalar_states", "groups", "full_params", "rounding_keys"):
             full = getattr(self, name)

@@ -24,6 +24,9 @@ COLUMNS = 5
 """Number of columns before the square sums in a row: whether the step is skipped, norm, loss, and a flag for each."""
 MOST = 8192
 """Largest number of parameters of a compiled program, which holds a vector in the registers of one block."""
+LONGEST = 1024
+"""Length of the longest window of a compiled program, which sorts it in registers: AutoClip took 1.8 s to compile with
+1024 norms, and 11 s with 4096."""
 
 
 @dataclass(frozen=True)

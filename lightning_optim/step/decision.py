@@ -50,7 +50,7 @@ class Decision:
         return list(map(int, self.counts.tolist() if exact else self._on_host.read()))
 
     def load(self, counts: StepCounts) -> None:
-        """Go on from other counts."""
+        """Restore other counts."""
         self._set(
             torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device="cpu").to(self.counts.device)
         )
@@ -91,7 +91,7 @@ class Decision:
         """
         decided, self._decided = self._decided, None
         if decided is not None:
-            self._fused.adopt(decided, step.skip)
+            self._fused.adopt(decided)
             self._set(decided.counts)
             return decided.norm
         taken = None if step.skip is None else step.skip == 0

@@ -16,7 +16,7 @@ from lightning_optim.clipping import Clipper, ClipRule, Divisor
 from lightning_optim.core.fragment import Fragment
 from lightning_optim.divergence import Detector, NonFiniteGradient, StepGuard
 from lightning_optim.divergence.step_row import RowLayout
-from lightning_optim.kernels.decision import MOST, HostRunner, Program, Runner
+from lightning_optim.kernels.decision import LONGEST, MOST, HostRunner, Program, Runner
 from lightning_optim.step.gradients import Gradients, decays_of, numbers
 from lightning_optim.step.one_step import OneStep
 
@@ -47,9 +47,9 @@ class Decided:
 class FusedDecision:
     """Decides a step by one program: over numpy arrays on the CPU, by Triton on an accelerator.
 
-    It is the decision of clip rule and guard in one launch, whatever the number of tensors; another detector is asked
-    before. What it cannot decide, because a rule has no fragment or a gradient is a shard, is left to the operations of
-    rule and detectors.
+    It is the decision of clip rule and guard in one launch, whatever the number of tensors. What it cannot decide,
+    because a rule has no fragment, a gradient is a shard, or there is another detector, which may read what clipping
+    leaves of the gradients, is left to the operations of rule and detectors.
 
     Args:
         clipper: The clip rule and its state; None for no clipping.
@@ -60,10 +60,11 @@ class FusedDecision:
     def __init__(self, clipper: Clipper | None, detectors: Sequence[Detector], runner: Runner | None = None) -> None:
         self._clipper = clipper
         self._guard = next((d for d in detectors if type(d) is StepGuard), None)
-        self._others = [d for d in detectors if d is not self._guard and type(d) is not NonFiniteGradient]
-        self._is_able = bool(clipper or detectors) and (clipper is None or _is_known(type(clipper.rule)))
-        self._can_skip = len(self._others) < len(detectors)
+        has_others = any(d is not self._guard and type(d) is not NonFiniteGradient for d in detectors)
+        self._is_able = bool(clipper or detectors) and not has_others
+        self._can_skip = bool(detectors)
         self._runner = runner
+        self._rule: tuple[ClipRule, dict[str, Any]] | None = None
         self._programs: dict[Any, Program] = {}
         self._fragments: dict[tuple[str, ...], Fragment | None] = {}
         self._vectors: tuple[Any, list[Any]] | None = None
@@ -89,20 +90,20 @@ class FusedDecision:
             return None
         run = self._runner = self._runner or runner_for(device)
         names = step.stats.group_names
-        if run is None or (device.type != "cpu" and gradients.parameters > MOST) or not self._has_fragment(names):
+        if run is None or not self._fits(gradients, names, device):
             return None
         loss = None if self._guard is None else self._guard.begin()
-        has_incoming = incoming is not None or bool(self._others)
+        has_incoming = incoming is not None
         program = self._program(names, loss is not None, has_incoming, len(gradients.params) != gradients.parameters)
         given: dict[str, Any] = {"norm_sq": step.stats.norm_sq}
         if loss is not None:
             given["loss"] = loss
-        if has_incoming:
-            given["incoming"] = self._asked(step, incoming, device)
+        if incoming is not None:
+            given["incoming"] = incoming.reshape(()).to(device, torch.float32, non_blocking=True)
         if program.sparse:
             given["place"] = self._uploaded_places(gradients, run)
         if program.vectors:
-            given.update(zip(program.vectors, self._uploaded_vectors(gradients, names, run), strict=True))
+            given.update(zip(program.vectors, self._uploaded_vectors(program, gradients, names, run), strict=True))
         clip_state: Mapping[str, Tensor] = {}
         guard_state: Mapping[str, Tensor] = {}
         numbers: tuple[float, ...] = ()
@@ -135,30 +136,45 @@ class FusedDecision:
             group_names=names,
         )
 
-    def adopt(self, decided: Decided, skip: Tensor | None) -> None:
+    def adopt(self, decided: Decided) -> None:
         """End a step: take over the states that its decision has led to.
 
         Args:
             decided: As `decide` returned it.
-            skip: Non-zero if the step did not happen, shape []; None if nothing could skip it.
         """
-        for detector in self._others:
-            assert skip is not None
-            detector.commit(skip)
         if self._clipper is not None:
             self._clipper.adopt(decided.clip_state)
         if self._guard is not None:
             assert decided.row is not None
             self._guard.adopt(decided.guard_state, decided.row, decided.layout, decided.group_names)
 
-    def _has_fragment(self, names: tuple[str, ...]) -> bool:
-        return self._clipper is None or self._clip_fragment(names) is not None
+    def _fits(self, gradients: Gradients, names: tuple[str, ...], device: torch.device) -> bool:
+        """Return whether the present clip rule, if there is one, has a fragment, and ``device`` can run the program."""
+        if device.type != "cpu" and gradients.parameters > MOST:
+            return False
+        if self._clipper is None:
+            return True
+        rule = self._clipper.rule
+        if not _is_known(type(rule)):
+            return False
+        self._follow(rule)
+        if names not in self._fragments:
+            self._fragments[names] = rule.fragment(names)
+        fragment = self._fragments[names]
+        return fragment is not None and (device.type == "cpu" or fragment.longest <= LONGEST)
+
+    def _follow(self, rule: ClipRule) -> None:
+        """Drop the programs of another rule, or of other settings, which are constants in a program."""
+        if self._rule is None or self._rule[0] is not rule or self._rule[1] != vars(rule):
+            settings = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(rule).items()}
+            self._rule, self._vectors = (rule, settings), None
+            self._programs, self._fragments = {}, {}
 
     def _program(self, names: tuple[str, ...], has_loss: bool, has_incoming: bool, sparse: bool) -> Program:
-        key = names, has_loss, has_incoming, sparse, None if self._guard is None else self._guard.skip
+        key = names, has_loss, has_incoming, sparse, None if self._guard is None else tuple(self._guard.skip)
         if key not in self._programs:
             self._programs[key] = Program(
-                clip=self._clip_fragment(names),
+                clip=self._fragments.get(names),
                 per_tensor=self._clipper is not None and self._clipper.rule.per_tensor,
                 guard=None if self._guard is None else self._guard.fragment(has_loss),
                 has_ratios=self._guard is not None and self._guard.moments is not None,
@@ -169,28 +185,20 @@ class FusedDecision:
             )
         return self._programs[key]
 
-    def _clip_fragment(self, names: tuple[str, ...]) -> Fragment | None:
-        if names not in self._fragments:
-            self._fragments[names] = None if self._clipper is None else self._clipper.rule.fragment(names)
-        return self._fragments[names]
-
-    def _asked(self, step: OneStep, incoming: Tensor | None, device: torch.device) -> Tensor:
-        """Return the flag that a GradScaler or one of the other detectors asks for a skip, shape []."""
-        flags = [] if incoming is None else [incoming]
-        flags += [detector(step.stats) for detector in self._others]
-        flags = [flag.reshape(()).to(device, torch.float32, non_blocking=True) for flag in flags]
-        return flags[0] if len(flags) == 1 else torch.stack(flags).amax()
-
     def _uploaded_numbers(self, given: tuple[float, ...], run: Runner) -> Any:
         if self._numbers is None or self._numbers[0] != given:
             self._numbers = given, run.upload(np.array(given))
         return self._numbers[1]
 
-    def _uploaded_vectors(self, gradients: Gradients, names: tuple[str, ...], run: Runner) -> list[Any]:
+    def _uploaded_vectors(
+        self, program: Program, gradients: Gradients, names: tuple[str, ...], run: Runner
+    ) -> list[Any]:
         groups = gradients.optimizer.param_groups
         sizes = tuple(len(group["params"]) for group in groups)
         decays = tuple(map(decays_of, groups))
-        key = names, sizes, decays
+        # A parameter may have been replaced by one of another size, or resized; the guard does not ask for sizes.
+        numel = gradients.numel() if program.clip is not None and program.clip.vectors else ()
+        key = names, sizes, decays, numel
         if self._vectors is None or self._vectors[0] != key:
             params = [param for group in groups for param in group["params"]]
             owners = [index for index, size in enumerate(sizes) for _ in range(size)]

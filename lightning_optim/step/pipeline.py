@@ -184,8 +184,9 @@ class StepPipeline:
         # A scheduler still asks for the counts, and must not keep alive what the callbacks refer to: the Trainer, say.
         self._step, self.on_report, self.report_due, self.histograms = None, None, bool, tuple
         forget(self._updates)
-        if isinstance(self.optimizer, FusedOptimizer):
-            self.optimizer.forget_step()
+        for optimizer in (self.optimizer, self._updates):
+            if isinstance(optimizer, FusedOptimizer):
+                optimizer.forget_step()
 
     def param_names(self) -> list[str | None]:
         """Return the name of each parameter of the optimizer, in order, as far as known."""

@@ -255,3 +255,35 @@ def test_norms(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_but_the_interpreter_runs_on_this_device() -> None:
     assert "interpreter runs on the CPU only" in str(kernels.why_not("triton", torch.device("cuda")))
+
+
+def test_step_counts_of_several_dtypes() -> None:
+    """Some may have been loaded from a run with another default dtype."""
+    optimizers, weights = [], []
+    for backend in ("reference", "triton"):
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+        optimizer = optim.AdamW(params, lr=0.1, backend=backend)
+        for step in range(4):
+            if step == 1:
+                optimizer.state[params[1]]["step"] = optimizer.state[params[1]]["step"].double()
+                optimizer.state[params[2]]["step"] = optimizer.state[params[2]]["step"].long()
+            for i, param in enumerate(params):
+                param.grad = torch.full((3,), float(i + step))
+            optimizer.step()
+        optimizers.append(optimizer)
+        weights.append([param.detach() for param in params])
+    assert_close_states(optimizers[0], optimizers[1], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7)
+
+
+def test_a_divisor_of_any_strides() -> None:
+    weights = []
+    for backend in ("reference", "triton"):
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+        optimizer = optim.SGD(params, lr=0.1, backend=backend)
+        for param in params:
+            param.grad = torch.ones(3)
+        optimizer.divisor = torch.tensor([[2.0, 100.0], [4.0, 100.0], [8.0, 100.0]])[:, 0]
+        optimizer.step()
+        weights.append([param.detach() for param in params])
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=0)

@@ -361,3 +361,20 @@ def test_the_optimizer_inside_is_the_deepest_that_has_the_same_parameters():
     two: Any = Sam(weights, BASES["sgd"])
     two.other = torch.optim.SGD(weights, lr=0.1)
     assert updating_optimizer(two) is two
+
+
+def test_an_optimizer_inside_forgets_its_step_when_the_pipeline_is_closed() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer: Any = Sam([weight], BASES["ours"])
+    pipeline = StepPipeline(optimizer, clip=GlobalNorm(1.0))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.base_optimizer._batches is not None
+    pipeline.close()
+    assert optimizer.base_optimizer._batches is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_optim import optim
-from lightning_optim.clipping import AdaGC, AutoClip, BlockRMS, GlobalNorm, GroupNorm, ZClip
+from lightning_optim.clipping import AdaGC, AutoClip, BlockRMS, Clipper, GlobalNorm, GroupNorm, ZClip
 from lightning_optim.divergence import Detector, SpikeWindow, StepGuard
 from lightning_optim.divergence.early_warning import EarlyWarning
 from lightning_optim.divergence.step_log import StepLog
@@ -170,12 +171,13 @@ def test_a_rule_that_decides_otherwise_than_its_fragment_is_asked_itself(rule, i
     assert bool(pipeline._decision._fused._programs) is is_known
 
 
-def test_other_detectors_are_asked_before_and_told_after():
+def test_another_detector_sees_what_clipping_leaves_and_learns_of_skips():
     class Third(Detector):
         def __init__(self):
-            self.skips = []
+            self.seen, self.skips = [], []
 
         def __call__(self, stats):
+            self.seen.append(stats.clipped_norm_sq.item())
             return torch.tensor(len(self.skips) % 3 == 2)
 
         def commit(self, skip):
@@ -186,11 +188,101 @@ def test_other_detectors_are_asked_before_and_told_after():
     third = Third()
     pipeline = StepPipeline(optimizer, clip=GlobalNorm(1.0), detectors=[third])
     for step in range(6):
-        parameter.grad = torch.full((4,), math.nan if step == 3 else 0.1)
+        parameter.grad = torch.full((4,), math.nan if step == 3 else 2.0)
         optimizer.step()
-    assert pipeline._decision._fused._programs
+    assert third.seen == pytest.approx([1, 1, 1, math.nan, 1, 1], rel=1e-5, nan_ok=True)
     assert third.skips == [False, False, True, True, False, True]
     assert pipeline.counts().skipped == 3
+
+
+def new_rule(pipeline):
+    pipeline.clipper.rule = BlockRMS(0.25)
+
+
+def new_window(pipeline):
+    pipeline.clipper.rule.percentile = 20.0
+
+
+def new_limit(pipeline):
+    pipeline.clipper.rule.groups["0"] = 0.125
+
+
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        (lambda: GlobalNorm(0.5), new_rule),
+        (lambda: AutoClip(percentile=90, window=8), new_window),
+        (lambda: GroupNorm(0.5), new_limit),
+    ],
+)
+def test_a_change_of_the_rule_counts(rule, change, monkeypatch):
+    results = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(FusedDecision, "decide", lambda *_: None)
+        parameter = nn.Parameter(torch.zeros(4))
+        optimizer = optim.SGD([parameter], lr=1.0)
+        pipeline = StepPipeline(optimizer, clip=rule())
+        for step in range(12):
+            if step == 6:
+                before = parameter.detach().clone()
+                change(pipeline)
+            parameter.grad = torch.full((4,), 1.0 + step % 3)
+            optimizer.step()
+        results.append(parameter.detach() - before)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_of_another_size_has_its_own_root_mean_square():
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimizer = optim.SGD(parameters, lr=1.0)
+    StepPipeline(optimizer, clip=BlockRMS(1.0))
+    for size in (4, 100):
+        parameters[0] = optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(size))
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 2.0)
+        optimizer.step()
+    torch.testing.assert_close(parameters[0].detach(), torch.full((100,), -1.0))
+
+
+@pytest.mark.parametrize("rule", [AutoClip, ZClip])
+def test_a_window_that_is_too_long_to_be_compiled_is_left_to_torch(rule):
+    gradients = SimpleNamespace(parameters=1)
+    for window, fits in ((rule().window, True), (100_000, False)):
+        fused = FusedDecision(Clipper(rule(window=window)), ())
+        assert fused._fits(gradients, ("0",), torch.device("cuda")) is fits
+        assert fused._fits(gradients, ("0",), torch.device("cpu"))
+
+
+def test_the_signals_to_skip_may_be_a_list():
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = optim.SGD([parameter], lr=1.0)
+    guard = StepGuard(SpikeWindow(2), ["loss"], lambda: torch.tensor(math.nan))
+    pipeline = StepPipeline(optimizer, detectors=[guard])
+    parameter.grad = torch.ones(4)
+    optimizer.step()
+    assert pipeline.counts().skipped == 1
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="only Triton's interpreter runs on the CPU")
+def test_triton_reads_the_averages_of_fewer_parameters(monkeypatch):
+    from lightning_optim.kernels.triton.decision import DeviceRunner
+
+    averages = []
+    for run in (HostRunner, lambda: DeviceRunner(torch.device("cpu"))):
+        monkeypatch.setattr("lightning_optim.step.fused.HostRunner", run)
+        parameters = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+        optimizer = optim.SGD(parameters, lr=1.0)
+        guard = StepGuard(SpikeWindow(2), early_warning=EarlyWarning())
+        StepPipeline(optimizer, detectors=[guard])
+        for step in range(4):
+            if step == 3:
+                del optimizer.param_groups[0]["params"][-1]
+            for i, parameter in enumerate(parameters):
+                parameter.grad = torch.full((4,), float(i + step))
+            optimizer.step()
+        averages.append(guard.state_dict()["moments"]["averages"])
+    torch.testing.assert_close(*averages)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="only Triton's interpreter runs on the CPU")

@@ -203,8 +203,9 @@ class DeviceRunner(Runner):
     def run(self, program: Program, given: Mapping[str, Any], results: Results) -> dict[str, Tensor]:
         """See `Runner`."""
         device = self._device
+        # The kernel knows no strides: averages of the first parameters are a part of those of all, for one.
         arrays = {
-            name: value if value.device == device else value.to(device, non_blocking=True)
+            name: (value if value.device == device else value.to(device, non_blocking=True)).contiguous()
             for name, value in given.items()
         }
         made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in results.items()}

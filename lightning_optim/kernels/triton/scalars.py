@@ -100,7 +100,7 @@ class DeviceColumns(dict[str, Tensor]):
 
     def form(self, names: tuple[str, ...]) -> Form:
         """Return what a kernel that stores the columns called ``names`` depends on."""
-        states = tuple((name, _NAMES[tensor.dtype]) for name, tensor in self._batch.scalar_states[0].items())
+        states = tuple((name, _NAMES[dtype]) for name, dtype in self._batch.scalar_dtypes.items())
         used = dict.fromkeys((*names, *(name for name, _ in states if name != "step")))
         expressions = tuple((name, self._expressions[name]) for name in used)
         divisor = None if self._divisor is None else self._divisor.dim()
@@ -132,8 +132,8 @@ def device_scalars(batch: Batch, divisor: Tensor | None, skip: Tensor | None, at
         skip: Flag, shape []; if non-zero, nothing is written. None to never skip.
         at_once: See `DeviceColumns`.
     """
-    states = batch.scalar_states[0]
-    if batch.shared or batch.rounding_keys or any(tensor.dtype not in _NAMES for tensor in states.values()):
+    states = batch.scalar_dtypes  # by name
+    if batch.shared or batch.rounding_keys or not all(map(_NAMES.__contains__, states.values())):
         return scalar_columns(batch, divisor)
     texts: dict[str, str] | None = None
     rows: list[list[float]] = []
@@ -156,6 +156,7 @@ def device_scalars(batch: Batch, divisor: Tensor | None, skip: Tensor | None, at
         texts = own
         rows.append(constants)
     assert texts is not None
+    divisor = None if divisor is None else divisor.contiguous()  # The kernel knows no strides.
     return DeviceColumns(batch, divisor, skip, texts, np.array(rows, dtype=np.float64), at_once)
 
 
@@ -226,4 +227,4 @@ def scalar_kernel(form: Form) -> Any:
     return jit_text(text(form), "kernel", {**NAMED, "power": power}, do_not_specialize=names)
 
 
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+_NAMES: dict[torch.dtype | None, str] = {torch.float32: "float32", torch.float64: "float64"}

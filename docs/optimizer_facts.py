@@ -1,4 +1,4 @@
-"""Shows in the reference what `lightning-optim list optimizers` knows, from the classes: a hook and a Griffe extension."""
+"""Show in the reference what `lightning-optim list optimizers` knows: a hook of MkDocs and an extension of Griffe."""
 
 from __future__ import annotations
 

@@ -122,8 +122,8 @@ def _warn_of_low_precision(name: str) -> None:
     with suppress(ImportError):
         if not get_backend(name).low_precision:
             warnings.warn(
-                f"kahan_sum, stochastic_rounding and state_bits below 32 have no kernel in the backend {name!r}, which this "
-                "device has. Parameters with them are updated in plain torch operations, many times slower.",
+                f"kahan_sum, stochastic_rounding and state_bits below 32 have no kernel in the backend {name!r}, which "
+                "this device has. Parameters with them are updated in plain torch operations, many times slower.",
                 stacklevel=depth_outside(),
             )
 

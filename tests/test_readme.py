@@ -89,7 +89,8 @@ ROOMS = [
 
 @pytest.mark.parametrize("package", ["lightning_optim", *(f"lightning_optim.{room}" for room in ROOMS)])
 def test_every_public_name_has_a_place_in_the_reference(package):
-    text = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    pages = (page for folder in ("reference", "internals") for page in (ROOT / "docs" / folder).glob("*.md"))
+    text = "".join(page.read_text() for page in pages)
     shown = dict(re.findall(r"^::: (\S+)\n((?: +\S.*\n)*)", text, re.MULTILINE))
     whole = tuple(f"{name}." for name, options in shown.items() if not re.search(r"\bmembers: false", options))
     module = importlib.import_module(package)
@@ -125,3 +126,16 @@ def test_on_a_package_index_every_link_of_the_readme_has_a_whole_address(monkeyp
     )
     hook.update(without := {})
     assert without["readme"]["text"] == text
+
+
+def test_every_figure_of_cost_in_the_readme_is_one_of_the_benchmarks():
+    section = re.search(r"^## What it costs\n(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    measured = (ROOT / "docs" / "benchmarks.md").read_text()
+    rows = [row for row in section.splitlines() if row.startswith("| `")]
+    assert rows
+    for row in rows:
+        command, *figures = re.findall(r"`tests\.([^`]*)`|\b(\d\.\d\d)\b", row)
+        assert figures, row
+        assert command[0].split()[-1] in measured, row
+        for _, figure in figures:
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", measured), row

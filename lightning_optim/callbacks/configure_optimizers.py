@@ -55,21 +55,33 @@ class ConfigureOptimizers(HubCallback, _Factory):
     ``self.optimizers()`` returns them in that order.
 
     Args:
-        optimizer: As of `OptimizerFactory`, and so on to ``on_resume``.
-        lr: Peak learning rate.
-        weight_decay: Weight decay of the groups without their own.
-        optimizer_kwargs: Further arguments of the optimizer.
-        schedule: The schedule of the learning rate.
-        warmup: Length of the warmup for a schedule given by name.
-        param_groups: Rules and presets.
-        schedules: Schedules of other hyperparameters.
-        on_resume: Resume policy, also of several optimizers.
+        optimizer: Which optimizer: a name (`lightning_optim.optim.list_optimizers`), an import path, a class, a mapping
+            with ``class_path`` and ``init_args`` as in YAML, or any callable from parameter groups to an optimizer.
+        lr: Peak learning rate of the groups without a multiplier, above 0. None for the optimizer's default. Not with a
+            callable or ``init_args``, which bring their own.
+        weight_decay: Weight decay of the groups without their own, at least 0. None for the optimizer's default.
+        optimizer_kwargs: Further arguments of the optimizer, for instance ``{"betas": (0.9, 0.95)}``.
+        schedule: A name (`lightning_optim.schedules.list_schedules`), a `Schedule`, a function from the step to a
+            multiplier, or a torch ``LRScheduler``: a class, a mapping with ``class_path`` and ``init_args``, or a
+            callable from the optimizer to one. None keeps the rate constant, after the warmup if there is one.
+        warmup: Length of the warmup for a schedule given by name: ``500``, ``"500 steps"``, ``"2 epochs"``, ``"5%"``;
+            or a `Warmup`, which has a shape and a start, too.
+        param_groups: Rules and presets, the first match wins. None means the preset ``no_decay``: no weight decay on
+            biases, norms and embeddings, which is nearly always what is wanted. An empty list means one group,
+            which is all that LBFGS takes.
+        schedules: Schedules of other hyperparameters by name, each a name or a `Schedule`: a key of the optimizer's
+            groups (``weight_decay``), or ``momentum``, ``beta1``, ``beta2``. They multiply each group's own value.
+        on_resume: Resume policy: whether checkpoint or configuration takes precedence. ``"checkpoint"``: the run
+            continues bit for bit, and a warning names what differs in the configuration. ``"config"``: learning rate,
+            weight decay, schedule, its length, ``fused`` and all else are the configuration's; moments and steps stay,
+            and what changed is printed. It is the policy of several optimizers as well.
         optimizers: In place of all arguments before ``on_resume``: the optimizers of several parts, each a
             `PartOptimizer` or a mapping with its arguments.
 
     Raises:
-        ValueError: As of `OptimizerFactory`; or an argument is given in addition to ``optimizers``.
-        TypeError: As of `OptimizerFactory`.
+        ValueError: An argument is unknown, out of range or given twice; the message names the nearest. Or one is given
+            in addition to ``optimizers``.
+        TypeError: ``optimizer`` or ``schedule`` is of no kind that is accepted.
 
     Example:
         >>> trainer = L.Trainer(

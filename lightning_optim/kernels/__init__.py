@@ -6,6 +6,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -89,29 +90,19 @@ SLOW_FROM = 1_000_000
 """Number of elements from which the time of the step is felt, where it runs in torch's operations."""
 
 
-def warn_if_slow(backend: Backend, device: torch.device, numel: int, low_precision: bool = False) -> None:
-    """Warn, once in a process, that a large model is updated slowly, because a package or a kernel is missing.
+def warn_if_slow(backend: Backend, device: torch.device, numel: int, low_precision: bool) -> None:
+    """Warn, once in a process, that a large model is updated slowly: a package is missing, or there is no kernel.
 
     Args:
-        backend: The backend that was chosen automatically for the parameters on ``device``.
+        backend: The backend that was chosen for the parameters on ``device``.
         device: Their device.
         numel: Their number of elements.
-        low_precision: Whether they need `Batch.low_precision`, for which there are kernels on the CPU only.
+        low_precision: Whether parameters or state are stored with fewer bits than they are computed with.
     """
     if numel >= SLOW_FROM and backend.name == "reference" and (wanted := AUTOMATIC.get(device.type)) is not None:
         _warn_of_missing(wanted)
-        if low_precision and device.type != "cpu":
-            _warn_of_no_kernel(device.type)
-
-
-@cache
-def _warn_of_no_kernel(device_type: str) -> None:
-    warnings.warn(
-        f"state_bits=8, kahan_sum and stochastic_rounding have no kernel on {device_type} yet, so the optimizer runs "
-        "in plain torch operations: on an H200, state_bits=8 took 280 times as long as torch's fused AdamW. Leave them "
-        "out (state_bits=32), or take an 8-bit optimizer of bitsandbytes.",
-        stacklevel=depth_outside(),
-    )
+        if low_precision:
+            _warn_of_low_precision(wanted)
 
 
 @cache
@@ -124,6 +115,17 @@ def _warn_of_missing(name: str) -> None:
             f"package that cannot be imported: {error}. Install it: pip install 'lightning-optim[{name}]'",
             stacklevel=depth_outside(),
         )
+
+
+@cache
+def _warn_of_low_precision(name: str) -> None:
+    with suppress(ImportError):
+        if not get_backend(name).low_precision:
+            warnings.warn(
+                f"kahan_sum, stochastic_rounding and state_bits below 32 have no kernel in the backend {name!r}, which "
+                "this device has. Parameters with them are updated in plain torch operations, many times slower.",
+                stacklevel=depth_outside(),
+            )
 
 
 @cache

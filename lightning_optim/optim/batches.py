@@ -88,9 +88,10 @@ class Batches:
             sizes.append(len(numel) - first)
         admission.check_apart(self._written, self._read)
         self.backends = [_backend_for(batch, optimizer.backend) for batch in self.batches]
-        if optimizer.backend == "auto":
+        if optimizer.backend != "reference":
             for batch, backend in zip(self.batches, self.backends, strict=True):
-                kernels.warn_if_slow(backend, batch.device, sum(batch.numel), batch.low_precision)
+                low_precision = batch.low_precision or bool(batch.quantized)
+                kernels.warn_if_slow(backend, batch.device, sum(batch.numel), low_precision)
         self.group_sizes = tuple(sizes)
         self.numel = tuple(numel)
         self._remember(optimizer, rules)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,6 @@ def test_automatic_choice_is_by_device() -> None:
 def test_a_backend_that_cannot_run_says_why() -> None:
     with pytest.raises(ValueError, match="backend='cpu' cannot run on meta: it updates tensors in the CPU's memory"):
         optim.AdamW([torch.ones(1, device="meta", requires_grad=True)], backend="cpu")
-
-
-def test_what_has_no_kernel_on_a_gpu_says_so_once(recwarn: pytest.WarningsRecorder) -> None:
-    kernels._warn_of_no_kernel.cache_clear()
-    reference, gpu = kernels.get_backend("reference"), torch.device("cuda")
-    for numel, low_precision in ((10, True), (10**7, False), (10**7, True), (10**7, True)):
-        kernels.warn_if_slow(reference, gpu, numel, low_precision)
-    (told,) = [str(warning.message) for warning in recwarn if "no kernel" in str(warning.message)]
-    assert "state_bits=8" in told
-    assert "on cuda" in told
 
 
 def test_everything_works_without_numba() -> None:
@@ -133,3 +124,30 @@ def test_what_takes_long_is_announced(caplog: pytest.LogCaptureFixture) -> None:
         with LogIfSlow(lambda: "slow", seconds=0.01):
             time.sleep(0.2)
     assert [record.message for record in caplog.records] == ["slow"]
+
+
+def test_low_precision_without_a_kernel_says_once_that_it_is_slow() -> None:
+    kernels._warn_of_low_precision.cache_clear()
+    slow, gpu = kernels.get_backend("reference"), torch.device("cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.warn_if_slow(slow, gpu, kernels.SLOW_FROM, low_precision=False)
+        kernels.warn_if_slow(slow, gpu, kernels.SLOW_FROM - 1, low_precision=True)
+        kernels.warn_if_slow(slow, torch.device("cpu"), kernels.SLOW_FROM, low_precision=True)
+    with pytest.warns(UserWarning, match="state_bits below 32 have no kernel in the backend 'triton'"):
+        kernels.warn_if_slow(slow, gpu, kernels.SLOW_FROM, low_precision=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.warn_if_slow(slow, gpu, kernels.SLOW_FROM, low_precision=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, False), ({"state_bits": 8}, True), ({"state_bits": 16}, True)], ids=str
+)
+def test_what_is_low_precision_is_reported_as_such(options, expected, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(kernels, "warn_if_slow", lambda *args: seen.append(args))
+    weight = torch.ones(8192, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    optim.AdamW([weight], **options).step()
+    assert [(numel, low) for _, _, numel, low in seen] == [(8192, expected)]

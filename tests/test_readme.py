@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import re
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,25 +13,19 @@ import pytest
 import yaml
 
 import lightning_optim as lo
-
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL)
+from tests.pages import FENCE, FOLLOWED, PAGES, ROOT, blocks_of
 
 
 def _blocks(language: str) -> list[Any]:
-    """Every fenced block of a language, with the page and line it is on; ``notest REASON`` after it leaves it out."""
+    """Every block of a language that is not a file of `test_followed_pages`; ``notest REASON`` leaves one out."""
     found = []
     for page in PAGES:
-        text = page.read_text()
-        for match in FENCE.finditer(text):
-            name, _, rest = match["info"].strip().partition(" ")
-            if name != language or rest.startswith("notest"):
-                assert rest != "notest", f"{page}: say why this block is not tested"
+        for block in blocks_of(page):
+            if block.language != language or block.options.startswith("notest"):
+                assert block.options != "notest", f"{page}: say why this block is not tested"
                 continue
-            body = re.sub(rf"^{match['indent']}", "", match["body"], flags=re.MULTILINE)
-            where = f"{page.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 1}"
-            found.append(pytest.param(body, id=where))
+            if block.title is None or page not in FOLLOWED:
+                found.append(pytest.param(block.body, id=f"{page.relative_to(ROOT)}:{block.line}"))
     return found
 
 

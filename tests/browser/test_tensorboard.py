@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from itertools import pairwise
@@ -20,6 +17,7 @@ from torch import nn
 import lightning_optim as lo
 from lightning_optim.diagnostics import Histograms, PerTensor
 from tests.browser.chromium import EXECUTABLE, Chromium
+from tests.browser.tensorboard import tensorboard
 from tests.helpers import Net, batches, make_trainer
 
 pytestmark = [
@@ -66,27 +64,8 @@ def address(tmp_path_factory):
     logger = TensorBoardLogger(folder, name="run", version="0")
     with pytest.warns(UserWarning, match="Step 75 skipped"):
         make_trainer(parts, logger=logger, accumulate_grad_batches=2).fit(Deep(), batches(400, batch_size=8))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", ".", "--port", str(port)]
-    server = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(120):
-            try:
-                runs = urllib.request.urlopen(f"{url}/data/runs").read()
-            except OSError:
-                runs = b""
-            if b"run" in runs:
-                break
-            time.sleep(0.5)
-        else:
-            pytest.fail("TensorBoard does not answer")
+    with tensorboard(folder, "run") as url:
         yield url
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.fixture

@@ -1,0 +1,74 @@
+"""Tutorial and how-to pages are followed, command by command, with few batches; slowly, in full."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.pages import DOCS, FOLLOWED, as_shell, blocks_of, follow, without_numbers
+
+BRIEF = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+OF_A_PAGE = {"pretrain.md": ["--trainer.max_steps=3"]}
+"""Further flags."""
+LONG = {"sweeps"}
+"""Pages of a dozen runs."""
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
+
+
+def _follow(page, folder, capfd, brief):
+    """What each command has printed, as far as the page shows it, is what it prints; numbers of a fit aside."""
+    done = []
+    for command, shown in follow(page, folder, brief):
+        out = capfd.readouterr().out
+        done.append((as_shell(command), out))
+        if shown is None:
+            continue
+        if command[1] == "fit" or command[0] == "python":
+            lines = [without_numbers(line) for line in out.splitlines()]
+            for line in filter(None, shown.splitlines()):
+                assert without_numbers(line) in lines, f"{page.name}: {line!r} is not what {command} prints:\n{out}"
+        else:
+            assert out.split() == shown.split(), f"{page.name}: {command}"
+    return done
+
+
+BRIEFLY = [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in LONG else []) for page in FOLLOWED]
+
+
+@pytest.mark.parametrize("page", BRIEFLY)
+def test_each_command_of_a_page_runs(page, in_folder, capfd, monkeypatch):
+    monkeypatch.setattr("lightning_optim.diagnostics.run_report.pictures.can_draw", lambda: False)  # takes seconds
+    assert _follow(page, in_folder, capfd, [*BRIEF, *OF_A_PAGE.get(page.name, ())])
+
+
+@pytest.mark.parametrize("page", FOLLOWED, ids=lambda page: page.stem)
+def test_every_file_of_a_page_is_used_by_a_command(page):
+    text = page.read_text()
+    for block in blocks_of(page):
+        assert block.language in ("python", "yaml", "console", "bash", "text"), f"{page.name}:{block.line}"
+        assert block.language != "yaml" or block.title, f"{page.name}:{block.line}: it is the file of no command"
+        if block.title is not None:
+            stem = block.title.removesuffix(".py")
+            used = rf"(--config|python) {re.escape(block.title)}\b|\b{stem}\.[A-Z]"
+            assert re.search(used, text), f"{page.name}: {block.title}"
+    assert page.relative_to(DOCS).as_posix() in (DOCS.parent / "mkdocs.yml").read_text()
+
+
+def test_files_of_all_pages_have_names_of_their_own():
+    titles = [block.title for page in FOLLOWED for block in blocks_of(page) if block.title is not None]
+    assert sorted(titles) == sorted(set(titles))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", FOLLOWED, ids=lambda page: page.stem)
+def test_in_full_a_page_keeps_what_it_says(page, in_folder, capfd):
+    done = _follow(page, in_folder, capfd, ["--trainer.enable_progress_bar=false"])
+    accuracies = [float(found) for _, out in done for found in re.findall(r"val_acc +│ ([\d.]+)", out)]
+    assert all(accuracy > 0.9 for accuracy in accuracies), accuracies

@@ -8,6 +8,7 @@ for the object with its defaults and False for None. Ranges, NaN included, are t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -138,7 +139,7 @@ def fit(value: Any, hint: Any, name: str, owner: str, default: Any = inspect.Par
     if value is default:
         return value
     try:
-        return _fit(value, hint, default)
+        return _fit_number(value, hint, default)
     except _UnfitError:
         needed, given = describe(hint), _short.repr(value)
         quotes = " (without quotes)" if _is_quoted_number(value, hint) else ""
@@ -146,6 +147,14 @@ def fit(value: Any, hint: Any, name: str, owner: str, default: Any = inspect.Par
     except (ValueError, TypeError) as error:
         kind = type(error) if type(error) in (ValueError, TypeError) else ValueError
         raise kind(f"Invalid {name}={_short.repr(value)} of {owner}: {error}") from error
+
+
+def _fit_number(value: Any, hint: Any, default: Any) -> Any:
+    with contextlib.suppress(_UnfitError):
+        return _fit(value, hint, default)
+    # A number of numpy's or torch's stands for itself.
+    is_number = getattr(value, "shape", None) == () and hasattr(value, "item")
+    return _fit(value.item() if is_number else value, hint, default)
 
 
 def _fit(value: Any, hint: Any, default: Any = None) -> Any:
@@ -160,8 +169,6 @@ def _fit(value: Any, hint: Any, default: Any = None) -> Any:
             return _as_it_is(value, member)
         except _UnfitError:
             continue
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a number of numpy's or torch's
-        return _fit(value.item(), hint, default)
     plain = [member for member in members if isinstance(member, type) and is_dataclass(member)]
     if isinstance(value, bool) and plain:
         if value:

@@ -10,6 +10,7 @@ import inspect
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -91,7 +92,7 @@ class _Diagnosis:
         for source in self.sources:
             for keys, problem in self._misplaced(source.data, (), self.known):
                 return f"{self._place(source, keys)}: {problem}"
-        if (found := self._in_callbacks(config)) is not None:
+        if (found := self._class_flags() or self._in_callbacks(config)) is not None:
             return found
         return self._by_key(message)
 
@@ -123,6 +124,29 @@ class _Diagnosis:
         example = {"model": "my_package.MyModule", "data": "my_package.MyData"}.get(key, "...")
         where = f" in {self.sources[-1].path}" if self.sources else ""
         return f"No {key}: write `{key}: {example}`{where}, or --{key} {example}."
+
+    def _class_flags(self) -> str | None:
+        """What is wrong with a module or data module, or with its arguments, in flags such as `--model.width 3`."""
+        flags = dict(_flags(self.args))
+        for key, base in (("model", L.LightningModule), ("data", L.LightningDataModule)):
+            if self.known.get(key) != {}:  # The command takes no class here, or one of its own.
+                continue
+            path: Any = flags.get(f"--{key}.class_path", flags.get(f"--{key}"))
+            if path is None:
+                path = next((_path_of(s.data[key]) for s in reversed(self.sources) if key in s.data), None)
+            elif not path.lstrip().startswith("{") and not Path(path).exists():
+                for _, problem in _wrong_spec(path, (key,), base):
+                    return f"--{key}: {problem}"
+            if (cls := _class_of(path, base)) is None:
+                continue
+            taken = inspect.signature(cls).parameters
+            if any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+                continue
+            for flag in flags:
+                name = flag.removeprefix(f"--{key}.").removeprefix("init_args.").partition(".")[0]
+                if flag.startswith(f"--{key}.") and name not in (*taken, "class_path", "dict_kwargs", "help"):
+                    return f"{flag}: {path} takes no {name!r}. {_nearest(name, taken)}"
+        return None
 
     def _by_key(self, message: str) -> str | None:
         found = re.findall(r'Parser key "([\w.]+)"', message)
@@ -349,6 +373,15 @@ def _wrong_spec(value: Any, keys: Keys, base: type) -> Iterator[tuple[Keys, str]
                 for name in arguments:
                     if name not in taken:
                         yield (*keys, "init_args", name), f"{path} takes no {name!r}. {_nearest(name, taken)}"
+
+
+def _flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each flag with its value, or with an empty string."""
+    for index, arg in enumerate(args):
+        flag, is_set, value = arg.partition("=")
+        if flag.startswith("--"):
+            after = args[index + 1] if index + 1 < len(args) else ""
+            yield flag, value if is_set else "" if after.startswith("--") else after
 
 
 def _subclasses(base: type) -> Iterator[type]:

@@ -222,7 +222,8 @@ def test_the_help_shows_every_argument_with_its_default(capsys):
     with pytest.raises(SystemExit):
         Mine(Net, Data, args=["fit", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "--optim.lr LR Peak learning rate. (default: null) (type: float | null)" in out
+    assert "--optim.lr LR Peak learning rate of the groups without a multiplier, above 0." in out
+    assert "which bring their own. (default: null) (type: float | null)" in out
     for flag in ("--optim.schedule", "--clip.max_norm", "--guard.patience", "--monitor.progress_bar"):
         assert flag in out
     assert "SUPPRESS" not in out

@@ -152,3 +152,32 @@ def test_without_the_extra_one_line_says_what_to_install():
     assert fit.stderr == "The command line needs jsonargparse and rich: pip install 'lightning-optim[cli]'\n"
     listed = started("list", "optimizers", "lion")
     assert (listed.returncode, listed.stdout[:4]) == (0, "lion")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ["--model", "examples.digits.DigitsNet", "--model.widht", "3"],
+            "--model.widht: examples.digits.DigitsNet takes no 'widht'. Did you mean 'width'?",
+        ),
+        (
+            ["--model=examples.digits.DigitsNet", "--model.init_args.widht=3"],
+            "--model.init_args.widht: examples.digits.DigitsNet takes no 'widht'. Did you mean 'width'?",
+        ),
+        (
+            ["--model", "examples.digits.DigitNet"],
+            "--model: examples.digits has no 'DigitNet'. Did you mean 'DigitsNet'?",
+        ),
+        (
+            ["--data", "examples.digits.DigitsNet"],
+            "--data: examples.digits.DigitsNet is no LightningDataModule.",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[-1],
+)
+def test_a_wrong_class_or_argument_of_it_in_a_flag_is_named(flags, expected, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.chdir(ROOT)
+    code, printed = run(["fit", "--config", "examples/digits.yaml", *flags], capfd)
+    assert (code, printed) == (2, f"error: {expected}\n")

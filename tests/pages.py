@@ -97,13 +97,16 @@ def commands_of(block: Block, folder: Path) -> list[list[str]]:
     return [command.split("\x1f")[:-1] for command in out.split(_END)[:-1]]
 
 
-def follow(page: Path, folder: Path, brief: Sequence[str] = ()) -> Iterator[tuple[list[str], str | None]]:
+def follow(
+    page: Path, folder: Path, brief: Sequence[str] = (), most: int | None = None
+) -> Iterator[tuple[list[str], str | None]]:
     """Do what a page says, in a folder, which must be the current one: each command has run when it is yielded.
 
     Args:
         page: The page.
         folder: Where the files of all pages are written, at the beginning.
         brief: Flags that shorten each ``fit``.
+        most: How many of the commands of a loop are run at most; None for all.
 
     Yields:
         The command, and the output that the page shows of it, if it does.
@@ -114,7 +117,7 @@ def follow(page: Path, folder: Path, brief: Sequence[str] = ()) -> Iterator[tupl
         for block, after in zip(blocks, [*blocks[1:], None], strict=True):
             if block.language not in ("console", "bash") or block.options.startswith("notest"):
                 continue
-            commands = commands_of(block, folder)
+            commands = commands_of(block, folder)[: most if block.language == "bash" else None]
             for index, command in enumerate(commands):
                 _run(command, brief)
                 last = index == len(commands) - 1

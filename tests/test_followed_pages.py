@@ -6,13 +6,24 @@ import re
 
 import pytest
 
-from tests.pages import DOCS, FOLLOWED, as_shell, blocks_of, follow, without_numbers
+from lightning_optim.cli import main
+from tests.pages import (
+    DOCS,
+    FOLLOWED,
+    as_shell,
+    blocks_of,
+    commands_of,
+    follow,
+    importable,
+    without_numbers,
+    write_files,
+)
 
 BRIEF = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
 OF_A_PAGE = {"pretrain.md": ["--trainer.max_steps=3"]}
 """Further flags."""
-LONG = {"sweeps"}
-"""Pages of a dozen runs."""
+LONG = {"resume_extend", "sweeps", "vision"}
+"""Pages of many runs, or long ones; without `slow` their runs are planned only."""
 
 
 @pytest.fixture
@@ -22,10 +33,10 @@ def in_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def _follow(page, folder, capfd, brief):
+def _follow(page, folder, capfd, brief, most=None):
     """What each command has printed, as far as the page shows it, is what it prints; numbers of a fit aside."""
     done = []
-    for command, shown in follow(page, folder, brief):
+    for command, shown in follow(page, folder, brief, most):
         out = capfd.readouterr().out
         done.append((as_shell(command), out))
         if shown is None:
@@ -45,7 +56,25 @@ BRIEFLY = [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.ste
 @pytest.mark.parametrize("page", BRIEFLY)
 def test_each_command_of_a_page_runs(page, in_folder, capfd, monkeypatch):
     monkeypatch.setattr("lightning_optim.diagnostics.run_report.pictures.can_draw", lambda: False)  # takes seconds
-    assert _follow(page, in_folder, capfd, [*BRIEF, *OF_A_PAGE.get(page.name, ())])
+    assert _follow(page, in_folder, capfd, [*BRIEF, *OF_A_PAGE.get(page.name, ())], most=1)
+
+
+@pytest.mark.parametrize("page", [page for page in FOLLOWED if page.stem in LONG], ids=lambda page: page.stem)
+def test_each_configuration_of_a_long_page_has_a_plan(page, in_folder, capfd):
+    write_files(in_folder)
+    shells = [block for block in blocks_of(page) if block.language in ("console", "bash")]
+    commands = [each for block in shells if not block.options for each in commands_of(block, in_folder)]
+    files = {tuple(each[2 : each.index(flag)]) for each in commands if each[1] == "fit" and (flag := _flag(each))}
+    assert files
+    with importable(in_folder):
+        for configs in files:
+            main(["plan", *configs])
+            assert "No conflicts." in capfd.readouterr().out
+
+
+def _flag(command):
+    """The first flag of a command behind its configuration files."""
+    return next((each for each in command[2:] if each.startswith("--") and each != "--config"), None)
 
 
 @pytest.mark.parametrize("page", FOLLOWED, ids=lambda page: page.stem)
@@ -67,6 +96,7 @@ def test_files_of_all_pages_have_names_of_their_own():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default::UserWarning")  # guard and monitor may have something to say
 @pytest.mark.parametrize("page", FOLLOWED, ids=lambda page: page.stem)
 def test_in_full_a_page_keeps_what_it_says(page, in_folder, capfd):
     done = _follow(page, in_folder, capfd, ["--trainer.enable_progress_bar=false"])

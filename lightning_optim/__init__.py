@@ -53,6 +53,7 @@ _MODULES = (
     "param_groups",
     "schedules",
     "step",
+    "tuning",
 )
 _SHOWN = ("clipping", "diagnostics", "divergence", "optim", "schedules")
 """The modules whose names a user writes; `import *` and completion offer them."""

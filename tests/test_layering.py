@@ -19,6 +19,7 @@ ROOT = Path(lightning_optim.__file__).parent
 
 ROOMS = {
     "cli": {"callbacks", "clipping", "core", "diagnostics", "divergence", "factory", "optim", "schedules"},
+    "tuning": set(),
     "callbacks": {
         "clipping",
         "core",
@@ -45,7 +46,7 @@ ROOMS = {
 `__init__` and `_version` aside: the one imports names on their first use, the other nothing."""
 
 OUTSIDE = {
-    "lightning": ("callbacks.", "cli"),
+    "lightning": ("callbacks.", "cli", "tuning."),
     "pytorch_lightning": (),
     "numba": ("kernels.cpu.",),
     "triton": ("kernels.triton.",),

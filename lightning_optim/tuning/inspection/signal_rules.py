@@ -13,7 +13,7 @@ from lightning_optim.tuning.inspection.sites import Site
 from lightning_optim.tuning.inspection.watch import Watch
 
 LARGEST_GAIN = 4.0
-"""rms · √fan_in above which weights are large: He has 1.41, muP's and GPT-2's widest layers up to 2.6."""
+"""rms · √fan above which weights are large, of the smaller fan: He has 1.41, GPT-2's 0.02 in the widest layers 2.6."""
 LEAST_GAIN = 0.02
 """The same below which they are small: the narrowest layers of GPT-2's 0.02 have 0.1."""
 LARGEST_INPUT = 20.0
@@ -24,7 +24,8 @@ LEAST_DEPTH = 5
 """Layers from which on a trend is looked for."""
 DECADES = 3.0
 """Powers of ten by which a signal may change over all layers."""
-LARGEST_SCORES = 15.0
+LARGEST_SHARE = 0.99
+"""Weight of one key, at the median over queries, above which attention is saturated."""
 
 
 def input_findings(watch: Watch) -> Iterator[Finding]:
@@ -93,7 +94,10 @@ def _inputs(site: Site) -> str:
 
 def _is_large(site: Site) -> bool:
     weight = site.weight
-    if weight is None or not weight.trainable or weight.gain <= LARGEST_GAIN or math.prod(weight.shape) < 16:
+    if weight is None or not weight.trainable or math.prod(weight.shape) < 16:
+        return False
+    # He may be with either fan, and Xavier is with both.
+    if weight.rms * math.sqrt(min(weight.fans.inputs, weight.fans.outputs)) <= LARGEST_GAIN:
         return False
     normalised = any(kind.startswith("norm") for kind in site.followed_by)
     grew = site.output.rms > LARGEST_GAIN / 2 * site.entered.rms if site.entered.rms > 0 else False
@@ -137,11 +141,11 @@ def _is_dead(site: Site) -> bool:
 
 def score_findings(watch: Watch) -> Iterator[Finding]:
     """Attention whose softmax is saturated."""
-    large = {name: rms for name, rms in watch.attention_logits.items() if rms > LARGEST_SCORES}
-    if large:
-        name, rms = next(iter(large.items()))
-        seen = f"scores have an RMS of {rms:.3g} before the softmax ({_count(large, 'layer')})."
-        yield finding("attention-logits", [name or "attention", *list(large)[1:]], seen)
+    sure = {name: share for name, share in watch.attention.items() if share > LARGEST_SHARE}
+    if sure:
+        name, share = next(iter(sure.items()))
+        seen = f"half of the queries give one key a weight above {math.floor(share * 1000) / 1000:.1%} ({_count(sure, 'layer')})."
+        yield finding("attention-logits", [name or "attention", *list(sure)[1:]], seen)
 
 
 def depth_findings(watch: Watch) -> Iterator[Finding]:

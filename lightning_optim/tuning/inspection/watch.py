@@ -82,7 +82,7 @@ class Watch(TorchFunctionMode):
         self.backwards: list[float] = []
         """Values on which backward was called in this step."""
         self.scale = 1.0
-        self.attention_logits: dict[str, float] = {}
+        self.attention: dict[str, float] = {}
         self.data = Sums()
         self.data_names: dict[str, Sums] = {}
         self.entrances: dict[str, tuple[Site, Sums]] = {}
@@ -273,17 +273,19 @@ class Watch(TorchFunctionMode):
         elif name == "scaled_dot_product_attention" and len(inputs) >= 2:
             self._see_attention(where, *inputs[:2], scale=kwargs.get("scale"))
         elif name == "softmax" and inputs and inputs[0].ndim >= 3 and inputs[0].shape[-1] > 1:
-            scores = inputs[0][:4].float()
-            scores = scores[torch.isfinite(scores) & (scores > -1e4)]
-            if scores.numel():
-                self.attention_logits[where] = float(scores.square().mean().sqrt())
+            self._see_scores(where, inputs[0][:4].flatten(0, -3)[:64].float())
 
     def _see_attention(self, where: str, query: Tensor, key: Tensor, scale: float | None) -> None:
         if query.ndim < 3 or query.shape[:-2] != key.shape[:-2]:
             return
         query, key = query.flatten(0, -3)[:8, :64].float(), key.flatten(0, -3)[:8].float()
         scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        self.attention_logits[where] = float(scores.square().mean().sqrt())
+        self._see_scores(where, scores)
+
+    def _see_scores(self, where: str, scores: Tensor) -> None:
+        """Keep the median, over queries, of the largest weight that one key gets: [..., queries, keys]."""
+        if scores.shape[-1] > 2:  # masks of large negative numbers take no part in the largest
+            self.attention[where] = float(scores.softmax(-1).amax(-1).nanmedian())
 
     def _entered(self, kind: str, inputs: list[Tensor]) -> tuple[Sums, bool] | None:
         """The inputs of what has a weight, before it may write over them, and whether they are all one number."""
@@ -335,6 +337,9 @@ class Watch(TorchFunctionMode):
                 site.bias = site.bias or self._bias_of(name, args, kwargs)
             before = inputs[0] if inputs and inputs[0] is not output else None
             self._record(site, output, axis, before)
+            for other in outputs[1:] if kind == "recurrent" else ():
+                if other.requires_grad and not other.is_leaf:
+                    other.register_hook(self._activation_gradient(site))
             good_inputs = all(bool(torch.isfinite(each).all()) for each in inputs if each.is_floating_point())
             site.bad_from_good = site.bad_from_good or (site.output.bad > 0 and good_inputs)
         if kind in ("linear", "product", "recurrent", "attention"):
@@ -362,9 +367,9 @@ class Watch(TorchFunctionMode):
         key = (where, name)
         if key not in self.sites:
             module = self._modules.get(where)
-            alone = module is not None and not any(True for _ in module.children()) and where
-            shown = where if alone and not any(module == where for module, _ in self.sites) else f"{where}:{name}"
-            self.sites[key] = Site(shown.lstrip(":") or name, where, kind, name, len(self.sites))
+            alone = module is not None and where and (kind == "attention" or not any(True for _ in module.children()))
+            shown = where if alone and not any(other == where for other, _ in self.sites) else f"{where}:{name}"
+            self.sites[key] = Site(shown.lstrip(":"), where, kind, name, len(self.sites))
         return self.sites[key]
 
     def _consumed(self, node: Node, by: Node, kwargs: Any, args: Any) -> None:

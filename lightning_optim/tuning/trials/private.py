@@ -1,0 +1,90 @@
+"""Everything private of Lightning that trials rely on: how a fit gets its batches, and how it trains on one.
+
+``tests/tuning/test_trials.py`` says what is relied on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.loops.utilities import _select_data_fetcher
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.utils._pytree import tree_unflatten
+
+
+@contextmanager
+def fetcher_of(trainer: L.Trainer) -> Iterator[Any]:
+    """Give what ``epoch_loop.advance`` takes batches from, on copies of the loaders; its workers end with it.
+
+    Args:
+        trainer: A Trainer that fits.
+
+    Yields:
+        The fetcher.
+
+    Raises:
+        ValueError: A loader can be iterated once only.
+    """
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None, "only while the Trainer fits"
+    parts = [_own(loader) for loader in combined.flattened]
+    own = CombinedLoader(tree_unflatten(parts, combined._spec), combined._mode)
+    own.limits = combined.limits
+    fetcher = _select_data_fetcher(trainer, RunningStage.TRAINING)
+    fetcher.setup(own)
+    try:
+        yield fetcher
+    finally:
+        fetcher.teardown()
+
+
+def _own(loader: Any) -> Any:
+    """A loader with the same dataset and sampler, which can be iterated while the other one is."""
+    if isinstance(loader, Iterator):  # which `iter` gives back as it is
+        raise ValueError(
+            f"The training data are an iterator, {type(loader).__name__}, which can be read once: a trial would take "
+            "its batches from the run. Give the Trainer a DataLoader, or anything whose `__iter__` begins anew."
+        )
+    if "_iterator" not in vars(loader):
+        return loader
+    own = copy.copy(loader)
+    # Persistent workers are busy with the batches of the fit. DataLoader refuses to set some attributes.
+    vars(own).update(_iterator=None)
+    if "persistent_workers" in vars(own):
+        vars(own).update(persistent_workers=False)
+    return own
+
+
+def begin_epoch(trainer: L.Trainer, fetcher: Any) -> None:
+    """Begin the data anew, and the count of batches with them.
+
+    Raises:
+        RuntimeError: There is no batch.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    iter(fetcher)
+    for progress in (loop.batch_progress, loop.scheduler_progress, loop.automatic_optimization.optim_progress):
+        progress.reset_on_run()
+    if fetcher.done:
+        raise RuntimeError("The training data have no batch.")
+
+
+def train_batch(trainer: L.Trainer, fetcher: Any) -> bool:
+    """Train on the next batch, with all hooks of a batch, as a fit does.
+
+    Returns:
+        Whether the epoch goes on.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    try:
+        loop.advance(fetcher)
+    except StopIteration:  # The module ends the epoch.
+        return False
+    if not loop._should_accumulate():
+        loop._batches_that_stepped += 1
+    return not fetcher.done

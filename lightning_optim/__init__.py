@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from lightning_optim.param_groups import WidthScaling as WidthScaling
     from lightning_optim.param_groups import build_param_groups as build_param_groups
     from lightning_optim.step import StepPipeline as StepPipeline
+    from lightning_optim.tuning.rates.find import find_lr as find_lr
+    from lightning_optim.tuning.rates.range_test import LRRangeTest as LRRangeTest
 
 keep_old_paths()
 
@@ -63,6 +65,7 @@ _NAMES = {
     "Duration": "core.durations",
     "GradientClipping": "callbacks",
     "Horizon": "core.durations",
+    "LRRangeTest": "tuning.rates.range_test",
     "LayerDecay": "param_groups",
     "OptimCLI": "cli",
     "OptimizerFactories": "factory",
@@ -77,6 +80,7 @@ _NAMES = {
     "WidthScaling": "param_groups",
     "attach": "callbacks",
     "build_param_groups": "param_groups",
+    "find_lr": "tuning.rates.find",
     "register": "core.registry",
 }
 

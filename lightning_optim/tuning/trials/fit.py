@@ -24,13 +24,20 @@ from lightning_optim.callbacks._hub import Hub
 from lightning_optim.callbacks._packages import is_lightning
 from lightning_optim.callbacks._pipelines import has_engine
 from lightning_optim.tuning.trials.objects import ObjectSnapshot
-from lightning_optim.tuning.trials.private import begin_epoch, fetcher_of, train_batch
+from lightning_optim.tuning.trials.private import begin_epoch, check_loaders, fetcher_of, reseed, train_batch
 from lightning_optim.tuning.trials.rates import Peaks
 from lightning_optim.tuning.trials.still import still_in_place_of
 
 SHOWING = (
     *("Checkpoint", "EarlyStopping", "ProgressBar", "LearningRateMonitor", "DeviceStatsMonitor", "Timer"),
-    *("ModelSummary", "LearningRateFinder", "BatchSizeFinder", "OnExceptionCheckpoint", "ThroughputMonitor"),
+    *(
+        "ModelSummary",
+        "LearningRateFinder",
+        "BatchSizeFinder",
+        "OnExceptionCheckpoint",
+        "ThroughputMonitor",
+        "SaveConfigCallback",
+    ),
 )
 """Lightning's callbacks that show, save or end a run, and change nothing in a step."""
 
@@ -79,7 +86,7 @@ class FitTrials:
         without: Names of further classes of callbacks to leave out, for instance one that uploads.
 
     Raises:
-        MisconfigurationException: The strategy steps by an engine of its own.
+        MisconfigurationException: The strategy steps by an engine of its own, or the data can be read only once.
     """
 
     def __init__(self, trainer: L.Trainer, without: Collection[str] = ()) -> None:
@@ -88,6 +95,7 @@ class FitTrials:
                 f"Trials need optimizers whose state can be put back, and {type(trainer.strategy).__name__} keeps it "
                 "in an engine of its own. Find the rate with another strategy, on the same batch size."
             )
+        check_loaders(trainer)
         self._trainer = trainer
         self._without = frozenset(without)
         self.optimizers: list[Optimizer] = [bare(optimizer) for optimizer in trainer.optimizers]
@@ -95,20 +103,21 @@ class FitTrials:
         self.peaks = [Peaks(optimizer, schedulers.get(id(optimizer))) for optimizer in self.optimizers]
         self._snapshot = ObjectSnapshot(trainer, trainer.lightning_module, leave=trainer.loggers)
 
-    def sweep(self, place: int, rates: Sequence[float], stop: Stop | None = None) -> Trial:
+    def sweep(self, place: int, rates: Sequence[float], stop: Stop | None = None, seed: int = 0) -> Trial:
         """Run one step at each of these rates, one after the other.
 
         Args:
             place: Which optimizer; the others have their peak rates after a short warmup.
             rates: Base rates, one for each step; all groups keep their ratios.
             stop: Ends it early.
+            seed: Seed of another order of the data, and of all other random numbers; 0 for those of the fit.
 
         Returns:
             The trial.
         """
         base = self.peaks[place].base
         factors = [rate / base for rate in rates]
-        return self._run(place, len(rates), lambda step: [factors[step]] * self._groups(place), rates, stop)
+        return self._run(place, len(rates), lambda step: [factors[step]] * self._groups(place), rates, stop, seed=seed)
 
     def at(
         self, place: int, rate: float, steps: int, stop: Stop | None = None, prepare: Prepare | None = None
@@ -146,6 +155,7 @@ class FitTrials:
         rates: Sequence[float],
         stop: Stop | None,
         prepare: Prepare | None = None,
+        seed: int = 0,
     ) -> Trial:
         began, error, ended = time.monotonic(), None, "finished"
         steering = _Steering(self.peaks, place, steps, factors)
@@ -153,6 +163,8 @@ class FitTrials:
             with self._prepared(steering), fetcher_of(self._trainer) as fetcher:
                 if prepare is not None:
                     prepare(self.optimizers[place])
+                if seed:
+                    reseed(fetcher, seed, self._trainer.global_rank)
                 for losses in self._steps(fetcher, steering, steps):
                     if _is_lost(losses) or (stop is not None and stop(losses)):
                         ended = "stopped"
@@ -202,10 +214,18 @@ class FitTrials:
             yield
 
     def _is_left_out(self, callback: Any) -> bool:
-        names = {cls.__name__ for cls in type(callback).__mro__}
-        if getattr(type(callback), "finds_rates", False) or names & self._without:
-            return True
-        return any(is_lightning(callback, name) for name in SHOWING)
+        return is_showing(callback) or not self._without.isdisjoint(cls.__name__ for cls in type(callback).__mro__)
+
+
+def is_showing(callback: Any) -> bool:
+    """Return whether a callback shows, saves or ends a run, or looks for rates itself: trials do without it.
+
+    Args:
+        callback: A callback of Lightning, of ours or of the user's.
+    """
+    if getattr(type(callback), "finds_rates", False):
+        return True
+    return any(is_lightning(callback, name) for name in SHOWING)
 
 
 def _is_lost(losses: Sequence[float]) -> bool:

@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loops.utilities import _select_data_fetcher
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -26,9 +30,6 @@ def fetcher_of(trainer: L.Trainer) -> Iterator[Any]:
 
     Yields:
         The fetcher.
-
-    Raises:
-        ValueError: A loader can be iterated once only.
     """
     combined = trainer.fit_loop._combined_loader
     assert combined is not None, "only while the Trainer fits"
@@ -43,14 +44,26 @@ def fetcher_of(trainer: L.Trainer) -> Iterator[Any]:
         fetcher.teardown()
 
 
+def check_loaders(trainer: L.Trainer) -> None:
+    """Check that the training data can be read more than once.
+
+    Raises:
+        MisconfigurationException: A loader is an iterator.
+    """
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None, "only while the Trainer fits"
+    for loader in combined.flattened:
+        if isinstance(loader, Iterator):  # which `iter` returns as it is
+            raise MisconfigurationException(
+                f"The training data are an iterator, {type(loader).__name__}, which can be read once: a trial would "
+                "take its batches from the run. Give the Trainer a DataLoader, or anything whose `__iter__` begins "
+                "anew."
+            )
+
+
 def _own(loader: Any) -> Any:
     """A loader with the same dataset and sampler, which can be iterated while the other one is."""
-    if isinstance(loader, Iterator):  # which `iter` gives back as it is
-        raise ValueError(
-            f"The training data are an iterator, {type(loader).__name__}, which can be read once: a trial would take "
-            "its batches from the run. Give the Trainer a DataLoader, or anything whose `__iter__` begins anew."
-        )
-    if "_iterator" not in vars(loader):
+    if "_iterator" not in getattr(loader, "__dict__", ()):
         return loader
     own = copy.copy(loader)
     # Persistent workers are busy with the batches of the fit. DataLoader refuses to set some attributes.
@@ -58,6 +71,27 @@ def _own(loader: Any) -> Any:
     if "persistent_workers" in vars(own):
         vars(own).update(persistent_workers=False)
     return own
+
+
+def reseed(fetcher: Any, seed: int, rank: int) -> None:
+    """Seed all random numbers anew, those by which samplers shuffle too, so that data come in another order.
+
+    Args:
+        fetcher: What `fetcher_of` gives.
+        seed: The seed, above 0.
+        rank: Number of the process: ranks share the order of the data, and nothing else.
+    """
+    own = seed + 1000 * rank
+    random.seed(own)
+    np.random.seed(own)
+    torch.manual_seed(own)
+    for loader in fetcher.combined_loader.flattened:
+        batch_sampler, sampler = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
+        for part in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
+            if isinstance(generator := getattr(part, "generator", None), torch.Generator):
+                generator.manual_seed(seed)
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(seed)
 
 
 def begin_epoch(trainer: L.Trainer, fetcher: Any) -> None:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from lightning_optim.param_groups import build_param_groups as build_param_groups
     from lightning_optim.step import StepPipeline as StepPipeline
     from lightning_optim.tuning.inspection import inspect_model as inspect_model
+    from lightning_optim.tuning.rates.find import find_lr as find_lr
+    from lightning_optim.tuning.rates.range_test import LRRangeTest as LRRangeTest
 
 keep_old_paths()
 
@@ -64,6 +66,7 @@ _NAMES = {
     "Duration": "core.durations",
     "GradientClipping": "callbacks",
     "Horizon": "core.durations",
+    "LRRangeTest": "tuning.rates.range_test",
     "LayerDecay": "param_groups",
     "OptimCLI": "cli",
     "OptimizerFactories": "factory",
@@ -78,6 +81,7 @@ _NAMES = {
     "WidthScaling": "param_groups",
     "attach": "callbacks",
     "build_param_groups": "param_groups",
+    "find_lr": "tuning.rates.find",
     "inspect_model": "tuning.inspection",
     "register": "core.registry",
 }

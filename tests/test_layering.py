@@ -19,7 +19,7 @@ ROOT = Path(lightning_optim.__file__).parent
 
 ROOMS = {
     "cli": {"callbacks", "clipping", "core", "diagnostics", "divergence", "factory", "optim", "schedules"},
-    "tuning": set(),
+    "tuning": {"callbacks", "schedules"},
     "callbacks": {
         "clipping",
         "core",

@@ -19,15 +19,17 @@ from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
 from lightning_optim.callbacks.planning import make_plan
 from lightning_optim.cli.diagnosis import explain
 from lightning_optim.cli.errors import ShortErrors, fail, short_errors
+from lightning_optim.cli.find_lr import FindsLR
 from lightning_optim.cli.keys import OptimKeys
 from lightning_optim.cli.listing import add_list_arguments
+from lightning_optim.cli.merge import plain
 from lightning_optim.cli.report import add_report_arguments
 from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.plan_text import format_plan, save_plot
 
 
-class PlanningTrainer(L.Trainer):
-    """Trainer that can also show the plan of a fit."""
+class PlanningTrainer(FindsLR, L.Trainer):
+    """Trainer that can also show the plan of a fit, and look into what comes before it."""
 
     def plan(
         self,
@@ -62,6 +64,10 @@ class PlanningTrainer(L.Trainer):
             save_plot(plan.curves, plan.horizon, png)
         if plan.conflicts:
             raise SystemExit(1)
+
+
+# LightningCLI calls the Trainer's method that has the name of the command.
+setattr(PlanningTrainer, "find-lr", PlanningTrainer.find_lr)
 
 
 class OptimCLI(OptimKeys, LightningCLI):
@@ -103,8 +109,9 @@ class OptimCLI(OptimKeys, LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return Lightning's commands, and ``plan``."""
-        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+        """Return Lightning's commands, ``plan`` and ``find-lr``."""
+        own = {command: {"model", "datamodule"} for command in ("plan", "find-lr")}
+        return {**LightningCLI.subcommands(), **own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the arguments of `RunSummary`."""
@@ -127,6 +134,8 @@ class OptimCLI(OptimKeys, LightningCLI):
     def instantiate_classes(self) -> None:
         """Create module, data and Trainer, then attach the optimizer if the module has none."""
         super().instantiate_classes()
+        trainer = self._get(self.config, "trainer", default={})
+        self.trainer.configured_callbacks = plain(trainer.get("callbacks")) or []  # type: ignore[attr-defined]
         if not is_overridden("configure_optimizers", self.model):
             for callback in getattr(self.trainer, "callbacks", ()):
                 if isinstance(callback, ConfigureOptimizers):
@@ -151,6 +160,7 @@ _COMMANDS = {
     "test": "run one epoch over the test data",
     "predict": "compute predictions",
     "plan": "show a fit before it runs: groups, schedule, conflicts",
+    "find-lr": "find a learning rate by short trials of a fit",
     "list": "show optimizers, schedules, clipping methods and more",
     "report": "write a page about a run, or several side by side",
     "completion": "print completions for bash, zsh or tcsh",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,10 @@ class LightningSteps:
     def roots(self) -> list[Any]:
         """What a step may change, in addition to the model."""
         return [self.trainer, self.data]
+
+    def left(self) -> list[Any]:
+        """What is not to be followed from there."""
+        return list(self.trainer.loggers)
 
     def start(self) -> None:
         """Bring module and data to where they are when training starts; in a fit, they are there.
@@ -177,13 +182,19 @@ class _StandIns:
 
 
 def _quiet_trainer(model: nn.Module) -> L.Trainer:
-    """A Trainer of the device that the module is on."""
+    """A Trainer of the device that the module is on, which says nothing."""
     parameter = next(model.parameters(), None)
-    return L.Trainer(
-        accelerator="cpu" if parameter is None or parameter.device.type == "cpu" else "auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return L.Trainer(
+            accelerator="cpu" if parameter is None or parameter.device.type == "cpu" else "auto",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    finally:
+        logger.setLevel(level)

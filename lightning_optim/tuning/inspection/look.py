@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lightning_optim.tuning.inspection.findings import Finding, finding
 from lightning_optim.tuning.inspection.gradient_rules import finite_findings, gradient_findings
 from lightning_optim.tuning.inspection.inspection import Inspection, LossValue, Row
-from lightning_optim.tuning.inspection.kept import untouched
 from lightning_optim.tuning.inspection.loss_rules import (
     argument_findings,
     reduction_findings,
@@ -29,6 +28,7 @@ from lightning_optim.tuning.inspection.signal_rules import (
     weight_findings,
 )
 from lightning_optim.tuning.inspection.watch import Stopped, Watch, tensors_in
+from lightning_optim.tuning.trials.objects import ObjectSnapshot
 
 _NOW: set[int] = set()
 """Models that are being looked at, so that a hook which asks for a look gets an empty one within it."""
@@ -91,7 +91,7 @@ def inspect_model(
     samples = 0
     _NOW.add(id(model))
     try:
-        with untouched(model, *steps.roots()):
+        with ObjectSnapshot(model, *steps.roots(), leave=steps.left()):
             steps.start()
             watch = Watch(model)
             with watch.hooked(), torch.enable_grad():

@@ -35,7 +35,11 @@ class PlainSteps:
 
     def roots(self) -> list[Any]:
         """What a step may change, in addition to the model."""
-        return [self.data, self.loss]
+        return [self.data, self.loss, self.own_step]
+
+    def left(self) -> list[Any]:
+        """What is not to be followed from there."""
+        return []
 
     def start(self) -> None:
         """Nothing is to be prepared."""

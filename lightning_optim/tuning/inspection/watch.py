@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -551,7 +551,9 @@ def _still(stack: ExitStack, parameter: nn.Parameter) -> None:
     kept: Any = parameter
     for key in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         hooks = getattr(kept, key, None)
-        with suppress(AttributeError, RuntimeError):
-            if hooks:
-                setattr(kept, key, None)
-            stack.callback(setattr, kept, key, hooks)
+        if hooks:
+            # torch looks into the mapping when a gradient arrives, so it is emptied rather than replaced.
+            stack.callback(hooks.update, dict(hooks))
+            hooks.clear()
+        elif key == "_backward_hooks" and hooks is None:
+            stack.callback(setattr, kept, key, None)

@@ -233,7 +233,11 @@ def test_recurrent_networks(cell):
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.cell, self.head = nn.Embedding(50, 16), cell(16, 32, 2, batch_first=True), nn.Linear(32, 10)
+            self.embed, self.cell, self.head = (
+                nn.Embedding(50, 16),
+                cell(16, 32, 2, batch_first=True),
+                nn.Linear(32, 10),
+            )
 
         def forward(self, text: Tensor) -> Tensor:
             return self.head(self.cell(self.embed(text))[0][:, -1])

@@ -110,7 +110,9 @@ def loader() -> DataLoader[Any]:
 def everything(module: L.LightningModule, trainer: L.Trainer, data: Any) -> list[Any]:
     """All that a fit has left behind."""
     tensors = list(module.state_dict().values())
-    tensors += [value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()]
+    tensors += [
+        value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()
+    ]
     tensors += [torch.get_rng_state(), data.generator.get_state()]
     others = [module.average, module.batches, data.dataset.read, np.random.get_state()[1].tolist(), random.getstate()]
     others += [trainer.callback_metrics, trainer.global_step, dict(vars(module.accuracy)["_reductions"])]
@@ -181,7 +183,11 @@ def test_a_fit_that_is_resumed(tmp_path):
 
 def test_with_our_callbacks_a_fit_is_the_same():
     def callbacks() -> list[Any]:
-        return [lo.ConfigureOptimizers("adamw", lr=1e-2, schedule="cosine"), lo.GradientClipping(1.0), lo.DivergenceGuard()]
+        return [
+            lo.ConfigureOptimizers("adamw", lr=1e-2, schedule="cosine"),
+            lo.GradientClipping(1.0),
+            lo.DivergenceGuard(),
+        ]
 
     plain = fit(Counted(), callbacks=callbacks())
     assert_same(plain, fit(Counted(look=True), callbacks=callbacks()))

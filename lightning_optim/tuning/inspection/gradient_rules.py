@@ -22,7 +22,9 @@ def finite_findings(watch: Watch, loss_is_bad: bool) -> Iterator[Finding]:
         return
     for name, sums in watch.data_names.items():
         if sums.bad:
-            yield finding("non-finite-input", f"batch {name}", f"{sums.bad:,} of {sums.count:,} numbers are not finite.")
+            yield finding(
+                "non-finite-input", f"batch {name}", f"{sums.bad:,} of {sums.count:,} numbers are not finite."
+            )
             return
     for site in sites:
         if site.bad_from_good or (site.output.bad and site.kind == "module"):
@@ -63,7 +65,9 @@ def _without(watch: Watch) -> Iterator[Finding]:
         if not names:
             continue
         numbers = sum(trained[name].numel for name in names)
-        seen_text = f"{len(names)} trainable tensor{'s' if len(names) > 1 else ''} ({numbers:,} numbers) without a gradient"
+        seen_text = (
+            f"{len(names)} trainable tensor{'s' if len(names) > 1 else ''} ({numbers:,} numbers) without a gradient"
+        )
         if kind == "no-gradient" and watch.detached:
             where = next(iter(watch.detached))
             seen_text += f"; {where or 'the step'} calls {watch.detached[where]}()"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as L
@@ -131,9 +132,29 @@ class StandIn:
 
     def toggle_model(self, sync_grad: bool = True) -> Any:
         """Return a context in which nothing is toggled."""
-        from contextlib import nullcontext
-
         return nullcontext()
+
+
+class NoOptimizer:
+    """What a module without optimizers gets in manual optimization: one that takes no step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.param_groups = [{"params": list(model.parameters()), "lr": 0.0}]
+
+    def step(self, closure: Any = None, **kwargs: Any) -> Any:
+        """Evaluate the closure, if there is one, and leave the parameters."""
+        return None if closure is None else closure()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        self.model.zero_grad(set_to_none)
+
+    def __iter__(self) -> Any:
+        raise ValueError(
+            f"{type(self.model).__name__} asks for several optimizers, and none is configured. Give it a "
+            "configure_optimizers, or the Trainer a ConfigureOptimizers with its optimizers."
+        )
 
 
 class _Moves:
@@ -164,6 +185,8 @@ class _StandIns:
             """Do nothing."""
 
         def optimizers(use_pl_optimizer: bool = True) -> Any:
+            if not self.optimizers:
+                return NoOptimizer(model)
             return self.optimizers[0] if len(self.optimizers) == 1 else list(self.optimizers)
 
         def lr_schedulers() -> Any:

@@ -154,7 +154,9 @@ def _effects(causes: str, effects: str) -> None:
 
 
 _LOSS = "loss-start output-scale"
-_SIGNAL = "vanishing-activations exploding-activations vanishing-gradients exploding-gradients dead-units saturated-units"
+_SIGNAL = (
+    "vanishing-activations exploding-activations vanishing-gradients exploding-gradients dead-units saturated-units"
+)
 _effects(
     "non-finite-input non-finite-activation",
     f"{_LOSS} {_SIGNAL} attention-logits no-gradient unused-parameters input-scale",

@@ -32,10 +32,14 @@ def _mismatches(call: LossCall) -> Iterator[tuple[str, str]]:
         yield "shape-mismatch", f"{shapes}"
     if call.name == "cross_entropy" and call.classes is not None and call.classes > 1:
         if call.made_by in MADE_BY_SOFTMAX or (call.sums_to_one and call.targets >= 4):
-            yield "softmax-before-cross-entropy", "the predictions of each sample are in [0, 1]" + (
-                f", by {call.made_by}" if call.made_by in MADE_BY_SOFTMAX else " and sum to 1"
+            yield (
+                "softmax-before-cross-entropy",
+                "the predictions of each sample are in [0, 1]"
+                + (f", by {call.made_by}" if call.made_by in MADE_BY_SOFTMAX else " and sum to 1"),
             )
-        if call.target_sums is not None and (abs(call.target_sums[0] - 1) > 0.05 or abs(call.target_sums[1] - 1) > 0.05):
+        if call.target_sums is not None and (
+            abs(call.target_sums[0] - 1) > 0.05 or abs(call.target_sums[1] - 1) > 0.05
+        ):
             yield (
                 "targets-not-probabilities",
                 f"targets of a sample sum to {call.target_sums[0]:.3g} to {call.target_sums[1]:.3g}",

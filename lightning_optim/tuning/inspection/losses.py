@@ -174,7 +174,10 @@ def _classification(call: LossCall, values: Tensor, targets: Tensor, ignored: in
 def _binary(call: LossCall, values: Tensor, wanted: Tensor) -> tuple[str, str] | None:
     call.chance = math.log(2)
     if call.name == "binary_cross_entropy" and not call.in_unit:
-        return "logits-to-bce", f"predictions from {float(values.min()):.3g} to {float(values.max()):.3g}, not in [0, 1]"
+        return (
+            "logits-to-bce",
+            f"predictions from {float(values.min()):.3g} to {float(values.max()):.3g}, not in [0, 1]",
+        )
     if call.shape != call.target_shape:
         return "shape-mismatch", f"predictions {list(call.shape)}, targets {list(call.target_shape)}"
     low, high = float(wanted.min()), float(wanted.max())

@@ -22,9 +22,32 @@ OTHER_ACTIVATIONS = {"leaky_relu", "prelu", "rrelu", "softplus", "softsign", "ta
 ACTIVATIONS = RECTIFIERS | SIGMOIDAL.keys() | SMOOTH.keys() | OTHER_ACTIVATIONS
 SOFTMAX = {"softmax", "log_softmax", "softmin", "gumbel_softmax"}
 VIEWS = {
-    *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous", "squeeze", "unsqueeze", "t", "T"),
+    *(
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "transpose",
+        "permute",
+        "contiguous",
+        "squeeze",
+        "unsqueeze",
+        "t",
+        "T",
+    ),
     *("mT", "to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda", "clone", "chunk", "split"),
-    *("__getitem__", "unbind", "narrow", "select", "expand", "expand_as", "view_as", "reshape_as", "movedim", "swapaxes"),
+    *(
+        "__getitem__",
+        "unbind",
+        "narrow",
+        "select",
+        "expand",
+        "expand_as",
+        "view_as",
+        "reshape_as",
+        "movedim",
+        "swapaxes",
+    ),
     *("swapdims", "alias", "tensor_split", "detach", "data", "requires_grad", "requires_grad_", "dropout", "identity"),
     *("alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d", "take_along_dim", "index_select"),
 }

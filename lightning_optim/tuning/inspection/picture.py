@@ -33,9 +33,7 @@ def draw_inspection(inspection: Inspection, path: str | Path) -> None:
         {"RMS of outputs": [r.rms for r in rows], "what differs between samples": [r.signal for r in rows]},
     )
     weights = [math.nan if r.weight_gradient_rms is None else r.weight_gradient_rms for r in rows]
-    _lines(
-        panels[1], "gradients", {"RMS, of outputs": [r.gradient_rms for r in rows], "RMS, of parameters": weights}
-    )
+    _lines(panels[1], "gradients", {"RMS, of outputs": [r.gradient_rms for r in rows], "RMS, of parameters": weights})
     for index, row in enumerate(rows):
         if row.name in marked or any(name.rpartition(".")[0] == row.name for name in marked):
             for panel in panels:

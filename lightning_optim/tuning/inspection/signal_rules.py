@@ -32,7 +32,9 @@ def input_findings(watch: Watch) -> Iterator[Finding]:
     """Inputs that are not normalised."""
     for name, (site, sums) in watch.entrances.items():
         if sums.rms > LARGEST_INPUT and not any(kind.startswith("norm") for kind in site.followed_by):
-            seen = f"its inputs come straight from the batch with an RMS of {sums.rms:.3g} (largest {sums.largest:.3g})."
+            seen = (
+                f"its inputs come straight from the batch with an RMS of {sums.rms:.3g} (largest {sums.largest:.3g})."
+            )
             yield finding("input-scale", name, seen)
             return
 

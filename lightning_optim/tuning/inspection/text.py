@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Iterator
 
@@ -113,3 +114,23 @@ def shortened(text: str, width: int) -> str:
         return text
     tail = (width - 1) // 2 + (width - 1) % 2
     return f"{text[: width - 1 - tail]}~{text[-tail:]}"
+
+
+def styled(text: str) -> str:
+    """Return the text of an inspection with marks for rich: findings stand out.
+
+    Args:
+        text: What `format_inspection` returns.
+
+    Example:
+        >>> styled("1. large-weights: head.weight")
+        '[bold red]1. large-weights: head.weight[/]'
+    """
+    styles = {"Note: ": "bold yellow", "   -> ": "green", "! ": "bold"}
+    lines = []
+    for line in text.replace("[", "\\[").splitlines():
+        style = next((style for head, style in styles.items() if line.startswith(head)), None)
+        if re.match(r"\d+\. [a-z-]+: ", line):
+            style = "bold red"
+        lines.append(f"[{style}]{line}[/]" if style else line)
+    return "\n".join(lines)

@@ -268,7 +268,12 @@ class Watch(TorchFunctionMode):
             data = (parents[0].data, parents[1].data)
             if (trained[0] and data[1]) or (trained[1] and data[0]):
                 shapes = sorted((tuple(a.shape), tuple(b.shape)), key=len)
-                if len(shapes[1]) == 2 and len(shapes[0]) == 1 and shapes[1][1] == 1 and shapes[0][0] == shapes[1][0] > 1:
+                if (
+                    len(shapes[1]) == 2
+                    and len(shapes[0]) == 1
+                    and shapes[1][1] == 1
+                    and shapes[0][0] == shapes[1][0] > 1
+                ):
                     self.broadcasts[where] = f"{list(a.shape)} minus {list(b.shape)}"
         elif name == "scaled_dot_product_attention" and len(inputs) >= 2:
             self._see_attention(where, *inputs[:2], scale=kwargs.get("scale"))
@@ -453,8 +458,30 @@ class Watch(TorchFunctionMode):
 
 _QUIET = {
     *("shape", "dtype", "device", "requires_grad", "is_leaf", "grad_fn", "ndim", "layout", "is_cuda", "is_sparse"),
-    *("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__", "grad", "__set__", "register_hook"),
-    *("is_contiguous", "is_nested", "__repr__", "item", "tolist", "__bool__", "__float__", "__int__", "numpy", "is_meta"),
+    *(
+        "size",
+        "dim",
+        "numel",
+        "stride",
+        "is_floating_point",
+        "is_complex",
+        "__len__",
+        "grad",
+        "__set__",
+        "register_hook",
+    ),
+    *(
+        "is_contiguous",
+        "is_nested",
+        "__repr__",
+        "item",
+        "tolist",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "numpy",
+        "is_meta",
+    ),
     *("has_names", "is_mkldnn", "is_quantized", "is_mps", "is_xla", "names", "__format__", "__hash__", "_version"),
 } - {"grad", "requires_grad"}
 

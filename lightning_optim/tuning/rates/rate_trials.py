@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_optim.tuning.rates.halving import Trial, indistinguishable
+from lightning_optim.tuning.rates.horizon import horizon_factor
 
 __all__ = ["RateTrials", "around", "try_rates"]
 
@@ -92,7 +93,16 @@ class _Bench:
                 self.trial(trials[0].value / 10**decades, steps)
 
 
-def try_rates(run: Run, low: float, high: float, steps: int, *, limit: int = 30) -> RateTrials:
+def try_rates(
+    run: Run,
+    low: float,
+    high: float,
+    steps: int,
+    *,
+    total_steps: float | None = None,
+    optimizer: type | None = None,
+    limit: int = 30,
+) -> RateTrials:
     """Find the best learning rate by trials in three rounds, of a quarter, half and all of ``steps``.
 
     The first round tries rates half a decade apart from ``low`` to ``high``, and beyond where the best one is at an
@@ -105,6 +115,8 @@ def try_rates(run: Run, low: float, high: float, steps: int, *, limit: int = 30)
         low: Lowest rate to begin with, above 0.
         high: Highest rate to begin with, at least ``low``.
         steps: Steps of a trial in the last round, at least 20.
+        total_steps: Steps of the run that the rate is for, which needs a lower rate if it is longer; None for as many.
+        optimizer: Class of the optimizer; how its best rate depends on the length of a run.
         limit: Most trials of a search.
 
     Raises:
@@ -133,7 +145,12 @@ def try_rates(run: Run, low: float, high: float, steps: int, *, limit: int = 30)
     if high > 10 * low:
         reason = f"cannot tell rates from {low:.2g} to {high:.2g} apart: take more than {steps} steps ({4 * steps})"
         return RateTrials(None, low, high, reason, trials)
-    return RateTrials(lr, low, high, f"the least loss after {steps} steps; {low:.2g} to {high:.2g} are as good", trials)
+    reason = f"the least loss after {steps} steps is at {lr:.3g}, and {low:.2g} to {high:.2g} are as good"
+    factor = horizon_factor(steps, total_steps, optimizer)
+    if factor < 1:
+        reason += f"; times {factor:.2g}, because {total_steps:g} steps need a lower rate"
+    lr, low, high = (float(f"{rate * factor:.3g}") for rate in (lr, low, high))
+    return RateTrials(lr, low, high, reason, trials)
 
 
 def _bottom(trials: Sequence[Trial[float]], best: Trial[float]) -> float:

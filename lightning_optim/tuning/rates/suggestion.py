@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_optim.tuning.rates.horizon import horizon_factor
 from lightning_optim.tuning.rates.smoothing import Floats, Smoother, capped, despiked, filled
 
-__all__ = ["HORIZON_EXPONENT", "Suggestion", "horizon_factor", "suggest"]
-
-HORIZON_EXPONENT = 0.32
-"""The best rate falls with the length of a run as length ** -0.32: Bjorck et al., Scaling Optimal LR Across Token
-Horizons, 2025, https://arxiv.org/abs/2409.19913."""
+__all__ = ["Suggestion", "suggest"]
 
 _STEPS_PER_DECADE = 0.5
 """A sweep with half as many steps per decade as a run has steps has its least loss at the best rate of that run;
@@ -59,23 +56,12 @@ class Suggestion:
     minimum: float | None = None
 
 
-def horizon_factor(steps: float, total_steps: float | None) -> float:
-    """Return the factor from the best rate of a short run to that of a longer one, at most 1.
-
-    Args:
-        steps: Steps of the short run.
-        total_steps: Steps of the long run; None or fewer than ``steps`` for no change.
-    """
-    if total_steps is None or total_steps <= steps:
-        return 1.0
-    return float((steps / total_steps) ** HORIZON_EXPONENT)
-
-
 def suggest(
     rates: Sequence[float],
     losses: Sequence[Sequence[float]],
     *,
-    total_steps: int | None = None,
+    total_steps: float | None = None,
+    optimizer: type | None = None,
     resamples: int = 200,
     seed: int = 0,
 ) -> Suggestion:
@@ -90,6 +76,7 @@ def suggest(
         rates: Rates of the steps, at least 2, each the same factor above the one before.
         losses: Losses of each repeat, at most as many as rates; fewer if it ended early. NaN and infinity may occur.
         total_steps: Steps of the run that the rate is for; None for the least loss itself.
+        optimizer: Class of the optimizer; how its best rate depends on the length of a run.
         resamples: Number of resampled curves.
         seed: Seed of the resampling.
 
@@ -114,13 +101,11 @@ def suggest(
     assert found is not None
     if found.lr is None:
         return found
-    factor = 1.0
-    if total_steps is not None:
-        factor = min((per_decade / (_STEPS_PER_DECADE * total_steps)) ** HORIZON_EXPONENT, 1.0)
+    factor = horizon_factor(per_decade / _STEPS_PER_DECADE, total_steps, optimizer)
     lr, low, high = (_digits(rate * factor) for rate in (found.lr, found.low or 0.0, found.high or 0.0))
     reason = f"the least smoothed loss is at {_digits(found.lr):g}"
     if factor < 1:
-        reason += f"; times {factor:.2g}, because {total_steps} steps need a lower rate than a sweep of {len(grid)}"
+        reason += f"; times {factor:.2g}, because {total_steps:g} steps need a lower rate than a sweep of {len(grid)}"
     return Suggestion(lr, low, high, reason, found.rates, found.losses, found.smoothed, _digits(found.lr))
 
 
@@ -149,16 +134,13 @@ def _suggest(grid: Floats, table: list[Floats], width: float, resamples: int, se
     signs = generator.choice([-1.0, 1.0], size=(resamples, len(rows), blocks)).repeat(_BLOCK, axis=2)[..., :length]
     curves = smooth + ((signs * residuals).mean(axis=1)) @ smoother.values.T
 
-    top = int(np.argmax(smooth[: place + 1])) if place else 0
-    noise = float(np.std(curves[:, top] - curves[:, place])) if place else 0.0
-    if place <= width and smooth[0] - smooth[place] <= _CLEAR * noise:
-        rise = float(np.max(smooth) - smooth[place])
-        if rise > _CLEAR * float(np.std(curves[:, int(np.argmax(smooth))] - curves[:, place])) > 0:
-            return Suggestion(None, None, None, "the loss only rises: lower the first rate", *seen)
-        return Suggestion(None, None, None, f"cannot tell: the loss does not fall beyond its noise; {more}", *seen)
+    rounding = 1e-9 * float(np.max(np.abs(mean)))
+    top = int(np.argmax(smooth[: place + 1]))
     # The level before the descent is the mean of what precedes, not its highest point by chance.
-    descent = float(np.mean(smooth[: max(top, int(width)) + 1])) - float(smooth[place])
-    if descent <= max(_CLEAR * noise, 1e-9 * float(np.max(np.abs(mean)))):
+    descent = float(np.mean(smooth[: max(top, min(int(width), place)) + 1]) - smooth[place])
+    if descent <= max(_CLEAR * float(np.std(curves[:, top] - curves[:, place])), rounding):
+        if _rises(mean):
+            return Suggestion(None, None, None, "the loss only rises: lower the first rate", *seen)
         return Suggestion(None, None, None, f"cannot tell: the loss does not fall beyond its noise; {more}", *seen)
     if length == len(grid) and place >= length - 1 - width / 2:
         return Suggestion(
@@ -171,6 +153,14 @@ def _suggest(grid: Floats, table: list[Floats], width: float, resamples: int, se
         reason = f"cannot tell rates from {low:.2g} to {high:.2g} apart: {more}"
         return Suggestion(None, _digits(low), _digits(high), reason, *seen)
     return Suggestion(float(grid[place]), low, high, "", *seen)
+
+
+def _rises(losses: Floats) -> bool:
+    """Whether the last third lies above the first one by more than chance, noise seen from one loss to the next."""
+    third = len(losses) // 3
+    noise = 1.4826 * float(np.median(np.abs(np.diff(losses)))) / math.sqrt(2)
+    rise = float(np.mean(losses[-third:]) - np.mean(losses[:third]))
+    return rise > max(_CLEAR * noise * math.sqrt(2 / third), 1e-9 * float(np.max(np.abs(losses))))
 
 
 def _usable(losses: Floats) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_optim as lo
@@ -38,6 +38,8 @@ class Noisy(Dataset[Any]):
 
 class Counted(L.LightningModule):
     """Everything in a step that leaves a trace."""
+
+    seen: Tensor
 
     def __init__(self, look: bool = False, hook: str = "on_train_start") -> None:
         super().__init__()
@@ -114,7 +116,8 @@ def everything(module: L.LightningModule, trainer: L.Trainer, data: Any) -> list
         value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()
     ]
     tensors += [torch.get_rng_state(), data.generator.get_state()]
-    others = [module.average, module.batches, data.dataset.read, np.random.get_state()[1].tolist(), random.getstate()]
+    numpy: Any = np.random.get_state()
+    others = [module.average, module.batches, data.dataset.read, numpy[1].tolist(), random.getstate()]
     others += [trainer.callback_metrics, trainer.global_step, dict(vars(module.accuracy)["_reductions"])]
     return [*tensors, *others]
 
@@ -197,13 +200,15 @@ def test_with_our_callbacks_a_fit_is_the_same():
 
 def test_a_plain_module_is_as_it_was():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(16, 4))
+    model: Any = nn.Sequential(
+        *(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(16, 4))
+    )
     model[0].weight.grad = torch.ones(16, 8)
     gradient = model[0].weight.grad
     stepped: list[Any] = []
     model[4].weight.register_post_accumulate_grad_hook(stepped.append)
     own = model[2].register_forward_hook(lambda *_: None)
-    data = loader()
+    data: Any = loader()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     rng, order = torch.get_rng_state(), data.generator.get_state()
     lo.inspect_model(model, data, loss=F.cross_entropy)
@@ -286,7 +291,7 @@ def test_activation_checkpointing_is_seen_once():
 
 def test_gradients_are_those_of_the_parameters():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    model: Any = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     x, y = torch.randn(32, 8), torch.randint(4, (32,))
     hidden = model[0](x)
     hidden.retain_grad()
@@ -299,4 +304,4 @@ def test_gradients_are_those_of_the_parameters():
     both = torch.cat([model[0].weight.grad.flatten(), model[0].bias.grad])
     assert row.weight_gradient_rms == pytest.approx(float(both.square().mean().sqrt()))
     assert row.weight_gain == pytest.approx(float(model[0].weight.square().mean().sqrt()) * 8**0.5)
-    assert inspection.losses[0].value == pytest.approx(float(loss))
+    assert inspection.losses[0].value == pytest.approx(loss.item())

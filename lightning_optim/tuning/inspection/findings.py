@@ -103,8 +103,8 @@ _TEXTS: dict[str, tuple[str, str]] = {
     ),
     "no-gradient": (
         "They are trainable and used, and no gradient arrives.",
-        "Look for detach(), .data, .item(), torch.no_grad() or argmax between them and the loss; freeze them if they are "
-        "not to learn.",
+        "Look for detach(), .data, .item(), torch.no_grad() or argmax between them and the loss; freeze them if they "
+        "are not to learn.",
     ),
     "nothing-trainable": (
         "Nothing that is computed asks for a gradient.",

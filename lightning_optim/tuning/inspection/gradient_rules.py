@@ -151,7 +151,7 @@ def _all(watch: Watch, site: Site) -> list[nn.Parameter]:
     parent_name = site.module.rpartition(".")[0]
     parent = watch.model.get_submodule(parent_name)
     adapted = list(parent.named_children())
-    around = [p for p in parent.parameters(recurse=False)]
+    around = list(parent.parameters(recurse=False))
     if parent_name and len(adapted) > 1 and not isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         around += [p for key, child in adapted for p in child.parameters() if "lora" in key.lower() or "adapt" in key]
     return own + around

@@ -1,4 +1,4 @@
-"""Steps of a LightningModule as its Trainer would run them: device, precision, transfer of batches, without an update."""
+"""Steps of a LightningModule as its Trainer would run them, in device and precision, without an update."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LightningSteps:
             raise ValueError(f"{type(model).__name__} has no training_step, which is what is looked at.")
         if is_param_in_hook_signature(model.training_step, "dataloader_iter", explicit=True):
             raise ValueError(
-                f"training_step of {type(model).__name__} takes dataloader_iter, and batches that it draws itself would "
-                "be missing in training. Look at the module with step= and batches instead."
+                f"training_step of {type(model).__name__} takes dataloader_iter, and batches that it draws itself "
+                "would be missing in training. Look at the module with step= and batches instead."
             )
 
     @property

@@ -27,7 +27,7 @@ from lightning_optim.tuning.inspection.signal_rules import (
     unit_findings,
     weight_findings,
 )
-from lightning_optim.tuning.inspection.watch import Stopped, Watch, tensors_in
+from lightning_optim.tuning.inspection.watch import StoppedError, Watch, tensors_in
 from lightning_optim.tuning.trials.objects import ObjectSnapshot
 
 _NOW: set[int] = set()
@@ -138,7 +138,7 @@ def _size(batch: Any) -> int:
 
 def _explains(error: Exception, found: list[Finding], watch: Watch) -> bool:
     """Whether a finding says why a step has raised."""
-    if isinstance(error, Stopped):
+    if isinstance(error, StoppedError):
         return True
     kinds = {each.kind for each in found}
     return "does not require grad" in str(error) and bool(kinds & {"nothing-trainable", "no-gradient"})

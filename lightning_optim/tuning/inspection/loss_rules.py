@@ -60,6 +60,9 @@ def reduction_findings(watch: Watch, losses: Sequence[float], accumulate: int) -
         watch: What was seen.
         losses: The number on which backward was called, of each batch.
         accumulate: Batches of one optimizer step, by which a step may divide its loss itself.
+
+    Yields:
+        The findings.
     """
     calls = [call for call in watch.losses if call.trained]
     if not losses or len(calls) != len(losses):
@@ -84,7 +87,8 @@ def reduction_findings(watch: Watch, losses: Sequence[float], accumulate: int) -
         )
         yield finding("loss-reduction", call.name, seen)
     elif batch >= 8 and batch != accumulate and ratio < 0.5 and (is_factor(1 / batch) or is_factor(1 / call.terms)):
-        seen = f"the loss is {losses[0]:.4g}, the mean {call.value:.4g} of {call.terms:,} elements divided by {1 / ratio:.0f}."
+        mean = f"the mean {call.value:.4g} of {call.terms:,} elements"
+        seen = f"the loss is {losses[0]:.4g}, {mean} divided by {1 / ratio:.0f}."
         yield finding("loss-reduction", call.name, seen)
 
 

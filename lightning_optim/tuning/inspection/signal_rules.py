@@ -57,8 +57,8 @@ def weight_findings(watch: Watch) -> Iterator[Finding]:
         assert site.weight is not None
         if site.weight.gain > LARGEST_GAIN and site.last:
             seen = (
-                f"the head shares its weight with an embedding, of RMS {site.weight.rms:.2g}, and its outputs have an RMS "
-                f"of {site.output.rms:.3g}."
+                f"the head shares its weight with an embedding, of RMS {site.weight.rms:.2g}, and its outputs have an "
+                f"RMS of {site.output.rms:.3g}."
             )
             yield finding("tied-head", site.weight.name, seen)
     large = [s for s in sites if s not in tied and _is_large(s)]
@@ -146,7 +146,8 @@ def score_findings(watch: Watch) -> Iterator[Finding]:
     sure = {name: share for name, share in watch.attention.items() if share > LARGEST_SHARE}
     if sure:
         name, share = next(iter(sure.items()))
-        seen = f"half of the queries give one key a weight above {math.floor(share * 1000) / 1000:.1%} ({_count(sure, 'layer')})."
+        floor = math.floor(share * 1000) / 1000
+        seen = f"half of the queries give one key a weight of at least {floor:.1%} ({_count(sure, 'layer')})."
         yield finding("attention-logits", [name or "attention", *list(sure)[1:]], seen)
 
 

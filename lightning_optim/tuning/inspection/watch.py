@@ -22,7 +22,7 @@ _MOST_ROWS = 4096
 _SITES = ("linear", "product", "norm", "activation", "embedding", "recurrent", "attention", "softmax")
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """What ends a step that cannot succeed, before torch's own error, which may leave a GPU unusable."""
 
 
@@ -94,7 +94,7 @@ class Watch(TorchFunctionMode):
         self._embeddings: set[int] = set()
         self._nodes: Any = WeakIdKeyDictionary()
         self._stack: list[tuple[str, int]] = []
-        self._modules = {name: module for name, module in model.named_modules()}
+        self._modules = dict(model.named_modules())
         self._on = False
         self._asked_gradients = False
         self._weighted: list[Node] = []
@@ -113,7 +113,8 @@ class Watch(TorchFunctionMode):
             for name, parameter in self.model.named_parameters():
                 _still(stack, parameter)
                 if parameter.requires_grad:
-                    stack.callback(parameter.register_hook(self._got_gradient(name)).remove)
+                    hooked: Any = parameter
+                    stack.callback(hooked.register_hook(self._got_gradient(name)).remove)
             yield
 
     @contextmanager
@@ -254,14 +255,14 @@ class Watch(TorchFunctionMode):
                 self.losses.append(call)
             if problem is not None:
                 self.problems.append((problem[0], name, problem[1]))
-                raise Stopped(problem[1])
+                raise StoppedError(problem[1])
         elif kind == "embedding" and len(inputs) >= 2 and not inputs[0].is_floating_point() and inputs[0].numel():
             top, low, size = int(inputs[0].max()), int(inputs[0].min()), len(inputs[1])
             self._embeddings.add(id(inputs[1]))
             if top >= size or low < 0:
                 text = f"indices from {low} to {top} for an embedding of {size} rows"
                 self.problems.append(("index-out-of-range", where or name, text))
-                raise Stopped(text)
+                raise StoppedError(text)
         elif name in operations.DIFFERENCES and len(inputs) == 2:
             a, b = inputs
             trained = (a.requires_grad, b.requires_grad)
@@ -276,7 +277,7 @@ class Watch(TorchFunctionMode):
                 ):
                     self.broadcasts[where] = f"{list(a.shape)} minus {list(b.shape)}"
         elif name == "scaled_dot_product_attention" and len(inputs) >= 2:
-            self._see_attention(where, *inputs[:2], scale=kwargs.get("scale"))
+            self._see_attention(where, inputs[0], inputs[1], kwargs.get("scale"))
         elif name == "softmax" and inputs and inputs[0].ndim >= 3 and inputs[0].shape[-1] > 1:
             self._see_scores(where, inputs[0][:4].flatten(0, -3)[:64].float())
 
@@ -320,8 +321,8 @@ class Watch(TorchFunctionMode):
         if kind == "product" and weight is None:
             kind = "other"
         axis = _axis(kind, name, output, parents, inputs)
-        data = bool(parents) and all(parent.data or parent.kind == "other" and not parent.parents for parent in parents)
-        data = data and any(parent.data for parent in parents) and not output.requires_grad
+        known = [parent.data for parent in parents if parent.parents or parent.kind != "other"]
+        data = bool(known) and all(known) and not output.requires_grad
         node = Node(kind, name, None, parents, axis, data)
         where = self._stack[-1][0] if self._stack else ""
         if name in operations.DETACHING and inputs and inputs[0].requires_grad:
@@ -343,8 +344,7 @@ class Watch(TorchFunctionMode):
             before = inputs[0] if inputs and inputs[0] is not output else None
             self._record(site, output, axis, before)
             for other in outputs[1:] if kind == "recurrent" else ():
-                if other.requires_grad and not other.is_leaf:
-                    other.register_hook(self._activation_gradient(site))
+                self._follow_gradient(site, other)
             good_inputs = all(bool(torch.isfinite(each).all()) for each in inputs if each.is_floating_point())
             site.bad_from_good = site.bad_from_good or (site.output.bad > 0 and good_inputs)
         if kind in ("linear", "product", "recurrent", "attention"):
@@ -357,6 +357,9 @@ class Watch(TorchFunctionMode):
 
     def _record(self, site: Site, output: Tensor, axis: int, before: Tensor | None) -> None:
         site.see(output, axis, before)
+        self._follow_gradient(site, output)
+
+    def _follow_gradient(self, site: Site, output: Any) -> None:
         if output.requires_grad and not output.is_leaf:
             output.register_hook(self._activation_gradient(site))
 

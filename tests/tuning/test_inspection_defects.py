@@ -303,3 +303,22 @@ def test_a_bias_that_a_normalisation_takes_away_is_a_note():
     assert convolution(nn.GroupNorm(2, 8), bias=True) == []
     assert convolution(nn.LayerNorm((8, 6, 6)), bias=True) == []
     assert convolution(nn.BatchNorm2d(8).eval(), bias=True) == []
+
+
+def test_an_activation_that_several_layers_share_is_told_apart():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(FEATURES, 32), nn.Linear(32, 32), nn.Linear(32, CLASSES)
+            self.activation = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.activation(self.second(self.activation(self.first(x)))))
+
+    model = Shared()
+    inspection = lo.inspect_model(model, batches(), loss=F.cross_entropy)
+    names = ["first", "activation", "second", "activation after second", "head"]
+    assert ([row.name for row in inspection.rows], inspection.findings) == (names, [])
+    nn.init.constant_(model.second.bias, -20.0)
+    (found,) = lo.inspect_model(model, batches(), loss=F.cross_entropy).findings
+    assert (found.kind, found.where) == ("dead-units", "activation after second")

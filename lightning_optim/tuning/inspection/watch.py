@@ -70,7 +70,7 @@ class Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.sites: dict[tuple[str, str], Site] = {}
+        self.sites: dict[tuple[str, str, str], Site] = {}
         self.losses: list[LossCall] = []
         self.executed: set[str] = set()
         self.touched: set[str] = set()
@@ -328,7 +328,7 @@ class Watch(TorchFunctionMode):
         if name in operations.DETACHING and inputs and inputs[0].requires_grad:
             self.detached.setdefault(where, name)
         if kind in _SITES and output.is_floating_point():
-            site = node.site = self._site(kind, name, where)
+            site = node.site = self._site(kind, name, where, parents)
             if entered is not None:
                 site.entered.squares += entered[0].squares
                 site.entered.count += entered[0].count
@@ -371,13 +371,18 @@ class Watch(TorchFunctionMode):
 
         return got
 
-    def _site(self, kind: str, name: str, where: str) -> Site:
-        key = (where, name)
+    def _site(self, kind: str, name: str, where: str, parents: tuple[Node, ...] = ()) -> Site:
+        # One activation module may follow several layers, and each is a place of its own.
+        behind = _behind(parents[0]) if kind in ("activation", "softmax") and parents else ""
+        key = (where, name, behind)
         if key not in self.sites:
             module = self._modules.get(where)
             alone = module is not None and where and (kind == "attention" or not any(True for _ in module.children()))
-            shown = where if alone and not any(other == where for other, _ in self.sites) else f"{where}:{name}"
-            self.sites[key] = Site(shown.lstrip(":"), where, kind, name, len(self.sites))
+            others = [other for other in self.sites if other[0] == where]
+            shown = where if alone and all(other[1] == name for other in others) else f"{where}:{name}".lstrip(":")
+            if any(other[1] == name for other in others):
+                shown = f"{shown} after {behind}"
+            self.sites[key] = Site(shown, where, kind, name, len(self.sites))
         return self.sites[key]
 
     def _consumed(self, node: Node, by: Node, kwargs: Any, args: Any) -> None:
@@ -416,8 +421,9 @@ class Watch(TorchFunctionMode):
         where = self._stack[-1][0] if self._stack else ""
         if source is not None and id(dict(self.model.named_parameters()).get(source)) in self._embeddings:
             self.tied.add(source)
-        if (where, name) in self.sites and self.sites[where, name].weight is not None:
-            return self.sites[where, name].weight
+        known = self.sites.get((where, name, ""))
+        if known is not None and known.weight is not None:
+            return known.weight
         groups = argument(args, kwargs, 7 if name.startswith("conv_t") else 6, "groups", 1)
         # conv_transpose has output_padding before groups.
         groups = groups if isinstance(groups, int) else 1
@@ -487,6 +493,13 @@ _QUIET = {
     ),
     *("has_names", "is_mkldnn", "is_quantized", "is_mps", "is_xla", "names", "__format__", "__hash__", "_version"),
 } - {"grad", "requires_grad"}
+
+
+def _behind(node: Node) -> str:
+    """Name of the place that a tensor comes from."""
+    while node.site is None and len(node.parents) == 1:
+        node = node.parents[0]
+    return "" if node.site is None else node.site.name
 
 
 def recomputing() -> bool:

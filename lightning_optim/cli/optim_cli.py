@@ -162,7 +162,7 @@ _COMMANDS = {
     "test": "run one epoch over the test data",
     "predict": "compute predictions",
     "plan": "show a fit before it runs: groups, schedule, conflicts",
-    "inspect": "look at the model before training: some batches, no update",
+    "inspect": "look at the model before training: no update",
     "find-lr": "find a learning rate by short trials of a fit",
     "list": "show optimizers, schedules, clipping methods and more",
     "report": "write a page about a run, or several side by side",

@@ -152,7 +152,6 @@ LOSSES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_defect_of_the_loss_is_named(name):
     loss, kind = LOSSES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -212,8 +213,12 @@ class Watch(TorchFunctionMode):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._before(func, kind, name, args, kwargs, inputs, parents)
         entered = self._entered(kind, inputs)
-        result = func(*args, **kwargs)
-        if kind == "loss":
+        if kind != "loss":
+            result = func(*args, **kwargs)
+        else:
+            with warnings.catch_warnings():  # What torch warns of, with our line, is a finding.
+                warnings.filterwarnings("ignore", "Using a target size")
+                result = func(*args, **kwargs)
             for loss in self.losses[unseen:]:
                 loss.result(result)
         outputs = list(_flat(result))

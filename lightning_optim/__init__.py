@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from lightning_optim.param_groups import WidthScaling as WidthScaling
     from lightning_optim.param_groups import build_param_groups as build_param_groups
     from lightning_optim.step import StepPipeline as StepPipeline
+    from lightning_optim.tuning.inspection import coordinate_check as coordinate_check
+    from lightning_optim.tuning.inspection import inspect_model as inspect_model
     from lightning_optim.tuning.rates.find import find_lr as find_lr
     from lightning_optim.tuning.rates.range_test import LRRangeTest as LRRangeTest
 
@@ -80,7 +82,9 @@ _NAMES = {
     "WidthScaling": "param_groups",
     "attach": "callbacks",
     "build_param_groups": "param_groups",
+    "coordinate_check": "tuning.inspection",
     "find_lr": "tuning.rates.find",
+    "inspect_model": "tuning.inspection",
     "register": "core.registry",
 }
 

@@ -20,6 +20,7 @@ from lightning_optim.callbacks.planning import make_plan
 from lightning_optim.cli.diagnosis import explain
 from lightning_optim.cli.errors import ShortErrors, fail, short_errors
 from lightning_optim.cli.find_lr import FindsLR
+from lightning_optim.cli.inspecting import Inspects
 from lightning_optim.cli.keys import OptimKeys
 from lightning_optim.cli.listing import add_list_arguments
 from lightning_optim.cli.merge import plain
@@ -28,7 +29,7 @@ from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.plan_text import format_plan, save_plot
 
 
-class PlanningTrainer(FindsLR, L.Trainer):
+class PlanningTrainer(FindsLR, Inspects, L.Trainer):
     """Trainer that can also show the plan of a fit, and look into what comes before it."""
 
     def plan(
@@ -82,7 +83,8 @@ class OptimCLI(OptimKeys, LightningCLI):
     in its traceback, as does an error in the user's own code always.
 
     The command ``plan`` takes the configuration of ``fit`` and shows, without training, the parameter groups, the
-    schedule, the number of steps and all conflicts; the exit code is 1 if there are any.
+    schedule, the number of steps and all conflicts; the exit code is 1 if there are any. ``inspect`` runs some batches
+    of it forward and backward, without an update, and says what stands against training.
 
     Example:
         ```console
@@ -109,8 +111,8 @@ class OptimCLI(OptimKeys, LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return Lightning's commands, ``plan`` and ``find-lr``."""
-        own = {command: {"model", "datamodule"} for command in ("plan", "find-lr")}
+        """Return Lightning's commands, ``plan``, ``inspect`` and ``find-lr``."""
+        own = {command: {"model", "datamodule"} for command in ("plan", "inspect", "find-lr")}
         return {**LightningCLI.subcommands(), **own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -160,6 +162,7 @@ _COMMANDS = {
     "test": "run one epoch over the test data",
     "predict": "compute predictions",
     "plan": "show a fit before it runs: groups, schedule, conflicts",
+    "inspect": "look at the model before training: some batches, no update",
     "find-lr": "find a learning rate by short trials of a fit",
     "list": "show optimizers, schedules, clipping methods and more",
     "report": "write a page about a run, or several side by side",

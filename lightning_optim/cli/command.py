@@ -45,21 +45,30 @@ def _run(given: list[str]) -> None:
         from lightning_optim.cli.report import run_report
 
         run_report(given[1:])
+    elif command == "batch-size":
+        _at_home()
+        from lightning_optim.cli.batch_size import run_batch_size
+
+        run_batch_size(given[1:])
     else:
         _run_cli(given)
 
 
 def _run_cli(given: list[str]) -> None:
+    _at_home()
+    from lightning_optim.cli.optim_cli import Command
+
+    Command.run(given)
+
+
+def _at_home() -> None:
+    """Check the packages; as with `python -m`, class paths such as `my.Module` start in the current directory."""
     try:
         require_extra()
     except ModuleNotFoundError as error:
         raise SystemExit(str(error)) from None
-    from lightning_optim.cli.optim_cli import Command
-
-    # As with `python -m`, class paths such as `examples.char_lm.CharLM` start in the current directory.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    Command.run(given)
 
 
 def require_extra() -> None:

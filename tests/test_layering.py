@@ -19,7 +19,7 @@ ROOT = Path(lightning_optim.__file__).parent
 
 ROOMS = {
     "cli": {"callbacks", "clipping", "core", "diagnostics", "divergence", "factory", "optim", "schedules", "tuning"},
-    "tuning": {"callbacks", "core", "optim", "step"},
+    "tuning": {"callbacks", "core", "diagnostics", "optim", "schedules", "step"},
     "callbacks": {
         "clipping",
         "core",

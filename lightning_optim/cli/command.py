@@ -50,6 +50,11 @@ def _run(given: list[str]) -> None:
         from lightning_optim.cli.batch_size import run_batch_size
 
         run_batch_size(given[1:])
+    elif command == "search":
+        _at_home()
+        from lightning_optim.cli.search import run_search_command
+
+        run_search_command(given[1:])
     else:
         _run_cli(given)
 

@@ -23,6 +23,7 @@ from lightning_optim.cli.errors import ShortErrors, fail, short_errors
 from lightning_optim.cli.keys import OptimKeys
 from lightning_optim.cli.listing import add_list_arguments
 from lightning_optim.cli.report import add_report_arguments
+from lightning_optim.cli.search import add_search_arguments
 from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.plan_text import format_plan, save_plot
 
@@ -155,6 +156,7 @@ _COMMANDS = {
     "list": "show optimizers, schedules, clipping methods and more",
     "report": "write a page about a run, or several side by side",
     "batch-size": "find the largest batch that fits, and the rate for it",
+    "search": "search hyperparameters, with Optuna",
     "completion": "print completions for bash, zsh or tcsh",
 }
 """All commands, each with a line for `--help`."""
@@ -213,6 +215,7 @@ class Command(OptimCLI):
             "list": add_list_arguments,
             "report": add_report_arguments,
             "batch-size": add_batch_size_arguments,
+            "search": add_search_arguments,
             "completion": add_completion_arguments,
         }
         for command, add in others.items():

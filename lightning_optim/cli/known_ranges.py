@@ -32,7 +32,7 @@ class KnownRanges:
         """
         from lightning_optim.tuning.search.space import SpaceError
 
-        fixed = {
+        fixed: dict[str, Entry] = {
             "clip.max_norm": {"low": 0.1, "high": 10.0, "log": True},
             "optim.warmup": {"choices": ["1%", "5%", "10%", "20%"]},
             "optim.schedule": {"choices": ["cosine", "linear", "wsd"]},
@@ -41,7 +41,9 @@ class KnownRanges:
             return [fixed[path]]
         if path not in ("optim.lr", "optim.weight_decay"):
             known = [*fixed, "optim.lr", "optim.weight_decay"]
-            raise SpaceError(f"{path}: no range is known for it, give low and high, or choices. auto: {', '.join(known)}.")
+            raise SpaceError(
+                f"{path}: no range is known for it, give low and high, or choices. auto: {', '.join(known)}."
+            )
         of = _lr if path == "optim.lr" else _weight_decay
         searched = _choices(space.get("optim.optimizer"))
         if not searched:

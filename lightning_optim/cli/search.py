@@ -27,7 +27,9 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metric", default="val_loss", help="metric of validation, whose best value counts (val_loss)")
     add("--mode", choices=("min", "max"), help="which way is better (default: as the metric's name tells)")
     add("--sampler", default="tpe", help="tpe, random, cmaes, gp, qmc, grid, or a class of Optuna (tpe)")
-    add("--pruner", default="median", help="median, hyperband, halving, percentile, none, or a class of Optuna (median)")
+    add(
+        "--pruner", default="median", help="median, hyperband, halving, percentile, none, or a class of Optuna (median)"
+    )
     add("--storage", help="sqlite:///PATH, postgresql://..., journal:PATH, redis://... (default: SQLite in --out)")
     add("--study", default="search", metavar="NAME", help="name of the study, which is continued if it exists (search)")
     add("--workers", type=int, help="trials at a time (default: one per core, or per device)")
@@ -115,7 +117,7 @@ def _search(options: argparse.Namespace, of_fit: Sequence[str]) -> None:
         "budget": [options.steps, options.validations],
     }
     found = run_search(make_job, space, options.out, settings, _data(configuration), PRELOAD)
-    _show(found, options, of_fit)
+    _show(found, space, options, of_fit)
 
 
 def _data(value: Any) -> Any:
@@ -222,7 +224,7 @@ def check_space(space: Space, of_fit: Sequence[str]) -> None:
         return
 
 
-def _show(found: SearchResult, options: argparse.Namespace, of_fit: Sequence[str]) -> None:
+def _show(found: SearchResult, space: Space, options: argparse.Namespace, of_fit: Sequence[str]) -> None:
     from lightning_optim.cli.best_config import write_best
 
     print(f"\nStudy {found.study} in {found.storage}\n")
@@ -234,16 +236,16 @@ def _show(found: SearchResult, options: argparse.Namespace, of_fit: Sequence[str
     flags = write_best(path, of_fit, flags_of(best.params), f"Trial {best.number}: {found.metric} {best.value:.6g}")
     print(f"\nBest: trial {best.number}, {found.metric} {best.value:.6g}. Run it:")
     print(f"  {shlex.join(['lightning-optim', 'fit', *of_fit, '--config', str(path), *flags])}")
-    for line in _edges(best.params, found, options, of_fit):
+    for line in _edges(best.params, found, space):
         print(line)
     print(f"All trials: {found.folder / 'trials.csv'}{''.join(f', {picture}' for picture in found.pictures)}")
 
 
-def _edges(best: Params, found: SearchResult, options: argparse.Namespace, of_fit: Sequence[str]) -> Iterator[str]:
+def _edges(best: Mapping[str, Any], found: SearchResult, space: Space) -> Iterator[str]:
     """Say of which ranges the best value is at an end."""
     import math
 
-    for parameter in read_space(options.space, of_fit):
+    for parameter in space:
         if parameter.choices or parameter.path not in best or not parameter.applies(best):
             continue
         low, high, value = float(parameter.low or 0), float(parameter.high or 0), float(best[parameter.path])

@@ -109,6 +109,7 @@ def _history(result: SearchResult) -> Path:
         axes.scatter(others, [place] * len(others), s=22, marker="x", color="#999999", label="pruned, diverged, failed")
     if result.mode == "min" and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("trial")
     axes.set_ylabel(result.metric)
     axes.set_title(f"{result.study}: {result.metric} of each trial")

@@ -53,10 +53,10 @@ def search(
         metric: Metric of validation, of which the best value of a trial counts.
         mode: ``"min"`` or ``"max"``; None to tell it from the metric's name.
         trials: Number of trials of the study, with those of other processes and of earlier calls.
-        sampler: ``"tpe"``, ``"random"``, ``"cmaes"``, ``"gp"``, ``"qmc"``, ``"grid"``, or a class of ``optuna.samplers``
-            by its name.
-        pruner: ``"median"``, ``"hyperband"``, ``"halving"``, ``"percentile"``, ``"none"``, or a class of
-            ``optuna.pruners`` by its name.
+        sampler: ``"tpe"``, ``"random"``, ``"cmaes"``, ``"gp"``, ``"qmc"``, ``"grid"``, or the name of a class of
+            ``optuna.samplers``.
+        pruner: ``"median"``, ``"hyperband"``, ``"halving"``, ``"percentile"``, ``"none"``, or the name
+            of a class of ``optuna.pruners``.
         storage: A URL of SQLAlchemy, ``journal:PATH`` or ``redis://...``; None for SQLite in the folder.
         study: Name of the study.
         workers: Number of trials at a time; None for one per GPU of ``devices``, else one per core, 8 at most.

@@ -123,7 +123,9 @@ def read_trials(study: Any) -> tuple[Trial, ...]:
         if trial.state.name == "WAITING" or LOST in attributes or SURPLUS in attributes:
             continue
         finished = trial.state.name == "COMPLETE" and trial.value is not None and math.isfinite(trial.value)
-        status = attributes.get(STATUS) or {"RUNNING": "running", "COMPLETE": "finished"}.get(trial.state.name, "failed")
+        status = attributes.get(STATUS) or {"RUNNING": "running", "COMPLETE": "finished"}.get(
+            trial.state.name, "failed"
+        )
         found.append(
             Trial(
                 trial.number,
@@ -140,4 +142,3 @@ def read_trials(study: Any) -> tuple[Trial, ...]:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-

@@ -17,12 +17,12 @@ from lightning_optim.tuning.runs.result import DIVERGED, FINISHED, OUT_OF_MEMORY
 from lightning_optim.tuning.search import result as names
 from lightning_optim.tuning.search.claims import LOST, SURPLUS, Claims
 from lightning_optim.tuning.search.methods import (
-    without_password,
     default_storage,
     make_pruner,
     make_sampler,
     open_storage,
     require_optuna,
+    without_password,
 )
 from lightning_optim.tuning.search.pictures import draw
 from lightning_optim.tuning.search.result import SearchResult, read_trials
@@ -184,7 +184,9 @@ def _open_study(settings: Settings, storage: Any, sampler: Any, pruner: Any, con
         study, before = create(), None
     if before is None:
         if study.get_trials(deepcopy=False):
-            raise ValueError(f"The study {settings.study!r} has trials of another program. Give another name (--study).")
+            raise ValueError(
+                f"The study {settings.study!r} has trials of another program. Give another name (--study)."
+            )
         study.set_user_attr(_CONFIGURATION, configuration)
     elif before != configuration:
         differs = sorted(key for key in {*before, *configuration} if before.get(key) != configuration.get(key))
@@ -315,7 +317,7 @@ class _Search:
     def _no_metric(self, result: JobResult) -> str:
         metric, there = self._settings.metric, [*result.validation(), "train_loss"]
         if len(there) == 1:
-            return f"No validation has run, so there is no {metric}. Validation needs val_dataloader; or: --metric train_loss"
+            return f"No validation has run, so there is no {metric}. It needs val_dataloader; or --metric train_loss"
         return f"Validation logs no {metric!r}. {nearest(metric, there)}"
 
     def _tell(self, trial: Any, state: str, value: float | None = None) -> None:

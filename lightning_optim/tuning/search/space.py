@@ -95,7 +95,7 @@ class Space:
         SpaceError: There is none, or a condition asks for what is not searched.
 
     Example:
-        >>> space = Space.read({"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "optim.optimizer": ["adamw", "lion"]})
+        >>> space = Space.read({"optim.lr": "loguniform(1e-4, 1e-2)", "optim.optimizer": ["adamw", "lion"]})
         >>> [parameter.name for parameter in space]
         ['optim.lr', 'optim.optimizer']
     """

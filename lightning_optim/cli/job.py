@@ -30,6 +30,7 @@ def fit_job(
     validations: int | None = None,
     lr_factor: float = 1.0,
     reseed: bool = False,
+    probe: int | None = None,
     checkpoints: bool = False,
     timeout: float | None = None,
 ) -> Job:
@@ -45,6 +46,7 @@ def fit_job(
         validations: Number of validations within ``steps``; None for what the configuration says.
         lr_factor: Factor on all learning rates.
         reseed: Whether random numbers get the seed again when training starts.
+        probe: Number of steps after which to end, to see how fast and how long the run is; None for the whole run.
         checkpoints: Whether callbacks save checkpoints.
         timeout: Seconds after which the process is ended; None for no limit.
 
@@ -59,6 +61,7 @@ def fit_job(
         "validations": validations,
         "lr_factor": lr_factor,
         "reseed": reseed,
+        "probe": probe,
         "checkpoints": checkpoints,
     }
     files = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in config_files(args)}
@@ -98,6 +101,7 @@ def fit(
     validations: int | None,
     lr_factor: float,
     reseed: bool,
+    probe: int | None,
     checkpoints: bool,
 ) -> None:
     """Fit; the target of `fit_job`.
@@ -111,6 +115,7 @@ def fit(
         validations: As for `fit_job`.
         lr_factor: As for `fit_job`.
         reseed: As for `fit_job`.
+        probe: As for `fit_job`.
         checkpoints: As for `fit_job`.
     """
     given = {**overrides, **({} if seed is None else {"seed_everything": seed})}
@@ -130,7 +135,7 @@ def fit(
             present = present if isinstance(present, list) else [present]
             used = self.config_init["fit"].get("seed_everything")
             reset = used if reseed and isinstance(used, int) and not isinstance(used, bool) else None
-            kwargs["callbacks"] = callbacks_of_job(folder, present, reset, lr_factor, checkpoints)
+            kwargs["callbacks"] = callbacks_of_job(folder, present, reset, lr_factor, probe, checkpoints)
             accumulate = int(config.get("accumulate_grad_batches") or 1)
             return super().instantiate_trainer(
                 **kwargs, **trainer_of_job(folder, steps, validations, accumulate, checkpoints)

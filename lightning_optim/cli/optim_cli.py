@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_optim import __version__
 from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
 from lightning_optim.callbacks.planning import make_plan
+from lightning_optim.cli.compare import add_compare_arguments
 from lightning_optim.cli.diagnosis import explain
 from lightning_optim.cli.errors import ShortErrors, fail, short_errors
 from lightning_optim.cli.keys import OptimKeys
@@ -153,6 +154,7 @@ _COMMANDS = {
     "plan": "show a fit before it runs: groups, schedule, conflicts",
     "list": "show optimizers, schedules, clipping methods and more",
     "report": "write a page about a run, or several side by side",
+    "compare": "train variants of a run with several seeds, and say which is better",
     "completion": "print completions for bash, zsh or tcsh",
 }
 """All commands, each with a line for `--help`."""
@@ -207,7 +209,8 @@ class Command(OptimCLI):
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         action = self.parser._subcommands_action
         assert action is not None
-        others = {"list": add_list_arguments, "report": add_report_arguments, "completion": add_completion_arguments}
+        others = {"list": add_list_arguments, "report": add_report_arguments, "compare": add_compare_arguments}
+        others["completion"] = add_completion_arguments
         for command, add in others.items():
             other = ArgumentParser(description=_COMMANDS[command])
             add(other)

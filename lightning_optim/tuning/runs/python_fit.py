@@ -30,6 +30,7 @@ def python_job(
     validations: int | None = None,
     lr_factor: float = 1.0,
     reseed: bool = False,
+    probe: int | None = None,
     timeout: float | None = None,
 ) -> Job:
     """Describe a fit of Python objects as a job.
@@ -46,6 +47,7 @@ def python_job(
         validations: Number of validations within ``steps``; None for what ``trainer`` says.
         lr_factor: Factor on all learning rates.
         reseed: Whether random numbers get the seed again when training starts (`Recorder`).
+        probe: Number of steps after which to end, to see how fast and how long the run is; None for the whole run.
         timeout: Seconds after which the process is ended; None for no limit.
 
     Returns:
@@ -61,6 +63,7 @@ def python_job(
         "validations": validations,
         "lr_factor": lr_factor,
         "reseed": reseed,
+        "probe": probe,
     }
     target = f"{__name__}:fit"
     return Job(name, target, arguments, {key: describe(each) for key, each in arguments.items()}, steps, timeout)
@@ -77,6 +80,7 @@ def fit(
     validations: int | None,
     lr_factor: float,
     reseed: bool,
+    probe: int | None,
 ) -> None:
     """Fit; the target of `python_job`.
 
@@ -91,11 +95,12 @@ def fit(
         validations: As for `python_job`.
         lr_factor: As for `python_job`.
         reseed: As for `python_job`.
+        probe: As for `python_job`.
     """
     L.seed_everything(seed, workers=True, verbose=False)
     module = made(model)
     source = made(data)
-    added = callbacks_of_job(folder, callbacks, seed if reseed else None, lr_factor)
+    added = callbacks_of_job(folder, callbacks, seed if reseed else None, lr_factor, probe)
     settings = {**trainer, **trainer_of_job(folder, steps, validations, int(trainer.get("accumulate_grad_batches", 1)))}
     fitting = L.Trainer(**settings, callbacks=added)
     if not is_overridden("configure_optimizers", module):
@@ -119,7 +124,12 @@ def made(value: Any) -> Any:
 
 
 def callbacks_of_job(
-    folder: Path, callbacks: Sequence[L.Callback], seed: int | None, lr_factor: float, checkpoints: bool = False
+    folder: Path,
+    callbacks: Sequence[L.Callback],
+    seed: int | None,
+    lr_factor: float,
+    probe: int | None = None,
+    checkpoints: bool = False,
 ) -> list[L.Callback]:
     """Return callbacks for a job: without progress bars and checkpoints, with a recorder.
 
@@ -128,12 +138,13 @@ def callbacks_of_job(
         callbacks: Callbacks of the configuration.
         seed: Seed of the recorder.
         lr_factor: Factor on all learning rates.
+        probe: As for `Recorder`.
         checkpoints: Whether callbacks that save checkpoints stay.
     """
     unwanted: Any = ProgressBar if checkpoints else (ProgressBar, Checkpoint)
     kept = [copy.copy(callback) for callback in callbacks if not isinstance(callback, unwanted)]
     factor = [RateFactor(lr_factor)] if lr_factor != 1 else []
-    return [*factor, *kept, Recorder(folder, seed)]
+    return [*factor, *kept, Recorder(folder, seed, probe)]
 
 
 def trainer_of_job(

@@ -26,7 +26,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: those of the configuration)")
     parser.add_argument("--seconds", type=float, help="seconds of training of each run, in place of --steps")
     parser.add_argument("--tune-lr", action="store_true", help="give each variant its own tuned rate first")
-    parser.add_argument("--tune-steps", type=int, help="steps of a run for tuning (default: a third of the budget)")
+    parser.add_argument("--tune-steps", type=int, help="steps of a run for tuning (default: half of the budget)")
     parser.add_argument("--metric", help="metric to compare (default: the loss of validation)")
     parser.add_argument("--mode", choices=("min", "max"), help="which way it is better (default: by its name)")
     parser.add_argument("--validations", type=int, default=10, help="validations of each run (default: 10)")
@@ -101,6 +101,8 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         SystemExit: It is missing or no such mapping.
     """
+    from jsonargparse import get_loader
+
     from lightning_optim.cli.sources import SourceError, read_sources
 
     if not path.exists():
@@ -110,7 +112,8 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
     except SourceError as error:
         fail(str(error), code=2)
     found: dict[str, dict[str, Any]] = {}
-    for name, value in source.data.items():
+    values = get_loader("yaml")(path.read_text(encoding="utf-8")) or {}  # to which 1e-3 is a number
+    for name, value in values.items():
         if value is not None and not isinstance(value, dict):
             fail(
                 f"{path}, line {source.line([name])}: variant {name!r} is {value!r:.60}; it must be a mapping of keys "

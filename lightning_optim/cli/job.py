@@ -32,6 +32,7 @@ def fit_job(
     reseed: bool = False,
     probe: int | None = None,
     checkpoints: bool = False,
+    events: bool = True,
     timeout: float | None = None,
 ) -> Job:
     """Describe ``lightning-optim fit`` as a job.
@@ -48,6 +49,7 @@ def fit_job(
         reseed: Whether random numbers get the seed again when training starts.
         probe: Number of steps after which to end, to see how fast and how long the run is; None for the whole run.
         checkpoints: Whether callbacks save checkpoints.
+        events: Whether to write TensorBoard's event files, which takes a second or two.
         timeout: Seconds after which the process is ended; None for no limit.
 
     Returns:
@@ -63,6 +65,7 @@ def fit_job(
         "reseed": reseed,
         "probe": probe,
         "checkpoints": checkpoints,
+        "events": events,
     }
     files = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in config_files(args)}
     description = {**arguments, "args": list(args), "files": files}
@@ -103,6 +106,7 @@ def fit(
     reseed: bool,
     probe: int | None,
     checkpoints: bool,
+    events: bool,
 ) -> None:
     """Fit; the target of `fit_job`.
 
@@ -117,6 +121,7 @@ def fit(
         reseed: As for `fit_job`.
         probe: As for `fit_job`.
         checkpoints: As for `fit_job`.
+        events: As for `fit_job`.
     """
     given = {**overrides, **({} if seed is None else {"seed_everything": seed})}
 
@@ -138,7 +143,7 @@ def fit(
             kwargs["callbacks"] = callbacks_of_job(folder, present, reset, lr_factor, probe, checkpoints)
             accumulate = int(config.get("accumulate_grad_batches") or 1)
             return super().instantiate_trainer(
-                **kwargs, **trainer_of_job(folder, steps, validations, accumulate, checkpoints)
+                **kwargs, **trainer_of_job(folder, steps, validations, accumulate, checkpoints, events)
             )
 
     JobCLI(args=["fit", *with_overrides(args, given, folder)], save_config_kwargs={"overwrite": True})

@@ -26,6 +26,7 @@ def compare(
     variants: Mapping[str, Any],
     *,
     base: Mapping[str, Any] | None = None,
+    trainer: Mapping[str, Any] | None = None,
     seeds: int | Sequence[int] = 3,
     steps: int | None = None,
     seconds: float | None = None,
@@ -55,12 +56,13 @@ def compare(
             the callbacks; False for none), ``callbacks`` (further ones), ``trainer`` (arguments of the Trainer),
             ``model`` and ``data`` (in place of those above).
         base: The same keys, for all variants.
+        trainer: Arguments of the Trainer, for all variants.
         seeds: Number of seeds, or the seeds themselves.
         steps: Number of optimizer steps of each run; None for what the Trainer's arguments say.
         seconds: Seconds of training of each run, in place of ``steps``.
         tune_lr: Whether each variant gets its own rate first, the only fair way to compare optimizers: five factors on
             the rates given, in short runs with a seed of their own.
-        tune_steps: Number of steps of the longer runs of the tuning; None for a third of the budget.
+        tune_steps: Number of steps of the longer runs of the tuning; None for half of the budget.
         metric: Name of the metric to compare; None for a loss of validation.
         mode: ``"min"`` or ``"max"``; None for what the metric's name tells.
         validations: Number of validations of each run, if it has ``steps`` or ``seconds``.
@@ -101,7 +103,8 @@ def compare(
         seeds, steps, seconds, tune_lr, tune_steps, metric, mode, validations, workers, devices, rerun, progress
     )
     check_names(list(variants))
-    shared = _checked("base", base or {})
+    shared = {**_checked("base", base or {})}
+    shared["trainer"] = {**shared.get("trainer", {}), **(trainer or {})}
     given = {name: _checked(name, _as_keys(name, each)) for name, each in variants.items()}
     changed = [name for name, each in given.items() if "model" in each or "data" in each]
     # Made here once, so that what is wrong is refused before anything runs.

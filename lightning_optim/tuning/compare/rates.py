@@ -66,8 +66,9 @@ def tune_rates(
 ) -> dict[str, TunedRate]:
     """Find a rate for each variant, all with the same effort.
 
-    Each factor gets a run of a third of the steps, with the schedule of such a run. Where the best one is at the edge,
-    the grid is extended, twice at most. The two best ones get a run of all the steps, and the better of them wins.
+    Each factor gets a run of half of the steps, with the schedule of such a run. Where the best one is at the edge, the
+    grid is extended, twice at most. The two best ones and the next smaller factor, because longer runs want smaller
+    rates, get a run of all the steps, and the best of them wins.
 
     Args:
         variants: Names of the variants.
@@ -97,6 +98,7 @@ def tune_rates(
                 steps=length[name],
                 lr_factor=factor,
                 validations=1,
+                events=False,
             )
             for factor in sorted({f for fs in wanted.values() for f in fs})
             for name in variants
@@ -109,15 +111,15 @@ def tune_rates(
             result = results[job.name]
             tuned[name].trials.append(Trial(factor, length[name], _score(result, chosen), result.status))
 
-    measure(grids, 3, "rates, short runs")
+    measure(grids, 2, "rates, short runs")
     for _ in range(_MOST_EXTENSIONS):
         more = {name: new for name in variants if (new := _beyond(tuned[name], grids[name], _sign(chosen)))}
         if not more:
             break
         for name, new in more.items():
             grids[name] += new
-        measure({name: more.get(name, []) for name in variants}, 3, "rates beyond the grid")
-    finalists = {name: _ranked(tuned[name].trials, _sign(chosen))[:_FINALISTS] for name in variants}
+        measure({name: more.get(name, []) for name in variants}, 2, "rates beyond the grid")
+    finalists = {name: _finalists(tuned[name], grids[name], _sign(chosen)) for name in variants}
     measure(finalists, 1, "rates, longer runs")
     for name in variants:
         best = _ranked([trial for trial in tuned[name].trials if trial.steps == max(steps[name], 1)], _sign(chosen))
@@ -141,6 +143,14 @@ def _ranked(trials: Sequence[Trial], sign: int) -> list[float]:
     """Return the factors of trials that ended well, the best first."""
     known = [trial for trial in trials if math.isfinite(trial.value)]
     return [trial.factor for trial in sorted(known, key=lambda trial: sign * trial.value)]
+
+
+def _finalists(tuned: TunedRate, grid: Sequence[float], sign: int) -> list[float]:
+    """Return the best factors, and the one below the best."""
+    ranked = _ranked(tuned.trials, sign)
+    found = ranked[:_FINALISTS]
+    below = max((factor for factor in grid if ranked and factor < ranked[0]), default=None)
+    return found if below is None or below in found or below not in ranked else [*found, below]
 
 
 def _beyond(tuned: TunedRate, grid: Sequence[float], sign: int) -> list[float]:

@@ -18,6 +18,7 @@ _TUNING_SEED = 1000
 _PROBE = 40
 """Steps in which the speed of a variant is measured."""
 _LEAST = 3
+_TELLING = 20
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Settings:
         seconds: Budget of each run in seconds of training: each variant gets the steps that it takes in this time, and
             a schedule of that length; None for no such budget.
         tune_lr: Whether each variant gets a rate of its own first.
-        tune_steps: Number of steps of the longer runs of the tuning; None for a third of each budget.
+        tune_steps: Number of steps of the longer runs of the tuning; None for half of each budget.
         metric: Name of the metric; None for a loss of validation.
         mode: ``"min"`` or ``"max"``; None for what the metric's name tells.
         validations: Number of validations of each run; 0 for what the configuration says.
@@ -135,14 +136,14 @@ def run_comparison(
     tuning_seed = max(seeds) + _TUNING_SEED
     steps = dict.fromkeys(names, settings.steps)
     if settings.seconds is not None or (settings.steps is None and settings.tune_lr and settings.tune_steps is None):
-        probed = run([make(f"speed/{name}", name, tuning_seed, probe=_PROBE) for name in names], "speed")
+        probed = run([make(f"speed/{name}", name, tuning_seed, probe=_PROBE, events=False) for name in names], "speed")
         _refuse_if_none(list(probed.values()))
         steps = {name: _length(probed[f"speed/{name}"], settings.seconds) for name in names}
         shortest = min((length for length in steps.values() if length), default=None)
         steps = {name: length or shortest for name, length in steps.items()}  # Of one that fails, not the whole run.
     rates: dict[str, TunedRate] | None = None
     if settings.tune_lr:
-        known = {name: settings.tune_steps or max(round((steps[name] or _LEAST) / 3), _LEAST) for name in names}
+        known = {name: settings.tune_steps or _for_tuning(steps[name]) for name in names}
         rates = tune_rates(
             names, make, run, seed=tuning_seed, steps=known, metric=settings.metric, mode=settings.mode
         )  # fmt: skip
@@ -167,6 +168,12 @@ def run_comparison(
     metric = choose_metric(trained, settings.metric, settings.mode)
     budget = _budget(settings, steps, results)
     return Comparison(results, metric, dict(variants), rates, budget, folder, tuple(changes_model))
+
+
+def _for_tuning(steps: int | None) -> int:
+    """Return the number of steps of the longer runs of the tuning: half of the budget, but enough to judge a rate."""
+    steps = steps or _LEAST
+    return max(-(-steps // 2), min(steps, _TELLING))
 
 
 def _length(result: JobResult, seconds: float | None) -> int | None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lightning_optim.param_groups import WidthScaling as WidthScaling
     from lightning_optim.param_groups import build_param_groups as build_param_groups
     from lightning_optim.step import StepPipeline as StepPipeline
+    from lightning_optim.tuning.compare import compare as compare
     from lightning_optim.tuning.search.python_search import search as search
 
 keep_old_paths()
@@ -78,6 +79,7 @@ _NAMES = {
     "WidthScaling": "param_groups",
     "attach": "callbacks",
     "build_param_groups": "param_groups",
+    "compare": "tuning.compare",
     "register": "core.registry",
     "search": "tuning.search.python_search",
 }

@@ -30,7 +30,9 @@ def fit_job(
     validations: int | None = None,
     lr_factor: float = 1.0,
     reseed: bool = False,
+    probe: int | None = None,
     checkpoints: bool = False,
+    events: bool = True,
     timeout: float | None = None,
 ) -> Job:
     """Describe ``lightning-optim fit`` as a job.
@@ -45,7 +47,9 @@ def fit_job(
         validations: Number of validations within ``steps``; None for what the configuration says.
         lr_factor: Factor on all learning rates.
         reseed: Whether random numbers get the seed again when training starts.
+        probe: Number of steps after which to end, to see how fast and how long the run is; None for the whole run.
         checkpoints: Whether callbacks save checkpoints.
+        events: Whether to write TensorBoard's event files, which takes a second or two.
         timeout: Seconds after which the process is ended; None for no limit.
 
     Returns:
@@ -59,7 +63,9 @@ def fit_job(
         "validations": validations,
         "lr_factor": lr_factor,
         "reseed": reseed,
+        "probe": probe,
         "checkpoints": checkpoints,
+        "events": events,
     }
     files = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in config_files(args)}
     description = {**arguments, "args": list(args), "files": files}
@@ -98,7 +104,9 @@ def fit(
     validations: int | None,
     lr_factor: float,
     reseed: bool,
+    probe: int | None,
     checkpoints: bool,
+    events: bool,
 ) -> None:
     """Fit; the target of `fit_job`.
 
@@ -111,7 +119,9 @@ def fit(
         validations: As for `fit_job`.
         lr_factor: As for `fit_job`.
         reseed: As for `fit_job`.
+        probe: As for `fit_job`.
         checkpoints: As for `fit_job`.
+        events: As for `fit_job`.
     """
     given = {**overrides, **({} if seed is None else {"seed_everything": seed})}
 
@@ -130,10 +140,10 @@ def fit(
             present = present if isinstance(present, list) else [present]
             used = self.config_init["fit"].get("seed_everything")
             reset = used if reseed and isinstance(used, int) and not isinstance(used, bool) else None
-            kwargs["callbacks"] = callbacks_of_job(folder, present, reset, lr_factor, checkpoints)
+            kwargs["callbacks"] = callbacks_of_job(folder, present, reset, lr_factor, probe, checkpoints)
             accumulate = int(config.get("accumulate_grad_batches") or 1)
             return super().instantiate_trainer(
-                **kwargs, **trainer_of_job(folder, steps, validations, accumulate, checkpoints)
+                **kwargs, **trainer_of_job(folder, steps, validations, accumulate, checkpoints, events)
             )
 
     JobCLI(args=["fit", *with_overrides(args, given, folder)], save_config_kwargs={"overwrite": True})

@@ -18,6 +18,7 @@ from lightning_optim import __version__
 from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
 from lightning_optim.callbacks.planning import make_plan
 from lightning_optim.cli.batch_size import add_batch_size_arguments
+from lightning_optim.cli.compare import add_compare_arguments
 from lightning_optim.cli.diagnosis import explain
 from lightning_optim.cli.errors import ShortErrors, fail, short_errors
 from lightning_optim.cli.keys import OptimKeys
@@ -155,6 +156,7 @@ _COMMANDS = {
     "plan": "show a fit before it runs: groups, schedule, conflicts",
     "list": "show optimizers, schedules, clipping methods and more",
     "report": "write a page about a run, or several side by side",
+    "compare": "train variants of a run with several seeds, and say which is better",
     "batch-size": "find the largest batch that fits, and the rate for it",
     "search": "search hyperparameters, with Optuna",
     "completion": "print completions for bash, zsh or tcsh",
@@ -215,6 +217,7 @@ class Command(OptimCLI):
             "list": add_list_arguments,
             "report": add_report_arguments,
             "batch-size": add_batch_size_arguments,
+            "compare": add_compare_arguments,
             "search": add_search_arguments,
             "completion": add_completion_arguments,
         }

@@ -30,6 +30,8 @@ def python_job(
     validations: int | None = None,
     lr_factor: float = 1.0,
     reseed: bool = False,
+    probe: int | None = None,
+    events: bool = True,
     timeout: float | None = None,
 ) -> Job:
     """Describe a fit of Python objects as a job.
@@ -46,6 +48,8 @@ def python_job(
         validations: Number of validations within ``steps``; None for what ``trainer`` says.
         lr_factor: Factor on all learning rates.
         reseed: Whether random numbers get the seed again when training starts (`Recorder`).
+        probe: Number of steps after which to end, to see how fast and how long the run is; None for the whole run.
+        events: Whether to write TensorBoard's event files, which takes a second or two.
         timeout: Seconds after which the process is ended; None for no limit.
 
     Returns:
@@ -61,6 +65,8 @@ def python_job(
         "validations": validations,
         "lr_factor": lr_factor,
         "reseed": reseed,
+        "probe": probe,
+        "events": events,
     }
     target = f"{__name__}:fit"
     return Job(name, target, arguments, {key: describe(each) for key, each in arguments.items()}, steps, timeout)
@@ -77,6 +83,8 @@ def fit(
     validations: int | None,
     lr_factor: float,
     reseed: bool,
+    probe: int | None,
+    events: bool,
 ) -> None:
     """Fit; the target of `python_job`.
 
@@ -91,12 +99,15 @@ def fit(
         validations: As for `python_job`.
         lr_factor: As for `python_job`.
         reseed: As for `python_job`.
+        probe: As for `python_job`.
+        events: As for `python_job`.
     """
     L.seed_everything(seed, workers=True, verbose=False)
     module = made(model)
     source = made(data)
-    added = callbacks_of_job(folder, callbacks, seed if reseed else None, lr_factor)
-    settings = {**trainer, **trainer_of_job(folder, steps, validations, int(trainer.get("accumulate_grad_batches", 1)))}
+    added = callbacks_of_job(folder, callbacks, seed if reseed else None, lr_factor, probe)
+    accumulate = int(trainer.get("accumulate_grad_batches", 1))
+    settings = {**trainer, **trainer_of_job(folder, steps, validations, accumulate, events=events)}
     fitting = L.Trainer(**settings, callbacks=added)
     if not is_overridden("configure_optimizers", module):
         for callback in added:
@@ -119,7 +130,12 @@ def made(value: Any) -> Any:
 
 
 def callbacks_of_job(
-    folder: Path, callbacks: Sequence[L.Callback], seed: int | None, lr_factor: float, checkpoints: bool = False
+    folder: Path,
+    callbacks: Sequence[L.Callback],
+    seed: int | None,
+    lr_factor: float,
+    probe: int | None = None,
+    checkpoints: bool = False,
 ) -> list[L.Callback]:
     """Return callbacks for a job: without progress bars and checkpoints, with a recorder.
 
@@ -128,16 +144,22 @@ def callbacks_of_job(
         callbacks: Callbacks of the configuration.
         seed: Seed of the recorder.
         lr_factor: Factor on all learning rates.
+        probe: As for `Recorder`.
         checkpoints: Whether callbacks that save checkpoints stay.
     """
     unwanted: Any = ProgressBar if checkpoints else (ProgressBar, Checkpoint)
     kept = [copy.copy(callback) for callback in callbacks if not isinstance(callback, unwanted)]
     factor = [RateFactor(lr_factor)] if lr_factor != 1 else []
-    return [*factor, *kept, Recorder(folder, seed)]
+    return [*factor, *kept, Recorder(folder, seed, probe)]
 
 
 def trainer_of_job(
-    folder: Path, steps: int | None, validations: int | None, accumulate: int = 1, checkpoints: bool = False
+    folder: Path,
+    steps: int | None,
+    validations: int | None,
+    accumulate: int = 1,
+    checkpoints: bool = False,
+    events: bool = True,
 ) -> dict[str, Any]:
     """Return arguments of the Trainer of a job: everything in its folder, nothing on the screen, and the budget.
 
@@ -147,12 +169,15 @@ def trainer_of_job(
         validations: Number of validations within ``steps``; None for what the configuration says.
         accumulate: Number of batches of one step.
         checkpoints: Whether to save checkpoints.
+        events: Whether to write TensorBoard's event files.
     """
     from lightning.pytorch.loggers import TensorBoardLogger
 
     found: dict[str, Any] = {
         "default_root_dir": str(folder),
-        "logger": TensorBoardLogger(str(folder), name="", version="events", default_hp_metric=False),
+        "logger": TensorBoardLogger(str(folder), name="", version="events", default_hp_metric=False)
+        if events
+        else False,
         "enable_checkpointing": checkpoints,
         "enable_progress_bar": False,
         "enable_model_summary": False,

@@ -39,10 +39,11 @@ class Recorder(L.Callback):
         folder: The folder.
         seed: Seed that random numbers get again when training starts, so that the order of the data does not depend on
             how many of them the model has drawn; None to leave them as they are.
+        probe: Number of steps after which to end without a validation; None for the whole run.
     """
 
-    def __init__(self, folder: str | Path, seed: int | None = None) -> None:
-        self.folder, self.seed = Path(folder), seed
+    def __init__(self, folder: str | Path, seed: int | None = None, probe: int | None = None) -> None:
+        self.folder, self.seed, self.probe = Path(folder), seed, probe
         self.facts: dict[str, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -54,6 +55,10 @@ class Recorder(L.Callback):
             "lr": learning_rates(trainer.optimizers),
             "max_steps": trainer.max_steps,
         }
+        if self.probe is not None:
+            total = float(trainer.estimated_stepping_batches)
+            self.facts["total_steps"] = int(total) if 0 < total < math.inf else None
+            trainer.limit_val_batches = 0
         if self.seed is not None:
             L.seed_everything(self.seed, workers=True, verbose=False)
         self._write_facts()
@@ -65,6 +70,7 @@ class Recorder(L.Callback):
         (self.folder / VALIDATION_FILE).write_text("", encoding="utf-8")
         self._start = self._flushed = time.perf_counter()
         self._paused = 0.0
+        self._has_stepped = False
         self._pause: float | None = None
 
     def on_train_batch_start(
@@ -87,6 +93,8 @@ class Recorder(L.Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
+        if not self._has_stepped:  # Kernels are compiled and workers started in the first step.
+            self._has_stepped, self._paused = True, time.perf_counter() - self._start
         if self._parts:
             # Lightning returns the loss of a micro-batch divided by their number.
             total = self._parts[0] if len(self._parts) == 1 else torch.stack(self._parts).sum()
@@ -95,14 +103,16 @@ class Recorder(L.Callback):
         now = time.perf_counter()
         if len(self._pending) >= _PENDING or now - self._flushed > _SECONDS:
             self._flush()
-        if 0 < trainer.max_steps <= self._step:
+        if self.probe is not None and self._step >= self.probe:
+            trainer.should_stop = True
+        elif 0 < trainer.max_steps <= self._step:
             # Otherwise Lightning ends without a validation of the final weights.
             if trainer.check_val_every_n_epoch is not None:
                 trainer.check_val_every_n_epoch = 1
             trainer.should_stop = True
 
     def seconds(self) -> float:
-        """Return the seconds of training so far, without validation."""
+        """Return the seconds of training so far, without the first step and without validation."""
         return time.perf_counter() - self._start - self._paused
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -136,7 +146,7 @@ class Recorder(L.Callback):
         self._flush()
         guards = [callback for callback in trainer.callbacks if isinstance(callback, DivergenceGuard)]  # type: ignore[attr-defined]
         early = any(isinstance(c, EarlyStopping) and c.stopped_epoch > 0 for c in trainer.callbacks)  # type: ignore[attr-defined]
-        ended = trainer.should_stop and not early and 0 < self._step < trainer.max_steps
+        ended = trainer.should_stop and not early and self.probe is None and 0 < self._step < trainer.max_steps
         self.facts |= {
             "steps": trainer.global_step,
             "state_bytes": state_bytes(trainer.optimizers),

@@ -42,7 +42,7 @@ class JobResult:
             ``"timed out"``.
         error: What went wrong, in a few lines; empty if nothing did.
         steps: Number of optimizer steps.
-        seconds: Seconds of training, without validation.
+        seconds: Seconds of training, without its first step and without validation.
         ms_per_step: Milliseconds of one optimizer step, without validation and the first steps; None if too few.
         train_loss: Mean training loss of the last twentieth of the steps; None without one.
         metrics: Last value of each metric of validation.

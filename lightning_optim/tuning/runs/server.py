@@ -61,7 +61,9 @@ def prepare(settings: dict[str, Any]) -> None:
     for name in settings["preload"]:
         try:
             importlib.import_module(name)
-        except Exception:  # The job that needs it will say so.
+        except ModuleNotFoundError:  # The job that needs it will say so.
+            pass
+        except Exception:
             traceback.print_exc()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(settings["threads"])

@@ -13,8 +13,14 @@ from pathlib import Path
 
 from lightning_optim.tuning.runs.worker import kill_group
 
-PRELOAD = ("lightning.pytorch", "torch.utils.tensorboard", "lightning_optim.tuning.runs.python_fit")
-"""What every fit imports."""
+PRELOAD = (
+    "lightning.pytorch",
+    "torch.utils.tensorboard",
+    "lightning_optim.tuning.runs.python_fit",
+    "matplotlib.figure",
+    "numba.typed.typeddict",
+)
+"""What a fit may import."""
 
 
 class Slot:

@@ -45,21 +45,40 @@ def _run(given: list[str]) -> None:
         from lightning_optim.cli.report import run_report
 
         run_report(given[1:])
+    elif command == "batch-size":
+        _prepare()
+        from lightning_optim.cli.batch_size import run_batch_size
+
+        run_batch_size(given[1:])
+    elif command == "search":
+        _prepare()
+        from lightning_optim.cli.search import run_search_command
+
+        run_search_command(given[1:])
+    elif command == "compare":
+        _prepare()
+        from lightning_optim.cli.compare import run_compare
+
+        run_compare(given[1:])
     else:
         _run_cli(given)
 
 
 def _run_cli(given: list[str]) -> None:
+    _prepare()
+    from lightning_optim.cli.optim_cli import Command
+
+    Command.run(given)
+
+
+def _prepare() -> None:
+    """Check the extra packages, and let class paths such as `examples.char_lm.CharLM` start where the user is."""
     try:
         require_extra()
     except ModuleNotFoundError as error:
         raise SystemExit(str(error)) from None
-    from lightning_optim.cli.optim_cli import Command
-
-    # As with `python -m`, class paths such as `examples.char_lm.CharLM` start in the current directory.
-    if (here := str(Path.cwd())) not in sys.path:
+    if (here := str(Path.cwd())) not in sys.path:  # as with `python -m`
         sys.path.insert(0, here)
-    Command.run(given)
 
 
 def require_extra() -> None:

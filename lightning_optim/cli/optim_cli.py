@@ -17,6 +17,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_optim import __version__
 from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
 from lightning_optim.callbacks.planning import make_plan
+from lightning_optim.cli.batch_size import add_batch_size_arguments
+from lightning_optim.cli.compare import add_compare_arguments
 from lightning_optim.cli.diagnosis import explain
 from lightning_optim.cli.errors import ShortErrors, fail, short_errors
 from lightning_optim.cli.find_lr import FindsLR
@@ -25,6 +27,7 @@ from lightning_optim.cli.keys import OptimKeys
 from lightning_optim.cli.listing import add_list_arguments
 from lightning_optim.cli.merge import plain
 from lightning_optim.cli.report import add_report_arguments
+from lightning_optim.cli.search import add_search_arguments
 from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.plan_text import format_plan, save_plot
 
@@ -166,6 +169,9 @@ _COMMANDS = {
     "find-lr": "find a learning rate by short trials of a fit",
     "list": "show optimizers, schedules, clipping methods and more",
     "report": "write a page about a run, or several side by side",
+    "compare": "train variants of a run with several seeds, and say which is better",
+    "batch-size": "find the largest batch that fits, and the rate for it",
+    "search": "search hyperparameters, with Optuna",
     "completion": "print completions for bash, zsh or tcsh",
 }
 """All commands, each with a line for `--help`."""
@@ -220,7 +226,14 @@ class Command(OptimCLI):
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         action = self.parser._subcommands_action
         assert action is not None
-        others = {"list": add_list_arguments, "report": add_report_arguments, "completion": add_completion_arguments}
+        others = {
+            "list": add_list_arguments,
+            "report": add_report_arguments,
+            "batch-size": add_batch_size_arguments,
+            "compare": add_compare_arguments,
+            "search": add_search_arguments,
+            "completion": add_completion_arguments,
+        }
         for command, add in others.items():
             other = ArgumentParser(description=_COMMANDS[command])
             add(other)

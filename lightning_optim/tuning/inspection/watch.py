@@ -320,7 +320,9 @@ class Watch(TorchFunctionMode):
         if kind == "product" and weight is None:
             kind = "other"
         axis = _axis(kind, name, output, parents, inputs)
-        data = bool(parents) and all(parent.data or parent.kind == "other" and not parent.parents for parent in parents)
+        data = bool(parents) and all(
+            parent.data or (parent.kind == "other" and not parent.parents) for parent in parents
+        )
         data = data and any(parent.data for parent in parents) and not output.requires_grad
         node = Node(kind, name, None, parents, axis, data)
         where = self._stack[-1][0] if self._stack else ""

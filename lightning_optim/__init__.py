@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from lightning_optim.param_groups import WidthScaling as WidthScaling
     from lightning_optim.param_groups import build_param_groups as build_param_groups
     from lightning_optim.step import StepPipeline as StepPipeline
+    from lightning_optim.tuning.recipes import recipe as recipe
+    from lightning_optim.tuning.recipes import recommend as recommend
 
 keep_old_paths()
 
@@ -77,6 +79,8 @@ _NAMES = {
     "WidthScaling": "param_groups",
     "attach": "callbacks",
     "build_param_groups": "param_groups",
+    "recipe": "tuning.recipes",
+    "recommend": "tuning.recipes",
     "register": "core.registry",
 }
 

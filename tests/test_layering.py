@@ -18,8 +18,8 @@ import lightning_optim
 ROOT = Path(lightning_optim.__file__).parent
 
 ROOMS = {
-    "cli": {"callbacks", "clipping", "core", "diagnostics", "divergence", "factory", "optim", "schedules"},
-    "tuning": set(),
+    "cli": {"callbacks", "clipping", "core", "diagnostics", "divergence", "factory", "optim", "schedules", "tuning"},
+    "tuning": {"callbacks", "core", "param_groups"},
     "callbacks": {
         "clipping",
         "core",

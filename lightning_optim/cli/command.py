@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-LISTED = ("optimizers", "schedules", "clipping", "weight-decay", "detectors", "diagnostics")
+LISTED = ("optimizers", "schedules", "clipping", "weight-decay", "detectors", "diagnostics", "recipes")
 """Kinds of ``list``, each of which is a command as well."""
 
 NEEDED = "The command line needs jsonargparse and rich: pip install 'lightning-optim[cli]'"
@@ -45,6 +45,10 @@ def _run(given: list[str]) -> None:
         from lightning_optim.cli.report import run_report
 
         run_report(given[1:])
+    elif command == "recipe":
+        from lightning_optim.cli.recipe import run_recipe
+
+        run_recipe(given[1:])
     else:
         _run_cli(given)
 

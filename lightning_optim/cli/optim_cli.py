@@ -21,9 +21,11 @@ from lightning_optim.cli.diagnosis import explain
 from lightning_optim.cli.errors import ShortErrors, fail, short_errors
 from lightning_optim.cli.keys import OptimKeys
 from lightning_optim.cli.listing import add_list_arguments
+from lightning_optim.cli.recipe import add_recipe_arguments
 from lightning_optim.cli.report import add_report_arguments
 from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.plan_text import format_plan, save_plot
+from lightning_optim.tuning.recipes.recommendation import in_brief, recommend
 
 
 class PlanningTrainer(L.Trainer):
@@ -41,6 +43,8 @@ class PlanningTrainer(L.Trainer):
     ) -> None:
         """Print the parameter groups, the schedule, the length and all conflicts of a fit, without training.
 
+        A line names the recipe that the module calls for (`lightning_optim.recommend`).
+
         Args:
             model: The module.
             datamodule: The data module.
@@ -55,6 +59,8 @@ class PlanningTrainer(L.Trainer):
         """
         plan = make_plan(self, model, datamodule=datamodule)
         plan.notes = [*getattr(self, "plan_notes", ()), *plan.notes]
+        if recommended := recommend(model):
+            plan.facts["Recommended"] = in_brief(recommended)
         if ckpt_path is not None:
             plan.notes.append(f"The plan is that of a run from its start; {ckpt_path} was not read.")
         print(format_plan(plan, parameters, width))
@@ -152,6 +158,7 @@ _COMMANDS = {
     "predict": "compute predictions",
     "plan": "show a fit before it runs: groups, schedule, conflicts",
     "list": "show optimizers, schedules, clipping methods and more",
+    "recipe": "print published settings for a kind of model",
     "report": "write a page about a run, or several side by side",
     "completion": "print completions for bash, zsh or tcsh",
 }
@@ -207,7 +214,12 @@ class Command(OptimCLI):
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         action = self.parser._subcommands_action
         assert action is not None
-        others = {"list": add_list_arguments, "report": add_report_arguments, "completion": add_completion_arguments}
+        others = {
+            "list": add_list_arguments,
+            "recipe": add_recipe_arguments,
+            "report": add_report_arguments,
+            "completion": add_completion_arguments,
+        }
         for command, add in others.items():
             other = ArgumentParser(description=_COMMANDS[command])
             add(other)

@@ -138,6 +138,54 @@ def test_part_of_a_pretrained_model_frozen():
     assert names(images) == ["vision-finetune"]
 
 
+def test_a_teacher_and_a_measure_are_no_frozen_part():
+    model = kinds.ResNet()
+    model.teacher = kinds.ResNet().requires_grad_(False)
+    model.perceptual = kinds.GPT().requires_grad_(False)
+    assert recommend(model)[0] == recommend(kinds.ResNet())[0]
+
+
+def test_embeddings_that_are_no_tokens():
+    model = kinds.Conformer()
+    model.hour_embedding, model.pos_embed = nn.Embedding(24, 16), nn.Embedding(500, 16)
+    assert names(model) == ["speech"]
+
+
+def test_images_and_text():
+    model = kinds.ViT()
+    model.text = kinds.Bert().encoder
+    assert names(model) == ["vit"]
+
+
+def test_patches_that_linear_layers_mix():
+    mixer = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16))
+    assert names(mixer) == ["vit"]
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """A norm and its activation in one, as timm has it."""
+
+
+def test_norms_are_known_by_their_classes():
+    norm, other = BatchNormAct2d(8), nn.SyncBatchNorm(8)
+    assert recommend(nn.Sequential(nn.Conv2d(3, 8, 3), norm))[0].reason == "Convolutions with BatchNorm."
+    assert recommend(nn.Sequential(nn.Conv2d(3, 8, 3), other))[0].reason == "Convolutions with BatchNorm."
+
+
+def test_upsampling_before_a_classifier_is_no_segmentation():
+    class Branches(kinds.UNet):
+        def __init__(self):
+            super().__init__()
+            self.classifier = nn.Linear(16, 4)
+
+    assert names(Branches()) == ["resnet"]
+
+
+def test_a_small_classifier_of_convolutions_and_wide_linear_layers():
+    lenet = nn.Sequential(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.Conv2d(6, 16, 5), nn.Flatten(), nn.Linear(400, 120))
+    assert names(lenet) == ["resnet"]
+
+
 def test_models_without_known_layers():
     assert recommend(nn.Identity()) == []
     assert recommend(nn.ParameterList([nn.Parameter(torch.ones(3))])) == []
@@ -165,7 +213,13 @@ def test_the_model_within_a_module_counts():
         ("vit_tiny_patch16_224", "vit"),
         ("convnext_atto", "convnext"),
         ("mobilenetv3_small_050", "resnet"),
+        ("efficientnet_b0", "resnet"),
+        ("densenet121", "resnet"),
+        ("nfnet_f0", "resnet"),
+        ("hrnet_w18_small", "resnet"),
         ("swin_tiny_patch4_window7_224", "vit"),
+        ("mobilevit_xxs", "vit"),
+        ("resmlp_12_224", "vit"),
         ("mixer_s32_224", "vit"),
     ],
 )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim.param_groups import named_parameters
-from lightning_optim.param_groups.parts import NamedParameter
 
 _ATTENTION_CLASS = re.compile(r"Attention|Attn|(?<![a-z])MHA(?![a-z])")
 _FUSED = re.compile(r"^(in_proj_weight|qkv(_proj)?|c_attn|to_qkv|query_key_value|Wqkv|att_proj)$")
@@ -28,9 +27,19 @@ _TIME_STEP = re.compile(
     r"(^|[._])(timesteps?|t|time|sigma|noise)_?(emb(ed(d(er|ing))?)?s?|mlp|proj)([._]|$)|t_embedder|adaLN",
     re.IGNORECASE,
 )
+_ASIDE = re.compile(
+    r"(^|[._])(teacher|ema|target|momentum|avg|average[ds]?|lpips|perceptual|loss(es)?|criterion|metrics?)([._]|$)",
+    re.IGNORECASE,
+)
+"""Parts whose parameters are frozen because nothing is to train them: averages of the weights, and what measures."""
+_NO_TOKENS = re.compile(
+    r"pos(ition(al|s)?)?([._]|$)|wpe|time|hour|day|week|month|year|season|segment|type|class|label|level|depth|scale|rel(ative)?_",
+    re.IGNORECASE,
+)
+"""Names of embeddings of something else than tokens."""
 _ROLES = {
-    "generator": re.compile(r"^(gen(erator)?s?|net_?g|g_?net|g|g_model)(_.*)?$", re.IGNORECASE),
-    "discriminator": re.compile(r"^(disc(riminator)?s?|net_?d|d_?net|d|d_model|critics?)(_.*)?$", re.IGNORECASE),
+    "generator": re.compile(r"^(?i:gen(erator)?s?|net_?g|g_?net|g_model)(_.*)?$|^G(_.*)?$"),
+    "discriminator": re.compile(r"^(?i:disc(riminator)?s?|net_?d|d_?net|d_model|critics?)(_.*)?$|^D(_.*)?$"),
     "actor": re.compile(r"^(actor|policy|pi)(_?(net|head|mean|logits|mlp|fc))?$", re.IGNORECASE),
     "critic": re.compile(r"^(critic|values?|vf|v)(_?(net|head|fn|function|mlp|fc))?$", re.IGNORECASE),
 }
@@ -46,12 +55,13 @@ class Anatomy:
         numel: Numbers in its parameters, as far as their shapes are known.
         trainable: Those of them that are trained.
         layers: How many layers there are of each kind: ``convolution``, ``depthwise``, ``transposed``, ``attention``,
-            ``recurrent``, ``linear``, ``embedding``, ``batch norm``, ``layer norm``, ...
+            ``recurrent``, ``linear``, ``embedding``, ``batch norm``, ``layer norm``, ...; and ``image``, those of the
+            convolutions that have two or three dimensions, and ``patch``, whose kernels do not overlap.
         shares: Numbers in the parameters of each kind.
         trained: Which kinds have parameters that are trained.
         dtypes: Names of the floating-point types of the parameters.
         lazy: Parameters that have no shape yet.
-        vocabulary: Rows of the largest embedding; 0 if there is none.
+        vocabulary: Rows of the largest embedding of tokens; 0 if there is none.
         sparse: Names of embeddings that give sparse gradients.
         roles: The direct submodule that has each role of two networks: ``generator``, ``discriminator``, ``actor``,
             ``critic``.
@@ -60,6 +70,7 @@ class Anatomy:
         time_steps: Name of a submodule that embeds a time step; empty if there is none.
         inputs: Inputs of the first linear layer; 0 if there is none.
         outputs: Outputs of the head; 0 if none is recognised.
+        linear_head: Whether the head is a matrix.
         classes: Names of the classes of all submodules.
         manual: Whether the module optimizes manually.
     """
@@ -79,6 +90,7 @@ class Anatomy:
     time_steps: str = ""
     inputs: int = 0
     outputs: int = 0
+    linear_head: bool = False
     classes: set[str] = field(default_factory=set)
     manual: bool = False
 
@@ -104,8 +116,11 @@ def dissect(model: nn.Module) -> Anatomy:
         (1, 1, 240)
     """
     found = Anatomy(manual=not getattr(model, "automatic_optimization", True))
-    attention = set(_attention(model))
+    aside = {id(part) for module in _aside(model) for part in module.modules()}
+    attention = {name for name in _attention(model) if id(model.get_submodule(name)) not in aside}
     for name, module in model.named_modules():
+        if id(module) in aside:
+            continue
         found.classes.add(type(module).__name__)
         own = list(module.parameters(recurse=False))
         inside = any(name == prefix or name.startswith(f"{prefix}.") for prefix in attention)
@@ -114,11 +129,15 @@ def dissect(model: nn.Module) -> Anatomy:
             kind = "other"
         elif kind != "attention":
             found.layers[kind] += 1
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            found.layers["image"] += 1
+            found.layers["patch"] += 1 < max(module.kernel_size) == max(module.stride)
         found.shares[kind] += sum(_numel(param) for param in own)
         if any(param.requires_grad for param in own):
             found.trained.add(kind)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            found.vocabulary = max(found.vocabulary, module.num_embeddings)
+            if not _NO_TOKENS.search(name):
+                found.vocabulary = max(found.vocabulary, module.num_embeddings)
             if module.sparse and module.weight.requires_grad:
                 found.sparse.append(name or type(module).__name__)
         if isinstance(module, nn.Linear) and not found.inputs and not isinstance(module, nn.LazyLinear):
@@ -127,13 +146,22 @@ def dissect(model: nn.Module) -> Anatomy:
         if not found.time_steps and name and _TIME_STEP.search(name):
             found.time_steps = name
     found.layers["attention"] = len(attention)
-    _count_parameters(found, model)
+    _count_parameters(found, model, aside)
     found.roles = _roles_of(model)
     return found
 
 
-def _count_parameters(found: Anatomy, model: nn.Module) -> None:
-    for param in model.parameters():
+def _aside(model: nn.Module) -> Iterator[nn.Module]:
+    """Frozen parts that are there to compare with, and not to be trained."""
+    for name, module in model.named_modules():
+        if _ASIDE.search(name) and not any(param.requires_grad for param in module.parameters()):
+            yield module
+
+
+def _count_parameters(found: Anatomy, model: nn.Module, aside: set[int]) -> None:
+    """Count the parameters, and find those of adapters and of the head."""
+    own = [p for module in model.modules() if id(module) not in aside for p in module.parameters(recurse=False)]
+    for param in dict.fromkeys(own):
         found.numel += _numel(param)
         found.trainable += _numel(param) if param.requires_grad else 0
         found.lazy += isinstance(param, UninitializedParameter)
@@ -147,11 +175,7 @@ def _count_parameters(found: Anatomy, model: nn.Module) -> None:
     if not found.lazy:
         for one in named_parameters(model):
             if "head" in one.parts and one.dim >= 2:
-                found.outputs = _rows(one)
-
-
-def _rows(one: NamedParameter) -> int:
-    return int(one.parameter.shape[0])
+                found.outputs, found.linear_head = int(one.parameter.shape[0]), one.dim == 2
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -169,7 +193,7 @@ def _kind(module: nn.Module) -> str | None:
         return "embedding"
     if isinstance(module, nn.Linear | nn.Bilinear) or re.search(r"Linear(\dbit)?(Lt)?$|^Conv1D$", name):
         return "linear"
-    if norm := re.search(r"(Batch|Layer|Group|Instance|RMS|)Norm(\dd)?$", name):
+    if norm := re.search(r"(Batch|Layer|Group|Instance|RMS|)Norm(Act)?(\dd)?$", name):
         return f"{norm[1].lower() or 'other'} norm"
     if isinstance(module, _SMOOTH) or re.search(r"^(Sin|Sine|Siren|SinActivation)$", name):
         return "smooth activation"

@@ -66,7 +66,7 @@ def _adapters(found: Anatomy) -> Answer:
 
 
 def _frozen(found: Anatomy) -> Answer:
-    if found.trainable == 0 or found.trained_share > 0.5 or found.roles.keys() >= {"generator", "discriminator"}:
+    if found.trainable == 0 or found.trained_share >= 0.5 or found.roles.keys() >= {"generator", "discriminator"}:
         return []
     if found.trained <= {"linear", "layer norm", "batch norm", "smooth activation", "rectifier", "other"}:
         return [("linear-probe", f"A head on a frozen model: {_trained(found)}.")]
@@ -127,15 +127,17 @@ def _attention(found: Anatomy) -> Answer:
     layers = _count(found, "attention")
     if not found.layers["attention"] or _is_convolutional(found):
         return []
-    if found.vocabulary == 0 or (found.vocabulary <= 4096 and _is_patched(found)):
-        if depthwise and convolutions:
+    if found.vocabulary == 0:
+        if depthwise and convolutions and not found.layers["image"]:
             return [("speech", f"{layers} and convolutions in each block, as in a Conformer.")]
-        what = "image patches" if convolutions else "inputs that are no tokens"
+        what = "image patches" if found.layers["image"] else "inputs that are no tokens"
         return [("vit", f"{layers} over {what}.")]
     if found.crossing:
         several = f"An encoder and a decoder: {layers} over a vocabulary of {found.vocabulary:,}."
         hears = [("speech", f"{several} Convolutions read its input.")] if convolutions else []
         return [*hears, ("t5", several)]
+    if found.layers["image"]:
+        return [("vit", f"{layers} over image patches and a vocabulary of {found.vocabulary:,}.")]
     finetuned = any(re.search(r"For(Sequence|Token|MultipleChoice|Question)", name) for name in found.classes)
     if finetuned or (0 < found.outputs < found.vocabulary / 2 and found.outputs <= 1000):
         return [
@@ -169,8 +171,10 @@ def _convolutions(found: Anatomy) -> Answer:
     if not convolutions and not found.layers["transposed"]:
         return []
     rises = found.layers["transposed"] + found.layers["upsampling"]
-    if rises and found.share("linear") < 0.5:
+    if rises and not found.linear_head and found.share("linear") < 0.5:
         return [("segmentation", f"Convolutions down and up again ({rises} that widen), as in a U-Net.")]
+    if found.layers["patch"] == convolutions and found.share("linear") > 0.5:
+        return [("vit", "Image patches that linear layers mix.")]
     batch, others = found.layers["batch norm"], found.layers["layer norm"] + found.layers["rms norm"]
     if found.layers["depthwise"] and others > batch:
         return [("convnext", "Depthwise convolutions with LayerNorm.")]
@@ -218,11 +222,6 @@ def _is_convolutional(found: Anatomy) -> bool:
     return found.layers["convolution"] > 2 and kernels > 2 * found.share("attention") and kernels > 0.5
 
 
-def _is_patched(found: Anatomy) -> bool:
-    """Whether the input comes through a convolution, and embeddings are positions or classes only."""
-    return found.layers["convolution"] + found.layers["depthwise"] > 0 and found.outputs != found.vocabulary
-
-
 def in_brief(found: list[Recommendation]) -> str:
     """Return recommendations in one line: the command that prints the first, the others by name, and why.
 
@@ -257,9 +256,12 @@ def _count(found: Anatomy, kind: str) -> str:
     return f"{count:,} {kind} layer{'s' if count > 1 else ''}"
 
 
+_UNSHOWN = ("smooth activation", "rectifier", "image", "patch")
+
+
 def _facts(found: Anatomy) -> list[str]:
     facts = [_trained(found) if found.trainable < found.numel else f"{found.numel:,} parameters"]
-    facts += [_count(found, kind) for kind, count in found.layers.most_common() if count and "activation" not in kind]
+    facts += [_count(found, kind) for kind, count in found.layers.most_common() if count and kind not in _UNSHOWN]
     if found.vocabulary:
         facts.append(f"embeddings of up to {found.vocabulary:,} rows")
     facts += [f"sparse gradients of {name!r}" for name in found.sparse]

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from lightning_optim.tuning.inspection import inspect_model as inspect_model
     from lightning_optim.tuning.rates.find import find_lr as find_lr
     from lightning_optim.tuning.rates.range_test import LRRangeTest as LRRangeTest
+    from lightning_optim.tuning.recipes import recipe as recipe
+    from lightning_optim.tuning.recipes import recommend as recommend
     from lightning_optim.tuning.search.python_search import search as search
 
 keep_old_paths()
@@ -88,6 +90,8 @@ _NAMES = {
     "find_lr": "tuning.rates.find",
     "inspect_model": "tuning.inspection",
     "compare": "tuning.compare",
+    "recipe": "tuning.recipes",
+    "recommend": "tuning.recipes",
     "register": "core.registry",
     "search": "tuning.search.python_search",
 }

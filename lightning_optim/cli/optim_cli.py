@@ -26,10 +26,12 @@ from lightning_optim.cli.inspecting import Inspects
 from lightning_optim.cli.keys import OptimKeys
 from lightning_optim.cli.listing import add_list_arguments
 from lightning_optim.cli.merge import plain
+from lightning_optim.cli.recipe import add_recipe_arguments
 from lightning_optim.cli.report import add_report_arguments
 from lightning_optim.cli.search import add_search_arguments
 from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.plan_text import format_plan, save_plot
+from lightning_optim.tuning.recipes.recommendation import in_brief, recommend
 
 
 class PlanningTrainer(FindsLR, Inspects, L.Trainer):
@@ -47,6 +49,8 @@ class PlanningTrainer(FindsLR, Inspects, L.Trainer):
     ) -> None:
         """Print the parameter groups, the schedule, the length and all conflicts of a fit, without training.
 
+        A line names the recipe that the module calls for (`lightning_optim.recommend`).
+
         Args:
             model: The module.
             datamodule: The data module.
@@ -61,6 +65,8 @@ class PlanningTrainer(FindsLR, Inspects, L.Trainer):
         """
         plan = make_plan(self, model, datamodule=datamodule)
         plan.notes = [*getattr(self, "plan_notes", ()), *plan.notes]
+        if recommended := recommend(model):
+            plan.facts["Recommended"] = in_brief(recommended)
         if ckpt_path is not None:
             plan.notes.append(f"The plan is that of a run from its start; {ckpt_path} was not read.")
         print(format_plan(plan, parameters, width))
@@ -168,6 +174,7 @@ _COMMANDS = {
     "inspect": "look at the model before training: some batches, no update",
     "find-lr": "find a learning rate by short trials of a fit",
     "list": "show optimizers, schedules, clipping methods and more",
+    "recipe": "print published settings for a kind of model",
     "report": "write a page about a run, or several side by side",
     "compare": "train variants of a run with several seeds, and say which is better",
     "batch-size": "find the largest batch that fits, and the rate for it",
@@ -228,6 +235,7 @@ class Command(OptimCLI):
         assert action is not None
         others = {
             "list": add_list_arguments,
+            "recipe": add_recipe_arguments,
             "report": add_report_arguments,
             "batch-size": add_batch_size_arguments,
             "compare": add_compare_arguments,

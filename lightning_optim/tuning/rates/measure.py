@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,6 +59,7 @@ def measure(
     for place, name in enumerate(names):
         optimizer, configured = trials.optimizers[place], trials.peaks[place].base
         began, done = time.monotonic(), list[Trial]()
+        total = trials.peaks[place].total_steps or _estimated(trainer)
         lowest, highest = _range(optimizer, configured, method)
         lowest, highest = lowest if low is None else low, highest if high is None else high
         if method == "sweep":
@@ -66,7 +68,7 @@ def measure(
                 progress(f"{name}: sweep {repeat + 1} of {repeats}")
                 done.append(trials.sweep(place, rates, _divergence(), seed=repeat))
             _check(done, name)
-            evidence: Any = suggest(rates, _unlike(done), optimizer=type(optimizer))
+            evidence: Any = suggest(rates, _unlike(done), total_steps=total, optimizer=type(optimizer))
         else:
 
             def run(rate: float, length: int, place: int = place, name: str = name, done: Any = done) -> list[float]:
@@ -74,7 +76,7 @@ def measure(
                 done.append(trials.at(place, rate, length, _divergence()))
                 return list(done[-1].losses) if done[-1].ended == "finished" else []
 
-            evidence = try_rates(run, lowest, highest, steps)
+            evidence = try_rates(run, lowest, highest, steps, total_steps=total, optimizer=type(optimizer))
             _check(done, name)
         found.append(FoundRate(name, configured, evidence, time.monotonic() - began, _flag(trainer, place, configured)))
     return FoundRates(tuple(found), method, _notes(done))
@@ -83,7 +85,14 @@ def measure(
 def _range(optimizer: Optimizer, configured: float, method: str) -> tuple[float, float]:
     """The rates to look at, where nobody says."""
     low, high = around(getattr(optimizer, "usual_lr", None), configured)
-    return (low, high) if method == "trials" else (low / 100, high * 100)
+    # A decade is enough of a plateau to see a descent from; steps on it are lost to where the loss is least.
+    return (low, high) if method == "trials" else (low / 10, high * 100)
+
+
+def _estimated(trainer: L.Trainer) -> float | None:
+    """Steps of the run by Lightning's estimate, if it has one."""
+    steps = trainer.estimated_stepping_batches
+    return steps if 0 < steps < math.inf else None
 
 
 def _divergence() -> Stop:

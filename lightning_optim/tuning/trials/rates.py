@@ -38,6 +38,13 @@ class Peaks:
         """
         return max(self._peaks) if (own := self._own()) not in self._peaks else own
 
+    @property
+    def total_steps(self) -> int | None:
+        """Length of the run; None where the schedule has none."""
+        if not isinstance(self._scheduler, Scheduler) or self._scheduler.horizon is None:
+            return None
+        return self._scheduler.horizon.total_steps or None
+
     def _own(self) -> float:
         return float(self.optimizer.defaults.get("lr", 0.0))
 
@@ -71,11 +78,10 @@ class Peaks:
         Args:
             steps: Length of the trial.
         """
-        scheduler = self._scheduler
-        if not isinstance(scheduler, Scheduler) or scheduler.horizon is None or not scheduler.horizon.total_steps:
+        total = self.total_steps
+        if total is None:
             return [_warmup(steps)] * len(self._groups)
-        total = scheduler.horizon.total_steps
-        return [_over(multiplier, total, steps) for multiplier in scheduler.multipliers()]
+        return [_over(multiplier, total, steps) for multiplier in self._scheduler.multipliers()]
 
 
 def _over(curve: Callable[[float], float], total: int, steps: int) -> Curve:

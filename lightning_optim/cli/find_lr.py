@@ -12,7 +12,6 @@ import lightning.pytorch as L
 from lightning_optim.cli.merge import set_path
 from lightning_optim.tuning.rates.find import find_lr
 from lightning_optim.tuning.rates.found import FoundRates, write_override
-from lightning_optim.tuning.rates.picture import draw_in_terminal, pixels, save_picture
 
 if TYPE_CHECKING:
     _Trainer = L.Trainer
@@ -69,6 +68,8 @@ class FindsLR(_Trainer):
         )
         if not self.is_global_zero:
             return
+        from lightning_optim.tuning.rates.picture import draw_in_terminal
+
         for rate in found:
             print(draw_in_terminal(rate, width), end="\n\n")
         print(found)
@@ -80,6 +81,8 @@ class FindsLR(_Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         written = save_override(found, folder / "lr.yaml", getattr(self, "configured_callbacks", ()))
         try:
+            from lightning_optim.tuning.rates.picture import save_picture
+
             save_picture(found, folder / "lr.png")
             _log(found, folder)
         except ModuleNotFoundError as error:
@@ -122,6 +125,8 @@ def _arguments(entry: dict[str, Any]) -> dict[str, Any]:
 def _log(found: FoundRates, folder: Path) -> None:
     """Write the picture to a log of TensorBoard."""
     from lightning.pytorch.loggers import TensorBoardLogger
+
+    from lightning_optim.tuning.rates.picture import pixels
 
     logger: Any = TensorBoardLogger(folder, name="", version="")
     logger.experiment.add_image("optim_lr", pixels(found), 0, dataformats="HWC")

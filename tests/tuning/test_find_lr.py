@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import lightning_optim as lo
 from lightning_optim.cli import main
 from tests.helpers import RULES, Net, make_trainer
+from tests.tuning.learner import Learner, groups
 from tests.tuning.test_trials import ByHand, Noisy, assert_equal, everything, fit, loader_of, samples
 
 METHODS = ("sweep", "trials")
@@ -87,52 +88,53 @@ def test_afterwards_the_same_objects_can_be_fitted_as_if_nothing_had_been(method
     assert_equal(*ends)
 
 
+def learn(callbacks, lr=1e-4, steps=20, path=None):
+    L.seed_everything(0, verbose=False)
+    model, trainer = Learner(lr), make_trainer(callbacks, max_steps=steps, max_epochs=-1)
+    trainer.fit(model, ckpt_path=path)
+    return trainer, model
+
+
 @pytest.mark.parametrize(
     "configure",
     [
-        lambda lr: lo.ConfigureOptimizers("adamw", lr, schedule="cosine", warmup=3, param_groups=RULES),
-        lambda lr: lo.ConfigureOptimizers(
-            "sgd", lr, weight_decay=0.1, optimizer_kwargs={"weight_decay_kind": "independent"}
-        ),
+        lambda lr: lo.ConfigureOptimizers("adamw", lr, schedule="cosine", warmup=3, param_groups=groups()),
+        lambda lr: lo.ConfigureOptimizers("sgd", lr, weight_decay=0.1, optimizer_kwargs=INDEPENDENT),
         lambda lr: lo.ConfigureOptimizers(torch.optim.Adam, lr, schedule="linear"),
     ],
     ids=["cosine", "independent decay", "torch"],
 )
-def test_what_is_set_is_what_a_configuration_with_that_rate_trains_with(configure, tmp_path):
-    test = _quick()
-    one = fit(Noisy(), [configure(1e-3)], loader_of("shuffled"), [test], tmp_path)
-    lr = test.found.lr or 1e-3
-    assert lr != 1e-3
-    other = fit(Noisy(), [configure(lr)], loader_of("shuffled"), [], tmp_path)
-    for state, same in zip(one["model"].values(), other["model"].values(), strict=True):
-        torch.testing.assert_close(state, same, rtol=2e-4, atol=1e-6)
+def test_what_is_set_is_what_a_configuration_with_that_rate_trains_with(configure):
+    test = lo.LRRangeTest(steps=80)
+    trainer, found = learn([configure(1e-3), test])
+    assert not 0.9e-3 < test.found.lr < 1.1e-3
+    _, configured = learn([configure(test.found.lr)])
+    assert_close(found, configured)
+    rates = [group["initial_lr"] for group in trainer.optimizers[0].param_groups]
+    assert max(rates) / min(rates) == pytest.approx(3 if len(rates) == 2 else 1)
 
 
-def test_rates_of_a_scheduler_of_torch(tmp_path):
-    class Own(Noisy):
-        def __init__(self, lr):
-            super().__init__()
-            self.save_hyperparameters()
+def assert_close(a, b):
+    for one, other in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), self.hparams.lr, momentum=0.9)
-            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
 
-    test = _quick()
-    one = fit(Own(1e-4), [], loader_of("shuffled"), [test], tmp_path)
+def test_rates_of_a_module_with_an_optimizer_and_a_scheduler_of_its_own():
+    test = lo.LRRangeTest(steps=80)
+    _, found = learn([test])
     assert test.found[0].flag == "model.lr"
-    other = fit(Own(test.found.lr), [], loader_of("shuffled"), [], tmp_path)
-    torch.testing.assert_close(one["model"]["body.weight"], other["model"]["body.weight"], rtol=1e-4, atol=1e-6)
+    assert test.found.flags == [f"--model.lr={test.found.lr:.4g}"]
+    _, configured = learn([], lr=test.found.lr)
+    assert_close(found, configured)
 
 
 @pytest.mark.parametrize("on_resume", ["checkpoint", "config"])
 def test_a_resumed_run_keeps_the_rate_that_was_found(on_resume, tmp_path):
     def run(steps, path=None):
-        test = _quick()
-        configure = lo.ConfigureOptimizers("adamw", 1e-5, schedule="constant", on_resume=on_resume)
-        trainer = make_trainer([configure, test], max_steps=steps, max_epochs=-1)
-        trainer.fit(Noisy(), DataLoader(samples(), 4), ckpt_path=path)
-        return trainer, test
+        test = lo.LRRangeTest(steps=80)
+        return learn([lo.ConfigureOptimizers("adamw", 1e-5, on_resume=on_resume), test], steps=steps, path=path)[
+            0
+        ], test
 
     trainer, test = run(4)
     lr = trainer.optimizers[0].param_groups[0]["lr"]
@@ -195,7 +197,7 @@ def test_the_command_writes_a_configuration_that_fit_takes(tmp_path, monkeypatch
         *("--trainer.enable_checkpointing=false", "--trainer.logger=false", "--trainer.max_epochs=1"),
         *("--optim.optimizer=adamw", "--optim.lr=1e-5", "--trainer.enable_model_summary=false"),
     ]
-    main(["find-lr", *args, "--steps=40", "--repeats=1"])
+    main(["find-lr", *args, "--steps=80", "--repeats=2"])
     out = capsys.readouterr().out
     assert "--config found_lr/lr.yaml" in out
     lr = yaml.safe_load((tmp_path / "found_lr" / "lr.yaml").read_text())["optim"]["lr"]

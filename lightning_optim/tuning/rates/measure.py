@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as L
@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks import ConfigureOptimizers
 from lightning_optim.factory.about import optimizer_names
+from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.tuning.rates.found import FoundRate, FoundRates
-from lightning_optim.tuning.rates.rate_trials import around, try_rates
-from lightning_optim.tuning.rates.suggestion import suggest
+from lightning_optim.tuning.rates.rate_trials import RateTrials, around, try_rates
+from lightning_optim.tuning.rates.suggestion import horizon_factor, suggest
 from lightning_optim.tuning.rates.sweep import Divergence, exponential
 from lightning_optim.tuning.trials.fit import FitTrials, Stop, Trial
 
@@ -52,14 +53,13 @@ def measure(
     Raises:
         RuntimeError: Not a single trial went through.
     """
-    names = optimizer_names(trials.optimizers)
+    names, total = optimizer_names(trials.optimizers), horizon_of(trainer).total_steps
     if len(names) == 1:
         names = [type(trials.optimizers[0]).__name__]
     found = []
     for place, name in enumerate(names):
         optimizer, configured = trials.optimizers[place], trials.peaks[place].base
         began, done = time.monotonic(), list[Trial]()
-        total = trials.peaks[place].total_steps or _estimated(trainer)
         lowest, highest = _range(optimizer, configured, method)
         lowest, highest = lowest if low is None else low, highest if high is None else high
         if method == "sweep":
@@ -68,7 +68,7 @@ def measure(
                 progress(f"{name}: sweep {repeat + 1} of {repeats}")
                 done.append(trials.sweep(place, rates, _divergence(), seed=repeat))
             _check(done, name)
-            evidence: Any = suggest(rates, _unlike(done), total_steps=total, optimizer=type(optimizer))
+            evidence: Any = suggest(rates, _unlike(done), total_steps=total)
         else:
 
             def run(rate: float, length: int, place: int = place, name: str = name, done: Any = done) -> list[float]:
@@ -76,7 +76,7 @@ def measure(
                 done.append(trials.at(place, rate, length, _divergence()))
                 return list(done[-1].losses) if done[-1].ended == "finished" else []
 
-            evidence = try_rates(run, lowest, highest, steps, total_steps=total, optimizer=type(optimizer))
+            evidence = _for_run(try_rates(run, lowest, highest, steps), steps, total)
             _check(done, name)
         found.append(FoundRate(name, configured, evidence, time.monotonic() - began, _flag(trainer, place, configured)))
     return FoundRates(tuple(found), method, _notes(done))
@@ -85,14 +85,17 @@ def measure(
 def _range(optimizer: Optimizer, configured: float, method: str) -> tuple[float, float]:
     """The rates to look at, where nobody says."""
     low, high = around(getattr(optimizer, "usual_lr", None), configured)
-    # A decade is enough of a plateau to see a descent from; steps on it are lost to where the loss is least.
-    return (low, high) if method == "trials" else (low / 10, high * 100)
+    return (low, high) if method == "trials" else (low / 100, high * 100)
 
 
-def _estimated(trainer: L.Trainer) -> float | None:
-    """Steps of the run by Lightning's estimate, if it has one."""
-    steps = trainer.estimated_stepping_batches
-    return steps if 0 < steps < math.inf else None
+def _for_run(evidence: RateTrials, steps: int, total: int | None) -> RateTrials:
+    """The rates for a run that is longer than a trial, which wants lower ones."""
+    factor = horizon_factor(steps, total)
+    if evidence.lr is None or factor == 1:
+        return evidence
+    lr, low, high = (None if rate is None else rate * factor for rate in (evidence.lr, evidence.low, evidence.high))
+    reason = f"{evidence.reason}; times {factor:.2g}, because the run has {total}"
+    return replace(evidence, lr=lr, low=low, high=high, reason=reason)
 
 
 def _divergence() -> Stop:

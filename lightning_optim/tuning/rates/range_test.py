@@ -17,7 +17,6 @@ from lightning_optim.core.typed import typed
 from lightning_optim.tuning.rates.apply import rate_of, set_rate
 from lightning_optim.tuning.rates.found import FoundRates
 from lightning_optim.tuning.rates.measure import METHODS, measure
-from lightning_optim.tuning.rates.picture import pixels, save_picture
 from lightning_optim.tuning.trials.fit import FitTrials
 
 TAG = "optim_lr"
@@ -147,6 +146,8 @@ class LRRangeTest(L.Callback):
         rank_zero_info(f"{type(self).__name__} ({self.method}): {found}")
         if not trainer.is_global_zero:
             return
+        from lightning_optim.tuning.rates.picture import pixels, save_picture  # which needs matplotlib
+
         boards = Boards(boards_of(trainer))
         try:
             if self.yaml is not None:

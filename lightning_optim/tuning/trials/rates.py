@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import Scheduler
 from lightning_optim.schedules.hyperparameters import LR
 
@@ -23,10 +24,11 @@ class Peaks:
     Args:
         optimizer: The optimizer, without wrappers.
         scheduler: Its scheduler; None if it has none.
+        horizon: Length of the run. A scheduler asks for it before its first step, which is after the trials.
     """
 
-    def __init__(self, optimizer: Optimizer, scheduler: Any) -> None:
-        self.optimizer, self._scheduler = optimizer, scheduler
+    def __init__(self, optimizer: Optimizer, scheduler: Any, horizon: Horizon | None = None) -> None:
+        self.optimizer, self._scheduler, self._horizon = optimizer, scheduler, horizon
         self._groups = optimizer.param_groups
         self._peaks = [float(group.get("initial_lr", group["lr"])) for group in self._groups]
 
@@ -37,13 +39,6 @@ class Peaks:
         A group whose rate is a multiple of the configured one has that in its own peak.
         """
         return max(self._peaks) if (own := self._own()) not in self._peaks else own
-
-    @property
-    def total_steps(self) -> int | None:
-        """Length of the run; None where the schedule has none."""
-        if not isinstance(self._scheduler, Scheduler) or self._scheduler.horizon is None:
-            return None
-        return self._scheduler.horizon.total_steps or None
 
     def _own(self) -> float:
         return float(self.optimizer.defaults.get("lr", 0.0))
@@ -78,10 +73,13 @@ class Peaks:
         Args:
             steps: Length of the trial.
         """
-        total = self.total_steps
-        if total is None:
+        scheduler = self._scheduler
+        if not isinstance(scheduler, Scheduler):
             return [_warmup(steps)] * len(self._groups)
-        return [_over(multiplier, total, steps) for multiplier in self._scheduler.multipliers()]
+        horizon = scheduler.horizon or self._horizon
+        if horizon is None or not horizon.total_steps:
+            return [_warmup(steps)] * len(self._groups)
+        return [_over(multiplier, horizon.total_steps, steps) for multiplier in scheduler.multipliers(horizon)]
 
 
 def _over(curve: Callable[[float], float], total: int, steps: int) -> Curve:

@@ -17,6 +17,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_optim import __version__
 from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
 from lightning_optim.callbacks.planning import make_plan
+from lightning_optim.cli.batch_size import add_batch_size_arguments
+from lightning_optim.cli.compare import add_compare_arguments
 from lightning_optim.cli.diagnosis import explain
 from lightning_optim.cli.errors import ShortErrors, fail, short_errors
 from lightning_optim.cli.find_lr import FindsLR
@@ -24,9 +26,12 @@ from lightning_optim.cli.inspecting import Inspects
 from lightning_optim.cli.keys import OptimKeys
 from lightning_optim.cli.listing import add_list_arguments
 from lightning_optim.cli.merge import plain
+from lightning_optim.cli.recipe import add_recipe_arguments
 from lightning_optim.cli.report import add_report_arguments
+from lightning_optim.cli.search import add_search_arguments
 from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.plan_text import format_plan, save_plot
+from lightning_optim.tuning.recipes.recommendation import in_brief, recommend
 
 
 class PlanningTrainer(FindsLR, Inspects, L.Trainer):
@@ -44,6 +49,8 @@ class PlanningTrainer(FindsLR, Inspects, L.Trainer):
     ) -> None:
         """Print the parameter groups, the schedule, the length and all conflicts of a fit, without training.
 
+        A line names the recipe that the module calls for (`lightning_optim.recommend`).
+
         Args:
             model: The module.
             datamodule: The data module.
@@ -58,6 +65,8 @@ class PlanningTrainer(FindsLR, Inspects, L.Trainer):
         """
         plan = make_plan(self, model, datamodule=datamodule)
         plan.notes = [*getattr(self, "plan_notes", ()), *plan.notes]
+        if recommended := recommend(model):
+            plan.facts["Recommended"] = in_brief(recommended)
         if ckpt_path is not None:
             plan.notes.append(f"The plan is that of a run from its start; {ckpt_path} was not read.")
         print(format_plan(plan, parameters, width))
@@ -165,7 +174,11 @@ _COMMANDS = {
     "inspect": "look at the model before training: no update",
     "find-lr": "find a learning rate by short trials of a fit",
     "list": "show optimizers, schedules, clipping methods and more",
+    "recipe": "print published settings for a kind of model",
     "report": "write a page about a run, or several side by side",
+    "compare": "train variants of a run with several seeds, and say which is better",
+    "batch-size": "find the largest batch that fits, and the rate for it",
+    "search": "search hyperparameters, with Optuna",
     "completion": "print completions for bash, zsh or tcsh",
 }
 """All commands, each with a line for `--help`."""
@@ -220,7 +233,15 @@ class Command(OptimCLI):
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         action = self.parser._subcommands_action
         assert action is not None
-        others = {"list": add_list_arguments, "report": add_report_arguments, "completion": add_completion_arguments}
+        others = {
+            "list": add_list_arguments,
+            "recipe": add_recipe_arguments,
+            "report": add_report_arguments,
+            "batch-size": add_batch_size_arguments,
+            "compare": add_compare_arguments,
+            "search": add_search_arguments,
+            "completion": add_completion_arguments,
+        }
         for command, add in others.items():
             other = ArgumentParser(description=_COMMANDS[command])
             add(other)

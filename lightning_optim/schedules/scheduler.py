@@ -276,13 +276,16 @@ class Scheduler(FollowsRun):
         check_value(found, schedule, step)
         return found
 
-    def multipliers(self) -> list[Callable[[float], float]]:
+    def multipliers(self, horizon: Horizon | None = None) -> list[Callable[[float], float]]:
         """Return the schedule of each group over the whole run: a multiplier of its peak as a function of the step.
+
+        Args:
+            horizon: Length of the run; None for the scheduler's own, which it knows from its first step on.
 
         Raises:
             ValueError: A schedule needs the length of the run, which is not known.
         """
-        horizon = self.horizon or Horizon()
+        horizon = horizon or self.horizon or Horizon()
         return [schedule.over(horizon) for schedule, _ in self._driven.rates.in_use(self.optimizer.param_groups)]
 
     def scale_peaks(self, factor: float) -> None:

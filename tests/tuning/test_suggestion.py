@@ -77,8 +77,7 @@ def test_a_sweep_that_begins_too_high_ends_soon():
 
 
 @pytest.mark.parametrize("optimum", [1e-4, 1e-2])
-@pytest.mark.parametrize("noise", [0.0, 0.05, 0.2])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("noise", "seed"), [(0.0, 0), (0.05, 0), (0.2, 0), (0.2, 1), (0.2, 2)])
 def test_the_least_loss_is_found_under_noise(optimum, noise, seed):
     found = suggest(RATES, [ended(losses(optimum, noise, seed))])
     least = RATES[int(np.argmin(losses(optimum)))]
@@ -116,7 +115,7 @@ def test_losses_below_zero():
     assert suggest(RATES, [curve - 100]).lr == suggest(RATES, [curve]).lr
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(scale=st.floats(1e-3, 1e3), shift=st.floats(-100, 100), factor=st.floats(1e-3, 1e3), seed=st.integers(0, 1000))
 def test_scale_and_zero_of_the_loss_do_not_matter_and_the_unit_of_the_rate_is_passed_on(scale, shift, factor, seed):
     curve = ended(losses(noise=0.1, seed=seed))
@@ -128,7 +127,7 @@ def test_scale_and_zero_of_the_loss_do_not_matter_and_the_unit_of_the_rate_is_pa
     )
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_a_flat_loss_tells_nothing(seed):
     noise = np.random.default_rng(seed).standard_normal((3, 140))
     for repeats in (noise[:1], noise):
@@ -189,9 +188,9 @@ def test_repeats_make_the_interval_narrower():
 
 def test_the_interval_holds_the_least_loss_most_of_the_time():
     least = RATES[int(np.argmin(losses()))]
-    found = [suggest(RATES, [ended(losses(noise=0.1, seed=seed))]) for seed in range(40)]
+    found = [suggest(RATES, [ended(losses(noise=0.1, seed=seed))]) for seed in range(30)]
     held = [one.low / 1.15 <= least <= one.high * 1.15 for one in found if one.lr is not None]
-    assert len(held) > 35
+    assert len(held) > 26
     assert np.mean(held) > 0.75
 
 

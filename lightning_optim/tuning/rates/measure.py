@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as L
@@ -12,10 +11,11 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks import ConfigureOptimizers
 from lightning_optim.factory.about import optimizer_names
+from lightning_optim.factory.plan_advice import usual_lr
 from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.tuning.rates.found import FoundRate, FoundRates
-from lightning_optim.tuning.rates.rate_trials import RateTrials, around, try_rates
-from lightning_optim.tuning.rates.suggestion import horizon_factor, suggest
+from lightning_optim.tuning.rates.rate_trials import around, try_rates
+from lightning_optim.tuning.rates.suggestion import suggest
 from lightning_optim.tuning.rates.sweep import Divergence, exponential
 from lightning_optim.tuning.trials.fit import FitTrials, Stop, Trial
 
@@ -68,7 +68,7 @@ def measure(
                 progress(f"{name}: sweep {repeat + 1} of {repeats}")
                 done.append(trials.sweep(place, rates, _divergence(), seed=repeat))
             _check(done, name)
-            evidence: Any = suggest(rates, _unlike(done), total_steps=total)
+            evidence: Any = suggest(rates, _unlike(done), total_steps=total, optimizer=type(optimizer))
         else:
 
             def run(rate: float, length: int, place: int = place, name: str = name, done: Any = done) -> list[float]:
@@ -76,7 +76,7 @@ def measure(
                 done.append(trials.at(place, rate, length, _divergence()))
                 return list(done[-1].losses) if done[-1].ended == "finished" else []
 
-            evidence = _for_run(try_rates(run, lowest, highest, steps), steps, total)
+            evidence = try_rates(run, lowest, highest, steps, total_steps=total, optimizer=type(optimizer))
             _check(done, name)
         found.append(FoundRate(name, configured, evidence, time.monotonic() - began, _flag(trainer, place, configured)))
     return FoundRates(tuple(found), method, _notes(done))
@@ -84,18 +84,9 @@ def measure(
 
 def _range(optimizer: Optimizer, configured: float, method: str) -> tuple[float, float]:
     """The rates to look at, where nobody says."""
-    low, high = around(getattr(optimizer, "usual_lr", None), configured)
-    return (low, high) if method == "trials" else (low / 100, high * 100)
-
-
-def _for_run(evidence: RateTrials, steps: int, total: int | None) -> RateTrials:
-    """The rates for a run that is longer than a trial, which wants lower ones."""
-    factor = horizon_factor(steps, total)
-    if evidence.lr is None or factor == 1:
-        return evidence
-    lr, low, high = (None if rate is None else rate * factor for rate in (evidence.lr, evidence.low, evidence.high))
-    reason = f"{evidence.reason}; times {factor:.2g}, because the run has {total}"
-    return replace(evidence, lr=lr, low=low, high=high, reason=reason)
+    low, high = around(usual_lr(optimizer), configured)
+    # A decade is enough of a plateau to see a descent from; steps on it are lost to where the loss is least.
+    return (low, high) if method == "trials" else (low / 10, high * 100)
 
 
 def _divergence() -> Stop:

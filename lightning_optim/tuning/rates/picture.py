@@ -147,7 +147,9 @@ def _draw_trials(panel: Any, beside: Any, trials: RateTrials) -> None:
             panel.plot(lost, [top] * len(lost), "x", color=line[0].get_color())
     panel.set_xscale("log")
     panel.set_xlabel("learning rate (x: diverged)")
-    longest = sorted((t for t in trials.trials if t.steps == lengths[-1]), key=lambda trial: trial.score)[:_CURVES]
+    longest = sorted((t for t in trials.trials if t.steps == lengths[-1] and t.losses), key=lambda trial: trial.score)[
+        :_CURVES
+    ]
     for trial in sorted(longest, key=lambda trial: trial.value):
         beside.plot(_smoothed(trial), label=f"{trial.value:.2g}", linewidth=1)
     beside.set_xlabel("step of the trial")

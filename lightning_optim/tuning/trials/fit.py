@@ -23,6 +23,7 @@ from lightning_optim.callbacks._guard.step_loss import StepLoss
 from lightning_optim.callbacks._hub import Hub
 from lightning_optim.callbacks._packages import is_lightning
 from lightning_optim.callbacks._pipelines import has_engine
+from lightning_optim.factory.run_length import horizon_of
 from lightning_optim.tuning.trials.objects import ObjectSnapshot
 from lightning_optim.tuning.trials.private import begin_epoch, check_loaders, fetcher_of, reseed, train_batch
 from lightning_optim.tuning.trials.rates import Peaks
@@ -100,7 +101,8 @@ class FitTrials:
         self._without = frozenset(without)
         self.optimizers: list[Optimizer] = [bare(optimizer) for optimizer in trainer.optimizers]
         schedulers = {id(getattr(c.scheduler, "optimizer", None)): c.scheduler for c in trainer.lr_scheduler_configs}
-        self.peaks = [Peaks(optimizer, schedulers.get(id(optimizer))) for optimizer in self.optimizers]
+        horizon = horizon_of(trainer)
+        self.peaks = [Peaks(optimizer, schedulers.get(id(optimizer)), horizon) for optimizer in self.optimizers]
         self._snapshot = ObjectSnapshot(trainer, trainer.lightning_module, leave=trainer.loggers)
 
     def sweep(self, place: int, rates: Sequence[float], stop: Stop | None = None, seed: int = 0) -> Trial:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_optim.core.durations import Horizon
 from lightning_optim.schedules import Scheduler
 from lightning_optim.schedules.hyperparameters import LR
 
@@ -23,10 +24,11 @@ class Peaks:
     Args:
         optimizer: The optimizer, without wrappers.
         scheduler: Its scheduler; None if it has none.
+        horizon: Length of the run. A scheduler asks for it before its first step, which is after the trials.
     """
 
-    def __init__(self, optimizer: Optimizer, scheduler: Any) -> None:
-        self.optimizer, self._scheduler = optimizer, scheduler
+    def __init__(self, optimizer: Optimizer, scheduler: Any, horizon: Horizon | None = None) -> None:
+        self.optimizer, self._scheduler, self._horizon = optimizer, scheduler, horizon
         self._groups = optimizer.param_groups
         self._peaks = [float(group.get("initial_lr", group["lr"])) for group in self._groups]
 
@@ -72,10 +74,12 @@ class Peaks:
             steps: Length of the trial.
         """
         scheduler = self._scheduler
-        if not isinstance(scheduler, Scheduler) or scheduler.horizon is None or not scheduler.horizon.total_steps:
+        if not isinstance(scheduler, Scheduler):
             return [_warmup(steps)] * len(self._groups)
-        total = scheduler.horizon.total_steps
-        return [_over(multiplier, total, steps) for multiplier in scheduler.multipliers()]
+        horizon = scheduler.horizon or self._horizon
+        if horizon is None or not horizon.total_steps:
+            return [_warmup(steps)] * len(self._groups)
+        return [_over(multiplier, horizon.total_steps, steps) for multiplier in scheduler.multipliers(horizon)]
 
 
 def _over(curve: Callable[[float], float], total: int, steps: int) -> Curve:

@@ -176,7 +176,7 @@ _COMMANDS = {
     "list": "show optimizers, schedules, clipping methods and more",
     "recipe": "print published settings for a kind of model",
     "report": "write a page about a run, or several side by side",
-    "compare": "train variants of a run with several seeds, and say which is better",
+    "compare": "compare variants of a run over several seeds",
     "batch-size": "find the largest batch that fits, and the rate for it",
     "search": "search hyperparameters, with Optuna",
     "completion": "print completions for bash, zsh or tcsh",

@@ -85,6 +85,7 @@ def test_optimizers_have_rates_state_and_paper():
         (["weight-decay", "l2"], ["l2", "l2_sp"]),
         (["weight_decay", "L2"], ["l2", "l2_sp"]),
         (["schedules", "cosine-restarts"], ["cosine_restarts"]),
+        (["recipes", "gpt_muon"], ["gpt-muon"]),
     ],
 )
 def test_a_pattern_selects(args, names, capfd):
@@ -107,6 +108,7 @@ def test_a_pattern_selects(args, names, capfd):
         (["fit", "--model", "tests.helpers.Net", "--max_epochs", "3"], "--trainer.max_epochs"),
         (["fit", "--model", "tests.helpers.Net", "--trainer.callback", "3"], "--trainer.callbacks"),
         (["report", "nowhere"], "nowhere"),
+        (["recipe", "nme"], "recipe"),
         (["completion", "fish"], "fish"),
     ],
 )

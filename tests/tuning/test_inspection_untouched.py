@@ -271,6 +271,49 @@ def test_data_that_can_be_read_once_are_refused():
             lo.inspect_model(nn.Linear(8, 4), data, loss=F.cross_entropy)
 
 
+def test_what_cannot_be_looked_at_is_refused_with_the_way_out():
+    data = [(torch.randn(16, 8), torch.randint(4, (16,)))]
+    with pytest.raises(ValueError, match=r"0\.weight has no shape yet"):
+        lo.inspect_model(nn.Sequential(nn.LazyLinear(4)), data, loss=F.cross_entropy)
+    with pytest.raises(ValueError, match="at least one batch"):
+        lo.inspect_model(nn.Linear(8, 4), [], loss=F.cross_entropy)
+    with pytest.raises(ValueError, match="step="):
+        lo.inspect_model(nn.Linear(8, 4), data)
+    with pytest.raises(ValueError, match="must return one number"):
+        lo.inspect_model(nn.Linear(8, 4), data, loss=lambda outputs, targets: outputs)
+    with pytest.raises(ValueError, match="training_step computes the loss"):
+        lo.inspect_model(Counted(), data, loss=F.cross_entropy)
+    Draws = type("Draws", (Counted,), {"training_step": lambda self, dataloader_iter: None})
+    with pytest.raises(ValueError, match="dataloader_iter"):
+        lo.inspect_model(Draws(), loader())
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        lo.inspect_model("model", data)
+
+
+def test_several_loaders_batches_in_a_list_and_none_at_all():
+    class Two(Counted):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    class Own(Counted):
+        def train_dataloader(self) -> Any:
+            return loader()
+
+    x, y = torch.randn(48, 8), torch.randint(4, (48,))
+    inspection = lo.inspect_model(Two(), {"x": DataLoader(x, 16), "y": DataLoader(y, 16)}, make_trainer())
+    assert (inspection.batches, inspection.samples, inspection.findings) == (3, 16, [])
+    assert lo.inspect_model(Counted(), [(x, y)]).batches == 1
+    assert lo.inspect_model(Own()).batches == 3
+
+
+def test_compiled_models_are_seen_as_they_are_written():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    data = [(torch.randn(32, 8), torch.randint(4, (32,)))]
+    plain = lo.inspect_model(model, data, loss=F.cross_entropy)
+    compiled = lo.inspect_model(torch.compile(model, backend="eager"), data, loss=F.cross_entropy)  # type: ignore[arg-type]
+    assert [row.rms for row in compiled.rows] == [row.rms for row in plain.rows]
+
+
 def test_activation_checkpointing_is_seen_once():
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -44,11 +44,11 @@ def gradient_findings(watch: Watch) -> Iterator[Finding]:
     if any(seen.gradient.count for seen in watch.parameters.values()):
         yield from _without(watch)
         yield from _frozen(watch)
-    elif watch.parameters and any(seen.requires_grad for seen in watch.parameters.values()):
+    elif any(seen.requires_grad for seen in watch.parameters.values()):
         cut = next(iter(watch.detached), None)
         hint = "" if cut is None else f"; {cut or 'the step'} calls {watch.detached[cut]}()"
         yield finding("no-gradient", "model", f"no parameter gets a gradient{hint}.")
-    elif watch.parameters:
+    else:
         yield finding("nothing-trainable", "model", "no parameter requires a gradient.")
 
 
@@ -77,7 +77,7 @@ def _without(watch: Watch) -> Iterator[Finding]:
 def _was_used(watch: Watch, name: str) -> bool:
     """Whether the module of a parameter ran, or a place with it as a weight."""
     module = name.rpartition(".")[0]
-    owner = watch.parameters[name].module
+    owner = watch.modules.get(module, watch.model)
     if any(site.weight is not None and site.weight.name == name for site in watch.sites.values()):
         return True
     # A module with children may run without its own parameters.
@@ -106,7 +106,7 @@ def _is_routed(watch: Watch, name: str) -> bool:
     """Whether a parameter is of one of several modules of a kind among which samples are divided."""
     path = name.split(".")
     for depth in range(len(path) - 1, 0, -1):
-        parent = watch.model.get_submodule(".".join(path[: depth - 1]))
+        parent = watch.modules.get(".".join(path[: depth - 1]))
         if not isinstance(parent, nn.ModuleList | nn.ModuleDict):
             continue
         prefix = ".".join(path[: depth - 1])
@@ -146,10 +146,10 @@ def _frozen(watch: Watch) -> Iterator[Finding]:
 
 def _all(watch: Watch, site: Site) -> list[nn.Parameter]:
     """The parameters that could make a layer learn: those of its module and of one that wraps it, such as LoRA."""
-    module = watch.model.get_submodule(site.module)
+    module = watch.modules[site.module]
     own = list(module.parameters())
     parent_name = site.module.rpartition(".")[0]
-    parent = watch.model.get_submodule(parent_name)
+    parent = watch.modules[parent_name]
     adapted = list(parent.named_children())
     around = list(parent.parameters(recurse=False))
     if parent_name and len(adapted) > 1 and not isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict):

@@ -29,7 +29,9 @@ class LightningSteps:
         present = private.trainer_of(model)
         self.running = present is not None and private.is_fitting(present, model) and trainer in (None, present)
         self.trainer = present if self.running and present is not None else trainer or _quiet_trainer(model)
-        self.model, self.data = model, data
+        # `fit` takes a list for one of loaders; batches are told from these.
+        batches = isinstance(data, list) and all(isinstance(each, Tensor | tuple | dict) for each in data)
+        self.model, self.data = model, Batches(data) if batches and data else data
         if not is_overridden("training_step", model):
             raise ValueError(f"{type(model).__name__} has no training_step, which is what is looked at.")
         if is_param_in_hook_signature(model.training_step, "dataloader_iter", explicit=True):
@@ -111,6 +113,23 @@ class LightningSteps:
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Call the module's ``backward`` on the loss, scaled as the precision has it."""
         self.model.backward(loss * self.scale if self.scale != 1.0 else loss, *args, **kwargs)
+
+
+class Batches:
+    """Batches in a list, as one loader.
+
+    Args:
+        batches: The batches.
+    """
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 class StandIn:

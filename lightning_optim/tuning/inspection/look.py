@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_optim.tuning.inspection.findings import Finding, finding
 from lightning_optim.tuning.inspection.gradient_rules import finite_findings, gradient_findings
@@ -84,6 +85,9 @@ def inspect_model(
         raise TypeError(f"Invalid model={model!r:.60}: must be a torch.nn.Module.")
     if id(model) in _NOW:
         return Inspection()
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise ValueError(f"Invalid model: {lazy} has no shape yet. Run one batch through its lazy modules first.")
     steps = _steps(model, data, trainer, loss, step)
     watch: Watch | None = None
     taken: list[list[float]] = []

@@ -38,6 +38,7 @@ class Node:
         parents: Where its inputs come from.
         axis: Dimension of its units.
         data: Whether it is computed from the batch and from nothing that is trained.
+        cut: Name of the module that has detached it from what is trained, if one has.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Node:
     parents: tuple[Node, ...] = ()
     axis: int = -1
     data: bool = False
+    cut: str | None = None
 
 
 @dataclass
@@ -55,7 +57,6 @@ class Parameter:
     name: str
     numel: int
     requires_grad: bool
-    module: nn.Module
     gradient: Sums = field(default_factory=Sums)
     rms: float = 0.0
     same_gradients: bool = False
@@ -88,14 +89,14 @@ class Watch(TorchFunctionMode):
         self.data_names: dict[str, Sums] = {}
         self.entrances: dict[str, tuple[Site, Sums]] = {}
         self.parameters = {
-            name: Parameter(name, parameter.numel(), parameter.requires_grad, _owner(model, name))
+            name: Parameter(name, parameter.numel(), parameter.requires_grad)
             for name, parameter in model.named_parameters()
         }
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._embeddings: set[int] = set()
         self._nodes: Any = WeakIdKeyDictionary()
         self._stack: list[tuple[str, int]] = []
-        self._modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules())
         self._on = False
         self._asked_gradients = False
         self._weighted: list[Node] = []
@@ -106,7 +107,7 @@ class Watch(TorchFunctionMode):
     def hooked(self) -> Iterator[None]:
         """Hooks on all modules and parameters while the look lasts."""
         with ExitStack() as stack:
-            for name, module in self._modules.items():
+            for name, module in self.modules.items():
                 before = module.register_forward_pre_hook(self._entering(name))
                 after = module.register_forward_hook(self._leaving(name), always_call=True)
                 stack.callback(before.remove)
@@ -331,7 +332,9 @@ class Watch(TorchFunctionMode):
         node = Node(kind, name, None, parents, axis, data)
         where = self._stack[-1][0] if self._stack else ""
         if name in operations.DETACHING and inputs and inputs[0].requires_grad:
-            self.detached.setdefault(where, name)
+            node.cut = where
+        if output.requires_grad:
+            self._note_cuts(parents)
         if kind in _SITES and output.is_floating_point():
             site = node.site = self._site(kind, name, where, parents)
             if entered is not None:
@@ -360,6 +363,14 @@ class Watch(TorchFunctionMode):
         for each in outputs:
             self._nodes[each] = node
 
+    def _note_cuts(self, nodes: tuple[Node, ...]) -> None:
+        """Note where something that goes on to be trained with was detached."""
+        for node in nodes:
+            while node.cut is None and node.kind == "view" and node.parents:
+                node = node.parents[0]
+            if node.cut is not None:
+                self.detached.setdefault(node.cut, node.name)
+
     def _record(self, site: Site, output: Tensor, axis: int, before: Tensor | None) -> None:
         site.see(output, axis, before)
         self._follow_gradient(site, output)
@@ -381,7 +392,7 @@ class Watch(TorchFunctionMode):
         behind = _behind(parents[0]) if kind in ("activation", "softmax") and parents else ""
         key = (where, name, behind)
         if key not in self.sites:
-            module = self._modules.get(where)
+            module = self.modules.get(where)
             alone = module is not None and where and (kind == "attention" or not any(True for _ in module.children()))
             others = [other for other in self.sites if other[0] == where]
             shown = where if alone and all(other[1] == name for other in others) else f"{where}:{name}".lstrip(":")
@@ -588,10 +599,6 @@ def _flat(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for each in value:
             yield from _flat(each)
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _still(stack: ExitStack, parameter: nn.Parameter) -> None:

@@ -363,6 +363,19 @@ def test_fine_tuning_with_most_layers_frozen():
     assert look(model, rows()) == []
 
 
+def test_a_frozen_backbone_between_an_adapter_and_a_head():
+    backbone = [part for _ in range(3) for part in (nn.Linear(32, 32), nn.ReLU())]
+    for part in backbone:
+        part.requires_grad_(False)
+    assert look(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), *backbone, nn.Linear(32, 10)), rows()) == []
+
+
+def test_large_weights_before_a_normalisation():
+    model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    nn.init.normal_(model[0].weight, std=5.0)  # type: ignore[arg-type]
+    assert look(model, rows()) == []
+
+
 def test_a_stem_that_is_frozen_and_norms_that_are():
     model: Any = Residual(zero="none")
     model.stem.requires_grad_(False)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_optim as lo
+from lightning_optim.tuning.inspection.loaders import independent
 from tests.helpers import make_trainer
 
 
@@ -306,11 +307,32 @@ def test_several_loaders_batches_in_a_list_and_none_at_all():
     assert lo.inspect_model(Own()).batches == 3
 
 
+@pytest.mark.parametrize("module", [Counted, Alternating])
+def test_no_step_is_taken_between_batches(module):
+    model = module()
+    model.drop = nn.Identity()
+    batch = torch.randn(48, 8), torch.randint(4, (48,))
+    once, thrice = (lo.inspect_model(model, [batch] * count) for count in (1, 3))
+    assert (once.batches, thrice.batches) == (1, 3)
+    assert [row.rms for row in thrice.rows] == pytest.approx([row.rms for row in once.rows], rel=1e-6)
+
+
+def test_a_look_starts_no_processes_and_leaves_those_of_a_loader():
+    data = DataLoader(TensorDataset(torch.zeros(8, 8)), 4, num_workers=2, persistent_workers=True, prefetch_factor=3)
+    data._iterator = running = object()  # type: ignore[assignment]
+    copied = independent(data)
+    assert len(list(copied)) == 2
+    assert copied.dataset is data.dataset
+    assert data._iterator is running
+    assert (data.num_workers, data.persistent_workers, data.prefetch_factor) == (2, True, 3)
+    data._iterator = None
+
+
 def test_compiled_models_are_seen_as_they_are_written():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     data = [(torch.randn(32, 8), torch.randint(4, (32,)))]
     plain = lo.inspect_model(model, data, loss=F.cross_entropy)
-    compiled = lo.inspect_model(torch.compile(model, backend="eager"), data, loss=F.cross_entropy)  # type: ignore[arg-type]
+    compiled = lo.inspect_model(torch.compile(model, backend="eager"), data, loss=F.cross_entropy)
     assert [row.rms for row in compiled.rows] == [row.rms for row in plain.rows]
 
 

@@ -28,7 +28,7 @@ from lightning_optim.tuning.inspection.loaders import independent
 
 def trainer_of(model: L.LightningModule) -> L.Trainer | None:
     """Return the Trainer that a module is attached to, without the error of the public property."""
-    return model._trainer  # type: ignore[return-value]
+    return model._trainer
 
 
 def is_fitting(trainer: L.Trainer, model: L.LightningModule) -> bool:
@@ -82,7 +82,7 @@ def training_batches(trainer: L.Trainer, data: Any, count: int) -> Iterator[Any]
         yield batch
 
 
-def _requested(trainer: L.Trainer) -> tuple[Any, str]:
+def _requested(trainer: L.Trainer) -> tuple[Any, Any]:
     """The loaders that a fit would use, in the nesting they came in, and the mode in which it would combine them."""
     loader: Any = _request_dataloader(trainer.fit_loop._data_source)
     combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")

@@ -165,7 +165,7 @@ def _classification(call: LossCall, values: Tensor, targets: Tensor, ignored: in
     if not kept.numel():
         return None
     low, high = int(kept.min()), int(kept.max())
-    call.used = set(kept.unique().tolist()[:100_000])
+    call.used = set(torch.unique(kept).tolist()[:100_000])
     if low < 0 or high >= classes:
         return "target-range", f"targets from {low} to {high} for {classes} classes, 0 to {classes - 1}"
     return None

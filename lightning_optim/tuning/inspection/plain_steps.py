@@ -67,5 +67,5 @@ class PlainSteps:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"Invalid {'step' if self.own_step else 'loss'}: must return one number, got {got}.")
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

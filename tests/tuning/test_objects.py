@@ -20,8 +20,16 @@ from lightning_optim.tuning.trials.objects import ObjectSnapshot
 
 
 class Plain:
+    a: Any
+    new: Any
+    inner: Any
+    other: Any
+
     def __init__(self, **attributes: Any) -> None:
         vars(self).update(attributes)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
 
 
 class Slotted:
@@ -79,7 +87,7 @@ def bounded():
 
 
 def bytes_like():
-    parts = [bytearray(b"ab"), array.array("i", [1, 2]), (ctypes.c_int * 2)(1, 2), np.array([1.0, 2.0])]
+    parts: list[Any] = [bytearray(b"ab"), array.array("i", [1, 2]), (ctypes.c_int * 2)(1, 2), np.array([1.0, 2.0])]
 
     def change():
         for part in parts:
@@ -105,7 +113,7 @@ def bound():
 
 
 def generators():
-    parts = [random.Random(0), np.random.RandomState(0), np.random.default_rng(0), torch.Generator().manual_seed(0)]
+    parts: list[Any] = [random.Random(0), np.random.RandomState(0), np.random.default_rng(0), torch.Generator().manual_seed(0)]
 
     def state():
         return repr([parts[0].getstate(), parts[1].get_state()[1].tolist(), parts[2].bit_generator.state]) + repr(
@@ -125,7 +133,7 @@ def everyone_s():
     return (
         None,
         change,
-        lambda: repr([random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]),
+        lambda: repr([random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]),
     )
 
 
@@ -136,10 +144,10 @@ def place():
 
 
 def weights():
-    layer = nn.Linear(2, 2)
+    layer: Any = nn.Linear(2, 2)
     grad = torch.ones(2, 2)
     layer.weight.grad = grad
-    layer.register_buffer("seen", torch.zeros(1))
+    layer.seen = nn.Buffer(torch.zeros(1))
     view = layer.weight.detach()[0]
 
     def change():
@@ -148,7 +156,7 @@ def weights():
             layer.bias.data = torch.full((2,), 9.0)
             grad.zero_()
         layer.weight.grad = None
-        layer.seen = torch.ones(1)
+        layer.seen = nn.Buffer(torch.ones(1))
         layer.bias.requires_grad_(False)
         layer.eval()
 

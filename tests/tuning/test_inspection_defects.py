@@ -321,3 +321,20 @@ def test_an_activation_that_several_layers_share_is_told_apart():
     nn.init.constant_(model.second.bias, -20.0)
     (found,) = lo.inspect_model(model, batches(), loss=F.cross_entropy).findings
     assert (found.kind, found.where) == ("dead-units", "activation after second")
+
+
+def test_a_deep_convolutional_stack_without_normalisation_is_named():
+    layers = [part for index in range(16) for part in (nn.Conv2d(16 if index else 3, 16, 3, padding=1), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES))
+    data = [(torch.randn(16, 3, 16, 16), torch.randint(CLASSES, (16,)))]
+    (found,) = lo.inspect_model(model, data, loss=F.cross_entropy).findings
+    assert found.kind in ("vanishing-gradients", "vanishing-activations")
+    assert "no normalisation in 16 layers" in found.seen
+    assert "normalisation" in found.advice
+
+
+def test_a_loss_written_with_softmax_by_hand_is_named():
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.exp() / outputs.exp().sum(1, keepdim=True), targets)
+
+    assert kinds(perceptron(), loss=loss) == ["softmax-before-cross-entropy"]

@@ -46,7 +46,7 @@ def gradient_findings(watch: Watch) -> Iterator[Finding]:
         yield from _frozen(watch)
     elif any(seen.requires_grad for seen in watch.parameters.values()):
         cut = next(iter(watch.detached), None)
-        hint = "" if cut is None else f"; {cut or 'the step'} calls {watch.detached[cut]}()"
+        hint = "" if cut is None else f"; {cut or 'the model or its step'} calls {watch.detached[cut]}()"
         yield finding("no-gradient", "model", f"no parameter gets a gradient{hint}.")
     else:
         yield finding("nothing-trainable", "model", "no parameter requires a gradient.")
@@ -70,7 +70,7 @@ def _without(watch: Watch) -> Iterator[Finding]:
         )
         if kind == "no-gradient" and watch.detached:
             where = next(iter(watch.detached))
-            seen_text += f"; {where or 'the step'} calls {watch.detached[where]}()"
+            seen_text += f"; {where or 'the model or its step'} calls {watch.detached[where]}()"
         yield finding(kind, names, seen_text + ".")
 
 

@@ -23,7 +23,7 @@ def argument_findings(watch: Watch) -> Iterator[Finding]:
         for kind, seen in _mismatches(call):
             if kind not in told:
                 told.add(kind)
-                yield finding(kind, call.module or call.name, f"{call.name}: {seen}.")
+                yield finding(kind, call.module or call.name, f"{call.name}: {seen}." if call.module else f"{seen}.")
 
 
 def _mismatches(call: LossCall) -> Iterator[tuple[str, str]]:

@@ -184,6 +184,8 @@ def depth_findings(watch: Watch) -> Iterator[Finding]:
             first.name,
             f"its gradient has a norm of {first.gradient_norm:.2g}, that of {last.name} {last.gradient_norm:.2g}."
             + lacking,
+            advice="Put a normalisation or residual connections between the layers (Ioffe and Szegedy 2015; He et al. "
+            "2016), or initialise for the activation (He et al. 2015).",
         )
 
 

@@ -372,7 +372,7 @@ def test_a_frozen_backbone_between_an_adapter_and_a_head():
 
 def test_large_weights_before_a_normalisation():
     model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
-    nn.init.normal_(model[0].weight, std=5.0)  # type: ignore[arg-type]
+    nn.init.normal_(model[0].weight, std=5.0)
     assert look(model, rows()) == []
 
 

@@ -71,6 +71,8 @@ def training_batches(trainer: L.Trainer, data: Any, count: int) -> Iterator[Any]
         count: Number of batches.
     """
     combined: Any = trainer.fit_loop._combined_loader
+    iterables: Any
+    mode: Any
     if data is not None and not isinstance(data, L.LightningDataModule):
         iterables, mode = data, "max_size_cycle"
     elif combined is not None:

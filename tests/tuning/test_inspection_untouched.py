@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_optim as lo
 from lightning_optim.tuning.inspection.loaders import independent
-from tests.helpers import make_trainer
+from tests.helpers import make_trainer, precision
 
 
 class Noisy(Dataset[Any]):
@@ -129,6 +129,8 @@ def fit(module: L.LightningModule, **options: Any) -> list[Any]:
     random.seed(1)
     data, path = loader(), options.pop("ckpt_path", None)
     before = options.pop("before", None)
+    if options.get("precision") == "16-mixed":
+        options.update(precision("16-mixed"), precision=None)
     trainer = make_trainer(**{"max_epochs": 2, **options})
     if before is not None:
         before(module, data, trainer)
@@ -144,6 +146,7 @@ def assert_same(some: list[Any], others: list[Any]) -> None:
 
 OPTIONS: list[dict[str, Any]] = [
     {},
+    {"precision": "16-mixed"},
     {"precision": "bf16-mixed"},
     {"precision": "bf16-true"},
     {"precision": "64-true"},
@@ -162,7 +165,7 @@ def test_a_fit_after_a_look_is_the_fit_without(options):
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_batch_start"])
-@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_a_fit_with_a_look_in_it_is_the_fit_without(hook, options):
     module = Counted(look=True, hook=hook)
     looked = fit(module, **options)
@@ -317,6 +320,21 @@ def test_no_step_is_taken_between_batches(module):
     assert [row.rms for row in thrice.rows] == pytest.approx([row.rms for row in once.rows], rel=1e-6)
 
 
+def test_gradients_of_a_scaled_loss_are_those_without_the_scale():
+    batch = torch.randn(48, 8), torch.randint(4, (48,))
+    model = Counted()
+    model.drop = nn.Identity()
+    plain = lo.inspect_model(model, [batch], make_trainer())
+    scaled = lo.inspect_model(model, [batch], make_trainer(**precision("16-mixed")))
+    assert scaled.findings == []
+    for key in ("gradient_rms", "weight_gradient_rms"):
+        wanted = [getattr(row, key) for row in plain.rows if getattr(row, key) is not None]
+        assert [getattr(row, key) for row in scaled.rows if getattr(row, key) is not None] == pytest.approx(
+            wanted, rel=0.05
+        )
+    assert [loss.value for loss in scaled.losses] == pytest.approx([loss.value for loss in plain.losses], rel=1e-2)
+
+
 def test_a_look_starts_no_processes_and_leaves_those_of_a_loader():
     data = DataLoader(TensorDataset(torch.zeros(8, 8)), 4, num_workers=2, persistent_workers=True, prefetch_factor=3)
     data._iterator = running = object()  # type: ignore[assignment]
@@ -364,9 +382,9 @@ def test_gradients_are_those_of_the_parameters():
     loss.backward()
     inspection = lo.inspect_model(model, [(x, y)], loss=F.cross_entropy)
     row = inspection.rows[0]
-    assert row.rms == pytest.approx(float(hidden.square().mean().sqrt()))
+    assert row.rms == pytest.approx(hidden.square().mean().sqrt().item())
     assert row.gradient_rms == pytest.approx(float(hidden.grad.square().mean().sqrt()))
     both = torch.cat([model[0].weight.grad.flatten(), model[0].bias.grad])
     assert row.weight_gradient_rms == pytest.approx(float(both.square().mean().sqrt()))
-    assert row.weight_gain == pytest.approx(float(model[0].weight.square().mean().sqrt()) * 8**0.5)
+    assert row.weight_gain == pytest.approx(model[0].weight.square().mean().sqrt().item() * 8**0.5)
     assert inspection.losses[0].value == pytest.approx(loss.item())

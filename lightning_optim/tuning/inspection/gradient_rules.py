@@ -16,7 +16,8 @@ from lightning_optim.tuning.inspection.watch import Parameter, Watch
 def finite_findings(watch: Watch, loss_is_bad: bool) -> Iterator[Finding]:
     """Where something became NaN or infinite first."""
     sites = ordered(watch)
-    bad_gradient = any(seen.gradient.bad for seen in watch.parameters.values())
+    # In 16-bit training the first scales may be too large; GradScaler skips these steps, and lowers it.
+    bad_gradient = watch.scale == 1 and any(seen.gradient.bad for seen in watch.parameters.values())
     nans = any(site.output.nans for site in sites)
     if not (loss_is_bad or bad_gradient or nans):
         return

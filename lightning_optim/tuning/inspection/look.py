@@ -256,9 +256,9 @@ def _row(watch: Watch, site: Any) -> Row:
         signal=site.signal,
         dead=site.dead_share,
         saturated=site.saturated_share,
-        gradient_rms=site.gradient.rms / watch.scale,
+        gradient_rms=site.gradient.rms,
         weight_gain=None if site.weight is None else site.weight.gain,
-        weight_gradient_rms=math.sqrt(squares / count) / watch.scale if count and site.kind != "activation" else None,
+        weight_gradient_rms=math.sqrt(squares / count) if count and site.kind != "activation" else None,
     )
 
 

@@ -184,7 +184,7 @@ class Watch(TorchFunctionMode):
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 values = gradient.coalesce().values() if gradient.is_sparse else gradient
                 if values.numel():
-                    seen.gradient.add(values)
+                    seen.gradient.add(self._unscaled(values))
                 if values.ndim >= 2 and 1 < len(values) <= _MOST_ROWS:
                     rows = values.flatten(1)
                     spread = float((rows - rows[0]).abs().max())
@@ -240,6 +240,9 @@ class Watch(TorchFunctionMode):
     def _see_backward(self, loss: Tensor) -> None:
         with torch.no_grad():
             self.backwards.append(float(loss.detach().float().sum()) / self.scale)
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient if self.scale == 1 else gradient.float() / self.scale
 
     def _node(self, tensor: Tensor) -> Node:
         node = self._nodes.get(tensor)
@@ -383,7 +386,7 @@ class Watch(TorchFunctionMode):
         def got(gradient: Tensor) -> None:
             if self._on and not self._asked_gradients and gradient.numel():
                 with torch.no_grad(), torch._C.DisableTorchFunction():
-                    site.gradient.add(gradient)
+                    site.gradient.add(self._unscaled(gradient))
 
         return got
 

@@ -28,7 +28,8 @@ from lightning_optim.tuning.inspection.signal_rules import (
     unit_findings,
     weight_findings,
 )
-from lightning_optim.tuning.inspection.watch import StoppedError, Watch, tensors_in
+from lightning_optim.tuning.inspection.units import tensors_in
+from lightning_optim.tuning.inspection.watch import StoppedError, Watch
 from lightning_optim.tuning.trials.objects import ObjectSnapshot
 
 _NOW: set[int] = set()

@@ -17,9 +17,15 @@ from lightning_optim.tuning.inspection import operations
 from lightning_optim.tuning.inspection.losses import LossCall, see_loss
 from lightning_optim.tuning.inspection.operations import argument, fans, kind_of, name_of
 from lightning_optim.tuning.inspection.sites import Site, Sums, Weight
+from lightning_optim.tuning.inspection.units import (
+    MOST_ROWS,
+    cancels_mean,
+    flat_tensors,
+    repeated_units,
+    tensors_in,
+    unit_axis,
+)
 
-_MOST_ROWS = 4096
-"""Units of a weight, at most, that are compared with each other."""
 _SITES = ("linear", "product", "norm", "activation", "embedding", "recurrent", "attention", "softmax")
 
 
@@ -185,7 +191,7 @@ class Watch(TorchFunctionMode):
                 values = gradient.coalesce().values() if gradient.is_sparse else gradient
                 if values.numel():
                     seen.gradient.add(self._unscaled(values))
-                if values.ndim >= 2 and 1 < len(values) <= _MOST_ROWS:
+                if values.ndim >= 2 and 1 < len(values) <= MOST_ROWS:
                     rows = values.flatten(1)
                     spread = float((rows - rows[0]).abs().max())
                     seen.same_gradients = spread <= 1e-6 * float(rows.abs().max())
@@ -208,7 +214,7 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "grad" and getattr(func, "__module__", "") == "torch.autograd":
             return self._without_hooks(func, args, kwargs)
-        inputs = [tensor for value in (*args, *kwargs.values()) for tensor in _flat(value)]
+        inputs = [tensor for value in (*args, *kwargs.values()) for tensor in flat_tensors(value)]
         parents = tuple(self._node(tensor) for tensor in inputs)
         unseen = len(self.losses)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -222,7 +228,7 @@ class Watch(TorchFunctionMode):
                 result = func(*args, **kwargs)
             for loss in self.losses[unseen:]:
                 loss.result(result)
-        outputs = list(_flat(result))
+        outputs = list(flat_tensors(result))
         if not outputs or (len(outputs) == 1 and outputs[0].numel() == 0):
             return result
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -329,7 +335,7 @@ class Watch(TorchFunctionMode):
         weight = self._weight_of(kind, name, args, kwargs, inputs, parents)
         if kind == "product" and weight is None:
             kind = "other"
-        axis = _axis(kind, name, output, parents, inputs)
+        axis = unit_axis(kind, name, output, parents[0].axis if parents else -1, inputs)
         known = [parent.data for parent in parents if parent.parents or parent.kind != "other"]
         data = bool(known) and all(known) and not output.requires_grad
         node = Node(kind, name, None, parents, axis, data)
@@ -452,7 +458,7 @@ class Watch(TorchFunctionMode):
         rms = Sums()
         rms.add(tensor)
         depthwise = name.startswith("conv") and tensor.shape[1] == 1 and groups > 1
-        repeated = 0 if depthwise else _repeated(tensor, found.rows)
+        repeated = 0 if depthwise else repeated_units(tensor, found.rows)
         return Weight(
             source or f"{where}.weight",
             tuple(tensor.shape),
@@ -531,77 +537,6 @@ def suppress_compilation() -> Iterator[None]:
     """What torch.compile has compiled runs as it is written, so that its parts are seen."""
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def tensors_in(batch: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a batch with their places: ``"[0]"``, ``"image"``.
-
-    Args:
-        batch: Tensors in any nesting of lists, tuples, mappings and objects with attributes.
-        path: The place of ``batch``.
-        depth: How deep it lies.
-    """
-    if isinstance(batch, Tensor):
-        yield path, batch
-    elif depth < 6 and isinstance(batch, dict):
-        for key, value in batch.items():
-            yield from tensors_in(value, f"{path}.{key}" if path else str(key), depth + 1)
-    elif depth < 6 and isinstance(batch, list | tuple):
-        for index, value in enumerate(batch):
-            yield from tensors_in(value, f"{path}[{index}]", depth + 1)
-    elif depth < 6 and hasattr(batch, "__dict__") and not isinstance(batch, type):
-        yield from tensors_in({k: v for k, v in vars(batch).items() if not k.startswith("__")}, path, depth + 1)
-    elif depth < 6 and hasattr(batch, "data") and isinstance(batch.data, dict):
-        yield from tensors_in(batch.data, path, depth + 1)
-
-
-def cancels_mean(name: str, args: Any, kwargs: Any) -> bool:
-    """Return whether a normalisation subtracts the mean of each channel, and so whatever bias came before it.
-
-    Layer norm subtracts the mean over channels, which leaves what a bias adds to one more than to another; a group of
-    several channels does the same.
-
-    Args:
-        name: Name of the function.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-    """
-    if name == "batch_norm":
-        return bool(argument(args, kwargs, 5, "training", False))
-    if name == "instance_norm":
-        return bool(argument(args, kwargs, 5, "use_input_stats", True))
-    if name == "group_norm":
-        channels = args[0].shape[1] if args else kwargs["input"].shape[1]
-        return bool(argument(args, kwargs, 1, "num_groups", 0) == channels)
-    return False
-
-
-def _axis(kind: str, name: str, output: Tensor, parents: tuple[Node, ...], inputs: list[Tensor]) -> int:
-    if name.startswith("conv") or name in ("batch_norm", "instance_norm", "group_norm"):
-        return 1 if output.ndim > 1 else 0
-    if kind in ("linear", "product", "embedding", "recurrent", "attention") or name in ("layer_norm", "rms_norm"):
-        return output.ndim - 1
-    if inputs and inputs[0].shape == output.shape and 0 <= parents[0].axis < output.ndim:
-        return parents[0].axis
-    return 1 if output.ndim >= 4 else max(output.ndim - 1, 0)
-
-
-def _repeated(weight: Tensor, rows: int) -> int:
-    """Number of units that are equal to an earlier one, other than zero; few inputs say nothing."""
-    units = weight.detach().movedim(rows, 0).flatten(1)
-    if not 2 <= len(units) <= _MOST_ROWS or units.shape[1] < 2:
-        return 0
-    units = units[(units != 0).any(1)]
-    repeated = len(units) - len(torch.unique(units, dim=0)) if len(units) else 0
-    return repeated if units.shape[1] >= 4 or repeated >= len(units) / 2 else 0
-
-
-def _flat(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _flat(each)
 
 
 def _still(stack: ExitStack, parameter: nn.Parameter) -> None:

@@ -313,7 +313,7 @@ def test_several_loaders_batches_in_a_list_and_none_at_all():
 @pytest.mark.parametrize("module", [Counted, Alternating])
 def test_no_step_is_taken_between_batches(module):
     model = module()
-    model.drop = nn.Identity()
+    model.drop = nn.Dropout(0.0)
     batch = torch.randn(48, 8), torch.randint(4, (48,))
     once, thrice = (lo.inspect_model(model, [batch] * count) for count in (1, 3))
     assert (once.batches, thrice.batches) == (1, 3)
@@ -323,7 +323,7 @@ def test_no_step_is_taken_between_batches(module):
 def test_gradients_of_a_scaled_loss_are_those_without_the_scale():
     batch = torch.randn(48, 8), torch.randint(4, (48,))
     model = Counted()
-    model.drop = nn.Identity()
+    model.drop = nn.Dropout(0.0)
     plain = lo.inspect_model(model, [batch], make_trainer())
     scaled = lo.inspect_model(model, [batch], make_trainer(**precision("16-mixed")))
     assert scaled.findings == []

@@ -182,9 +182,7 @@ def test_a_rate_that_only_a_long_trial_shows_to_diverge_is_left():
 
     found = try_rates(run, 1e-3, 1.0, 80)
     assert found.lr <= 0.5
-    assert not found.longest[
-        found.longest and max(t.value for t in found.trials if t.steps == 80 and not t.diverged)
-    ].diverged
+    assert any(trial.steps > 20 and trial.diverged for trial in found.trials)
 
 
 def test_single_spikes_and_a_lost_loss_early_on_change_nothing():

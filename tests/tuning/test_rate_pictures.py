@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_optim as lo
 from lightning_optim.core.block_plot import block_rows
@@ -12,7 +14,7 @@ from lightning_optim.tuning.rates.picture import draw_in_terminal, pixels, save_
 from lightning_optim.tuning.rates.rate_trials import try_rates
 from lightning_optim.tuning.rates.suggestion import suggest
 from lightning_optim.tuning.trials import rates as trial_rates
-from tests.helpers import make_trainer
+from tests.helpers import Net, make_trainer
 from tests.tuning.test_halving import Quadratic
 from tests.tuning.test_suggestion import RATES, ended, losses
 
@@ -69,8 +71,12 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
 
 
 def test_trials_before_the_first_step_have_the_schedule_of_the_whole_run(monkeypatch):
-    from tests.tuning.test_trials import Noisy, loader_of
+    class Own(Net):
+        # A scheduler that no callback has asked to look at the run.
+        def configure_optimizers(self):
+            return lo.OptimizerFactory("sgd", lr=0.1, schedule="cosine", warmup="20%")(self)
 
+    data = DataLoader(TensorDataset(torch.randn(64, 4), torch.randn(64, 2)), batch_size=8)
     seen, set_rates = [], trial_rates.Peaks.set_rates
 
     def watched(peaks, factors):
@@ -80,9 +86,8 @@ def test_trials_before_the_first_step_have_the_schedule_of_the_whole_run(monkeyp
         set_rates(peaks, factors)
 
     monkeypatch.setattr(trial_rates.Peaks, "set_rates", watched)
-    configure = lo.ConfigureOptimizers("sgd", 0.1, schedule="cosine", warmup="20%")
-    trainer = make_trainer([configure], max_steps=400, max_epochs=-1)
-    lo.find_lr(trainer, Noisy(), loader_of("shuffled"), method="trials", steps=80, low=1e-4, high=1e-3)
+    trainer = make_trainer([], max_steps=400, max_epochs=-1)
+    lo.find_lr(trainer, Own(), data, method="trials", steps=80, low=1e-4, high=1e-3)
     first = np.array(seen[:20]) / 1e-3
     assert np.argmax(first) in (3, 4)
     assert first[-1] < 0.02

@@ -16,8 +16,12 @@ V = TypeVar("V", bound=Hashable)
 TAIL = 0.2
 """Share of a trial's losses, the last ones, whose mean is its score."""
 
-_BLOCK = 5
-"""Losses in a block: neighbouring differences of two trainings are alike, blocks of five hardly."""
+_COMPARED = 0.4
+"""Share of a trial's losses, the last ones, that are compared: more than are scored, for a narrower interval."""
+
+_BLOCK, _BLOCKS = 5, 4
+"""Losses in a block: neighbouring differences of two trainings are alike, blocks of five hardly. And the least number
+of blocks, of fewer losses each where a trial is short: the interval from two has little to say."""
 
 _QUANTILES = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02, 6: 1.94, 7: 1.89, 8: 1.86, 9: 1.83}
 """95 % of Student's t, by degrees of freedom; 1.7 from ten on."""
@@ -46,6 +50,11 @@ class Trial(Generic[V]):
     def tail(self) -> tuple[float, ...]:
         """The last fifth of the losses, at least one."""
         return self.losses[-max(round(TAIL * self.steps), 1) :]
+
+    @property
+    def compared(self) -> tuple[float, ...]:
+        """The last two fifths of the losses, by which trials are told apart."""
+        return self.losses[-max(round(_COMPARED * self.steps), 1) :]
 
     @property
     def score(self) -> float:
@@ -102,7 +111,9 @@ def paired_difference(a: Sequence[float], b: Sequence[float], paired: bool = Tru
 
 def _mean_and_half(values: np.ndarray) -> tuple[float, float]:
     """Mean of correlated values and half of its interval, from means of blocks."""
-    blocks = [float(block.mean()) for block in np.array_split(values, max(len(values) // _BLOCK, min(len(values), 2)))]
+    blocks = [
+        float(block.mean()) for block in np.array_split(values, max(len(values) // _BLOCK, min(len(values), _BLOCKS)))
+    ]
     mean = float(np.mean(values))
     if len(blocks) < 2:
         return mean, math.inf
@@ -181,7 +192,7 @@ def indistinguishable(ranked: Sequence[Trial[V]], paired: bool = True) -> set[V]
     """
     alike: set[V] = set()
     for trial in ranked:
-        difference, half = paired_difference(trial.tail, ranked[0].tail, paired)
+        difference, half = paired_difference(trial.compared, ranked[0].compared, paired)
         if trial is ranked[0] or difference <= half:
             alike.add(trial.value)
     return alike

@@ -26,9 +26,9 @@ class FindsLR(_Trainer):
         self,
         model: L.LightningModule,
         datamodule: L.LightningDataModule | None = None,
-        method: str = "sweep",
-        steps: int = 100,
-        repeats: int = 3,
+        method: str = "trials",
+        steps: int | None = None,
+        repeats: int = 2,
         low: float | None = None,
         high: float | None = None,
         weight_decays: list[float] | None = None,
@@ -43,9 +43,9 @@ class FindsLR(_Trainer):
         Args:
             model: The module.
             datamodule: The data module.
-            method: A sweep of rates, ``sweep``; trials of several rates, ``trials``, which is slower and more reliable;
+            method: Trials of several rates, ``trials``; a sweep of rates, ``sweep``, which is quicker and less reliable;
                 or ``check``, whether the configured rate diverges or is slow.
-            steps: Steps of a sweep, or of a trial of the last round.
+            steps: Steps of a trial of the last round, by default 100, or of a sweep, by default 200.
             repeats: Number of sweeps of each optimizer.
             low: Lowest rate to try; by default well below what is usual for the optimizer.
             high: Highest rate to try; by default well above it.

@@ -1,4 +1,4 @@
-"""Trials within fits of two ranks, with DDP and with FSDP2; called on each rank by tests/tuning/test_trials_on_ranks.py."""
+"""Trials within fits of two ranks, with DDP and FSDP2; called on each rank by tests/tuning/test_trials_on_ranks.py."""
 
 from __future__ import annotations
 

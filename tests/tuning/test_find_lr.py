@@ -211,7 +211,7 @@ def test_the_command_writes_a_configuration_that_fit_takes(tmp_path, monkeypatch
         *("--trainer.enable_checkpointing=false", "--trainer.logger=false", "--trainer.max_epochs=1"),
         *("--optim.optimizer=adamw", "--optim.lr=1e-5", "--trainer.enable_model_summary=false"),
     ]
-    main(["find-lr", *args, "--steps=80", "--repeats=2"])
+    main(["find-lr", *args, "--method=sweep", "--steps=80"])
     out = capsys.readouterr().out
     assert "--config found_lr/lr.yaml" in out
     lr = yaml.safe_load((tmp_path / "found_lr" / "lr.yaml").read_text())["optim"]["lr"]

@@ -113,7 +113,12 @@ def bound():
 
 
 def generators():
-    parts: list[Any] = [random.Random(0), np.random.RandomState(0), np.random.default_rng(0), torch.Generator().manual_seed(0)]
+    parts: list[Any] = [
+        random.Random(0),
+        np.random.RandomState(0),
+        np.random.default_rng(0),
+        torch.Generator().manual_seed(0),
+    ]
 
     def state():
         return repr([parts[0].getstate(), parts[1].get_state()[1].tolist(), parts[2].bit_generator.state]) + repr(

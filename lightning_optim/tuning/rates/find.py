@@ -21,9 +21,9 @@ def find_lr(
     train_dataloaders: Any = None,
     datamodule: L.LightningDataModule | None = None,
     *,
-    method: str = "sweep",
-    steps: int = 100,
-    repeats: int = 3,
+    method: str = "trials",
+    steps: int | None = None,
+    repeats: int = 2,
     low: float | None = None,
     high: float | None = None,
     weight_decays: Sequence[float] = (),
@@ -42,8 +42,8 @@ def find_lr(
         model: The module.
         train_dataloaders: The data as ``fit`` takes them; None if the module has its own.
         datamodule: A data module.
-        method: ``"sweep"``, ``"trials"`` or ``"check"``; see `LRRangeTest`.
-        steps: Steps of a sweep, or of a trial of the last round.
+        method: ``"trials"``, the most reliable one, ``"sweep"`` or ``"check"``; see `LRRangeTest`.
+        steps: Steps of a trial of the last round, by default 100, or of a sweep, by default 200.
         repeats: Number of sweeps of each optimizer.
         low: Lowest rate to try; by default well below what is usual for the optimizer.
         high: Highest rate to try; by default well above it.

@@ -24,7 +24,8 @@ from lightning_optim.tuning.rates.suggestion import Suggestion, suggest
 from lightning_optim.tuning.rates.sweep import Divergence, exponential
 from lightning_optim.tuning.trials.fit import FitTrials, Stop, Trial
 
-METHODS = ("sweep", "trials", "check")
+METHODS = {"sweep": 200, "trials": 100, "check": 100}
+"""Each method, and the default steps of a sweep or of a trial of the last round; docs/benchmarks.md compares them."""
 
 _EXTENSIONS = 2
 """How often a sweep is repeated over other rates, where the losses say that the best is beyond."""

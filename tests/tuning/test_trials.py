@@ -222,3 +222,71 @@ def test_two_optimizers_of_a_module_that_steps_itself(tmp_path):
     fit(ByHand(), [lo.GradientClipping(1.0)], loader_of("shuffled"), trying, tmp_path)
     assert [len(each.losses) for each in trying[0].trials] == [6] * 6
     assert trying[0].trials[0].losses[0] > 1.5 * trying[0].trials[3].losses[0]  # each its own loss
+
+
+class Thrice(Noisy):
+    """Three steps in each batch, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        for _ in range(3):
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Warms(Thrice):
+    """With rates of its own, as Lightning's guide has it for a warmup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = True
+
+    training_step = Noisy.training_step
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * min(1.0, (self.trainer.global_step + 1) / 5)
+        optimizer.step(closure=optimizer_closure)
+
+
+class Refuses(Noisy):
+    """Takes no step for every other batch."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if batch_idx % 2 else None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+USED: list[float] = []
+"""Rates of steps; a variable of a module, which no snapshot follows."""
+
+
+class Rates(L.Callback):
+    """Notes the rate of each step of the trials, from torch's own hook."""
+
+    def on_train_start(self, trainer, pl_module):
+        optimizer = trainer.optimizers[0]
+        optimizer.register_step_post_hook(lambda *_: USED.append(optimizer.param_groups[0]["lr"]))
+
+
+@pytest.mark.parametrize(("cls", "steps_per_loss"), [(Thrice, 1), (Warms, 1), (Refuses, 2)])
+def test_each_step_of_a_sweep_has_its_rate_whoever_steps(cls, steps_per_loss, tmp_path):
+    trying, fits = [Trying(7)], []
+    for each in ([], trying):
+        USED.clear()
+        fits.append(fit(cls(), [Rates()], loader_of("shuffled"), each, tmp_path, max_steps=12))
+    assert_equal(*fits)
+    sweep = trying[0].trials[0]
+    assert sweep.error is None
+    assert len(sweep.losses) == 7
+    assert USED[: 7 * steps_per_loss : steps_per_loss] == pytest.approx([1e-4 * 3**i for i in range(7)])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.callbacks._followed import bare
 from lightning_optim.schedules import Scheduler
 from lightning_optim.schedules.hyperparameters import LR
-from lightning_optim.tuning.trials.rates import Peaks
+from lightning_optim.tuning.trials.rates import Peaks, parts_of, scale_peaks
 
 
 def rate_of(trainer: L.Trainer, place: int) -> float:
@@ -38,11 +40,17 @@ def set_rate(trainer: L.Trainer, place: int, lr: float) -> None:
         return
     for group in optimizer.param_groups:
         LR.write(group, group["lr"] * factor)
-        for key in ("initial_lr", "peak_lr"):
-            if key in group:
-                group[key] = group[key] * factor
-    if hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+    scale_peaks(optimizer.param_groups, factor)
+    for part in parts_of(scheduler):
+        if not isinstance(part, LRScheduler):
+            rank_zero_warn(
+                f"The rates of {type(optimizer).__name__} are set to {factor:.3g} times what was configured, and "
+                f"{type(part).__name__}, which is not one of torch's schedulers, may set them back: look at the "
+                "rates of the run, or configure what was found."
+            )
+        for name in ("base_lrs", "max_lrs"):
+            if hasattr(part, name):
+                setattr(part, name, [rate * factor for rate in getattr(part, name)])
 
 
 def _parts(trainer: L.Trainer, place: int) -> tuple[Optimizer, Any]:

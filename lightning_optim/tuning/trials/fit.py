@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -103,6 +104,8 @@ class FitTrials:
         schedulers = {id(getattr(c.scheduler, "optimizer", None)): c.scheduler for c in trainer.lr_scheduler_configs}
         horizon = horizon_of(trainer)
         self.peaks = [Peaks(optimizer, schedulers.get(id(optimizer)), horizon) for optimizer in self.optimizers]
+        self.others_set_rates = False
+        """Whether, in the trials so far, the module or another callback has set rates as well."""
         self._snapshot = ObjectSnapshot(trainer, trainer.lightning_module, leave=trainer.loggers)
 
     def sweep(self, place: int, rates: Sequence[float], stop: Stop | None = None, seed: int = 0) -> Trial:
@@ -178,16 +181,19 @@ class FitTrials:
                 for losses in self._steps(fetcher, steering, steps):
                     if _is_lost(losses) or (stop is not None and stop(losses)):
                         ended = "stopped"
+                        del steering.losses[len(losses) :]
                         break
         except Exception as raised:  # Of the user's module, or of memory: the next trial may do without.
             ended, error = "failed", raised
+            forget_variables(raised)
         finally:
             self._snapshot.put_back()
+        self.others_set_rates |= steering.others_set_rates
         losses = steering.losses
         return Trial(losses, list(rates[: len(losses)]), ended, error, time.monotonic() - began)
 
     def _steps(self, fetcher: Any, steering: _Steering, steps: int) -> Iterator[list[float]]:
-        """Train, and yield the losses whenever there is one more."""
+        """Train, and yield the losses so far for each that there is more; a batch may have several steps, or none."""
         trainer = self._trainer
         barren, limit = 0, _BARREN * max(trainer.accumulate_grad_batches, 1)
         goes_on = False
@@ -198,7 +204,8 @@ class FitTrials:
             goes_on = train_batch(trainer, fetcher)
             if len(steering.losses) > before:
                 barren = 0
-                yield steering.losses
+                for count in range(before + 1, len(steering.losses) + 1):
+                    yield steering.losses[:count]
                 continue
             barren += 1
             if barren > limit:
@@ -238,6 +245,17 @@ def is_showing(callback: Any) -> bool:
     return any(is_lightning(callback, name) for name in SHOWING)
 
 
+def forget_variables(error: BaseException | None) -> None:
+    """Clear the variables of the functions through which an error came: they hold the memory that was short.
+
+    Args:
+        error: The error, whose causes are cleared as well.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 def _is_lost(losses: Sequence[float]) -> bool:
     """Whether the last losses are not finite; a single one may be the batch's."""
     return len(losses) >= _LOST and not any(math.isfinite(loss) for loss in losses[-_LOST:])
@@ -253,7 +271,10 @@ class _Steering(Hears):
         self._peaks, self._steps, self._factors = peaks, steps, factors
         self._others = [None if i == place else each.curves(steps) for i, each in enumerate(peaks)]
         self._counts = [0] * len(peaks)
+        self._written: list[list[float] | None] = [None] * len(peaks)
         self._loss = StepLoss()
+        self.others_set_rates = False
+        """Whether the module or another callback sets rates between the steps, too."""
 
     def start(self, trainer: L.Trainer) -> None:
         """Begin."""
@@ -262,25 +283,35 @@ class _Steering(Hears):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Set the rates of the steps of this batch."""
-        for peaks, others, count in zip(self._peaks, self._others, self._counts, strict=True):
-            step = min(count, self._steps - 1)
-            peaks.set_rates(self._factors(step) if others is None else [curve(step) for curve in others])
+        """Set the rates of the first steps of this batch."""
+        for place in range(len(self._peaks)):
+            self._set_rates(place)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Add the loss of a micro-batch."""
         self._loss.add(trainer, loss)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Count the step, and note its loss."""
+        """Set the rates of the step, count it, and note its loss."""
         place = next(i for i, each in enumerate(self._peaks) if each.optimizer is bare(optimizer))
-        self._counts[place] += 1
+        # Again: it may not be the first step of the batch, and an `optimizer_step` of the module may set rates itself.
+        self._set_rates(place)
         loss = self._loss.take()
-        if place != self.place:
-            return
         if loss is None:
-            raise ValueError(
-                f"No loss is known of the step of {type(bare(optimizer)).__name__}: in manual optimization call "
-                "`self.manual_backward(loss)` in place of `loss.backward()`."
-            )
-        self.losses.append(float(loss))
+            if pl_module.automatic_optimization:
+                return  # The module returned None for this batch, so that nothing is stepped by.
+            if place == self.place:
+                raise ValueError(
+                    f"No loss is known of the step of {type(bare(optimizer)).__name__}: in manual optimization call "
+                    "`self.manual_backward(loss)` in place of `loss.backward()`."
+                )
+        self._counts[place] += 1
+        if place == self.place and len(self.losses) < self._steps:
+            self.losses.append(float(loss))
+
+    def _set_rates(self, place: int) -> None:
+        peaks, others = self._peaks[place], self._others[place]
+        self.others_set_rates |= self._written[place] not in (None, peaks.rates())
+        step = min(self._counts[place], self._steps - 1)
+        peaks.set_rates(self._factors(step) if others is None else [curve(step) for curve in others])
+        self._written[place] = peaks.rates()

@@ -33,6 +33,18 @@ def state_of_last_fit(trainer: L.Trainer) -> dict[str, Any]:
     return dict(_KEPT.get(trainer, {}))
 
 
+@contextmanager
+def keep_last_fit(trainer: L.Trainer) -> Iterator[None]:
+    """Keep what `state_of_last_fit` returns through a fit that leaves nothing behind."""
+    before = _KEPT.get(trainer)
+    try:
+        yield
+    finally:
+        _KEPT.pop(trainer, None)
+        if before is not None:
+            _KEPT[trainer] = before
+
+
 class HubCallback(Contributor):
     """A contributor that finds its Trainer's hub."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning.pytorch as L
@@ -9,14 +10,16 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 import lightning_optim as lo
+from lightning_optim.callbacks._hub import state_of_last_fit
 from lightning_optim.cli import main
 from tests.helpers import RULES, Net, make_trainer
 from tests.tuning.learner import Learner, groups
-from tests.tuning.test_trials import ByHand, Noisy, assert_equal, everything, fit, loader_of, samples
+from tests.tuning.test_trials import ByHand, Noisy, Warms, assert_equal, everything, fit, loader_of, samples
 
 METHODS = ("sweep", "trials")
 INDEPENDENT = {"weight_decay_kind": "independent"}
@@ -201,7 +204,42 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(MisconfigurationException, match="that has steps to come"):
         lo.find_lr(make_trainer([lo.ConfigureOptimizers("sgd", 0.1)], max_epochs=0), Net(), loader)
     with pytest.raises(MisconfigurationException, match="can be read once"):
-        lo.find_lr(make_trainer([lo.ConfigureOptimizers("sgd", 0.1)], max_steps=3), Net(), iter([1]))
+        lo.find_lr(make_trainer([lo.ConfigureOptimizers("sgd", 0.1)], max_steps=3), Net(), iter([1] * 9))
+
+
+def test_names_of_callbacks_to_leave_out_are_checked(tmp_path):
+    loader = DataLoader(samples(), 4)
+    callbacks = [lo.ConfigureOptimizers("sgd", 0.01), lo.GradientClipping(1.0), ModelCheckpoint(tmp_path)]
+    trainer = make_trainer(callbacks, max_steps=2, enable_checkpointing=True)
+    with pytest.raises(ValueError, match=r"without='GradientCliping'.* Did you mean 'GradientClipping'"):
+        lo.find_lr(trainer, Net(), loader, without=["GradientCliping"])
+    names = ["GradientClipping", "ModelCheckpoint"]
+    assert lo.find_lr(trainer, Net(), loader, method="sweep", steps=20, repeats=1, without=names).notes == ()
+
+
+def test_a_checkpoint_of_the_last_fit_is_the_same_after_a_search():
+    trainer = make_trainer([lo.ConfigureOptimizers("sgd", 0.01), lo.GradientClipping(1.0)], max_steps=5)
+    model, loader = Net(), DataLoader(samples(), 4)
+    trainer.fit(model, loader)
+    before = copy.deepcopy(state_of_last_fit(trainer))
+    trainer.fit_loop.epoch_loop.max_steps = 10
+    lo.find_lr(trainer, model, loader, method="sweep", steps=20, repeats=1)
+    assert_equal(before, state_of_last_fit(trainer))
+    assert before["lightning_optim"]["counts"] == [[5, 5, 0]]
+
+
+def test_a_module_that_sets_its_rates_is_told_of():
+    found = lo.find_lr(make_trainer(max_steps=9), Warms(), loader_of("shuffled"), method="sweep", steps=20, repeats=1)
+    assert "sets learning rates between the steps" in str(found)
+
+
+def test_an_error_in_putting_back_is_not_taken_for_one_of_a_trial(monkeypatch):
+    def fail(self):
+        raise RuntimeError("cannot put back")
+
+    monkeypatch.setattr("lightning_optim.tuning.trials.fit.ObjectSnapshot.put_back", fail)
+    with pytest.raises(RuntimeError, match="cannot put back"):
+        learn([lo.ConfigureOptimizers("sgd", 0.01), _quick()])
 
 
 def test_the_command_writes_a_configuration_that_fit_takes(tmp_path, monkeypatch, capsys):

@@ -6,8 +6,9 @@ import array
 import collections
 import ctypes
 import functools
+import itertools
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -264,3 +265,32 @@ def test_a_generator_that_has_gone_on_is_reported():
     next(thing.numbers)
     with pytest.warns(UserWarning, match="the generator .*count"):
         snapshot.put_back()
+
+
+class Shared:
+    seen: ClassVar[list[int]] = []
+    count = 0
+
+
+def test_attributes_of_a_class_are_put_back():
+    thing = Shared()
+    with ObjectSnapshot(thing):
+        thing.seen.append(1)
+        Shared.count += 1
+        Shared.late = 1  # type: ignore[attr-defined]
+    assert (Shared.seen, Shared.count, hasattr(Shared, "late")) == ([], 0, False)
+
+
+def test_what_iterators_read_from_is_put_back_and_those_that_cannot_be_are_reported():
+    thing = Plain(pairs=zip([1, 2, 3], (4, 5, 6), strict=True), mapped=map(str, [1, 2]))
+    next(thing.pairs)
+    with ObjectSnapshot(thing):
+        next(thing.pairs), next(thing.mapped)
+    assert (list(thing.pairs), list(thing.mapped)) == ([(2, 5), (3, 6)], ["1", "2"])
+    ended = iter([1])
+    for running in (itertools.count(), itertools.cycle([1, 2]), enumerate([1, 2]), iter({1: 2}), ended):
+        snapshot = ObjectSnapshot(Plain(numbers=running))
+        snapshot.put_back()  # and nothing is reported
+        list(itertools.islice(running, 5))
+        with pytest.warns(UserWarning, match=f"cannot be put back: an iterator of class {type(running).__name__}"):
+            snapshot.put_back()

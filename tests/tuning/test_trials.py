@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import weakref
 from typing import Any
 
 import lightning.pytorch as L
@@ -290,3 +291,20 @@ def test_each_step_of_a_sweep_has_its_rate_whoever_steps(cls, steps_per_loss, tm
     assert sweep.error is None
     assert len(sweep.losses) == 7
     assert USED[: 7 * steps_per_loss : steps_per_loss] == pytest.approx([1e-4 * 3**i for i in range(7)])
+
+
+def test_a_trial_that_fails_holds_no_memory(tmp_path):
+    held = []
+
+    class Fails(Noisy):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.callbacks[0].__class__.__name__ == "_Steering":
+                activations = self(batch[0])
+                held.append(weakref.ref(activations))
+                raise torch.OutOfMemoryError(str(activations.shape))
+            return super().training_step(batch, batch_idx)
+
+    trying = [Trying()]
+    fit(Fails(), OURS["groups"](), loader_of("shuffled"), trying, tmp_path)
+    assert [type(trial.error) for trial in trying[0].trials] == [torch.OutOfMemoryError] * 3
+    assert [activations() for activations in held] == [None] * 3

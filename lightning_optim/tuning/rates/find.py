@@ -9,9 +9,10 @@ import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from lightning_optim.callbacks._hub import keep_last_fit
 from lightning_optim.tuning.rates.found import FoundRates
 from lightning_optim.tuning.rates.range_test import LRRangeTest
-from lightning_optim.tuning.trials.fit import is_showing
+from lightning_optim.tuning.trials.left_out import class_names, is_showing
 from lightning_optim.tuning.trials.objects import ObjectSnapshot
 
 
@@ -72,13 +73,13 @@ def find_lr(
     finder._leaves, finder._weight_decays, finder._batches = True, weight_decays, batches
     own: Any = trainer
     snapshot = ObjectSnapshot(trainer, model, train_dataloaders, datamodule, leave=[*trainer.loggers, finder])
-    try:
+    showing = [each for each in own.callbacks if is_showing(each)]
+    finder.without = tuple(name for name in finder.without if not any(name in class_names(each) for each in showing))
+    with keep_last_fit(trainer), snapshot:
         own.callbacks = [*(each for each in own.callbacks if not is_showing(each)), finder]
         own.loggers = [DummyLogger()] if trainer.loggers else []
         own.num_sanity_val_steps = 0
         trainer.fit(model, train_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
-    finally:
-        snapshot.put_back()
     if finder.found is None:
         raise MisconfigurationException(
             f"The fit took no step, so there is nothing to find: max_epochs={trainer.max_epochs}, "

@@ -36,6 +36,10 @@ Progress = Callable[[str], object]
 """Is told of each trial that begins."""
 
 
+class NoTrialError(RuntimeError):
+    """Not a single trial went through; its cause is what the last one raised."""
+
+
 @dataclass(frozen=True)
 class Search:
     """How to look for a rate.
@@ -72,7 +76,7 @@ def measure(trials: FitTrials, trainer: L.Trainer, search: Search, progress: Pro
         What has been found.
 
     Raises:
-        RuntimeError: Not a single trial went through.
+        NoTrialError: Not a single trial went through.
     """
     names, total = optimizer_names(trials.optimizers), horizon_of(trainer).total_steps
     if len(names) == 1:
@@ -94,7 +98,7 @@ def measure(trials: FitTrials, trainer: L.Trainer, search: Search, progress: Pro
         flag = _flag(trainer, place, one.configured)
         found.append(FoundRate(name, one.configured, evidence, time.monotonic() - began, flag, tuple(grids)))
         done += one.done
-    return FoundRates(tuple(found), search.method, _notes(done))
+    return FoundRates(tuple(found), search.method, _notes(done, trials.others_set_rates))
 
 
 def _named(progress: Progress, name: str, what: str) -> None:
@@ -188,14 +192,21 @@ def _check(done: Sequence[Trial], name: str) -> None:
     """Raise what every trial has raised."""
     if all(trial.ended == "failed" for trial in done):
         error = done[-1].error
-        raise RuntimeError(f"No trial of {name} went through: {type(error).__name__}: {error}") from error
+        raise NoTrialError(f"No trial of {name} went through: {type(error).__name__}: {error}") from error
 
 
-def _notes(done: Sequence[Trial]) -> tuple[str, ...]:
+def _notes(done: Sequence[Trial], others_set_rates: bool) -> tuple[str, ...]:
+    notes = []
     failed = [trial.error for trial in done if trial.error is not None]
-    if not failed:
-        return ()
-    return (f"{len(failed)} of {len(done)} trials failed, the last one with {type(failed[-1]).__name__}: {failed[-1]}",)
+    if failed:
+        last = f"{type(failed[-1]).__name__}: {failed[-1]}"
+        notes.append(f"{len(failed)} of {len(done)} trials failed, the last one with {last}")
+    if others_set_rates:
+        notes.append(
+            "The module or a callback sets learning rates between the steps, as an `optimizer_step` with a warmup "
+            "does, which takes precedence over the rate of the optimizer: change the rate there."
+        )
+    return tuple(notes)
 
 
 def _flag(trainer: L.Trainer, place: int, configured: float) -> str | None:

@@ -15,7 +15,7 @@ from lightning_optim.core.suggest import nearest
 from lightning_optim.core.typed import typed
 from lightning_optim.tuning.rates.apply import rate_of, set_rate
 from lightning_optim.tuning.rates.found import FoundRates
-from lightning_optim.tuning.rates.measure import METHODS, Search, measure
+from lightning_optim.tuning.rates.measure import METHODS, NoTrialError, Search, measure
 from lightning_optim.tuning.trials.fit import FitTrials
 from lightning_optim.tuning.trials.private import leave_fit
 
@@ -128,7 +128,7 @@ class LRRangeTest(L.Callback):
             leave_fit()
         try:
             self.found = self._find(trainer)
-        except RuntimeError as error:
+        except NoTrialError as error:
             rank_zero_warn(f"{type(self).__name__} leaves the learning rate as it is: {error}")
             return
         self._show(trainer, self.found)

@@ -22,26 +22,13 @@ from lightning_optim.callbacks._contributor import Hears
 from lightning_optim.callbacks._followed import bare
 from lightning_optim.callbacks._guard.step_loss import StepLoss
 from lightning_optim.callbacks._hub import Hub
-from lightning_optim.callbacks._packages import is_lightning
 from lightning_optim.callbacks._pipelines import has_engine
 from lightning_optim.factory.run_length import horizon_of
+from lightning_optim.tuning.trials.left_out import check_names, class_names, is_showing
 from lightning_optim.tuning.trials.objects import ObjectSnapshot
 from lightning_optim.tuning.trials.private import begin_epoch, check_loaders, fetcher_of, reseed, train_batch
 from lightning_optim.tuning.trials.rates import Peaks
 from lightning_optim.tuning.trials.still import still_in_place_of
-
-SHOWING = (
-    *("Checkpoint", "EarlyStopping", "ProgressBar", "LearningRateMonitor", "DeviceStatsMonitor", "Timer"),
-    *(
-        "ModelSummary",
-        "LearningRateFinder",
-        "BatchSizeFinder",
-        "OnExceptionCheckpoint",
-        "ThroughputMonitor",
-        "SaveConfigCallback",
-    ),
-)
-"""Lightning's callbacks that show, save or end a run, and change nothing in a step."""
 
 _BARREN = 1000
 """Batches in a row without a step of the optimizer, after which a trial gives up; for each batch of accumulation."""
@@ -88,7 +75,9 @@ class FitTrials:
         without: Names of further classes of callbacks to leave out, for instance one that uploads.
 
     Raises:
-        MisconfigurationException: The strategy steps by an engine of its own, or the data can be read only once.
+        MisconfigurationException: The strategy steps by an engine of its own, the data can be read only once, or all
+            rates of an optimizer are 0.
+        ValueError: A name in ``without`` is none of the classes of the callbacks.
     """
 
     def __init__(self, trainer: L.Trainer, without: Collection[str] = ()) -> None:
@@ -98,6 +87,7 @@ class FitTrials:
                 "in an engine of its own. Find the rate with another strategy, on the same batch size."
             )
         check_loaders(trainer)
+        check_names(without, trainer.callbacks)  # type: ignore[attr-defined]
         self._trainer = trainer
         self._without = frozenset(without)
         self.optimizers: list[Optimizer] = [bare(optimizer) for optimizer in trainer.optimizers]
@@ -231,18 +221,7 @@ class FitTrials:
             yield
 
     def _is_left_out(self, callback: Any) -> bool:
-        return is_showing(callback) or not self._without.isdisjoint(cls.__name__ for cls in type(callback).__mro__)
-
-
-def is_showing(callback: Any) -> bool:
-    """Return whether a callback shows, saves or ends a run, or looks for rates itself: trials do without it.
-
-    Args:
-        callback: A callback of Lightning, of ours or of the user's.
-    """
-    if getattr(type(callback), "finds_rates", False):
-        return True
-    return any(is_lightning(callback, name) for name in SHOWING)
+        return is_showing(callback) or not self._without.isdisjoint(class_names(callback))
 
 
 def forget_variables(error: BaseException | None) -> None:

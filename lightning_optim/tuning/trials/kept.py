@@ -95,6 +95,21 @@ def keep_slots(present: Any, names: tuple[str, ...]) -> Restore:
     return restore
 
 
+def keep_class(present: type) -> Restore:
+    """Remember the attributes of a class; the values are the same objects."""
+    missing = object()
+    saved = {name: value for name, value in vars(present).items() if not name.startswith("__")}
+
+    def restore() -> None:
+        for name in [name for name in vars(present) if not name.startswith("__") and name not in saved]:
+            type.__delattr__(present, name)
+        for name, value in saved.items():
+            if vars(present).get(name, missing) is not value:
+                type.__setattr__(present, name, value)
+
+    return restore
+
+
 def keep_cell(present: types.CellType) -> Restore | None:
     """Remember the variable of an enclosing function; None if it has no value."""
     try:
@@ -138,7 +153,9 @@ def keep_random(present: Any) -> Restore | None:
 
 
 def keep_iterator(present: Any) -> Restore | None:
-    """Remember the place of an iterator over a list, a tuple or a range; None if it has ended."""
+    """Remember the place of an iterator over a list, a tuple or a range; None if it has ended, or has no such place."""
+    if not hasattr(present, "__setstate__") or type(present).__module__ != "builtins":
+        return None
     reduced = present.__reduce__()
     if len(reduced) < 3:
         return None

@@ -9,6 +9,7 @@ import enum
 import functools
 import pathlib
 import re
+import sys
 import types
 import warnings
 from collections import deque
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_optim.callbacks._packages import is_lightning
 from lightning_optim.tuning.trials import kept
+from lightning_optim.tuning.trials.marks import is_running, mark, name_of, parts_of
 
 LARGE = 1 << 24
 """Bytes above which a tensor or an array of a dataset is not copied: datasets are read, not written."""
@@ -35,6 +37,11 @@ _ATOMS: tuple[type, ...] = (
     *(re.Pattern, pathlib.PurePath, datetime.date, datetime.timedelta, np.generic, np.dtype),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
+
+_LIBRARIES = sys.stdlib_module_names | {
+    *("lightning_optim", "torch", "numpy", "lightning", "lightning_fabric", "pytorch_lightning"),
+}
+"""Packages whose classes have no attributes of their own that a trial would change."""
 
 _OPAQUE = (
     # What runs or is open cannot be put back by its attributes; a trial leaves it alone.
@@ -49,17 +56,16 @@ _OPAQUE = (
     *("lightning.pytorch.trainer.connectors.signal_connector", "lightning_optim.divergence.snapshots", "pyarrow"),
 )
 
-_PLACES: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
-
 
 class ObjectSnapshot:
     """The state of all that can be reached from some objects and changed in place.
 
-    Followed are attributes, slots, containers, the variables that functions enclose, parameters, buffers, gradients,
-    optimizer state, and random number generators; those that everyone shares are kept, too. Every object stays the one
-    that it is: contents are put back, not copies of objects. Not followed are threads, processes, open files, loggers
-    and compiled code. Tensors and arrays of more than 16 MB in a dataset are not copied; a tensor among them that has
-    been written is reported by `put_back`.
+    Followed are attributes, slots, attributes of the user's classes, containers, the variables that functions enclose,
+    parameters, buffers, gradients, optimizer state, and random number generators; those that everyone shares are kept,
+    too. Every object stays the one that it is: contents are put back, not copies of objects. Not followed are threads,
+    processes, open files, loggers, compiled code and variables of Python modules. Tensors and arrays of more than 16 MB
+    in a dataset are not copied; a tensor among them that has been written is reported by `put_back`, as are generators
+    and iterators that have advanced and cannot be set back.
 
     Args:
         *roots: Where to begin: a Trainer, a module, loaders.
@@ -92,7 +98,7 @@ class ObjectSnapshot:
                 restore()
             for restore in self._tensors:
                 restore()
-        changed = [_name(thing) for thing, mark in self._unkept if _mark(thing) != mark]
+        changed = [name_of(thing) for thing, before in self._unkept if mark(thing) != before]
         if changed:
             warnings.warn(
                 f"A trial has changed what cannot be put back: {', '.join(sorted(set(changed)))}. The run that "
@@ -155,11 +161,8 @@ class ObjectSnapshot:
             yield from (thing.__self__, thing.__func__)
         elif isinstance(thing, functools.partial):
             yield from (thing.func, thing.args, thing.keywords)
-        elif isinstance(thing, _PLACES):
-            if (place := kept.keep_iterator(thing)) is not None:
-                self._contents.append(place)
-        elif isinstance(thing, types.GeneratorType):
-            self._unkept.append((thing, _mark(thing)))
+        elif isinstance(thing, Iterator) and is_running(thing):
+            yield from self._keep_iterator(thing)
             return
         elif (generator := kept.keep_random(thing)) is not None:
             self._tensors.append(generator)
@@ -167,6 +170,7 @@ class ObjectSnapshot:
             yield thing.bit_generator
         if not _is_opaque(thing):
             yield from self._keep_attributes(thing)
+            yield from self._keep_classes(type(thing))
 
     def _keep_attributes(self, thing: Any) -> Iterator[Any]:
         attributes = getattr(thing, "__dict__", None)
@@ -179,6 +183,22 @@ class ObjectSnapshot:
             for name in names:
                 with suppress(AttributeError):
                     yield getattr(thing, name)
+
+    def _keep_classes(self, cls: type) -> Iterator[Any]:
+        """Remember the attributes of the user's classes: to ``losses = []`` in a class all of its objects write."""
+        for base in cls.__mro__:
+            if id(base) in self._seen:
+                continue
+            self._seen[id(base)] = base
+            if base.__module__.split(".")[0] not in _LIBRARIES:
+                self._contents.append(kept.keep_class(base))
+                yield from (value for value in vars(base).values() if not isinstance(value, types.FunctionType))
+
+    def _keep_iterator(self, thing: Iterator[Any]) -> Iterator[Any]:
+        if (restore := kept.keep_iterator(thing)) is not None:
+            self._contents.append(restore)
+        self._unkept.append((thing, mark(thing)))
+        yield from parts_of(thing)
 
     def _keep_tensor(self, tensor: Tensor, in_data: bool) -> Iterator[Any]:
         if tensor.is_leaf and tensor.grad is not None:
@@ -202,7 +222,7 @@ class ObjectSnapshot:
             return
         self._storages[storage._cdata] = storage
         if in_data and storage.nbytes() > LARGE:
-            self._unkept.append((tensor, _mark(tensor)))
+            self._unkept.append((tensor, mark(tensor)))
         else:
             self._tensors.append(kept.keep_storage(storage))
 
@@ -246,21 +266,3 @@ def _is_opaque(thing: Any) -> bool:
         return False
     module = type(thing).__module__
     return module.startswith(_OPAQUE) and any(module == name or module.startswith(name + ".") for name in _OPAQUE)
-
-
-def _mark(thing: Any) -> Any:
-    """What has changed if a tensor has been written, or a generator has gone on."""
-    if isinstance(thing, Tensor):
-        return thing._version
-    if isinstance(thing, _PLACES):
-        return thing.__reduce__()[2:]
-    if not isinstance(thing, types.GeneratorType) or thing.gi_frame is None:
-        return None
-    names = [(name, id(value)) for name, value in thing.gi_frame.f_locals.items()]
-    return thing.gi_frame.f_lasti, names, _mark(thing.gi_yieldfrom)
-
-
-def _name(thing: Any) -> str:
-    if isinstance(thing, Tensor):
-        return f"a tensor of a dataset, of shape {list(thing.shape)}"
-    return f"the generator {thing.__qualname__}"

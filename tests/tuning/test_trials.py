@@ -252,7 +252,7 @@ class Warms(Thrice):
 
     training_step = Noisy.training_step
 
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * min(1.0, (self.trainer.global_step + 1) / 5)
         optimizer.step(closure=optimizer_closure)
@@ -298,7 +298,8 @@ def test_a_trial_that_fails_holds_no_memory(tmp_path):
 
     class Fails(Noisy):
         def training_step(self, batch, batch_idx):
-            if self.trainer.callbacks[0].__class__.__name__ == "_Steering":
+            trainer: Any = self.trainer
+            if type(trainer.callbacks[0]).__name__ == "_Steering":
                 activations = self(batch[0])
                 held.append(weakref.ref(activations))
                 raise torch.OutOfMemoryError(str(activations.shape))
@@ -308,3 +309,14 @@ def test_a_trial_that_fails_holds_no_memory(tmp_path):
     fit(Fails(), OURS["groups"](), loader_of("shuffled"), trying, tmp_path)
     assert [type(trial.error) for trial in trying[0].trials] == [torch.OutOfMemoryError] * 3
     assert [activations() for activations in held] == [None] * 3
+
+
+def test_a_trial_that_fails_on_one_of_several_ranks_ends_the_run(tmp_path, monkeypatch):
+    class Fails(Noisy):
+        def training_step(self, batch, batch_idx):
+            monkeypatch.setattr(L.Trainer, "world_size", 2)
+            raise torch.OutOfMemoryError("here")
+
+    with pytest.raises(RuntimeError, match="failed on rank 0 of 2 with OutOfMemoryError: here") as error:
+        fit(Fails(), OURS["groups"](), loader_of("shuffled"), [Trying()], tmp_path)
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)

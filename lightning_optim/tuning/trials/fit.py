@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ from lightning_optim.callbacks._guard.step_loss import StepLoss
 from lightning_optim.callbacks._hub import Hub
 from lightning_optim.callbacks._pipelines import has_engine
 from lightning_optim.factory.run_length import horizon_of
+from lightning_optim.tuning.trials.failures import check_alone, forget_variables
 from lightning_optim.tuning.trials.left_out import check_names, class_names, is_showing
 from lightning_optim.tuning.trials.objects import ObjectSnapshot
 from lightning_optim.tuning.trials.private import begin_epoch, check_loaders, fetcher_of, reseed, train_batch
@@ -174,6 +174,7 @@ class FitTrials:
                         del steering.losses[len(losses) :]
                         break
         except Exception as raised:  # Of the user's module, or of memory: the next trial may do without.
+            check_alone(self._trainer, raised)
             ended, error = "failed", raised
             forget_variables(raised)
         finally:
@@ -222,17 +223,6 @@ class FitTrials:
 
     def _is_left_out(self, callback: Any) -> bool:
         return is_showing(callback) or not self._without.isdisjoint(class_names(callback))
-
-
-def forget_variables(error: BaseException | None) -> None:
-    """Clear the variables of the functions through which an error came: they hold the memory that was short.
-
-    Args:
-        error: The error, whose causes are cleared as well.
-    """
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _is_lost(losses: Sequence[float]) -> bool:
@@ -285,7 +275,7 @@ class _Steering(Hears):
                     "`self.manual_backward(loss)` in place of `loss.backward()`."
                 )
         self._counts[place] += 1
-        if place == self.place and len(self.losses) < self._steps:
+        if loss is not None and place == self.place and len(self.losses) < self._steps:
             self.losses.append(float(loss))
 
     def _set_rates(self, place: int) -> None:

@@ -66,7 +66,8 @@ class FoundRates(Sequence[FoundRate]):
 
     Args:
         rates: The entries, in the order of the optimizers.
-        method: ``"sweep"`` or ``"trials"``.
+        method: ``"sweep"``, ``"trials"`` or ``"check"``.
+        notes: What else there is to know: trials that failed, rates that the module sets itself.
     """
 
     rates: tuple[FoundRate, ...]

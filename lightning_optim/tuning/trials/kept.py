@@ -25,7 +25,7 @@ def keep_dict(present: dict[Any, Any]) -> Restore:
     def restore() -> None:
         now = list(kind.items(present))
         if len(now) == len(items) and all(a is c and b is d for (a, b), (c, d) in zip(now, items, strict=True)):
-            return  # Nothing has changed: whoever counts writes to it sees none.
+            return  # Nothing has changed, so that what watches writes to the dict sees none.
         kind.clear(present)
         for key, value in items:
             kind.__setitem__(present, key, value)

@@ -43,7 +43,7 @@ class FindsLR(_Trainer):
         Args:
             model: The module.
             datamodule: The data module.
-            method: Trials of several rates, ``trials``; a sweep of rates, ``sweep``, which is quicker and less reliable;
+            method: Trials of several rates, ``trials``; a sweep of rates, ``sweep``, quicker and less reliable;
                 or ``check``, whether the configured rate diverges or is slow.
             steps: Steps of a trial of the last round, by default 100, or of a sweep, by default 200.
             repeats: Number of sweeps of each optimizer.

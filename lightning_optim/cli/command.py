@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,16 @@ from pathlib import Path
 
 LISTED = ("optimizers", "schedules", "clipping", "weight-decay", "detectors", "diagnostics", "recipes")
 """Kinds of ``list``, each of which is a command as well."""
+
+_OWN = {
+    "list": ("listing", "run_list", False),
+    "recipe": ("recipe", "run_recipe", False),
+    "report": ("report", "run_report", False),
+    "batch-size": ("batch_size", "run_batch_size", True),
+    "compare": ("compare", "run_compare", True),
+    "search": ("search", "run_search_command", True),
+}
+"""Commands with a parser of their own: module and function, and whether they read the configuration of a fit."""
 
 NEEDED = "The command line needs jsonargparse and rich: pip install 'lightning-optim[cli]'"
 
@@ -37,33 +48,37 @@ def _run(given: list[str]) -> None:
         from lightning_optim import __version__
 
         print(f"lightning-optim {__version__}")
-    elif command == "list" or command in LISTED:
-        from lightning_optim.cli.listing import run_list
-
-        run_list(given[command == "list" :])
-    elif command == "report":
-        from lightning_optim.cli.report import run_report
-
-        run_report(given[1:])
-    elif command == "recipe":
-        from lightning_optim.cli.recipe import run_recipe
-
-        run_recipe(given[1:])
+    elif command in LISTED:
+        _run_own("list", given)
+    elif command in _OWN:
+        _run_own(command, given[1:])
     else:
         _run_cli(given)
 
 
+def _run_own(command: str, given: list[str]) -> None:
+    """Run a command with a parser of its own, which is loaded only now."""
+    module, function, prepares = _OWN[command]
+    if prepares:
+        _prepare()
+    getattr(importlib.import_module(f"lightning_optim.cli.{module}"), function)(given)
+
+
 def _run_cli(given: list[str]) -> None:
+    _prepare()
+    from lightning_optim.cli.optim_cli import Command
+
+    Command.run(given)
+
+
+def _prepare() -> None:
+    """Check the extra packages, and let class paths such as `examples.char_lm.CharLM` start where the user is."""
     try:
         require_extra()
     except ModuleNotFoundError as error:
         raise SystemExit(str(error)) from None
-    from lightning_optim.cli.optim_cli import Command
-
-    # As with `python -m`, class paths such as `examples.char_lm.CharLM` start in the current directory.
-    if (here := str(Path.cwd())) not in sys.path:
+    if (here := str(Path.cwd())) not in sys.path:  # as with `python -m`
         sys.path.insert(0, here)
-    Command.run(given)
 
 
 def require_extra() -> None:

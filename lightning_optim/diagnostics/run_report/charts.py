@@ -44,6 +44,23 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """The spread around a curve.
+
+    Args:
+        run: Index of the curve's run.
+        series: The curve's series.
+        low: Points of its lower edge.
+        high: Points of its upper edge, at the same steps.
+    """
+
+    run: int
+    series: str
+    low: Points
+    high: Points
+
+
+@dataclass(frozen=True)
 class Mark:
     """An event on a curve.
 
@@ -75,6 +92,8 @@ class Chart:
         shown: The series that are visible at first.
         marks: Events on its curves.
         clipped: Where at least half of the steps were clipped, as pieces of the curves.
+        bands: Spreads around its curves.
+        axis: ``"step"``, or ``"seconds"``.
     """
 
     title: str
@@ -85,6 +104,8 @@ class Chart:
     shown: list[str] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     clipped: list[Line] = field(default_factory=list)
+    bands: list[Band] = field(default_factory=list)
+    axis: str = "step"
 
     @property
     def series(self) -> list[str]:

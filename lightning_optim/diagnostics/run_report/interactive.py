@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightning_optim.diagnostics.run_report.analysis import finite
-from lightning_optim.diagnostics.run_report.charts import Chart, thinned
+from lightning_optim.diagnostics.run_report.charts import MOST_POINTS, Chart, thinned
 from lightning_optim.diagnostics.run_report.pictures import colour_of
 from lightning_optim.diagnostics.run_report.run import Run, short
 
@@ -35,7 +35,7 @@ def library() -> str:
 
 
 def draw(charts: Sequence[Chart], runs: Sequence[Run]) -> tuple[str, list[str]]:
-    """Draw charts whose steps are zoomed together.
+    """Draw charts whose steps are zoomed together, and so are their seconds.
 
     Each curve is tagged with the indices of chart, run and series, by which the page shows and hides it.
 
@@ -50,8 +50,12 @@ def draw(charts: Sequence[Chart], runs: Sequence[Run]) -> tuple[str, list[str]]:
     from bokeh.models import Range1d
 
     last = max((run.steps for run in runs), default=1)
-    shared = Range1d(start=-0.01 * last, end=max(1.01 * last, 1))
-    figures = tuple(_figure(number, chart, runs, shared) for number, chart in enumerate(charts))
+    longest = max((p[2] for c in charts if c.axis == "seconds" for line in c.lines for p in line.points), default=1.0)
+    shared = {
+        "step": Range1d(start=-0.01 * last, end=max(1.01 * last, 1)),
+        "seconds": Range1d(start=-0.01 * longest, end=1.01 * longest),
+    }
+    figures = tuple(_figure(number, chart, runs, shared[chart.axis]) for number, chart in enumerate(charts))
     script, elements = components(figures, wrap_script=True, wrap_plot_info=True)
     return script, list(elements)
 
@@ -75,8 +79,9 @@ def _figure(number: int, chart: Chart, runs: Sequence[Run], steps: Any) -> Any:
     )
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
-    plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
-    plot.xaxis.axis_label = "step"
+    # Seconds of a short run are fractions.
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0" if chart.axis == "step" else "0,0.[0]")
+    plot.xaxis.axis_label = chart.axis
     if not chart.log:
         plot.yaxis.formatter = BasicTickFormatter(power_limit_low=-5)
     series = chart.series
@@ -87,19 +92,27 @@ def _figure(number: int, chart: Chart, runs: Sequence[Run], steps: Any) -> Any:
         renderer = plot.line(*_steps_and_values(thinned(line.points)), color=colour_of(line.run), line_width=9)
         renderer.glyph.line_alpha = 0.25
         renderer.tags = [number, line.run, -1]
+    for band in chart.bands:
+        low, high = thinned(band.low, MOST_POINTS * 2), thinned(band.high, MOST_POINTS * 2)
+        if len(low) != len(high):  # Thinned at different steps.
+            low, high = band.low, band.high
+        x, edges = _places(low, chart.axis), [np.asarray([value for _, value, _ in edge]) for edge in (low, high)]
+        place = series.index(band.series)
+        renderer = plot.varea(x, *edges, color=colour_of(band.run if len(runs) > 1 else place), alpha=0.16)
+        renderer.tags, renderer.visible = [number, band.run, place], band.series in chart.shown
     for line in chart.lines:
         place = series.index(line.series)
         points = thinned(line.points)
         x, y = _steps_and_values(points)
         name = short(runs[line.run].name if len(runs) > 1 else line.series)
         label = f"{name}: {short(line.series)}" if len(runs) > 1 and len(series) > 1 else name
-        source = {"step": x, "value": y, "seconds": np.asarray([seconds for *_, seconds in points])}
+        source = {"step": x, "value": y, "seconds": _places(points, "seconds")}
         colour = colour_of(line.run if len(runs) > 1 else place)
         glyph: dict[str, Any] = {"source": source, "color": colour, "visible": line.series in chart.shown}
-        renderer = plot.line("step", "value", line_dash=line.dash, line_width=1.8, **glyph)
+        renderer = plot.line(chart.axis, "value", line_dash=line.dash, line_width=1.8, **glyph)
         several: list[Any] = [renderer]
         if len(points) <= 30:  # One point alone makes no line.
-            several.append(plot.scatter("step", "value", size=5, **glyph))
+            several.append(plot.scatter(chart.axis, "value", size=5, **glyph))
         for one in several:
             one.name, one.tags = label, [number, line.run, place]
         curves.append(several[-1])
@@ -129,6 +142,11 @@ def _range(chart: Chart) -> Any:
     if values.max() - values.min() <= 8 * (high - low) or margin == 0:
         return None
     return Range1d(start=float(max(low - margin, values.min())), end=float(min(high + margin, values.max())))
+
+
+def _places(points: Sequence[tuple[int, float, float]], axis: str) -> Any:
+    """Return where points are on an axis: their steps or seconds."""
+    return np.asarray([point[0 if axis == "step" else 2] for point in points], dtype=np.float64)
 
 
 def _steps_and_values(points: Sequence[tuple[int, float, float]]) -> tuple[Any, Any]:

@@ -52,7 +52,8 @@ def draw(chart: Chart, runs: Sequence[Run]) -> bytes:
         if line.series not in chart.shown:
             continue
         points = thinned(line.points)
-        steps, values, _ = zip(*points, strict=True)
+        steps, values, seconds = zip(*points, strict=True)
+        steps = steps if chart.axis == "step" else seconds
         colour = colour_of(line.run if len(runs) > 1 else series.index(line.series))
         (handle,) = panel.plot(steps, values, linestyle=_DASHES[line.dash], color=colour, linewidth=1.4)
         if len(points) < 20:
@@ -60,12 +61,18 @@ def draw(chart: Chart, runs: Sequence[Run]) -> bytes:
         shown = len({each.series for each in chart.lines if each.series in chart.shown})
         label = line.series if len(runs) == 1 else runs[line.run].name
         handles[f"{label}: {line.series}" if len(runs) > 1 and shown > 1 else label] = handle
+    for band in chart.bands:
+        if band.series in chart.shown:
+            x = [point[0 if chart.axis == "step" else 2] for point in band.low]
+            colour = colour_of(band.run if len(runs) > 1 else series.index(band.series))
+            edges = [[value for _, value, _ in edge] for edge in (band.low, band.high)]
+            panel.fill_between(x, *edges, color=colour, alpha=0.16, linewidth=0)
     for mark in chart.marks:
         panel.plot([mark.step], [mark.value], _MARKERS[mark.kind], color="#d62728", markersize=6)
     if chart.log:
         panel.set_yscale("log")
     panel.set_title(chart.title.replace("$", r"\$"), fontsize=10)
-    panel.set_xlabel("step")
+    panel.set_xlabel(chart.axis)
     panel.grid(alpha=0.3)
     if len(handles) > 1 or len(runs) > 1:
         labels = [plain_label(label) for label in handles]

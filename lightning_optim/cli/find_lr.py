@@ -31,6 +31,8 @@ class FindsLR(_Trainer):
         repeats: int = 3,
         low: float | None = None,
         high: float | None = None,
+        weight_decays: list[float] | None = None,
+        batches: list[int] | None = None,
         out: str = "found_lr",
         width: int = 72,
         ckpt_path: str | None = None,
@@ -41,12 +43,14 @@ class FindsLR(_Trainer):
         Args:
             model: The module.
             datamodule: The data module.
-            method: A sweep of rates, ``sweep``, or trials of several rates, ``trials``, which is slower and more
-                reliable.
+            method: A sweep of rates, ``sweep``; trials of several rates, ``trials``, which is slower and more reliable;
+                or ``check``, whether the configured rate diverges or is slow.
             steps: Steps of a sweep, or of a trial of the last round.
             repeats: Number of sweeps of each optimizer.
             low: Lowest rate to try; by default well below what is usual for the optimizer.
             high: Highest rate to try; by default well above it.
+            weight_decays: Values of weight decay to try with the rate that is found.
+            batches: Multiples of the batch to try, by accumulation, with that rate and those of the scaling rules.
             out: Folder for lr.yaml, lr.png and a TensorBoard log.
             width: Number of columns of the picture in the terminal.
             ckpt_path: A checkpoint from which the run goes on.
@@ -64,6 +68,8 @@ class FindsLR(_Trainer):
             repeats=repeats,
             low=low,
             high=high,
+            weight_decays=weight_decays or (),
+            batches=batches or (),
             ckpt_path=ckpt_path,
         )
         if not self.is_global_zero:

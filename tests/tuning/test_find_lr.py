@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_afterwards_the_same_objects_can_be_fitted_as_if_nothing_had_been(method
     for finds in (False, True):
         L.seed_everything(0, verbose=False)
         model, loader = Noisy(), loader_of("stateful")
-        trainer = make_trainer(
+        trainer: Any = make_trainer(
             [lo.ConfigureOptimizers("adamw", 1e-3, schedule="cosine"), lo.GradientClipping(1.0), lo.OptimizerMonitor()],
             max_steps=20,
             max_epochs=-1,
@@ -158,6 +160,23 @@ def test_a_trial_that_raises_leaves_the_others_and_the_fit(tmp_path):
     assert_equal(*fits)
     assert "trials failed, the last one with OutOfMemoryError: at this rate" in str(trying[0].found)
     assert (trying[0].found.lr or 0) < 0.02
+
+
+def test_weight_decay_and_batch_are_tried_with_the_rate():
+    trainer = make_trainer([lo.ConfigureOptimizers("adamw", 0.02, schedule="linear")], max_steps=40, max_epochs=-1)
+    model = Learner()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = lo.find_lr(trainer, model, method="check", steps=40, weight_decays=[0.0, 100.0], batches=[1, 2])
+    decay, batch = found[0].grids
+    assert {value for value, _ in decay.pairs.alike} == {0.0}
+    assert {value for value, _ in batch.pairs.ranking} == {1.0, 2.0}
+    assert len(batch.pairs.ranking) == 4  # at one batch, all three rates are the same
+    assert "square root" in str(batch)
+    assert "hurts" in str(found)
+    assert trainer.accumulate_grad_batches == 1
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="whole multiple"):
+        lo.find_lr(trainer, model, method="check", steps=20, batches=[0])
 
 
 def test_a_module_that_always_raises_is_an_error_with_its_cause():

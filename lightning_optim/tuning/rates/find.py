@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_optim.tuning.rates.found import FoundRates
 from lightning_optim.tuning.rates.range_test import LRRangeTest
@@ -26,6 +26,8 @@ def find_lr(
     repeats: int = 3,
     low: float | None = None,
     high: float | None = None,
+    weight_decays: Sequence[float] = (),
+    batches: Sequence[int] = (),
     ckpt_path: str | None = None,
     without: Collection[str] = (),
 ) -> FoundRates:
@@ -40,11 +42,14 @@ def find_lr(
         model: The module.
         train_dataloaders: The data as ``fit`` takes them; None if the module has its own.
         datamodule: A data module.
-        method: ``"sweep"`` or ``"trials"``; see `LRRangeTest`.
+        method: ``"sweep"``, ``"trials"`` or ``"check"``; see `LRRangeTest`.
         steps: Steps of a sweep, or of a trial of the last round.
         repeats: Number of sweeps of each optimizer.
         low: Lowest rate to try; by default well below what is usual for the optimizer.
         high: Highest rate to try; by default well above it.
+        weight_decays: Values of weight decay to try, each with the rate that is found, half of it and twice as much.
+        batches: Multiples of the batch to try, by accumulation, each with the rate that is found and with those of the
+            square root and the linear scaling rule.
         ckpt_path: A checkpoint from which the run will go on; None for a run from its start.
         without: Names of classes of callbacks to leave out of the trials.
 
@@ -64,7 +69,7 @@ def find_lr(
         ```
     """
     finder = LRRangeTest(method, steps, repeats, low, high, apply=False, without=without)
-    finder._leaves = True
+    finder._leaves, finder._weight_decays, finder._batches = True, weight_decays, batches
     own: Any = trainer
     snapshot = ObjectSnapshot(trainer, model, train_dataloaders, datamodule, leave=[*trainer.loggers, finder])
     try:

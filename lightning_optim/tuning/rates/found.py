@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_optim.tuning.rates.grids import Grid
 from lightning_optim.tuning.rates.rate_trials import RateTrials
 from lightning_optim.tuning.rates.suggestion import Suggestion
 
@@ -22,6 +23,7 @@ class FoundRate:
         seconds: How long they took.
         flag: Name of the argument that sets the rate, as a flag of ``lightning-optim fit``; None where the module
             makes its optimizers from a number that we do not know.
+        grids: What was found about weight decay or batch size together with the rate.
     """
 
     name: str
@@ -29,6 +31,7 @@ class FoundRate:
     evidence: Suggestion | RateTrials
     seconds: float = 0.0
     flag: str | None = None
+    grids: tuple[Grid, ...] = ()
 
     @property
     def lr(self) -> float | None:
@@ -53,7 +56,8 @@ class FoundRate:
     def __str__(self) -> str:
         within = "" if self.low is None or self.high is None else f", between {self.low:.2g} and {self.high:.2g}"
         found = "cannot tell" if self.lr is None else f"lr {self.lr:.3g}{within}"
-        return f"{self.name}: {found} (configured: {self.configured:.3g}). {_sentence(self.reason)}"
+        text = f"{self.name}: {found} (configured: {self.configured:.3g}). {_sentence(self.reason)}"
+        return "\n".join([text, *(f"{self.name}: {grid}" for grid in self.grids)])
 
 
 @dataclass(frozen=True)

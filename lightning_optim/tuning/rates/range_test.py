@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import _TunerExitException
 from tqdm import tqdm
 
 from lightning_optim.callbacks._boards import Boards, boards_of
@@ -16,8 +15,9 @@ from lightning_optim.core.suggest import nearest
 from lightning_optim.core.typed import typed
 from lightning_optim.tuning.rates.apply import rate_of, set_rate
 from lightning_optim.tuning.rates.found import FoundRates
-from lightning_optim.tuning.rates.measure import METHODS, measure
+from lightning_optim.tuning.rates.measure import METHODS, Search, measure
 from lightning_optim.tuning.trials.fit import FitTrials
+from lightning_optim.tuning.trials.private import leave_fit
 
 TAG = "optim_lr"
 """Tag of the picture and the text in loggers."""
@@ -35,12 +35,14 @@ class LRRangeTest(L.Callback):
     factor, until the loss rises; repeated on data in other orders, so that the suggestion comes with an interval.
     ``"trials"`` trains a number of steps at each of a few rates, under the shape of the real schedule, on the same
     batches, and goes on with the better half: it costs about four times as much and is more reliable, above all for
-    Adam-like and matrix optimizers, whose losses rise late.
+    Adam-like and matrix optimizers, whose losses rise late. ``"check"`` asks of the configured rate whether it
+    diverges, or is slow compared with three times and a third of it, and, if so, goes on in that direction until
+    neither is better.
 
     A fit that resumes from a checkpoint keeps the rates that were found then.
 
     Args:
-        method: ``"sweep"`` or ``"trials"``.
+        method: ``"sweep"``, ``"trials"`` or ``"check"``.
         steps: Steps of a sweep, or of a trial of the last round.
         repeats: Number of sweeps of each optimizer.
         low: Lowest rate to try; by default well below what is usual for the optimizer.
@@ -94,6 +96,8 @@ class LRRangeTest(L.Callback):
         self._is_done = self._is_resumed = False
         self._leaves = False
         """Whether the fit ends with the trials."""
+        self._weight_decays: Sequence[float] = ()
+        self._batches: Sequence[int] = ()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begin anew, unless a checkpoint is restored after this."""
@@ -121,7 +125,7 @@ class LRRangeTest(L.Callback):
         self._is_done = True
         if self._leaves:
             self.found = self._find(trainer)
-            raise _TunerExitException
+            leave_fit()
         try:
             self.found = self._find(trainer)
         except RuntimeError as error:
@@ -139,7 +143,9 @@ class LRRangeTest(L.Callback):
                 bar.set_postfix_str(what)
                 bar.update()
 
-            return measure(trials, trainer, self.method, self.steps, self.repeats, self.low, self.high, progress)
+            ranges = self.low, self.high, self._weight_decays, self._batches
+            search = Search(self.method, self.steps, self.repeats, *ranges)
+            return measure(trials, trainer, search, progress)
 
     def _show(self, trainer: L.Trainer, found: FoundRates) -> None:
         """Write what has been found wherever it is wanted; what cannot be written costs a warning."""

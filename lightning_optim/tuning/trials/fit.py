@@ -122,7 +122,13 @@ class FitTrials:
         return self._run(place, len(rates), lambda step: [factors[step]] * self._groups(place), rates, stop, seed=seed)
 
     def at(
-        self, place: int, rate: float, steps: int, stop: Stop | None = None, prepare: Prepare | None = None
+        self,
+        place: int,
+        rate: float,
+        steps: int,
+        stop: Stop | None = None,
+        prepare: Prepare | None = None,
+        accumulate: int = 1,
     ) -> Trial:
         """Run steps at one peak rate, under the shape that the schedule has over the whole run, scaled to the trial.
 
@@ -132,6 +138,7 @@ class FitTrials:
             steps: Number of optimizer steps.
             stop: Ends it early.
             prepare: Called with the optimizer before the first step, to try another value of something else.
+            accumulate: How many times as many batches to accumulate as the fit does, for a larger batch.
 
         Returns:
             The trial.
@@ -140,6 +147,7 @@ class FitTrials:
         factor, curves = rate / peaks.base, peaks.curves(steps)
 
         def set_up(optimizer: Optimizer) -> None:
+            self._trainer.accumulate_grad_batches *= accumulate
             peaks.scale(factor)
             if prepare is not None:
                 prepare(optimizer)

@@ -252,10 +252,12 @@ def _mark(thing: Any) -> Any:
     """What has changed if a tensor has been written, or a generator has gone on."""
     if isinstance(thing, Tensor):
         return thing._version
-    frame = thing.gi_frame
-    if frame is None:
+    if isinstance(thing, _PLACES):
+        return thing.__reduce__()[2:]
+    if not isinstance(thing, types.GeneratorType) or thing.gi_frame is None:
         return None
-    return frame.f_lasti, [(name, id(value)) for name, value in frame.f_locals.items()]
+    names = [(name, id(value)) for name, value in thing.gi_frame.f_locals.items()]
+    return thing.gi_frame.f_lasti, names, _mark(thing.gi_yieldfrom)
 
 
 def _name(thing: Any) -> str:

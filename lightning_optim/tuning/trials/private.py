@@ -9,7 +9,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as L
 import numpy as np
@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loops.utilities import _select_data_fetcher
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch.utils._pytree import tree_unflatten
 
 
@@ -122,3 +123,12 @@ def train_batch(trainer: L.Trainer, fetcher: Any) -> bool:
     if not loop._should_accumulate():
         loop._batches_that_stepped += 1
     return not fetcher.done
+
+
+def leave_fit() -> NoReturn:
+    """End a fit from within, with the teardown of one that has been through.
+
+    Raises:
+        _TunerExitException: Always; Lightning catches it.
+    """
+    raise _TunerExitException

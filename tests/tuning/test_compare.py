@@ -9,6 +9,7 @@ import os
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,8 +67,14 @@ def _fitted(then):
 
 
 def _state():
-    numpy = np.random.get_state()[1].tolist()
-    return torch.random.get_rng_state().tolist(), random.getstate(), numpy, torch.get_num_threads(), dict(os.environ)
+    numpy: Any = np.random.get_state()
+    return (
+        torch.random.get_rng_state().tolist(),
+        random.getstate(),
+        numpy[1].tolist(),
+        torch.get_num_threads(),
+        dict(os.environ),
+    )
 
 
 def test_variants_of_a_seed_start_alike_and_what_diverges_is_told(compared):

@@ -154,7 +154,7 @@ _COMMANDS = {
     "plan": "show a fit before it runs: groups, schedule, conflicts",
     "list": "show optimizers, schedules, clipping methods and more",
     "report": "write a page about a run, or several side by side",
-    "compare": "train variants of a run with several seeds, and say which is better",
+    "compare": "train variants with several seeds; which is better?",
     "completion": "print completions for bash, zsh or tcsh",
 }
 """All commands, each with a line for `--help`."""

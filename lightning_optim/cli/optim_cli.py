@@ -156,7 +156,7 @@ _COMMANDS = {
     "plan": "show a fit before it runs: groups, schedule, conflicts",
     "list": "show optimizers, schedules, clipping methods and more",
     "report": "write a page about a run, or several side by side",
-    "compare": "train variants of a run with several seeds, and say which is better",
+    "compare": "train variants with several seeds; which is better?",
     "batch-size": "find the largest batch that fits, and the rate for it",
     "search": "search hyperparameters, with Optuna",
     "completion": "print completions for bash, zsh or tcsh",

@@ -46,7 +46,8 @@ def test_the_documentation_shows_what_is_printed(command, shown, tmp_path, monke
 def test_every_command_has_one_line_in_the_help(monkeypatch, capfd):
     monkeypatch.setenv("COLUMNS", "80")
     _, out = run(["--help"], capfd)
-    for command in ("fit", "validate", "test", "predict", "plan", "list", "report", "completion"):
+    commands = ("fit", "validate", "test", "predict", "plan", "list", "report", "completion", "batch-size", "search")
+    for command in commands:
         (line,) = [line for line in out.splitlines() if line.startswith(f"    {command} ")]
         assert len(line) <= 80
         assert not re.search(rf"^    {command} .*\n {{24}}\S", out, re.MULTILINE)

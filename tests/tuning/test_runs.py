@@ -79,6 +79,7 @@ def test_a_fit_is_recorded(study):
     # Two moments of 25 parameters, and counts.
     assert 200 <= fit.state_bytes < 400
     assert fit.facts["lr"] == {"no_decay": 0.01, "default": 0.01}
+    assert fit.facts["validated"] == ["val_loss"]
     (run,) = read_runs([Path(fit.folder) / "events"])
     assert "val_loss" in run.scalars
     # The last step is validated, whatever the interval.

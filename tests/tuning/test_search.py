@@ -408,6 +408,20 @@ def test_two_processes_share_a_study_and_a_killed_one_loses_nothing(tmp_path, ki
     assert len(done) == 6
 
 
+@pytest.mark.slow
+def test_the_same_command_resumes_a_search_that_was_killed(tmp_path):
+    victim = _start(tmp_path, pause=1.0, trials=4)
+    _wait(lambda: list((tmp_path / "trials").glob("trial_0001/validation.jsonl")))
+    victim.kill()
+    victim.wait()
+    found = run(str(tmp_path), SPACE, trials=4)
+    assert [trial.number for trial in found.trials] == [0, 2, 3, 4]  # 1 was lost, and 2 is that again
+    assert [trial.status for trial in found.trials] == ["finished"] * 4
+    study = optuna.load_study(study_name="search", storage=open_storage(found.storage))
+    assert study.trials[1].params == study.trials[2].params
+    assert study.trials[2].user_attrs["retry_of"] == [1]
+
+
 def test_a_process_is_known_to_be_dead_on_this_machine_only():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     me = this_process()

@@ -25,7 +25,7 @@ from lightning_optim.cli.fit_config import read_fit
 from lightning_optim.cli.known_ranges import KnownRanges
 from lightning_optim.tuning.search.claims import Claims, is_dead, this_process
 from lightning_optim.tuning.search.methods import make_pruner, make_sampler, open_storage
-from lightning_optim.tuning.search.pictures import importances
+from lightning_optim.tuning.search.pictures import importances, share
 from lightning_optim.tuning.search.python_search import fit_trial
 from lightning_optim.tuning.search.result import SearchResult, Trial
 from lightning_optim.tuning.search.search import SearchError, Settings
@@ -490,6 +490,8 @@ def test_importances_join_the_ranges_of_one_hyperparameter():
     found = importances(_result(trials), space)
     assert set(found) == {"lr", "optimizer", "nothing"}
     assert found["lr"] > 0.7
+    log = next(parameter for parameter in space if parameter.log)
+    assert [share(log, value) for value in (1e-4, 1e-3, 1e-2)] == pytest.approx([0, 0.5, 1])
     assert importances(_result(trials[:3]), space) == {}
     assert _result(trials, "max").best.value == max(trial.value for trial in trials)
 

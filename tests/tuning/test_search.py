@@ -311,13 +311,14 @@ def test_the_best_configuration_is_a_file_that_changes_what_the_flags_do(project
 def here(monkeypatch):
     """Trials run in this process."""
     monkeypatch.setattr("lightning_optim.tuning.search.search.run_jobs", run_here)
+    monkeypatch.setattr("lightning_optim.tuning.search.search.draw", lambda result, space: [])
 
 
 def test_each_trial_has_its_end_and_leaves_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_optim.tuning.search.search._HOPELESS", 99)
     hows = ["ok", "raises", "memory", "dies", "nan", "slow"]
     space = {"how": hows, "x": [0.1, 0.3]}
-    found = run(str(tmp_path), space, sampler="grid", trials=50)
+    found = run(str(tmp_path), space, sampler="grid", trials=50, storage=None)
     statuses = {(trial.params["how"], trial.params["x"]): trial.status for trial in found.trials}
     of = {"ok": "finished", "raises": "failed", "memory": "out of memory", "dies": "killed", "slow": "timed out"}
     of["nan"] = "diverged"

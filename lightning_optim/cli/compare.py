@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -76,7 +78,10 @@ def run_compare(args: Sequence[str]) -> None:
         print("Each variant runs at the rate that it is given. With --tune-lr each gets its own, which is fair.")
 
     def make(name: str, variant: str, seed: int, **arguments: Any) -> Any:
-        return fit_job(name, rest, variants[variant], seed=seed, reseed=bool(changed), **arguments)
+        depends = sources_of(configs[variant])
+        return fit_job(
+            name, rest, variants[variant], seed=seed, reseed=bool(changed), depends=depends, **arguments
+        )  # fmt: skip
 
     texts = {name: _text(overrides) for name, overrides in variants.items()}
     try:
@@ -184,6 +189,22 @@ def _parsed(args: Sequence[str]) -> Any:
     with contextlib.suppress(_ParsedError):
         Check(args=["fit", *args])
     return found[0]
+
+
+def sources_of(config: Any) -> list[str]:
+    """Return the files of the classes of model and data: after a change in them a run is another one.
+
+    Args:
+        config: The configuration of a fit.
+    """
+    found = []
+    for key in ("model", "data"):
+        path = (config.get(key) or {}).get("class_path")
+        module = sys.modules.get(str(path).rpartition(".")[0])
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).is_file():
+            found.append(os.path.relpath(file))
+    return sorted(set(found))
 
 
 def _devices(configs: Mapping[str, Any]) -> list[int]:

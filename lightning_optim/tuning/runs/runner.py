@@ -76,6 +76,7 @@ def run_jobs(
     Raises:
         FileExistsError: A folder has a result of another description, or another process runs the job.
         ValueError: Two jobs have one name, or an argument is out of range.
+        NotImplementedError: The system is neither Linux nor macOS.
         RuntimeError: It is called by a job.
         KeyboardInterrupt: Ctrl-C; the jobs have ended.
     """
@@ -84,6 +85,8 @@ def run_jobs(
             "A job cannot start jobs. If this comes from your program, which jobs load for the functions that it "
             "defines, put its start under `if __name__ == '__main__':`."
         )
+    if os.name != "posix":
+        raise NotImplementedError("Jobs in processes of their own need Linux or macOS.")
     if changed not in ("refuse", "rerun"):
         raise ValueError(f"Invalid changed={changed!r}: must be 'refuse' or 'rerun'.")
     if workers is None and isinstance(jobs, Sequence):  # Fewer jobs than workers get more threads each.
@@ -282,12 +285,10 @@ def _check(jobs: Sequence[Job], root: Path, changed: str) -> None:
 def _lock(folder: Path, name: str) -> Any:
     """Return an open file by which other processes see that the job runs here; a death closes it."""
     file = (folder / "lock").open("w")
-    try:
-        import fcntl
+    import fcntl
 
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ModuleNotFoundError:  # Windows
-        pass
     except OSError:
         file.close()
         raise FileExistsError(f"Another process runs the job {name!r} in {folder} at this moment.") from None

@@ -391,7 +391,7 @@ def _wait(what, seconds=60):
 def test_two_processes_share_a_study_and_a_killed_one_loses_nothing(tmp_path, kind):
     storage = {"sqlite": f"sqlite:///{tmp_path}/study.db", "journal": f"journal:{tmp_path}/study.log"}[kind]
     settings = {"storage": storage, "trials": 6}
-    first = _start(tmp_path / "a", pause=0.5, **settings)
+    first = _start(tmp_path / "a", pause=5.0, **settings)  # long trials, so that it is killed in one
     victim = tmp_path / "a" / "trials"
     _wait(lambda: list(victim.glob("*/validation.jsonl")))
     second = _start(tmp_path / "b", pause=0.02, **settings)
@@ -402,6 +402,7 @@ def test_two_processes_share_a_study_and_a_killed_one_loses_nothing(tmp_path, ki
     study = optuna.load_study(study_name="search", storage=open_storage(storage))
     lost = [trial for trial in study.trials if "lost" in trial.user_attrs]
     assert lost
+    assert len({trial.user_attrs["owner"] for trial in study.trials}) == 2
     assert all(trial.state.name == "FAIL" for trial in lost)
     done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     retried = {tuple(trial.params.items()) for trial in done if "retry_of" in trial.user_attrs}

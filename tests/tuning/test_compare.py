@@ -141,12 +141,15 @@ def test_wrong_variants_are_refused_before_anything_runs(tmp_path):
 def test_misspelt_variants_of_a_file_are_refused_in_a_few_lines(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "base.yaml"
-    base.write_text("model: tests.tuning.jobs.Small\ndata: tests.tuning.jobs.Points\noptim: {optimizer: adamw}\n")
+    base.write_text(
+        "model: {class_path: tests.tuning.jobs.Small}\ndata: tests.tuning.jobs.Points\noptim: {optimizer: adamw}\n"
+    )
     variants = tmp_path / "variants.yaml"
-    start = ["compare", "--config", str(base), "--variants", str(variants), "--out", str(tmp_path / "runs")]
+    start = ["compare", "--config", base.name, "--variants", str(variants), "--out", str(tmp_path / "runs")]
     cases = {
         "a: {}\nb: {optm: {lr: 1}}\n": "optm: unknown key. Did you mean 'optim'",
         "a: {}\nb: {optim: {optimizer: lionn}}\n": "Did you mean 'lion'",
+        "a: {}\nb: {model: {class_path: tests.tuning.jobs.Small, init_args: {widht: 3}}}\n": "Did you mean 'width'",
         "a: {}\nb: 3\n": "line 2: variant 'b' is 3",
         "a: {}\n": "two or more",
     }

@@ -38,6 +38,13 @@ if TYPE_CHECKING:
     from lightning_optim.param_groups import build_param_groups as build_param_groups
     from lightning_optim.step import StepPipeline as StepPipeline
     from lightning_optim.tuning.compare import compare as compare
+    from lightning_optim.tuning.inspection import coordinate_check as coordinate_check
+    from lightning_optim.tuning.inspection import inspect_model as inspect_model
+    from lightning_optim.tuning.rates.find import find_lr as find_lr
+    from lightning_optim.tuning.rates.range_test import LRRangeTest as LRRangeTest
+    from lightning_optim.tuning.recipes import recipe as recipe
+    from lightning_optim.tuning.recipes import recommend as recommend
+    from lightning_optim.tuning.search.python_search import search as search
 
 keep_old_paths()
 
@@ -64,6 +71,7 @@ _NAMES = {
     "Duration": "core.durations",
     "GradientClipping": "callbacks",
     "Horizon": "core.durations",
+    "LRRangeTest": "tuning.rates.range_test",
     "LayerDecay": "param_groups",
     "OptimCLI": "cli",
     "OptimizerFactories": "factory",
@@ -78,8 +86,14 @@ _NAMES = {
     "WidthScaling": "param_groups",
     "attach": "callbacks",
     "build_param_groups": "param_groups",
+    "coordinate_check": "tuning.inspection",
+    "find_lr": "tuning.rates.find",
+    "inspect_model": "tuning.inspection",
     "compare": "tuning.compare",
+    "recipe": "tuning.recipes",
+    "recommend": "tuning.recipes",
     "register": "core.registry",
+    "search": "tuning.search.python_search",
 }
 
 __all__ = [

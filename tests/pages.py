@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +91,7 @@ def commands_of(block: Block, folder: Path) -> list[list[str]]:
     script = block.body
     if block.language == "console":  # a prompt before each command, and what they print without one
         script = "".join(re.findall(r"^\$ ((?:.*\\\n)*.*\n)", script, re.MULTILINE))
+    script = re.sub(r" > (\S+)$", r" '>' \1", script, flags=re.MULTILINE)  # for _run; the programs do not run here
     shown = "".join(f"{name}() {{ printf '%s\\x1f' {name} \"$@\"; printf '{_END}'; }}\n" for name in _KNOWN)
     bash = ["bash", "--noprofile", "--norc", "-euo", "pipefail", "-c", shown + script]
     out = subprocess.run(bash, cwd=folder, capture_output=True, text=True, check=True).stdout
@@ -126,7 +127,11 @@ def follow(
 
 def _run(command: list[str], brief: Sequence[str]) -> None:
     program, *args = command
-    if program == "lightning-optim":
+    if ">" in args:
+        place = args.index(">")
+        with open(args[place + 1], "w") as file, redirect_stdout(file):
+            _run([program, *args[:place]], brief)
+    elif program == "lightning-optim":
         main([*args, *(brief if args[0] == "fit" else ())])
     elif program == "python":
         before, sys.argv = sys.argv, args

@@ -19,7 +19,7 @@ ROOT = Path(lightning_optim.__file__).parent
 
 ROOMS = {
     "cli": {"callbacks", "clipping", "core", "diagnostics", "divergence", "factory", "optim", "schedules", "tuning"},
-    "tuning": {"callbacks", "core", "diagnostics", "schedules"},
+    "tuning": {"callbacks", "core", "diagnostics", "factory", "optim", "param_groups", "schedules", "step"},
     "callbacks": {
         "clipping",
         "core",

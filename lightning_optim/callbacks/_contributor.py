@@ -28,6 +28,10 @@ class Contributor(L.Callback):
     role: ClassVar[str | None] = None
     """The role, of which a Trainer has one callback at most; subclasses inherit it."""
 
+    only_watches: ClassVar[bool] = False
+    """Whether it reads what happens and responds, but contributes nothing to a step besides detectors: a trial does
+    without it."""
+
     # What a subclass contributes.
 
     def clip_rule(self) -> ClipRule | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -278,6 +278,17 @@ class Hub(Hears):
         """Undo everything."""
         if stage == "fit":
             self.close()
+
+    # What trials ask.
+
+    @contextmanager
+    def steps_alone(self) -> Iterator[None]:
+        """Have steps clipped and skipped as ever, while nothing watches: no report, no alarm and no response."""
+        self._hearing.update([member for member in self.members if not member.only_watches])
+        try:
+            yield
+        finally:
+            self._hearing.update(self.members)
 
     # What members ask.
 

@@ -140,6 +140,11 @@ class ConfigureOptimizers(HubCallback, _Factory):
         return None if self._several is not None else super().schedule
 
     @property
+    def names(self) -> list[str]:
+        """The names of several optimizers, in their order; empty for one."""
+        return [] if self._several is None else self._several.names
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The optimizers and their hyperparameters, for tables of runs."""
         return super().settings if self._several is None else self._several.settings

@@ -105,6 +105,7 @@ class DivergenceGuard(HubCallback):
     """
 
     role = "DivergenceGuard"
+    only_watches = True
 
     def __init__(
         self,

@@ -68,6 +68,7 @@ class OptimizerMonitor(HubCallback):
     """
 
     role = "OptimizerMonitor"
+    only_watches = True
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ class RunSummary(HubCallback):
     """
 
     role = "RunSummary"
+    only_watches = True
 
     def __init__(self, metrics: Mapping[str, str] | None = None) -> None:
         try:

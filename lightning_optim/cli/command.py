@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-LISTED = ("optimizers", "schedules", "clipping", "weight-decay", "detectors", "diagnostics")
+LISTED = ("optimizers", "schedules", "clipping", "weight-decay", "detectors", "diagnostics", "recipes")
 """Kinds of ``list``, each of which is a command as well."""
+
+_OWN = {
+    "list": ("listing", "run_list", False),
+    "recipe": ("recipe", "run_recipe", False),
+    "report": ("report", "run_report", False),
+    "batch-size": ("batch_size", "run_batch_size", True),
+    "compare": ("compare", "run_compare", True),
+    "search": ("search", "run_search_command", True),
+}
+"""Commands with a parser of their own: module and function, and whether they read the configuration of a fit."""
 
 NEEDED = "The command line needs jsonargparse and rich: pip install 'lightning-optim[cli]'"
 
@@ -37,21 +48,20 @@ def _run(given: list[str]) -> None:
         from lightning_optim import __version__
 
         print(f"lightning-optim {__version__}")
-    elif command == "list" or command in LISTED:
-        from lightning_optim.cli.listing import run_list
-
-        run_list(given[command == "list" :])
-    elif command == "report":
-        from lightning_optim.cli.report import run_report
-
-        run_report(given[1:])
-    elif command == "compare":
-        _prepare()
-        from lightning_optim.cli.compare import run_compare
-
-        run_compare(given[1:])
+    elif command in LISTED:
+        _run_own("list", given)
+    elif command in _OWN:
+        _run_own(command, given[1:])
     else:
         _run_cli(given)
+
+
+def _run_own(command: str, given: list[str]) -> None:
+    """Run a command with a parser of its own, which is loaded only now."""
+    module, function, prepares = _OWN[command]
+    if prepares:
+        _prepare()
+    getattr(importlib.import_module(f"lightning_optim.cli.{module}"), function)(given)
 
 
 def _run_cli(given: list[str]) -> None:

@@ -168,6 +168,20 @@ def diagnostics() -> list[Entry]:
     return [Entry(name, (), _first_line(cls), _paper(cls)) for name, cls in DIAGNOSTICS.items()]
 
 
+def recipes() -> list[Entry]:
+    """List the recipes: optimizer, rate, schedule, the kind of model, and the first source."""
+    from lightning_optim.tuning.recipes import RECIPES
+
+    entries = []
+    for each in RECIPES.values():
+        facts = [f"optimizer {each.optimizer}", f"schedule {each.schedule}"]
+        if each.lr is not None:
+            facts.insert(1, f"lr {each.lr:g}")
+        use = each.description[:1].upper() + each.description[1:]
+        entries.append(Entry(each.name, tuple(facts), f"{use}.", each.paper))
+    return entries
+
+
 KINDS: dict[str, tuple[Callable[[], list[Entry]], str]] = {
     "optimizers": (optimizers, "ConfigureOptimizers(optimizer=...)"),
     "schedules": (schedules, "ConfigureOptimizers(schedule=...)"),
@@ -175,6 +189,7 @@ KINDS: dict[str, tuple[Callable[[], list[Entry]], str]] = {
     "weight-decay": (weight_decay, "weight_decay_kind of any optimizer"),
     "detectors": (detectors, "DivergenceGuard(detectors=[...])"),
     "diagnostics": (diagnostics, "OptimizerMonitor(diagnostics=[...])"),
+    "recipes": (recipes, "lightning-optim recipe NAME > run.yaml"),
 }
 """Each kind of entry: what lists it, and where its names are written."""
 
@@ -188,7 +203,7 @@ def matching(entries: Iterable[Entry], pattern: str) -> list[Entry]:
     """
     wild = pattern.lower().replace("-", "_")
     wild = wild if re.search(r"[*?\[]", wild) else f"*{wild}*"
-    return [entry for entry in entries if fnmatchcase(entry.name, wild)]
+    return [entry for entry in entries if fnmatchcase(entry.name.replace("-", "_"), wild)]
 
 
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,18 +18,25 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_optim import __version__
 from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
 from lightning_optim.callbacks.planning import make_plan
+from lightning_optim.cli.batch_size import add_batch_size_arguments
 from lightning_optim.cli.compare import add_compare_arguments
 from lightning_optim.cli.diagnosis import explain
 from lightning_optim.cli.errors import ShortErrors, fail, short_errors
+from lightning_optim.cli.find_lr import FindsLR
+from lightning_optim.cli.inspecting import Inspects
 from lightning_optim.cli.keys import OptimKeys
 from lightning_optim.cli.listing import add_list_arguments
+from lightning_optim.cli.merge import plain
+from lightning_optim.cli.recipe import add_recipe_arguments
 from lightning_optim.cli.report import add_report_arguments
+from lightning_optim.cli.search import add_search_arguments
 from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.plan_text import format_plan, save_plot
+from lightning_optim.tuning.recipes.recommendation import in_brief, recommend
 
 
-class PlanningTrainer(L.Trainer):
-    """Trainer that can also show the plan of a fit."""
+class PlanningTrainer(FindsLR, Inspects, L.Trainer):
+    """Trainer that can also show the plan of a fit, and look into what comes before it."""
 
     def plan(
         self,
@@ -42,6 +49,8 @@ class PlanningTrainer(L.Trainer):
         weights_only: bool | None = None,
     ) -> None:
         """Print the parameter groups, the schedule, the length and all conflicts of a fit, without training.
+
+        A line names the recipe that the module calls for (`lightning_optim.recommend`).
 
         Args:
             model: The module.
@@ -57,6 +66,8 @@ class PlanningTrainer(L.Trainer):
         """
         plan = make_plan(self, model, datamodule=datamodule)
         plan.notes = [*getattr(self, "plan_notes", ()), *plan.notes]
+        if recommended := recommend(model):
+            plan.facts["Recommended"] = in_brief(recommended)
         if ckpt_path is not None:
             plan.notes.append(f"The plan is that of a run from its start; {ckpt_path} was not read.")
         print(format_plan(plan, parameters, width))
@@ -64,6 +75,10 @@ class PlanningTrainer(L.Trainer):
             save_plot(plan.curves, plan.horizon, png)
         if plan.conflicts:
             raise SystemExit(1)
+
+
+# LightningCLI calls the Trainer's method that has the name of the command.
+setattr(PlanningTrainer, "find-lr", PlanningTrainer.find_lr)
 
 
 class OptimCLI(OptimKeys, LightningCLI):
@@ -78,7 +93,8 @@ class OptimCLI(OptimKeys, LightningCLI):
     in its traceback, as does an error in the user's own code always.
 
     The command ``plan`` takes the configuration of ``fit`` and shows, without training, the parameter groups, the
-    schedule, the number of steps and all conflicts; the exit code is 1 if there are any.
+    schedule, the number of steps and all conflicts; the exit code is 1 if there are any. ``inspect`` runs some batches
+    of it forward and backward, without an update, and says what stands against training.
 
     Example:
         ```console
@@ -105,8 +121,9 @@ class OptimCLI(OptimKeys, LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return Lightning's commands, and ``plan``."""
-        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+        """Return Lightning's commands, ``plan``, ``inspect`` and ``find-lr``."""
+        own = {command: {"model", "datamodule"} for command in ("plan", "inspect", "find-lr")}
+        return {**LightningCLI.subcommands(), **own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the arguments of `RunSummary`."""
@@ -130,6 +147,8 @@ class OptimCLI(OptimKeys, LightningCLI):
     def instantiate_classes(self) -> None:
         """Create module, data and Trainer, then attach the optimizer if the module has none."""
         super().instantiate_classes()
+        trainer = self._get(self.config, "trainer", default={})
+        self.trainer.configured_callbacks = plain(trainer.get("callbacks")) or []  # type: ignore[attr-defined]
         if not is_overridden("configure_optimizers", self.model):
             for callback in getattr(self.trainer, "callbacks", ()):
                 if isinstance(callback, ConfigureOptimizers):
@@ -159,9 +178,14 @@ _COMMANDS = {
     "test": "run one epoch over the test data",
     "predict": "compute predictions",
     "plan": "show a fit before it runs: groups, schedule, conflicts",
+    "inspect": "look at the model before training: no update",
+    "find-lr": "find a learning rate by short trials of a fit",
     "list": "show optimizers, schedules, clipping methods and more",
+    "recipe": "print published settings for a kind of model",
     "report": "write a page about a run, or several side by side",
-    "compare": "train variants with several seeds; which is better?",
+    "compare": "compare variants of a run over several seeds",
+    "batch-size": "find the largest batch that fits, and the rate for it",
+    "search": "search hyperparameters, with Optuna",
     "completion": "print completions for bash, zsh or tcsh",
 }
 """All commands, each with a line for `--help`."""
@@ -216,8 +240,15 @@ class Command(OptimCLI):
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         action = self.parser._subcommands_action
         assert action is not None
-        others = {"list": add_list_arguments, "report": add_report_arguments, "compare": add_compare_arguments}
-        others["completion"] = add_completion_arguments
+        others = {
+            "list": add_list_arguments,
+            "recipe": add_recipe_arguments,
+            "report": add_report_arguments,
+            "batch-size": add_batch_size_arguments,
+            "compare": add_compare_arguments,
+            "search": add_search_arguments,
+            "completion": add_completion_arguments,
+        }
         for command, add in others.items():
             other = ArgumentParser(description=_COMMANDS[command])
             add(other)

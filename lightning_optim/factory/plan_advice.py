@@ -66,6 +66,19 @@ def rate_notes(optimizer: Optimizer) -> list[str]:
     return notes
 
 
+def usual_lr(optimizer: Optimizer) -> tuple[float, float] | None:
+    """Return the rates that are usual for an optimizer; None if they are not known.
+
+    Args:
+        optimizer: The optimizer, of this package or of another one with an optimizer of the same name.
+    """
+    group = optimizer.param_groups[0]
+    cls, _ = _class_of(optimizer, group)
+    if cls is None:
+        return None
+    return cls.usual_lr_of(group if isinstance(optimizer, FusedOptimizer) else cls.hyperparameters())
+
+
 def is_schedule_free(optimizer: Optimizer) -> bool:
     """Return whether an optimizer trains at one point and is evaluated at another, as Schedule-Free ones do."""
     return "schedulefree" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower()

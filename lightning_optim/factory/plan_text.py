@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_optim.core.block_plot import block_rows
 from lightning_optim.core.durations import Horizon
 from lightning_optim.core.sizes import format_bytes
 from lightning_optim.factory.plan import Curve, GroupPlan, Plan
@@ -110,7 +111,6 @@ def _bytes(count: int | None) -> str:
     return "unknown" if count is None else format_bytes(count)
 
 
-_BLOCKS = " ▁▂▃▄▅▆▇█"
 _ROWS = 8
 
 
@@ -120,13 +120,11 @@ def _plot(curve: Curve, total_steps: int | None, width: int) -> list[str]:
     steps = [round(index * last / (width - 1)) for index in range(width)]  # of a short run each several times
     values = [curve.values(step) for step in steps]
     top = max(*values, 0.0)
-    heights = [round(value / top * _ROWS * 8) if top > 0 else 0 for value in values]
+    areas = block_rows([value / top if top > 0 else 0.0 for value in values], _ROWS)
     margin = max(len(f"{top:.4g}"), 1)
+    labels = [f"{top:.4g}", *[""] * (_ROWS - 2), "0"]
     lines = [f"{curve.label}:"]
-    for row in reversed(range(_ROWS)):
-        label = f"{top:.4g}" if row == _ROWS - 1 else "0" if row == 0 else ""
-        area = "".join(_BLOCKS[min(max(height - 8 * row, 0), 8)] for height in heights)
-        lines.append(f"{label.rjust(margin)} |{area}".rstrip())
+    lines += [f"{label.rjust(margin)} |{area}".rstrip() for label, area in zip(labels, areas, strict=True)]
     lines.append(f"{' ' * margin} 0{f'step {steps[-1]:,}'.rjust(len(steps))}")
     return lines
 

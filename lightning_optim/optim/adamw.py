@@ -56,7 +56,7 @@ class AdamW(FusedOptimizer):
     when_to_use = "The default for transformers, and a safe first choice elsewhere."
     memory = "2 values (3 with amsgrad)"
     paper = "https://arxiv.org/abs/1711.05101"
-    usual_lr = (1e-5, 3e-3)
+    usual_lr = (1e-5, 4e-3)
 
     def __init__(
         self,

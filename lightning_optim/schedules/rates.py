@@ -102,6 +102,13 @@ class GroupRates:
         base = group["initial_lr"]
         group["initial_lr"] = torch.full_like(base, peak) if isinstance(base, Tensor) else peak
 
+    def scale_peaks(self, groups: Iterable[Group], factor: float) -> None:
+        """Multiply the peaks of groups, and those that decay refers to."""
+        for group in groups:
+            self.set_peak(group, self.peak(LR.base(group)) * factor)
+            if "peak_lr" in group:
+                group["peak_lr"] *= factor
+
     def forget(self) -> None:
         """Convert schedules to multipliers anew: one may have been changed in place."""
         self._at_peak.clear()

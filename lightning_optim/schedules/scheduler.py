@@ -276,6 +276,28 @@ class Scheduler(FollowsRun):
         check_value(found, schedule, step)
         return found
 
+    def multipliers(self, horizon: Horizon | None = None) -> list[Callable[[float], float]]:
+        """Return the schedule of each group over the whole run: a multiplier of its peak as a function of the step.
+
+        Args:
+            horizon: Length of the run; None for the scheduler's own, which it knows from its first step on.
+
+        Raises:
+            ValueError: A schedule needs the length of the run, which is not known.
+        """
+        horizon = horizon or self.horizon or Horizon()
+        return [schedule.over(horizon) for schedule, _ in self._driven.rates.in_use(self.optimizer.param_groups)]
+
+    def scale_peaks(self, factor: float) -> None:
+        """Multiply the peak rates of all groups, as if they had been configured so.
+
+        Args:
+            factor: The factor.
+        """
+        self._take_over()
+        self._driven.rates.scale_peaks(self.optimizer.param_groups, factor)
+        self._apply()
+
     def _values(self) -> Callable[[Schedule], float]:
         """`value`, called once for each schedule: several groups share one, and a step evaluates all together."""
         values: dict[int, float] = {}

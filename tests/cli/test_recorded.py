@@ -13,6 +13,7 @@ import pytest
 from lightning_optim import __version__
 from lightning_optim.cli import main
 from lightning_optim.cli.listing import KINDS, Entry
+from lightning_optim.cli.optim_cli import _COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "concepts" / "command_line.md"
@@ -46,7 +47,7 @@ def test_the_documentation_shows_what_is_printed(command, shown, tmp_path, monke
 def test_every_command_has_one_line_in_the_help(monkeypatch, capfd):
     monkeypatch.setenv("COLUMNS", "80")
     _, out = run(["--help"], capfd)
-    for command in ("fit", "validate", "test", "predict", "plan", "list", "report", "completion"):
+    for command in _COMMANDS:
         (line,) = [line for line in out.splitlines() if line.startswith(f"    {command} ")]
         assert len(line) <= 80
         assert not re.search(rf"^    {command} .*\n {{24}}\S", out, re.MULTILINE)
@@ -84,6 +85,7 @@ def test_optimizers_have_rates_state_and_paper():
         (["weight-decay", "l2"], ["l2", "l2_sp"]),
         (["weight_decay", "L2"], ["l2", "l2_sp"]),
         (["schedules", "cosine-restarts"], ["cosine_restarts"]),
+        (["recipes", "gpt_muon"], ["gpt-muon"]),
     ],
 )
 def test_a_pattern_selects(args, names, capfd):
@@ -106,6 +108,7 @@ def test_a_pattern_selects(args, names, capfd):
         (["fit", "--model", "tests.helpers.Net", "--max_epochs", "3"], "--trainer.max_epochs"),
         (["fit", "--model", "tests.helpers.Net", "--trainer.callback", "3"], "--trainer.callbacks"),
         (["report", "nowhere"], "nowhere"),
+        (["recipe", "nme"], "recipe"),
         (["completion", "fish"], "fish"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Learning rates: what a sweep or a few trials of them tell."""

@@ -1,0 +1,1 @@
+"""Trials: short runs from one point, after each of which everything is as it was."""

@@ -66,6 +66,41 @@ def test_two_optimizers_each_get_theirs(tmp_path):
         trying[0].found.lr  # noqa: B018
 
 
+class Adversaries(Learner):
+    """Two optimizers, whose schedules of ours move with their steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+
+def test_schedules_that_move_with_their_optimizers_stand_still_in_trials(capsys):
+    parts = [
+        {"name": name, "part": name, "optimizer": "adam", "lr": 0.01, "schedule": "linear"} for name in ("body", "head")
+    ]
+
+    def run(callbacks):
+        model, trainer = Adversaries(), make_trainer(callbacks, max_steps=20, max_epochs=-1)
+        L.seed_everything(0, verbose=False)
+        trainer.fit(model)
+        return [*model.parameters()], [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
+
+    test = _quick("trials", apply=False)
+    weights, schedules = run([lo.ConfigureOptimizers(optimizers=parts), test])
+    others, same = run([lo.ConfigureOptimizers(optimizers=parts)])
+    assert all(map(torch.equal, weights, others))
+    assert schedules == same
+    assert "set by others" not in capsys.readouterr().out
+    assert "opponents" in str(test.found)
+    assert [rate.flag for rate in test.found] == ["optim.optimizers.body.lr", "optim.optimizers.head.lr"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_afterwards_the_same_objects_can_be_fitted_as_if_nothing_had_been(method, tmp_path):
     ends = []

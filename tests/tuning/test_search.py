@@ -264,9 +264,9 @@ def test_without_a_file_of_a_space_an_example_is_shown(project, capsys):
 def test_ranges_that_are_known_are_those_of_each_optimizer(project):
     of_fit = ["--config", "run.yaml"]
     known = KnownRanges(of_fit)
-    assert known("optim.lr", {}) == [{"low": 1e-5, "high": 3e-3, "log": True}]
-    entries = known("optim.lr", {"optim.optimizer": ["adamw", "sgd", "nadamw"]})
-    assert [(e["high"], e["when"]["optim.optimizer"]) for e in entries] == [(3e-3, ["adamw", "nadamw"]), (1.0, ["sgd"])]
+    assert known("optim.lr", {}) == [{"low": 1e-5, "high": 4e-3, "log": True}]
+    entries = known("optim.lr", {"optim.optimizer": ["adam", "sgd", "nadamw"]})
+    assert [(e["high"], e["when"]["optim.optimizer"]) for e in entries] == [(3e-3, ["adam", "nadamw"]), (1.0, ["sgd"])]
     decays = known("optim.weight_decay", {"optim.optimizer": {"choices": ["adamw", "sgd"]}})
     assert [each["high"] for each in decays] == [0.3, 1e-3]
     space = Space.read({"optim.optimizer": ["adamw", "sgd"], "optim.lr": "auto", "clip.max_norm": "auto"}, known)

@@ -37,9 +37,11 @@ demo: $(VENV)/.demo ## Train a small language model on the standard library's so
 # A smaller model and shorter runs than the demo's, so that many of them fit into minutes.
 SMALL := --model.dim=64 --model.num_layers=2 --data.context=64 --data.val_windows=128
 
-tune-demo: $(VENV)/.tune ## Compare optimizers on the demo's data, each at its own tuned rate; minutes on two cores
+tune-demo: $(VENV)/.tune ## Compare optimizers on the demo's data, each at its own rate, and search hyperparameters; minutes
 	$(BIN)/lightning-optim compare --config examples/char_lm.yaml --variants examples/compare_variants.yaml $(SMALL) \
 		--seeds 3 --steps 150 --tune-lr --tune-steps 60 --out runs/compare
+	$(BIN)/lightning-optim search --config examples/digits.yaml --space examples/search_space.yaml --metric val_acc \
+		--trials 16 --steps 60 --validations 4 --out runs/search
 
 test: $(VENV)/.dev $(if $(TORCH),,lint docs) ## Everything that CI runs; with `TORCH=2.14.1`, the tests alone with that torch
 	rm -f .coverage .coverage.*

@@ -23,7 +23,7 @@ from tests.pages import (
 BRIEF = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
 OF_A_PAGE = {"pretrain.md": ["--trainer.max_steps=3"]}
 """Further flags."""
-LONG = {"batch_size", "resume_extend", "search", "sweeps", "tune", "vision"}
+LONG = {"batch_size", "choose", "resume_extend", "search", "sweeps", "tune", "vision"}
 """Pages of many runs, or long ones; without `slow` their runs are planned only."""
 
 

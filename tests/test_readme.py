@@ -17,7 +17,7 @@ from tests.pages import FENCE, FOLLOWED, PAGES, ROOT, blocks_of
 
 
 def _blocks(language: str) -> list[Any]:
-    """Every block of a language that is not a file of `test_followed_pages`; ``data-notest="REASON"`` leaves one out."""
+    """Every block of a language that is no file of `test_followed_pages`; ``data-notest="REASON"`` leaves one out."""
     found = []
     for page in PAGES:
         for block in blocks_of(page):

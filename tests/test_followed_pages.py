@@ -65,8 +65,9 @@ def test_each_configuration_of_a_long_page_has_a_plan(page, in_folder, capfd):
     write_files(in_folder)
     shells = [block for block in blocks_of(page) if block.language in ("console", "bash")]
     commands = [each for block in shells if not block.options for each in commands_of(block, in_folder)]
-    fits = [each for each in commands if each[1] in ("batch-size", "fit", "search")]
+    fits = [each for each in commands if each[1] in ("batch-size", "compare", "find-lr", "fit", "search")]
     files = {tuple(each[2 : each.index(flag)]) for each in fits if (flag := _flag(each))}
+    files = {each for each in files if all((in_folder / name).exists() for name in each[1::2])}  # one is found by a trial
     assert files
     with importable(in_folder):
         for configs in files:
@@ -103,7 +104,7 @@ def test_every_file_of_a_page_is_used_by_a_command(page):
         assert block.language != "yaml" or block.title, f"{page.name}:{block.line}: it is the file of no command"
         if block.title is not None:
             stem = block.title.removesuffix(".py")
-            used = rf"(--config|--space|python) {re.escape(block.title)}\b|\b{stem}\.[A-Z]"
+            used = rf"(--config|--space|--variants|python) {re.escape(block.title)}\b|\b{stem}\.[A-Z]"
             assert re.search(used, text), f"{page.name}: {block.title}"
     assert page.relative_to(DOCS).as_posix() in (DOCS.parent / "mkdocs.yml").read_text()
 

@@ -67,7 +67,7 @@ def test_each_configuration_of_a_long_page_has_a_plan(page, in_folder, capfd):
     commands = [each for block in shells if not block.options for each in commands_of(block, in_folder)]
     fits = [each for each in commands if each[1] in ("batch-size", "compare", "find-lr", "fit", "search")]
     files = {tuple(each[2 : each.index(flag)]) for each in fits if (flag := _flag(each))}
-    files = {each for each in files if all((in_folder / name).exists() for name in each[1::2])}  # one is found by a trial
+    files = {each for each in files if all((in_folder / name).exists() for name in each[1::2])}  # else found by a trial
     assert files
     with importable(in_folder):
         for configs in files:

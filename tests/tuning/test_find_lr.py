@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 import lightning_optim as lo
@@ -180,6 +180,17 @@ def test_a_resumed_run_keeps_the_rate_that_was_found(on_resume, tmp_path):
     resumed, again = run(8, tmp_path / "a.ckpt")
     assert again.found is None
     assert resumed.optimizers[0].param_groups[0]["lr"] == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_loggers_get_the_rate_that_was_found_wherever_the_callback_stands(place, tmp_path):
+    test, callbacks = lo.LRRangeTest(steps=60), [lo.ConfigureOptimizers("adamw", 1e-3), lo.OptimizerMonitor()]
+    callbacks.insert(place, test)
+    trainer = make_trainer(callbacks, max_steps=6, max_epochs=-1, logger=CSVLogger(tmp_path, name="", version=""))
+    trainer.fit(Learner())
+    hparams = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert hparams["optim/lr"] == pytest.approx(test.found.lr)
+    assert test.found.lr != 1e-3
 
 
 def test_a_trial_that_raises_leaves_the_others_and_the_fit(tmp_path):

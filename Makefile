@@ -25,7 +25,7 @@ OLDEST := .venv-oldest
 OLDEST_VERSIONS := 'torch==2.11.*' 'lightning==2.6.*' 'numba==0.60.*'
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: help demo test test-all test-oldest coverage lint docs bench clean
+.PHONY: help demo tune-demo test test-all test-oldest coverage lint docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## List what can be made
@@ -33,6 +33,15 @@ help: ## List what can be made
 
 demo: $(VENV)/.demo ## Train a small language model on the standard library's sources and show what came out
 	$(BIN)/lightning-optim fit --config examples/char_lm.yaml
+
+# A smaller model and shorter runs than the demo's, so that many of them fit into minutes.
+SMALL := --model.dim=64 --model.num_layers=2 --data.context=64 --data.val_windows=128
+
+tune-demo: $(VENV)/.tune ## Compare optimizers on the demo's data, each at its own rate, and search hyperparameters; minutes
+	$(BIN)/lightning-optim compare --config examples/char_lm.yaml --variants examples/compare_variants.yaml $(SMALL) \
+		--seeds 3 --steps 150 --tune-lr --tune-steps 60 --out runs/compare
+	$(BIN)/lightning-optim search --config examples/digits.yaml --space examples/search_space.yaml --metric val_acc \
+		--trials 16 --steps 60 --validations 4 --out runs/search
 
 test: $(VENV)/.dev $(if $(TORCH),,lint docs) ## Everything that CI runs; with `TORCH=2.14.1`, the tests alone with that torch
 	rm -f .coverage .coverage.*
@@ -85,6 +94,10 @@ endif
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[cpu,examples]'
+	@touch $@
+
+$(VENV)/.tune: $(VENV)/.demo
+	$(PIP) --editable '.[cpu,examples,tune]'
 	@touch $@
 
 # timm wants torchvision, which has no build for the CPU; its optimizers do without.

@@ -34,7 +34,7 @@ class Block:
 
     Args:
         language: The first word after the fence.
-        options: What follows it: ``title="run.yaml"``, or ``notest REASON``.
+        options: What follows it: ``title="run.yaml"``, or ``data-notest="REASON"``.
         body: What is in it, without the fence's indentation.
         line: The line of the fence in the page.
     """
@@ -55,7 +55,7 @@ def blocks_of(page: Path) -> list[Block]:
     """All blocks of a page, in order."""
     text, found = page.read_text(), []
     for match in FENCE.finditer(text):
-        language, _, options = match["info"].strip().partition(" ")
+        language, _, options = match["info"].strip().strip("{}").removeprefix(".").partition(" ")
         body = re.sub(rf"^{match['indent']}", "", match["body"], flags=re.MULTILINE)
         found.append(Block(language, options, body, text.count("\n", 0, match.start()) + 1))
     return found
@@ -116,7 +116,7 @@ def follow(
     blocks = blocks_of(page)
     with importable(folder):
         for block, after in zip(blocks, [*blocks[1:], None], strict=True):
-            if block.language not in ("console", "bash") or block.options.startswith("notest"):
+            if block.language not in ("console", "bash") or "notest" in block.options:
                 continue
             commands = commands_of(block, folder)[: most if block.language == "bash" else None]
             for index, command in enumerate(commands):

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from lightning_optim.cli import main
+from lightning_optim.cli.search import check_space, read_space
 from tests.pages import (
     DOCS,
     FOLLOWED,
@@ -22,7 +23,7 @@ from tests.pages import (
 BRIEF = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
 OF_A_PAGE = {"pretrain.md": ["--trainer.max_steps=3"]}
 """Further flags."""
-LONG = {"resume_extend", "sweeps", "vision"}
+LONG = {"batch_size", "choose", "resume_extend", "search", "sweeps", "tune", "vision"}
 """Pages of many runs, or long ones; without `slow` their runs are planned only."""
 
 
@@ -64,12 +65,30 @@ def test_each_configuration_of_a_long_page_has_a_plan(page, in_folder, capfd):
     write_files(in_folder)
     shells = [block for block in blocks_of(page) if block.language in ("console", "bash")]
     commands = [each for block in shells if not block.options for each in commands_of(block, in_folder)]
-    files = {tuple(each[2 : each.index(flag)]) for each in commands if each[1] == "fit" and (flag := _flag(each))}
+    fits = [each for each in commands if each[1] in ("batch-size", "compare", "find-lr", "fit", "search")]
+    files = {tuple(each[2 : each.index(flag)]) for each in fits if (flag := _flag(each))}
+    files = {each for each in files if all((in_folder / name).exists() for name in each[1::2])}  # else found by a trial
     assert files
     with importable(in_folder):
         for configs in files:
             main(["plan", *configs])
             assert "No conflicts." in capfd.readouterr().out
+
+
+def test_each_search_of_a_page_has_a_space_that_its_run_accepts(in_folder):
+    write_files(in_folder)
+    searched = []
+    for page in FOLLOWED:
+        for block in blocks_of(page):
+            if block.language not in ("console", "bash") or block.options:
+                continue
+            for command in commands_of(block, in_folder):
+                if command[1] == "search":
+                    of_fit, space = command[2 : command.index("--space")], command[command.index("--space") + 1]
+                    searched.append(space)
+                    with importable(in_folder):
+                        check_space(read_space(space, of_fit), of_fit)
+    assert searched == ["space.yaml", "optimizers.yaml"]
 
 
 def _flag(command):
@@ -85,7 +104,7 @@ def test_every_file_of_a_page_is_used_by_a_command(page):
         assert block.language != "yaml" or block.title, f"{page.name}:{block.line}: it is the file of no command"
         if block.title is not None:
             stem = block.title.removesuffix(".py")
-            used = rf"(--config|python) {re.escape(block.title)}\b|\b{stem}\.[A-Z]"
+            used = rf"(--config|--space|--variants|python) {re.escape(block.title)}\b|\b{stem}\.[A-Z]"
             assert re.search(used, text), f"{page.name}: {block.title}"
     assert page.relative_to(DOCS).as_posix() in (DOCS.parent / "mkdocs.yml").read_text()
 

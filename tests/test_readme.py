@@ -17,16 +17,22 @@ from tests.pages import FENCE, FOLLOWED, PAGES, ROOT, blocks_of
 
 
 def _blocks(language: str) -> list[Any]:
-    """Every block of a language that is not a file of `test_followed_pages`; ``notest REASON`` leaves one out."""
+    """Every block of a language that is no file of `test_followed_pages`; ``data-notest="REASON"`` leaves one out."""
     found = []
     for page in PAGES:
         for block in blocks_of(page):
-            if block.language != language or block.options.startswith("notest"):
-                assert block.options != "notest", f"{page}: say why this block is not tested"
+            if block.language != language or "notest" in block.options:
                 continue
             if block.title is None or page not in FOLLOWED:
                 found.append(pytest.param(block.body, id=f"{page.relative_to(ROOT)}:{block.line}"))
     return found
+
+
+def test_every_fence_is_one_for_the_documentation_too():
+    known = re.compile(r"\w*|\w+( title=\"[^\"]+\")|\{\.\w+ data-notest=\"[^\"]+\"\}")
+    for page in (page for page in PAGES if page.is_relative_to(ROOT / "docs")):
+        for fence in FENCE.finditer(page.read_text()):
+            assert known.fullmatch(fence["info"].strip()), f"{page}: {fence['info']} would be shown as text"
 
 
 @pytest.mark.usefixtures("own_names")

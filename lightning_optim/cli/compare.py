@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
+import re
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_optim.cli.errors import fail
 
@@ -35,6 +39,14 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rerun", action="store_true", help="replace runs of another configuration in the folder")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are a line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit."""
+        fail(f"{message}. See lightning-optim compare --help.", code=2)
+
+
 def run_compare(args: Sequence[str]) -> None:
     """Compare variants of a configuration.
 
@@ -44,7 +56,7 @@ def run_compare(args: Sequence[str]) -> None:
     Raises:
         SystemExit: The command line, the configuration or a variant is wrong, or no run could train.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lightning-optim compare",
         description="Compare variants of a run: same weights and data for each seed, several seeds, one page.",
         epilog="All options of fit are taken as well: lightning-optim compare --config run.yaml --variants "
@@ -76,7 +88,10 @@ def run_compare(args: Sequence[str]) -> None:
         print("Each variant runs at the rate that it is given. With --tune-lr each gets its own, which is fair.")
 
     def make(name: str, variant: str, seed: int, **arguments: Any) -> Any:
-        return fit_job(name, rest, variants[variant], seed=seed, reseed=bool(changed), **arguments)
+        depends = sources_of(configs[variant])
+        return fit_job(
+            name, rest, variants[variant], seed=seed, reseed=bool(changed), depends=depends, **arguments
+        )  # fmt: skip
 
     texts = {name: _text(overrides) for name, overrides in variants.items()}
     try:
@@ -143,13 +158,20 @@ def checked(args: Sequence[str], overrides: Mapping[str, Any], where: str) -> An
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            with (
+                contextlib.redirect_stderr(said),
+                contextlib.redirect_stdout(io.StringIO()),
+                warnings.catch_warnings(),
+            ):
+                # The command line is given because it is not that of the process.
+                warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
                 return _parsed(with_overrides(args, overrides, Path(folder)))
         except SystemExit as exit_:
-            text = said.getvalue().removeprefix("error: ")
+            text = said.getvalue().rpartition("error: ")[2]
             path = f"{Path(folder) / 'overrides.yaml'}"
             named = path in text
-            fail(f"{'' if named else f'{where}: '}{text.replace(path, where)}", int(exit_.code or 1))
+            text = re.sub(rf"{re.escape(path)}(, line \d+)?", lambda _: where, text)
+            fail(text if named else f"{where}: {text}", int(exit_.code or 1))
 
 
 class _ParsedError(Exception):
@@ -184,6 +206,22 @@ def _parsed(args: Sequence[str]) -> Any:
     with contextlib.suppress(_ParsedError):
         Check(args=["fit", *args])
     return found[0]
+
+
+def sources_of(config: Any) -> list[str]:
+    """Return the files of the classes of model and data: after a change in them a run is another one.
+
+    Args:
+        config: The configuration of a fit.
+    """
+    found = []
+    for key in ("model", "data"):
+        path = (config.get(key) or {}).get("class_path")
+        module = sys.modules.get(str(path).rpartition(".")[0])
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).is_file():
+            found.append(os.path.relpath(file))
+    return sorted(set(found))
 
 
 def _devices(configs: Mapping[str, Any]) -> list[int]:

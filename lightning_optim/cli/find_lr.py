@@ -43,8 +43,8 @@ class FindsLR(_Trainer):
         Args:
             model: The module.
             datamodule: The data module.
-            method: Trials of several rates, ``trials``; a sweep of rates, ``sweep``, quicker and less reliable; or
-                ``check``, whether the configured rate diverges or is slow.
+            method: Trials of several rates, ``trials``; a sweep of rates, ``sweep``, quicker and less reliable;
+                or ``check``, whether the configured rate diverges or is slow.
             steps: Steps of a trial of the last round, by default 100, or of a sweep, by default 200.
             repeats: Number of sweeps of each optimizer.
             low: Lowest rate to try; by default well below what is usual for the optimizer.

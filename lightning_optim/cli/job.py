@@ -33,6 +33,7 @@ def fit_job(
     probe: int | None = None,
     checkpoints: bool = False,
     events: bool = True,
+    depends: Sequence[str] = (),
     timeout: float | None = None,
 ) -> Job:
     """Describe ``lightning-optim fit`` as a job.
@@ -50,6 +51,7 @@ def fit_job(
         probe: Number of steps after which to end, to see how fast and how long the run is; None for the whole run.
         checkpoints: Whether callbacks save checkpoints.
         events: Whether to write TensorBoard's event files, which takes a second or two.
+        depends: Files whose contents make this job another job, such as the source of the module.
         timeout: Seconds after which the process is ended; None for no limit.
 
     Returns:
@@ -67,7 +69,8 @@ def fit_job(
         "checkpoints": checkpoints,
         "events": events,
     }
-    files = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in config_files(args)}
+    read = [*config_files(args), *depends]
+    files = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in read}
     description = {**arguments, "args": list(args), "files": files}
     return Job(name, f"{__name__}:fit", arguments, description, steps, timeout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -132,6 +133,7 @@ class OptimCLI(OptimKeys, LightningCLI):
         """Parse; without ``args``, that is at the shell, errors are short, and ``--debug`` makes them long."""
         self._at_shell = self._at_shell or args is None
         self._given = sys.argv[1:] if args is None else args
+        self._home = os.getcwd()
         if isinstance(self._given, list) and "--debug" in self._given:
             self._debug, self._given = True, [arg for arg in self._given if arg != "--debug"]
             if args is None:
@@ -162,7 +164,12 @@ class OptimCLI(OptimKeys, LightningCLI):
         if not isinstance(getattr(self, "_given", None), list):
             return None
         config = getattr(self, "config", None)
-        return explain(message, self._given, config, getattr(self, "_subcommand_parsers", {}), self.parser)
+        there = os.getcwd()
+        os.chdir(self._home)  # jsonargparse is in the folder of the file that it reads; the others are not.
+        try:
+            return explain(message, self._given, config, getattr(self, "_subcommand_parsers", {}), self.parser)
+        finally:
+            os.chdir(there)
 
 
 _COMMANDS = {

@@ -243,14 +243,11 @@ def _show(found: SearchResult, space: Space, options: argparse.Namespace, of_fit
 
 def _edges(best: Mapping[str, Any], found: SearchResult, space: Space) -> Iterator[str]:
     """Say of which ranges the best value is at an end."""
-    import math
+    from lightning_optim.tuning.search.pictures import share
 
     for parameter in space:
         if parameter.choices or parameter.path not in best or not parameter.applies(best):
             continue
-        low, high, value = float(parameter.low or 0), float(parameter.high or 0), float(best[parameter.path])
-        if parameter.log:
-            low, high, value = math.log(low), math.log(high), math.log(value)
-        share = (value - low) / (high - low)
-        if len(found.ranked) >= 10 and not 0.03 < share < 0.97:
-            yield f"{parameter.path} is best at the {'lower' if share < 0.5 else 'upper'} end of its range: widen it."
+        at = share(parameter, float(best[parameter.path]))
+        if len(found.ranked) >= 10 and not 0.03 < at < 0.97:
+            yield f"{parameter.path} is best at the {'lower' if at < 0.5 else 'upper'} end of its range: widen it."

@@ -67,7 +67,8 @@ class RateAdvice(Stateful):
         steady = self._rates[-1] <= self._rates[0] and self._rates[-1] >= NEAR_PEAK * peak  # A warmup is not steady.
         ratios = self._ratios if len(self._ratios) == _INSPECTIONS else None
         cosine = statistics.fmean(self._cosines) if len(self._cosines) == _INSPECTIONS else 0.0
-        too_high, too_low = "the learning rate may be too high", "the learning rate may be too low"
+        too_high = "the learning rate may be too high"
+        too_low = "the learning rate may be too low, which a trial can tell (lightning-optim find-lr --method check)"
         if ratios and min(ratios) > limits.high_ratio:
             return {
                 "lr_too_high": f"steps change the weights by more than {limits.high_ratio:g} of their norm: {too_high}"

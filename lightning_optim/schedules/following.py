@@ -139,9 +139,9 @@ class FollowsRun(LRScheduler):
         """
         run = self._run
         mover = None if run is None else run.moved_by(self)
+        self._is_moving_itself = mover == "optimizer"
         if run is None or mover is None:
             return
-        self._is_moving_itself = mover == "optimizer"
         mark = run.mark()
         if not self._has_own_length and (mark != self._mark or self.horizon is None):
             self._mark = mark

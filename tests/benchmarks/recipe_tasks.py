@@ -79,25 +79,23 @@ def _layer(dim: int) -> nn.Module:
 
 
 class Transformer(nn.Module):
-    """Two layers over bytes; causal, or with a head of classes."""
+    """Two causal layers over bytes."""
 
-    def __init__(self, dim: int = 32, classes: int = 0) -> None:
+    def __init__(self, dim: int = 32) -> None:
         super().__init__()
         self.embed, self.position = nn.Embedding(129, dim), nn.Embedding(33, dim)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.position.weight, std=0.02)
         self.layers = nn.ModuleList(_layer(dim) for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes or 129)
-        self.classes = classes
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 129)
 
-    def forward(self, text: Tensor, causal: bool = True) -> Tensor:
+    def forward(self, text: Tensor) -> Tensor:
         length = text.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(length) if causal else None
+        mask = nn.Transformer.generate_square_subsequent_mask(length)
         x = self.embed(text) + self.position.weight[:length]
         for layer in self.layers:
-            x = layer(x, src_mask=mask, is_causal=causal)
-        x = self.norm(x)
-        return self.head(x.mean(1) if self.classes else x)
+            x = layer(x, src_mask=mask, is_causal=True)
+        return self.head(self.norm(x))
 
 
 def _next_byte(network: nn.Module, text: Tensor, *_: Tensor) -> Tensor:
@@ -144,28 +142,6 @@ def _continuation(network: nn.Module, text: Tensor, *_: Tensor) -> Tensor:
     return F.cross_entropy(network(text[:, :16], text[:, 16:-1]).flatten(0, 1), text[:, 17:].flatten())
 
 
-@functools.cache
-def _pretrained_text() -> dict[str, Tensor]:
-    """Weights of a transformer that has learned to fill in bytes that were masked."""
-    torch.manual_seed(0)
-    network, (text, _) = Transformer(), _windows()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    for _ in range(600):
-        batch = text[torch.randint(len(text), (64,)), :32]
-        masked = torch.rand(batch.shape) < 0.15
-        logits = network(batch.masked_fill(masked, 128), causal=False)
-        optimizer.zero_grad()
-        F.cross_entropy(logits[masked], batch[masked]).backward()
-        optimizer.step()
-    return {name: value for name, value in network.state_dict().items() if not name.startswith("head")}
-
-
-def _encoder() -> Transformer:
-    network = Transformer(classes=5)
-    network.load_state_dict(copy.deepcopy(_pretrained_text()), strict=False)
-    return network
-
-
 class LowRank(nn.Module):
     """A frozen linear layer with a low-rank correction."""
 
@@ -179,35 +155,17 @@ class LowRank(nn.Module):
         return self.base(x) + 4.0 * x @ self.lora_A.T @ self.lora_B.T
 
 
-def _adapted() -> Transformer:
-    network = _encoder().requires_grad_(False)
-    for layer in network.layers:
-        layer.linear1, layer.linear2 = LowRank(layer.linear1), LowRank(layer.linear2)
-    network.head.requires_grad_(True)
-    return network
-
-
-def _probed() -> Transformer:
-    network = _encoder().requires_grad_(False)
-    network.head.requires_grad_(True)
-    return network
-
-
-def _which_module(network: nn.Module, text: Tensor, which: Tensor) -> Tensor:
-    return F.cross_entropy(network(text[:, :32], causal=False), which)
-
-
 # Images.
 
 
 class ViT(nn.Module):
     """Patches of 2 x 2 of a digit."""
 
-    def __init__(self, dim: int = 32) -> None:
+    def __init__(self, dim: int = 32, classes: int = 10) -> None:
         super().__init__()
         self.patches, self.position = nn.Conv2d(1, dim, 2, 2), nn.Parameter(0.02 * torch.randn(1, 16, dim))
         self.blocks = nn.ModuleList(_layer(dim) for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 10)
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def no_weight_decay(self) -> set[str]:
         """As timm has it."""
@@ -269,15 +227,11 @@ def _label(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(network(images), labels)
 
 
-def _wrong(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return (network(images).argmax(-1) != labels).float().mean()
-
-
 @functools.cache
-def _pretrained_images() -> dict[str, Tensor]:
-    """Weights of a network that tells the digits 0 to 4."""
+def _pretrained(make: Callable[[int], nn.Module]) -> dict[str, Tensor]:
+    """Weights of a network that tells the digits 0 to 4, without its head."""
     torch.manual_seed(0)
-    network, (images, labels) = _resnet(5), _digits()
+    network, (images, labels) = make(5), _digits()
     images, labels = images[labels < 5], labels[labels < 5]
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for _ in range(200):
@@ -285,14 +239,36 @@ def _pretrained_images() -> dict[str, Tensor]:
         optimizer.zero_grad()
         _label(network, images[batch], labels[batch]).backward()
         optimizer.step()
-    return network.state_dict()
+    return {name: value for name, value in network.state_dict().items() if not name.startswith(("7.", "head."))}
 
 
-def _tuned_images() -> nn.Module:
+def _tuned_resnet() -> nn.Module:
     network = _resnet(5)
-    fresh = network[-1].state_dict()
-    network.load_state_dict(copy.deepcopy(_pretrained_images()))
-    network[-1].load_state_dict(fresh)
+    network.load_state_dict(copy.deepcopy(_pretrained(_resnet)), strict=False)
+    return network
+
+
+def _tuned_vit() -> ViT:
+    network = ViT(classes=5)
+    network.load_state_dict(copy.deepcopy(_pretrained(_vit)), strict=False)
+    return network
+
+
+def _vit(classes: int) -> ViT:
+    return ViT(classes=classes)
+
+
+def _adapted() -> ViT:
+    network = _tuned_vit().requires_grad_(False)
+    for block in network.blocks:
+        block.linear1, block.linear2 = LowRank(block.linear1), LowRank(block.linear2)
+    network.head.requires_grad_(True)
+    return network
+
+
+def _probed() -> ViT:
+    network = _tuned_vit().requires_grad_(False)
+    network.head.requires_grad_(True)
     return network
 
 
@@ -388,10 +364,6 @@ def _text() -> tuple[Data, Data]:
     return _split(*_windows())
 
 
-def _few() -> tuple[Data, Data]:
-    return _split(*_windows(), most=600)
-
-
 def _all_digits() -> tuple[Data, Data]:
     return _split(*_digits())
 
@@ -401,13 +373,13 @@ TASKS = (
     Task("gpt-muon", "next byte of sources", Transformer, _text, _next_byte, lr=_kaplan),
     Task("t5", "next 16 bytes of sources", EncoderDecoder, _text, _continuation),
     Task("lstm", "next byte of sources", LSTM, _text, _next_byte),
-    Task("bert-finetune", "module of a window, pretrained encoder", _encoder, _few, _which_module),
-    Task("lora", "module of a window, low-rank adapters", _adapted, _few, _which_module),
-    Task("linear-probe", "module of a window, frozen encoder", _probed, _few, _which_module),
+    Task("bert-finetune", "digits 5 to 9, transformer of 0 to 4", _tuned_vit, _other_digits, _label),
+    Task("lora", "the same, low-rank adapters", _adapted, _other_digits, _label),
+    Task("linear-probe", "the same, only the head", _probed, _other_digits, _label),
     Task("vit", "digits", ViT, _all_digits, _label),
     Task("resnet", "digits", _resnet, _all_digits, _label),
     Task("convnext", "digits", ConvNeXt, _all_digits, _label),
-    Task("vision-finetune", "digits 5 to 9 after 0 to 4", _tuned_images, _other_digits, _label),
+    Task("vision-finetune", "digits 5 to 9, convolutions of 0 to 4", _tuned_resnet, _other_digits, _label),
     Task("segmentation", "ink of noisy digits", lambda: UNet(1), _all_digits, _ink),
     Task("diffusion", "noise of digits", lambda: UNet(1, timed=True), _all_digits, _noise),
     Task("sparse-embeddings", "module by pairs of bytes", _bags, _pairs, _binary),

@@ -33,7 +33,7 @@ def run(args, capfd):
 
 @pytest.mark.parametrize(("command", "shown"), SHOWN.findall(PAGE.read_text()), ids=lambda text: text[:60])
 def test_the_documentation_shows_what_is_printed(command, shown, tmp_path, monkeypatch, capfd):
-    (wrong,) = re.findall(r"```yaml notest: it is wrong\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (wrong,) = re.findall(r"```{\.yaml data-notest[^\n]*\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "run.yaml").write_text(wrong)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)

@@ -39,3 +39,8 @@ def die(folder: Path) -> None:
 def sleep(folder: Path) -> None:
     (folder / "pid").write_text(str(os.getpid()))
     time.sleep(60)
+
+
+def surroundings(folder: Path) -> None:
+    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    (folder / "surroundings").write_text(" ".join(os.environ[name] for name in names))

@@ -52,6 +52,7 @@ def run(
 ) -> Any:
     """Search with such trials."""
     options = {"workers": 1, "progress": False, "pruner": "none", "sampler": "random", **settings}
+    options = {"storage": f"journal:{folder}/study.log", **options}  # which is quicker than SQLite
 
     def make(name: str, params: dict[str, Any]) -> Job:
         return make_job(name, params, pause=pause, metric=metric_logged)

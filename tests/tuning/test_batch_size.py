@@ -244,20 +244,17 @@ def test_the_probe_tells_a_full_memory_from_other_errors(tmp_path, error):
 # Lightning's own finder.
 
 FINDERS = [
-    pytest.param(*each, id="-".join(map(str, each)), marks=[] if each == FIRST else [pytest.mark.slow])
-    for FIRST in [("16-mixed", 3, "binsearch", "callback")]
-    for each in [
-        FIRST,
-        ("32-true", 1, "power", "tuner"),
-        ("bf16-mixed", 1, "binsearch", "callback"),
-        ("16-mixed", 1, "power", "callback"),
-        ("16-mixed", 3, "binsearch", "tuner"),
-        ("bf16-mixed", 3, "power", "tuner"),
-        ("bf16-true", 3, "power", "callback"),
-    ]
+    ("16-mixed", 3, "binsearch", "callback"),
+    ("32-true", 1, "power", "tuner"),
+    ("bf16-mixed", 1, "binsearch", "callback"),
+    ("16-mixed", 1, "power", "callback"),
+    ("16-mixed", 3, "binsearch", "tuner"),
+    ("bf16-mixed", 3, "power", "tuner"),
+    ("bf16-true", 3, "power", "callback"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "accumulate", "mode", "how"), FINDERS)
 def test_after_lightnings_finder_the_fit_is_that_with_the_size_found(tmp_path, name, accumulate, mode, how):
     def fit(batch_size, search):

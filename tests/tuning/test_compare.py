@@ -8,7 +8,9 @@ import math
 import os
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,8 +68,14 @@ def _fitted(then):
 
 
 def _state():
-    numpy = np.random.get_state()[1].tolist()
-    return torch.random.get_rng_state().tolist(), random.getstate(), numpy, torch.get_num_threads(), dict(os.environ)
+    numpy: Any = np.random.get_state()
+    return (
+        torch.random.get_rng_state().tolist(),
+        random.getstate(),
+        numpy[1].tolist(),
+        torch.get_num_threads(),
+        dict(os.environ),
+    )
 
 
 def test_variants_of_a_seed_start_alike_and_what_diverges_is_told(compared):
@@ -133,12 +141,15 @@ def test_wrong_variants_are_refused_before_anything_runs(tmp_path):
 def test_misspelt_variants_of_a_file_are_refused_in_a_few_lines(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "base.yaml"
-    base.write_text("model: tests.tuning.jobs.Small\ndata: tests.tuning.jobs.Points\noptim: {optimizer: adamw}\n")
+    base.write_text(
+        "model: {class_path: tests.tuning.jobs.Small}\ndata: tests.tuning.jobs.Points\noptim: {optimizer: adamw}\n"
+    )
     variants = tmp_path / "variants.yaml"
-    start = ["compare", "--config", str(base), "--variants", str(variants), "--out", str(tmp_path / "runs")]
+    start = ["compare", "--config", base.name, "--variants", str(variants), "--out", str(tmp_path / "runs")]
     cases = {
         "a: {}\nb: {optm: {lr: 1}}\n": "optm: unknown key. Did you mean 'optim'",
         "a: {}\nb: {optim: {optimizer: lionn}}\n": "Did you mean 'lion'",
+        "a: {}\nb: {model: {class_path: tests.tuning.jobs.Small, init_args: {widht: 3}}}\n": "Did you mean 'width'",
         "a: {}\nb: 3\n": "line 2: variant 'b' is 3",
         "a: {}\n": "two or more",
     }
@@ -243,6 +254,13 @@ def test_a_variant_that_failed_is_told_and_ranks_last(tmp_path):
     assert write_comparison(found).exists()
 
 
+def test_a_variant_with_another_model_is_told(tmp_path):
+    found = _comparison({"a": [1.0, 1.1], "b": [1.2, 1.4]}, tmp_path)
+    found.results["b"][1].facts["weights"] = "other"
+    told = replace(found, changes_model=["b"]).verdict()
+    assert ("note", "b changes model or data: initial weights are not equal; all saw the same batches.") in told
+
+
 def test_another_start_is_told(tmp_path):
     found = _comparison({"a": [1.0, 1.1], "b": [1.2, 1.4]}, tmp_path)
     assert "(checked)" in _words(found)
@@ -266,7 +284,7 @@ def test_levels_and_spread(tmp_path):
     spread = spread_of([[(1, 1.0, 0.0), (2, 2.0, 1.0)], [(1, 3.0, 0.0), (2, float("nan"), 1.0)]])
     assert spread.middle == [(1, 2.0, 0.0), (2, 2.0, 1.0)]
     assert spread.low[0][1] == pytest.approx(2 - 2**0.5)
-    assert binned([(step, float(step), 0.0) for step in range(1, 301)], 300)[:2] == [(2, 1.5, 0.0), (4, 3.5, 0.0)]
+    assert binned([(step, float(step), 0.0) for step in range(1, 301)], 300)[:2] == [(5, 3.0, 0.0), (10, 8.0, 0.0)]
 
 
 def test_metrics_are_found_named_or_explained():
@@ -278,6 +296,9 @@ def test_metrics_are_found_named_or_explained():
     assert choose_metric(result(val_acc=0.5, val_loss=1.0), "val_acc") == Metric("val_acc", True)
     assert choose_metric(result(odd=1.0), "odd", "max") == Metric("odd", True)
     assert "--mode max" in choose_metric(result(odd=1.0), "odd").note
+    (odd,) = result(odd=1.0, err=0.5)
+    assert choose_metric([replace(odd, facts={"validated": ["odd", "err"]})]) == Metric("err")
+    assert "odd may be" in choose_metric([replace(odd, facts={"validated": ["odd"]})]).note
     fallen_back = choose_metric(result())
     assert (fallen_back.of_validation, "training loss is compared" in fallen_back.note) == (False, True)
     with pytest.raises(ValueError, match=r"no run has logged it\. Did you mean 'val_loss'"):

@@ -11,7 +11,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 import lightning_optim as lo
@@ -67,6 +67,41 @@ def test_two_optimizers_each_get_theirs(tmp_path):
     assert [rate.configured for rate in trying[0].found] == [0.1, 0.01]
     with pytest.raises(ValueError, match="2 optimizers"):
         trying[0].found.lr  # noqa: B018
+
+
+class Adversaries(Learner):
+    """Two optimizers, whose schedules of ours move with their steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+
+def test_schedules_that_move_with_their_optimizers_stand_still_in_trials(capsys):
+    parts = [
+        {"name": name, "part": name, "optimizer": "adam", "lr": 0.01, "schedule": "linear"} for name in ("body", "head")
+    ]
+
+    def run(callbacks):
+        model, trainer = Adversaries(), make_trainer(callbacks, max_steps=20, max_epochs=-1)
+        L.seed_everything(0, verbose=False)
+        trainer.fit(model)
+        return [*model.parameters()], [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
+
+    test = _quick("trials", apply=False)
+    weights, schedules = run([lo.ConfigureOptimizers(optimizers=parts), test])
+    others, same = run([lo.ConfigureOptimizers(optimizers=parts)])
+    assert all(map(torch.equal, weights, others))
+    assert schedules == same
+    assert "set by others" not in capsys.readouterr().out
+    assert "opponents" in str(test.found)
+    assert [rate.flag for rate in test.found] == ["optim.optimizers.body.lr", "optim.optimizers.head.lr"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -148,6 +183,17 @@ def test_a_resumed_run_keeps_the_rate_that_was_found(on_resume, tmp_path):
     resumed, again = run(8, tmp_path / "a.ckpt")
     assert again.found is None
     assert resumed.optimizers[0].param_groups[0]["lr"] == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_loggers_get_the_rate_that_was_found_wherever_the_callback_stands(place, tmp_path):
+    test, callbacks = lo.LRRangeTest(steps=60), [lo.ConfigureOptimizers("adamw", 1e-3), lo.OptimizerMonitor()]
+    callbacks.insert(place, test)
+    trainer = make_trainer(callbacks, max_steps=6, max_epochs=-1, logger=CSVLogger(tmp_path, name="", version=""))
+    trainer.fit(Learner())
+    hparams = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert hparams["optim/lr"] == pytest.approx(test.found.lr)
+    assert test.found.lr != 1e-3
 
 
 def test_a_trial_that_raises_leaves_the_others_and_the_fit(tmp_path):

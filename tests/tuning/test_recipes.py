@@ -66,6 +66,7 @@ def test_each_number_has_a_source_and_each_source_serves(name):
 def test_the_text_fits_a_screen_and_is_whole(name):
     recipe = lo.recipe(name)
     assert max(map(len, recipe.yaml.splitlines())) <= 120
+    assert recipe.yaml.isascii()  # whatever the encoding of a file that a shell writes
     assert yaml.safe_load(recipe.yaml) == recipe.settings
     assert recipe.yaml.startswith(f"# Recipe {name}: ")
     assert all(key in ("trainer", *KEYS) for key in recipe.settings)

@@ -103,6 +103,26 @@ def test_the_parts_of_a_gan_are_named():
     assert "manual optimization" in found.seen
 
 
+def test_several_networks_of_a_role_and_their_paths():
+    inside = nn.Module()
+    for name in ("netG_A", "netG_B", "netD_A", "netD_B"):
+        setattr(inside, name, nn.Linear(2, 2))
+    model = nn.Module()
+    model.nets = inside
+    (found,) = recommend(model)
+    assert "part: [nets.netG_A, nets.netG_B] for the generator" in found.reason
+    assert "part: [nets.netD_A, nets.netD_B] for the discriminator" in found.reason
+
+
+def test_a_discriminator_beside_an_autoencoder():
+    model = kinds.GAN()
+    model.encoder, model.decoder = model.generator, nn.Linear(6, 6)
+    del model.generator
+    assert "part: [encoder, decoder] for the generator" in recommend(model)[0].reason
+    model.automatic_optimization = True  # one optimizer: nothing tells that it is one
+    assert names(model) == ["mlp"]
+
+
 def test_sparse_gradients_are_named():
     (found,) = recommend(kinds.Clicks())
     assert "'tables.0'" in found.reason

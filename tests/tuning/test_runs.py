@@ -19,6 +19,7 @@ from lightning_optim.tuning.runs.description import describe
 from lightning_optim.tuning.runs.digests import digest_of_tensors
 from lightning_optim.tuning.runs.python_fit import python_job
 from lightning_optim.tuning.runs.records import spikes
+from lightning_optim.tuning.runs.runner import available_cores
 from lightning_optim.tuning.runs.worker import IN_JOB, how_it_failed
 from tests.tuning.jobs import Own, Points, Small
 
@@ -79,6 +80,7 @@ def test_a_fit_is_recorded(study):
     # Two moments of 25 parameters, and counts.
     assert 200 <= fit.state_bytes < 400
     assert fit.facts["lr"] == {"no_decay": 0.01, "default": 0.01}
+    assert fit.facts["validated"] == ["val_loss"]
     (run,) = read_runs([Path(fit.folder) / "events"])
     assert "val_loss" in run.scalars
     # The last step is validated, whatever the interval.
@@ -160,6 +162,16 @@ def _alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_with_devices_each_job_is_a_fresh_process_that_sees_its_own(tmp_path):
+    jobs = [Job(name, f"{JOBS}:surroundings") for name in "ab"]
+    jobs += [Job("raises", f"{JOBS}:fail"), Job("dies", f"{JOBS}:die"), Job("slow", f"{JOBS}:sleep", timeout=0.5)]
+    results = run_jobs(jobs, tmp_path, devices=[0, 1], preload=(), progress=False)
+    assert [results[job.name].status for job in jobs] == ["finished", "finished", "failed", "killed", "timed out"]
+    seen = [(tmp_path / name / "surroundings").read_text().split() for name in "ab"]
+    assert [device for device, _ in seen] == ["0", "1"]
+    assert {threads for _, threads in seen} == {str(max(available_cores() // 2, 1))}
 
 
 def test_wrong_jobs_are_refused_before_anything_runs(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from lightning_optim.cli.fit_config import read_fit
 from lightning_optim.cli.known_ranges import KnownRanges
 from lightning_optim.tuning.search.claims import Claims, is_dead, this_process
 from lightning_optim.tuning.search.methods import make_pruner, make_sampler, open_storage
-from lightning_optim.tuning.search.pictures import importances
+from lightning_optim.tuning.search.pictures import importances, share
 from lightning_optim.tuning.search.python_search import fit_trial
 from lightning_optim.tuning.search.result import SearchResult, Trial
 from lightning_optim.tuning.search.search import SearchError, Settings
@@ -264,9 +264,9 @@ def test_without_a_file_of_a_space_an_example_is_shown(project, capsys):
 def test_ranges_that_are_known_are_those_of_each_optimizer(project):
     of_fit = ["--config", "run.yaml"]
     known = KnownRanges(of_fit)
-    assert known("optim.lr", {}) == [{"low": 1e-5, "high": 3e-3, "log": True}]
-    entries = known("optim.lr", {"optim.optimizer": ["adamw", "sgd", "nadamw"]})
-    assert [(e["high"], e["when"]["optim.optimizer"]) for e in entries] == [(3e-3, ["adamw", "nadamw"]), (1.0, ["sgd"])]
+    assert known("optim.lr", {}) == [{"low": 1e-5, "high": 4e-3, "log": True}]
+    entries = known("optim.lr", {"optim.optimizer": ["adam", "sgd", "nadamw"]})
+    assert [(e["high"], e["when"]["optim.optimizer"]) for e in entries] == [(3e-3, ["adam", "nadamw"]), (1.0, ["sgd"])]
     decays = known("optim.weight_decay", {"optim.optimizer": {"choices": ["adamw", "sgd"]}})
     assert [each["high"] for each in decays] == [0.3, 1e-3]
     space = Space.read({"optim.optimizer": ["adamw", "sgd"], "optim.lr": "auto", "clip.max_norm": "auto"}, known)
@@ -311,13 +311,14 @@ def test_the_best_configuration_is_a_file_that_changes_what_the_flags_do(project
 def here(monkeypatch):
     """Trials run in this process."""
     monkeypatch.setattr("lightning_optim.tuning.search.search.run_jobs", run_here)
+    monkeypatch.setattr("lightning_optim.tuning.search.search.draw", lambda result, space: [])
 
 
 def test_each_trial_has_its_end_and_leaves_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_optim.tuning.search.search._HOPELESS", 99)
     hows = ["ok", "raises", "memory", "dies", "nan", "slow"]
     space = {"how": hows, "x": [0.1, 0.3]}
-    found = run(str(tmp_path), space, sampler="grid", trials=50)
+    found = run(str(tmp_path), space, sampler="grid", trials=50, storage=None)
     statuses = {(trial.params["how"], trial.params["x"]): trial.status for trial in found.trials}
     of = {"ok": "finished", "raises": "failed", "memory": "out of memory", "dies": "killed", "slow": "timed out"}
     of["nan"] = "diverged"
@@ -390,7 +391,7 @@ def _wait(what, seconds=60):
 def test_two_processes_share_a_study_and_a_killed_one_loses_nothing(tmp_path, kind):
     storage = {"sqlite": f"sqlite:///{tmp_path}/study.db", "journal": f"journal:{tmp_path}/study.log"}[kind]
     settings = {"storage": storage, "trials": 6}
-    first = _start(tmp_path / "a", pause=0.5, **settings)
+    first = _start(tmp_path / "a", pause=5.0, **settings)  # long trials, so that it is killed in one
     victim = tmp_path / "a" / "trials"
     _wait(lambda: list(victim.glob("*/validation.jsonl")))
     second = _start(tmp_path / "b", pause=0.02, **settings)
@@ -401,11 +402,26 @@ def test_two_processes_share_a_study_and_a_killed_one_loses_nothing(tmp_path, ki
     study = optuna.load_study(study_name="search", storage=open_storage(storage))
     lost = [trial for trial in study.trials if "lost" in trial.user_attrs]
     assert lost
+    assert len({trial.user_attrs["owner"] for trial in study.trials}) == 2
     assert all(trial.state.name == "FAIL" for trial in lost)
     done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     retried = {tuple(trial.params.items()) for trial in done if "retry_of" in trial.user_attrs}
     assert {tuple(trial.params.items()) for trial in lost} == retried
     assert len(done) == 6
+
+
+@pytest.mark.slow
+def test_the_same_command_resumes_a_search_that_was_killed(tmp_path):
+    victim = _start(tmp_path, pause=1.0, trials=4)
+    _wait(lambda: list((tmp_path / "trials").glob("trial_0001/validation.jsonl")))
+    victim.kill()
+    victim.wait()
+    found = run(str(tmp_path), SPACE, trials=4)
+    assert [trial.number for trial in found.trials] == [0, 2, 3, 4]  # 1 was lost, and 2 is that again
+    assert [trial.status for trial in found.trials] == ["finished"] * 4
+    study = optuna.load_study(study_name="search", storage=open_storage(found.storage))
+    assert study.trials[1].params == study.trials[2].params
+    assert study.trials[2].user_attrs["retry_of"] == [1]
 
 
 def test_a_process_is_known_to_be_dead_on_this_machine_only():
@@ -476,6 +492,8 @@ def test_importances_join_the_ranges_of_one_hyperparameter():
     found = importances(_result(trials), space)
     assert set(found) == {"lr", "optimizer", "nothing"}
     assert found["lr"] > 0.7
+    log = next(parameter for parameter in space if parameter.log)
+    assert [share(log, value) for value in (1e-4, 1e-3, 1e-2)] == pytest.approx([0, 0.5, 1])
     assert importances(_result(trials[:3]), space) == {}
     assert _result(trials, "max").best.value == max(trial.value for trial in trials)
 
@@ -551,18 +569,18 @@ def test_the_command_searches_a_users_own_module_and_survives_what_trials_do(pro
         "optim.lr: auto\nmodel.width: {low: 2, high: 8, step: 2}\n"
     )
     command = ["search", "--config", "run.yaml", "--space", "space.yaml", "--steps", "8", "--validations", "2"]
-    command += ["--sampler", "random", "--seed", "3"]
-    main([*command, "--trials", "14"])
+    command += ["--sampler", "random", "--seed", "19"]
+    main([*command, "--trials", "8"])
     out = capsys.readouterr().out
     assert "lightning-optim fit --config run.yaml --config search/best.yaml" in out
     rows = list(csv.DictReader((project / "search" / "trials.csv").open()))
     of = {"ok": {"finished", "pruned"}, "raises": {"failed"}, "memory": {"out of memory"}, "dies": {"killed"}}
     of["nan"] = {"diverged"}
-    assert len(rows) == 14
+    assert len(rows) == 8
     assert {row["model.how"] for row in rows} == set(of)
     assert all(row["status"] in of[row["model.how"]] for row in rows)
-    main([*command, "--trials", "15"])
-    assert "15 trials" in capsys.readouterr().out
+    main([*command, "--trials", "9"])
+    assert "9 trials" in capsys.readouterr().out
     for name in ("history.png", "best.yaml", "study.db"):
         assert (project / "search" / name).stat().st_size > 0
     main(["fit", "--config", "run.yaml", "--config", "search/best.yaml", "--trainer.max_epochs", "1"])

@@ -13,7 +13,7 @@ from lightning_optim.tuning.compare.outcome import Comparison
 from lightning_optim.tuning.runs import JobResult
 from lightning_optim.tuning.runs.records import Points
 
-_BINS = 150
+_BINS = 60
 _SHARES = (0.5, 0.25, 0.1)
 
 

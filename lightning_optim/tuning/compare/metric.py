@@ -70,18 +70,24 @@ def choose_metric(results: Sequence[JobResult], name: str | None = None, mode: s
     """
     if mode not in (None, "min", "max"):
         raise ValueError(f"Invalid mode={mode!r}: must be 'min' or 'max'.")
+    unknown: list[str] = []
     names = list(dict.fromkeys(metric for result in results for metric in result.metrics))
     if name is not None and name not in names and name != TRAIN_LOSS:
         raise ValueError(f"Invalid metric={name!r}: no run has logged it. {nearest(name, [*names, TRAIN_LOSS])}")
     if name is None:
-        validated = [each for each in names if split_of(each) == "validation" and is_better_higher(each) is not None]
+        seen = {each for result in results for each in result.facts.get("validated", ())}
+        validated = [each for each in names if split_of(each) == "validation" or each in seen]
+        unknown = [each for each in validated if is_better_higher(each) is None]
+        validated = [each for each in validated if each not in unknown]
         losses = [each for each in validated if quantity_of(each) == "loss"]
         lower = [each for each in validated if not is_better_higher(each)]
         found = next(iter([*sorted(losses, key=len), *lower, *validated]), None)
     else:
         found = name
     if found is None or (found == TRAIN_LOSS and TRAIN_LOSS not in names):
-        note = "" if name else "No metric of validation was found, so the training loss is compared (--metric NAME)."
+        others = f"; {', '.join(unknown)} may be better or worse when larger" if unknown else ""
+        note = f"No loss of validation was found{others}: the training loss is compared (--metric NAME, --mode)."
+        note = "" if name else note
         return Metric(TRAIN_LOSS, mode == "max", note, of_validation=False)
     known = is_better_higher(found)
     if mode is not None:

@@ -24,6 +24,7 @@ from lightning_optim.diagnostics.run_report.elements import (
 )
 from lightning_optim.tuning.compare.curves import Spread, levels, spread_of, training_curves, validation_curves
 from lightning_optim.tuning.compare.outcome import Comparison, label
+from lightning_optim.tuning.compare.rates import Trial
 
 PAGE = "compare.html"
 _SPREAD = "Band: one standard deviation over seeds."
@@ -191,17 +192,26 @@ def _levels(comparison: Comparison) -> str:
 def _rates(comparison: Comparison) -> str:
     if comparison.rates is None:
         return ""
-    rows = [
-        [name, f"{t.factor:.3g}x", f"{t.steps:,}", f"{t.value:.4g}", t.status, "taken" * (t.factor == rate.factor)]
-        for name, rate in comparison.rates.items()
-        for t in sorted(rate.trials, key=lambda t: (t.steps, t.factor))
-    ]
+    factors = sorted({trial.factor for rate in comparison.rates.values() for trial in rate.trials})
+    rows = []
+    for name, rate in comparison.rates.items():
+        for steps in sorted({trial.steps for trial in rate.trials}):
+            values = {trial.factor: trial for trial in rate.trials if trial.steps == steps}
+            cells = [_trial(values.get(factor)) for factor in factors]
+            rows.append([name, f"{steps:,}", *cells, f"{rate.factor:.3g}x"])
     note = (
-        '<p class="note">Short runs, each with a whole schedule, with a seed that is not among those compared. The two '
-        "best of the first ones got longer runs, the better of which decided.</p>"
+        f'<p class="note">{html.escape(label(comparison.metric))} at the end of short runs, by the factor on the rates '
+        "of a variant: each with a whole schedule, with a seed that is not among those compared. The best ones got "
+        "longer runs, which decided.</p>"
     )
-    header = ["variant", "factor on its rates", "steps", comparison.metric.name, "status", ""]
+    header = ["variant", "steps", *(f"{factor:.3g}x" for factor in factors), "taken"]
     return section("How the rates were tuned", note + table(header, rows))
+
+
+def _trial(trial: Trial | None) -> str:
+    if trial is None:
+        return ""
+    return f"{trial.value:.4g}" if math.isfinite(trial.value) else trial.status
 
 
 def _runs(comparison: Comparison) -> str:

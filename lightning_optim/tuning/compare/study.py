@@ -9,8 +9,9 @@ from pathlib import Path
 
 from lightning_optim.tuning.compare.metric import choose_metric
 from lightning_optim.tuning.compare.outcome import Comparison, count
-from lightning_optim.tuning.compare.rates import MakeJob, TunedRate, tune_rates
+from lightning_optim.tuning.compare.rates import MakeJob, RunJobs, TunedRate, tune_rates
 from lightning_optim.tuning.runs import Job, JobResult, run_jobs
+from lightning_optim.tuning.runs.runner import Pool
 from lightning_optim.tuning.runs.slot import PRELOAD
 
 _TUNING_SEED = 1000
@@ -117,22 +118,26 @@ def run_comparison(
         ValueError: A setting does not fit the runs.
         RuntimeError: Not one run could start.
     """
-    names, folder = list(variants), Path(folder).resolve()
-    check_names(names)
-    seeds = settings.seed_list
+    check_names(list(variants))
+    folder = Path(folder).resolve()
+    with Pool(settings.workers, settings.devices, settings.preload) as pool:
 
-    def run(jobs: Sequence[Job], title: str) -> dict[str, JobResult]:
-        return run_jobs(
-            jobs,
-            folder,
-            workers=settings.workers,
-            devices=settings.devices,
-            changed="rerun" if settings.rerun else "refuse",
-            preload=settings.preload,
-            title=title,
-            progress=settings.progress,
-        )
+        def run(jobs: Sequence[Job], title: str) -> dict[str, JobResult]:
+            changed = "rerun" if settings.rerun else "refuse"
+            return run_jobs(jobs, folder, pool=pool, changed=changed, title=title, progress=settings.progress)
 
+        return _run(settings, variants, make, run, folder, changes_model)
+
+
+def _run(
+    settings: Settings,
+    variants: Mapping[str, str],
+    make: MakeJob,
+    run: RunJobs,
+    folder: Path,
+    changes_model: Sequence[str],
+) -> Comparison:
+    names, seeds = list(variants), settings.seed_list
     tuning_seed = max(seeds) + _TUNING_SEED
     steps = dict.fromkeys(names, settings.steps)
     if settings.seconds is not None or (settings.steps is None and settings.tune_lr and settings.tune_steps is None):

@@ -28,8 +28,8 @@ class CoordinateRow:
 
     Args:
         name: Name of the module; ``"output"`` for that of the whole model.
-        rms: RMS of its outputs: [steps + 1][widths], the first before training.
-        change: RMS of what training has changed in its outputs for the same batch: [steps + 1][widths].
+        rms: RMS of its outputs, `(steps + 1, widths)`, the first before training.
+        change: RMS of what training has changed in its outputs for the same batch, `(steps + 1, widths)`.
     """
 
     name: str

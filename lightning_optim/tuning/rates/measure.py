@@ -30,6 +30,11 @@ METHODS = {"sweep": 200, "trials": 100, "check": 100}
 _EXTENSIONS = 2
 """How often a sweep is repeated over other rates, where the losses say that the best is beyond."""
 
+_OPPONENTS = (
+    "Each rate is judged by the loss of its own optimizer's steps, while the others train at theirs. Where they are "
+    "opponents, as in a GAN, a lower loss is not a better model."
+)
+
 _NOTHING = np.empty(0), np.empty(0), np.empty(0)
 
 Progress = Callable[[str], object]
@@ -98,7 +103,8 @@ def measure(trials: FitTrials, trainer: L.Trainer, search: Search, progress: Pro
         flag = _flag(trainer, place, one.configured)
         found.append(FoundRate(name, one.configured, evidence, time.monotonic() - began, flag, tuple(grids)))
         done += one.done
-    return FoundRates(tuple(found), search.method, _notes(done, trials.others_set_rates))
+    notes = (*_notes(done, trials.others_set_rates), *([_OPPONENTS] if len(found) > 1 else []))
+    return FoundRates(tuple(found), search.method, notes)
 
 
 def _named(progress: Progress, name: str, what: str) -> None:

@@ -100,8 +100,11 @@ class LRRangeTest(L.Callback):
         self._batches: Sequence[int] = ()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Begin anew, unless a checkpoint is restored after this."""
+        """Begin anew, unless a checkpoint is restored after this; before all others, which see the rates found."""
         if stage == "fit":
+            present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            # A new list: Lightning is going through the old one.
+            trainer.callbacks = [self, *(each for each in present if each is not self)]  # type: ignore[attr-defined]
             self._is_done, self._is_resumed, self._applied = False, False, []
 
     def state_dict(self) -> dict[str, Any]:

@@ -63,8 +63,9 @@ class Anatomy:
         lazy: Parameters that have no shape yet.
         vocabulary: Rows of the largest embedding of tokens; 0 if there is none.
         sparse: Names of embeddings that give sparse gradients.
-        roles: The direct submodule that has each role of two networks: ``generator``, ``discriminator``, ``actor``,
+        roles: Paths of the submodules in each role of two networks: ``generator``, ``discriminator``, ``actor``,
             ``critic``.
+        parts: Paths of all submodules at the top that are trained.
         adapters: Names of parameters of low-rank adapters.
         crossing: Whether some attention sees another sequence, as that of a decoder does.
         time_steps: Name of a submodule that embeds a time step; empty if there is none.
@@ -84,7 +85,8 @@ class Anatomy:
     lazy: int = 0
     vocabulary: int = 0
     sparse: list[str] = field(default_factory=list)
-    roles: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, list[str]] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
     crossing: bool = False
     time_steps: str = ""
@@ -147,7 +149,7 @@ def dissect(model: nn.Module) -> Anatomy:
             found.time_steps = name
     found.layers["attention"] = len(attention)
     _count_parameters(found, model, aside)
-    found.roles = _roles_of(model)
+    found.roles, found.parts = _roles_of(model)
     return found
 
 
@@ -228,17 +230,17 @@ def _small(module: nn.Module) -> bool:
     return modules <= 12 and any(True for _ in module.parameters())
 
 
-def _roles_of(model: nn.Module) -> dict[str, str]:
-    """The children that play the parts of two networks; of a module with a single child, that one's."""
-    holder = model
+def _roles_of(model: nn.Module) -> tuple[dict[str, list[str]], list[str]]:
+    """Paths of the parts that play the roles of two networks, and of all parts that are trained.
+
+    Parts are the children of the model; of a module with a single child, that one's.
+    """
+    holder, prefix = model, ""
     while len(children := list(holder.named_children())) == 1:
-        holder = children[0][1]
-    found: dict[str, str] = {}
-    for role, pattern in _ROLES.items():
-        for name, child in children:
-            if pattern.search(name) and any(True for _ in child.parameters()):
-                found.setdefault(role, name)
-    return found
+        holder, prefix = children[0][1], f"{prefix}{children[0][0]}."
+    trained = [name for name, child in children if any(param.requires_grad for param in child.parameters())]
+    roles = {role: [prefix + name for name in trained if pattern.search(name)] for role, pattern in _ROLES.items()}
+    return {role: paths for role, paths in roles.items() if paths}, [prefix + name for name in trained]
 
 
 def _numel(param: Tensor) -> int:

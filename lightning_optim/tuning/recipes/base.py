@@ -26,7 +26,7 @@ _KEYS: dict[str, type[L.Callback]] = {
 
 _RULES = {
     "linear": ("B / {size}", "multiply lr by B / {size:,}"),
-    "sqrt": ("√(B / {size})", "multiply lr by the square root of B / {size:,}"),
+    "sqrt": ("sqrt(B / {size})", "multiply lr by the square root of B / {size:,}"),
 }
 _WIDTH = 120
 

@@ -75,7 +75,7 @@ optim:
   lr: 6.0e-4  # [gpt3] table 2.1, AdamW's rate for 125 M parameters, which [moonlight] keeps for Muon
   weight_decay: 0.1  # [moonlight] section 2.2, with AdamW's decay; [gpt3] appendix B
   optimizer_kwargs:
-    adjust_lr_fn: match_rms_adamw  # [moonlight] equation 4: 0.2 √max(A, B)
+    adjust_lr_fn: match_rms_adamw  # [moonlight] equation 4: 0.2 sqrt(max(A, B))
     momentum: 0.95  # [muon]
     nesterov: true  # [muon]
     ns_steps: 5  # [muon]
@@ -183,7 +183,7 @@ trainer:
   max_steps: 524288  # [t5] 2^19
 optim:
   optimizer: adafactor
-  lr: 0.01  # [t5] section 3.1.2: 1 / √k with k = 10^4
+  lr: 0.01  # [t5] section 3.1.2: 1 / sqrt(k) with k = 10^4
   weight_decay: 0.0  # [adafactor] none
   optimizer_kwargs:
     beta2_decay: -0.8  # [adafactor] section 7.2

@@ -52,8 +52,8 @@ DIFFUSION = Recipe(
     },
     batch=Batch(128, "ddpm", "images"),
     advice=(
-        "Samples come from the average of the weights, which validation and the final module have. Its decay of 0.9999 "
-        "wants runs of 50,000 steps and more; in a short one lower it, --trainer.callbacks.init_args.decay 0.999.",
+        "Samples come from the average of the weights, which validation and the final module have. In a run of N steps "
+        "its decay is at most 1 - 5 / N, so that it spans a fifth of the run: lower it below 50,000 steps.",
         "256 x 256 images: lr 2.0e-5 [ddpm]. Transformers: lr 1.0e-4, 256 images, no warmup, no clipping [dit].",
     ),
     settings_yaml="""\
@@ -85,13 +85,13 @@ SPEECH = Recipe(
         "transformer": "Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762",
     },
     batch=None,
-    advice=("Other widths d: lr 0.05 / √d [conformer, section 3.2], so 3.1e-3 for 256 and 4.2e-3 for 144.",),
+    advice=("Other widths d: lr 0.05 / sqrt(d) [conformer, section 3.2], so 3.1e-3 for 256 and 4.2e-3 for 144.",),
     settings_yaml="""\
 trainer:
   max_steps: 100000  # [transformer] section 5.2
 optim:
   optimizer: adam
-  lr: 2.2e-3  # [conformer] section 3.2: 0.05 / √d, for d = 512
+  lr: 2.2e-3  # [conformer] section 3.2: 0.05 / sqrt(d), for d = 512
   weight_decay: 1.0e-6  # [conformer] section 3.2: L2 on all trainable weights
   optimizer_kwargs:
     betas: [0.9, 0.98]  # [conformer] section 3.2

@@ -33,8 +33,9 @@ class Recommendation:
 def recommend(model: nn.Module) -> list[Recommendation]:
     """Name one or two recipes for a model, by its layers, their names and shapes; the best first.
 
-    Attention that is called as a function in ``forward`` is known by the names of its projections only. Nothing is
-    called, and nothing changes: neither parameters and buffers, nor random numbers, nor hooks.
+    Attention that is called as a function in ``forward`` is known by the names of its projections only. No forward pass
+    is run, and nothing changes: neither parameters and buffers, nor random numbers, nor hooks. Of the model's methods,
+    those that name its head and what is not decayed are asked (``get_classifier``, ``no_weight_decay``).
 
     Args:
         model: The module, a LightningModule or any other; its parameters may be on any device, or lazy.
@@ -75,14 +76,17 @@ def _frozen(found: Anatomy) -> Answer:
 
 
 def _adversaries(found: Anatomy) -> Answer:
-    generator, discriminator = found.roles.get("generator"), found.roles.get("discriminator")
-    if generator is None or discriminator is None:
+    discriminators = found.roles.get("discriminator", [])
+    generators = found.roles.get("generator", [])
+    if not generators and found.manual and "actor" not in found.roles:
+        generators = [part for part in found.parts if part not in discriminators]
+    if not generators or not discriminators:
         return []
     return [
         (
             "gan",
-            f"Two networks against each other: write part: {generator} for the generator, part: {discriminator} for "
-            "the discriminator.",
+            f"Two networks against each other: write part: {_paths(generators)} for the generator, part: "
+            f"{_paths(discriminators)} for the discriminator.",
         )
     ]
 
@@ -90,7 +94,8 @@ def _adversaries(found: Anatomy) -> Answer:
 def _actor_and_critic(found: Anatomy) -> Answer:
     if not found.roles.keys() >= {"actor", "critic"}:
         return []
-    return [("rl-policy-gradient", f"An actor in {found.roles['actor']!r}, a critic in {found.roles['critic']!r}.")]
+    actor, critic = (_paths(found.roles[role]) for role in ("actor", "critic"))
+    return [("rl-policy-gradient", f"An actor in {actor}, a critic in {critic}.")]
 
 
 def _sparse(found: Anatomy) -> Answer:
@@ -236,6 +241,11 @@ def in_brief(found: list[Recommendation]) -> str:
     return f"lightning-optim recipe {found[0].recipe}{others} ({re.split(r'[.;:](?: |$)', found[0].reason)[0]})"
 
 
+def _paths(paths: list[str]) -> str:
+    """Paths as YAML has them."""
+    return paths[0] if len(paths) == 1 else f"[{', '.join(paths)}]"
+
+
 def _trained(found: Anatomy) -> str:
     return f"{found.trainable:,} of {found.numel:,} parameters are trained"
 
@@ -265,7 +275,7 @@ def _facts(found: Anatomy) -> list[str]:
     if found.vocabulary:
         facts.append(f"embeddings of up to {found.vocabulary:,} rows")
     facts += [f"sparse gradients of {name!r}" for name in found.sparse]
-    facts += [f"{role} in {name!r}" for role, name in found.roles.items()]
+    facts += [f"{role} in {_paths(paths)}" for role, paths in found.roles.items()]
     if found.manual:
         facts.append("manual optimization")
     if found.lazy:

@@ -52,8 +52,10 @@ def describe(value: Any, depth: int = 0) -> Any:
     if isinstance(value, functools.partial):
         parts = [value.func, value.args, value.keywords]
         return {"partial": [describe(part, depth + 1) for part in parts]}
-    if isinstance(value, type) or inspect.isbuiltin(value):
+    if inspect.isbuiltin(value):
         return _name(value)
+    if isinstance(value, type):
+        return {"class": _name(value), "source": _source_of(value)}
     if inspect.isfunction(value):
         return _of_function(value, depth)
     if inspect.ismethod(value):
@@ -63,19 +65,23 @@ def describe(value: Any, depth: int = 0) -> Any:
 
 def _of_function(function: Any, depth: int) -> Any:
     try:
-        source = textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
-        source = function.__code__.co_code.hex() + repr(function.__code__.co_consts)
-    try:
         caught = inspect.getclosurevars(function).nonlocals
     except (TypeError, ValueError):
         caught = {}
     return {
         "function": function.__qualname__,
-        "source": digest(source),
+        "source": _source_of(function) or digest(function.__code__.co_code.hex() + repr(function.__code__.co_consts)),
         "defaults": describe([function.__defaults__, function.__kwdefaults__], depth + 1),
         "closure": describe(caught, depth + 1),
     }
+
+
+def _source_of(thing: Any) -> str:
+    """Return a digest of the source of a function or class; empty where it is not known."""
+    try:
+        return digest(textwrap.dedent(inspect.getsource(thing)))
+    except (OSError, TypeError):
+        return ""
 
 
 def _of_object(value: Any, depth: int) -> Any:

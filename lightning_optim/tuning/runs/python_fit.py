@@ -82,9 +82,9 @@ def fit(
     steps: int | None,
     validations: int | None,
     lr_factor: float,
-    reseed: bool,
-    probe: int | None,
-    events: bool,
+    reseed: bool = False,
+    probe: int | None = None,
+    events: bool = True,
 ) -> None:
     """Fit; the target of `python_job`.
 

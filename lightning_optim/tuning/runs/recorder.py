@@ -120,6 +120,8 @@ class Recorder(L.Callback):
         if not trainer.sanity_checking and hasattr(self, "_start"):
             self._flush()
             self._pause = time.perf_counter()
+            if "validated" not in self.facts:
+                self._before = set(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the metrics, and let the clock go on."""
@@ -128,6 +130,9 @@ class Recorder(L.Callback):
         if self._pause is not None:
             self._paused += time.perf_counter() - self._pause
             self._pause = None
+        if "validated" not in self.facts:  # Names need not tell: those that validation has brought.
+            self.facts["validated"] = sorted(set(trainer.callback_metrics) - self._before)
+            self._write_facts()
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1}
         line = {"step": trainer.global_step, "seconds": self.seconds(), "epoch": trainer.current_epoch}
         with (self.folder / VALIDATION_FILE).open("a", encoding="utf-8") as file:

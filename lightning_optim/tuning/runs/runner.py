@@ -41,6 +41,7 @@ def run_jobs(
     devices: Sequence[int] | None = None,
     changed: str = "refuse",
     preload: Sequence[str] = PRELOAD,
+    pool: Pool | None = None,
     title: str = "jobs",
     progress: bool = True,
     on_start: Callable[[Job], None] | None = None,
@@ -61,6 +62,8 @@ def run_jobs(
         devices: Indices of GPUs, shared evenly by the workers; None or empty for the CPU.
         changed: What to do with a job whose folder has a result of another description: ``"refuse"``, or ``"rerun"``.
         preload: Modules that the jobs need, imported once for all of them; those of any fit by default.
+        pool: Workers that other calls have used, whose imports are saved; it takes the place of ``workers``,
+            ``devices`` and ``preload``. None for workers of its own.
         title: What the progress bar calls the jobs.
         progress: Whether to show a progress bar on stderr.
         on_start: Called with each job that starts.
@@ -73,6 +76,7 @@ def run_jobs(
     Raises:
         FileExistsError: A folder has a result of another description, or another process runs the job.
         ValueError: Two jobs have one name, or an argument is out of range.
+        NotImplementedError: The system is neither Linux nor macOS.
         RuntimeError: It is called by a job.
         KeyboardInterrupt: Ctrl-C; the jobs have ended.
     """
@@ -81,28 +85,64 @@ def run_jobs(
             "A job cannot start jobs. If this comes from your program, which jobs load for the functions that it "
             "defines, put its start under `if __name__ == '__main__':`."
         )
+    if os.name != "posix":
+        raise NotImplementedError("Jobs in processes of their own need Linux or macOS.")
     if changed not in ("refuse", "rerun"):
         raise ValueError(f"Invalid changed={changed!r}: must be 'refuse' or 'rerun'.")
-    if workers is not None and workers < 1:
-        raise ValueError(f"Invalid workers={workers!r}: must be a whole number of at least 1.")
-    cores = available_cores()
-    count = workers or (len(devices) if devices else min(cores, 8))
-    if isinstance(jobs, Sequence):
-        count = min(count, max(len(jobs), 1))
+    if workers is None and isinstance(jobs, Sequence):  # Fewer jobs than workers get more threads each.
+        workers = min(len(devices) if devices else min(available_cores(), 8), max(len(jobs), 1))
+    own = Pool(workers, devices, preload) if pool is None else None
     root = Path(folder).resolve()
     root.mkdir(parents=True, exist_ok=True)
     if isinstance(jobs, Sequence):
         _check(jobs, root, changed)
     total = len(jobs) if isinstance(jobs, Sequence) else None
-    names = environment_of(devices, count)
-    slots = [Slot(max(1, cores // count), name, preload) for name in names]
     with contextlib.ExitStack() as stack:
-        for slot in slots:
-            stack.callback(slot.close)
+        slots = (stack.enter_context(own) if own is not None else pool or Pool()).slots
         shown = stack.enter_context(Progress(title, total, progress))
         study = _Study(iter(jobs), root, changed, shown, on_start, on_values, on_end)
-        study.run(slots)
+        try:
+            study.run(slots)
+        except BaseException:
+            for slot in slots:  # Those of a pool would go on.
+                slot.close()
+            raise
     return study.results
+
+
+class Pool:
+    """Workers for several calls of `run_jobs`: a context, whose end ends them.
+
+    Args:
+        workers: Number of jobs at a time; None for one per GPU of ``devices``, else one per core, 8 at most.
+        devices: Indices of GPUs, shared evenly by the workers; None or empty for the CPU.
+        preload: Modules that the jobs need, imported once for all of them; those of any fit by default.
+
+    Raises:
+        ValueError: ``workers`` is below 1.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        devices: Sequence[int] | None = None,
+        preload: Sequence[str] = PRELOAD,
+    ) -> None:
+        if workers is not None and workers < 1:
+            raise ValueError(f"Invalid workers={workers!r}: must be a whole number of at least 1.")
+        cores = available_cores()
+        count = workers or (len(devices) if devices else min(cores, 8))
+        # A process begins with the first job that a slot gets.
+        self.slots = [Slot(max(1, cores // count), name, preload) for name in environment_of(devices, count)]
+
+    def __enter__(self) -> Pool:
+        """Return the pool."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all workers."""
+        for slot in self.slots:
+            slot.close()
 
 
 class _Running:
@@ -245,12 +285,10 @@ def _check(jobs: Sequence[Job], root: Path, changed: str) -> None:
 def _lock(folder: Path, name: str) -> Any:
     """Return an open file by which other processes see that the job runs here; a death closes it."""
     file = (folder / "lock").open("w")
-    try:
-        import fcntl
+    import fcntl
 
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ModuleNotFoundError:  # Windows
-        pass
     except OSError:
         file.close()
         raise FileExistsError(f"Another process runs the job {name!r} in {folder} at this moment.") from None

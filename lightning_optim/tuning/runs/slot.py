@@ -120,8 +120,9 @@ class Slot:
         settings = {
             "path": path,
             "threads": self._threads,
-            # CUDA does not survive a fork, and a device makes a job long enough for the imports of its own.
-            "fork": hasattr(os, "fork") and not self._device,
+            # CUDA does not survive a fork, nor do some libraries of macOS; where there is a device, a job is long
+            # enough for imports of its own.
+            "fork": sys.platform == "linux" and not self._device,
             "preload": list(self._preload),
         }
         self._server.stdin.write(json.dumps(settings).encode() + b"\n")

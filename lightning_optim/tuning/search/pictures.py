@@ -84,10 +84,16 @@ def _position(space: Space, path: str, trial: Trial, trials: Sequence[Trial]) ->
     if parameter.choices:
         choices = list(dict.fromkeys(repr(each.params[path]) for each in trials))
         return repr(trial.params[path]), distributions.CategoricalDistribution(choices)
-    return _share(parameter, trial.params[path]), distributions.FloatDistribution(0.0, 1.0)
+    return share(parameter, trial.params[path]), distributions.FloatDistribution(0.0, 1.0)
 
 
-def _share(parameter: Parameter, value: float) -> float:
+def share(parameter: Parameter, value: float) -> float:
+    """Return where in the range of a hyperparameter a value is, from 0 at its lower end to 1 at its upper one.
+
+    Args:
+        parameter: The hyperparameter, with a range.
+        value: The value.
+    """
     low, high = parameter.low or 0.0, parameter.high or 0.0
     if parameter.log:
         low, high, value = math.log(low), math.log(high), math.log(value)

@@ -70,6 +70,7 @@ def find_lr(
         ```
     """
     finder = LRRangeTest(method, steps, repeats, low, high, apply=False, without=without)
+    finder._draws = trainer.progress_bar_callback is not None
     finder._leaves, finder._weight_decays, finder._batches = True, weight_decays, batches
     own: Any = trainer
     snapshot = ObjectSnapshot(trainer, model, train_dataloaders, datamodule, leave=[*trainer.loggers, finder])

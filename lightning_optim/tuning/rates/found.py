@@ -55,7 +55,7 @@ class FoundRate:
 
     def __str__(self) -> str:
         within = "" if self.low is None or self.high is None else f", between {self.low:.2g} and {self.high:.2g}"
-        found = "cannot tell" if self.lr is None else f"lr {self.lr:.3g}{within}"
+        found = "no rate" if self.lr is None else f"lr {self.lr:.3g}{within}"
         text = f"{self.name}: {found} (configured: {self.configured:.3g}). {_sentence(self.reason)}"
         return "\n".join([text, *(f"{self.name}: {grid}" for grid in self.grids)])
 

@@ -94,7 +94,7 @@ class LRRangeTest(L.Callback):
         """What has been found; None before the fit."""
         self._applied: list[tuple[float, float]] = []
         self._is_done = self._is_resumed = False
-        self._leaves = False
+        self._leaves = self._draws = False
         """Whether the fit ends with the trials."""
         self._weight_decays: Sequence[float] = ()
         self._batches: Sequence[int] = ()
@@ -103,6 +103,7 @@ class LRRangeTest(L.Callback):
         """Begin anew, unless a checkpoint is restored after this; before all others, which see the rates found."""
         if stage == "fit":
             present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            self._draws = self._draws or trainer.progress_bar_callback is not None
             # A new list: Lightning is going through the old one.
             trainer.callbacks = [self, *(each for each in present if each is not self)]  # type: ignore[attr-defined]
             self._is_done, self._is_resumed, self._applied = False, False, []
@@ -140,7 +141,8 @@ class LRRangeTest(L.Callback):
 
     def _find(self, trainer: L.Trainer) -> FoundRates:
         trials = FitTrials(trainer, self.without)
-        with tqdm(desc="Learning rate", disable=not trainer.is_global_zero, unit=" trials", leave=False) as bar:
+        silent = not (self._draws and trainer.is_global_zero)
+        with tqdm(desc="Learning rate", disable=silent, unit=" trials", leave=False) as bar:
 
             def progress(what: str) -> None:
                 bar.set_postfix_str(what)

@@ -99,7 +99,9 @@ def test_schedules_that_move_with_their_optimizers_stand_still_in_trials(capsys)
     others, same = run([lo.ConfigureOptimizers(optimizers=parts)])
     assert all(map(torch.equal, weights, others))
     assert schedules == same
-    assert "set by others" not in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "set by others" not in printed.out
+    assert "Learning rate" not in printed.err  # no progress bar where the Trainer has none
     assert "opponents" in str(test.found)
     assert [rate.flag for rate in test.found] == ["optim.optimizers.body.lr", "optim.optimizers.head.lr"]
 

@@ -41,9 +41,7 @@ class KnownRanges:
             return [fixed[path]]
         if path not in ("optim.lr", "optim.weight_decay"):
             known = [*fixed, "optim.lr", "optim.weight_decay"]
-            raise SpaceError(
-                f"{path}: no range is known for it, give low and high, or choices. auto: {', '.join(known)}."
-            )
+            raise SpaceError(f"{path}: no range is known for it: give low and high, or choices. {nearest(path, known)}")
         of = _lr if path == "optim.lr" else _weight_decay
         searched = _choices(space.get("optim.optimizer"))
         if not searched:

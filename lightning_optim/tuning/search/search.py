@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_optim.core.suggest import nearest
 from lightning_optim.diagnostics.metric_names import is_better_higher
+from lightning_optim.diagnostics.run_report.elements import made_folder
 from lightning_optim.tuning.runs import Job, JobResult, run_jobs
 from lightning_optim.tuning.runs.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, TIMED_OUT
 from lightning_optim.tuning.search import result as names
@@ -127,7 +128,7 @@ def run_search(
     require_optuna()
     folder = Path(folder)
     sampler, pruner = make_sampler(settings.sampler, space, settings.seed), make_pruner(settings.pruner)
-    folder.mkdir(parents=True, exist_ok=True)
+    made_folder(folder)
     url = settings.storage or default_storage(folder)
     storage = open_storage(url)
     study = _open_study(settings, storage, sampler, pruner, {**configuration, "space": space.described()})

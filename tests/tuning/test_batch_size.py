@@ -350,6 +350,13 @@ def test_an_error_of_the_module_is_shown_and_is_no_limit(project, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_a_critical_size_that_cannot_be_measured_is_told(project, capsys, monkeypatch):
+    fits = iter([Fit(4, "ok", "", 1, 1.0), Fit(8, "data", "no more"), Fit(4, "error", "RuntimeError: no.\nmore")])
+    monkeypatch.setattr("lightning_optim.tuning.batch_size.largest.run_fit", lambda *_, **__: next(fits))
+    main(["batch-size", "--config", "run.yaml", "--key", "data.samples", "--start", "4"])
+    assert "The critical batch size is not known: RuntimeError: no." in capsys.readouterr().err
+
+
 def test_an_interruption_is_a_line(project, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

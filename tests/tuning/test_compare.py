@@ -218,6 +218,16 @@ def test_the_command_tunes_compares_and_continues(tmp_path, capsys, monkeypatch)
     assert "another configuration" in capsys.readouterr().err
 
 
+def test_an_interruption_before_the_first_run_is_a_line(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_optim.cli.command._run", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(["compare"])
+    assert (exit_.value.code, capsys.readouterr().err) == (130, "error: Interrupted.\n")
+
+
 # Verdicts, on numbers that are made up.
 
 

@@ -30,7 +30,7 @@ class KnownRanges:
         Raises:
             SpaceError: No range is known.
         """
-        from lightning_optim.tuning.search.space import SpaceError
+        from lightning_optim.tuning.search.parameter import SpaceError
 
         fixed: dict[str, Entry] = {
             "clip.max_norm": {"low": 0.1, "high": 10.0, "log": True},
@@ -62,7 +62,7 @@ class KnownRanges:
         """The optimizer's class and hyperparameters in the configuration, or with another optimizer."""
         from lightning_optim.callbacks import ConfigureOptimizers
         from lightning_optim.cli.fit_config import read_fit
-        from lightning_optim.tuning.search.space import SpaceError
+        from lightning_optim.tuning.search.parameter import SpaceError
 
         flags = [] if optimizer is None else [f"--optim.optimizer={optimizer}", "--optim.lr=null"]
         configure = read_fit([*self._of_fit, *flags]).only(ConfigureOptimizers)
@@ -81,7 +81,7 @@ def _choices(entry: Any) -> list[Any]:
 def _lr(path: str, settings: Mapping[str, Any]) -> Entry:
     """The learning rates of published recipes."""
     from lightning_optim.optim.base import OPTIMIZERS
-    from lightning_optim.tuning.search.space import SpaceError
+    from lightning_optim.tuning.search.parameter import SpaceError
 
     name = settings["optimizer"]
     try:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_optim.cli.own_parser import OwnParser
 
 if TYPE_CHECKING:
+    from lightning_optim.tuning.search.parameter import Parameter, Params
     from lightning_optim.tuning.search.result import SearchResult
-    from lightning_optim.tuning.search.space import Parameter, Params, Space
+    from lightning_optim.tuning.search.space import Space
 
 _EXAMPLE = "Example: lightning-optim search --config run.yaml --space space.yaml --trials 40"
 
@@ -167,7 +168,8 @@ def read_space(path: str, of_fit: Sequence[str]) -> Space:
     from lightning_optim.cli.fit_config import ConfigError
     from lightning_optim.cli.known_ranges import KnownRanges
     from lightning_optim.cli.sources import SourceError, read_mapping
-    from lightning_optim.tuning.search.space import Space, SpaceError
+    from lightning_optim.tuning.search.parameter import SpaceError
+    from lightning_optim.tuning.search.space import Space
 
     try:
         read_mapping(path, "what to search: `optim.lr: auto`")  # for its messages
@@ -210,7 +212,7 @@ def check_space(space: Space, of_fit: Sequence[str]) -> None:
         SpaceError: A value is refused; the message has the path, the value and the reason.
     """
     from lightning_optim.cli.fit_config import ConfigError, read_fit
-    from lightning_optim.tuning.search.space import SpaceError
+    from lightning_optim.tuning.search.parameter import SpaceError
 
     failed = False
     for parameter, value, params in space.corners():

@@ -25,11 +25,12 @@ from lightning_optim.cli.fit_config import read_fit
 from lightning_optim.cli.known_ranges import KnownRanges
 from lightning_optim.tuning.search.claims import Claims, is_dead, this_process
 from lightning_optim.tuning.search.methods import make_pruner, make_sampler, open_storage
+from lightning_optim.tuning.search.parameter import SpaceError
 from lightning_optim.tuning.search.pictures import importances, share
 from lightning_optim.tuning.search.python_search import fit_trial
 from lightning_optim.tuning.search.result import SearchResult, Trial
 from lightning_optim.tuning.search.search import SearchError, Settings
-from lightning_optim.tuning.search.space import Space, SpaceError
+from lightning_optim.tuning.search.space import Space
 from tests.tuning.search_jobs import SPACE, run, run_here
 
 ROOT = Path(__file__).parents[2]

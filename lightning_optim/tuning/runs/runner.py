@@ -261,7 +261,7 @@ def _how_it_ended(one: _Running, code: int) -> tuple[str, str]:
     if code >= 0:
         return KILLED, f"The process ended with exit code {code}, without a result; see {LOG_FILE}."
     name = signal.Signals(-code).name
-    memory = " Where nobody sent it, the system was out of memory." if name == "SIGKILL" else ""
+    memory = " If you did not send it, the system was out of memory." if name == "SIGKILL" else ""
     return KILLED, f"The process was ended by {name}.{memory}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -54,6 +55,7 @@ OUTSIDE = {
 """Which modules may load what, when they are imported; Lightning not even later."""
 
 
+@functools.cache
 def _modules() -> dict[str, Path]:
     """Every module by its name below the package, `__init__` of a folder included."""
     paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
@@ -80,6 +82,7 @@ def _imports(path: Path, *, lazy: bool = True) -> set[str]:
     return found
 
 
+@functools.cache
 def _ours(path: Path, *, lazy: bool = True) -> set[str]:
     """Modules of the package that a file imports, by their names below it."""
     known = _modules()

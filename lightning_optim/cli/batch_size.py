@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_optim.cli.own_parser import OwnParser
+
 if TYPE_CHECKING:
     from lightning_optim.cli.fit_config import FitConfig
     from lightning_optim.tuning.batch_size.critical import CriticalBatch
@@ -39,20 +41,19 @@ def run_batch_size(args: Sequence[str]) -> None:
     Raises:
         SystemExit: The configuration is wrong, or its fit fails for another reason than memory.
     """
-    from lightning_optim.cli.errors import fail
+    from lightning_optim.cli.fail import fail, said_of
     from lightning_optim.cli.fit_config import ConfigError, read_fit
     from lightning_optim.tuning.batch_size.critical import critical_batch
     from lightning_optim.tuning.batch_size.largest import Fit, largest_batch, run_fit
 
-    parser = argparse.ArgumentParser(
-        prog="lightning-optim batch-size",
-        description="Find the largest batch that fits, and advise on batch size and learning rate. Takes the flags of "
-        "`fit` as well, and changes nothing.",
-        epilog=_EXAMPLE,
-        allow_abbrev=False,
+    parser = OwnParser(
+        "batch-size",
+        "Find the largest batch that fits, and advise on batch size and learning rate. Takes the flags of `fit` as "
+        "well, and changes nothing.",
+        _EXAMPLE,
     )
     add_batch_size_arguments(parser)
-    options, of_fit = parser.parse_known_args(args)
+    options, of_fit = parser.split(args)
     try:
         config = read_fit(of_fit)
         key, size = _batch_size(config, options.key)
@@ -72,8 +73,12 @@ def run_batch_size(args: Sequence[str]) -> None:
             measured = run_fit(of_fit, key, micro, options.steps, accumulate=several, noise=True)
             if pairs := measured.found.get("pairs"):
                 critical = critical_batch(pairs, measured.found["small"], measured.found["large"])
-    except (ConfigError, ValueError, RuntimeError) as error:
-        fail(str(error))
+            else:
+                _say(f"The critical batch size is not known: {_why_unmeasured(measured)}.")
+    except (ConfigError, ValueError, RuntimeError, OSError) as error:
+        fail(said_of(error))
+    except KeyboardInterrupt:
+        fail("Interrupted. The same command begins again; --start gives the size it begins with.", 130)
     ranks = _ranks(found, size)
     for line in _report(config, key, size, accumulated * ranks, found, critical):
         print(line if line.startswith("  --") else textwrap.fill(line, 100, subsequent_indent="    "))
@@ -81,6 +86,13 @@ def run_batch_size(args: Sequence[str]) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _why_unmeasured(fit: Any) -> str:
+    """Why a fit has no gradients of a part of the batch and of all of it."""
+    if fit.status != "ok":
+        return str(fit.message).splitlines()[0].rstrip(".")
+    return "no step had two whole micro-batches, or the module optimizes by itself (automatic_optimization=False)"
 
 
 def _outcome(fit: Any) -> str:

@@ -40,6 +40,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # The reader has seen enough: `lightning-optim list | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # Where a command has not caught it, as while it reads its configuration.
+        print("error: Interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _run(given: list[str]) -> None:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from lightning_optim.cli.errors import fail
+from lightning_optim.cli.fail import fail, said_of
+from lightning_optim.cli.own_parser import OwnParser
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +40,6 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rerun", action="store_true", help="replace runs of another configuration in the folder")
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are a line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and exit."""
-        fail(f"{message}. See lightning-optim compare --help.", code=2)
-
-
 def run_compare(args: Sequence[str]) -> None:
     """Compare variants of a configuration.
 
@@ -56,16 +49,15 @@ def run_compare(args: Sequence[str]) -> None:
     Raises:
         SystemExit: The command line, the configuration or a variant is wrong, or no run could train.
     """
-    parser = _Parser(
-        prog="lightning-optim compare",
-        description="Compare variants of a run: same weights and data for each seed, several seeds, one page.",
-        epilog="All options of fit are taken as well: lightning-optim compare --config run.yaml --variants "
-        "variants.yaml --steps 500 --tune-lr --model my.Module",
-        allow_abbrev=False,
+    parser = OwnParser(
+        "compare",
+        "Compare variants of a run: same weights and data for each seed, several seeds, one page.",
+        "All options of fit are taken as well: lightning-optim compare --config run.yaml --variants variants.yaml "
+        "--steps 500 --tune-lr --model my.Module",
     )
     add_compare_arguments(parser)
-    options, rest = parser.parse_known_args(list(args))
-    from lightning_optim.cli.job import PRELOAD, fit_job
+    options, rest = parser.split(args)
+    from lightning_optim.cli.job import PRELOAD, fit_job, hidden_by, note_on_loggers, refuse_hidden
     from lightning_optim.tuning.compare.page import write_comparison
     from lightning_optim.tuning.compare.study import Settings, check_names, run_comparison
 
@@ -76,6 +68,10 @@ def run_compare(args: Sequence[str]) -> None:
             options.seeds, options.steps, options.seconds, options.tune_lr, options.tune_steps, options.metric,
             options.mode, options.validations, options.workers, rerun=options.rerun, preload=PRELOAD,
         )  # fmt: skip
+        budget = "--steps" if options.seconds is None else "--seconds"
+        hidden = hidden_by(options.steps or options.seconds, budget) | {"seed_everything": "--seeds"}
+        for name, overrides in variants.items():
+            refuse_hidden(hidden, rest, overrides, f"variant {name!r}")
     except ValueError as error:
         fail(str(error), code=2)
     configs = {
@@ -84,6 +80,8 @@ def run_compare(args: Sequence[str]) -> None:
     }
     settings = replace(settings, devices=_devices(configs))
     changed = [name for name, overrides in variants.items() if {"model", "data"} & overrides.keys()]
+    for note in {note_on_loggers(config["trainer"].get("logger")) for config in configs.values()} - {""}:
+        print(note)
     if not options.tune_lr:
         print("Each variant runs at the rate that it is given. With --tune-lr each gets its own, which is fair.")
 
@@ -96,15 +94,17 @@ def run_compare(args: Sequence[str]) -> None:
     texts = {name: _text(overrides) for name, overrides in variants.items()}
     try:
         found = run_comparison(settings, texts, make, options.out, changed)
-    except (FileExistsError, ValueError, RuntimeError) as error:
-        fail(str(error))
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(said_of(error))
     except KeyboardInterrupt:
         fail(f"Interrupted. The same command continues with the runs in {options.out} that have not finished.", 130)
     show(found)
     try:
         print(write_comparison(found))
-    except (ModuleNotFoundError, OSError) as error:
+    except ModuleNotFoundError as error:
         fail(f"{error}\n{found.folder / 'results.csv'} has the results.")
+    except OSError as error:
+        fail(f"No page: {said_of(error)}\nThe runs are kept in {found.folder}: the same command writes it.")
 
 
 def read_variants(path: Path) -> dict[str, dict[str, Any]]:
@@ -118,12 +118,10 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
     """
     from jsonargparse import get_loader
 
-    from lightning_optim.cli.sources import SourceError, read_sources
+    from lightning_optim.cli.sources import SourceError, read_mapping
 
-    if not path.exists():
-        fail(f"No file {path}. It maps the name of each variant to its keys: lion: {{optim: {{...}}}}", code=2)
     try:
-        (source,) = read_sources(["--config", str(path)], None)
+        source = read_mapping(str(path), "names of variants, each with its keys: `lion: {optim: {optimizer: lion}}`")
     except SourceError as error:
         fail(str(error), code=2)
     found: dict[str, dict[str, Any]] = {}
@@ -171,7 +169,8 @@ def checked(args: Sequence[str], overrides: Mapping[str, Any], where: str) -> An
             path = f"{Path(folder) / 'overrides.yaml'}"
             named = path in text
             text = re.sub(rf"{re.escape(path)}(, line \d+)?", lambda _: where, text)
-            fail(text if named else f"{where}: {text}", int(exit_.code or 1))
+            of_all = named or text.startswith("Unknown option")
+            fail(text if of_all else f"{where}: {text}", int(exit_.code or 1))
 
 
 class _ParsedError(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import sysconfig
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
@@ -14,8 +13,7 @@ from typing import Any, NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
-MOST_LINES = 6
-"""Largest number of lines of a message."""
+from lightning_optim.cli.fail import MOST_LINES, capped, fail
 
 _USERS = (ValueError, TypeError, RuntimeError, OSError, ImportError, MisconfigurationException, NotImplementedError)
 """Exceptions by which this package and Lightning refuse a configuration; others are errors of a program."""
@@ -58,28 +56,6 @@ class ShortErrors(LightningArgumentParser):
         if not self.exit_on_error or top.debug:
             raise ArgumentError(None, message) from ex
         fail((top.explain(message) if top.explain is not None else None) or condense(message), code=2)
-
-
-def fail(text: str, code: int = 1) -> NoReturn:
-    """Print an error and exit.
-
-    Args:
-        text: The message; what is beyond six lines is left out.
-        code: The exit code.
-
-    Raises:
-        SystemExit: Always.
-    """
-    sys.stdout.flush()
-    print(f"error: {_capped(text, MOST_LINES)}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def _capped(text: str, count: int) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    if len(lines) > count:
-        lines = [*lines[: count - 1], f"... and {len(lines) - count + 1} lines more: --debug shows all."]
-    return "\n".join(lines)
 
 
 def condense(message: str) -> str:
@@ -158,7 +134,7 @@ def short_errors(explain: Callable[[str], str | None], raises: Callable[[], bool
             raise
         message = str(error).strip() or type(error).__name__
         explained = explain(message)
-        fail(explained or f"{_capped(message, MOST_LINES - 1)}\n(--debug shows the traceback.)")
+        fail(explained or f"{capped(message, MOST_LINES - 1)}\n(--debug shows the traceback.)")
 
 
 def _through_users_code(error: BaseException | None) -> bool:

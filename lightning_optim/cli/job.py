@@ -75,6 +75,47 @@ def fit_job(
     return Job(name, f"{__name__}:fit", arguments, description, steps, timeout)
 
 
+def refuse_hidden(hidden: Mapping[str, str], args: Sequence[str], keys: Mapping[str, Any], where: str) -> None:
+    """Refuse what an option of the command would replace without a word.
+
+    Args:
+        hidden: Keys of a configuration, ``trainer.max_steps``, and the option that replaces each.
+        args: Command line after ``fit``; what its files say is meant to be replaced.
+        keys: Keys and values as a configuration file has them, or paths with dots.
+        where: What to call ``keys`` in the message.
+
+    Raises:
+        ValueError: A flag of ``args``, or one of ``keys``, is hidden.
+
+    Example:
+        >>> refuse_hidden({"trainer.max_steps": "--steps"}, ["--trainer.max_steps=3"], {}, "")
+        Traceback (most recent call last):
+        ValueError: Invalid --trainer.max_steps with --steps, which takes its place: give one of them.
+    """
+    flags = {arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
+    for path, option in hidden.items():
+        inner: Any = keys
+        for key in path.split("."):
+            inner = inner.get(key) if isinstance(inner, Mapping) else None
+        if path in flags:
+            raise ValueError(f"Invalid --{path} with {option}, which takes its place: give one of them.")
+        if path in keys or inner is not None:
+            raise ValueError(f"Invalid {path} in {where} with {option}, which takes its place: give one of them.")
+
+
+def hidden_by(steps: int | float | None, option: str = "--steps") -> dict[str, str]:
+    """Return the keys that a budget of the command replaces, each with the option; none without a budget."""
+    names = ("max_steps", "max_epochs", "max_time") if steps is not None else ()
+    return {f"trainer.{name}": option for name in names}
+
+
+def note_on_loggers(logger: Any) -> str:
+    """Return what becomes of the loggers of a configuration; empty where it has none of its own."""
+    if logger in (None, True, False):
+        return ""
+    return "Loggers of the configuration get nothing: each run writes TensorBoard's events into its own folder."
+
+
 def absolute(args: Sequence[str]) -> list[str]:
     """Return a command line whose configuration files have absolute paths."""
     files = set(config_files(args))

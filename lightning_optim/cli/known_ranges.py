@@ -30,7 +30,7 @@ class KnownRanges:
         Raises:
             SpaceError: No range is known.
         """
-        from lightning_optim.tuning.search.space import SpaceError
+        from lightning_optim.tuning.search.parameter import SpaceError
 
         fixed: dict[str, Entry] = {
             "clip.max_norm": {"low": 0.1, "high": 10.0, "log": True},
@@ -41,9 +41,7 @@ class KnownRanges:
             return [fixed[path]]
         if path not in ("optim.lr", "optim.weight_decay"):
             known = [*fixed, "optim.lr", "optim.weight_decay"]
-            raise SpaceError(
-                f"{path}: no range is known for it, give low and high, or choices. auto: {', '.join(known)}."
-            )
+            raise SpaceError(f"{path}: no range is known for it: give low and high, or choices. {nearest(path, known)}")
         of = _lr if path == "optim.lr" else _weight_decay
         searched = _choices(space.get("optim.optimizer"))
         if not searched:
@@ -64,7 +62,7 @@ class KnownRanges:
         """The optimizer's class and hyperparameters in the configuration, or with another optimizer."""
         from lightning_optim.callbacks import ConfigureOptimizers
         from lightning_optim.cli.fit_config import read_fit
-        from lightning_optim.tuning.search.space import SpaceError
+        from lightning_optim.tuning.search.parameter import SpaceError
 
         flags = [] if optimizer is None else [f"--optim.optimizer={optimizer}", "--optim.lr=null"]
         configure = read_fit([*self._of_fit, *flags]).only(ConfigureOptimizers)
@@ -83,7 +81,7 @@ def _choices(entry: Any) -> list[Any]:
 def _lr(path: str, settings: Mapping[str, Any]) -> Entry:
     """The learning rates of published recipes."""
     from lightning_optim.optim.base import OPTIMIZERS
-    from lightning_optim.tuning.search.space import SpaceError
+    from lightning_optim.tuning.search.parameter import SpaceError
 
     name = settings["optimizer"]
     try:

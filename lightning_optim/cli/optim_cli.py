@@ -21,7 +21,8 @@ from lightning_optim.callbacks.planning import make_plan
 from lightning_optim.cli.batch_size import add_batch_size_arguments
 from lightning_optim.cli.compare import add_compare_arguments
 from lightning_optim.cli.diagnosis import explain
-from lightning_optim.cli.errors import ShortErrors, fail, short_errors
+from lightning_optim.cli.errors import ShortErrors, short_errors
+from lightning_optim.cli.fail import fail
 from lightning_optim.cli.find_lr import FindsLR
 from lightning_optim.cli.inspecting import Inspects
 from lightning_optim.cli.keys import OptimKeys

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
+
+from lightning_optim.cli.fail import fail
+from lightning_optim.cli.own_parser import OwnParser
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,22 +35,19 @@ def run_recipe(args: Sequence[str]) -> None:
     """
     from lightning_optim.tuning.recipes import recipe
 
-    parser = argparse.ArgumentParser(
-        prog="lightning-optim recipe",
-        description="Print published settings for a kind of model as a configuration, each number with its source.",
-        epilog="Example: lightning-optim recipe vit --batch-size 256 > run.yaml",
+    parser = OwnParser(
+        "recipe",
+        "Print published settings for a kind of model as a configuration, each number with its source.",
+        "Example: lightning-optim recipe vit --batch-size 256 > run.yaml",
     )
     add_recipe_arguments(parser)
-    options = parser.parse_args(args)
+    options, rest = parser.split(args)
+    if rest:
+        parser.error(f"Unexpected argument {rest[0]!r}")
     try:
         found = recipe(options.name)
         if options.batch_size is not None:
             found = found.scaled_to(options.batch_size)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error), code=2)
     print(found.yaml, end="")
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)

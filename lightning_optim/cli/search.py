@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_optim.cli.own_parser import OwnParser
+
 if TYPE_CHECKING:
+    from lightning_optim.tuning.search.parameter import Parameter, Params
     from lightning_optim.tuning.search.result import SearchResult
-    from lightning_optim.tuning.search.space import Parameter, Params, Space
+    from lightning_optim.tuning.search.space import Space
 
 _EXAMPLE = "Example: lightning-optim search --config run.yaml --space space.yaml --trials 40"
 
@@ -58,29 +61,26 @@ def run_search_command(args: Sequence[str]) -> None:
     Raises:
         SystemExit: The configuration, the space or a flag is wrong, or no trial trains.
     """
-    from lightning_optim.cli.errors import fail
+    from lightning_optim.cli.fail import fail, said_of
 
-    parser = argparse.ArgumentParser(
-        prog="lightning-optim search",
-        description="Search hyperparameters of a configuration with Optuna. Takes the flags of `fit` as well.",
-        epilog=_EXAMPLE,
-        allow_abbrev=False,
+    parser = OwnParser(
+        "search", "Search hyperparameters of a configuration with Optuna. Takes the flags of `fit` as well.", _EXAMPLE
     )
     add_search_arguments(parser)
-    options, of_fit = parser.parse_known_args(args)
+    options, of_fit = parser.split(args)
     if options.space is None:
         fail("No --space: give a YAML file such as\n  optim.lr: auto\n  optim.weight_decay: [0, 0.01, 0.1]", code=2)
     try:
         _search(options, of_fit)
-    except (ValueError, RuntimeError, ModuleNotFoundError, FileExistsError) as error:
-        fail(str(error))
+    except (ValueError, RuntimeError, ModuleNotFoundError, OSError) as error:
+        fail(said_of(error))
     except KeyboardInterrupt:
         fail(f"Interrupted. The same command continues the study {options.study!r}.", code=130)
 
 
 def _search(options: argparse.Namespace, of_fit: Sequence[str]) -> None:
     from lightning_optim.cli.fit_config import read_fit
-    from lightning_optim.cli.job import PRELOAD, fit_job
+    from lightning_optim.cli.job import PRELOAD, fit_job, hidden_by, note_on_loggers, refuse_hidden
     from lightning_optim.tuning.runs import Job
     from lightning_optim.tuning.search.methods import require_optuna
     from lightning_optim.tuning.search.search import Settings, run_search
@@ -101,7 +101,10 @@ def _search(options: argparse.Namespace, of_fit: Sequence[str]) -> None:
     )
     base = read_fit(of_fit)
     space = read_space(options.space, of_fit)
+    refuse_hidden(hidden_by(options.steps), of_fit, {parameter.path: None for parameter in space}, options.space)
     check_space(space, of_fit)
+    if note := note_on_loggers(base.data["trainer"].get("logger")):
+        print(note)
 
     def make_job(name: str, params: Params) -> Job:
         return fit_job(
@@ -164,11 +167,12 @@ def read_space(path: str, of_fit: Sequence[str]) -> Space:
 
     from lightning_optim.cli.fit_config import ConfigError
     from lightning_optim.cli.known_ranges import KnownRanges
-    from lightning_optim.cli.sources import SourceError, read_sources
-    from lightning_optim.tuning.search.space import Space, SpaceError
+    from lightning_optim.cli.sources import SourceError, read_mapping
+    from lightning_optim.tuning.search.parameter import SpaceError
+    from lightning_optim.tuning.search.space import Space
 
     try:
-        read_sources(["--config", path], None)  # for its messages
+        read_mapping(path, "what to search: `optim.lr: auto`")  # for its messages
     except SourceError as error:
         raise SpaceError(str(error)) from None
     data = get_loader("yaml")(Path(path).read_text(encoding="utf-8-sig"))
@@ -208,7 +212,7 @@ def check_space(space: Space, of_fit: Sequence[str]) -> None:
         SpaceError: A value is refused; the message has the path, the value and the reason.
     """
     from lightning_optim.cli.fit_config import ConfigError, read_fit
-    from lightning_optim.tuning.search.space import SpaceError
+    from lightning_optim.tuning.search.parameter import SpaceError
 
     failed = False
     for parameter, value, params in space.corners():

@@ -74,7 +74,7 @@ def read_sources(args: Sequence[str], subcommand: str | None) -> list[Source]:
     of_all = len(config_files(args[:place]))
     sources = []
     for number, path in enumerate(config_files(args)):
-        source = _read(path)
+        source = read_mapping(path)
         if number < of_all and subcommand is not None:
             inner = source.data.get(subcommand)
             node = _child(source.node, subcommand)
@@ -83,7 +83,16 @@ def read_sources(args: Sequence[str], subcommand: str | None) -> list[Source]:
     return sources
 
 
-def _read(path: str) -> Source:
+def read_mapping(path: str, needs: str = "keys such as `model:` and `trainer:`") -> Source:
+    """Read a YAML file that is to have a mapping at its top.
+
+    Args:
+        path: The file.
+        needs: What the mapping has, for the message.
+
+    Raises:
+        SourceError: The file is missing, is no UTF-8 text, is no YAML, has a key twice, is empty, or is no mapping.
+    """
     if "://" in path or path.lstrip().startswith("{"):
         return Source(path, {}, None)
     text = _text(path)
@@ -95,10 +104,10 @@ def _read(path: str) -> Source:
     except (ValueError, RecursionError) as error:  # a date that is none, say
         raise SourceError(f"{path}: this is not valid YAML: {error}.") from None
     if data is None:
-        raise SourceError(f"{path} is empty: it needs at least `model:` and `trainer:`.")
+        raise SourceError(f"{path} is empty: it must have {needs}.")
     if not isinstance(data, dict):
         kind = "a list" if isinstance(data, list) else f"the {type(data).__name__} {str(data)[:40]!r}"
-        raise SourceError(f"{path} has {kind} at its top: it must be a mapping, with keys such as `trainer:`.")
+        raise SourceError(f"{path} has {kind} at its top: it must be a mapping, with {needs}.")
     for keys, line in _twice(node):
         raise SourceError(f"{path}, line {line}: the key {'.'.join(map(str, keys))} occurs twice. Remove one.")
     return Source(path, data, node)

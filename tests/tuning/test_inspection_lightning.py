@@ -7,7 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from lightning_optim.tuning.inspection import _lightning as private
-from lightning_optim.tuning.inspection.watch import recomputing
+from lightning_optim.tuning.inspection.stillness import recomputing
 from tests.helpers import Net, make_trainer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +20,7 @@ from lightning_optim.diagnostics.run_report import read_runs
 from lightning_optim.tuning.runs import Job, run_jobs
 from lightning_optim.tuning.runs.description import describe
 from lightning_optim.tuning.runs.digests import digest_of_tensors
+from lightning_optim.tuning.runs.job import write_json
 from lightning_optim.tuning.runs.python_fit import python_job
 from lightning_optim.tuning.runs.records import spikes
 from lightning_optim.tuning.runs.runner import available_cores
@@ -126,19 +130,32 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_study_ends_its_jobs_and_is_resumed(tmp_path, sign):
-    program = tmp_path / "program.py"
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folders of two studies, which run side by side until each gets its signal."""
+    program = tmp_path_factory.mktemp("killed") / "program.py"
     program.write_text(KILLED)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    folder = tmp_path / "study"
-    with subprocess.Popen([sys.executable, program, folder], env=environment, stderr=subprocess.DEVNULL) as process:
-        pid = folder / "second" / "pid"
-        _wait(lambda: pid.exists() and pid.read_text())
-        child = int(pid.read_text())
-        process.send_signal(sign)
-        process.wait(20)
-    _wait(lambda: not _alive(child))
+    folders = {sign: program.parent / sign.name for sign in (signal.SIGKILL, signal.SIGINT)}
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for sign, folder in folders.items():
+            command = [sys.executable, program, folder]
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+            processes[sign] = stack.enter_context(process)
+        for sign, folder in folders.items():
+            pid = folder / "second" / "pid"
+            _wait(lambda pid=pid: pid.exists() and pid.read_text())
+            child = int(pid.read_text())
+            processes[sign].send_signal(sign)
+            processes[sign].wait(20)
+            _wait(lambda child=child: not _alive(child))
+    return folders
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_study_ends_its_jobs_and_is_resumed(killed, sign):
+    folder = killed[sign]
     assert (folder / "first" / "result.json").exists()
     assert not (folder / "second" / "result.json").exists()
     started = []
@@ -217,3 +234,37 @@ def test_spikes_are_counted_once_each():
 def test_memory_is_recognised():
     assert how_it_failed(RuntimeError("DefaultCPUAllocator: can't allocate memory"))[0] == "out of memory"
     assert how_it_failed(RuntimeError("shapes"))[0] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.float32(0.1), np.float32(0.2)),
+        (np.zeros(3), np.ones(3)),
+        (np.array(["a", None], dtype=object), np.array(["b", None], dtype=object)),
+        (torch.float16, torch.bfloat16),
+        (range(3), range(4)),
+        (torch.nn.Dropout(0.1), torch.nn.Dropout(0.2)),
+        (torch.nn.Sequential(torch.nn.ReLU()), torch.nn.Sequential(torch.nn.GELU())),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_differs_is_described_differently(one, other):
+    assert describe(one) == describe(copy.deepcopy(one))
+    assert describe(one) != describe(other)
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+
+    def full(part: Path, *_, **__):
+        part.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write_json(path, {"a": 2})
+    assert error.value.filename == str(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["result.json"]
+    assert path.read_bytes() == b'{\n "a": 1\n}'

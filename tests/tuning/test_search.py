@@ -25,11 +25,12 @@ from lightning_optim.cli.fit_config import read_fit
 from lightning_optim.cli.known_ranges import KnownRanges
 from lightning_optim.tuning.search.claims import Claims, is_dead, this_process
 from lightning_optim.tuning.search.methods import make_pruner, make_sampler, open_storage
+from lightning_optim.tuning.search.parameter import SpaceError
 from lightning_optim.tuning.search.pictures import importances, share
 from lightning_optim.tuning.search.python_search import fit_trial
 from lightning_optim.tuning.search.result import SearchResult, Trial
 from lightning_optim.tuning.search.search import SearchError, Settings
-from lightning_optim.tuning.search.space import Space, SpaceError
+from lightning_optim.tuning.search.space import Space
 from tests.tuning.search_jobs import SPACE, run, run_here
 
 ROOT = Path(__file__).parents[2]
@@ -224,10 +225,11 @@ def _refused(project, capsys, space, *flags):
         ),
         ("optim.lr: {low: -1, high: 1.0}", "Invalid lr=-1.0 of AdamW: it must be finite and above 0"),
         _slow("optim.optimizer: [adamw, adamv]", "optim.optimizer: adamv is refused."),
-        ("model.widht: {low: 4, high: 8}", "Did you mean 'width'?"),
+        _slow("model.widht: {low: 4, high: 8}", "Did you mean 'width'?"),
         _slow("model.width: {low: 4.5, high: 8.5}", "model.width: 4.5 is refused"),
         _slow("optim.optimizer.betas: [[0.9, 0.95], [0.9, 1.5]]", "must be 0 <= betas[1] < 1"),
-        ("optim.betaz: auto", "no range is known for it"),
+        ("optim.lrr: auto", "no range is known for it: give low and high, or choices. Did you mean 'optim.lr'"),
+        ("", "space.yaml is empty: it must have what to search"),
         ("optim.lr: {low: 1\n", "space.yaml, line 2, column 1"),
         ("optim.lr: auto\noptim.lr: auto", "the key optim.lr occurs twice"),
     ],
@@ -240,11 +242,14 @@ def test_what_the_configuration_refuses_is_refused_before_the_first_trial(projec
     ("flags", "message"),
     [
         (["--sampler", "tpee"], "Unknown sampler 'tpee'. Did you mean 'tpe'?"),
-        (["--pruner", "medain"], "Unknown pruner 'medain'. Did you mean 'median'?"),
+        _slow(["--pruner", "medain"], "Unknown pruner 'medain'. Did you mean 'median'?"),
         (["--sampler", "grid"], "the range of model.dropout has no step"),
         (["--trials", "0"], "Invalid trials=0"),
-        (["--metric", "val_temperature"], "Is a higher val_temperature better?"),
-        (["--optim.lrr", "1"], "Unknown option --optim.lrr"),
+        (["--trails", "3"], "Unknown option --trails. Did you mean '--trials'?"),
+        (["--steps", "4", "--trainer.max_epochs=3"], "Invalid --trainer.max_epochs with --steps"),
+        _slow(["--out", "run.yaml"], "Cannot write to run.yaml: run.yaml is a file."),
+        _slow(["--metric", "val_temperature"], "Is a higher val_temperature better?"),
+        _slow(["--optim.lrr", "1"], "Unknown option --optim.lrr"),
         (["--storage", "nosql://x"], "Cannot open the storage nosql://x"),
     ],
 )

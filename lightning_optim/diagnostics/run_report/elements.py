@@ -45,8 +45,7 @@ def made_folder(folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise NotADirectoryError(
-            f"Cannot write a report to {folder}: {error.filename or folder} is a file. Give the name of a folder, in "
-            "which the page and the pictures are put."
+            f"Cannot write to {folder}: {error.filename or folder} is a file. Give the name of a folder."
         ) from None
     return folder
 

@@ -90,7 +90,7 @@ def critical_batch(pairs: Sequence[tuple[float, float]], small: float, large: fl
 
 
 def _ratio(parts: Sequence[tuple[float, float]]) -> float:
-    """tr(Σ)/|G|²; infinite where no gradient is left beside the noise, 0 where there is no noise."""
+    """tr(Σ)/|G|²; infinite where nothing but noise is left of the gradient, 0 where there is no noise."""
     noise, signal = (statistics.fmean(column) for column in zip(*parts, strict=True))
     return max(noise, 0.0) / signal if signal > 0 else math.inf
 

@@ -130,6 +130,9 @@ def run_fit(
 ) -> Fit:
     """Run a short fit in a process of its own, which a full memory may end.
 
+    It is the command line rather than a job of `tuning.runs`: a strategy of several devices starts the other ranks by
+    the command line of the process, and what is measured is a process of its own, not one with a server's imports.
+
     Args:
         args: The command line of the fit, after ``fit``.
         key: Flag of the batch size, without dashes: ``data.batch_size``.

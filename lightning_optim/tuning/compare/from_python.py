@@ -106,6 +106,10 @@ def compare(
     shared = {**_checked("base", base or {})}
     shared["trainer"] = {**shared.get("trainer", {}), **(trainer or {})}
     given = {name: _checked(name, _as_keys(name, each)) for name, each in variants.items()}
+    if steps is not None or seconds is not None:
+        for name, each in given.items():
+            if hidden := [key for key in ("max_steps", "max_epochs", "max_time") if key in each.get("trainer", {})]:
+                raise ValueError(f"Invalid trainer.{hidden[0]} of variant {name!r}: steps or seconds takes its place.")
     changed = [name for name, each in given.items() if "model" in each or "data" in each]
     # Made here once, so that what is wrong is refused before anything runs.
     ready = {name: (_callbacks(name, shared, each), _trainer(shared, each)) for name, each in given.items()}

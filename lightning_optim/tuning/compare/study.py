@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lightning_optim.diagnostics.run_report.elements import made_folder
 from lightning_optim.tuning.compare.metric import choose_metric
 from lightning_optim.tuning.compare.outcome import Comparison, count
 from lightning_optim.tuning.compare.rates import MakeJob, RunJobs, TunedRate, tune_rates
 from lightning_optim.tuning.runs import Job, JobResult, run_jobs
+from lightning_optim.tuning.runs.lock import lock
 from lightning_optim.tuning.runs.runner import Pool
 from lightning_optim.tuning.runs.slot import PRELOAD
 
@@ -115,16 +117,31 @@ def run_comparison(
 
     Raises:
         FileExistsError: The folder has runs of another configuration, or another process uses it.
+        NotADirectoryError: ``folder`` is a file, or below one.
         ValueError: A setting does not fit the runs.
         RuntimeError: Not one run could start.
     """
     check_names(list(variants))
-    folder = Path(folder).resolve()
-    with Pool(settings.workers, settings.devices, settings.preload) as pool:
+    folder = made_folder(folder).resolve()
+
+    def check_metric(_: Job, result: JobResult) -> None:
+        # A name that does not exist is known after one run; the others need not be waited for.
+        if settings.metric is not None and result.ok and result.metrics:
+            choose_metric([result], settings.metric, settings.mode)
+
+    with lock(folder, "a comparison"), Pool(settings.workers, settings.devices, settings.preload) as pool:
 
         def run(jobs: Sequence[Job], title: str) -> dict[str, JobResult]:
             changed = "rerun" if settings.rerun else "refuse"
-            return run_jobs(jobs, folder, pool=pool, changed=changed, title=title, progress=settings.progress)
+            return run_jobs(
+                jobs,
+                folder,
+                pool=pool,
+                changed=changed,
+                title=title,
+                progress=settings.progress,
+                on_end=check_metric,
+            )
 
         return _run(settings, variants, make, run, folder, changes_model)
 

@@ -47,6 +47,14 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "The first layer's outputs, and the gradients of its weights, grow with its inputs (LeCun et al. 1998).",
         "Normalise the inputs to mean 0 and standard deviation 1, or begin with a normalisation.",
     ),
+    "constant-input": (
+        "Nothing in it tells one sample from another, so that nothing but their average can be learnt.",
+        "Look at a batch of the loader: a mask, a scale or a conversion of dtype has taken the content.",
+    ),
+    "unregistered-weights": (
+        "The optimizer gets parameters(), and checkpoints state_dict(): these weights are neither trained nor saved.",
+        "Put layers into nn.ModuleList or nn.ModuleDict in place of a list or dict; make a tensor an nn.Parameter.",
+    ),
     "zero-weights": (
         "Its inputs are the same for all units, so all units stay equal or get no gradient at all (Glorot and Bengio "
         "2010). Zero is good for the last layer of a residual branch, where inputs differ.",

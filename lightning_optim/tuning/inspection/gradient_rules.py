@@ -53,6 +53,15 @@ def gradient_findings(watch: Watch) -> Iterator[Finding]:
         yield finding("nothing-trainable", "model", "no parameter requires a gradient.")
 
 
+def unregistered_findings(watch: Watch) -> Iterator[Finding]:
+    """Weights that get a gradient and that the optimizer does not know."""
+    if watch.unregistered:
+        places = list(dict.fromkeys(watch.unregistered.values()))
+        count = len(watch.unregistered)
+        seen = f"{count} weight{'s' * (count > 1)} with a gradient {'are' if count > 1 else 'is'} not in parameters()."
+        yield finding("unregistered-weights", places, seen)
+
+
 def _without(watch: Watch) -> Iterator[Finding]:
     trained = {n: seen for n, seen in watch.parameters.items() if seen.requires_grad and not seen.gradient.count}
     if not trained:
@@ -82,7 +91,7 @@ def _was_used(watch: Watch, name: str) -> bool:
     if any(site.weight is not None and site.weight.name == name for site in watch.sites.values()):
         return True
     # A module with children may run without its own parameters.
-    return module in watch.executed and (name in watch.touched or not any(True for _ in owner.children()))
+    return module in watch.executed and (name in watch.nodes.touched or not any(True for _ in owner.children()))
 
 
 def _copies(watch: Watch, names: dict[str, Parameter]) -> set[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_optim.tuning.inspection.findings import Finding, finding
-from lightning_optim.tuning.inspection.gradient_rules import finite_findings, gradient_findings
+from lightning_optim.tuning.inspection.gradient_rules import finite_findings, gradient_findings, unregistered_findings
 from lightning_optim.tuning.inspection.inspection import Inspection, LossValue, Row
 from lightning_optim.tuning.inspection.loss_rules import (
     argument_findings,
@@ -192,6 +192,7 @@ def _findings(watch: Watch, taken: list[list[float]], accumulate: int, error: Ex
         yield from argument_findings(watch)
         yield from finite_findings(watch, bad)
         yield from input_findings(watch)
+        yield from unregistered_findings(watch)
         yield from weight_findings(watch)
         yield from unit_findings(watch)
         yield from score_findings(watch)

@@ -151,3 +151,15 @@ def fans(name: str, weight: Tensor, groups: int, stride: Any) -> Fans | None:
         steps = math.prod(stride) if isinstance(stride, tuple | list) else int(stride) ** (weight.ndim - 2)
         return Fans(max(shape[0] / groups * kernel / steps, 1.0), shape[1] * kernel, 1)
     return Fans(shape[1] * kernel, shape[0] / groups * kernel)
+
+
+QUIET = frozenset(
+    [
+        "shape", "dtype", "device", "is_leaf", "grad_fn", "ndim", "layout", "is_cuda", "is_sparse", "size", "dim",
+        "numel", "stride", "is_floating_point", "is_complex", "__len__", "__set__", "register_hook",
+        "is_contiguous", "is_nested", "__repr__", "item", "tolist", "__bool__", "__float__", "__int__", "numpy",
+        "is_meta", "has_names", "is_mkldnn", "is_quantized", "is_mps", "is_xla", "names", "__format__", "__hash__",
+        "_version",
+    ]
+)  # fmt: skip
+"""Functions that ask a tensor what it is, and compute nothing."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lightning_optim.tuning.inspection.findings import Finding, finding
-from lightning_optim.tuning.inspection.operations import RECTIFIERS, SIGMOIDAL
+from lightning_optim.tuning.inspection.operations import SIGMOIDAL
 from lightning_optim.tuning.inspection.sites import Site
 from lightning_optim.tuning.inspection.watch import Watch
 
@@ -17,8 +17,12 @@ LARGEST_GAIN = 4.0
 LEAST_GAIN = 0.02
 """The same below which they are small: the narrowest layers of GPT-2's 0.02 have 0.1."""
 LARGEST_INPUT = 20.0
+LEAST_INPUT = 1e-4
+"""Below what rare words in a large vocabulary have, counted or as tf-idf."""
 MOST_DEAD = 0.7
 """Share of dead units of one layer. By chance alone, a fifth is usual on small data."""
+FEWEST_UNITS = 16
+"""Units of a layer below which only all of them together are dead."""
 MOST_SATURATED = 0.5
 LEAST_DEPTH = 5
 """Layers from which on a trend is looked for."""
@@ -30,8 +34,12 @@ LARGEST_SHARE = 0.99
 
 def input_findings(watch: Watch) -> Iterator[Finding]:
     """Inputs that are not normalised."""
+    if watch.entrances and all(site.constant_input for site, _ in watch.entrances.values()):
+        yield finding("constant-input", next(iter(watch.entrances)), "all its inputs are one and the same number.")
+        return
     for name, (site, sums) in watch.entrances.items():
-        if sums.rms > LARGEST_INPUT and not any(kind.startswith("norm") for kind in site.followed_by):
+        outside = sums.rms > LARGEST_INPUT or 0 < sums.rms < LEAST_INPUT
+        if outside and not any(kind.startswith("norm") for kind in site.followed_by):
             seen = (
                 f"its inputs come straight from the batch with an RMS of {sums.rms:.3g} (largest {sums.largest:.3g})."
             )
@@ -137,8 +145,10 @@ def unit_findings(watch: Watch) -> Iterator[Finding]:
 
 
 def _is_dead(site: Site) -> bool:
-    enough = site.samples >= 32 and site.dead is not None and site.dead.numel() >= 4
-    return enough and site.dead_share > MOST_DEAD and (site.operation in RECTIFIERS or site.dead is not None)
+    if site.dead is None or site.samples < 32 or site.dead.numel() < 4:
+        return False
+    # Of a few units, as in a bottleneck that gates channels, most may be flat by chance.
+    return site.dead_share == 1 or (site.dead_share > MOST_DEAD and site.dead.numel() >= FEWEST_UNITS)
 
 
 def score_findings(watch: Watch) -> Iterator[Finding]:

@@ -14,6 +14,14 @@ NEAR_THE_END = 0.01
 """Distance from an end, in units of the whole range, within which a sigmoid or tanh counts as saturated."""
 
 
+def numbers_of(tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor without its gradient: of a sparse one those that it stores, [count]."""
+    tensor = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        return tensor.coalesce().values()
+    return tensor if tensor.layout is torch.strided else tensor.values()
+
+
 @dataclass
 class Sums:
     """Sums over the numbers of some tensors."""
@@ -27,7 +35,9 @@ class Sums:
 
     def add(self, values: Tensor) -> None:
         """Add the numbers of a tensor of any shape and floating dtype; what is not finite is only counted."""
-        values = values.detach().float()
+        values = numbers_of(values).float()
+        if not values.numel():
+            return
         finite = torch.isfinite(values)
         self.count += values.numel()
         bad = values.numel() - int(finite.sum())

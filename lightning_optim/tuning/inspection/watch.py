@@ -14,46 +14,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_optim.tuning.inspection import operations
+from lightning_optim.tuning.inspection.attention import largest_of_attention, largest_of_scores
 from lightning_optim.tuning.inspection.losses import LossCall, see_loss
-from lightning_optim.tuning.inspection.operations import argument, fans, kind_of, name_of
-from lightning_optim.tuning.inspection.sites import Site, Sums, Weight
+from lightning_optim.tuning.inspection.nodes import Node, Nodes
+from lightning_optim.tuning.inspection.operations import kind_of, name_of
+from lightning_optim.tuning.inspection.sites import Site, Sums, Weight, numbers_of
+from lightning_optim.tuning.inspection.stillness import recomputing, silence_hooks, suppress_compilation
 from lightning_optim.tuning.inspection.units import (
     MOST_ROWS,
     cancels_mean,
     flat_tensors,
-    repeated_units,
     tensors_in,
     unit_axis,
 )
+from lightning_optim.tuning.inspection.weights import bias_in, measured, weight_in
 
 _SITES = ("linear", "product", "norm", "activation", "embedding", "recurrent", "attention", "softmax")
 
 
 class StoppedError(Exception):
     """What ends a step that cannot succeed, before torch's own error, which may leave a GPU unusable."""
-
-
-@dataclass(eq=False)
-class Node:
-    """Where a tensor comes from.
-
-    Args:
-        kind: Kind of the function, or ``"data"``, ``"parameter"``.
-        name: Its name.
-        site: Where it ran.
-        parents: Where its inputs come from.
-        axis: Dimension of its units.
-        data: Whether it is computed from the batch and from nothing that is trained.
-        cut: Name of the module that has detached it from what is trained, if one has.
-    """
-
-    kind: str
-    name: str
-    site: Site | None = None
-    parents: tuple[Node, ...] = ()
-    axis: int = -1
-    data: bool = False
-    cut: str | None = None
 
 
 @dataclass
@@ -81,12 +61,13 @@ class Watch(TorchFunctionMode):
         self.sites: dict[tuple[str, str, str], Site] = {}
         self.losses: list[LossCall] = []
         self.executed: set[str] = set()
-        self.touched: set[str] = set()
         self.detached: dict[str, str] = {}
         self.problems: list[tuple[str, str, str]] = []
         """What torch is about to refuse: kind, where, and what was seen."""
         self.broadcasts: dict[str, str] = {}
         self.tied: set[str] = set()
+        self.unregistered: Any = WeakIdKeyDictionary()
+        """Weights that are trained with, and are no parameters of the model, and where."""
         self.backwards: list[float] = []
         """Values on which backward was called in this step."""
         self.scale = 1.0
@@ -98,9 +79,9 @@ class Watch(TorchFunctionMode):
             name: Parameter(name, parameter.numel(), parameter.requires_grad)
             for name, parameter in model.named_parameters()
         }
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._own = dict(model.named_parameters())
         self._embeddings: set[int] = set()
-        self._nodes: Any = WeakIdKeyDictionary()
+        self.nodes = Nodes(model.named_parameters())
         self._stack: list[tuple[str, int]] = []
         self.modules = dict(model.named_modules())
         self._on = False
@@ -119,7 +100,7 @@ class Watch(TorchFunctionMode):
                 stack.callback(before.remove)
                 stack.callback(after.remove)
             for name, parameter in self.model.named_parameters():
-                _still(stack, parameter)
+                silence_hooks(stack, parameter)
                 if parameter.requires_grad:
                     hooked: Any = parameter
                     stack.callback(hooked.register_hook(self._got_gradient(name)).remove)
@@ -128,10 +109,10 @@ class Watch(TorchFunctionMode):
     @contextmanager
     def step(self, batch: Any) -> Iterator[None]:
         """Record one step on a batch."""
-        self._nodes = WeakIdKeyDictionary()
+        self.nodes.clear()
         self._stack, self.backwards = [], []
         for path, tensor in tensors_in(batch):
-            self._nodes[tensor] = Node("data", path or "batch", data=True)
+            self.nodes[tensor] = Node("data", path or "batch", data=True)
             if tensor.is_floating_point() and tensor.numel():
                 self.data_names.setdefault(path or "batch", Sums()).add(tensor)
         with suppress_compilation(), self:
@@ -153,7 +134,8 @@ class Watch(TorchFunctionMode):
                 waiting += node.parents
                 if node.site is not None:
                     node.site.last = False
-        self._nodes, self._weighted = WeakIdKeyDictionary(), []
+        self.nodes.clear()
+        self._weighted = []
 
     # Hooks.
 
@@ -173,11 +155,11 @@ class Watch(TorchFunctionMode):
             leaf = not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
             seen = any(site.module == name for site in self.sites.values())
             if leaf and not seen and sites == len(self.sites) and isinstance(output, Tensor):
-                node = self._nodes.get(output) or Node("other", type(module).__name__)
+                node = self.nodes.known(output) or Node("other", type(module).__name__)
                 with torch.no_grad(), torch._C.DisableTorchFunction():
                     node.site = self._site("module", type(module).__name__, name)
                     self._record(node.site, output, node.axis, None)
-                self._nodes[output] = node
+                self.nodes[output] = node
 
         return leaving
 
@@ -206,7 +188,7 @@ class Watch(TorchFunctionMode):
         """Run a torch function and record what it did."""
         kwargs = kwargs or {}
         name = name_of(func)
-        if not self._on or recomputing() or name in _QUIET:
+        if not self._on or recomputing() or name in operations.QUIET:
             return func(*args, **kwargs)
         kind = kind_of(name)
         if kind == "backward":
@@ -215,7 +197,7 @@ class Watch(TorchFunctionMode):
         if name == "grad" and getattr(func, "__module__", "") == "torch.autograd":
             return self._without_hooks(func, args, kwargs)
         inputs = [tensor for value in (*args, *kwargs.values()) for tensor in flat_tensors(value)]
-        parents = tuple(self._node(tensor) for tensor in inputs)
+        parents = tuple(self.nodes[tensor] for tensor in inputs)
         unseen = len(self.losses)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._before(func, kind, name, args, kwargs, inputs, parents)
@@ -250,22 +232,12 @@ class Watch(TorchFunctionMode):
     def _unscaled(self, gradient: Tensor) -> Tensor:
         return gradient if self.scale == 1 else gradient.float() / self.scale
 
-    def _node(self, tensor: Tensor) -> Node:
-        node = self._nodes.get(tensor)
-        if node is None:
-            parameter = self._names.get(id(tensor))
-            node = Node("other" if parameter is None else "parameter", parameter or "")
-            if parameter is not None:
-                self.touched.add(parameter)
-            self._nodes[tensor] = node
-        return node  # type: ignore[no-any-return]
-
     def _before(
         self, func: Any, kind: str, name: str, args: Any, kwargs: Any, inputs: list[Tensor], parents: tuple[Node, ...]
     ) -> None:
         where = self._stack[-1][0] if self._stack else ""
         if kind == "loss":
-            call, problem = see_loss(func, name, args, kwargs, where, self._origin)
+            call, problem = see_loss(func, name, args, kwargs, where, self.nodes.origin)
             if call is not None:
                 self.losses.append(call)
             if problem is not None:
@@ -292,21 +264,13 @@ class Watch(TorchFunctionMode):
                 ):
                     self.broadcasts[where] = f"{list(a.shape)} minus {list(b.shape)}"
         elif name == "scaled_dot_product_attention" and len(inputs) >= 2:
-            self._see_attention(where, inputs[0], inputs[1], kwargs.get("scale"))
-        elif name == "softmax" and inputs and inputs[0].ndim >= 3 and inputs[0].shape[-1] > 1:
-            self._see_scores(where, inputs[0][:4].flatten(0, -3)[:64].float())
+            self._note_attention(where, largest_of_attention(inputs[0], inputs[1], kwargs.get("scale")))
+        elif name == "softmax" and inputs:
+            self._note_attention(where, largest_of_scores(inputs[0]))
 
-    def _see_attention(self, where: str, query: Tensor, key: Tensor, scale: float | None) -> None:
-        if query.ndim < 3 or query.shape[:-2] != key.shape[:-2]:
-            return
-        query, key = query.flatten(0, -3)[:8, :64].float(), key.flatten(0, -3)[:8].float()
-        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        self._see_scores(where, scores)
-
-    def _see_scores(self, where: str, scores: Tensor) -> None:
-        """Keep the median, over queries, of the largest weight that one key gets: [..., queries, keys]."""
-        if scores.shape[-1] > 2:  # masks of large negative numbers take no part in the largest
-            self.attention[where] = float(scores.softmax(-1).amax(-1).nanmedian())
+    def _note_attention(self, where: str, largest: float | None) -> None:
+        if largest is not None:
+            self.attention[where] = largest
 
     def _entered(self, kind: str, inputs: list[Tensor]) -> tuple[Sums, bool] | None:
         """The inputs of what has a weight, before it may write over them, and whether they are all one number."""
@@ -317,8 +281,8 @@ class Watch(TorchFunctionMode):
             return None
         with torch.no_grad():
             sums.add(inputs[0])
-            values = inputs[0].detach()
-            return sums, bool(values.max() == values.min())
+            values = numbers_of(inputs[0])
+            return sums, bool(values.numel() and values.max() == values.min())
 
     def _after(
         self,
@@ -332,7 +296,7 @@ class Watch(TorchFunctionMode):
         entered: tuple[Sums, bool] | None,
     ) -> None:
         output = outputs[0]
-        weight = self._weight_of(kind, name, args, kwargs, inputs, parents)
+        weight = self._weight(kind, name, args, kwargs, inputs, parents)
         if kind == "product" and weight is None:
             kind = "other"
         axis = unit_axis(kind, name, output, parents[0].axis if parents else -1, inputs)
@@ -357,12 +321,14 @@ class Watch(TorchFunctionMode):
                     self.entrances[site.name] = (site, site.entered)
             if weight is not None:
                 site.weight = weight if site.weight is None else site.weight
-                site.bias = site.bias or self._bias_of(name, args, kwargs)
+                site.bias = site.bias or bias_in(name, args, kwargs, self.nodes)
             before = inputs[0] if inputs and inputs[0] is not output else None
             self._record(site, output, axis, before)
             for other in outputs[1:] if kind == "recurrent" else ():
                 self._follow_gradient(site, other)
-            good_inputs = all(bool(torch.isfinite(each).all()) for each in inputs if each.is_floating_point())
+            good_inputs = all(
+                bool(torch.isfinite(numbers_of(each)).all()) for each in inputs if each.is_floating_point()
+            )
             site.bad_from_good = site.bad_from_good or (site.output.bad > 0 and good_inputs)
         if kind in ("linear", "product", "recurrent", "attention"):
             self._weighted.append(node)
@@ -370,7 +336,7 @@ class Watch(TorchFunctionMode):
             for parent in parents:
                 self._consumed(parent, node, kwargs, args)
         for each in outputs:
-            self._nodes[each] = node
+            self.nodes[each] = node
 
     def _note_cuts(self, nodes: tuple[Node, ...]) -> None:
         """Note where something that goes on to be trained with was detached."""
@@ -398,7 +364,7 @@ class Watch(TorchFunctionMode):
 
     def _site(self, kind: str, name: str, where: str, parents: tuple[Node, ...] = ()) -> Site:
         # One activation module may follow several layers, and each is a place of its own.
-        behind = _behind(parents[0]) if kind in ("activation", "softmax") and parents else ""
+        behind = parents[0].place() if kind in ("activation", "softmax") and parents else ""
         key = (where, name, behind)
         if key not in self.sites:
             module = self.modules.get(where)
@@ -424,129 +390,19 @@ class Watch(TorchFunctionMode):
         if by.kind == "norm" and direct and cancels_mean(by.name, args, kwargs):
             node.site.cancelled_by = self._stack[-1][0] if self._stack else by.name
 
-    def _weight_of(
+    def _weight(
         self, kind: str, name: str, args: Any, kwargs: Any, inputs: list[Tensor], parents: tuple[Node, ...]
     ) -> Weight | None:
-        if kind == "linear" or name in operations.LINEAR:
-            tensor = argument(args, kwargs, 1, "weight")
-        elif kind == "product" and len(inputs) >= 2:
-            index = 2 if name in ("addmm", "baddbmm") else 1
-            if index >= len(inputs):
-                return None
-            tensor, node = inputs[index], parents[index]
-            while node.kind == "view" and node.parents:
-                node = node.parents[0]
-            if node.kind != "parameter":
-                return None
-        else:
+        tensor = weight_in(kind, name, args, kwargs, inputs, parents)
+        if tensor is None:
             return None
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            return None
-        source = self._source(tensor)
+        source = self.nodes.source(tensor)
         where = self._stack[-1][0] if self._stack else ""
-        if source is not None and id(dict(self.model.named_parameters()).get(source)) in self._embeddings:
+        if source is None and tensor.requires_grad and tensor.is_leaf:
+            self.unregistered[tensor] = f"{where}:{name}".lstrip(":")
+        if source is not None and id(self._own[source]) in self._embeddings:
             self.tied.add(source)
         known = self.sites.get((where, name, ""))
         if known is not None and known.weight is not None:
             return known.weight
-        groups = argument(args, kwargs, 7 if name.startswith("conv_t") else 6, "groups", 1)
-        # conv_transpose has output_padding before groups.
-        groups = groups if isinstance(groups, int) else 1
-        found = fans(name, tensor, groups if name != "linear" else 1, argument(args, kwargs, 3, "stride", 1))
-        if found is None:
-            return None
-        rms = Sums()
-        rms.add(tensor)
-        depthwise = name.startswith("conv") and tensor.shape[1] == 1 and groups > 1
-        repeated = 0 if depthwise else repeated_units(tensor, found.rows)
-        return Weight(
-            source or f"{where}.weight",
-            tuple(tensor.shape),
-            found,
-            rms.rms,
-            tensor.requires_grad,
-            source is not None,
-            repeated,
-            depthwise,
-        )
-
-    def _source(self, tensor: Tensor) -> str | None:
-        """Name of the parameter that a tensor is, or is a view of."""
-        node = self._node(tensor)
-        while node.kind == "view" and node.parents:
-            node = node.parents[0]
-        return node.name if node.kind == "parameter" else None
-
-    def _bias_of(self, name: str, args: Any, kwargs: Any) -> str | None:
-        bias = argument(args, kwargs, 2, "bias") if name in operations.LINEAR else None
-        return self._names.get(id(bias)) if isinstance(bias, Tensor) and bias.requires_grad else None
-
-    def _origin(self, tensor: Tensor) -> tuple[str, bool]:
-        """Name of the function that made a tensor, reshapes aside, and whether it comes from the batch alone."""
-        node = self._node(tensor)
-        data = node.data
-        while node.kind == "view" and node.parents:
-            node = node.parents[0]
-        return node.name, data
-
-
-_QUIET = {
-    *("shape", "dtype", "device", "requires_grad", "is_leaf", "grad_fn", "ndim", "layout", "is_cuda", "is_sparse"),
-    *(
-        "size",
-        "dim",
-        "numel",
-        "stride",
-        "is_floating_point",
-        "is_complex",
-        "__len__",
-        "grad",
-        "__set__",
-        "register_hook",
-    ),
-    *(
-        "is_contiguous",
-        "is_nested",
-        "__repr__",
-        "item",
-        "tolist",
-        "__bool__",
-        "__float__",
-        "__int__",
-        "numpy",
-        "is_meta",
-    ),
-    *("has_names", "is_mkldnn", "is_quantized", "is_mps", "is_xla", "names", "__format__", "__hash__", "_version"),
-} - {"grad", "requires_grad"}
-
-
-def _behind(node: Node) -> str:
-    """Name of the place that a tensor comes from."""
-    while node.site is None and len(node.parents) == 1:
-        node = node.parents[0]
-    return "" if node.site is None else node.site.name
-
-
-def recomputing() -> bool:
-    """Return whether a backward pass runs in this thread, as when activation checkpointing computes again."""
-    return torch._C._current_graph_task_id() != -1
-
-
-@contextmanager
-def suppress_compilation() -> Iterator[None]:
-    """What torch.compile has compiled runs as it is written, so that its parts are seen."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _still(stack: ExitStack, parameter: nn.Parameter) -> None:
-    """Keep hooks of others from acting on gradients of a look, such as an optimizer that steps within backward."""
-    kept: Any = parameter
-    for key in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        hooks = getattr(kept, key, None)
-        if hooks:
-            # torch looks into the mapping when a gradient arrives, so it is emptied rather than replaced.
-            stack.callback(hooks.update, dict(hooks))
-            hooks.clear()
-        elif key == "_backward_hooks" and hooks is None:
-            stack.callback(setattr, kept, key, None)
+        return measured(tensor, name, args, kwargs, source, where)

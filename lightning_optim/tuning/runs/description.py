@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _DEEPEST = 12
+_PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def digest(value: Any) -> str:
@@ -85,6 +86,7 @@ def _source_of(thing: Any) -> str:
 
 
 def _of_object(value: Any, depth: int) -> Any:
+    import numpy
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -94,12 +96,29 @@ def _of_object(value: Any, depth: int) -> Any:
     if isinstance(value, torch.nn.Module):
         from lightning_optim.tuning.runs.digests import digest_of_module
 
-        return {"module": _name(type(value)), "weights": digest_of_module(value)}
+        return {"module": _name(type(value)), "weights": digest_of_module(value), "settings": _settings_of(value)}
     found: dict[str, Any] = {"object": _name(type(value))}
+    if hasattr(value, "__array__"):  # of numpy, pandas and their like
+        array = numpy.asarray(value)
+        numbers = array.tolist() if array.dtype.hasobject else array.tobytes()
+        return {**found, "array": [str(array.dtype), list(array.shape), describe(numbers, depth + 1)]}
     state = getattr(value, "__dict__", None)
     if state:
         found["state"] = {k: describe(v, depth + 1) for k, v in sorted(state.items()) if not k.startswith("__")}
+    elif (text := repr(value)) and " at 0x" not in text:  # A dtype, a range or a date has no state but its text.
+        found["text"] = text
     return found
+
+
+def _settings_of(module: Any) -> dict[str, Any]:
+    """Return the numbers and texts among the attributes of a module and its parts: a rate of dropout, an exponent."""
+    return {
+        name: {
+            "class": describe(type(each)),
+            **{k: describe(v) for k, v in vars(each).items() if isinstance(v, _PLAIN)},
+        }
+        for name, each in module.named_modules()
+    }
 
 
 def _name(thing: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -143,9 +144,19 @@ def main_file() -> str | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one piece: whoever reads finds the old content or the new one."""
+    """Write a JSON file in one piece: a reader finds the old content or the new one.
+
+    Raises:
+        OSError: The file cannot be written, as on a full disk; the old content is still there.
+    """
     text = io.StringIO()
     json.dump(content, text, indent=1)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text.getvalue(), encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text.getvalue(), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        # A write that fails does not name the file.
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_optim.tuning.runs.job import Job, written_hash
+from lightning_optim.tuning.runs.lock import lock, require_posix
 from lightning_optim.tuning.runs.progress import Progress
 from lightning_optim.tuning.runs.records import CURVE_FILE, FACTS_FILE, VALIDATION_FILE, read_validation
 from lightning_optim.tuning.runs.result import (
@@ -85,8 +86,7 @@ def run_jobs(
             "A job cannot start jobs. If this comes from your program, which jobs load for the functions that it "
             "defines, put its start under `if __name__ == '__main__':`."
         )
-    if os.name != "posix":
-        raise NotImplementedError("Jobs in processes of their own need Linux or macOS.")
+    require_posix()
     if changed not in ("refuse", "rerun"):
         raise ValueError(f"Invalid changed={changed!r}: must be 'refuse' or 'rerun'.")
     if workers is None and isinstance(jobs, Sequence):  # Fewer jobs than workers get more threads each.
@@ -208,7 +208,7 @@ class _Study:
     def _start(self, slot: Slot, job: Job) -> _Running:
         folder = self._root / job.name
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder, job.name)
+        held = lock(folder, f"the job {job.name!r}")
         for name in (RESULT_FILE, CURVE_FILE, VALIDATION_FILE, FACTS_FILE, LOG_FILE):
             (folder / name).unlink(missing_ok=True)
         for path in folder.glob("events/*tfevents*"):
@@ -217,7 +217,7 @@ class _Study:
         if self._on_start is not None:
             self._on_start(job)
         slot.start(folder)
-        return _Running(job, folder, lock)
+        return _Running(job, folder, held)
 
     def _follow(self, slot: Slot, one: _Running) -> None:
         """Pass new validations on, and end a job that is to be pruned or has taken too long."""
@@ -261,7 +261,7 @@ def _how_it_ended(one: _Running, code: int) -> tuple[str, str]:
     if code >= 0:
         return KILLED, f"The process ended with exit code {code}, without a result; see {LOG_FILE}."
     name = signal.Signals(-code).name
-    memory = " Where nobody sent it, the system was out of memory." if name == "SIGKILL" else ""
+    memory = " If you did not send it, the system was out of memory." if name == "SIGKILL" else ""
     return KILLED, f"The process was ended by {name}.{memory}"
 
 
@@ -280,19 +280,6 @@ def _check(jobs: Sequence[Job], root: Path, changed: str) -> None:
             f"{root} has runs of another configuration: {others[0]!r}{more}. Give another folder, or have them run "
             "again (changed='rerun', at the shell --rerun)."
         )
-
-
-def _lock(folder: Path, name: str) -> Any:
-    """Return an open file by which other processes see that the job runs here; a death closes it."""
-    file = (folder / "lock").open("w")
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise FileExistsError(f"Another process runs the job {name!r} in {folder} at this moment.") from None
-    return file
 
 
 def available_cores() -> int:

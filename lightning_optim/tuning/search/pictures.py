@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_optim.tuning.search.methods import require_optuna
+from lightning_optim.tuning.search.parameter import Parameter
 from lightning_optim.tuning.search.result import SearchResult, Trial
-from lightning_optim.tuning.search.space import Parameter, Space
+from lightning_optim.tuning.search.space import Space
 
 _LEAST = 4
 """Number of finished trials below which importances say nothing."""

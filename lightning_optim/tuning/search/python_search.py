@@ -8,9 +8,10 @@ from typing import Any
 
 from lightning_optim.core.suggest import nearest
 from lightning_optim.tuning.runs import Job, describe, python_fit
+from lightning_optim.tuning.search.parameter import Params
 from lightning_optim.tuning.search.result import SearchResult
 from lightning_optim.tuning.search.search import Settings, run_search
-from lightning_optim.tuning.search.space import Params, Space
+from lightning_optim.tuning.search.space import Space
 
 _PARTS = ("model", "data", "callbacks", "trainer")
 

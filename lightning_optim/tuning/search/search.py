@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_optim.core.suggest import nearest
 from lightning_optim.diagnostics.metric_names import is_better_higher
+from lightning_optim.diagnostics.run_report.elements import made_folder
 from lightning_optim.tuning.runs import Job, JobResult, run_jobs
 from lightning_optim.tuning.runs.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, TIMED_OUT
 from lightning_optim.tuning.search import result as names
@@ -24,12 +25,12 @@ from lightning_optim.tuning.search.methods import (
     require_optuna,
     without_password,
 )
+from lightning_optim.tuning.search.parameter import Params
 from lightning_optim.tuning.search.pictures import draw
 from lightning_optim.tuning.search.result import SearchResult, read_trials
-from lightning_optim.tuning.search.space import Params, Space
+from lightning_optim.tuning.search.space import Space
+from lightning_optim.tuning.search.study import open_study
 
-_CONFIGURATION = "configuration"
-"""Attribute of a study: what its trials have in common."""
 _HOPELESS = 3
 """Number of trials that fail, before any has ended well, after which the search ends."""
 _BAD = (PRUNED, DIVERGED, OUT_OF_MEMORY, TIMED_OUT)
@@ -127,10 +128,12 @@ def run_search(
     require_optuna()
     folder = Path(folder)
     sampler, pruner = make_sampler(settings.sampler, space, settings.seed), make_pruner(settings.pruner)
-    folder.mkdir(parents=True, exist_ok=True)
+    made_folder(folder)
     url = settings.storage or default_storage(folder)
     storage = open_storage(url)
-    study = _open_study(settings, storage, sampler, pruner, {**configuration, "space": space.described()})
+    direction = "maximize" if settings.higher else "minimize"
+    configuration = {**configuration, "space": space.described(), "metric": settings.metric, "mode": direction}
+    study = open_study(settings.study, direction, storage, sampler, pruner, configuration)
     search = _Search(study, storage, space, settings, make_job)
     options: dict[str, Any] = {} if preload is None else {"preload": preload}
     try:
@@ -159,47 +162,6 @@ def run_search(
     found.write_csv()
     pictures = draw(found, space)
     return SearchResult(**{**vars(found), "pictures": tuple(pictures)})
-
-
-def _open_study(settings: Settings, storage: Any, sampler: Any, pruner: Any, configuration: Mapping[str, Any]) -> Any:
-    """The study, new or as it was left."""
-    optuna = require_optuna()
-    direction = "maximize" if settings.higher else "minimize"
-    configuration = {**configuration, "metric": settings.metric, "mode": direction}
-
-    def create() -> Any:
-        return optuna.create_study(
-            storage=storage,
-            study_name=settings.study,
-            direction=direction,
-            sampler=sampler,
-            pruner=pruner,
-            load_if_exists=True,
-        )
-
-    study = create()
-    before = study.user_attrs.get(_CONFIGURATION)
-    if before is not None and before != configuration and _is_worthless(study):
-        optuna.delete_study(study_name=settings.study, storage=storage)
-        study, before = create(), None
-    if before is None:
-        if study.get_trials(deepcopy=False):
-            raise ValueError(
-                f"The study {settings.study!r} has trials of another program. Give another name (--study)."
-            )
-        study.set_user_attr(_CONFIGURATION, configuration)
-    elif before != configuration:
-        differs = sorted(key for key in {*before, *configuration} if before.get(key) != configuration.get(key))
-        raise ValueError(
-            f"The study {settings.study!r} was made with another {' and '.join(differs)}, so that its trials cannot be "
-            "compared with new ones. Give another name (--study), or the same configuration and space."
-        )
-    return study
-
-
-def _is_worthless(study: Any) -> bool:
-    """Whether a study has failed trials only, as one whose metric was misspelt."""
-    return all(trial.state.name in ("FAIL", "WAITING") for trial in study.get_trials(deepcopy=False))
 
 
 class _Search:

@@ -58,7 +58,7 @@ def _train(model: nn.Module, make: Callable[[Any], Any], rank: int | None = None
     optimizer = make(list(model.parameters()))
     if callable(train := getattr(optimizer, "train", None)):
         train()
-    data = normal([(8, 6), (8, 4)] * 5, 4)
+    data = [t.float() for t in normal([(8, 6), (8, 4)] * 5, 4)]
     for step in range(5):
         x, y = data[2 * step : 2 * step + 2]
         if rank is not None:

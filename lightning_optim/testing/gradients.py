@@ -21,7 +21,7 @@ def none_gradients(subject: Subject) -> None:
     params = subject.parameters(((4, 3), (3, 5), (2, 2)))
     start = snapshot(params)
     grads = subject.gradients(params, 6)
-    decay = {"weight_decay": 0.1} if subject.has("weight_decay") else {}
+    decay: dict[str, Any] = {"weight_decay": 0.1} if subject.has("weight_decay") else {}
     optimizer, _ = subject.run(params=params, grads=[[each[0], None, each[2]] for each in grads[:2]], **decay)
     subject.same([params[1]], [start[1]], "a parameter without gradient has changed")
     subject.moved([params[0], params[2]], [start[0], start[2]], "the others")

@@ -29,6 +29,17 @@ FAMILIES = (
 )
 """Files of checks, in the order of the reports."""
 
+FACTS = (
+    "gradient scale",
+    "sparse gradients",
+    "complex parameters",
+    "weight decay",
+    "state",
+    "state of float16 weights",
+    "state of bfloat16 weights",
+)
+"""Names of facts that can be claimed."""
+
 for _family in FAMILIES:  # Each adds its checks to the list.
     importlib.import_module(f"lightning_optim.testing.{_family}")
 
@@ -91,7 +102,7 @@ def check_optimizer(
 
     Raises:
         TypeError: The class has no such argument.
-        ValueError: There is no such check.
+        ValueError: There is no such check or fact.
 
     Example:
         >>> report = check_optimizer(torch.optim.SGD, lr=0.1, momentum=0.9, only=["closures", "weight_decay"])
@@ -100,6 +111,9 @@ def check_optimizer(
         >>> report.facts["weight decay"]
         'L2'
     """
+    for name in claims or {}:
+        if name not in FACTS:
+            raise ValueError(f"Invalid claims={name!r}: there is no such fact. {nearest(name, FACTS)}")
     subject = Subject(factory, hyperparameters, reference=reference, device=device, claims=dict(claims or {}))
     chosen = checks(only, skip)
     if only is None and device != "cpu":

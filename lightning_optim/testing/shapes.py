@@ -134,6 +134,7 @@ def shared_storage(subject: Subject) -> None:
         params.append(nn.Parameter(view))
     subject.run(4, params=params)
     subject.close(params, wanted, "views of one buffer against separate tensors", rtol=1e-4)
+    subject.same(views, params, "the buffer against its parameters, after four steps")
     if not bool((torch.cat([buffer[:5], buffer[17:20], buffer[35:]]) == 9.0).all()):
         raise CheckFailed("elements between the parameters have changed")
 

@@ -178,7 +178,8 @@ def _copies(subject: Subject, through: Any, what: str) -> None:
 
 @check(
     why="To load a sharded checkpoint torch.distributed.checkpoint makes a step with gradients of zero at lr = 0.",
-    fix="Make all state at the first step, whatever the gradient, and change nothing at lr = 0.",
+    fix="Make all state at the first step, whatever the gradient, and change nothing at lr = 0. In "
+    "load_state_dict, take keys from the saved groups' `params`: they may be names.",
 )
 def distributed_checkpoint(subject: Subject) -> None:
     """torch.distributed.checkpoint's trial step changes no weight, and a run resumed through it goes on bit-equal."""
@@ -200,8 +201,11 @@ def distributed_checkpoint(subject: Subject) -> None:
     saved = snapshot(dcp.get_optimizer_state_dict(module(params), optimizer))
     again = [nn.Parameter(p.detach().clone()) for p in params]
     before, model, fresh = snapshot(list(again)), module(again), subject.make(again)
-    dcp.get_optimizer_state_dict(model, fresh)
+    made: Any = dcp.get_optimizer_state_dict(model, fresh)
     subject.same(again, before, "the trial step has changed a weight")
+    for name, kept in saved["state"].items():
+        if missing := kept.keys() - made["state"].get(name, {}).keys():
+            raise CheckFailed(f"after the trial step the state of a parameter has no {', '.join(sorted(missing))}")
     dcp.set_optimizer_state_dict(model, fresh, saved)
     subject.run(params=params, grads=grads[3:], optimizer=optimizer)
     subject.run(params=again, grads=grads[3:], optimizer=fresh)

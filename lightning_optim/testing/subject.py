@@ -275,9 +275,9 @@ def needs_closure(optimizer: Any) -> bool:
 
 
 def normal(shapes: Sequence[tuple[int, ...]], seed: int, scale: float = 1.0) -> list[Tensor]:
-    """Return tensors with normal entries, the same at each call."""
+    """Return float64 tensors with normal entries, the same at each call."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) * scale for shape in shapes]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) * scale for shape in shapes]
 
 
 def _arguments(factory: Callable[..., Any]) -> dict[str, Any] | None:

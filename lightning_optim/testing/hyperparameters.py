@@ -17,7 +17,7 @@ from lightning_optim.testing.subject import CheckFailed, CheckSkipped, Subject
     fix="Read `group['name']` inside `step`; keep nothing that was computed from it in __init__.",
 )
 def hyperparameters_live(subject: Subject) -> None:
-    """Every hyperparameter that acts when given to the constructor acts when changed in the groups mid-run."""
+    """A hyperparameter that acts when given to the constructor (but `initial_...`) acts when changed in the groups."""
     steps, switch = 8, 4
     grads = subject.gradients(subject.parameters(), steps)
 
@@ -36,7 +36,9 @@ def hyperparameters_live(subject: Subject) -> None:
     group = subject.make(subject.parameters()).param_groups[0]
     constructor = (subject.arguments or {}) if subject.is_class else {}
     dead = []
-    for name in sorted({*group, *constructor} - {"params", "eps"}):
+    for name in sorted({*group, *constructor} - {"params"}):
+        if name.startswith("initial_"):
+            continue  # It is about the first step.
         old = group[name] if name in group else subject.options.get(name, constructor.get(name))
         for value in _others(old):
             try:
@@ -150,7 +152,7 @@ def group_options(subject: Subject) -> None:
     start = subject.parameters(shapes)
     what = "the first group, when the second has another rate"
     # Loose, because some methods estimate one quantity over all groups; a rate that leaks changes the way fourfold.
-    subject.close(runs[1][:1], runs[0][:1], what, start=start[:1], rtol=0.2)
+    subject.close(runs[1][:1], runs[0][:1], what, start=start[:1], rtol=0.5)
 
 
 @check(
@@ -178,14 +180,14 @@ def late_group(subject: Subject) -> None:
     late = subject.parameters(((2, 6),), seed=9)
     optimizer, _ = subject.run(3, params=params)
     optimizer.add_param_group({"params": late})
-    missing = optimizer.param_groups[0].keys() - optimizer.param_groups[1].keys()
-    if missing:
-        raise CheckFailed(f"the new group has no {', '.join(sorted(missing))}")
     start = snapshot(late)
     both = [*params, *late]
     subject.run(params=both, grads=subject.gradients(both, 5), optimizer=optimizer)
     subject.finite(both, "after five steps with a new group")
     subject.moved(late, start, "five steps after it was added")
+    missing = optimizer.param_groups[0].keys() - optimizer.param_groups[1].keys()
+    if missing:
+        raise CheckFailed(f"the new group has no {', '.join(sorted(missing))}")
 
 
 @check(

@@ -60,7 +60,8 @@ def test_a_module_of_the_current_folder(tmp_path):
 
 def test_without_the_checks_of_the_pipeline_it_loads_torch_alone():
     code = (
-        "import sys; from lightning_optim.cli import main; main(['check', 'torch.optim.SGD', '--skip', 'compile', '--skip', 'pipeline']); "
+        "import sys; from lightning_optim.cli import main; "
+        "main(['check', 'torch.optim.SGD', '--skip', 'compile', '--skip', 'pipeline']); "
         "print([n for n in ('lightning', 'pytorch_lightning', 'numba', 'jsonargparse') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=200)

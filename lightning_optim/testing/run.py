@@ -22,6 +22,7 @@ FAMILIES = (
     "hyperparameters",
     "decay",
     "state",
+    "copies",
     "shapes",
     "integration",
     "pipeline",

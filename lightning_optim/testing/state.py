@@ -1,10 +1,8 @@
-"""Checks of the state: saving, loading and copying."""
+"""Checks of the state: saving and loading."""
 
 from __future__ import annotations
 
-import copy
 import io
-import pickle
 from typing import Any
 
 import torch
@@ -127,6 +125,53 @@ def state_of_others(subject: Subject) -> None:
 
 
 @check(
+    why="Rates of layers and heads are values of groups; after loading they must be where they were.",
+    fix="Keep torch's load_state_dict, which gives each group its saved values, and read them from there.",
+)
+def state_groups(subject: Subject) -> None:
+    """Loading gives each of two groups its saved values, and the run goes on bit-equal."""
+    lr = subject.value("lr")
+    if not isinstance(lr, float):
+        raise CheckSkipped(f"its lr is {lr!r}")
+    params = subject.parameters()
+    grads = subject.gradients(params, 6)
+    optimizer = subject.make([{"params": params[:1]}, {"params": params[1:], "lr": lr / 2}])
+    subject.run(params=params, grads=grads[:3], optimizer=optimizer)
+    again = [nn.Parameter(p.detach().clone()) for p in params]
+    fresh = subject.make([{"params": [p]} for p in again])
+    fresh.load_state_dict(snapshot(optimizer.state_dict()))
+    rates = [[group["lr"] for group in each.param_groups] for each in (optimizer, fresh)]
+    if rates[0] != rates[1]:
+        raise CheckFailed(f"rates of the groups after loading are {rates[1]}, were {rates[0]}")
+    subject.run(params=params, grads=grads[3:], optimizer=optimizer)
+    subject.run(params=again, grads=grads[3:], optimizer=fresh)
+    subject.same(again, params, "resumed with two groups, after three further steps")
+
+
+@check(
+    why="Groups in another order give each parameter another one's averages; such a run is wrong in silence.",
+    fix="Let shapes that do not fit raise, at the latest in the next step; make no new state in their place.",
+)
+def state_order(subject: Subject) -> None:
+    """State of groups in another order is refused, by load_state_dict or by the next step, if shapes differ."""
+    params = subject.parameters()
+    grads = subject.gradients(params, 3)
+    optimizer = subject.make([{"params": [p]} for p in params])
+    subject.run(params=params, grads=grads[:2], optimizer=optimizer)
+    saved = snapshot(optimizer.state_dict())
+    if not any(t.shape == params[0].shape for _, t in tensors_in(saved["state"])):
+        raise CheckSkipped("its state has no tensors of the parameters' shapes")
+    swapped = [params[1], params[0]]
+    fresh = subject.make([{"params": [p]} for p in swapped])
+    try:
+        fresh.load_state_dict(saved)
+        subject.run(params=swapped, grads=[grads[2][::-1]], optimizer=fresh)
+    except Exception:
+        return
+    raise CheckFailed("it has loaded the state of a matrix of another shape and made a step")
+
+
+@check(
     why="A model is often moved after a checkpoint was loaded, or loaded on another device.",
     fix="Move each tensor of the state to its parameter's device in load_state_dict, as torch's own does.",
 )
@@ -142,38 +187,6 @@ def state_device(subject: Subject) -> None:
         return torch.load(buffer, weights_only=True, map_location="cpu")
 
     _resumes(subject, through, "resumed from a state on the CPU")
-
-
-@check(
-    why="Trials, averaging and tests copy a model together with its optimizer.",
-    fix="Keep no closures, generators, streams or parameters by id in the instance.",
-)
-def deepcopy(subject: Subject) -> None:
-    """A deep copy of parameters and optimizer goes on bit-equal, and leaves the original alone."""
-    _copies(subject, copy.deepcopy, "a deep copy")
-
-
-@check(
-    why="Spawned processes and some trainers pickle optimizers; what is no plain value stops them.",
-    fix="No lambdas or local functions as attributes; restore what cannot be pickled in __setstate__.",
-)
-def pickled(subject: Subject) -> None:
-    """Parameters and optimizer that were pickled together go on bit-equal."""
-    _copies(subject, lambda pair: pickle.loads(pickle.dumps(pair)), "a pickled copy")
-
-
-def _copies(subject: Subject, through: Any, what: str) -> None:
-    params = subject.parameters()
-    grads = subject.gradients(params, 6)
-    optimizer, _ = subject.run(params=params, grads=grads[:3])
-    before = snapshot(list(params))
-    copied_params, copied = through((params, optimizer))
-    torch.manual_seed(1)
-    subject.run(params=copied_params, grads=grads[3:], optimizer=copied)
-    subject.same(params, before, f"steps of {what} have changed the original")
-    torch.manual_seed(1)
-    subject.run(params=params, grads=grads[3:], optimizer=optimizer)
-    subject.same(copied_params, params, f"{what}, after three further steps")
 
 
 @check(

@@ -359,6 +359,24 @@ class LoadsAnything(Correct):
             super().load_state_dict(state_dict)
 
 
+@fails("state_groups")
+class KeepsItsOwnRates(Correct):
+    def load_state_dict(self, state_dict):
+        rates = [group["lr"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+@fails("state_order")
+class MakesNewStateInstead(Correct):
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for param, state in self.state.items():
+            if "m" in state and state["m"].shape != param.shape:
+                state.clear()
+
+
 @fails("deepcopy")
 class CopiesNothing(Correct):
     def __deepcopy__(self, memo):

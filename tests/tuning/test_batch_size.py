@@ -353,9 +353,21 @@ def test_an_error_of_the_module_is_shown_and_is_no_limit(project, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_an_interruption_is_a_line(project, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_optim.tuning.batch_size.largest.run_fit", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(["batch-size", "--config", "run.yaml", "--key", "data.samples"])
+    assert exit_.value.code == 130
+    assert "Interrupted. The same command begins again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--strat", "4"], "Unknown option --strat. Did you mean '--start'"),
         ([], "No batch_size among the arguments of data and model. Name the flag that sets it: --key"),
         (["--key", "data.sample"], "Invalid --key data.sample: its value must be a number of samples, and is None."),
         (["--optim.lrr", "1"], "Unknown option --optim.lrr. Did you mean --optim.lr?"),

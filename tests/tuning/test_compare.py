@@ -23,8 +23,9 @@ from lightning_optim.tuning.compare.outcome import Comparison
 from lightning_optim.tuning.compare.page import summary, write_comparison
 from lightning_optim.tuning.compare.paired import paired, t_quantile
 from lightning_optim.tuning.compare.rates import tune_rates
-from lightning_optim.tuning.compare.study import Settings
+from lightning_optim.tuning.compare.study import Settings, run_comparison
 from lightning_optim.tuning.runs import Job, JobResult
+from lightning_optim.tuning.runs.lock import lock
 from lightning_optim.tuning.runs.records import CURVE_FILE, VALIDATION_FILE
 from tests.helpers import make_trainer
 from tests.tuning.jobs import Points, Small
@@ -127,6 +128,22 @@ def test_wrong_variants_are_refused_before_anything_runs(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_folder_is_of_one_comparison_at_a_time(tmp_path):
+    with lock(tmp_path, "a comparison"), pytest.raises(FileExistsError, match="Another process runs a comparison in"):
+        lo.compare(Small, Points, {"a": VARIANTS["sgd"], "b": VARIANTS["adamw"]}, folder=tmp_path, steps=4)
+    lock(tmp_path, "a comparison").close()
+
+
+def test_a_metric_that_no_run_has_ends_the_comparison_after_one_run(tmp_path):
+    def make(name: str, variant: str, seed: int, **_: Any) -> Job:
+        return Job(name, "tests.tuning.light_jobs:write")
+
+    settings = Settings(seeds=1, steps=4, metric="val_los", workers=1, progress=False, preload=())
+    with pytest.raises(ValueError, match="Invalid metric='val_los'.*Did you mean 'val_loss'"):
+        run_comparison(settings, {"a": "", "b": ""}, make, tmp_path)
+    assert [path.parent.parent.name for path in tmp_path.rglob("result.json")] == ["a"]
+
+
 # The command line.
 
 
@@ -141,14 +158,26 @@ def test_misspelt_variants_of_a_file_are_refused_in_a_few_lines(tmp_path, capsys
         "a: {}\nb: {optim: {optimizer: lionn}}\n": "Did you mean 'lion'",
         "a: {}\nb: 3\n": "line 2: variant 'b' is 3",
         "a: {}\n": "two or more",
+        "": "variants.yaml is empty: it must have names of variants",
+        "a: {}\nb: {seed_everything: 3}\n": "Invalid seed_everything in variant 'b' with --seeds",
+        "a: {}\nb: {trainer: {max_epochs: 3}}\n": "Invalid trainer.max_epochs in variant 'b' with --steps",
     }
-    for text, expected in cases.items():
+    flags = {
+        ("--stpes", "9"): "Unknown option --stpes. Did you mean '--steps'",
+        ("--sedes=3",): "Unknown option --sedes. Did you mean '--seeds'",
+        ("--trainer.max_steps", "3"): "Invalid --trainer.max_steps with --steps, which takes its place",
+        ("--nothing", "3"): "error: Unknown option --nothing.",
+        ("--seeds", "x"): "argument --seeds: invalid int value: 'x'. See lightning-optim compare --help.",
+        ("--out", base.name): "Cannot write to base.yaml: base.yaml is a file.",
+    }
+    all_cases = [(text, (), said) for text, said in cases.items()]
+    all_cases += [("a: {}\nb: {}\n", more, said) for more, said in flags.items()]
+    for text, more, expected in all_cases:
         variants.write_text(text)
         with pytest.raises(SystemExit):
-            main(start)
+            main([*start, "--steps", "4", *more])
         error = capsys.readouterr().err
         assert expected in error, error
-        assert "'b'" in error or "two or more" in error
         assert len(error.strip().splitlines()) <= 6
     assert not (tmp_path / "runs").exists()
 

@@ -338,3 +338,35 @@ def test_a_loss_written_with_softmax_by_hand_is_named():
         return F.cross_entropy(outputs.exp() / outputs.exp().sum(1, keepdim=True), targets)
 
     assert kinds(perceptron(), loss=loss) == ["softmax-before-cross-entropy"]
+
+
+class _InAList(nn.Module):
+    """Layers that are kept in a list of Python, so that they are no part of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = [nn.Linear(FEATURES, FEATURES) for _ in range(2)], nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return self.head(x)
+
+
+def test_weights_that_the_optimizer_does_not_get_are_named():
+    inspection = lo.inspect_model(_InAList(), batches(), loss=F.cross_entropy)
+    assert inspection.kinds == ["unregistered-weights"]
+    assert inspection.findings[0].seen == "2 weights with a gradient are not in parameters()."
+
+
+@pytest.mark.parametrize(("factor", "kind"), [(0.0, "constant-input"), (1e-5, "input-scale")])
+def test_inputs_that_say_next_to_nothing_are_named(factor, kind):
+    assert kinds(perceptron(), [(factor * x, y) for x, y in batches()]) == [kind]
+
+
+def test_one_constant_input_of_several_is_no_finding():
+    def step(model: Any, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(model(x) + model(torch.zeros_like(x)), y)
+
+    assert kinds(perceptron(), step=step) == []

@@ -454,3 +454,28 @@ def test_a_module_with_several_optimizers_and_a_penalty_of_gradients():
 
     loader = DataLoader(TensorDataset(torch.randn(64, 16)), 16)
     assert lo.inspect_model(Critic(), loader, make_trainer()).findings == []
+
+
+class _Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return self.second(torch.sparse.mm(edges, F.relu(self.first(torch.sparse.mm(edges, x)))))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_graph_network_with_sparse_edges(layout):
+    edges = (torch.rand(50, 50) < 0.1).float()
+    edges = (edges / edges.sum(1, keepdim=True).clamp(min=1)).to_sparse(layout=layout)
+    data = [(torch.randn(50, 16), edges, torch.randint(4, (50,)))] * 2
+    assert look(_Graph(), data, step=lambda model, batch: F.cross_entropy(model(*batch[:2]), batch[2])) == []
+
+
+def test_a_bottleneck_of_four_units_most_of_which_are_flat_by_chance():
+    model = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 10))
+    with torch.no_grad():
+        model[0].bias[:3] = -20.0
+    data = [(torch.randn(64, 16), torch.randint(10, (64,))) for _ in range(2)]
+    assert look(model, data) == []

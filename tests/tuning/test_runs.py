@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from lightning_optim.diagnostics.run_report import read_runs
 from lightning_optim.tuning.runs import Job, run_jobs
 from lightning_optim.tuning.runs.description import describe
 from lightning_optim.tuning.runs.digests import digest_of_tensors
+from lightning_optim.tuning.runs.job import write_json
 from lightning_optim.tuning.runs.python_fit import python_job
 from lightning_optim.tuning.runs.records import spikes
 from lightning_optim.tuning.runs.worker import IN_JOB, how_it_failed
@@ -205,3 +208,37 @@ def test_spikes_are_counted_once_each():
 def test_memory_is_recognised():
     assert how_it_failed(RuntimeError("DefaultCPUAllocator: can't allocate memory"))[0] == "out of memory"
     assert how_it_failed(RuntimeError("shapes"))[0] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.float32(0.1), np.float32(0.2)),
+        (np.zeros(3), np.ones(3)),
+        (np.array(["a", None], dtype=object), np.array(["b", None], dtype=object)),
+        (torch.float16, torch.bfloat16),
+        (range(3), range(4)),
+        (torch.nn.Dropout(0.1), torch.nn.Dropout(0.2)),
+        (torch.nn.Sequential(torch.nn.ReLU()), torch.nn.Sequential(torch.nn.GELU())),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_differs_is_described_differently(one, other):
+    assert describe(one) == describe(copy.deepcopy(one))
+    assert describe(one) != describe(other)
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+
+    def full(part: Path, *_, **__):
+        part.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write_json(path, {"a": 2})
+    assert error.value.filename == str(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["result.json"]
+    assert path.read_bytes() == b'{\n "a": 1\n}'

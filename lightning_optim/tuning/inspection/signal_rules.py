@@ -19,6 +19,8 @@ LEAST_GAIN = 0.02
 LARGEST_INPUT = 20.0
 MOST_DEAD = 0.7
 """Share of dead units of one layer. By chance alone, a fifth is usual on small data."""
+FEWEST_UNITS = 16
+"""Units of a layer below which only all of them together are dead."""
 MOST_SATURATED = 0.5
 LEAST_DEPTH = 5
 """Layers from which on a trend is looked for."""
@@ -137,8 +139,10 @@ def unit_findings(watch: Watch) -> Iterator[Finding]:
 
 
 def _is_dead(site: Site) -> bool:
-    enough = site.samples >= 32 and site.dead is not None and site.dead.numel() >= 4
-    return enough and site.dead_share > MOST_DEAD and (site.operation in RECTIFIERS or site.dead is not None)
+    if site.dead is None or site.samples < 32 or site.dead.numel() < 4:
+        return False
+    # Of a few units, as in a bottleneck that gates channels, most may be flat by chance.
+    return site.dead_share == 1 or (site.dead_share > MOST_DEAD and site.dead.numel() >= FEWEST_UNITS)
 
 
 def score_findings(watch: Watch) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ def test_a_class_that_passes(capsys):
 
 def test_a_class_that_fails(capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["check", "tests.testing.defects.IgnoresMaximize", *ONLY])
+        main(["check", "tests.testing.defects_of_steps.IgnoresMaximize", *ONLY])
     assert ended.value.code == 1
     assert "FAILED maximize" in capsys.readouterr().out
 

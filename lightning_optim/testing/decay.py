@@ -22,7 +22,7 @@ def weight_decay(subject: Subject) -> None:
     if not subject.has("weight_decay"):
         raise CheckSkipped("it has no weight_decay")
     start = subject.parameters(scale=1.0)
-    grads = subject.gradients(start, 3)
+    grads = subject.gradients(start, 8)
     plain, decayed = _one(subject, grads, 0.0), _one(subject, grads, STRENGTH)
     if change(plain, decayed) is None:
         raise CheckFailed(f"weight_decay={STRENGTH} does nothing")

@@ -86,16 +86,16 @@ def _descends(subject: Subject, loss: Callable[[Sequence[Tensor]], Tensor], step
     fix="Subtract lr times the update; if `maximize` is supported, change the sign of the gradient, not of lr.",
 )
 def sign(subject: Subject) -> None:
-    """The first step goes against the gradient."""
+    """Steps with equal gradients go against them."""
     start = subject.parameters()
     grads = subject.gradients(start, 1)
-    _, params = subject.run(grads=grads * 4, **subject.without_decay())
+    _, params = subject.run(grads=grads * 8, **subject.without_decay())  # Rectified methods wait some steps.
     pairs = list(zip(params, start, grads[0], strict=True))
     total = sum(float(((p - s).double() * g.double()).sum()) for p, s, g in pairs)
     if total == 0 and all(torch.equal(p, s) for p, s, _ in pairs):
-        raise CheckFailed("four steps with equal gradients have changed nothing")
+        raise CheckFailed("eight steps with equal gradients have changed nothing")
     if not total < 0:
-        raise CheckFailed(f"four steps with equal gradients have gone with them: inner product {total:.2g}")
+        raise CheckFailed(f"eight steps with equal gradients have gone with them: inner product {total:.2g}")
 
 
 @check(

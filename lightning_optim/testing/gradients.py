@@ -20,14 +20,14 @@ def none_gradients(subject: Subject) -> None:
     """A parameter without gradient stays as it is, and moves once it has one."""
     params = subject.parameters(((4, 3), (3, 5), (2, 2)))
     start = snapshot(params)
-    grads = subject.gradients(params, 6)
+    grads = subject.gradients(params, 16)
     decay: dict[str, Any] = {"weight_decay": 0.1} if subject.has("weight_decay") else {}
-    optimizer, _ = subject.run(params=params, grads=[[each[0], None, each[2]] for each in grads[:2]], **decay)
+    optimizer, _ = subject.run(params=params, grads=[[each[0], None, each[2]] for each in grads[:8]], **decay)
     subject.same([params[1]], [start[1]], "a parameter without gradient has changed")
     subject.moved([params[0], params[2]], [start[0], start[2]], "the others")
-    subject.run(params=params, grads=grads[2:], optimizer=optimizer)
-    subject.finite(params, "after the first gradients of one parameter at the third step")
-    subject.moved([params[1]], [start[1]], "its first gradients at the third step")
+    subject.run(params=params, grads=grads[8:], optimizer=optimizer)
+    subject.finite(params, "after the first gradients of one parameter at the ninth step")
+    subject.moved([params[1]], [start[1]], "its first gradients at the ninth step")
 
 
 @check(
@@ -40,7 +40,7 @@ def no_gradients(subject: Subject) -> None:
     start = snapshot(params)
     optimizer, _ = subject.run(params=params, grads=[[None] * len(params)])
     subject.same(params, start, "a step without gradients has changed a parameter")
-    subject.run(params=params, grads=subject.gradients(params, 4), optimizer=optimizer)
+    subject.run(params=params, grads=subject.gradients(params, 8), optimizer=optimizer)
     subject.moved(params, start, "gradients after such a step")
 
 
@@ -155,7 +155,7 @@ def complex_parameters(subject: Subject) -> None:
     """A complex parameter goes the way of its two parts, or is refused by an error that says so."""
     start = torch.view_as_complex(subject.parameters(((4, 3, 2),))[0].detach())
     found = torch.nn.Parameter(start.clone())
-    grads = [[torch.view_as_complex(g)] for (g,) in subject.gradients([torch.view_as_real(start)], 4)]
+    grads = [[torch.view_as_complex(g)] for (g,) in subject.gradients([torch.view_as_real(start)], 8)]
     try:
         subject.run(params=[found], grads=grads, **subject.without_decay())
     except Exception as error:

@@ -182,9 +182,9 @@ def late_group(subject: Subject) -> None:
     optimizer.add_param_group({"params": late})
     start = snapshot(late)
     both = [*params, *late]
-    subject.run(params=both, grads=subject.gradients(both, 5), optimizer=optimizer)
-    subject.finite(both, "after five steps with a new group")
-    subject.moved(late, start, "five steps after it was added")
+    subject.run(params=both, grads=subject.gradients(both, 8), optimizer=optimizer)
+    subject.finite(both, "after eight steps with a new group")
+    subject.moved(late, start, "eight steps after it was added")
     missing = optimizer.param_groups[0].keys() - optimizer.param_groups[1].keys()
     if missing:
         raise CheckFailed(f"the new group has no {', '.join(sorted(missing))}")

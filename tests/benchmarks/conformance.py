@@ -28,10 +28,13 @@ from tests.optim.published import timm
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 
+OPTIMI = ("Adam", "AdamW", "Adan", "Lion", "RAdam", "Ranger", "SGD", "StableAdamW")
 OPTIONS: dict[str, dict[str, Any]] = {
     "torch.optim.SGD": {"lr": 0.1, "momentum": 0.9},
     "pytorch_optimizer.SGDP": {"lr": 0.1},
     "pytorch_optimizer.QHM": {"lr": 0.1},
+    **{f"optimi.{name}": {"lr": 1e-3} for name in OPTIMI},
+    "optimi.SGD": {"lr": 0.1},
 }
 """Arguments other than the defaults."""
 
@@ -50,7 +53,7 @@ OTHERS = (
     "schedulefree.SGDScheduleFree",
     "schedulefree.RAdamScheduleFree",
     "transformers.Adafactor",
-    *(f"optimi.{name}" for name in ["Adam", "AdamW", "Adan", "Lion", "RAdam", "Ranger", "SGD", "StableAdamW"]),
+    *(f"optimi.{name}" for name in OPTIMI),
 )
 TIMM = {
     "adafactor": "Adafactor",
@@ -98,7 +101,7 @@ def cases() -> dict[str, Any]:
             found[name] = getattr(importlib.import_module(module), cls)
     for file, cls in TIMM.items():
         with contextlib.suppress(ModuleNotFoundError, AttributeError):
-            found[f"timm.optim.{cls}"] = getattr(timm("optim", file), cls)
+            found[f"timm.optim.{cls}"] = getattr(timm(file), cls)
     return found
 
 
@@ -149,7 +152,7 @@ def between(text: str, mark: str, new: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="parts of names; all without")
+    parser.add_argument("names", nargs="*", help="parts of names, whose rows alone are written; all without")
     parser.add_argument("-v", "--verbose", action="store_true", help="print what was seen")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/conformance.md")
     options = parser.parse_args()
@@ -167,7 +170,11 @@ def main() -> None:
     print(results_table(reports))
     print(f"\n{len(reports)} classes; {versions()}; {sum(r.seconds for r in reports.values()):.0f} s")
     if options.write:
-        text = between(PAGE.read_text(), "results", f"\n{results_table(reports)}\n\nVersions: {versions()}.\n")
+        rows = {row.split("`")[1]: row for row in results_table(reports).splitlines() if row.startswith("| `")}
+        before = PAGE.read_text().split("<!-- results -->")[1].split("<!-- end of results -->")[0].splitlines()
+        kept = {row.split("`")[1]: row for row in before if row.startswith("| `")} if options.names else {}
+        table = [*results_table({}).splitlines(), *(row for n in cases() if (row := {**kept, **rows}.get(n)))]
+        text = between(PAGE.read_text(), "results", "\n".join(["", *table, "", f"Versions: {versions()}.", ""]))
         PAGE.write_text(between(text, "checks", f"\n{checks_table()}\n"))
 
 

@@ -190,7 +190,7 @@ class KeepsHistory(Correct):
         self.__dict__.setdefault("history", []).append(grad)
 
 
-@fails("deterministic")
+@fails("deterministic", "compiled_step")
 class IsNoisyInTheEnd(Correct):
     def lr(self, group):
         late = any(state["step"] > 8 for state in self.state.values())

@@ -145,7 +145,7 @@ def group_options(subject: Subject) -> None:
         torch.manual_seed(0)
         params = subject.parameters(shapes)
         groups = [{"params": [params[0]]}, {"params": [params[1]], "lr": lr * factor}]
-        subject.run(params=params, optimizer=subject.make(groups), grads=subject.gradients(params, 5))
+        subject.run(params=params, optimizer=subject.make(groups), grads=subject.gradients(params, 8))
         runs.append(params)
     if change(runs[0][1:], runs[1][1:]) is None:
         raise CheckFailed("a second group at a quarter of the rate moves as at the whole")

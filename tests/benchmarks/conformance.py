@@ -33,8 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "torch.optim.SGD": {"lr": 0.1, "momentum": 0.9},
     "pytorch_optimizer.SGDP": {"lr": 0.1},
     "pytorch_optimizer.QHM": {"lr": 0.1},
-    **{f"optimi.{name}": {"lr": 1e-3} for name in OPTIMI},
-    "optimi.SGD": {"lr": 0.1},
+    **{f"optimi.{name}": {"lr": 1e-3, "triton": False} for name in OPTIMI},
+    "optimi.SGD": {"lr": 0.1, "triton": False},
 }
 """Arguments other than the defaults."""
 

@@ -39,6 +39,8 @@ def hyperparameters_live(subject: Subject) -> None:
     for name in sorted({*group, *constructor} - {"params"}):
         if name.startswith("initial_"):
             continue  # It is about the first step.
+        if name not in group and any(key.startswith(name.rstrip("s")) for key in group):
+            continue  # The groups have it under other names, as beta1 and beta2 for betas.
         old = group[name] if name in group else subject.options.get(name, constructor.get(name))
         for value in _others(old):
             try:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_optim import divergence as divergence
     from lightning_optim import optim as optim
     from lightning_optim import schedules as schedules
+    from lightning_optim import testing as testing
     from lightning_optim.callbacks import ConfigureOptimizers as ConfigureOptimizers
     from lightning_optim.callbacks import DivergenceGuard as DivergenceGuard
     from lightning_optim.callbacks import GradientClipping as GradientClipping
@@ -61,9 +62,10 @@ _MODULES = (
     "param_groups",
     "schedules",
     "step",
+    "testing",
     "tuning",
 )
-_SHOWN = ("clipping", "diagnostics", "divergence", "optim", "schedules")
+_SHOWN = ("clipping", "diagnostics", "divergence", "optim", "schedules", "testing")
 """The modules whose names a user writes; `import *` and completion offer them."""
 _NAMES = {
     "ConfigureOptimizers": "callbacks",

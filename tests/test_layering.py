@@ -19,7 +19,18 @@ import lightning_optim
 ROOT = Path(lightning_optim.__file__).parent
 
 ROOMS = {
-    "cli": {"callbacks", "clipping", "core", "diagnostics", "divergence", "factory", "optim", "schedules", "tuning"},
+    "cli": {
+        "callbacks",
+        "clipping",
+        "core",
+        "diagnostics",
+        "divergence",
+        "factory",
+        "optim",
+        "schedules",
+        "testing",
+        "tuning",
+    },
     "tuning": {"callbacks", "core", "diagnostics", "factory", "optim", "param_groups", "schedules", "step"},
     "callbacks": {
         "clipping",
@@ -32,6 +43,7 @@ ROOMS = {
         "schedules",
         "step",
     },
+    "testing": {"clipping", "core", "divergence", "step"},
     "step": {"clipping", "core", "divergence", "kernels", "optim"},
     "factory": {"core", "optim", "param_groups", "schedules"},
     "optim": {"core", "kernels", "param_groups"},
@@ -157,6 +169,7 @@ STATEMENTS = (
     "import lightning_optim.optim",
     "lightning_optim.optim.AdamW",
     "from lightning_optim import StepPipeline, build_param_groups, schedules, OptimizerFactory",
+    "import lightning_optim.testing",
     "import lightning_optim.step, lightning_optim.diagnostics, lightning_optim.factory.run_length",
 )
 

@@ -12,6 +12,7 @@ LISTED = ("optimizers", "schedules", "clipping", "weight-decay", "detectors", "d
 """Kinds of ``list``, each of which is a command as well."""
 
 _OWN = {
+    "check": ("check", "run_check", False),
     "list": ("listing", "run_list", False),
     "recipe": ("recipe", "run_recipe", False),
     "report": ("report", "run_report", False),

@@ -19,6 +19,7 @@ from lightning_optim import __version__
 from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
 from lightning_optim.callbacks.planning import make_plan
 from lightning_optim.cli.batch_size import add_batch_size_arguments
+from lightning_optim.cli.check import add_check_arguments
 from lightning_optim.cli.compare import add_compare_arguments
 from lightning_optim.cli.diagnosis import explain
 from lightning_optim.cli.errors import ShortErrors, short_errors
@@ -187,6 +188,7 @@ _COMMANDS = {
     "compare": "compare variants of a run over several seeds",
     "batch-size": "find the largest batch that fits, and the rate for it",
     "search": "search hyperparameters, with Optuna",
+    "check": "check an optimizer of your own",
     "completion": "print completions for bash, zsh or tcsh",
 }
 """All commands, each with a line for `--help`."""
@@ -248,6 +250,7 @@ class Command(OptimCLI):
             "batch-size": add_batch_size_arguments,
             "compare": add_compare_arguments,
             "search": add_search_arguments,
+            "check": add_check_arguments,
             "completion": add_completion_arguments,
         }
         for command, add in others.items():

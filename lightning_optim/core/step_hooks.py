@@ -116,9 +116,12 @@ def is_trial_step(optimizer: Optimizer, closure: Any = None) -> bool:
     return bool(grads) and not any(_has_value(grad) for grad in grads)
 
 
-def _is_zero(lr: float | Tensor) -> bool:
-    """Return whether a learning rate is 0; False for one on a device, as trial steps set plain numbers."""
-    return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0
+def _is_zero(lr: float | Tensor | None) -> bool:
+    """Return whether a learning rate is 0; False for one on a device, as trial steps set plain numbers.
+
+    Adafactor of other libraries has None where it computes its rate itself.
+    """
+    return lr is not None and not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0
 
 
 def _has_value(grad: Tensor) -> bool:

@@ -157,3 +157,11 @@ def test_a_gradient_without_memory_is_refused_at_a_rate_of_0_too(backend):
     assert not is_trial_step(optimizer)
     with pytest.raises(RuntimeError, match="gradient of parameter 'weight'"):
         optimizer.step()
+
+
+def test_a_group_without_a_rate_of_its_own_makes_no_trial_step():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.param_groups[0]["lr"] = None  # as Adafactor of other libraries, which computes its rate
+    weight.grad = torch.zeros(2)
+    assert not is_trial_step(optimizer)

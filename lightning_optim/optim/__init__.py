@@ -60,7 +60,12 @@ __all__ = [
     "get_optimizer_class",
     "list_optimizers",
     "muon_param_groups",
+    "register",
 ]
+
+register = OPTIMIZERS.register
+"""[`lightning_optim.register`][] for optimizers alone: `@lo.optim.register("tiger")`. An installed package brings its
+own as entry points of the group `lightning_optim.optimizers`."""
 
 
 for _name in __all__:

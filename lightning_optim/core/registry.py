@@ -33,6 +33,7 @@ class Registry(Generic[T]):
         aliases: Name of each alias, for instance for the names of other libraries.
         known: What is nearest, as a sentence, by names that mean something which no class here is.
         group: Entry-point group in which installed packages offer classes; None for no entry points.
+        reserved: Owners of names that belong to something else than a class of this registry.
 
     Example:
         >>> tables = Registry("table", dict)
@@ -52,8 +53,10 @@ class Registry(Generic[T]):
         aliases: Mapping[str, str] | None = None,
         known: Mapping[str, str] | None = None,
         group: str | None = None,
+        reserved: Mapping[str, str] | None = None,
     ) -> None:
         self.kind, self.base, self.group = kind, base, group
+        self._reserved = dict(reserved or {})
         self._offers: dict[str, Offer] = {}  # entry points that have not been imported, by key
         self._searched, self._told = group is None, set[tuple[str, str]]()
         self._classes: dict[str, type[T]] = {}
@@ -72,7 +75,7 @@ class Registry(Generic[T]):
         key = _key(name)
         taken = self._classes.get(self._aliases.get(key, key))
         offer = self._offers.get(key)
-        owner = None
+        owner = self._reserved.get(key)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             owner = _path(taken)
         elif taken is None and offer is not None and not offer.is_of(cls):
@@ -186,7 +189,9 @@ class Registry(Generic[T]):
         for offer in offers(self.group):
             key = _key(offer.name)
             taken = self._classes.get(self._aliases.get(key, key))
-            if taken is not None and not offer.is_of(taken):
+            if key in self._reserved:
+                self._refuse(offer, self._reserved[key])
+            elif taken is not None and not offer.is_of(taken):
                 self._refuse(offer, _path(taken))
             elif taken is None and key in found:
                 self._refuse(offer, found[key].owner)

@@ -39,6 +39,7 @@ C = TypeVar("C", bound=type)
 
 __all__ = [
     "ADOPT",
+    "DECAY_KINDS",
     "LAMB",
     "LARS",
     "SGD",

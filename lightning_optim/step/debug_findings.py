@@ -16,6 +16,10 @@ from lightning_optim.step.debug_rows import Before, TensorStep
 LARGE = 0.3
 """Change of a tensor, as a share of its norm, above which training hardly keeps what it has learned. Usual are about
 1e-3; trust ratios and matrices under Muon have up to 0.1."""
+NOISE = 1e-6
+"""Norm of a gradient, as a share of the largest, that is rounding noise in float32."""
+MOSTLY = 0.9
+"""Share of weight decay in a change from which on the gradient hardly counts."""
 SMALL = 1e-7
 """Share below which a float32 weight is hardly changed at all; its resolution is 6e-8."""
 
@@ -79,7 +83,9 @@ def why_unchanged(before: Before, state_changed: bool, facts: RunFacts) -> str:
         return "a gradient is not finite: the step was skipped"
     if before.grad_kind == "zero":
         return "the gradient is zero"
-    if state_changed and torch.finfo(before.param.dtype).bits < 32:
+    info = torch.finfo(before.param.dtype)
+    tiny = before.lr * float(before.grad.to_dense().norm()) < info.eps * float(before.weight.norm())
+    if tiny or (state_changed and info.bits < 32):
         return f"the update is below the resolution of {str(before.param.dtype)[6:]}"
     return "the optimizer did not change it" + ("" if state_changed else ", nor its state")
 
@@ -206,7 +212,8 @@ def _of_gradients(rows: Sequence[TensorStep], facts: RunFacts) -> Iterator[StepF
     if facts.not_finite_after:
         yield StepFinding(
             "weights-not-finite",
-            f"After the step {_some(facts.not_finite_after)} {_have(facts.not_finite_after)} weights that are not finite.",
+            f"After the step {_some(facts.not_finite_after)} {_have(facts.not_finite_after)} weights that are not "
+            "finite.",
             "See gradients above; else a division by 0 (eps), or a learning rate that is far too large.",
         )
 
@@ -215,10 +222,13 @@ def _of_skips(rows: Sequence[TensorStep]) -> Iterator[StepFinding]:
     advice = {
         "lr is 0": "A schedule starts at 0 or has ended, or a group was given lr=0.",
         "its group is frozen: lr is 0": "It is trained from its frozen_until on.",
-        "found_inf is set: the step was skipped": "The scaler lowers its scale and goes on; a few at the start are usual.",
+        "found_inf is set: the step was skipped": "The scaler lowers its scale; a few at the start are usual.",
     }
     other = "Compare step() with the guide 'Write your own optimizer', or run `lightning-optim check` on the class."
     explained = ("no gradient", "the gradient is zero", "requires_grad is False", "it has no elements")
+    steepest = max((row.grad_norm for row in rows if math.isfinite(row.grad_norm)), default=0.0)
+    # A gradient that is rounding noise, such as that of a bias before a normalisation, gives no update to speak of.
+    rows = [row for row in rows if not row.grad_norm < NOISE * steepest]
     reasons = dict.fromkeys(row.skipped for row in rows if row.skipped is not None)
     for reason in reasons:
         names = [row.name for row in rows if row.skipped == reason]
@@ -227,10 +237,8 @@ def _of_skips(rows: Sequence[TensorStep]) -> Iterator[StepFinding]:
         kind = "lr-zero" if "lr is 0" in reason else "found-inf" if reason.startswith("found_inf") else "not-moved"
         text = advice.get(reason, other)
         if "resolution" in reason:
-            kind, text = (
-                "below-resolution",
-                "Keep float32 weights, or use kahan_sum or stochastic_rounding of our optimizers.",
-            )
+            kind = "below-resolution"
+            text = "Raise lr; keep float32 weights, or use kahan_sum or stochastic_rounding of lightning_optim.optim."
         yield StepFinding(kind, f"{_some(names)} did not move: {reason}.", text)
 
 
@@ -248,7 +256,7 @@ def _of_changes(rows: Sequence[TensorStep], optimizer: Optimizer) -> Iterator[St
             "Look at the sign of the update, and at a momentum of gradients from elsewhere; after some steps momentum "
             "alone can do this for a while.",
         )
-    if large := [row for row in moved if row.ratio > LARGE]:
+    if large := [row for row in moved if row.ratio > LARGE and len(row.shape) > 1]:  # biases begin at 0
         worst = max(large, key=lambda row: row.ratio)
         yield StepFinding(
             "update-too-large",
@@ -263,9 +271,8 @@ def _of_changes(rows: Sequence[TensorStep], optimizer: Optimizer) -> Iterator[St
             f"No tensor changed by more than {best.ratio:.1g} of its weights.",
             f"Raise lr (here {best.lr:.2g}); look at a warmup at its start, at gradient scales and at eps.",
         )
-    if decayed := [
-        row for row in moved if row.decay_share is not None and row.decay_share > 0.9 and row.grad == "fine"
-    ]:
+    decayed = [row for row in moved if row.decay_share is not None and row.decay_share > MOSTLY and row.grad == "fine"]
+    if decayed:
         yield StepFinding(
             "mostly-decay",
             f"More than 90% of the change of {_some([row.name for row in decayed])} is weight decay.",

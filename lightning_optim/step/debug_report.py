@@ -33,9 +33,9 @@ class DebugReport:
         >>> print(lo.debug_step(optimizer))
         SGD: nothing moved (1 tensor). No tensor has a gradient.
         <BLANKLINE>
-          tensor                  grad   update    ratio   cos  decay       lr    step
-        ------------------------------------------------------------------------------
-        ! group 0[0]              none        0        0     -      -      0.1       -
+          tensor                   grad   update    ratio   cos  decay       lr    step
+        -------------------------------------------------------------------------------
+        ! group 0[0]               none        0        0     -      -      0.1       -
             no gradient
         <BLANKLINE>
         1. no-gradient
@@ -71,7 +71,7 @@ class DebugReport:
 
     def __str__(self) -> str:
         lines = [*textwrap.wrap(self.verdict, WIDTH), ""]
-        widths = (20, 8, 7, 7, 4, 5, 7, 6)
+        widths = (20, 7, 7, 7, 4, 5, 7, 6)
         head = ("tensor", "grad", "update", "ratio", "cos", "decay", "lr", "step")
         lines += ["  " + _line(head, widths), "-" * (sum(widths) + 2 * len(widths))]
         for row in self.rows[:MOST_ROWS]:
@@ -89,8 +89,8 @@ class DebugReport:
 
 
 def _line(cells: tuple[str, ...], widths: tuple[int, ...]) -> str:
-    first, *rest = (f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths)))
-    return "  ".join([first, *rest])
+    first, *rest = zip(cells, widths, strict=True)
+    return "  ".join([f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)])
 
 
 def _cells(row: TensorStep, width: int) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ def debug_step(
 
     The part of weight decay is measured by the same step without it, from the same weights, gradients, state and random
     numbers, which is undone. It is not measured where step hooks are registered, which might act on both steps, unless
-    the step is undone.
+    the step is undone, nor where the closure is evaluated more than once.
 
     Args:
         optimizer: The optimizer, or Lightning's wrapper around one.
@@ -72,14 +72,15 @@ def debug_step(
     def counted() -> Any:
         loss = closure() if closure is not None else None
         calls.append(loss)
-        _take_gradients(befores)
+        if len(calls) == 1:  # LBFGS and SAM evaluate it again, at other weights
+            _take_gradients(befores)
         return loss
 
     _take_gradients(befores)
     try:
-        optimizer.step() if closure is None else optimizer.step(counted)  # type: ignore[arg-type]
+        optimizer.step() if closure is None else optimizer.step(counted)
         rows, facts = _observe(inner, befores, RunFacts(closure is not None, len(calls)))
-        if (not hooked or undo) and any(_decays(group) for group in inner.param_groups):
+        if (not hooked or undo) and len(calls) < 2 and any(_decays(group) for group in inner.param_groups):
             rows = _with_decay(inner, befores, rows, snapshot, calls)
     finally:
         if undo:
@@ -120,7 +121,7 @@ def _observe(optimizer: Optimizer, befores: Sequence[Before], facts: RunFacts) -
     facts.found_inf = isinstance(found_inf, Tensor) and bool(found_inf.any())
     facts.nothing_changed = not any(bool(change.any()) for change in changes)
     facts.any_not_finite = any(before.grad_kind == "not finite" for before in befores)
-    facts.wrote_gradients = [before.name for before in befores if before.grad_changed]
+    facts.wrote_gradients = [before.name for before in befores if facts.calls < 2 and before.grad_changed]
     facts.moved_storages = [before.name for before in befores if before.moved_storage]
     facts.not_finite_after = [
         before.name for before in befores if not bool(torch.isfinite(before.weight + 0 * before.change()).all())

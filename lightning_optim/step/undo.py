@@ -40,7 +40,7 @@ class OptimizerSnapshot:
         for _, grad in self._grads:
             self._kept.add(grad)
         self._rng = torch.get_rng_state()
-        self._cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -219,15 +219,15 @@ def test_a_package_that_is_installed_while_we_run_is_found(install):
 )
 def test_each_room_registers_its_kind_alone(room, base, registry):
     @room.register("of_room")
-    class Own(base):
+    class Own(base):  # type: ignore[valid-type, misc]
         pass
 
     @room.register(name="named")
-    class Named(base):
+    class Named(base):  # type: ignore[valid-type, misc]
         pass
 
     @room.register
-    class ByClassName(base):
+    class ByClassName(base):  # type: ignore[valid-type, misc]
         pass
 
     assert [registry.get(name) for name in ("of_room", "named", "by_class_name")] == [Own, Named, ByClassName]

@@ -23,7 +23,7 @@ def net() -> nn.Sequential:
 
 def backward(model: nn.Module) -> None:
     torch.manual_seed(1)
-    model(torch.randn(16, 4)).square().mean().backward()
+    model(torch.randn(16, 4, dtype=next(model.parameters()).dtype)).square().mean().backward()
 
 
 def plain(model: nn.Module, **settings: Any) -> SGD:
@@ -96,11 +96,16 @@ def look(kind: str) -> DebugReport:
             param.data.fill_(1)
             param.grad = torch.full_like(param, 1e-3)
         return lo.debug_step(torch.optim.AdamW(model.parameters(), lr=1e-5))
+    if kind == "below-resolution-float32":
+        backward(model)
+        return lo.debug_step(plain(model, lr=1e-9))
     if kind == "found-inf":
         backward(model)
         ours = lo.optim.SGD(model.parameters(), lr=0.1)
         ours.found_inf = torch.ones(())
         return lo.debug_step(ours)
+    if kind == "update-too-small":
+        model.double()
     if kind != "no-gradient":
         backward(model)
     grads = [param.grad for param in model.parameters() if param.grad is not None]
@@ -119,7 +124,7 @@ def look(kind: str) -> DebugReport:
         "storage-replaced": lambda: Step(model, elsewhere),
         "weights-not-finite": lambda: Step(model, divided),
         "update-too-large": lambda: plain(model, lr=1e4),
-        "update-too-small": lambda: plain(model, lr=1e-9),
+        "update-too-small": lambda: plain(model, lr=1e-8),
         "mostly-decay": lambda: lo.optim.SGD(
             model.parameters(), lr=1e-3, weight_decay=100.0, weight_decay_kind="decoupled"
         ),
@@ -305,5 +310,10 @@ def test_sparse_gradients_and_empty_tensors() -> None:
 
 
 def test_what_is_no_optimizer_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"Invalid optimizer=.*must be a torch\.optim\.Optimizer"):
+    with pytest.raises(TypeError, match=r"(?s)Invalid optimizer=.*must be a torch\.optim\.Optimizer"):
         lo.debug_step(net())  # type: ignore[arg-type]
+
+
+def test_a_rate_that_no_weight_can_follow_is_seen() -> None:
+    report = look("below-resolution-float32")
+    assert report.kinds == ["below-resolution"], str(report)

@@ -52,13 +52,13 @@ def debug_step(
     Example:
         >>> import lightning_optim as lo
         >>> model = nn.Linear(2, 2)
-        >>> optimizer = torch.optim.SGD([model.weight], lr=0.1)
+        >>> optimizer = torch.optim.SGD([model.weight], lr=0.01)
         >>> model(torch.ones(1, 2)).sum().backward()
         >>> report = lo.debug_step(optimizer, model=model)
         >>> report.ok, report.kinds
         (False, ['in-no-optimizer'])
         >>> [(row.name, row.grad, round(row.update_norm, 3)) for row in report.rows]
-        [('weight', 'fine', 0.2)]
+        [('weight', 'fine', 0.02)]
     """
     inner = _inner(optimizer)
     befores = _befores(inner, model)

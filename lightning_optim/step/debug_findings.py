@@ -106,7 +106,7 @@ def findings_of(
         model: The model, if it is known.
         others: Its other optimizers.
     """
-    yield from _of_parameters(optimizer, model, others, {row.name for row in rows})
+    yield from _of_parameters(optimizer, model, others)
     if facts.has_closure and not facts.calls:
         yield StepFinding(
             "closure-not-called",
@@ -131,9 +131,7 @@ def findings_of(
         )
 
 
-def _of_parameters(
-    optimizer: Optimizer, model: nn.Module | None, others: Sequence[Optimizer], names: set[str]
-) -> Iterator[StepFinding]:
+def _of_parameters(optimizer: Optimizer, model: nn.Module | None, others: Sequence[Optimizer]) -> Iterator[StepFinding]:
     here = _ids(optimizer)
     for other in others:
         if other is not optimizer and (shared := here & _ids(other)):
@@ -153,21 +151,20 @@ def _of_parameters(
             "Make the optimizer from this model's parameters(), after the model is complete and on its device.",
         )
         return
-    shapes = [param.shape for group in optimizer.param_groups for param in group["params"] if id(param) not in inside]
+    orphans = len(here - inside)
     everywhere = here.union(*map(_ids, others))
-    missing = {name: p for name, p in named.items() if p.requires_grad and id(p) not in everywhere}
-    replaced = [name for name, param in missing.items() if param.shape in shapes]
-    if replaced:
+    missing = [name for name, param in named.items() if param.requires_grad and id(param) not in everywhere]
+    if missing and orphans:
         yield StepFinding(
             "replaced",
-            f"{_some(replaced)} of the model {_are(replaced)} not what the optimizer has: it has {len(shapes)} tensors "
-            "that are no longer in the model, of the same shapes.",
-            "Make the optimizer after parameters are replaced (a new head, to_empty, parametrizations, conversion).",
+            f"{_some(missing)} of the model {_are(missing)} in no optimizer, and this one has {orphans} "
+            f"tensor{'s' * (orphans != 1)} that are not in the model: parameters were replaced after it was made.",
+            "Make the optimizer after the model is complete (a new head, to_empty, parametrizations, conversion).",
         )
-    if absent := [name for name in missing if name not in replaced]:
+    elif missing:
         yield StepFinding(
             "in-no-optimizer",
-            f"{_some(absent)} of the model {_are(absent)} in no optimizer, and will not be trained.",
+            f"{_some(missing)} of the model {_are(missing)} in no optimizer, and will not be trained.",
             "Add them with add_param_group, give further optimizers as `others`, or set requires_grad to False.",
         )
 

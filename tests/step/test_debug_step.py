@@ -311,7 +311,7 @@ def test_sparse_gradients_and_empty_tensors() -> None:
 
 def test_what_is_no_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match=r"(?s)Invalid optimizer=.*must be a torch\.optim\.Optimizer"):
-        lo.debug_step(net())  # type: ignore[arg-type]
+        lo.debug_step(net())
 
 
 def test_a_rate_that_no_weight_can_follow_is_seen() -> None:

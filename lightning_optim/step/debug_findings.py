@@ -223,9 +223,7 @@ def _of_skips(rows: Sequence[TensorStep]) -> Iterator[StepFinding]:
     }
     other = "Compare step() with the guide 'Write your own optimizer', or run `lightning-optim check` on the class."
     explained = ("no gradient", "the gradient is zero", "requires_grad is False", "it has no elements")
-    steepest = max((row.grad_norm for row in rows if math.isfinite(row.grad_norm)), default=0.0)
-    # A gradient that is rounding noise, such as that of a bias before a normalisation, gives no update to speak of.
-    rows = [row for row in rows if not row.grad_norm < NOISE * steepest]
+    rows = _above_noise(rows)
     reasons = dict.fromkeys(row.skipped for row in rows if row.skipped is not None)
     for reason in reasons:
         names = [row.name for row in rows if row.skipped == reason]
@@ -268,13 +266,20 @@ def _of_changes(rows: Sequence[TensorStep], optimizer: Optimizer) -> Iterator[St
             f"No tensor changed by more than {best.ratio:.1g} of its weights.",
             f"Raise lr (here {best.lr:.2g}); look at a warmup at its start, at gradient scales and at eps.",
         )
-    decayed = [row for row in moved if row.decay_share is not None and row.decay_share > MOSTLY and row.grad == "fine"]
+    shares = [row for row in _above_noise(moved) if row.decay_share is not None and row.grad == "fine"]
+    decayed = [row for row in shares if (row.decay_share or 0.0) > MOSTLY]
     if decayed:
         yield StepFinding(
             "mostly-decay",
             f"More than 90% of the change of {_some([row.name for row in decayed])} is weight decay.",
             "Lower weight_decay, or see whether its kind is scaled by lr as you expect (`weight_decay_kind`).",
         )
+
+
+def _above_noise(rows: Sequence[TensorStep]) -> list[TensorStep]:
+    """Return the rows without those whose gradient is rounding noise, as that of a bias before a normalisation."""
+    steepest = max((row.grad_norm for row in rows if math.isfinite(row.grad_norm)), default=0.0)
+    return [row for row in rows if not row.grad_norm < NOISE * steepest]
 
 
 def _total_cosine(rows: Sequence[TensorStep], slope: float) -> float:

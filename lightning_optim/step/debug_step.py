@@ -78,7 +78,8 @@ def debug_step(
 
     _take_gradients(befores)
     try:
-        optimizer.step() if closure is None else optimizer.step(counted)
+        stepped = inner if undo else optimizer  # Lightning's wrapper counts its steps
+        stepped.step() if closure is None else stepped.step(counted)
         rows, facts = _observe(inner, befores, RunFacts(closure is not None, len(calls)))
         if (not hooked or undo) and len(calls) < 2 and any(_decays(group) for group in inner.param_groups):
             rows = _with_decay(inner, befores, rows, snapshot, calls)
@@ -92,7 +93,8 @@ def debug_step(
 
 def _inner(optimizer: Any) -> Optimizer:
     """Return the optimizer itself, which Lightning wraps."""
-    inner = optimizer if isinstance(optimizer, Optimizer) else getattr(optimizer, "optimizer", None)
+    wrapped = any(base.__name__ == "LightningOptimizer" for base in type(optimizer).__mro__)  # itself an Optimizer
+    inner = optimizer.optimizer if wrapped else optimizer
     if not isinstance(inner, Optimizer):
         raise TypeError(f"Invalid optimizer={optimizer!r}: must be a torch.optim.Optimizer.")
     return inner

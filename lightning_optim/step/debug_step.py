@@ -157,7 +157,9 @@ def _with_decay(
         snapshot.restore()
         for group in optimizer.param_groups:
             if _decays(group):
-                group["weight_decay"] = group["weight_decay"] * 0
+                # Not quite 0: LAMB and others adapt the rate only of groups that decay. Under `norm` it is a norm.
+                none = 0.0 if group.get("weight_decay_kind") == "norm" else 1e-12
+                group["weight_decay"] = group["weight_decay"] * none
         for before in befores:
             before.param.grad = None if before.grad is None else before.grad.clone()
         _clear_hooks(optimizer)

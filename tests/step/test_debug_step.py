@@ -185,11 +185,12 @@ def test_each_fault_is_found_by_its_name(kind: str) -> None:
         lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
         lambda model: lo.optim.AdamW(model.parameters(), lr=1e-2),
         lambda model: lo.optim.Muon(lo.optim.muon_param_groups(model), lr=1e-2),
+        lambda model: lo.optim.LAMB(model.parameters(), lr=1e-3, weight_decay=0.01),
         lambda model: torch.optim.Adafactor(model.parameters()),
         lambda model: lo.optim.Lion(model.parameters(), lr=1e-3, backend="reference"),
         lambda model: torch.optim.SGD(model.parameters(), lr=0.1, maximize=True),
     ],
-    ids=["sgd", "adamw", "ours", "muon", "adafactor", "lion", "maximize"],
+    ids=["sgd", "adamw", "ours", "muon", "lamb", "adafactor", "lion", "maximize"],
 )
 def test_a_good_step_is_taken_as_it_is_and_passes(make: Callable[[nn.Module], Optimizer]) -> None:
     models = [net(), net()]

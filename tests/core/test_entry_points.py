@@ -51,6 +51,14 @@ class Alert(NonFiniteGradient):
 
 class Norms(GradNorm):
     '''A diagnostic of another package.'''
+
+
+class Cubed(lo.optim.DecayKind):
+    '''A kind of decay of another package.'''
+
+    @staticmethod
+    def pull(param, delta):
+        return param * param * param
 """
 
 
@@ -92,6 +100,9 @@ def brought(install):
         alert = tiger_optim_module:Alert
         [lightning_optim.diagnostics]
         norms = tiger_optim_module:Norms
+        [lightning_optim.weight_decay_kinds]
+        cubed = tiger_optim_module:Cubed
+        l1 = tiger_optim_module:Cubed
         """,
     )
 
@@ -109,6 +120,15 @@ def test_an_entry_point_of_each_kind_is_found_by_name_and_loaded_when_it_is_used
         assert "tiger_optim_module" not in sys.modules  # a name alone imports nothing
         assert registry.get(name).__name__ == cls
         assert name in registry
+
+
+def test_a_kind_of_decay_is_found_by_name_and_those_of_ours_stay_ours(brought):
+    weight = nn.Parameter(torch.full((2,), 2.0))
+    weight.grad = torch.zeros(2)
+    owners = r"'l1' belongs to .*WeightDecayKind, so tiger_optim_module.Cubed of .*'tiger-optim'"
+    with pytest.warns(UserWarning, match=owners):
+        lo.optim.SGD([weight], lr=0.1, weight_decay=0.5, weight_decay_kind="cubed").step()
+    torch.testing.assert_close(weight.detach(), torch.full((2,), 2 - 0.05 * 8))
 
 
 def test_a_package_that_brings_names_is_not_imported_for_ours(brought):

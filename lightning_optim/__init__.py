@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lightning_optim.param_groups import WidthScaling as WidthScaling
     from lightning_optim.param_groups import build_param_groups as build_param_groups
     from lightning_optim.step import StepPipeline as StepPipeline
+    from lightning_optim.step.debug_step import debug_step as debug_step
     from lightning_optim.tuning.compare import compare as compare
     from lightning_optim.tuning.inspection import coordinate_check as coordinate_check
     from lightning_optim.tuning.inspection import inspect_model as inspect_model
@@ -89,6 +90,7 @@ _NAMES = {
     "attach": "callbacks",
     "build_param_groups": "param_groups",
     "coordinate_check": "tuning.inspection",
+    "debug_step": "step.debug_step",
     "find_lr": "tuning.rates.find",
     "inspect_model": "tuning.inspection",
     "compare": "tuning.compare",

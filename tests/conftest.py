@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_optim.clipping.choice import CLIP_RULES
 from lightning_optim.diagnostics import DIAGNOSTICS
 from lightning_optim.divergence import DETECTORS
+from lightning_optim.kernels.decay_kind import DECAY_KINDS
 from lightning_optim.optim.base import OPTIMIZERS
 from lightning_optim.schedules.registry import SCHEDULES
 
@@ -41,7 +42,7 @@ def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 def own_names() -> Iterator[None]:
     """Names that a test registers are forgotten at its end."""
     with contextlib.ExitStack() as stack:
-        for registry in (SCHEDULES, CLIP_RULES, OPTIMIZERS, DETECTORS, DIAGNOSTICS):
+        for registry in (SCHEDULES, CLIP_RULES, OPTIMIZERS, DETECTORS, DIAGNOSTICS, DECAY_KINDS):
             stack.enter_context(registry.scope())
         yield
 

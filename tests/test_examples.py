@@ -45,6 +45,14 @@ def test_scripts_run(name, elsewhere, monkeypatch):
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
+def test_an_optimizer_of_ones_own_is_looked_at_and_trained(elsewhere, monkeypatch, capsys, own_names):
+    monkeypatch.setattr(sys, "argv", ["own_optimizer", "1"])
+    runpy.run_path(str(EXAMPLES / "own_optimizer.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "11 of 11 tensors moved, and was put back" in out
+    assert float(out.split("accuracy ")[1]) > 0.5  # 0.8 after one epoch, 0.1 without training
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_fabric_recognises_digits(precision, elsewhere):

@@ -27,6 +27,9 @@ LONG = {"batch_size", "choose", "resume_extend", "search", "sweeps", "tune", "vi
 """Pages of many runs, or long ones; without `slow` their runs are planned only."""
 
 
+pytestmark = pytest.mark.usefixtures("own_names")  # pages register classes
+
+
 @pytest.fixture
 def in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -145,7 +145,10 @@ _DECAYS = {
 
 def weight_decay() -> list[Entry]:
     """List the kinds of weight decay, for ``weight_decay_kind``."""
-    return [Entry(name, (form,), use, paper) for name, (form, use, paper) in _DECAYS.items()]
+    from lightning_optim.optim import DECAY_KINDS
+
+    own = [Entry(name, (), _first_line(cls), _paper(cls)) for name, cls in DECAY_KINDS.items()]
+    return [Entry(name, (form,), use, paper) for name, (form, use, paper) in _DECAYS.items()] + own
 
 
 def detectors() -> list[Entry]:

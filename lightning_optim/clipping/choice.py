@@ -27,7 +27,7 @@ _BUILT_IN: dict[str, type[ClipRule]] = {
 }
 
 
-CLIP_RULES: Registry[ClipRule] = Registry("clipping method", ClipRule)
+CLIP_RULES: Registry[ClipRule] = Registry("clipping method", ClipRule, group="lightning_optim.clip_rules")
 """Clip rules by name; `lightning_optim.register` adds rules of users."""
 
 for _name, _cls in _BUILT_IN.items():

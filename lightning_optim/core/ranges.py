@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -63,3 +64,22 @@ FRACTION = Range(0, 1, below=True, tensor=False)
 """In [0, 1): an average with a decay rate of 1 would never change, which is a mistake."""
 FINITE = Range(above=True, below=True)
 """Any finite number."""
+
+
+def ranges_of(owner: type) -> dict[str, Range]:
+    """Return the ranges that a class declares as `ranges` and inherits, by name of the hyperparameter.
+
+    Example:
+        >>> class Base:
+        ...     ranges = {"lr": NON_NEGATIVE}
+        >>> class Own(Base):
+        ...     ranges = {"beta": FRACTION}
+        >>> sorted(ranges_of(Own))
+        ['beta', 'lr']
+    """
+    merged: dict[str, Range] = {}
+    for base in reversed(owner.__mro__):
+        declared = vars(base).get("ranges", {})
+        if isinstance(declared, Mapping):  # another package's class may mean something else by the name
+            merged |= {name: allowed for name, allowed in declared.items() if isinstance(allowed, Range)}
+    return merged

@@ -46,6 +46,7 @@ __all__ = [
     "UpdateRatio",
     "WeightDecayShare",
     "ZeroGrad",
+    "register",
 ]
 
 Report = StepReport
@@ -68,8 +69,12 @@ DEFAULT_DIAGNOSTICS: tuple[Diagnostic, ...] = (
     WeightDecayShare(),
 )
 
-DIAGNOSTICS: Registry[Diagnostic] = Registry("diagnostic", Diagnostic)
+DIAGNOSTICS: Registry[Diagnostic] = Registry("diagnostic", Diagnostic, group="lightning_optim.diagnostics")
 """Diagnostics by name; `lightning_optim.register` adds a user's own."""
 
 for _built_in in map(type, DEFAULT_DIAGNOSTICS):
     DIAGNOSTICS.add(_built_in, snake_case(_built_in.__name__))
+
+register = DIAGNOSTICS.register
+"""[`lightning_optim.register`][] for diagnostics alone. An installed package brings its own as entry points of the
+group `lightning_optim.diagnostics`."""

@@ -53,4 +53,9 @@ __all__ = [
     "StepLog",
     "StepObservation",
     "Watch",
+    "register",
 ]
+
+register = DETECTORS.register
+"""[`lightning_optim.register`][] for detectors alone. An installed package brings its own as entry points of the group
+`lightning_optim.detectors`."""

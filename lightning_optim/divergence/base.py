@@ -62,7 +62,7 @@ class Detector(ABC):
         """Restore the state returned by `state_dict`."""
 
 
-DETECTORS: Registry[Detector] = Registry("detector", Detector)
+DETECTORS: Registry[Detector] = Registry("detector", Detector, group="lightning_optim.detectors")
 """Detectors by name; `lightning_optim.register` adds a user's own."""
 
 

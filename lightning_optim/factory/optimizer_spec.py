@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 from lightning_optim import optim
 from lightning_optim.core.group_keys import RESERVED
 from lightning_optim.core.imports import import_object
+from lightning_optim.core.ranges import ranges_of
 from lightning_optim.core.suggest import nearest
 from lightning_optim.factory.sparse_gradients import UnfuseIfSparse, gives_sparse_gradients
 from lightning_optim.optim import other_names
 from lightning_optim.optim.base import OPTIMIZERS, class_of_rule
+from lightning_optim.optim.hyperparameters import check_numbers
 from lightning_optim.param_groups import Entry, ParamGroupRule
 
 
@@ -202,6 +204,8 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, Optim
     trial = make([{"params": _trial_params()}])  # refuses bad values now, not in the middle of fit
     if not isinstance(trial, Optimizer):
         raise TypeError(f"The optimizer callable {label} returned {trial!r}, which is no torch.optim.Optimizer.")
+    if not isinstance(trial, optim.FusedOptimizer):  # ours have checked themselves, each group
+        check_numbers(type(trial).__name__, trial.defaults, ranges_of(type(trial)))
     for key in trial.defaults.keys() & inspect.signature(type(trial)).parameters.keys():
         _check_length(type(trial), key, trial.defaults[key])
     if "lr" in trial.defaults:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.suggest import nearest
+from lightning_optim.kernels.decay_kind import DECAY_KINDS, own_form
 from lightning_optim.kernels.rules import absolute, maximum, minimum, where
 
 T = TypeVar("T")
@@ -18,6 +19,8 @@ T = TypeVar("T")
 
 class WeightDecayKind(str, Enum):
     """Action of `weight_decay` λ on a weight w at learning rate lr, for an update u (w ← w − u without decay).
+
+    A [`DecayKind`][lightning_optim.optim.DecayKind] of your own has a name as well, once it is registered.
 
     References:
         Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, https://arxiv.org/abs/1711.05101
@@ -52,6 +55,16 @@ class WeightDecayKind(str, Enum):
     rescaled."""
 
     @classmethod
+    def _missing_(cls, value: object) -> WeightDecayKind | None:
+        """Return a member for the name of a registered `DecayKind`, which is equal to every other one of that name."""
+        if not isinstance(value, str) or value not in DECAY_KINDS:
+            return None
+        name = value.lower().replace("-", "_")
+        member = str.__new__(cls, name)
+        member._name_, member._value_ = name.upper(), name
+        return member
+
+    @classmethod
     def parse(cls, given: str | WeightDecayKind) -> WeightDecayKind:
         """Return the kind called ``given``.
 
@@ -65,7 +78,7 @@ class WeightDecayKind(str, Enum):
         try:
             return cls(given)
         except ValueError:
-            names = [kind.value for kind in cls]
+            names = [*(kind.value for kind in cls), *DECAY_KINDS.names()]
             raise ValueError(
                 f"Invalid weight_decay_kind={given!r}: must be the name of a kind. {nearest(str(given), names)}"
             ) from None
@@ -102,6 +115,8 @@ def decay_coefficients(kind: WeightDecayKind, lr: T, weight_decay: Any, peak_lr:
         return lr * lr * weight_decay / peak_lr, 0.0  # type: ignore[operator]
     if kind is WeightDecayKind.NORM:
         return weight_decay, 0.0
+    if kind not in _FORMS:
+        return DECAY_KINDS.get(kind.value).coefficient(lr, weight_decay), 0.0
     return lr * weight_decay, 0.0
 
 
@@ -124,7 +139,10 @@ def decay_form(group: Mapping[str, Any]) -> str:
         'shrink'
     """
     decays = isinstance(group["weight_decay"], Tensor) or group["weight_decay"] != 0
-    return _FORMS.get(_kind(group), "shrink") if decays else "shrink"
+    if not decays:
+        return "shrink"
+    kind = _kind(group)
+    return _FORMS.get(kind) or own_form(DECAY_KINDS.get(kind.value), APPLY_DECAY, DECAY_TERM)
 
 
 def decay_forms(groups: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -179,8 +197,8 @@ def rescale(param: Any, delta: Any, decay: Any) -> Any:
 APPLY_DECAY: dict[str, Callable[..., Any]] = {
     function.__name__: function for function in (shrink, shrink_to_zero, shrink_where_aligned, toward_initial, rescale)
 }
-"""Amount to subtract from a weight, by form. `toward_initial` also takes `INITIAL`; for `rescale`, `decay` is
-`norm_factor`."""
+"""Amount to subtract from a weight, by form; `own_form` adds those of registered kinds. `toward_initial` also takes
+`INITIAL`; for `rescale`, `decay` is `norm_factor`."""
 
 # For statistics, the part of the decay in the change of a weight is `decay_factor` times one of the following. It is
 # not computed as the change minus the update, because a decay of 1e-8 next to an update of 1e-3 would be lost to
@@ -237,6 +255,10 @@ INITIAL = "initial_param"
 """Name of the state that `toward_initial` needs: the weight at the first step, in the dtype of the parameter."""
 
 _FORMS = {
+    WeightDecayKind.DECOUPLED: "shrink",
+    WeightDecayKind.INDEPENDENT: "shrink",
+    WeightDecayKind.CORRECTED: "shrink",
+    WeightDecayKind.L2: "shrink",
     WeightDecayKind.L1: "shrink_to_zero",
     WeightDecayKind.L2_SP: "toward_initial",
     WeightDecayKind.CAUTIOUS: "shrink_where_aligned",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
 
 from torch.optim import Optimizer
 
 from lightning_optim.core.ranges import Range
+from lightning_optim.kernels.decay_kind import DECAY_KINDS, DecayKind
 from lightning_optim.optim.adafactor import Adafactor
 from lightning_optim.optim.adagrad import Adagrad
 from lightning_optim.optim.adam import Adam
@@ -32,8 +35,11 @@ from lightning_optim.optim.shared_options import SharedOptions
 from lightning_optim.optim.soap import SOAP
 from lightning_optim.optim.stableadamw import StableAdamW
 
+C = TypeVar("C", bound=type)
+
 __all__ = [
     "ADOPT",
+    "DECAY_KINDS",
     "LAMB",
     "LARS",
     "SGD",
@@ -44,6 +50,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adan",
+    "DecayKind",
     "FusedOptimizer",
     "Lion",
     "Muon",
@@ -60,7 +67,43 @@ __all__ = [
     "get_optimizer_class",
     "list_optimizers",
     "muon_param_groups",
+    "register",
 ]
+
+
+@overload
+def register(cls: C, *, name: str | None = None) -> C: ...
+@overload
+def register(cls: str | None = None, *, name: str | None = None) -> Callable[[C], C]: ...
+def register(cls: Any = None, *, name: str | None = None) -> Any:
+    """Register an optimizer of your own, or a `DecayKind`, under a name; see `lightning_optim.register`.
+
+    An installed package brings its own as entry points of the groups `lightning_optim.optimizers` and
+    `lightning_optim.weight_decay_kinds`.
+
+    Args:
+        cls: The class, or its name if this is a decorator.
+        name: Its name; by default the class name in lower case with underscores.
+
+    Returns:
+        The class itself; a decorator if ``cls`` is a name or None.
+
+    Raises:
+        TypeError: The class is neither an optimizer nor a `DecayKind`.
+        ValueError: Another class, or that of an installed package, has the name.
+
+    Example:
+        >>> @register("halved")
+        ... class Halved(SGD):
+        ...     pass
+        >>> get_optimizer_class("halved").__name__
+        'Halved'
+        >>> OPTIMIZERS.remove("halved")
+    """
+    if cls is None or isinstance(cls, str):
+        return lambda decorated: register(decorated, name=name if cls is None else cls)
+    registry: Any = DECAY_KINDS if isinstance(cls, type) and issubclass(cls, DecayKind) else OPTIMIZERS
+    return registry.register(cls, name=name)
 
 
 for _name in __all__:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from typing_extensions import Unpack
 
 from lightning_optim.core.group_keys import PARAMS
-from lightning_optim.core.ranges import FRACTION, NON_NEGATIVE, Range
+from lightning_optim.core.ranges import FRACTION, NON_NEGATIVE, Range, ranges_of
 from lightning_optim.core.registry import Registry
 from lightning_optim.core.sharding import local
 from lightning_optim.core.stats import StepStats
@@ -35,7 +35,7 @@ from lightning_optim.optim.hyperparameters import (
     refuse_typos,
 )
 from lightning_optim.optim.param_checks import check_params
-from lightning_optim.optim.ranges import is_number, ranges_of, refuse_unranged, require_ranges
+from lightning_optim.optim.ranges import is_number, refuse_unranged, require_ranges
 from lightning_optim.optim.shared_options import OwnSignature, SharedOptions
 from lightning_optim.optim.state import complete_state, tensor_names
 from lightning_optim.optim.widening import warn_of_conversions, widen
@@ -50,6 +50,7 @@ OPTIMIZERS: Registry[Optimizer] = Registry(
         for name, (ours, options) in other_names.NAMES.items()
         if options or "." in ours
     },
+    group="lightning_optim.optimizers",
 )
 """Optimizers by name; `lightning_optim.register` adds a user's own."""
 
@@ -93,10 +94,10 @@ class FusedOptimizer(Optimizer):
     """Smallest and largest peak of the learning rate in published recipes, fine-tuning included; None if unknown.
     `usual_lr_of` has that of a parameter group."""
     ranges: ClassVar[Mapping[str, Range]] = MappingProxyType(
-        {"lr": NON_NEGATIVE, "weight_decay": NON_NEGATIVE, "eps": NON_NEGATIVE, "betas": FRACTION}
+        {"lr": NON_NEGATIVE, "weight_decay": NON_NEGATIVE, "eps": NON_NEGATIVE, "betas": FRACTION, "beta": FRACTION}
     )
     """Range of each number, or of each element of a tuple, that the constructor takes. The ranges of base classes are
-    inherited."""
+    inherited; an annotation `Annotated[float, Range(0, 1)]` of an argument is the same as an entry."""
     option_defaults: ClassVar[SharedOptions] = {}
     """Defaults of shared options that differ from `shared_options.DEFAULTS`."""
     refused_options: ClassVar[Mapping[str, str]] = MappingProxyType({})

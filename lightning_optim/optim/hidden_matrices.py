@@ -11,12 +11,11 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from lightning_optim.core.ranges import FINITE, FRACTION, NON_NEGATIVE, Range
+from lightning_optim.core.ranges import FINITE, FRACTION, NON_NEGATIVE, Range, ranges_of
 from lightning_optim.core.typed import checked
 from lightning_optim.optim.adamw import AdamW
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.hyperparameters import check_lengths, check_numbers
-from lightning_optim.optim.ranges import ranges_of
 from lightning_optim.optim.shared_options import SharedOptions
 from lightning_optim.param_groups import Entry, NamedParameter, build_param_groups, named_parameters, why_not_hidden
 from lightning_optim.param_groups.parts import is_stack

@@ -10,26 +10,40 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_optim.core.ranges import Range
-
-
-def ranges_of(owner: type) -> dict[str, Range]:
-    """Return the ranges that a class declares and inherits, by name of the hyperparameter."""
-    merged: dict[str, Range] = {}
-    for base in reversed(owner.__mro__):
-        merged |= vars(base).get("ranges", {})
-    return merged
+from lightning_optim.core.ranges import Range, ranges_of
+from lightning_optim.optim import shared_options
 
 
 def require_ranges(owner: type) -> None:
-    """Refuse a class whose constructor takes a number without a range.
+    """Refuse a class whose constructor takes a number without a range, and add those that annotations declare.
+
+    An annotation `Annotated[float, Range(0, 1)]` declares a range next to its hyperparameter; it becomes an entry of
+    `ranges` of the class. Shared options have their own checks.
 
     Raises:
         TypeError: A number has no range; the message shows how to declare one.
     """
-    known = ranges_of(owner)
+    if annotated := _annotated_ranges(owner):
+        owner.ranges = {**vars(owner).get("ranges", {}), **annotated}  # type: ignore[attr-defined]
+    known = ranges_of(owner).keys() | shared_options.DEFAULTS.keys()
     parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
     refuse_unranged(owner, [p.name for p in parameters if p.name not in known and _is_number(p)])
+
+
+def _annotated_ranges(owner: type) -> dict[str, Range]:
+    """Return the ranges in the annotations of the constructor that ``owner`` itself defines."""
+    own = vars(owner).get("__init__")
+    annotations: dict[str, Any] = getattr(own, "__annotations__", {})
+    found: dict[str, Range] = {}
+    for name, annotation in annotations.items():
+        if isinstance(annotation, str):
+            if "Annotated[" not in annotation:
+                continue
+            annotation = eval(annotation, getattr(own, "__globals__", {}))  # as `typing.get_type_hints` does
+        for extra in getattr(annotation, "__metadata__", ()):
+            if isinstance(extra, Range):
+                found[name] = extra
+    return found
 
 
 def refuse_unranged(owner: type, names: Iterable[str]) -> None:

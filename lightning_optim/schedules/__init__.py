@@ -11,7 +11,7 @@ from lightning_optim.schedules.compositions import WSD, OneCycle
 from lightning_optim.schedules.function import FromFunction
 from lightning_optim.schedules.phases import Cooldown, Warmup
 from lightning_optim.schedules.plateau import ReduceOnPlateau
-from lightning_optim.schedules.registry import get_schedule, list_schedules
+from lightning_optim.schedules.registry import SCHEDULES, get_schedule, list_schedules
 from lightning_optim.schedules.restarts import CosineRestarts
 from lightning_optim.schedules.scheduler import Scheduler
 from lightning_optim.schedules.shapes import REX, Constant, Cosine, Exponential, InverseSqrt, Linear, Polynomial, Tanh
@@ -43,4 +43,9 @@ __all__ = [
     "Warmup",
     "get_schedule",
     "list_schedules",
+    "register",
 ]
+
+register = SCHEDULES.register
+"""[`lightning_optim.register`][] for schedules alone. An installed package brings its own as entry points of the
+group `lightning_optim.schedules`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.core.durations import Horizon
+from lightning_optim.core.ranges import ranges_of
 from lightning_optim.schedules.base import Schedule
 from lightning_optim.schedules.checks import SAMPLES, check_values
 from lightning_optim.schedules.hyperparameters import LR, Hyperparameter, hyperparameter
@@ -40,9 +41,9 @@ class Driven:
         self._tell_once = tell_once
         self.rates = GroupRates(schedule)
         self.rates.take_schedules(optimizer.param_groups)
-        owner = type(optimizer).__name__
+        owner, ranges = type(optimizer).__name__, ranges_of(type(optimizer))
         self.others: dict[Hyperparameter, Schedule] = {
-            hyperparameter(name, optimizer.defaults, owner): given for name, given in schedules.items()
+            hyperparameter(name, optimizer.defaults, owner, ranges): given for name, given in schedules.items()
         }
         self._applied = 0.0  # the multiplier of the rates as they are; 0 before there are any
         self._written = {driven: Written(driven) for driven in (LR, *self.others)}
@@ -58,8 +59,10 @@ class Driven:
         Raises:
             ValueError: It does not have a hyperparameter that is driven.
         """
-        owner = type(optimizer).__name__
-        self.others = {hyperparameter(h.name, optimizer.defaults, owner): given for h, given in self.others.items()}
+        owner, ranges = type(optimizer).__name__, ranges_of(type(optimizer))
+        self.others = {
+            hyperparameter(h.name, optimizer.defaults, owner, ranges): given for h, given in self.others.items()
+        }
         self._written = {driven: Written(driven) for driven in (LR, *self.others)}
         self._optimizer = optimizer
         self._held.clear()

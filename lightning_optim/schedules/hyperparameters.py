@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
+from lightning_optim.core.ranges import Range
 from lightning_optim.core.suggest import nearest
 
+_NO_RANGES: Mapping[str, Range] = MappingProxyType({})
 _IN_BETAS = {"momentum": 0, "beta1": 0, "beta2": 1, "beta3": 2}
 """Names for the elements of ``betas``; ``momentum`` is the name in torch's OneCycleLR."""
 
@@ -23,11 +26,13 @@ class Hyperparameter:
         name: A key of the group, or ``momentum``, ``beta1``, ``beta2``, ``beta3`` for an element of ``betas``.
         key: Key of the group.
         index: Index into the key's value; None for the whole value.
+        range: Range that the class of the optimizer declares for it; None for the usual one.
     """
 
     name: str
     key: str
     index: int | None = None
+    range: Range | None = None
 
     @property
     def base_key(self) -> str:
@@ -64,10 +69,15 @@ class Hyperparameter:
             value: The value.
 
         Raises:
-            ValueError: The value is negative, not finite, or at least 1 for one of ``betas``.
+            ValueError: The value is out of the declared range; without one, it is negative, not finite, or at least 1
+                for one of ``betas``.
         """
+        if self.range is not None and value not in self.range:
+            raise ValueError(
+                f"The schedule of {self.name} would set it to {value:g}; it must be {self.range.needed(self.name)}."
+            )
         below_one = self.name in _IN_BETAS
-        if not (math.isfinite(value) and value >= 0 and (value < 1 or not below_one)):
+        if not (math.isfinite(value) and (value >= 0 or self.range is not None) and (value < 1 or not below_one)):
             raise ValueError(
                 f"The schedule of {self.name} would set it to {value:g}; it must be finite and at least 0"
                 f"{' and below 1' if below_one else ''}."
@@ -77,13 +87,16 @@ class Hyperparameter:
 LR = Hyperparameter("lr", "lr")
 
 
-def hyperparameter(name: str, defaults: Mapping[str, Any], owner: str) -> Hyperparameter:
+def hyperparameter(
+    name: str, defaults: Mapping[str, Any], owner: str, ranges: Mapping[str, Range] = _NO_RANGES
+) -> Hyperparameter:
     """Find the hyperparameter called ``name`` of an optimizer with these defaults.
 
     Args:
         name: A key of the groups that holds a number, or ``momentum``, ``beta1``, ``beta2``, ``beta3``.
         defaults: The optimizer's defaults.
         owner: Name of the optimizer in the message.
+        ranges: Ranges that the optimizer declares, by name.
 
     Returns:
         The hyperparameter.
@@ -93,13 +106,17 @@ def hyperparameter(name: str, defaults: Mapping[str, Any], owner: str) -> Hyperp
 
     Example:
         >>> hyperparameter("momentum", {"lr": 0.1, "betas": (0.9, 0.99)}, "AdamW")
-        Hyperparameter(name='momentum', key='betas', index=0)
+        Hyperparameter(name='momentum', key='betas', index=0, range=None)
     """
     if name == "lr":
         raise ValueError("Invalid key 'lr' in schedules: give the schedule of lr as `schedule`.")
     parts = len(defaults["betas"]) if "betas" in defaults else 0
     found = {key: Hyperparameter(key, "betas", index) for key, index in _IN_BETAS.items() if index < parts}
-    found |= {key: Hyperparameter(key, key) for key, value in defaults.items() if _is_number(value) and key != "lr"}
+    found |= {
+        key: Hyperparameter(key, key, range=ranges.get(key))
+        for key, value in defaults.items()
+        if _is_number(value) and key != "lr"
+    }
     if name not in found:
         raise ValueError(f"{owner} has no hyperparameter {name!r} to schedule. {nearest(name, found)}")
     return found[name]

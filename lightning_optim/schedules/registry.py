@@ -42,7 +42,9 @@ _ALIASES = {  # names in transformers' get_scheduler and in timm
 _CLASS_NAMES = {"multi_step_decay": "multi_step", "step_decay": "step"}
 """Class names in snake case that differ from the names in the registry."""
 
-SCHEDULES: Registry[Schedule] = Registry("schedule", Schedule, {**_ALIASES, **_CLASS_NAMES})
+SCHEDULES: Registry[Schedule] = Registry(
+    "schedule", Schedule, {**_ALIASES, **_CLASS_NAMES}, group="lightning_optim.schedules"
+)
 """Schedules by name; `lightning_optim.register` adds a user's own."""
 
 for _name, _cls in _BUILT_IN.items():

@@ -29,8 +29,10 @@ def test_triton_agrees_with_reference_under_its_interpreter() -> None:
     run_interpreted("tests/kernels/interpreted.py")
 
 
-def test_a_step_is_decided_as_on_the_cpu() -> None:
-    run_interpreted("tests/step/test_fused.py", "-k", "triton and (global_norm or zclip_max_norm or adagc- or fewer)")
+def test_a_step_is_decided_as_on_the_cpu_and_a_rule_of_ones_own_runs() -> None:
+    own = "tests/optim/test_own_rules.py"  # in the same process, which takes seconds to start
+    chosen = "global_norm or zclip_max_norm or adagc- or fewer or ones_own"
+    run_interpreted("tests/step/test_fused.py", own, "-k", f"triton and ({chosen})")
 
 
 @pytest.mark.slow

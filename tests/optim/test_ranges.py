@@ -13,9 +13,9 @@ import torch
 import lightning_optim as lo
 from lightning_optim import optim
 from lightning_optim.core.group_keys import GROUP_KEYS, IDENTITY
+from lightning_optim.core.ranges import ranges_of
 from lightning_optim.optim import FusedOptimizer, Range
 from lightning_optim.optim.base import OPTIMIZERS
-from lightning_optim.optim.ranges import ranges_of
 
 
 def params() -> list[torch.nn.Parameter]:
@@ -36,17 +36,19 @@ class Averaged(FusedOptimizer):
 
 
 @pytest.mark.parametrize(
-    "parameter", ["beta=0.9", "beta=1", "beta=(0.9, 0.99)", "beta: float", "beta: 'float | None' = None"]
+    "parameter", ["gain=0.9", "gain=1", "gain=(0.9, 0.99)", "gain: float", "gain: 'float | None' = None"]
 )
 def test_a_number_without_a_range_is_an_error_when_the_class_is_made(parameter: str) -> None:
     text = f"class Loose(FusedOptimizer):\n    def __init__(self, params, {parameter}):\n        pass\n"
     with pytest.raises(
-        TypeError, match=r"Loose takes the number 'beta'.*ranges = \{\"beta\": Range\(0, 1, below=True\)"
+        TypeError, match=r"Loose takes the number 'gain'.*ranges = \{\"gain\": Range\(0, 1, below=True\)"
     ):
         exec(text, {"FusedOptimizer": FusedOptimizer})
 
 
-@pytest.mark.parametrize("parameter", ["beta='a'", "beta=None", "beta=True", "lr=0.1", "betas=(0.9, 0.99)"])
+@pytest.mark.parametrize(
+    "parameter", ["gain='a'", "gain=None", "gain=True", "lr=0.1", "betas=(0.9, 0.99)", "beta=0.9", "state_bits=32"]
+)
 def test_what_is_no_number_or_has_an_inherited_range_needs_none(parameter: str) -> None:
     text = f"class Fine(FusedOptimizer):\n    def __init__(self, params, {parameter}):\n        pass\n"
     exec(text, {"FusedOptimizer": FusedOptimizer})

@@ -48,7 +48,7 @@ def closure_grad_enabled(subject: Subject) -> None:
         modes.append(torch.is_grad_enabled())
         for param, grad in zip(params, subject.gradients(params, 1)[0], strict=True):
             param.grad = grad
-        return torch.tensor(5.0)
+        return torch.tensor(5.0, device="cpu")
 
     optimizer.step(closure)
     if not modes or not all(modes):
@@ -74,7 +74,7 @@ def closure_gradients(subject: Subject) -> None:
         def closure(grads: list[Tensor] = grads) -> Tensor:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad.clone()
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
 
         optimizer.step(closure)
     subject.same(params, wanted, "with a closure against gradients made before the step")
@@ -93,7 +93,7 @@ def _closures(subject: Subject, steps: int) -> tuple[list[int], list[Any]]:
             count += 1
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad.clone()
-            return torch.tensor(5.0)
+            return torch.tensor(5.0, device="cpu")
 
         returned.append(optimizer.step(closure))
         calls.append(count)

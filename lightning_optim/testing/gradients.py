@@ -108,7 +108,7 @@ def gradient_layout(subject: Subject) -> None:
         def closure(each: list[Tensor] = each) -> Tensor:
             for param, grad in zip(params, each, strict=True):
                 param.grad = grad.t().contiguous().t()
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
 
         subject.evaluate(optimizer, closure)
     subject.close(params, wanted, "gradients that are transposed in memory", rtol=1e-5)
@@ -126,7 +126,7 @@ def sparse_gradients(subject: Subject) -> None:
 
     def closure() -> Tensor:
         weight.grad = grad.clone().coalesce()
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
 
     start = weight.detach().clone()
     options = subject.without_decay()

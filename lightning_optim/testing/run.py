@@ -106,6 +106,7 @@ def check_optimizer(
         ValueError: There is no such check or fact.
 
     Example:
+        >>> import torch
         >>> report = check_optimizer(torch.optim.SGD, lr=0.1, momentum=0.9, only=["closures", "weight_decay"])
         >>> report.passed
         True

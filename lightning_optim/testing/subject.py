@@ -276,8 +276,8 @@ def needs_closure(optimizer: Any) -> bool:
 
 def normal(shapes: Sequence[tuple[int, ...]], seed: int, scale: float = 1.0) -> list[Tensor]:
     """Return float64 tensors with normal entries, the same at each call."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) * scale for shape in shapes]
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale for shape in shapes]
 
 
 def _arguments(factory: Callable[..., Any]) -> dict[str, Any] | None:

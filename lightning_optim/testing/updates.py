@@ -50,13 +50,13 @@ def no_graph(subject: Subject) -> None:
     """Neither parameters nor state are part of a graph, even if gradients are (`create_graph=True`)."""
     params = subject.parameters()
     optimizer = subject.make(params)
-    weight = torch.ones((), requires_grad=True)
+    weight = torch.ones((), requires_grad=True, device="cpu")
     for grads in subject.gradients(params, 2):
 
         def closure(grads: list[Tensor] = grads) -> Tensor:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad * weight.to(grad.device)  # as after backward(create_graph=True)
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
 
         subject.evaluate(optimizer, closure)
     for name, tensor in tensors_in({"params": params, "state": list(optimizer.state.values())}):

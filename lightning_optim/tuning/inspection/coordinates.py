@@ -228,7 +228,7 @@ def _train(steps: PlainSteps, optimizer: Optimizer, batch: Any, count: int) -> d
             steps.run(placed, 0)
         for name, value in outputs.items():
             start = first.setdefault(name, value)
-            changed = value - start if start.shape == value.shape else torch.full((), math.nan)
+            changed = value - start if start.shape == value.shape else torch.full((), math.nan, device=value.device)
             found.setdefault(name, []).append((_rms(value), _rms(changed)))
         optimizer.step()
     return {name: values for name, values in found.items() if len(values) == count + 1}

@@ -107,11 +107,11 @@ def check_optimizer(
 
     Example:
         >>> import torch
-        >>> report = check_optimizer(torch.optim.SGD, lr=0.1, momentum=0.9, only=["closures", "weight_decay"])
+        >>> report = check_optimizer(torch.optim.AdamW, lr=0.1, only=["closures", "weight_decay"])
         >>> report.passed
         True
         >>> report.facts["weight decay"]
-        'L2'
+        'decoupled, scaled by lr'
     """
     for name in claims or {}:
         if name not in FACTS:

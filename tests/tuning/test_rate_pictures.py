@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_optim as lo
 from lightning_optim.core.block_plot import block_rows
 from lightning_optim.tuning.rates.found import FoundRate
-from lightning_optim.tuning.rates.measure import NoTrialError
 from lightning_optim.tuning.rates.picture import draw_in_terminal, pixels, save_picture
 from lightning_optim.tuning.rates.rate_trials import try_rates
 from lightning_optim.tuning.rates.suggestion import suggest
@@ -82,15 +81,14 @@ def test_trials_before_the_first_step_have_the_schedule_of_the_whole_run(monkeyp
 
     def watched(peaks, factors):
         seen.append(factors[0])
-        if len(seen) > 20:
+        if len(seen) > 40:  # set when a batch begins, and before the step
             raise RuntimeError("One trial is enough.")
         set_rates(peaks, factors)
 
     monkeypatch.setattr(trial_rates.Peaks, "set_rates", watched)
     trainer = make_trainer([], max_steps=400, max_epochs=-1)
-    with pytest.raises(NoTrialError, match="One trial is enough"):
-        lo.find_lr(trainer, Own(), data, method="trials", steps=80, low=1e-4, high=1e-3)
-    first = np.array(seen[:20]) / 1e-3
+    lo.find_lr(trainer, Own(), data, method="trials", steps=80, low=1e-4, high=1e-3)
+    first = np.array(seen[:40:2]) / 1e-3
     assert np.argmax(first) in (3, 4)
     assert first[-1] < 0.02
     assert np.all(np.diff(first[5:]) < 0)

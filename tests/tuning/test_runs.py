@@ -122,9 +122,11 @@ def test_what_has_finished_is_not_run_again(study):
 
 
 KILLED = """
+import signal
 import sys
 from lightning_optim.tuning.runs import Job, run_jobs
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
     jobs = [Job("first", "tests.tuning.light_jobs:write"), Job("second", "tests.tuning.light_jobs:sleep")]
     run_jobs(jobs, sys.argv[1], workers=1, preload=())
 """

@@ -303,6 +303,20 @@ def attach(model: L.LightningModule, factory: OptimizerFactory | OptimizerFactor
     model.configure_optimizers = _Attached(_configure_optimizers, factory, model)  # type: ignore[method-assign]
 
 
+def attach_first(model: L.LightningModule, callbacks: Iterable[Any]) -> None:
+    """Attach the first `ConfigureOptimizers` among callbacks to a module that defines no ``configure_optimizers``.
+
+    Args:
+        model: The module, which is left as it is if it defines the method.
+        callbacks: The callbacks of a Trainer.
+    """
+    if not module_overrides(model, _METHOD):
+        for callback in callbacks:
+            if isinstance(callback, ConfigureOptimizers):
+                attach(model, callback)
+                break
+
+
 class _Attached(partial[Any]):
     """The method that a factory supplies; unlike a function made on the spot it goes where a pickled module goes."""
 

@@ -13,10 +13,10 @@ from typing import Any
 import lightning.pytorch as L
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim import __version__
-from lightning_optim.callbacks import ConfigureOptimizers, RunSummary, attach
+from lightning_optim.callbacks import RunSummary
+from lightning_optim.callbacks.configure_optimizers import attach_first
 from lightning_optim.callbacks.planning import make_plan
 from lightning_optim.cli.batch_size import add_batch_size_arguments
 from lightning_optim.cli.check import add_check_arguments
@@ -151,11 +151,7 @@ class OptimCLI(OptimKeys, LightningCLI):
         super().instantiate_classes()
         trainer = self._get(self.config, "trainer", default={})
         self.trainer.configured_callbacks = plain(trainer.get("callbacks")) or []  # type: ignore[attr-defined]
-        if not is_overridden("configure_optimizers", self.model):
-            for callback in getattr(self.trainer, "callbacks", ()):
-                if isinstance(callback, ConfigureOptimizers):
-                    attach(self.model, callback)
-                    break
+        attach_first(self.model, getattr(self.trainer, "callbacks", ()))
 
     def before_plan(self) -> None:
         """Tell the plan what the configuration files replace in each other."""

@@ -83,6 +83,14 @@ class Chromium:
         """The value of an expression in the page."""
         return self._call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
+    def until(self, expression: str, timeout: float = 30) -> Any:
+        """Evaluate an expression until it is true; return what it is."""
+        end = time.monotonic() + timeout
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < end, expression
+            time.sleep(0.1)
+        return value
+
     def wait_for(self, *texts: str, timeout: float = 60) -> str:
         """Waits until the page has all these texts."""
         end = time.monotonic() + timeout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from lightning_optim.tuning.compare.page import write_comparison
 from lightning_optim.tuning.compare.rates import Trial, TunedRate
 from lightning_optim.tuning.runs import JobResult
 from lightning_optim.tuning.runs.records import CURVE_FILE, VALIDATION_FILE
-from tests.browser.chromium import EXECUTABLE, Chromium
+from tests.browser.chromium import EXECUTABLE
 
 pytestmark = [
     pytest.mark.browser,
@@ -64,26 +63,11 @@ def _result(folder: Path, speed: float, seed: int) -> JobResult:
     )  # fmt: skip
 
 
-@pytest.fixture
-def browser(tmp_path):
-    chromium = Chromium(tmp_path)
-    yield chromium
-    chromium.close()
-
-
-def _until(browser, expression):
-    end = time.monotonic() + 30
-    while not (value := browser.evaluate(expression)):
-        assert time.monotonic() < end, expression
-        time.sleep(0.1)
-    return value
-
-
 def test_curves_with_their_spread_are_drawn_and_toggled_without_any_request(page, browser, tmp_path):
     browser.watch_requests()
     browser.emulate(1400, 1000)
     browser.open(page.as_uri())
-    _until(browser, "typeof figures === 'function' && figures().length === 4")
+    browser.until("typeof figures === 'function' && figures().length === 4")
     seen = browser.text()
     for text in (
         "fast has the lowest val_loss",
@@ -96,7 +80,7 @@ def test_curves_with_their_spread_are_drawn_and_toggled_without_any_request(page
         assert text in seen
     # Of each variant a line and a band, in each chart.
     visible = "figures()[0].renderers.filter((each) => each.visible && each.tags[1] === 0).length"
-    before = _until(browser, visible)
+    before = browser.until(visible)
     browser.evaluate("document.querySelector('button.run').click()")
     assert (before >= 2, browser.evaluate(visible)) == (True, 0)
     browser.evaluate("document.querySelector('button.run').click()")
@@ -113,6 +97,6 @@ def test_curves_with_their_spread_are_drawn_and_toggled_without_any_request(page
 def test_narrow_it_is_as_wide_as_the_window(page, browser):
     browser.emulate(400, 900, dark=True)
     browser.open(page.as_uri())
-    _until(browser, "typeof figures === 'function' && figures().length === 4")
+    browser.until("typeof figures === 'function' && figures().length === 4")
     root = "document.documentElement"
     assert browser.evaluate(f"{root}.scrollWidth - {root}.clientWidth") == 0

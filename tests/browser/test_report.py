@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_optim.diagnostics.run_report import Run, write_report
-from tests.browser.chromium import EXECUTABLE, Chromium
+from tests.browser.chromium import EXECUTABLE
 
 pytestmark = [
     pytest.mark.browser,
@@ -36,28 +36,13 @@ def page(tmp_path_factory):
     return write_report([_run("slow", 0.01), _run(NAME, 0.03), _run("fast", 0.1)], tmp_path_factory.mktemp("report"))
 
 
-@pytest.fixture
-def browser(tmp_path):
-    chromium = Chromium(tmp_path)
-    yield chromium
-    chromium.close()
-
-
-def _until(browser, expression):
-    end = time.monotonic() + 30
-    while not (value := browser.evaluate(expression)):
-        assert time.monotonic() < end, expression
-        time.sleep(0.1)
-    return value
-
-
 def test_charts_are_drawn_toggled_and_read_without_any_request(page, browser, tmp_path):
     browser.watch_requests()
     browser.emulate(1400, 1000)
     browser.open(page.as_uri())
-    _until(browser, "typeof figures === 'function' && figures().length === 2")
+    browser.until("typeof figures === 'function' && figures().length === 2")
     visible = "figures()[0].renderers.filter((each) => each.visible && each.tags[1] === 0).length"
-    before = _until(browser, visible)
+    before = browser.until(visible)
     browser.evaluate("document.querySelector('button.run').click()")
     assert (before > 2, browser.evaluate(visible)) == (True, 0)
     browser.evaluate("document.querySelector('button.run').click()")
@@ -74,7 +59,7 @@ def test_charts_are_drawn_toggled_and_read_without_any_request(page, browser, tm
 def test_a_curve_is_read_by_moving_over_it(page, browser):
     browser.emulate(1400, 1000)
     browser.open(page.as_uri())
-    _until(browser, "typeof figures === 'function' && figures().length === 2")
+    browser.until("typeof figures === 'function' && figures().length === 2")
     browser.evaluate("document.querySelector('article').scrollIntoView()")
     time.sleep(1)
     box = json.loads(browser.evaluate("JSON.stringify(document.querySelector('article').getBoundingClientRect())"))
@@ -88,9 +73,9 @@ def test_a_curve_is_read_by_moving_over_it(page, browser):
 def test_dark_and_narrow_it_is_as_wide_as_the_window(page, browser):
     browser.emulate(400, 900, dark=True)
     browser.open(page.as_uri())
-    _until(browser, "typeof figures === 'function' && figures().length === 2")
+    browser.until("typeof figures === 'function' && figures().length === 2")
     root = "document.documentElement"
     assert browser.evaluate(f"{root}.scrollWidth - {root}.clientWidth") == 0
     assert 380 < browser.evaluate(f"{root}.clientWidth") <= 400
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
-    _until(browser, "figures()[0].below[0].major_label_text_color === '#98a3b0'")
+    browser.until("figures()[0].below[0].major_label_text_color === '#98a3b0'")

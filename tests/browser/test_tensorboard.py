@@ -68,13 +68,6 @@ def address(tmp_path_factory):
         yield url
 
 
-@pytest.fixture
-def browser(tmp_path):
-    chromium = Chromium(tmp_path)
-    yield chromium
-    chromium.close()
-
-
 def _save(browser: Chromium, name: str, tmp_path: Path) -> None:
     time.sleep(3)  # lines are drawn after their titles
     path = Path(os.environ.get("SCREENSHOTS", tmp_path)) / name

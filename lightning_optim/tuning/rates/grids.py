@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_optim.tuning.batch_size.rules import scale_lr
 from lightning_optim.tuning.rates.halving import Halving, halve
-from lightning_optim.tuning.rates.sweep import Divergence
-from lightning_optim.tuning.trials.fit import FitTrials, Stop
+from lightning_optim.tuning.rates.sweep import until_divergence
+from lightning_optim.tuning.trials.fit import FitTrials
 
 Pair = tuple[float, float]
 """A value of the other hyperparameter, and the rate."""
@@ -117,13 +117,8 @@ def try_batches(trials: FitTrials, place: int, multiples: Sequence[int], lr: flo
 
 
 def _losses(trials: FitTrials, place: int, rate: float, steps: int, **options: object) -> list[float]:
-    trial = trials.at(place, rate, steps, _divergence(), **options)  # type: ignore[arg-type]
+    trial = trials.at(place, rate, steps, until_divergence(), **options)  # type: ignore[arg-type]
     return list(trial.losses) if trial.ended == "finished" else []
-
-
-def _divergence() -> Stop:
-    divergence = Divergence()
-    return lambda losses: divergence.update(losses[-1]) is not None
 
 
 def _shown(pair: Pair) -> str:

@@ -21,8 +21,8 @@ from lightning_optim.tuning.rates.found import FoundRate, FoundRates
 from lightning_optim.tuning.rates.grids import try_batches, try_weight_decays
 from lightning_optim.tuning.rates.rate_trials import RateTrials, around, try_rates
 from lightning_optim.tuning.rates.suggestion import Suggestion, suggest
-from lightning_optim.tuning.rates.sweep import Divergence, exponential
-from lightning_optim.tuning.trials.fit import FitTrials, Stop, Trial
+from lightning_optim.tuning.rates.sweep import exponential, until_divergence
+from lightning_optim.tuning.trials.fit import FitTrials, Trial
 
 METHODS = {"sweep": 200, "trials": 100, "check": 100}
 """Each method, and the default steps of a sweep or of a trial of the last round; docs/benchmarks.md compares them."""
@@ -139,7 +139,7 @@ class _One:
 
     def _run(self, rate: float, steps: int) -> list[float]:
         self._progress(f"{steps} steps at {rate:.3g}")
-        trial = self._trials.at(self._place, rate, steps, _divergence())
+        trial = self._trials.at(self._place, rate, steps, until_divergence())
         self.done.append(trial)
         return list(trial.losses) if trial.ended == "finished" else []
 
@@ -149,7 +149,7 @@ class _One:
         rates = exponential(low, high, search.steps)
         for repeat in range(search.repeats):
             self._progress(f"sweep {repeat + 1} of {search.repeats}, {low:.2g} to {high:.2g}")
-            sweeps.append(self._trials.sweep(self._place, rates, _divergence(), seed=repeat))
+            sweeps.append(self._trials.sweep(self._place, rates, until_divergence(), seed=repeat))
         self.done += sweeps
         losses = _unlike(sweeps)
         if not losses:
@@ -178,11 +178,6 @@ def _beyond(found: Suggestion, rates: Sequence[float], search: Search) -> tuple[
     if place < 0.1 * len(rates) and curve[0] - curve.min() < 0.1 * (curve.max() - curve.min()) and search.low is None:
         return rates[0] / 1000, rates[min(len(curve) - 1, len(rates) // 4)]
     return None
-
-
-def _divergence() -> Stop:
-    divergence = Divergence()
-    return lambda losses: divergence.update(losses[-1]) is not None
 
 
 def _unlike(done: Sequence[Trial]) -> list[list[float]]:

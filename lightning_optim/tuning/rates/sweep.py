@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["Divergence", "exponential"]
+__all__ = ["Divergence", "exponential", "until_divergence"]
 
 _WINDOW = 5
 """Losses in a median; one batch, or two, that are far off do not move it."""
@@ -94,3 +95,9 @@ class Divergence:
         if level - start > max(start - self._best, _NOISES * noise, rounding):
             return "the loss has risen above its start by more than it had fallen"
         return None
+
+
+def until_divergence() -> Callable[[Sequence[float]], bool]:
+    """Return what decides from its losses so far, asked at each step, whether a trial has diverged; one for each."""
+    divergence = Divergence()
+    return lambda losses: divergence.update(losses[-1]) is not None

@@ -10,9 +10,8 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_optim.callbacks import ConfigureOptimizers, attach
+from lightning_optim.callbacks.configure_optimizers import attach_first
 from lightning_optim.tuning.runs.description import describe
 from lightning_optim.tuning.runs.job import Job
 from lightning_optim.tuning.runs.recorder import RateFactor, Recorder
@@ -109,11 +108,7 @@ def fit(
     accumulate = int(trainer.get("accumulate_grad_batches", 1))
     settings = {**trainer, **trainer_of_job(folder, steps, validations, accumulate, events=events)}
     fitting = L.Trainer(**settings, callbacks=added)
-    if not is_overridden("configure_optimizers", module):
-        for callback in added:
-            if isinstance(callback, ConfigureOptimizers):
-                attach(module, callback)
-                break
+    attach_first(module, added)
     if isinstance(source, L.LightningDataModule):
         fitting.fit(module, datamodule=source)
     elif isinstance(source, tuple) and len(source) == 2:

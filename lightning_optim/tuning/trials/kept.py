@@ -179,17 +179,26 @@ def keep_storage(storage: torch.UntypedStorage) -> Restore:
 
 def keep_place(tensor: Tensor) -> Restore:
     """Remember which storage a tensor lies in and how, whether it requires a gradient, and its gradient's place."""
-    alias, requires_grad, grad = tensor.detach(), tensor.requires_grad, tensor.grad if tensor.is_leaf else None
-    is_leaf = tensor.is_leaf
+    alias, restore_gradient = tensor.detach(), keep_gradient(tensor) if tensor.is_leaf else None
 
     def restore() -> None:
         if not _lies_the_same(tensor, alias):
             tensor.data = alias
-        if is_leaf and tensor.is_leaf:
-            if tensor.requires_grad != requires_grad:
-                tensor.requires_grad_(requires_grad)
-            if tensor.grad is not grad:
-                tensor.grad = grad
+        if restore_gradient is not None and tensor.is_leaf:
+            restore_gradient()
+
+    return restore
+
+
+def keep_gradient(tensor: Tensor) -> Restore:
+    """Remember which gradient a leaf has, and whether it requires one."""
+    grad, requires_grad = tensor.grad, tensor.requires_grad
+
+    def restore() -> None:
+        if tensor.requires_grad != requires_grad:
+            tensor.requires_grad_(requires_grad)
+        if tensor.grad is not grad:
+            tensor.grad = grad
 
     return restore
 

@@ -205,7 +205,7 @@ class ObjectSnapshot:
             yield tensor.grad
         if hasattr(tensor, "__tensor_flatten__"):  # A wrapper, as a DTensor: what it wraps has the numbers.
             if tensor.is_leaf:
-                self._contents.append(_keep_gradient(tensor))
+                self._contents.append(kept.keep_gradient(tensor))
             yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
             return
         if tensor.is_meta or is_lazy(tensor):
@@ -214,7 +214,7 @@ class ObjectSnapshot:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):  # a sparse tensor, say
             if tensor.is_leaf:
-                self._contents.append(_keep_gradient(tensor))
+                self._contents.append(kept.keep_gradient(tensor))
             self._tensors.append(kept.keep_copy(tensor))
             return
         self._contents.append(kept.keep_place(tensor))
@@ -231,18 +231,6 @@ class ObjectSnapshot:
             yield from found.flat
         if found.flags.writeable and not (in_data and found.nbytes > LARGE) and not isinstance(found, np.memmap):
             self._tensors.append(kept.keep_array(found))
-
-
-def _keep_gradient(tensor: Tensor) -> kept.Restore:
-    grad, requires_grad = tensor.grad, tensor.requires_grad
-
-    def restore() -> None:
-        if tensor.requires_grad != requires_grad:
-            tensor.requires_grad_(requires_grad)
-        if tensor.grad is not grad:
-            tensor.grad = grad
-
-    return restore
 
 
 def _slots(cls: type) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ import inspect
 import traceback
 import unittest
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +80,7 @@ class Check:
         Args:
             subject: The optimizer.
         """
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _settings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             try:
@@ -88,7 +89,7 @@ class Check:
                 return Result(self, "skipped", str(skipped))
             except CheckFailed as failed:
                 return Result(self, "failed", str(failed))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 return Result(self, "failed", _raised(error))
         return Result(self, "passed")
 
@@ -148,7 +149,18 @@ def check(*, why: str, fix: str, group: str = "default") -> Callable[[Callable[[
     return register
 
 
-def _raised(error: Exception) -> str:
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Restore what an optimizer may leave behind for the whole process, and start with gradients enabled."""
+    dtype = torch.get_default_dtype()
+    with torch.set_grad_enabled(True):
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def _raised(error: BaseException) -> str:
     """Return an error with the line of the optimizer that it comes from."""
     frames = traceback.extract_tb(error.__traceback__)
     here = str(Path(__file__).parent)

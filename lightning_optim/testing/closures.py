@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.testing.check import check
-from lightning_optim.testing.subject import CheckFailed, Subject
+from lightning_optim.testing.subject import CheckFailed, Subject, draw_by
 
 
 @check(
@@ -74,6 +74,7 @@ def closure_gradients(subject: Subject) -> None:
         def closure(grads: list[Tensor] = grads) -> Tensor:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad.clone()
+            draw_by(grads)
             return torch.zeros((), device="cpu")
 
         optimizer.step(closure)
@@ -93,6 +94,7 @@ def _closures(subject: Subject, steps: int) -> tuple[list[int], list[Any]]:
             count += 1
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad.clone()
+            draw_by(grads)
             return torch.tensor(5.0, device="cpu")
 
         returned.append(optimizer.step(closure))

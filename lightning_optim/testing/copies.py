@@ -15,7 +15,8 @@ from lightning_optim.testing.subject import Subject
 
 @check(
     why="Trials, averaging and tests copy a model together with its optimizer.",
-    fix="Keep no closures, generators, streams or parameters by id in the instance.",
+    fix="torch copies `defaults`, `state` and `param_groups` alone: bring other attributes along in `__getstate__`. "
+    "Keep no closures, generators, streams or parameters by id.",
 )
 def deepcopy(subject: Subject) -> None:
     """A deep copy of parameters and optimizer goes on bit-equal, and leaves the original alone."""
@@ -24,7 +25,8 @@ def deepcopy(subject: Subject) -> None:
 
 @check(
     why="Spawned processes and some trainers pickle optimizers; what is no plain value stops them.",
-    fix="No lambdas or local functions as attributes; restore what cannot be pickled in __setstate__.",
+    fix="Bring attributes along in `__getstate__`, without lambdas or local functions; restore in `__setstate__` what "
+    "cannot be pickled.",
 )
 def pickled(subject: Subject) -> None:
     """Parameters and optimizer that were pickled together go on bit-equal."""

@@ -45,19 +45,34 @@ def _kind(subject: Subject, start: list[Any], grads: list[list[Any]], decayed: l
     by_gradient = _one(subject, grads, STRENGTH, l2=True)
     if change(decayed, by_gradient, start=start, rtol=1e-3) is None:
         factor = _factor(subject, start, grads)
-        return "L2, which is the same as decoupled here" if factor is not None else "L2"
+        same = factor is not None and change(decayed, _by_hand(subject, grads, factor), start=start, rtol=1e-3) is None
+        return "L2, which is the same as decoupled here" if same else "L2"
     factor = _factor(subject, start, grads)
     if factor is None:
         return "another kind"
     if factor > 0:
         raise CheckFailed(f"weight_decay={STRENGTH} lets weights grow: by {factor:.2g} of their size in a step")
     lr = subject.value("lr") if subject.has("lr") else None
-    if not isinstance(lr, float) or not lr:
+    if not isinstance(lr, float | int) or not lr:
         return "decoupled"
     halved = _factor(subject, start, grads, lr=lr / 2)
     if halved is None or abs(halved / factor - 0.5) > 0.1:
         return "decoupled, not scaled by lr"
     return "decoupled, scaled by lr"
+
+
+def _by_hand(subject: Subject, grads: list[list[Any]], factor: float) -> list[Any]:
+    """Return the parameters after steps without decay, each followed by a change by a fraction of their old size."""
+    torch.manual_seed(0)
+    params = subject.parameters(scale=1.0)
+    optimizer = subject.make(params, weight_decay=0.0)
+    for each in grads:
+        before = [p.detach().clone() for p in params]
+        subject.step(optimizer, params, each)
+        with torch.no_grad():
+            for param, old in zip(params, before, strict=True):
+                param.add_(old, alpha=factor)
+    return params
 
 
 def _factor(subject: Subject, start: list[Any], grads: list[list[Any]], **options: Any) -> float | None:

@@ -55,7 +55,7 @@ def _descends(subject: Subject, loss: Callable[[Sequence[Tensor]], Tensor], step
         CheckFailed: They do not.
     """
     seen = []
-    has_rate = subject.has("lr") and isinstance(subject.value("lr"), float | Tensor)
+    has_rate = subject.has("lr") and isinstance(subject.value("lr"), float | int | Tensor)
     for factor in RATES if has_rate else RATES[:1]:
         params = subject.parameters()
         try:
@@ -103,15 +103,17 @@ def sign(subject: Subject) -> None:
     fix="At the start of the update: `grad = -grad if group['maximize'] else grad`, before weight decay.",
 )
 def maximize(subject: Subject) -> None:
-    """`maximize=True` does the same as gradients of the opposite sign."""
+    """`maximize=True` does the same as gradients of the opposite sign, also with weight decay."""
     if not subject.has("maximize"):
         raise CheckSkipped("it has no option 'maximize'")
     params = subject.parameters()
     grads = subject.gradients(params, 4)
     negated = [[-g for g in each] for each in grads]
-    _, wanted = subject.run(grads=negated)
-    _, found = subject.run(grads=grads, maximize=True)
-    subject.close(found, wanted, "maximize=True against gradients of the opposite sign", rtol=1e-5)
+    for decay in ({}, {"weight_decay": 0.1}) if subject.has("weight_decay") else ({},):
+        _, wanted = subject.run(grads=negated, **decay)
+        _, found = subject.run(grads=grads, maximize=True, **decay)
+        what = f"maximize=True against gradients of the opposite sign{', with weight decay' if decay else ''}"
+        subject.close(found, wanted, what, rtol=1e-5)
 
 
 @check(

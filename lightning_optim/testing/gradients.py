@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_optim.testing.check import check
 from lightning_optim.testing.compare import snapshot
-from lightning_optim.testing.subject import CheckFailed, CheckSkipped, Subject
+from lightning_optim.testing.subject import CheckFailed, CheckSkipped, Subject, draw_by
 
 
 @check(
@@ -49,15 +49,22 @@ def no_gradients(subject: Subject) -> None:
     fix="Use `grad = grad.add(param, alpha=weight_decay)` in place of `grad.add_(...)`; no in-place method on grad.",
 )
 def gradients_unchanged(subject: Subject) -> None:
-    """The step leaves `param.grad` as it was: the same tensor with the same values."""
-    params = subject.parameters()
-    optimizer = subject.make(params)
-    for number, grads in enumerate(subject.gradients(params, 3)):
-        subject.step(optimizer, params, grads)
-        found = [p.grad for p in params]
-        if any(g is None for g in found):
-            raise CheckFailed("the step has set gradients to None")
-        subject.same([g for g in found if g is not None], grads, f"gradients after step {number + 1}")
+    """The step leaves `param.grad` as it was, also with weight decay and `maximize`: the same values."""
+    ways: list[dict[str, Any]] = [{}]
+    if subject.has("weight_decay"):
+        ways.append({"weight_decay": 0.1})
+    if subject.has("maximize"):
+        ways.append({"maximize": True})
+    for options in ways:
+        params = subject.parameters()
+        optimizer = subject.make(params, **options)
+        named = "".join(f" with {name}={value}" for name, value in options.items())
+        for number, grads in enumerate(subject.gradients(params, 3)):
+            subject.step(optimizer, params, grads)
+            found = [p.grad for p in params]
+            if any(g is None for g in found):
+                raise CheckFailed(f"the step has set gradients to None{named}")
+            subject.same([g for g in found if g is not None], grads, f"gradients after step {number + 1}{named}")
 
 
 @check(
@@ -108,6 +115,7 @@ def gradient_layout(subject: Subject) -> None:
         def closure(each: list[Tensor] = each) -> Tensor:
             for param, grad in zip(params, each, strict=True):
                 param.grad = grad.t().contiguous().t()
+            draw_by(each)
             return torch.zeros((), device="cpu")
 
         subject.evaluate(optimizer, closure)
@@ -119,13 +127,14 @@ def gradient_layout(subject: Subject) -> None:
     fix="Raise in step: `if grad.is_sparse: raise RuntimeError('... does not support sparse gradients')`.",
 )
 def sparse_gradients(subject: Subject) -> None:
-    """A sparse gradient either moves exactly its rows' weights downhill, or is refused by an error that says so."""
+    """A sparse gradient, with a row listed twice, moves exactly its rows downhill, or is refused by a clear error."""
     weight = torch.nn.Parameter(subject.parameters(((4, 3),))[0].detach())
-    rows = torch.ones(2, 3, device=subject.device)
-    grad = torch.sparse_coo_tensor(torch.tensor([[0, 2]], device=subject.device), rows, (4, 3))
+    rows = torch.ones(3, 3, device=subject.device)
+    # As of nn.Embedding for a batch that has a word twice: the row is listed twice, and its gradient is the sum.
+    grad = torch.sparse_coo_tensor(torch.tensor([[0, 2, 2]], device=subject.device), rows, (4, 3))
 
-    def closure() -> Tensor:
-        weight.grad = grad.clone().coalesce()
+    def closure(optimized: torch.nn.Parameter = weight, joined: bool = False) -> Tensor:
+        optimized.grad = grad.coalesce() if joined else grad.clone()
         return torch.zeros((), device="cpu")
 
     start = weight.detach().clone()
@@ -144,6 +153,11 @@ def sparse_gradients(subject: Subject) -> None:
         raise CheckFailed("rows without gradient have changed")
     if not bool((weight[::2] - start[::2]).sum() < 0):
         raise CheckFailed("rows with a gradient of one have not gone down")
+    other = torch.nn.Parameter(start.clone())
+    optimizer = subject.make([other], **options)
+    for _ in range(2):
+        subject.evaluate(optimizer, lambda: closure(other, joined=True))
+    subject.close([weight], [other], "a row listed twice against the sum of its gradients", start=[start], rtol=1e-4)
     subject.fact("sparse gradients", "used")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_optim.testing.check import check
 from lightning_optim.testing.compare import change, snapshot
-from lightning_optim.testing.subject import CheckFailed, CheckSkipped, Subject
+from lightning_optim.testing.subject import CheckFailed, CheckSkipped, Subject, draw_by
 
 
 @check(
@@ -34,7 +34,7 @@ def hyperparameters_live(subject: Subject) -> None:
 
     usual = run()
     group = subject.make(subject.parameters()).param_groups[0]
-    constructor = (subject.arguments or {}) if subject.is_class else {}
+    constructor = subject.arguments if subject.is_class else {}
     dead = []
     for name in sorted({*group, *constructor} - {"params"}):
         if name.startswith("initial_"):
@@ -42,23 +42,29 @@ def hyperparameters_live(subject: Subject) -> None:
         if name not in group and any(key.startswith(name.rstrip("s")) for key in group):
             continue  # The groups have it under other names, as beta1 and beta2 for betas.
         old = group[name] if name in group else subject.options.get(name, constructor.get(name))
+        suspect = False
         for value in _others(old):
             try:
                 if name in group and change(run(name, value), usual) is not None:
+                    suspect = False
                     break
-                if name == "lr" or (name in constructor and change(run(name, value, start=True), usual) is not None):
-                    dead.append(name)
-                    break
+                suspect |= name == "lr" or (
+                    name in constructor and change(run(name, value, start=True), usual) is not None
+                )
             except Exception:  # the value is out of its range, which is no question of this check
                 continue
+        if suspect:
+            dead.append(name)
     if dead:
         raise CheckFailed(f"no effect when changed in the groups: {', '.join(dead)}")
 
 
 def _others(value: Any) -> list[Any]:
     """Return other values that a hyperparameter may have."""
-    if isinstance(value, float):
+    if isinstance(value, float) or (type(value) is int and value in (0, 1)):  # weight_decay=0, lr=1
         return [value * 0.5, 0.05] if value else [0.05, 0.5]
+    if type(value) is int:
+        return [value + 1, 2 * value]
     if isinstance(value, tuple) and value and all(isinstance(v, float) for v in value):
         return [tuple(v * 0.5 for v in value)]
     return []
@@ -123,7 +129,7 @@ def lr_tensor(subject: Subject) -> None:
 def negative_lr(subject: Subject) -> None:
     """The class refuses a negative lr with ValueError."""
     lr = _rate(subject)
-    if not subject.is_class or "lr" not in (subject.arguments or {}):
+    if not subject.is_class or "lr" not in subject.arguments:
         raise CheckSkipped("the factory is no class that takes lr")
     try:
         subject.make(subject.parameters(), lr=-float(lr))
@@ -162,14 +168,34 @@ def group_options(subject: Subject) -> None:
     fix="Keep what is counted (steps, averages) per parameter, or for all groups, not per first group.",
 )
 def two_groups(subject: Subject) -> None:
-    """Two groups with equal values train as one group does."""
-    torch.manual_seed(0)
+    """Groups with equal values train as one group does, and in another order of equal shapes as well."""
     _, wanted = subject.run(5)
-    torch.manual_seed(0)
     params = subject.parameters()
     optimizer = subject.make([{"params": [p]} for p in params])
     subject.run(params=params, optimizer=optimizer, grads=subject.gradients(params, 5))
     subject.close(params, wanted, "two groups against one", rtol=1e-4)
+    if not _draws(subject):  # Random numbers are drawn for one parameter after another.
+        shapes = ((4, 3), (4, 3))
+        params, other = subject.parameters(shapes), subject.parameters(shapes)
+        grads = subject.gradients(params, 5)
+        subject.run(params=params, grads=grads)
+        subject.run(params=other, grads=grads, optimizer=subject.make(other[::-1]))
+        start = subject.parameters(shapes)
+        subject.close(other, params, "parameters of one shape in the other order", start=start, rtol=1e-3)
+
+
+def _draws(subject: Subject) -> bool:
+    """Return whether a step draws random numbers."""
+    states = []
+    for draws in (True, False):
+        params = subject.parameters()
+        grads = subject.gradients(params, 1)
+        if draws:
+            subject.run(grads=grads, params=params)
+        else:
+            draw_by(grads[0])
+        states.append(torch.random.get_rng_state())
+    return not torch.equal(*states)
 
 
 @check(
@@ -182,6 +208,8 @@ def late_group(subject: Subject) -> None:
     late = subject.parameters(((2, 6),), seed=9)
     optimizer, _ = subject.run(3, params=params)
     optimizer.add_param_group({"params": late})
+    if callable(train := getattr(optimizer, "train", None)):
+        train()
     start = snapshot(late)
     both = [*params, *late]
     subject.run(params=both, grads=subject.gradients(both, 8), optimizer=optimizer)

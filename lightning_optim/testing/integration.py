@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lightning_optim.testing.check import check
 from lightning_optim.testing.compare import difference, snapshot
-from lightning_optim.testing.subject import CheckFailed, CheckSkipped, Subject, needs_closure
+from lightning_optim.testing.subject import CheckFailed, CheckSkipped, Subject, draw_by, needs_closure
 
 
 @check(
@@ -39,6 +40,7 @@ def grad_scaler(subject: Subject) -> None:
             scale = scaler.get_scale()
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad * scale
+        draw_by(grads)
         scaler.step(optimizer)
         scaler.update()
     subject.close(params, wanted, "scaled gradients against plain ones", rtol=1e-4)
@@ -51,7 +53,7 @@ def grad_scaler(subject: Subject) -> None:
 def lr_schedulers(subject: Subject) -> None:
     """Under torch's schedulers the run is that with the same rates written by hand."""
     lr = subject.value("lr")
-    if not isinstance(lr, float):
+    if not isinstance(lr, float | int):
         raise CheckSkipped(f"its lr is {lr!r}")
     from torch.optim import lr_scheduler as schedulers
 
@@ -132,13 +134,17 @@ def compiled_step(subject: Subject) -> None:
     dynamo: Any = torch._dynamo
     compiled: Any = torch.compile
     dynamo.reset()
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # Graph breaks would be told in twenty lines each, in the middle of a report.
     try:
         step = compiled(optimizer.step, backend="eager")
         for grads in subject.gradients(params, 4):
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad.clone()
+            draw_by(grads)
             step()
     finally:
+        logging.disable(level)
         dynamo.reset()
     subject.close(params, wanted, "the compiled step against the plain one", rtol=1e-4)
 

@@ -179,6 +179,11 @@ def _low_precision(subject: Subject, dtype: torch.dtype) -> None:
     rounding = torch.finfo(dtype).eps * size * steps
     if not gap <= 0.1 * way + rounding:
         raise CheckFailed(f"{dtype} differs by {gap:.2g} from float32, where ten steps have moved weights by {way:.2g}")
+    for each in optimizer.state.values():  # type: ignore[attr-defined]
+        for name, value in each.items():
+            if isinstance(value, Tensor) and value.numel() == 1 and value.dtype == dtype and float(value) == steps:
+                most = round(2 / torch.finfo(dtype).eps)
+                raise CheckFailed(f"the state {name!r} counts steps in {dtype}, which ends at {most}")
     state = {t.dtype for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.numel() > 1}  # type: ignore[attr-defined]
     kinds = ", ".join(sorted(str(d).removeprefix("torch.") for d in state)) or "none"
     subject.fact(f"state of {str(dtype).removeprefix('torch.')} weights", kinds)

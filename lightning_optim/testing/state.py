@@ -131,7 +131,7 @@ def state_of_others(subject: Subject) -> None:
 def state_groups(subject: Subject) -> None:
     """Loading gives each of two groups its saved values, and the run goes on bit-equal."""
     lr = subject.value("lr")
-    if not isinstance(lr, float):
+    if not isinstance(lr, float | int):
         raise CheckSkipped(f"its lr is {lr!r}")
     params = subject.parameters()
     grads = subject.gradients(params, 6)

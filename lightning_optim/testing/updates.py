@@ -67,22 +67,27 @@ def no_graph(subject: Subject) -> None:
 
 
 @check(
-    why="A list that grows by a tensor per step ends a long run.",
+    why="A list that grows by a tensor per step, or a tensor by an element, ends a long run.",
     fix="Overwrite state in place, or keep a window of fixed length.",
 )
 def memory_flat(subject: Subject) -> None:
-    """From step 30 to step 200 the number of live tensors stays the same."""
+    """From step 30 to step 200 the number of live tensors and their size stay the same."""
     params = subject.parameters()
     optimizer = subject.make(params)
     grads = subject.gradients(params, 5)
-    counts = []
+    counts: list[int] = []
+    sizes: list[int] = []
     for step in range(200):
         subject.step(optimizer, params, grads[step % 5])
         if step in (29, 199):
             gc.collect()
             counts.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+            held = tensors_in([list(optimizer.state.values()), optimizer.param_groups, vars(optimizer)])
+            sizes.append(sum({id(t): t.numel() for _, t in held}.values()))
     if counts[1] > counts[0] + 20:
         raise CheckFailed(f"{counts[1] - counts[0]} more tensors after 170 steps")
+    if sizes[1] > sizes[0] + 20:
+        raise CheckFailed(f"{sizes[1] - sizes[0]} more elements in the optimizer's tensors after 170 steps")
 
 
 @check(

@@ -14,4 +14,9 @@ def fails(*names):
     return register
 
 
-from tests.testing import defects_of_steps, defects_of_values  # noqa: E402, F401 - they fill it
+from tests.testing import (  # noqa: E402 - they fill it
+    defects_of_shapes,  # noqa: F401
+    defects_of_state,  # noqa: F401
+    defects_of_steps,  # noqa: F401
+    defects_of_values,  # noqa: F401
+)

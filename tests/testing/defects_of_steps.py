@@ -31,6 +31,16 @@ class IgnoresMaximize(Correct):
         return super().gradient({**group, "maximize": False}, param)
 
 
+@fails("maximize")
+class MaximizesAfterDecay(Correct):
+    def gradient(self, group, param):
+        grad = super().gradient({**group, "maximize": False}, param) + group["weight_decay"] * param
+        return -grad if group["maximize"] else grad
+
+    def decayed(self, group, value, lr):
+        return value
+
+
 @fails("zero_gradient", "distributed_checkpoint", "reference_formula")
 class DividesByTheNorm(Correct):
     def gradient(self, group, param):
@@ -81,6 +91,25 @@ class ScalesTheGradientInPlace(Correct):
         param.grad.mul_(0.5)
 
 
+@fails("gradients_unchanged")
+class DecaysInTheGradient(Correct):
+    def gradient(self, group, param):
+        if group["weight_decay"]:
+            param.grad.add_(param, alpha=-group["weight_decay"] if group["maximize"] else group["weight_decay"])
+        return super().gradient(group, param)
+
+    def decayed(self, group, value, lr):
+        return value
+
+
+@fails("gradients_unchanged")
+class NegatesInPlace(Correct):
+    def gradient(self, group, param):
+        if group["maximize"]:
+            param.grad.neg_()
+        return super().gradient({**group, "maximize": False}, param)
+
+
 @fails("gradients_not_kept", "reference_formula")
 class KeepsTheGradient(Correct):
     def update(self, group, param, grad):
@@ -111,6 +140,16 @@ class SparseGradientsAreUnclear(Correct):
         if param.grad.is_sparse:
             raise RuntimeError("unsupported operation")
         return super().gradient(group, param)
+
+
+@fails("sparse_gradients")
+class OverwritesRowsListedTwice(Correct):
+    def update_group(self, group, params):
+        for param in params:
+            if param.grad.is_sparse:
+                rows = param.grad._indices()[0]
+                param[rows] = param[rows] - group["lr"] * param.grad._values()
+        super().update_group(group, [param for param in params if not param.grad.is_sparse])
 
 
 @fails("complex_parameters")
@@ -188,6 +227,14 @@ class KeepsHistory(Correct):
     def update(self, group, param, grad):
         super().update(group, param, grad)
         self.__dict__.setdefault("history", []).append(grad)
+
+
+@fails("memory_flat")
+class KeepsHistoryInATensor(Correct):
+    def update(self, group, param, grad):
+        super().update(group, param, grad)
+        state = self.state[param]
+        state["history"] = torch.cat([state.get("history", grad.new_zeros(0)), grad.norm()[None]])
 
 
 @fails("deterministic", "compiled_step")

@@ -1,8 +1,6 @@
-"""Defects of hyperparameters, state, shapes and of work with others."""
+"""Defects of hyperparameters, and of work with others."""
 
 from __future__ import annotations
-
-import contextlib
 
 import torch
 
@@ -24,6 +22,19 @@ class KeepsBetas(Correct):
 
     def betas(self, group):
         return self.kept
+
+
+@fails("hyperparameters_live")
+class KeepsAnInteger(Correct):
+    def __init__(self, params, lr=0.05, weight_decay=0, maximize=False, foreach=False):
+        super().__init__(params, lr, (0.9, 0.99), 1e-8, weight_decay, maximize, foreach)
+        self.kept = weight_decay
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "kept": self.kept}
+
+    def decayed(self, group, value, lr):
+        return super().decayed({**group, "weight_decay": self.kept}, value, lr)
 
 
 @fails("lr_zero", "distributed_checkpoint", "compiled_step")
@@ -60,6 +71,18 @@ class CountsGroups(Correct):
         return group["lr"] / len(self.param_groups)
 
 
+@fails("two_groups")
+class SharesMomentumByShape(Correct):
+    """Parameters of one shape share a momentum, which is saved and loaded with the state."""
+
+    def update(self, group, param, grad):
+        super().update(group, param, grad)
+        state, params = self.state[param], self.param_groups[0]["params"]
+        same = [self.state[p] for p in params if p.shape == param.shape and p.grad is not None]
+        if len(same) > 1 and "m" in same[0]:
+            state["m"].copy_(same[0]["m"])
+
+
 @fails("late_group")
 class SetsOptionsInInit(Correct):
     def __init__(self, *args, **kwargs):
@@ -88,173 +111,6 @@ class Grows(Correct):
 class ForgetsToDecay(Correct):
     def decayed(self, group, value, lr):
         return value
-
-
-# State.
-
-
-class Counter:
-    value = 0
-
-
-@fails("state_dict_plain", "weights_only")
-class KeepsAnObject(Correct):
-    def state_of(self, param, grad):
-        state = super().state_of(param, grad)
-        state.setdefault("counter", Counter())
-        return state
-
-
-@fails("state_round_trip", "state_groups", "distributed_checkpoint", "compiled_step")
-class CountsInTheInstance(Correct):
-    steps = 0
-
-    def evaluate(self, closure):
-        self.steps += 1
-        return super().evaluate(closure)
-
-    def count(self, state):
-        return max(self.steps, 1)
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "steps": self.steps}
-
-
-@fails("state_dtype_kept")
-class LoadsAsTorchDoes(Correct):
-    load_state_dict = torch.optim.Optimizer.load_state_dict
-
-
-@fails("state_of_others")
-class LoadsAnything(Correct):
-    def load_state_dict(self, state_dict):
-        with contextlib.suppress(ValueError):
-            super().load_state_dict(state_dict)
-
-
-@fails("state_groups")
-class KeepsItsOwnRates(Correct):
-    def load_state_dict(self, state_dict):
-        rates = [group["lr"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-
-@fails("state_order")
-class MakesNewStateInstead(Correct):
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        for param, state in self.state.items():
-            if "m" in state and state["m"].shape != param.shape:
-                state.clear()
-
-
-@fails("deepcopy")
-class CopiesNothing(Correct):
-    def __deepcopy__(self, memo):
-        return self
-
-
-@fails("deepcopy", "pickled")
-class LosesAnAttribute(Correct):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.scale = lambda lr: lr
-
-    def lr(self, group):
-        return self.scale(group["lr"])
-
-
-@fails("distributed_checkpoint")
-class NoStateForZeros(Correct):
-    def update(self, group, param, grad):
-        if grad.any():
-            super().update(group, param, grad)
-
-
-# Shapes and dtypes.
-
-
-@fails("vectors", "scalars")
-class NeedsMatrices(Correct):
-    def update(self, group, param, grad):
-        assert grad.shape[1] is not None
-        super().update(group, param, grad)
-
-
-@fails("scalars")
-class NeedsALength(Correct):
-    def update(self, group, param, grad):
-        assert len(grad) >= 0
-        super().update(group, param, grad)
-
-
-@fails("many_dimensions", "channels_last")
-class NeedsTwoDimensions(Correct):
-    def update(self, group, param, grad):
-        assert grad.t() is not None
-        super().update(group, param, grad)
-
-
-@fails("empty")
-class TakesTheMaximum(Correct):
-    def update(self, group, param, grad):
-        assert grad.max() is not None
-        super().update(group, param, grad)
-
-
-@fails("non_contiguous", "channels_last")
-class ViewsAsAVector(Correct):
-    def update(self, group, param, grad):
-        assert param.view(-1) is not None
-        super().update(group, param, grad)
-
-
-@fails("channels_last")
-class MixesLayouts(Correct):
-    def update(self, group, param, grad):
-        if grad.ndim == 4:
-            flat = torch.as_strided(grad, (grad.numel(),), (1,))
-            grad = flat.view(grad.shape)
-        super().update(group, param, grad)
-
-
-@fails("shared_storage")
-class WritesTheWholeStorage(Correct):
-    def write(self, param, value):
-        super().write(param, value)
-        storage = torch.empty(0, dtype=param.dtype).set_(param.untyped_storage())
-        if param._is_view() is False and storage.numel() > 2 * param.numel():
-            storage[-1] = 0
-
-
-@fails("float16")
-class ComputesInHalf(Correct):
-    def dtype(self, param):
-        return torch.float16 if param.dtype == torch.float16 else super().dtype(param)
-
-
-@fails("bfloat16")
-class FailsInBfloat16(Correct):
-    def gradient(self, group, param):
-        if param.dtype == torch.bfloat16:
-            param.fill_(float("nan"))
-        return super().gradient(group, param)
-
-
-@fails("float64", "reference_formula")
-class RoundsToFloat32(Correct):
-    def gradient(self, group, param):
-        grad = super().gradient(group, param)
-        return grad.float().to(grad.dtype)
-
-
-@fails("mixed_dtypes")
-class NeedsOneDtype(Correct):
-    def update_group(self, group, params):
-        assert len({p.dtype for p in params}) <= 1
-        super().update_group(group, params)
 
 
 # Integration.

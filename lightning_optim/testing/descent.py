@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,8 @@ def maximize(subject: Subject) -> None:
     params = subject.parameters()
     grads = subject.gradients(params, 4)
     negated = [[-g for g in each] for each in grads]
-    for decay in ({}, {"weight_decay": 0.1}) if subject.has("weight_decay") else ({},):
+    ways: list[dict[str, Any]] = [{}, *([{"weight_decay": 0.1}] if subject.has("weight_decay") else [])]
+    for decay in ways:
         _, wanted = subject.run(grads=negated, **decay)
         _, found = subject.run(grads=grads, maximize=True, **decay)
         what = f"maximize=True against gradients of the opposite sign{', with weight decay' if decay else ''}"

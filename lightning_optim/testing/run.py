@@ -103,7 +103,7 @@ def check_optimizer(
 
     Raises:
         TypeError: The class has no such argument.
-        ValueError: There is no such check or fact.
+        ValueError: There is no such check, fact or device, or none is left to check.
 
     Example:
         >>> import torch
@@ -118,6 +118,8 @@ def check_optimizer(
             raise ValueError(f"Invalid claims={name!r}: there is no such fact. {nearest(name, FACTS)}")
     subject = Subject(factory, hyperparameters, reference=reference, device=device, claims=dict(claims or {}))
     chosen = checks(only, skip)
+    if not chosen:
+        raise ValueError(f"Invalid only={only!r}, skip={skip!r}: no check is left.")
     if only is None and device != "cpu":
         left_out = set() if skip is None else _named(skip, "skip")
         chosen += [c for c in CHECKS.values() if c.group == "gpu" and c.name not in left_out]

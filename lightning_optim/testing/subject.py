@@ -40,6 +40,7 @@ class Subject:
 
     Raises:
         TypeError: ``factory`` cannot be called, or has no such argument.
+        ValueError: There is no such device here.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class Subject:
         self.arguments, self.takes_any = _arguments(factory)
         for name in self.options:
             if not self.takes_any and name not in self.arguments:
-                raise TypeError(f"{self.name} has no argument {name!r}. {nearest(name, self.arguments)}")
+                known = nearest(name, self.arguments) if self.arguments else "It takes parameters alone."
+                raise TypeError(f"{self.name} has no argument {name!r}. {known}")
         self.reference = reference
-        self.device = torch.device(device)
+        self.device = _device(device)
         self.claims = dict(claims or {})
         self.facts: dict[str, str] = {}
 
@@ -274,6 +276,19 @@ def needs_closure(optimizer: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+def _device(name: str) -> torch.device:
+    """Return a device that holds tensors.
+
+    Raises:
+        ValueError: There is none of that name here.
+    """
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(f"Invalid device={name!r}: must be a device of this machine, as 'cpu' ({reason}).") from None
 
 
 def draw_by(grads: Sequence[Tensor | None]) -> None:

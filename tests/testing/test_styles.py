@@ -22,7 +22,7 @@ class Twice(Correct):
     """Looks ahead, as SAM does, so that its step needs a closure, and calls it twice."""
 
     @torch.no_grad()
-    def step(self, closure):
+    def step(self, closure):  # type: ignore[override]
         loss = self.evaluate(closure)
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for param in params:

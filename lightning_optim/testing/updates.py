@@ -71,7 +71,7 @@ def no_graph(subject: Subject) -> None:
     fix="Overwrite state in place, or keep a window of fixed length.",
 )
 def memory_flat(subject: Subject) -> None:
-    """From step 30 to step 200 the number of live tensors and their size stay the same."""
+    """The number of live tensors stays the same from step 30 to step 200, and the size of state from step 130 on."""
     params = subject.parameters()
     optimizer = subject.make(params)
     grads = subject.gradients(params, 5)
@@ -82,12 +82,13 @@ def memory_flat(subject: Subject) -> None:
         if step in (29, 199):
             gc.collect()
             counts.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+        if step in (129, 199):  # A window may fill until then.
             held = tensors_in([list(optimizer.state.values()), optimizer.param_groups, vars(optimizer)])
             sizes.append(sum({id(t): t.numel() for _, t in held}.values()))
     if counts[1] > counts[0] + 20:
         raise CheckFailed(f"{counts[1] - counts[0]} more tensors after 170 steps")
     if sizes[1] > sizes[0] + 20:
-        raise CheckFailed(f"{sizes[1] - sizes[0]} more elements in the optimizer's tensors after 170 steps")
+        raise CheckFailed(f"{sizes[1] - sizes[0]} more elements in the optimizer's tensors after 70 steps")
 
 
 @check(

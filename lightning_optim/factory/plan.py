@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.core.durations import Horizon
 from lightning_optim.factory.state_sizes import state_size
+from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.shared_options import defaults_of
 from lightning_optim.schedules import Schedule, Scheduler
 
 _LONGEST_REPLAY = 200_000
@@ -37,6 +39,7 @@ class GroupPlan:
         betas: Its betas, or its momentum; None if its rule has neither.
         schedule: The schedule of its own; None for that of all groups.
         not_hidden: By name, the kind of each parameter that an optimizer of hidden matrices leaves to AdamW.
+        decay_kind: Kind of its weight decay, if that is not the usual one of the optimizer.
     """
 
     name: str
@@ -50,6 +53,7 @@ class GroupPlan:
     betas: tuple[float, ...] | None = None
     schedule: str | None = None
     not_hidden: Mapping[str, str] = field(default_factory=dict)
+    decay_kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,19 @@ def plan_groups(optimizer: Optimizer) -> list[GroupPlan]:
                 betas=_betas(group),
                 schedule=None if group.get("schedule") is None else str(group["schedule"]),
                 not_hidden=dict(group.get("not_hidden", {})),
+                decay_kind=_decay_kind(optimizer, group),
             )
         )
     return plans
+
+
+def _decay_kind(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
+    """Return the kind of weight decay of a group that decays; None if it is the usual one of the optimizer."""
+    kind = group.get("weight_decay_kind")
+    usual = defaults_of(type(optimizer)) if isinstance(optimizer, FusedOptimizer) else {}
+    if kind is None or not group.get("weight_decay") or kind == usual.get("weight_decay_kind"):
+        return None
+    return str(getattr(kind, "value", kind))
 
 
 def plan_curves(scheduler: Scheduler) -> list[Curve]:

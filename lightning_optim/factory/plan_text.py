@@ -82,6 +82,8 @@ def _further_columns(groups: Sequence[GroupPlan]) -> dict[str, Callable[[GroupPl
     columns: dict[str, Callable[[GroupPlan], str]] = {}
     if len({(group.rule, group.betas) for group in groups}) > len({group.rule for group in groups}):
         columns["betas"] = lambda group: ", ".join(f"{beta:g}" for beta in group.betas or ()) or "-"
+    if any(group.decay_kind is not None for group in groups):
+        columns["decay kind"] = lambda group: group.decay_kind or "-"
     if any(group.schedule is not None for group in groups):
         columns["schedule"] = lambda group: group.schedule or "-"
     if any(group.frozen_until is not None for group in groups):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from lightning_optim.core.registry import Registry
+from lightning_optim.kernels.own_rule import refuse_literals
 from lightning_optim.kernels.rules import NAMED_FUNCTIONS, rebind
 
 
@@ -64,11 +65,8 @@ class DecayKind:
         ):
             raise TypeError(f"{cls.__name__} must define the static method pull(param, delta).")
         rebind(pull, dict.fromkeys(NAMED_FUNCTIONS, abs))  # refuses names that kernels do not have
-        if numbers := [const for const in pull.__code__.co_consts if type(const) in (int, float)]:
-            raise TypeError(
-                f"{cls.__name__}.pull has the literal {numbers[0]!r}, which would turn float32 into float64 in "
-                "compiled backends. Put constant factors into `coefficient`, and write x * x for x ** 2."
-            )
+        advice = "Put constant factors into `coefficient`, and write x * x for x ** 2."
+        refuse_literals(f"{cls.__name__}.pull", pull, advice)
 
 
 DECAY_KINDS: Registry[DecayKind] = Registry(

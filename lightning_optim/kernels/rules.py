@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.host import widest_dtype
+from lightning_optim.kernels.own_rule import check_elementwise
 from lightning_optim.kernels.recorded import Recorded
 
 Scalar = Any
@@ -97,7 +98,10 @@ def rebind(
         elif isinstance(value, types.FunctionType):
             bound[name] = rebind(value, named, compiler)
         else:
-            raise TypeError(f"{function.__qualname__} uses {name!r}; a rule may use {', '.join(NAMED_FUNCTIONS)} only")
+            raise TypeError(
+                f"{function.__qualname__} uses {name!r}; a rule may use {', '.join(NAMED_FUNCTIONS)} only; "
+                "numbers come from `scalars`"
+            )
     return compiler(types.FunctionType(function.__code__, bound, function.__name__, function.__defaults__))
 
 
@@ -190,6 +194,10 @@ class UpdateRule(Rule):
     A subclass defines `state`, `scalars` and `update`; it may also define `sums` with `sums_update` and `rescale`, or
     with `shared` and `share`. See `lightning_optim.optim.lion` for the smallest complete example, `lamb` for `rescale`
     and `prodigy` for `share`.
+
+    Raises:
+        TypeError: When a subclass is defined: `update` or `sums_update` takes other arguments than `param`, `grad`, the
+            state and scalars, has literals, or returns another number of values.
     """
 
     sums: ClassVar[tuple[str, ...]] = ()
@@ -218,6 +226,14 @@ class UpdateRule(Rule):
     """Terms of `sums` for one element, as a tuple in that order. The parameters and restrictions are those of `update`;
     the state is that before the step, so a rule that needs the new moments computes them here as well, in a helper that
     both functions call."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if (update := getattr(cls, "update", None)) is not None:
+            told = ", ".join(("the amount to subtract", *cls.state))
+            check_elementwise(f"{cls.__name__}.update", update, cls.state, told, 1 + len(cls.state))
+        if cls.sums and (terms := getattr(cls, "sums_update", None)) is not None:
+            check_elementwise(f"{cls.__name__}.sums_update", terms, cls.state, ", ".join(cls.sums), len(cls.sums))
 
     def init_shared(self, group: Mapping[str, Any]) -> dict[str, float]:
         """Return the initial values of `shared`, given the first parameter group that has this rule."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.host import is_set, read, widest_dtype
+from lightning_optim.core.suggest import nearest
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.base import Batch, Numbers
 from lightning_optim.kernels.rounding import advance, key_columns
@@ -84,6 +85,18 @@ def numbers_of_group(batch: Batch, group: Mapping[str, Any], old: Mapping[str, A
     return shared | batch.rule.scalars(group, step, **others)
 
 
+def place_of(name: str, names: Sequence[str]) -> int:
+    """Return the place of a scalar among those that a rule gives.
+
+    Raises:
+        TypeError: The rule does not give it.
+    """
+    if name not in names:
+        known = nearest(name, names)
+        raise TypeError(f"`update` of the rule takes {name!r}, which its `scalars` does not return. {known}")
+    return names.index(name)
+
+
 class HostColumns(dict[str, Tensor]):
     """Scalars by name, on the host, as the rows of a few different kinds of tensors.
 
@@ -105,9 +118,7 @@ class HostColumns(dict[str, Tensor]):
         """Step counts from which the scalars are computed, [tensors], if there are any."""
 
     def __missing__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        column = self[name] = torch.from_numpy(self.rows[self.kinds, self.names.index(name)])
+        column = self[name] = torch.from_numpy(self.rows[self.kinds, place_of(name, self.names)])
         return column
 
     def complete(self) -> HostColumns:
@@ -127,7 +138,7 @@ class HostColumns(dict[str, Tensor]):
     def table(self, names: Sequence[str], dtype: torch.dtype) -> npt.NDArray[np.floating]:
         """Return the columns called ``names`` side by side, [tensors, names], in ``dtype``."""
         table = np.empty((len(self.kinds), len(names)), np.float64 if dtype == torch.float64 else np.float32)
-        places = [0 if name in self else self.names.index(name) for name in names]
+        places = [0 if name in self else place_of(name, self.names) for name in names]
         rows = self.rows[:, places]
         with np.errstate(all="ignore"):  # as torch rounds
             table[:] = rows if len(rows) == 1 else rows[self.kinds]

@@ -76,12 +76,13 @@ class FusedOptimizer(Optimizer):
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
-        defaults: Hyperparameters by name.
+        defaults: Hyperparameters by name; `lr` is among them.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
         ValueError: A value is out of its range, values contradict each other, or a parameter cannot be updated.
-        TypeError: An option is unknown; or, when a subclass is defined, a number in its constructor has no range.
+        TypeError: An option is unknown, or there is no `lr`; or, when a subclass is defined, a number in its
+            constructor has no range.
     """
 
     when_to_use: ClassVar[str]
@@ -127,7 +128,9 @@ class FusedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[SharedOptions]) -> None:
         owner = type(self)
         shared_options.check_names(owner, options)
-        given: dict[str, Any] = {**shared_options.defaults_of(owner), **defaults, **options}
+        if "lr" not in defaults:
+            raise TypeError(f"{owner.__name__} gives no default for 'lr', which schedules, decay and monitors read.")
+        given: dict[str, Any] = {**shared_options.defaults_of(owner), "weight_decay": 0.0, **defaults, **options}
         self.backend = given.pop("backend")
         if not isinstance(self.backend, str):
             raise ValueError(f"{owner.__name__}: Invalid backend={self.backend!r}: must be the name of a backend.")

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import lightning_optim as lo
 from lightning_optim.cli import main
+from lightning_optim.factory.plan import Plan, plan_groups
+from lightning_optim.factory.plan_text import format_plan
 from lightning_optim.kernels.decay_kind import DECAY_KINDS
 from lightning_optim.kernels.weight_decay import WeightDecayKind
 from tests.kernels.bfloat16 import round_as_hardware_does
@@ -185,3 +187,22 @@ def test_the_ranges_of_an_optimizer_of_torchs_kind_hold_as_well() -> None:
 
     with pytest.raises(ValueError, match=r"OfTorch: Invalid momentum=0\.99: must be 0 <= momentum <= 0\.95"):
         lo.OptimizerFactory("of_torch", lr=0.1, optimizer_kwargs={"momentum": 0.99})
+
+
+def test_the_plan_names_a_kind_of_decay_that_is_registered() -> None:
+    rule = lo.ParamGroupRule(name="head", glob="1.*", weight_decay=0.5)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    factory = lo.OptimizerFactory(
+        "adamw", lr=1e-3, weight_decay=0.1, optimizer_kwargs={"weight_decay_kind": "cubic"}, param_groups=[rule]
+    )
+    groups = plan_groups(factory.build(model)[0])
+    assert [(group.name, group.weight_decay, group.decay_kind) for group in groups] == [
+        ("head", 0.5, "cubic"),
+        ("default", 0.1, "cubic"),
+    ]
+    text = format_plan(Plan(groups=groups))
+    assert "decay kind" in text.splitlines()[2]
+    assert text.count("cubic") == 2
+    usual = plan_groups(lo.OptimizerFactory("adamw", lr=1e-3, weight_decay=0.1).build(model)[0])
+    assert all(group.decay_kind is None for group in usual)
+    assert "decay kind" not in format_plan(Plan(groups=usual))

@@ -22,6 +22,7 @@ def debug_step(
     model: nn.Module | None = None,
     others: Sequence[Optimizer] = (),
     undo: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> DebugReport:
     """Run one step and report what it did to each tensor, what it left alone, and why.
 
@@ -41,12 +42,15 @@ def debug_step(
         others: Further optimizers of the same model, whose parameters are not missing and must not be the same.
         undo: Whether to put everything back: parameters, gradients, state, groups, random numbers, and the buffers of
             ``model``. Step hooks, which may count steps, then do not run, so clipping by a hook is not included.
+        scaler: The scaler that has scaled the loss. The gradients are divided by its scale first, and it does the step,
+            so that the report has true gradients and a step with an overflow is skipped; `update` remains yours.
 
     Returns:
         The report; ``print`` shows it in 80 columns.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer.
+        ValueError: ``scaler`` is given with ``undo`` or a closure.
         Exception: The step raises; with ``undo`` everything has been put back then.
 
     Example:
@@ -61,6 +65,8 @@ def debug_step(
         [('weight', 'fine', 0.02)]
     """
     inner = _inner(optimizer)
+    if scaler is not None:
+        _unscale(scaler, inner, closure is not None, undo)
     befores = _befores(inner, model)
     snapshot = OptimizerSnapshot(inner)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if model is not None and undo else []
@@ -79,7 +85,10 @@ def debug_step(
     _take_gradients(befores)
     try:
         stepped = inner if undo else optimizer  # Lightning's wrapper counts its steps
-        stepped.step() if closure is None else stepped.step(counted)
+        if scaler is not None:
+            scaler.step(inner)
+        else:
+            stepped.step() if closure is None else stepped.step(counted)
         rows, facts = _observe(inner, befores, RunFacts(closure is not None, len(calls)))
         if (not hooked or undo) and len(calls) < 2 and any(_decays(group) for group in inner.param_groups):
             rows = _with_decay(inner, befores, rows, snapshot, calls)
@@ -89,6 +98,22 @@ def debug_step(
             for buffer, content in buffers:
                 buffer.copy_(content)
     return DebugReport(tuple(rows), tuple(findings_of(rows, facts, inner, model, others)), type(inner).__name__, undo)
+
+
+def _unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer, has_closure: bool, undo: bool) -> None:
+    """Divide the gradients by the scale, unless that has been done."""
+    if has_closure:
+        raise ValueError("Invalid scaler: a GradScaler takes no closure. Call backward() first, and give no closure.")
+    if undo:
+        raise ValueError(
+            "Invalid scaler with undo=True: what a scaler has noted cannot be put back. "
+            "Call scaler.unscale_(optimizer) yourself, and give no scaler."
+        )
+    try:
+        scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        if "already been called" not in str(error):
+            raise
 
 
 def _inner(optimizer: Any) -> Optimizer:

@@ -318,3 +318,31 @@ def test_what_is_no_optimizer_is_refused() -> None:
 def test_a_rate_that_no_weight_can_follow_is_seen() -> None:
     report = look("below-resolution-float32")
     assert report.kinds == ["below-resolution"], str(report)
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_scaler_divides_the_gradients_and_skips_an_overflow(unscaled):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(weight.sum()).backward()
+    if unscaled:
+        scaler.unscale_(optimizer)
+    (row,) = lo.debug_step(optimizer, scaler=scaler).rows
+    assert row.grad_norm == pytest.approx(2**0.5)
+    assert row.update_norm == pytest.approx(0.1 * 2**0.5)
+    scaler.update()
+    weight.grad = torch.full((2,), float("inf"))
+    scaler.scale(torch.ones(()))
+    report = lo.debug_step(optimizer, scaler=scaler)
+    assert report.rows[0].skipped == "a gradient is not finite: the step was skipped"
+    assert "gradient-not-finite" in report.kinds
+    scaler.update()
+    assert scaler.get_scale() == 512
+
+
+@pytest.mark.parametrize(("options", "told"), [({"undo": True}, "unscale_"), ({"closure": lambda: None}, "no closure")])
+def test_what_a_scaler_cannot_do_is_refused(options, told):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match=told):
+        lo.debug_step(optimizer, scaler=torch.amp.GradScaler("cpu"), **options)

@@ -29,31 +29,31 @@ def around(number: float) -> Any:
 class Functions:
     """Wrong functions by the words of their refusal."""
 
-    def literal(param, grad, exp_avg, lr):  # type: ignore[no-untyped-def]
+    def literal(param, grad, exp_avg, lr):
         return lr * (0.9 * exp_avg + grad), exp_avg
 
-    def whole_number(param, grad, exp_avg, lr):  # type: ignore[no-untyped-def]
+    def whole_number(param, grad, exp_avg, lr):
         return lr * grad / (exp_avg + 1), exp_avg
 
-    def in_a_helper(param, grad, exp_avg, lr):  # type: ignore[no-untyped-def]
+    def in_a_helper(param, grad, exp_avg, lr):
         return lr * tenth(grad), exp_avg
 
-    def swapped(grad, param, exp_avg, lr):  # type: ignore[no-untyped-def]
+    def swapped(grad, param, exp_avg, lr):
         return lr * grad, exp_avg
 
-    def state_last(param, grad, lr, exp_avg):  # type: ignore[no-untyped-def]
+    def state_last(param, grad, lr, exp_avg):
         return lr * grad, exp_avg
 
-    def too_few(param, grad):  # type: ignore[no-untyped-def]
+    def too_few(param, grad):
         return grad, grad
 
-    def default(param, grad, exp_avg, lr, k=None):  # type: ignore[no-untyped-def]
+    def default(param, grad, exp_avg, lr, k=None):
         return lr * grad, exp_avg
 
-    def no_state(param, grad, exp_avg, lr):  # type: ignore[no-untyped-def]
+    def no_state(param, grad, exp_avg, lr):
         return lr * grad
 
-    def more_state(param, grad, exp_avg, lr):  # type: ignore[no-untyped-def]
+    def more_state(param, grad, exp_avg, lr):
         return lr * grad, exp_avg, exp_avg
 
 
@@ -83,7 +83,7 @@ def test_a_wrong_update_is_refused_with_the_class(function: Any, told: str) -> N
 
 
 def test_terms_of_sums_are_held_to_the_same() -> None:
-    def terms(param, grad, lr):  # type: ignore[no-untyped-def]
+    def terms(param, grad, lr):
         return (2 * grad,)
 
     with pytest.raises(TypeError, match=r"Own.sums_update has the literal 2,"):
@@ -91,7 +91,7 @@ def test_terms_of_sums_are_held_to_the_same() -> None:
 
 
 def test_helpers_and_named_functions_are_none() -> None:
-    def update(param, grad, exp_avg, lr):  # type: ignore[no-untyped-def]
+    def update(param, grad, exp_avg, lr):
         return lr * where(size(grad) > lr, grad, exp_avg), grad
 
     type("Own", (UpdateRule,), {"state": ("exp_avg",), "update": staticmethod(update)})
@@ -104,7 +104,7 @@ class Plain(UpdateRule):
         return {"lr": group["lr"], "factor": 1.0}
 
     @staticmethod
-    def update(param, grad, lr, factr):  # type: ignore[no-untyped-def]
+    def update(param, grad, lr, factr):
         return (lr * factr * grad,)
 
 
@@ -125,7 +125,7 @@ class Right(Steps):
 
 class Renamed(Plain):
     @staticmethod
-    def update(param, grad, lr, factor):  # type: ignore[no-untyped-def]
+    def update(param, grad, lr, factor):
         return (lr * factor * grad,)
 
 

@@ -1,17 +1,17 @@
-"""What a step under observation shows, in words: why a tensor did not move, and what is wrong with the whole."""
+"""What a step under observation shows, in words."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_optim.step.debug_rows import Before, TensorStep
+from lightning_optim.step.debug_reasons import RunFacts
+from lightning_optim.step.debug_rows import TensorStep
 
 LARGE = 0.3
 """Change of a tensor, as a share of its norm, above which training hardly keeps what it has learned. Usual are about
@@ -22,25 +22,6 @@ MOSTLY = 0.9
 """Share of weight decay in a change from which on the gradient hardly counts."""
 SMALL = 1e-7
 """Share below which a float32 weight is hardly changed at all; its resolution is 6e-8."""
-
-
-@dataclass
-class RunFacts:
-    """What the step showed as a whole.
-
-    Args:
-        has_closure: Whether a closure was given.
-        calls: How often the optimizer evaluated it.
-    """
-
-    has_closure: bool
-    calls: int
-    found_inf: bool = False
-    nothing_changed: bool = False
-    any_not_finite: bool = False
-    wrote_gradients: list[str] = field(default_factory=list)
-    moved_storages: list[str] = field(default_factory=list)
-    not_finite_after: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -56,38 +37,6 @@ class StepFinding:
     kind: str
     seen: str
     advice: str
-
-
-def why_unchanged(before: Before, state_changed: bool, facts: RunFacts) -> str:
-    """Return the reason why a tensor was not changed, in words.
-
-    Args:
-        before: The tensor, with the gradient that the step had.
-        state_changed: Whether its state was changed nevertheless.
-        facts: What the step showed as a whole.
-    """
-    if before.param.numel() == 0:
-        return "it has no elements"
-    if not before.param.requires_grad:
-        return "requires_grad is False"
-    if facts.has_closure and not facts.calls:
-        return "the closure was not called"
-    if before.grad is None:
-        return "no gradient"
-    if before.lr == 0:
-        frozen = "frozen_until" in before.group
-        return "its group is frozen: lr is 0" if frozen else "lr is 0"
-    if facts.found_inf:
-        return "found_inf is set: the step was skipped"
-    if facts.nothing_changed and facts.any_not_finite:
-        return "a gradient is not finite: the step was skipped"
-    if before.grad_kind == "zero":
-        return "the gradient is zero"
-    info = torch.finfo(before.param.dtype)
-    tiny = before.lr * float(before.grad.to_dense().norm()) < info.eps * float(before.weight.norm())
-    if tiny or (state_changed and info.bits < 32):
-        return f"the update is below the resolution of {str(before.param.dtype)[6:]}"
-    return "the optimizer did not change it" + ("" if state_changed else ", nor its state")
 
 
 def findings_of(

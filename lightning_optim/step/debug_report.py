@@ -65,8 +65,8 @@ class DebugReport:
         moved = sum(row.skipped is None for row in self.rows)
         total = f"{len(self.rows)} tensor{'s' * (len(self.rows) != 1)}"
         head = f"nothing moved ({total})" if not moved else f"{moved} of {total} moved"
-        grave = next((f for f in self.findings if f.kind not in HARMLESS), None)
-        last = grave.seen if grave is not None else "Nothing stands against training."
+        telling = [f for f in self.findings if f.kind not in HARMLESS] or ([] if moved else list(self.findings))
+        last = telling[0].seen if telling else "Nothing stands against training."
         return f"{self.optimizer}: {head}{', and was put back' if moved and self.undone else ''}. {last}"
 
     def __str__(self) -> str:

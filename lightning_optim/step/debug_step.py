@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.step.debug_findings import RunFacts, findings_of, why_unchanged
+from lightning_optim.step.debug_findings import findings_of
+from lightning_optim.step.debug_reasons import RunFacts, why_unchanged
 from lightning_optim.step.debug_report import DebugReport
 from lightning_optim.step.debug_rows import Before, TensorStep
 from lightning_optim.step.undo import OptimizerSnapshot

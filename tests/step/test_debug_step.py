@@ -346,3 +346,13 @@ def test_what_a_scaler_cannot_do_is_refused(options, told):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(ValueError, match=told):
         lo.debug_step(optimizer, scaler=torch.amp.GradScaler("cpu"), **options)
+
+
+def test_the_verdict_of_a_skipped_step_gives_the_reason() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = lo.optim.SGD([weight], lr=0.1)
+    optimizer.found_inf = torch.ones(())
+    report = lo.debug_step(optimizer)
+    assert report.ok
+    assert report.verdict.endswith("did not move: found_inf is set: the step was skipped.")

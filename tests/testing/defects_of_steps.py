@@ -244,7 +244,7 @@ class IsNoisyInTheEnd(Correct):
         return super().lr(group) * (1 + 1e-2 * random.SystemRandom().random() * late)
 
 
-@fails("independent_instances")
+@fails("independent_instances", "two_groups")
 class SharesByShape(Correct):
     momenta = {}  # noqa: RUF012
 

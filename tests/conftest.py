@@ -33,9 +33,10 @@ def _repeatable() -> None:
 
 @pytest.fixture(autouse=True)
 def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most tests of the guard have an incident, and drawing one takes longer than most of them."""
+    """To draw an incident or a schedule takes longer than most of the tests in which there would be one."""
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr("lightning_optim.callbacks._guard.reporter.can_draw", lambda: False)
+        monkeypatch.setattr("lightning_optim.callbacks._monitor.page.schedule_image", lambda *args: None)
 
 
 @pytest.fixture

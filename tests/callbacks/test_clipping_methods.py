@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -53,18 +53,25 @@ def test_every_method_is_tested_here():
 # Precisions.
 
 
+def _norms(rule, kind, name, folder):
+    logger = L.loggers.TensorBoardLogger(folder, name="run", version="0")
+    _fit(rule, kind, logger=logger, limit_train_batches=3, **precision(name))
+    events = read_events(logger.log_dir)
+    tags = ("optim_grad_norm/total", "optim_grad_norm_clipped/total", "optim_grad_norm_clipped/no_decay")
+    return [[value for _, value in events[tag]] for tag in tags]
+
+
+@pytest.fixture(scope="module")
+def full_norms(tmp_path_factory):
+    """The norms of a run in full precision, once for each method and optimizer."""
+    return cache(lambda rule, kind: _norms(rule, kind, "32-true", tmp_path_factory.mktemp("full")))
+
+
 @EVERY
 @KINDS
 @pytest.mark.parametrize("name", PRECISIONS[1:])
-def test_every_method_in_every_precision_is_that_of_full_precision(rule, kind, name, tmp_path):
-    norms = {}
-    for key in ("32-true", name):
-        logger = L.loggers.TensorBoardLogger(tmp_path, name=key, version="0")
-        _fit(rule, kind, logger=logger, limit_train_batches=3, **precision(key))
-        events = read_events(logger.log_dir)
-        tags = ("optim_grad_norm/total", "optim_grad_norm_clipped/total", "optim_grad_norm_clipped/no_decay")
-        norms[key] = [[value for _, value in events[tag]] for tag in tags]
-    for low, full in zip(norms[name], norms["32-true"], strict=True):
+def test_every_method_in_every_precision_is_that_of_full_precision(rule, kind, name, full_norms, tmp_path):
+    for low, full in zip(_norms(rule, kind, name, tmp_path), full_norms(rule, kind), strict=True):
         assert low == pytest.approx(full, rel=0.1)  # bf16 and fp16 have 3 digits; their forward passes add to that
 
 

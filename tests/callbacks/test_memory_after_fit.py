@@ -88,6 +88,7 @@ def _alive(refs):
     return {(of, name) for of, several in refs.items() for name, ref in several.items() if ref() is not None}
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("how", ["fit", "test", "error", "interrupt"])
 @pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt")
 def test_callbacks_keep_nothing_of_a_fit(how):

@@ -45,6 +45,7 @@ def _tables(events, tag="optim/tensors"):
     return found
 
 
+@pytest.mark.pictures
 def test_nothing_of_it_without_being_asked(logger):
     events = _fit(logger)
     assert events.Tags()["histograms"] == []
@@ -107,6 +108,7 @@ def test_a_table_of_the_tensors_that_stand_out(logger, kind):
             assert share == pytest.approx(np.square(grads[name]).sum() / total, abs=6e-4)
 
 
+@pytest.mark.pictures
 def test_tensors_whose_gradient_is_not_finite_come_first(logger):
     class Broken(Net):
         def on_before_optimizer_step(self, optimizer):

@@ -38,6 +38,7 @@ def _fit(logger, folder) -> lo.OptimizerMonitor:
     return monitor
 
 
+@pytest.mark.pictures
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -86,6 +87,7 @@ def test_mlflow_in_local_files(tmp_path, monkeypatch):
         assert history[-1].value == pytest.approx(monitor.latest[tag])
 
 
+@pytest.mark.pictures
 def test_comet_in_an_archive(tmp_path, monkeypatch):
     pytest.importorskip("comet_ml")
     # Not `CometLogger(online=False)`, which Lightning 2.6 makes a disabled experiment, that writes nothing.

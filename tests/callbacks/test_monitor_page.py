@@ -207,6 +207,7 @@ def test_advice_on_the_batch_is_given_once(logger):
     assert text.startswith("The batch of 4 samples is far above the gradient noise scale (about 0.0")
 
 
+@pytest.mark.pictures
 def test_the_schedule_is_drawn_at_its_start_and_end(logger):
     make_trainer(_callbacks(), logger=logger).fit(Net(), batches(6))
     images = _page(logger).Images("optim/schedule")
@@ -215,6 +216,7 @@ def test_the_schedule_is_drawn_at_its_start_and_end(logger):
     assert images[0].encoded_image_string != images[1].encoded_image_string
 
 
+@pytest.mark.pictures
 def test_in_a_long_run_the_schedule_is_drawn_now_and_then(logger, monkeypatch):
     monkeypatch.setattr("lightning_optim.callbacks._monitor.page.REDRAW_SECONDS", 0.0)
     monkeypatch.setattr("lightning_optim.callbacks._monitor.page.REDRAW_SHARE", 0.5)

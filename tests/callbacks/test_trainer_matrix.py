@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import lightning_optim as lo
-from lightning_optim.callbacks._monitor import page
 from tests.helpers import ADAMWS, PRECISIONS, RULES, Net, Recorder, batches, make_trainer, precision, read_events
 
 LR, WEIGHT_DECAY, CLIP = 1e-3, 0.1, 0.1
@@ -300,11 +299,7 @@ def train(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{CASES.index(case)}-{'-'.join(map(str, case.values()))}")
-def test_it_trains_as_stock_lightning_does(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        page, "schedule_image", lambda *args: None
-    )  # Images of the schedule take two thirds of the time.
-
+def test_it_trains_as_stock_lightning_does(case: Case, tmp_path: Path) -> None:
     def theirs() -> Any:
         return stock(case)
 

@@ -123,7 +123,8 @@ def _stacked(wide: list[Tensor], iterate: _Iterate, schedule: Sequence[Triple], 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
     """Divide by the Frobenius norm, an upper bound of the largest singular value, which must be at most 1."""
-    return x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return x / norm.clamp(min=eps)
 
 
 def _iterate(x: Tensor, schedule: Sequence[Triple]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -69,9 +68,14 @@ def iterations(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
         >>> [round(a, 2) for a, _, _ in iterations("you", 6)]
         [4.08, 3.95, 3.74, 2.88, 2.84, 2.84]
     """
-    if isinstance(coefficients, list | tuple):
-        coefficients = tuple(tuple(e) if isinstance(e, list | tuple) else e for e in coefficients)  # type: ignore[assignment]
-    return _iterations(coefficients, steps)
+    try:
+        return _iterations(coefficients, steps)
+    except TypeError:  # A list cannot be a key of the cache.
+        return _iterations(_frozen(coefficients), steps)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 @lru_cache
@@ -97,7 +101,7 @@ def _iterations(coefficients: Any, steps: int) -> tuple[Triple, ...]:
 
 
 def _is_finite(number: Any) -> bool:
-    return isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)
+    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
 
 
 def _shown(coefficients: Any) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_optim import optim
 from lightning_optim.optim import newton_schulz
-from lightning_optim.optim.gram_form import is_faster
+from lightning_optim.optim.gram_form import gram_iterate, is_faster
 from lightning_optim.optim.newton_schulz import orthogonalize
 from lightning_optim.optim.ns_coefficients import iterations
 
@@ -143,7 +143,7 @@ def test_the_gram_form_is_accurate_in_each_dtype(
 
 def test_the_gram_form_is_taken_for_wide_and_tall_matrices_only(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
-    real = newton_schulz.gram_iterate
+    real = gram_iterate
 
     def counted(x: Tensor, schedule: Any) -> Tensor:
         calls.append(tuple(x.shape))

@@ -26,6 +26,7 @@ from lightning_optim.optim.muon import Muon
 from lightning_optim.optim.nadam import NAdam
 from lightning_optim.optim.nadamw import NAdamW
 from lightning_optim.optim.normuon import NorMuon
+from lightning_optim.optim.ns_coefficients import PRESETS as NS_COEFFICIENTS
 from lightning_optim.optim.prodigy import Prodigy
 from lightning_optim.optim.radam import RAdam
 from lightning_optim.optim.rmsprop import RMSprop
@@ -42,6 +43,7 @@ __all__ = [
     "DECAY_KINDS",
     "LAMB",
     "LARS",
+    "NS_COEFFICIENTS",
     "SGD",
     "SOAP",
     "AdEMAMix",

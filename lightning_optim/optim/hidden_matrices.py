@@ -11,11 +11,14 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from lightning_optim.core.ranges import FINITE, FRACTION, NON_NEGATIVE, Range, ranges_of
+from lightning_optim.core.ranges import FRACTION, NON_NEGATIVE, Range, ranges_of
+from lightning_optim.core.suggest import nearest
 from lightning_optim.core.typed import checked
 from lightning_optim.optim.adamw import AdamW
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.hyperparameters import check_lengths, check_numbers
+from lightning_optim.optim.matrix_scale import SCALES
+from lightning_optim.optim.ns_coefficients import iterations
 from lightning_optim.optim.shared_options import SharedOptions
 from lightning_optim.param_groups import Entry, NamedParameter, build_param_groups, named_parameters, why_not_hidden
 from lightning_optim.param_groups.parts import is_stack
@@ -121,9 +124,9 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         TypeError: An option is unknown.
     """
 
+    structured = frozenset({"ns_coefficients"})
     ranges: ClassVar[Mapping[str, Range]] = {
         "momentum": Range(0, 1, below=True),
-        "ns_coefficients": FINITE,
         "ns_steps": Range(1, 99, whole=True),
         "adamw_lr": replace(NON_NEGATIVE, optional=True),
         "adamw_betas": FRACTION,
@@ -186,11 +189,15 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         adjust = group["adjust_lr_fn"]
         if not (group["flatten"] is None or isinstance(group["flatten"], bool)):
             raise ValueError(f"{cls.__name__}: Invalid flatten={group['flatten']!r}: must be None, True or False.")
-        if adjust not in (None, "original", "match_rms_adamw", "spectral_unclamped"):
+        if adjust not in (None, *SCALES):
             raise ValueError(
-                f"{cls.__name__}: Invalid adjust_lr_fn={adjust!r}: must be None, 'original', "
-                "'match_rms_adamw' or 'spectral_unclamped'."
+                f"{cls.__name__}: Invalid adjust_lr_fn={adjust!r}: must be None or the name of a factor. "
+                f"{nearest(str(adjust), SCALES)}"
             )
+        try:
+            iterations(group["ns_coefficients"], group["ns_steps"])
+        except ValueError as error:
+            raise ValueError(f"{cls.__name__}: Invalid ns_coefficients={error}") from None
 
 
 def _looks_like(entry: Any) -> str | None:

@@ -13,7 +13,9 @@ from typing_extensions import Unpack
 
 from lightning_optim.kernels.rules import Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
-from lightning_optim.optim.newton_schulz import COEFFICIENTS, orthogonalize_stack
+from lightning_optim.optim.matrix_scale import step_ratio
+from lightning_optim.optim.newton_schulz import orthogonalize_stack
+from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients, iterations
 from lightning_optim.optim.shared_options import SharedOptions
 
 
@@ -39,7 +41,7 @@ class MuonRule(TensorRule):
     def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
         """Return a key that is equal for matrices of one shape or its transpose with equal settings."""
         _, rows, columns = matrix_shape(param, group)
-        settings = (tuple(group["ns_coefficients"]), group["ns_steps"], group["eps"])
+        settings = (iterations(group["ns_coefficients"], group["ns_steps"]), group["eps"])
         return min(rows, columns), max(rows, columns), settings
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -99,9 +101,8 @@ def directions_of(
             matrix = grad.lerp(buffer, numbers["momentum"]) if group["nesterov"] else buffer
             yield matrix.reshape(*lead, rows, columns)
 
-    coefficients = tuple(groups[0]["ns_coefficients"])
-    directions = orthogonalize_stack(matrices(), coefficients, groups[0]["ns_steps"], eps)
-    return buffers, directions
+    schedule = iterations(groups[0]["ns_coefficients"], groups[0]["ns_steps"])
+    return buffers, orthogonalize_stack(matrices(), schedule, eps)
 
 
 def matrix_shape(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ...], int, int]:
@@ -113,16 +114,6 @@ def matrix_shape(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ..
         return (), param.shape[0], param.shape[1:].numel()
     *lead, rows, columns = param.shape
     return (math.prod(lead),), rows, columns
-
-
-def step_ratio(matrix: Tensor, adjust_lr_fn: str | None) -> float:
-    """Return the factor of the learning rate for the shape of ``matrix``, [..., rows, columns]."""
-    rows, columns = matrix.shape[-2:]
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    if adjust_lr_fn == "spectral_unclamped":
-        return math.sqrt(rows / max(columns, 1))
-    return math.sqrt(max(1.0, rows / max(columns, 1)))
 
 
 class Muon(HiddenMatrixOptimizer):
@@ -152,12 +143,14 @@ class Muon(HiddenMatrixOptimizer):
         weight_decay: λ ≥ 0; its meaning is ``weight_decay_kind``.
         momentum: μ in [0, 1); 0.95 averages over about twenty steps.
         nesterov: Whether to use Nesterov momentum.
-        ns_coefficients: (a, b, c) of the iteration's quintic.
+        ns_coefficients: Coefficients of the iteration's quintics: `keller`, `polar_express` or `you`
+            (`lightning_optim.optim.NS_COEFFICIENTS`, with sources); (a, b, c) for all iterations, the default, which is
+            `keller`'s and torch's; or a list of triples, one per iteration, whose last one is repeated.
         eps: Smallest norm of N that is divided by.
         ns_steps: Iterations, 1 to 99; five bring singular values to between about 0.7 and 1.2.
-        adjust_lr_fn: Dependence of the step on the shape of the matrix: None or `original`, or `match_rms_adamw`,
-            which suits learning rate and weight decay tuned for AdamW (the second paper), so that one lr suits all
-            groups; or `spectral_unclamped`, √(A/B) (torch's from 2.14 on).
+        adjust_lr_fn: Factor of the step for the shape of the matrix: None, `original` or `keller`, √max(1, A/B);
+            `match_rms_adamw`, 0.2·√max(A, B), which suits learning rate and weight decay tuned for AdamW (the second
+            paper), so that one lr suits all groups; `spectral` or `spectral_unclamped`, √(A/B) (the third paper).
         flatten: Meaning of parameters with more than two dimensions: True for convolution kernels, flattened to output
             channels × the rest; False for stacks of matrices, such as experts, each orthogonalised separately. None
             treats four and more dimensions as kernels and refuses three, which are ambiguous; `muon_param_groups`
@@ -176,7 +169,8 @@ class Muon(HiddenMatrixOptimizer):
     References:
         Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024,
         https://kellerjordan.github.io/posts/muon; Liu et al., Muon is Scalable for LLM Training, 2025,
-        https://arxiv.org/abs/2502.16982 (`match_rms_adamw`)
+        https://arxiv.org/abs/2502.16982 (`match_rms_adamw`); Yang et al., A Spectral Condition for Feature Learning,
+        2023, https://arxiv.org/abs/2310.17813 (`spectral`)
 
     Example:
         >>> import torch
@@ -198,7 +192,7 @@ class Muon(HiddenMatrixOptimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
+        ns_coefficients: Coefficients = COEFFICIENTS,
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,

@@ -14,8 +14,9 @@ from typing_extensions import Unpack
 from lightning_optim.core.ranges import FRACTION, Range
 from lightning_optim.kernels.rules import Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
-from lightning_optim.optim.muon import MuonRule, directions_of, matrix_shape, step_ratio
-from lightning_optim.optim.newton_schulz import COEFFICIENTS
+from lightning_optim.optim.matrix_scale import step_ratio
+from lightning_optim.optim.muon import MuonRule, directions_of, matrix_shape
+from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients
 from lightning_optim.optim.shared_options import SharedOptions
 
 NEWTON_SCHULZ_EPS = 1e-7  # The argument `eps` is that of the rows.
@@ -90,12 +91,14 @@ class NorMuon(HiddenMatrixOptimizer):
         momentum: μ in [0, 1); 0.95 averages over about twenty steps.
         beta2: β₂ in [0, 1), the decay rate of the rows' mean squares.
         nesterov: Whether to use Nesterov momentum.
-        ns_coefficients: (a, b, c) of the iteration's quintic.
+        ns_coefficients: Coefficients of the iteration's quintics: `keller`, `polar_express` or `you`
+            (`lightning_optim.optim.NS_COEFFICIENTS`, with sources); (a, b, c) for all iterations, the default, which is
+            `keller`'s and torch's; or a list of triples, one per iteration, whose last one is repeated.
         eps: ε, added to the root mean square of rows, which is about 1/√B.
         ns_steps: Iterations, 1 to 99; five bring singular values to between about 0.7 and 1.2.
-        adjust_lr_fn: Dependence of the step on the shape of the matrix: None or `original`, or `match_rms_adamw`,
-            an RMS of 0.2·lr, which suits learning rate and weight decay tuned for AdamW, so that one lr suits all
-            groups.
+        adjust_lr_fn: Factor of the step for the shape of the matrix: None, `original` or `keller`, √max(1, A/B);
+            `match_rms_adamw`, an RMS of 0.2·lr, which suits learning rate and weight decay tuned for AdamW, so that one
+            lr suits all groups; `spectral` or `spectral_unclamped`, √(A/B).
         flatten: Meaning of parameters with more than two dimensions: True for convolution kernels, flattened to output
             channels × the rest; False for stacks of matrices, such as experts, each orthogonalised separately. None
             treats four and more dimensions as kernels and refuses three, which are ambiguous; `muon_param_groups`
@@ -138,7 +141,7 @@ class NorMuon(HiddenMatrixOptimizer):
         momentum: float = 0.95,
         beta2: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
+        ns_coefficients: Coefficients = COEFFICIENTS,
         eps: float = 1e-10,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,

@@ -25,7 +25,7 @@ def require_ranges(owner: type) -> None:
     """
     if annotated := _annotated_ranges(owner):
         owner.ranges = {**vars(owner).get("ranges", {}), **annotated}  # type: ignore[attr-defined]
-    known = ranges_of(owner).keys() | shared_options.DEFAULTS.keys()
+    known = ranges_of(owner).keys() | shared_options.DEFAULTS.keys() | getattr(owner, "structured", set())
     parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
     refuse_unranged(owner, [p.name for p in parameters if p.name not in known and _is_number(p)])
 

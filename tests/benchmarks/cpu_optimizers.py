@@ -11,7 +11,7 @@ from torch import nn
 
 import lightning_optim as lo
 from lightning_optim.kernels.rules import UpdateRule
-from tests.benchmarks.models import cut, matrices, transformer
+from tests.benchmarks.models import cut, matrices, of_shape, transformer
 from tests.benchmarks.peers import peers
 from tests.benchmarks.timing import interleave, memory_copy, table
 
@@ -127,19 +127,30 @@ def each_against_its_fastest_peer() -> str:
 
 
 def muon_by_width() -> str:
-    """The hidden matrices of 12-layer transformers; the wider, the more of the time is in the same matrix products."""
+    """The hidden matrices of 12-layer transformers; the wider, the more of the time is in matrix products."""
+    return _muon({f"{dim}, MLPs of 4:1": matrices(dim=dim) for dim in (64, 128, 256, 384)}, "width of 12 layers")
+
+
+def muon_by_aspect() -> str:
+    """Matrices of one number of elements and ever higher aspect ratios."""
+    shapes = {aspect: (384, 384 * aspect) for aspect in (1, 2, 3, 4, 8)}
+    given = {
+        f"{rows} x {columns}": of_shape((rows, columns), 48 // aspect) for aspect, (rows, columns) in shapes.items()
+    }
+    return _muon(given, "48 or fewer matrices")
+
+
+def _muon(given: dict[str, list[nn.Parameter]], title: str) -> str:
     rows: list[list[object]] = []
-    for dim in (64, 128, 256, 384):
-        parameters = matrices(dim=dim)
-        timings = interleave(
-            {
-                "ours": stepper(parameters, lambda p: lo.optim.Muon(p)),
-                "torch": stepper(parameters, lambda p: torch.optim.Muon(p)),
-            },
-            rounds=15 if dim < 256 else 7,
-        )
-        rows.append([dim, timings["ours"].ms, timings["torch"].ms, timings["ours"].over(timings["torch"])])
-    return table(["width of 12 layers", "Muon, ms", "torch, ms", "ratio"], rows)
+    for name, parameters in given.items():
+        candidates = {"ours": stepper(parameters, lo.optim.Muon)}
+        candidates |= {peer: stepper(parameters, make) for peer, make in peers("muon").items()}
+        timings = interleave(candidates, rounds=5, warmup=1)
+        ours = timings.pop("ours")
+        fastest = min(timings, key=lambda peer: timings[peer].ms)
+        rows.append([name, ours.ms, *(timing.ms for timing in timings.values()), ours.over(timings[fastest])])
+        print("  " + " ".join(str(cell) for cell in rows[-1]), flush=True)
+    return table([title, "ours, ms", *(f"{peer}, ms" for peer in timings), "ours / the fastest"], rows)
 
 
 def by_number_of_tensors() -> str:
@@ -200,6 +211,7 @@ SECTIONS = (
     adamw_with_everything,
     each_against_its_fastest_peer,
     muon_by_width,
+    muon_by_aspect,
     by_number_of_tensors,
     by_size,
     first_step_and_memory,

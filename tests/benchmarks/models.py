@@ -26,6 +26,11 @@ def cut(total: int, tensors: int) -> list[nn.Parameter]:
     return _parameters([(total // tensors,)] * tensors)
 
 
+def of_shape(shape: tuple[int, ...], count: int) -> list[nn.Parameter]:
+    """``count`` parameters of one shape."""
+    return _parameters([shape] * count)
+
+
 def _parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, generator=generator) * 0.02) for shape in shapes]

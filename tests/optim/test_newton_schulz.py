@@ -1,0 +1,234 @@
+"""The Newton-Schulz iteration: published coefficients, Gram form, shapes and accuracy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_optim import optim
+from lightning_optim.optim import newton_schulz
+from lightning_optim.optim.gram_form import gram_iterate, is_faster
+from lightning_optim.optim.newton_schulz import orthogonalize
+from lightning_optim.optim.ns_coefficients import iterations
+
+
+def test_singular_values_are_brought_close_to_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((20, 20), (30, 10), (10, 30)):
+        (result,) = orthogonalize([torch.randn(shape)], dtype=torch.float32)
+        values = torch.linalg.svdvals(result)
+        assert values.min() > 0.3
+        assert values.max() < 1.3
+
+
+def test_enough_steps_with_converging_coefficients_give_the_polar_factor() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(12, 8, dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    (result,) = orthogonalize([matrix], (15 / 8, -10 / 8, 3 / 8), steps=40, dtype=torch.float64)
+    torch.testing.assert_close(result, left @ right, rtol=0, atol=1e-10)
+
+
+def test_transposing_commutes_and_scale_does_not_matter() -> None:
+    matrix = torch.randn(6, 4, dtype=torch.float64)
+    results = [orthogonalize([m], dtype=torch.float64)[0] for m in (matrix, matrix.mT, matrix * 1e-3)]
+    torch.testing.assert_close(results[0], results[1].mT, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(results[0], results[2], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_batched_is_one_by_one(dtype: torch.dtype) -> None:
+    shapes = [(6, 4), (4, 6), (5, 5), (6, 4), (4, 6), (6, 4), (5, 5), (3, 0), (1, 7)]
+    matrices = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    together = orthogonalize(matrices, dtype=dtype)
+    alone = [orthogonalize([matrix], dtype=dtype)[0] for matrix in matrices]
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-2
+    for a, b, matrix in zip(together, alone, matrices, strict=True):
+        assert a.shape == matrix.shape
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_a_zero_matrix_stays_zero() -> None:
+    (result,) = orthogonalize([torch.zeros(3, 4)])
+    assert torch.equal(result, torch.zeros(3, 4, dtype=torch.bfloat16))
+
+
+def plain(matrix: Tensor, schedule: list[tuple[float, float, float]]) -> Tensor:
+    """The iteration as dion and torch write it, in float64."""
+    x = matrix.double()
+    x = x.mT if matrix.shape[-2] > matrix.shape[-1] else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True)
+    for a, b, c in schedule:
+        product = x @ x.mT
+        x = a * x + (b * product + c * product @ product) @ x
+    return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
+
+
+def published(name: str) -> list[tuple[float, float, float]]:
+    """Coefficients of five iterations, as the authors' code makes them."""
+    if name == "keller":
+        return [(3.4445, -4.7750, 2.0315)] * 5
+    if name == "you":  # modded-nanogpt
+        return [
+            (4.0848, -6.8946, 2.9270),
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        ]
+    unsafe = [  # The Polar Express, Algorithm 1
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    ]
+    return [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in unsafe]
+
+
+SHAPES = [(24, 24), (40, 16), (16, 40), (12, 96), (3, 8, 24), (2, 24, 8)]
+
+
+@pytest.mark.parametrize("name", ["keller", "polar_express", "you"])
+@pytest.mark.parametrize("gram", [False, True, None])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_presets_are_the_published_iterations(
+    name: str, gram: bool | None, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(newton_schulz, "STACKED_BELOW", {"cpu": 0 if one_by_one else 10**9})
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES * 2]
+    found = orthogonalize(matrices, name, dtype=torch.float64, gram=gram)
+    for matrix, result in zip(matrices, found, strict=True):
+        torch.testing.assert_close(result, plain(matrix, published(name)), rtol=0, atol=1e-11)
+
+
+def test_a_custom_list_is_taken_triple_by_triple_and_its_last_one_repeated() -> None:
+    matrix = torch.randn(6, 20, dtype=torch.float64)
+    given = [(3.0, -3.2, 1.2), (1.875, -1.25, 0.375)]
+    (result,) = orthogonalize([matrix], given, steps=4, dtype=torch.float64)
+    torch.testing.assert_close(result, plain(matrix, [given[0], *[given[1]] * 3]), rtol=0, atol=1e-12)
+
+
+def test_polar_express_converges_and_the_others_do_not() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(20, 30, dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    errors = {}
+    for name in optim.NS_COEFFICIENTS:
+        (result,) = orthogonalize([matrix], name, steps=12, dtype=torch.float64)
+        errors[name] = float((result - left @ right).abs().max())
+    assert errors["polar_express"] < 1e-12
+    assert errors["you"] > 1e-3
+    assert errors["keller"] > 1e-2
+
+
+@pytest.mark.parametrize("name", ["keller", "polar_express", "you"])
+@pytest.mark.parametrize("condition", [1.0, 10.0, 300.0])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.04), (torch.float16, 0.005), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("steps", [5, 8])
+def test_the_gram_form_is_accurate_in_each_dtype(
+    name: str, condition: float, dtype: torch.dtype, bound: float, steps: int
+) -> None:
+    torch.manual_seed(0)
+    rows = torch.logspace(0, -torch.tensor(condition).log10().item(), 128, dtype=torch.float64)
+    matrix = torch.randn(128, 512, dtype=torch.float64) * rows[:, None]
+    exact = plain(matrix, list(iterations(name, steps)))
+    (result,) = orthogonalize([matrix], name, steps=steps, dtype=dtype, gram=True)
+    assert float((result.double() - exact).norm() / exact.norm()) < bound
+
+
+def test_the_gram_form_is_taken_for_wide_and_tall_matrices_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    real = gram_iterate
+
+    def counted(x: Tensor, schedule: Any) -> Tensor:
+        calls.append(tuple(x.shape))
+        return real(x, schedule)
+
+    monkeypatch.setattr(newton_schulz, "gram_iterate", counted)
+    orthogonalize([torch.randn(shape) for shape in ((8, 8), (8, 16), (8, 32), (32, 8), (2, 8, 32))])
+    assert calls == [(4, 8, 32)]
+    assert is_faster(512, 1024, "cuda")
+    assert not is_faster(256, 1024, "cuda")
+
+
+def test_the_gram_form_multiplies_the_wide_matrix_four_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    wide = torch.randn(64, 512)
+    flops = {}
+    for gram in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            orthogonalize([wide], gram=gram)
+        flops[gram] = counter.get_total_flops()
+    small, large = 2 * 64**3, 2 * 64 * 64 * 512
+    assert flops == {False: 10 * large + 5 * small, True: 4 * large + 14 * small}
+
+
+@pytest.mark.parametrize("cls", [optim.Muon, optim.NorMuon])
+@pytest.mark.parametrize("given", ["polar_express", [(3.0, -3.2, 1.2), [1.875, -1.25, 0.375]]])
+def test_an_optimizer_takes_presets_and_lists_also_in_groups_and_checkpoints(cls: Any, given: Any) -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(6, 4, requires_grad=True) for _ in range(2)]
+    optimizer = cls([{"params": weights[:1], "ns_coefficients": given}, {"params": weights[1:]}], lr=0.1, momentum=0.0)
+    before = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.grad = torch.ones(6, 4).tril()
+    optimizer.step()
+    moved = [(old - new.detach()).norm().item() for old, new in zip(before, weights, strict=True)]
+    assert moved[0] != moved[1] or cls is optim.NorMuon
+    loaded = cls([{"params": weights[:1]}, {"params": weights[1:]}], lr=0.1)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert loaded.param_groups[0]["ns_coefficients"] == given
+
+
+def test_torch_takes_the_state_of_the_default() -> None:
+    weight = torch.randn(4, 4, requires_grad=True)
+    weight.grad = torch.randn(4, 4)
+    ours, theirs = optim.Muon([weight]), torch.optim.Muon([weight])
+    ours.step()
+    theirs.load_state_dict(ours.state_dict())
+    theirs.step()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("polar_exprss", r"ns_coefficients='polar_exprss': must be .*Did you mean 'polar_express'\?"),
+        (
+            [(1.0, 2.0, 3.0)] * 6,
+            r"ns_coefficients=\(.*\): must be at most ns_steps=5 triples, .*, not 6",
+        ),
+        ([(1.0, 2.0, 3.0), (1.0, 2.0)], r"ns_coefficients=.*: must be 'keller', "),
+        ([(1.0, 2.0, 3.0), 1.0, 2.0], r"ns_coefficients=.*: must be 'keller', "),
+        ([], r"ns_coefficients=\(\): must be 'keller', "),
+        (3.0, r"ns_coefficients=3.0: must be 'keller', "),
+        (None, r"ns_coefficients=None: must be 'keller', "),
+    ],
+)
+def test_other_coefficients_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^Muon: Invalid {message}"):
+        optim.Muon([torch.randn(4, 4, requires_grad=True)], ns_coefficients=given)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        (None, 1.0),
+        ("original", 1.0),
+        ("keller", 1.0),
+        ("spectral", 0.5),
+        ("spectral_unclamped", 0.5),
+        ("match_rms_adamw", 0.2 * 4),
+    ],
+)
+def test_scales_by_name(name: str | None, factor: float) -> None:
+    weight = torch.zeros(4, 16, dtype=torch.float64, requires_grad=True)
+    weight.grad = torch.randn_like(weight)
+    optim.Muon([weight], lr=1.0, weight_decay=0.0, adjust_lr_fn=name).step()
+    (direction,) = orthogonalize([weight.grad])
+    torch.testing.assert_close(-weight.detach(), direction.double() * factor, rtol=0, atol=2e-2 * factor)

@@ -98,6 +98,8 @@ class FusedOptimizer(Optimizer):
     )
     """Range of each number, or of each element of a tuple, that the constructor takes. The ranges of base classes are
     inherited; an annotation `Annotated[float, Range(0, 1)]` of an argument is the same as an entry."""
+    lists: ClassVar[frozenset[str]] = frozenset()
+    """Hyperparameters that may be lists of any length, whatever their default; `check` checks them."""
     option_defaults: ClassVar[SharedOptions] = {}
     """Defaults of shared options that differ from `shared_options.DEFAULTS`."""
     refused_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -190,8 +192,8 @@ class FusedOptimizer(Optimizer):
         start_peak(group, number(owner.__name__, filled, "lr"))
         filled["peak_lr"] = group["peak_lr"]
         refuse_typos(type(self).__name__, param_group, self.defaults.keys() | owner.hyperparameters().keys())
-        check_lengths(owner.__name__, filled, owner.hyperparameters())
         own_names = owner.hyperparameters()
+        check_lengths(owner.__name__, filled, {name: own_names[name] for name in own_names.keys() - owner.lists})
         own_ranges = {name: allowed for name, allowed in ranges_of(owner).items() if name in own_names}
         check_values(owner.__name__, filled, ranges_of(type(self)) | own_ranges, self.defaults | own_names)
         shared_options.check_offered(owner, filled)

@@ -33,7 +33,7 @@ class Loadable(Ruled, Protocol):
     def __setstate__(self, state: dict[str, Any]) -> None: ...
 
 
-OF_PARAMETERS = ("flatten",)
+OF_PARAMETERS = ("flatten", "split", "split_dim", "split_repeats", "fused")
 """Group keys that describe the parameters rather than how they are updated."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -13,11 +14,15 @@ from typing_extensions import Unpack
 
 from lightning_optim.core.ranges import FINITE, FRACTION, NON_NEGATIVE, Range, ranges_of
 from lightning_optim.core.typed import checked
+from lightning_optim.core.user_frame import depth_outside
 from lightning_optim.optim.adamw import AdamW
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.fused_groups import cut_by_fused, fused_note, resolve_split
 from lightning_optim.optim.hyperparameters import check_lengths, check_numbers
+from lightning_optim.optim.matrix_form import check_split
 from lightning_optim.optim.shared_options import SharedOptions
 from lightning_optim.param_groups import Entry, NamedParameter, build_param_groups, named_parameters, why_not_hidden
+from lightning_optim.param_groups.fused import find_fused
 from lightning_optim.param_groups.parts import is_stack
 
 
@@ -26,8 +31,10 @@ def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dic
     """Build parameter groups for `Muon` or `NorMuon`: those of `build_param_groups`, each split into two.
 
     Parameters that are not hidden matrices (`lightning_optim.param_groups.why_not_hidden`) get a second group with
-    ``rule="adamw"``. The constructor of the optimizer does the same, but recognises embeddings by their names only;
-    this function also inspects the modules. Groups that have the key `rule` already are not split.
+    ``rule="adamw"``. Stacks of matrices, such as experts, and fused projections, such as query, key and value in one
+    weight, get groups of their own with the keys `flatten` and `split`. The constructor of the optimizer does the same,
+    but only by names; this function also inspects the modules. Groups that have the key `rule` already are not split,
+    and those with `flatten` or `split` keep their values.
 
     Args:
         model: The model.
@@ -44,6 +51,7 @@ def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dic
         default_adamw adamw ['tokens.weight', 'body.bias', 'head.weight', 'head.bias']
     """
     found = {id(one.parameter): one for one in named_parameters(model)}
+    modules = dict(model.named_modules(remove_duplicate=False))
     groups: list[dict[str, Any]] = []
     for group in build_param_groups(model, rules):
         if "rule" in group:
@@ -51,7 +59,11 @@ def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dic
             continue
         known = [found[id(param)] for _, param in group["params"]]
         for part in split_group(group, [one.not_hidden for one in known]):
-            groups += [part] if "rule" in part else _split_by_form(part, found)
+            if "rule" in part:
+                groups.append(part)
+                continue
+            for form in _split_by_form(part, found):
+                groups += cut_by_fused(form, [find_fused(found[id(param)], modules) for _, param in form["params"]])
     return groups
 
 
@@ -125,6 +137,8 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         "momentum": Range(0, 1, below=True),
         "ns_coefficients": FINITE,
         "ns_steps": Range(1, 99, whole=True),
+        "split_dim": Range(whole=True, tensor=False),
+        "split_repeats": Range(1, whole=True, tensor=False),
         "adamw_lr": replace(NON_NEGATIVE, optional=True),
         "adamw_betas": FRACTION,
         "adamw_eps": NON_NEGATIVE,
@@ -147,6 +161,10 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         check_lengths(type(self).__name__, named, lengths)
         check_numbers(type(self).__name__, named, ranges_of(type(self)))
         super().__init__(params, defaults, **options)
+        if note := fused_note(self.param_groups):
+            warnings.warn(f"{type(self).__name__}: {note}", stacklevel=depth_outside())
+
+    lists = frozenset({"split"})
 
     groups_of = staticmethod(muon_param_groups)
     """Function by which `OptimizerFactory` builds the parameter groups of a model for this class."""
@@ -172,7 +190,11 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         count = len(self.param_groups)
         try:
             for part in parts or [param_group]:
-                super().add_param_group(self._adamw | part if part.get("rule") == "adamw" else part)
+                if part.get("rule") is not None:
+                    super().add_param_group(self._adamw | part if part["rule"] == "adamw" else part)
+                    continue
+                for own in resolve_split(part, self.defaults["split"]):
+                    super().add_param_group(own)
         except Exception:
             del self.param_groups[count:]
             raise
@@ -184,6 +206,7 @@ class HiddenMatrixOptimizer(FusedOptimizer):
     def check(cls, group: Mapping[str, Any]) -> None:
         """Implement `FusedOptimizer.check`."""
         adjust = group["adjust_lr_fn"]
+        check_split(cls.__name__, group)
         if not (group["flatten"] is None or isinstance(group["flatten"], bool)):
             raise ValueError(f"{cls.__name__}: Invalid flatten={group['flatten']!r}: must be None, True or False.")
         if adjust not in (None, "original", "match_rms_adamw", "spectral_unclamped"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.core.durations import Horizon
 from lightning_optim.factory.state_sizes import state_size
+from lightning_optim.optim import FusedOptimizer
 from lightning_optim.schedules import Schedule, Scheduler
 
 _LONGEST_REPLAY = 200_000
@@ -37,6 +38,7 @@ class GroupPlan:
         betas: Its betas, or its momentum; None if its rule has neither.
         schedule: The schedule of its own; None for that of all groups.
         not_hidden: By name, the kind of each parameter that an optimizer of hidden matrices leaves to AdamW.
+        forms: By name, the matrices that its rule takes each parameter to be; empty for a rule of single elements.
     """
 
     name: str
@@ -50,6 +52,7 @@ class GroupPlan:
     betas: tuple[float, ...] | None = None
     schedule: str | None = None
     not_hidden: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def plan_groups(optimizer: Optimizer) -> list[GroupPlan]:
                 betas=_betas(group),
                 schedule=None if group.get("schedule") is None else str(group["schedule"]),
                 not_hidden=dict(group.get("not_hidden", {})),
+                forms=dict(_forms(optimizer, group, names)),
             )
         )
     return plans
@@ -193,6 +197,16 @@ def _betas(group: Mapping[str, Any]) -> tuple[float, ...] | None:
     if betas is None or isinstance(betas, Tensor):
         return None
     return tuple(float(beta) for beta in betas) if isinstance(betas, tuple | list) else (float(betas),)
+
+
+def _forms(optimizer: Optimizer, group: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and form of each parameter of a group whose rule updates matrices."""
+    if not isinstance(optimizer, FusedOptimizer):
+        return
+    rule = optimizer.rule_of(group)
+    for name, param in zip(names, group["params"], strict=True):
+        if not isinstance(param, UninitializedParameter) and (form := rule.form(param, group)) is not None:
+            yield name, form
 
 
 def _shape(param: Tensor) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from lightning_optim.core.ranges import FINITE, FRACTION, NON_NEGATIVE, Range, r
 from lightning_optim.core.typed import checked
 from lightning_optim.core.user_frame import depth_outside
 from lightning_optim.optim.adamw import AdamW
-from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.base import FusedOptimizer, class_of_rule
 from lightning_optim.optim.fused_groups import cut_by_fused, fused_note, resolve_split
 from lightning_optim.optim.hyperparameters import check_lengths, check_numbers
 from lightning_optim.optim.matrix_form import check_split
@@ -181,20 +181,20 @@ class HiddenMatrixOptimizer(FusedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, with parameters that are not hidden matrices in a separate group; see the class."""
-        params = param_group["params"]
-        if param_group.get("rule") is not None or isinstance(params, set):  # torch refuses sets.
+        params, rule = param_group["params"], param_group.get("rule")
+        if isinstance(params, set):  # torch refuses sets.
             parts = [param_group]
         else:
             params = [params] if isinstance(params, Tensor) else list(params)
-            parts = split_group({**param_group, "params": params}, [_looks_like(entry) for entry in params])
+            parts = [{**param_group, "params": params}]
+            if rule is None:
+                parts = split_group(parts[0], [_looks_like(entry) for entry in params])
         count = len(self.param_groups)
         try:
+            if rule is None or issubclass(class_of_rule(rule), HiddenMatrixOptimizer):
+                parts = [own for part in parts for own in resolve_split(part, self.defaults["split"])]
             for part in parts or [param_group]:
-                if part.get("rule") is not None:
-                    super().add_param_group(self._adamw | part if part["rule"] == "adamw" else part)
-                    continue
-                for own in resolve_split(part, self.defaults["split"]):
-                    super().add_param_group(own)
+                super().add_param_group(self._adamw | part if part.get("rule") == "adamw" else part)
         except Exception:
             del self.param_groups[count:]
             raise

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from lightning_optim.kernels.rules import Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
-from lightning_optim.optim.matrix_form import AUTO, matrix_form
+from lightning_optim.optim.matrix_form import AUTO, MatrixForm, matrix_form
 from lightning_optim.optim.newton_schulz import COEFFICIENTS, orthogonalize_stack
 from lightning_optim.optim.shared_options import SharedOptions
 
@@ -43,7 +43,8 @@ class MuonRule(TensorRule):
 
     def form(self, param: Tensor, group: Mapping[str, Any]) -> str:
         """Implement `Rule.form`."""
-        return str(matrix_form(param, group))
+        kernel = "kernel as " if param.dim() > 2 and group["flatten"] is not False else ""
+        return f"{kernel}{matrix_form(param, group)}"
 
     def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
         """Return a key that is equal for matrices of one shape or its transpose with equal settings."""
@@ -68,16 +69,17 @@ class MuonRule(TensorRule):
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
         """Implement `TensorRule.update`."""
-        buffers, directions = directions_of(grads, states, scalars, groups, groups[0]["eps"])
+        forms = list(map(matrix_form, grads, groups))
+        buffers, directions = directions_of(grads, states, scalars, groups, forms, groups[0]["eps"])
 
         def deltas() -> Iterator[Tensor]:
-            for grad, taken, numbers, group in zip(grads, directions, scalars, groups, strict=True):
+            for grad, form, taken, numbers, group in zip(grads, forms, directions, scalars, groups, strict=True):
                 scaled = []
                 for direction in taken:
                     step_size = numbers["lr"] * step_ratio(direction, group["adjust_lr_fn"])
                     rows_first = direction.to(grad.dtype, memory_format=torch.contiguous_format)
                     scaled.append(rows_first.mul_(step_size))
-                yield matrix_form(grad, group).put(scaled).view(grad.shape)
+                yield form.put(scaled).view(grad.shape)
 
         return deltas(), [{"momentum_buffer": buffer} for buffer in buffers]
 
@@ -87,6 +89,7 @@ def directions_of(
     states: Sequence[dict[str, Tensor]],
     scalars: Sequence[dict[str, Tensor]],
     groups: Sequence[Mapping[str, Any]],
+    forms: Sequence[MatrixForm],
     eps: float,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Return the new momentum in the shapes of ``grads``, and the orthogonalised momentum in bfloat16, as published.
@@ -96,12 +99,12 @@ def directions_of(
         states: States with `momentum_buffer` in the shape of each gradient.
         scalars: Scalars of the rule, shape [] each.
         groups: Parameter group of each gradient.
+        forms: How each gradient is cut into matrices.
         eps: Smallest norm that the Newton-Schulz iteration divides by.
 
     Returns:
         New buffers; and for each gradient its orthogonalised matrices, as `MatrixForm.take` cuts them.
     """
-    forms = [matrix_form(grad, group) for grad, group in zip(grads, groups, strict=True)]
     buffers: list[Tensor] = []
 
     def momenta() -> Iterator[Tensor]:

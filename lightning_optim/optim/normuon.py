@@ -46,10 +46,11 @@ class NorMuonRule(MuonRule):
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Implement `TensorRule.update`."""
-        buffers, directions = directions_of(grads, states, scalars, groups, NEWTON_SCHULZ_EPS)
+        forms = list(map(matrix_form, grads, groups))
+        buffers, directions = directions_of(grads, states, scalars, groups, forms, NEWTON_SCHULZ_EPS)
         deltas, new_states = [], []
         for i, (grad, group, numbers) in enumerate(zip(grads, groups, scalars, strict=True)):
-            form = matrix_form(grad, group)
+            form = forms[i]
             old = form.of_rows.take(states[i]["second_momentum_buffer"])
             steps, new = [], []
             for matrices, of_rows in zip(directions[i], old, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,11 +19,11 @@ from lightning_optim.optim.adamw import AdamW
 from lightning_optim.optim.base import FusedOptimizer, class_of_rule
 from lightning_optim.optim.fused_groups import cut_by_fused, fused_note, resolve_split
 from lightning_optim.optim.hyperparameters import check_lengths, check_numbers
-from lightning_optim.optim.matrix_form import check_split
+from lightning_optim.optim.matrix_form import check_form
+from lightning_optim.optim.matrix_groups import cut_by_form
 from lightning_optim.optim.shared_options import SharedOptions
-from lightning_optim.param_groups import Entry, NamedParameter, build_param_groups, named_parameters, why_not_hidden
+from lightning_optim.param_groups import Entry, build_param_groups, named_parameters, why_not_hidden
 from lightning_optim.param_groups.fused import find_fused
-from lightning_optim.param_groups.parts import is_stack
 
 
 @checked
@@ -62,7 +62,7 @@ def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dic
             if "rule" in part:
                 groups.append(part)
                 continue
-            for form in _split_by_form(part, found):
+            for form in cut_by_form(part, found):
                 groups += cut_by_fused(form, [find_fused(found[id(param)], modules) for _, param in form["params"]])
     return groups
 
@@ -88,27 +88,6 @@ def split_group(group: Mapping[str, Any], not_hidden: Sequence[str | None]) -> l
         because = {"not_hidden": reasons} if reasons else {}
         parts.append({**group, **name, "params": [param for param, _ in others], "rule": "adamw", **because})
     return parts
-
-
-def _split_by_form(group: dict[str, Any], found: Mapping[int, NamedParameter]) -> Iterator[dict[str, Any]]:
-    """Set `flatten` of ``group`` for kernels or stacks of matrices; split the group if it has both."""
-    forms: dict[bool, list[Any]] = {}
-    matrices = []
-    for name, param in group["params"]:
-        if found[id(param)].dim == 2:
-            matrices.append((name, param))
-        else:
-            forms.setdefault(not is_stack(param, found[id(param)].modules), []).append((name, param))
-    if "flatten" in group or not forms:
-        yield group
-        return
-    if len(forms) == 1:
-        yield {**group, "flatten": next(iter(forms))}
-        return
-    name = {"name": f"{group['name']}_stacks"} if "name" in group else {}
-    stacks = {id(param) for _, param in forms[False]}
-    yield {**group, "params": [entry for entry in group["params"] if id(entry[1]) not in stacks], "flatten": True}
-    yield {**group, **name, "params": forms[False], "flatten": False}
 
 
 _NEEDED = ("betas", "eps")
@@ -206,9 +185,7 @@ class HiddenMatrixOptimizer(FusedOptimizer):
     def check(cls, group: Mapping[str, Any]) -> None:
         """Implement `FusedOptimizer.check`."""
         adjust = group["adjust_lr_fn"]
-        check_split(cls.__name__, group)
-        if not (group["flatten"] is None or isinstance(group["flatten"], bool)):
-            raise ValueError(f"{cls.__name__}: Invalid flatten={group['flatten']!r}: must be None, True or False.")
+        check_form(cls.__name__, group, auto=True)
         if adjust not in (None, "original", "match_rms_adamw", "spectral_unclamped"):
             raise ValueError(
                 f"{cls.__name__}: Invalid adjust_lr_fn={adjust!r}: must be None, 'original', "

@@ -153,27 +153,28 @@ def matrix_form(param: Tensor, group: Mapping[str, Any]) -> MatrixForm:
     return _form(tuple(param.shape), stack, split, group.get("split_dim", -2), group.get("split_repeats", 1))
 
 
-def check_split(owner: str, group: Mapping[str, Any]) -> None:
-    """Check the keys `split`, `split_dim` and `split_repeats` of a group by themselves.
+def check_form(owner: str, group: Mapping[str, Any], auto: bool) -> None:
+    """Check the keys `flatten`, `split`, `split_dim` and `split_repeats` of a group by themselves.
 
     Args:
         owner: Name of the optimizer, for messages.
         group: The complete parameter group.
+        auto: Whether `split` may be `auto`.
 
     Raises:
         ValueError: A value is not valid.
     """
+    if not (group["flatten"] is None or isinstance(group["flatten"], bool)):
+        raise ValueError(f"{owner}: Invalid flatten={group['flatten']!r}: must be None, True or False.")
     split = group["split"]
-    if isinstance(split, str) and split != AUTO:
-        raise ValueError(f"{owner}: Invalid split={split!r}: must be 'auto', None, a number of equal blocks or sizes.")
-    sizes = split if isinstance(split, list | tuple) else () if split is None or isinstance(split, str) else (split,)
+    sizes = split if isinstance(split, list | tuple) else () if split is None else (split,)
+    if split == AUTO and auto:
+        sizes = ()
     if not all(type(size) is int and size >= 1 for size in sizes) or split in ((), []):
         raise ValueError(
-            f"{owner}: Invalid split={split!r}: must be 'auto', None, a number of equal blocks of at least 1, or a "
-            "list of their sizes, for instance 3 or (1024, 256, 256)."
+            f"{owner}: Invalid split={split!r}: must be {repr(AUTO) + ', ' if auto else ''}None, a number of equal "
+            "blocks of at least 1, or a list of their sizes, for instance 3 or (1024, 256, 256)."
         )
-    if type(group["split_dim"]) is not int:
-        raise ValueError(f"{owner}: Invalid split_dim={group['split_dim']!r}: must be a dimension, -2 for rows.")
     if group["split_repeats"] > 1 and not sizes:
         raise ValueError(
             f"{owner}: Invalid split_repeats={group['split_repeats']}: must be 1 without a split, which is {split!r}."

@@ -181,6 +181,25 @@ def check_form(owner: str, group: Mapping[str, Any], auto: bool) -> None:
         )
 
 
+def refuse_split(owner: str, group: Mapping[str, Any], because: str) -> None:
+    """Refuse the key `split` in a group of an optimizer that does not cut parameters.
+
+    Args:
+        owner: Name of the optimizer, for messages.
+        group: The complete parameter group.
+        because: Reason, as a sentence without full stop.
+
+    Raises:
+        ValueError: The group has a `split`.
+    """
+    split = group.get("split")
+    if split is not None and split != AUTO:
+        raise ValueError(
+            f"{owner}: split={split!r} of a group is not offered: {because}. Leave it out or set it to None; as "
+            "parameters of their own, the pieces are treated separately."
+        )
+
+
 @lru_cache(maxsize=4096)
 def _form(shape: tuple[int, ...], stack: bool, split: Split, split_dim: int, repeats: int) -> MatrixForm:
     """Return the form of a parameter of ``shape``."""

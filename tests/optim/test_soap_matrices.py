@@ -131,7 +131,8 @@ class Experts(nn.Module):
 
 
 def test_the_factory_tells_stacks_from_kernels_and_the_plan_shows_both() -> None:
-    model = nn.ModuleDict({"experts": Experts(), "head": nn.Linear(4, 2)})
+    experts = Experts()
+    model = nn.ModuleDict({"experts": experts, "head": nn.Linear(4, 2)})
     optimizer, _ = lo.OptimizerFactory("soap", optimizer_kwargs={"max_precondition_dim": 5}).build(model)
     forms = {name: form for group in plan_groups(optimizer) for name, form in group.forms.items()}
     assert forms == {
@@ -142,7 +143,7 @@ def test_the_factory_tells_stacks_from_kernels_and_the_plan_shows_both() -> None
     for param in model.parameters():
         param.grad = torch.randn_like(param)
     optimizer.step()
-    assert optimizer.state[model["experts"].up]["Q_0"].shape == (3, 4, 4)
+    assert optimizer.state[experts.up]["Q_0"].shape == (3, 4, 4)
     other, _ = lo.OptimizerFactory("soap", optimizer_kwargs={"max_precondition_dim": 5}).build(model)
     other.load_state_dict(optimizer.state_dict())
     other.step()

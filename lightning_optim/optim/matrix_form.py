@@ -72,13 +72,10 @@ class MatrixForm:
         x = x if self.dim == -2 else x.mT
         x = torch.unflatten(x, -2, (self.repeats, x.shape[-2] // self.repeats))
         taken = []
-        for (count, size), part in zip(
-            self.runs, x.split([count * size for count, size in self.runs], -2), strict=True
-        ):
-            block = torch.unflatten(part, -2, (count, size)).transpose(
-                1, 2
-            )  # [matrices, blocks, repeats, size, others]
-            block = block.flatten(2, 3).flatten(0, 1)
+        parts = x.split_with_sizes([count * size for count, size in self.runs], -2)
+        for (count, size), part in zip(self.runs, parts, strict=True):
+            # [matrices, repeats, blocks, size, others] -> [matrices · blocks, repeats · size, others]
+            block = torch.unflatten(part, -2, (count, size)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
             taken.append(block if self.dim == -2 else block.mT)
         return taken
 

@@ -111,8 +111,8 @@ class NorMuon(HiddenMatrixOptimizer):
         split: Pieces of a fused projection, each orthogonalised separately and scaled by its own shape: a number of
             equal blocks, such as 3 for query, key and value; a list of sizes, such as (1024, 256, 256) with grouped
             queries; None for whole matrices. With `auto`, projections that `muon_param_groups` has found, or the
-            constructor by their names, have a `split` of their own, and others are whole. A number or sizes must fit every
-            matrix, so they are usually given per group.
+            constructor by their names, have a `split` of their own, and others are whole. A number or sizes must fit
+            every matrix, so they are usually given per group.
         split_dim: Dimension that is split: -2 for the rows of each matrix (the outputs of `nn.Linear`), -1 for its
             columns; or counted from 0 as the dimensions of the parameter.
         split_repeats: How often the blocks are repeated, as in [heads, 3, head size]; blocks of the same place form one

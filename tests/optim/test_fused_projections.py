@@ -15,6 +15,7 @@ import lightning_optim as lo
 from lightning_optim import optim
 from lightning_optim.factory.plan import Plan, plan_groups
 from lightning_optim.factory.plan_text import format_plan
+from lightning_optim.optim.matrix_form import matrix_form
 from lightning_optim.optim.newton_schulz import COEFFICIENTS
 from lightning_optim.param_groups import ParamGroupRule
 
@@ -149,13 +150,12 @@ def test_a_flattened_kernel_is_split_by_its_outputs(optimizer_class: Any, backen
 @both
 def test_pieces_are_batched_with_matrices_of_their_shape_and_each_is_its_own(optimizer_class: Any) -> None:
     torch.manual_seed(0)
-    shapes = [(18, 6), (6, 6), (18, 6)]
-    start = [torch.randn(shape) for shape in shapes]
-    splits: list[Any] = [3, None, (12, 3, 3)]
+    start = [torch.randn(shape) for shape in [(18, 6), (6, 6), (18, 6), (18, 6), (3, 6)]]
+    keys: list[dict[str, Any]] = [{"split": 3}, {}, {"split": (12, 3, 3)}, {"split": 3, "split_repeats": 2}, {}]
     together = [nn.Parameter(x.clone()) for x in start]
     alone = [nn.Parameter(x.clone()) for x in start]
-    one = optimizer_class([{"params": [p], "split": s} for p, s in zip(together, splits, strict=True)], lr=0.1)
-    others = [optimizer_class([p], lr=0.1, split=s) for p, s in zip(alone, splits, strict=True)]
+    one = optimizer_class([{"params": [p], **its} for p, its in zip(together, keys, strict=True)], lr=0.1)
+    others = [optimizer_class([p], lr=0.1, **its) for p, its in zip(alone, keys, strict=True)]
     for a, b in zip(together, alone, strict=True):
         a.grad = torch.randn_like(a)
         b.grad = a.grad.clone()
@@ -229,6 +229,31 @@ def test_a_checkpoint_keeps_splits_and_continues(optimizer_class: Any) -> None:
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [group["split"] for group in other.param_groups][:2] == [None, 3]
+
+
+def test_groups_that_a_checkpoint_has_apart_keep_their_own_split() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.warns(UserWarning, match="Fused projections"):
+        saved = optim.Muon(optim.muon_param_groups(layer)).state_dict()
+    whole = optim.Muon(layer.named_parameters(), split=None)
+    whole.load_state_dict(saved)
+    assert [group["split"] for group in whole.param_groups if group.get("rule") is None] == [None]
+
+
+def test_other_layouts_of_memory_change_nothing() -> None:
+    torch.manual_seed(0)
+    kernel, grad = torch.randn(12, 4, 2, 2), torch.randn(12, 4, 2, 2)
+    matrix, of_matrix = torch.randn(12, 6), torch.randn(12, 6)
+    results = []
+    for odd in (False, True):
+        first = nn.Parameter(kernel.clone(memory_format=torch.channels_last if odd else torch.contiguous_format))
+        second = nn.Parameter(matrix.T.contiguous().T if odd else matrix.clone())
+        for cls in (optim.Muon, optim.NorMuon):
+            first.grad, second.grad = grad.clone(), of_matrix.clone()
+            cls([first, second], lr=0.1, split=(6, 3, 3)).step()
+        results.append((first.detach().contiguous(), second.detach().contiguous()))
+    for plain, odd_one in zip(*results, strict=True):
+        torch.testing.assert_close(plain, odd_one, rtol=0, atol=1e-6)
 
 
 def test_state_of_other_rows_is_refused() -> None:
@@ -407,6 +432,9 @@ def test_the_plan_shows_what_each_parameter_is_and_the_factory_says_it_once(caps
     text = format_plan(Plan(groups=plan_groups(optimizer)), parameters=True)
     assert "default: matrix [8, 8]; kernel as matrix [8, 72]" in text
     assert "default_qkv: split into 3 x [8, 8]" in text
+    assert str(matrix_form(torch.zeros(24, 8), {"flatten": None, "split": 3, "split_repeats": 2})) == (
+        "split into 3 x [8, 8], interleaved 2 times"
+    )
     assert "default_stacks: stack of 3, each [8, 8]" in text
     assert "default_stacks_gate_up: stack of 3, each split into 2 x [8, 8]" in text
     assert "attn.in_proj_weight  [24, 8]  (split into 3 x [8, 8])" in text

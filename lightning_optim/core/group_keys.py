@@ -39,6 +39,9 @@ GROUP_KEYS = MappingProxyType(
         "lr_multiplier": GroupKey("Factor by which the learning rate has been multiplied.", configured=True),
         "frozen_until": GroupKey("Duration for which the group is frozen.", configured=True),
         "not_hidden": GroupKey("Reason, by parameter name, why it is not a hidden matrix.", configured=True),
+        "fused_projections": GroupKey(
+            "Kind, by parameter name, of fused projections found by themselves.", configured=True
+        ),
         "rounding_seed": GroupKey("Seed of stochastic rounding.", Range(whole=True), configured=True, option=True),
         "initial_lr": GroupKey("Learning rate from which a scheduler starts.", NON_NEGATIVE, scheduled=True),
         "max_lr": GroupKey("Highest learning rate of torch's cyclic schedulers.", scheduled=True),

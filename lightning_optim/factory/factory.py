@@ -24,6 +24,7 @@ from lightning_optim.factory.resume import OptimizerResume
 from lightning_optim.factory.resume_scheduler import resume_scheduler
 from lightning_optim.factory.run_length import RunLength, horizon_of
 from lightning_optim.factory.trainer_clipping import let_others_clip
+from lightning_optim.optim.fused_groups import FUSED, fused_note
 from lightning_optim.param_groups import Entry, ParamGroupRule, build_param_groups, check_rules, lost_matches
 from lightning_optim.schedules import Schedule, Scheduler, Warmup
 from lightning_optim.schedules.plateau import Observer, ReduceOnPlateau
@@ -146,7 +147,10 @@ class OptimizerFactory:
         model = unwrap_module(model)
         # Muon, for one, treats parts of a group differently, and sees which from the modules.
         groups_of = getattr(self._optimizer.cls, "groups_of", build_param_groups)
-        optimizer = self._optimizer.make_for(model, groups_of(model, self._rules))
+        groups = groups_of(model, self._rules)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".*{FUSED}")  # It is said below, and by the plan.
+            optimizer = self._optimizer.make_for(model, groups)
         for group in optimizer.param_groups:
             found = 1.0 if self._found_lr is None else self._found_lr / float(optimizer.defaults["lr"])
             for key in {"lr", "peak_lr"} & group.keys():
@@ -157,7 +161,8 @@ class OptimizerFactory:
         else:
             scheduler = self._schedule(optimizer)
             resume_scheduler(scheduler, self._on_resume == "config", self._tell)
-        for note in lost_matches(model, self._rules):
+        fused = fused_note(optimizer.param_groups)
+        for note in [*lost_matches(model, self._rules), *([fused] if fused else [])]:
             about(optimizer).notes.append(note)
             self._tell(note, False)
         track_added_groups(optimizer, model if owner is None else owner)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ class GroupPlan:
         schedule: The schedule of its own; None for that of all groups.
         not_hidden: By name, the kind of each parameter that an optimizer of hidden matrices leaves to AdamW.
         decay_kind: Kind of its weight decay, if that is not the usual one of the optimizer.
+        forms: By name, the matrices that its rule takes each parameter to be; empty for a rule of single elements.
     """
 
     name: str
@@ -54,6 +55,7 @@ class GroupPlan:
     schedule: str | None = None
     not_hidden: Mapping[str, str] = field(default_factory=dict)
     decay_kind: str | None = None
+    forms: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def plan_groups(optimizer: Optimizer) -> list[GroupPlan]:
                 schedule=None if group.get("schedule") is None else str(group["schedule"]),
                 not_hidden=dict(group.get("not_hidden", {})),
                 decay_kind=_decay_kind(optimizer, group),
+                forms=dict(_forms(optimizer, group, names)),
             )
         )
     return plans
@@ -207,6 +210,16 @@ def _betas(group: Mapping[str, Any]) -> tuple[float, ...] | None:
     if betas is None or isinstance(betas, Tensor):
         return None
     return tuple(float(beta) for beta in betas) if isinstance(betas, tuple | list) else (float(betas),)
+
+
+def _forms(optimizer: Optimizer, group: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and form of each parameter of a group whose rule updates matrices."""
+    if not isinstance(optimizer, FusedOptimizer):
+        return
+    rule = optimizer.rule_of(group)
+    for name, param in zip(names, group["params"], strict=True):
+        if not isinstance(param, UninitializedParameter) and (form := rule.form(param, group)) is not None:
+            yield name, form
 
 
 def _shape(param: Tensor) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ def format_plan(plan: Plan, parameters: bool = False, width: int = 72) -> str:
     if plan.groups:
         lines += ["", *_table(plan.groups, parameters)]
         lines += [f"{group.name}: {_left_out(group.not_hidden)}." for group in plan.groups if group.not_hidden]
+        lines += [line for group in plan.groups for line in _fact(group.name, _forms(group.forms)) if group.forms]
     for curve in plan.curves:
         lines += ["", *_plot(curve, total, max(width, 20))]
     lines += [f"\nNote: {note}" for note in plan.notes]
@@ -56,8 +57,10 @@ def _table(groups: Sequence[GroupPlan], parameters: bool) -> list[str]:
         row += ["-" if group.weight_decay is None else f"{group.weight_decay:g}", group.rule, _bytes(group.state_bytes)]
         rows.append([*row, *(show(group) for show in further.values())])
         if parameters:
+            plain = {name: f"matrix {list(shape)}" for name, shape in group.parameters}
+            about = {name: form for name, form in group.forms.items() if form != plain[name]} | dict(group.not_hidden)
             details[len(rows) - 1] = [
-                f"    {name}  {list(shape)}" + (f"  ({group.not_hidden[name]})" if name in group.not_hidden else "")
+                f"    {name}  {list(shape)}" + (f"  ({about[name]})" if name in about else "")
                 for name, shape in group.parameters
             ]
     sizes = [group.state_bytes for group in groups]
@@ -107,6 +110,14 @@ def _left_out(reasons: Mapping[str, str]) -> str:
         named = "" if kind == "vector" else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         parts.append(f"{len(names):,} {kind}{'s' if len(names) > 1 else ''}{named}")
     return f"no hidden matrices, so {', '.join(parts)} go to AdamW"
+
+
+def _forms(forms: Mapping[str, str]) -> str:
+    """The matrices that the parameters of a group consist of, those of one form counted."""
+    counts: dict[str, int] = {}
+    for form in forms.values():
+        counts[form] = counts.get(form, 0) + 1
+    return "; ".join(f"{count:,} x {form}" if count > 1 else form for form, count in counts.items())
 
 
 def _bytes(count: int | None) -> str:

@@ -176,6 +176,10 @@ class Rule:
         """Return the reason why this rule cannot update ``param`` of ``group``, as a sentence; None if it can."""
         return None
 
+    def form(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
+        """Return the matrices that this rule takes ``param`` to be, in words, for plans; None if it has no matrices."""
+        return None
+
     def decay(self, group: Mapping[str, Any], usual: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
         """Return the decay coefficients (c, l2): c·w is subtracted in addition to the update, l2·w joins the gradient.
 

@@ -18,6 +18,7 @@ from lightning_optim.kernels.base import largest
 from lightning_optim.kernels.pieces import norm
 from lightning_optim.kernels.rules import Scalar, TensorRule, minimum, sqrt
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.matrix_form import refuse_split
 from lightning_optim.optim.shared_options import SharedOptions
 
 
@@ -167,6 +168,10 @@ class Adafactor(FusedOptimizer):
     paper: lr bounds ρ, and ε₁ bounds v from below instead of being added to g². Steps are relative to the RMS of the
     weights. For bf16 parameters ε₁ and the state are those of float32.
 
+    Each matrix of a stack, such as experts, has rows and columns of its own, and RMS(w) and RMS(u) are those of the
+    whole tensor. Convolution kernels have a row and a column for each pair of channels, as in torch, which saves little
+    memory.
+
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
         lr: The largest relative step size ρ; the paper's is 0.01. A float or a one-element tensor.
@@ -230,6 +235,7 @@ class Adafactor(FusedOptimizer):
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
         """Implement `FusedOptimizer.check`."""
+        refuse_split(cls.__name__, group, "its rows, columns and step size are those of the whole tensor, as in torch")
         if group["eps"][1] is None:
             raise ValueError("Adafactor: Invalid eps[1]=None: must be a number of at least 0. Only eps[0] may be None.")
 

@@ -33,7 +33,7 @@ class Loadable(Ruled, Protocol):
     def __setstate__(self, state: dict[str, Any]) -> None: ...
 
 
-OF_PARAMETERS = ("flatten",)
+OF_PARAMETERS = ("flatten", "split", "split_dim", "split_repeats")
 """Group keys that describe the parameters rather than how they are updated."""
 
 
@@ -63,7 +63,7 @@ def load_state_dict(optimizer: Loadable, state_dict: Mapping[str, Any]) -> None:
         # Names keep their values, because they identify the present parameters of the group. So do keys that torch does
         # not save, and descriptions of parameters if these come from saved groups with different descriptions.
         own = {"params"} if by_position else set(PARAMS)
-        own |= {key for key in OF_PARAMETERS if len({owners[saved].get(key) for saved in ids_of_group}) > 1}
+        own |= {key for key in OF_PARAMETERS if len({str(owners[saved].get(key)) for saved in ids_of_group}) > 1}
         sources.append({k: v for k, v in source.items() if k not in own})
     known = {saved for ids_of_group in ids for saved in ids_of_group}
     state: defaultdict[Any, Any] = defaultdict(dict)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -14,14 +15,18 @@ from typing_extensions import Unpack
 from lightning_optim.core.ranges import FRACTION, NON_NEGATIVE, Range, ranges_of
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.typed import checked
+from lightning_optim.core.user_frame import depth_outside
 from lightning_optim.optim.adamw import AdamW
-from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.base import FusedOptimizer, class_of_rule
+from lightning_optim.optim.fused_groups import cut_by_fused, fused_note, resolve_split
 from lightning_optim.optim.hyperparameters import check_lengths, check_numbers
+from lightning_optim.optim.matrix_form import check_form
+from lightning_optim.optim.matrix_groups import cut_by_form
 from lightning_optim.optim.matrix_scale import SCALES
 from lightning_optim.optim.ns_coefficients import iterations
 from lightning_optim.optim.shared_options import SharedOptions
-from lightning_optim.param_groups import Entry, NamedParameter, build_param_groups, named_parameters, why_not_hidden
-from lightning_optim.param_groups.parts import is_stack
+from lightning_optim.param_groups import Entry, build_param_groups, named_parameters, why_not_hidden
+from lightning_optim.param_groups.fused import find_fused
 
 
 @checked
@@ -29,8 +34,10 @@ def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dic
     """Build parameter groups for `Muon` or `NorMuon`: those of `build_param_groups`, each split into two.
 
     Parameters that are not hidden matrices (`lightning_optim.param_groups.why_not_hidden`) get a second group with
-    ``rule="adamw"``. The constructor of the optimizer does the same, but recognises embeddings by their names only;
-    this function also inspects the modules. Groups that have the key `rule` already are not split.
+    ``rule="adamw"``. Stacks of matrices, such as experts, and fused projections, such as query, key and value in one
+    weight, get groups of their own with the keys `flatten` and `split`. The constructor of the optimizer does the same,
+    but only by names; this function also inspects the modules. Groups that have the key `rule` already are not split,
+    and those with `flatten` or `split` keep their values.
 
     Args:
         model: The model.
@@ -47,6 +54,7 @@ def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dic
         default_adamw adamw ['tokens.weight', 'body.bias', 'head.weight', 'head.bias']
     """
     found = {id(one.parameter): one for one in named_parameters(model)}
+    modules = dict(model.named_modules(remove_duplicate=False))
     groups: list[dict[str, Any]] = []
     for group in build_param_groups(model, rules):
         if "rule" in group:
@@ -54,7 +62,11 @@ def muon_param_groups(model: nn.Module, rules: Sequence[Entry] = ()) -> list[dic
             continue
         known = [found[id(param)] for _, param in group["params"]]
         for part in split_group(group, [one.not_hidden for one in known]):
-            groups += [part] if "rule" in part else _split_by_form(part, found)
+            if "rule" in part:
+                groups.append(part)
+                continue
+            for form in cut_by_form(part, found):
+                groups += cut_by_fused(form, [find_fused(found[id(param)], modules) for _, param in form["params"]])
     return groups
 
 
@@ -81,27 +93,6 @@ def split_group(group: Mapping[str, Any], not_hidden: Sequence[str | None]) -> l
     return parts
 
 
-def _split_by_form(group: dict[str, Any], found: Mapping[int, NamedParameter]) -> Iterator[dict[str, Any]]:
-    """Set `flatten` of ``group`` for kernels or stacks of matrices; split the group if it has both."""
-    forms: dict[bool, list[Any]] = {}
-    matrices = []
-    for name, param in group["params"]:
-        if found[id(param)].dim == 2:
-            matrices.append((name, param))
-        else:
-            forms.setdefault(not is_stack(param, found[id(param)].modules), []).append((name, param))
-    if "flatten" in group or not forms:
-        yield group
-        return
-    if len(forms) == 1:
-        yield {**group, "flatten": next(iter(forms))}
-        return
-    name = {"name": f"{group['name']}_stacks"} if "name" in group else {}
-    stacks = {id(param) for _, param in forms[False]}
-    yield {**group, "params": [entry for entry in group["params"] if id(entry[1]) not in stacks], "flatten": True}
-    yield {**group, **name, "params": forms[False], "flatten": False}
-
-
 _NEEDED = ("betas", "eps")
 """Settings for AdamW that cannot be those of the other groups."""
 
@@ -124,10 +115,12 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         TypeError: An option is unknown.
     """
 
-    structured = frozenset({"ns_coefficients"})
+    structured = frozenset({"ns_coefficients", "split"})
     ranges: ClassVar[Mapping[str, Range]] = {
         "momentum": Range(0, 1, below=True),
         "ns_steps": Range(1, 99, whole=True),
+        "split_dim": Range(whole=True, tensor=False),
+        "split_repeats": Range(1, whole=True, tensor=False),
         "adamw_lr": replace(NON_NEGATIVE, optional=True),
         "adamw_betas": FRACTION,
         "adamw_eps": NON_NEGATIVE,
@@ -150,6 +143,8 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         check_lengths(type(self).__name__, named, lengths)
         check_numbers(type(self).__name__, named, ranges_of(type(self)))
         super().__init__(params, defaults, **options)
+        if note := fused_note(self.param_groups):
+            warnings.warn(f"{type(self).__name__}: {note}", stacklevel=depth_outside())
 
     groups_of = staticmethod(muon_param_groups)
     """Function by which `OptimizerFactory` builds the parameter groups of a model for this class."""
@@ -166,14 +161,18 @@ class HiddenMatrixOptimizer(FusedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, with parameters that are not hidden matrices in a separate group; see the class."""
-        params = param_group["params"]
-        if param_group.get("rule") is not None or isinstance(params, set):  # torch refuses sets.
+        params, rule = param_group["params"], param_group.get("rule")
+        if isinstance(params, set):  # torch refuses sets.
             parts = [param_group]
         else:
             params = [params] if isinstance(params, Tensor) else list(params)
-            parts = split_group({**param_group, "params": params}, [_looks_like(entry) for entry in params])
+            parts = [{**param_group, "params": params}]
+            if rule is None:
+                parts = split_group(parts[0], [_looks_like(entry) for entry in params])
         count = len(self.param_groups)
         try:
+            if rule is None or issubclass(class_of_rule(rule), HiddenMatrixOptimizer):
+                parts = [own for part in parts for own in resolve_split(part, self.defaults["split"])]
             for part in parts or [param_group]:
                 super().add_param_group(self._adamw | part if part.get("rule") == "adamw" else part)
         except Exception:
@@ -187,8 +186,7 @@ class HiddenMatrixOptimizer(FusedOptimizer):
     def check(cls, group: Mapping[str, Any]) -> None:
         """Implement `FusedOptimizer.check`."""
         adjust = group["adjust_lr_fn"]
-        if not (group["flatten"] is None or isinstance(group["flatten"], bool)):
-            raise ValueError(f"{cls.__name__}: Invalid flatten={group['flatten']!r}: must be None, True or False.")
+        check_form(cls.__name__, group, auto=True)
         if adjust not in (None, *SCALES):
             raise ValueError(
                 f"{cls.__name__}: Invalid adjust_lr_fn={adjust!r}: must be None or the name of a factor. "

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from lightning_optim.kernels.rules import Scalar, UpdateRule, absolute, minimum, sqrt, where
 from lightning_optim.kernels.weight_decay import decay_form
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.matrix_form import refuse_split
 from lightning_optim.optim.moments import update_moments
 from lightning_optim.optim.shared_options import SharedOptions
 
@@ -108,7 +109,8 @@ class LAMB(FusedOptimizer):
     ``always_adapt``. This is Algorithm 2 of the paper with φ the identity, and `timm.optim.Lamb(max_grad_norm=None)`.
     By default timm's and NVIDIA's optimizers also clip the global gradient norm to 1; use
     `GradientClipping(max_norm=1.0)` for that. With ``cautious``, components of Adam's direction are left out, and the
-    ratio is that of the whole u, whereas timm uses that of the remaining components.
+    ratio is that of the whole u, whereas timm uses that of the remaining components. A stack of matrices, such as
+    experts, and a fused projection are one tensor with one ratio, as in all published code.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -174,6 +176,11 @@ class LAMB(FusedOptimizer):
             },
             **options,
         )
+
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        """Implement `FusedOptimizer.check`."""
+        refuse_split(cls.__name__, group, "its trust ratio is that of the whole tensor, as published")
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> UpdateRule:

@@ -13,6 +13,7 @@ from lightning_optim.core.ranges import NON_NEGATIVE, Range
 from lightning_optim.kernels.rules import Scalar, UpdateRule, minimum, sqrt, where
 from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.matrix_form import refuse_split
 from lightning_optim.optim.shared_options import SharedOptions
 
 
@@ -109,7 +110,8 @@ class LARS(FusedOptimizer):
         w ← w − lr·b,   or with Nesterov momentum   w ← w − lr·(ratio·(g + λ·w) + μ·b)
 
     The ratio is 1 where either norm is 0, and for groups without weight decay (biases, norms) unless ``always_adapt``.
-    This is Algorithm 1 of the paper and `timm.optim.Lars`.
+    This is Algorithm 1 of the paper and `timm.optim.Lars`. A stack of matrices, such as experts, and a fused projection
+    are one tensor with one ratio, as in all published code.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -185,6 +187,7 @@ class LARS(FusedOptimizer):
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
         """Implement `FusedOptimizer.check`."""
+        refuse_split(cls.__name__, group, "its trust ratio is that of the whole tensor, as published")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             given = f"momentum={group['momentum']}, dampening={group['dampening']}"
             raise ValueError(f"LARS: nesterov=True needs momentum above 0 and dampening=0, not {given}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from typing_extensions import Unpack
 
 from lightning_optim.kernels.rules import Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
+from lightning_optim.optim.matrix_form import AUTO, MatrixForm, matrix_form
 from lightning_optim.optim.matrix_scale import step_ratio
 from lightning_optim.optim.newton_schulz import orthogonalize_stack
 from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients, iterations
@@ -36,13 +36,22 @@ class MuonRule(TensorRule):
                 "flatten=False or flatten=True in its group, use the groups of muon_param_groups(model), which "
                 "inspects the modules, or give it rule='adamw'."
             )
+        try:
+            matrix_form(param, group)
+        except ValueError as error:
+            return str(error)
         return None
+
+    def form(self, param: Tensor, group: Mapping[str, Any]) -> str:
+        """Implement `Rule.form`."""
+        kernel = "kernel as " if param.dim() > 2 and group["flatten"] is not False else ""
+        return f"{kernel}{matrix_form(param, group)}"
 
     def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
         """Return a key that is equal for matrices of one shape or its transpose with equal settings."""
-        _, rows, columns = matrix_shape(param, group)
+        shapes = tuple((min(shape), max(shape)) for shape in matrix_form(param, group).shapes)
         settings = (iterations(group["ns_coefficients"], group["ns_steps"]), group["eps"])
-        return min(rows, columns), max(rows, columns), settings
+        return shapes, settings
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return a momentum of zeros."""
@@ -61,13 +70,17 @@ class MuonRule(TensorRule):
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
         """Implement `TensorRule.update`."""
-        buffers, directions = directions_of(grads, states, scalars, groups, groups[0]["eps"])
+        forms = list(map(matrix_form, grads, groups))
+        buffers, directions = directions_of(grads, states, scalars, groups, forms, groups[0]["eps"])
 
         def deltas() -> Iterator[Tensor]:
-            for grad, direction, numbers, group in zip(grads, directions, scalars, groups, strict=True):
-                step_size = numbers["lr"] * step_ratio(direction, group["adjust_lr_fn"])
-                rows_first = direction.to(grad.dtype, memory_format=torch.contiguous_format)
-                yield rows_first.mul_(step_size).view(grad.shape)
+            for grad, form, taken, numbers, group in zip(grads, forms, directions, scalars, groups, strict=True):
+                scaled = []
+                for direction in taken:
+                    step_size = numbers["lr"] * step_ratio(direction, group["adjust_lr_fn"])
+                    rows_first = direction.to(grad.dtype, memory_format=torch.contiguous_format)
+                    scaled.append(rows_first.mul_(step_size))
+                yield form.put(scaled).view(grad.shape)
 
         return deltas(), [{"momentum_buffer": buffer} for buffer in buffers]
 
@@ -77,8 +90,9 @@ def directions_of(
     states: Sequence[dict[str, Tensor]],
     scalars: Sequence[dict[str, Tensor]],
     groups: Sequence[Mapping[str, Any]],
+    forms: Sequence[MatrixForm],
     eps: float,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Return the new momentum in the shapes of ``grads``, and the orthogonalised momentum in bfloat16, as published.
 
     Args:
@@ -86,34 +100,29 @@ def directions_of(
         states: States with `momentum_buffer` in the shape of each gradient.
         scalars: Scalars of the rule, shape [] each.
         groups: Parameter group of each gradient.
+        forms: How each gradient is cut into matrices.
         eps: Smallest norm that the Newton-Schulz iteration divides by.
 
     Returns:
-        New buffers, and orthogonalised matrices, [rows, columns] or [matrices, rows, columns] each.
+        New buffers; and for each gradient its orthogonalised matrices, as `MatrixForm.take` cuts them.
     """
     buffers: list[Tensor] = []
 
-    def matrices() -> Iterator[Tensor]:
+    def momenta() -> Iterator[Tensor]:
         for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
             buffer = state["momentum_buffer"].lerp(grad, numbers["one_minus_momentum"])
             buffers.append(buffer)
-            lead, rows, columns = matrix_shape(grad, group)
-            matrix = grad.lerp(buffer, numbers["momentum"]) if group["nesterov"] else buffer
-            yield matrix.reshape(*lead, rows, columns)
+            yield grad.lerp(buffer, numbers["momentum"]) if group["nesterov"] else buffer
 
     schedule = iterations(groups[0]["ns_coefficients"], groups[0]["ns_steps"])
-    return buffers, orthogonalize_stack(matrices(), schedule, eps)
-
-
-def matrix_shape(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ...], int, int]:
-    """Return the shape as which a parameter is orthogonalised: (matrices,) or () for a single one, rows, columns.
-
-    Convolution kernels, and other tensors that the group flattens, are output channels × the rest.
-    """
-    if param.dim() == 2 or group["flatten"] is not False:
-        return (), param.shape[0], param.shape[1:].numel()
-    *lead, rows, columns = param.shape
-    return (math.prod(lead),), rows, columns
+    taken = (form.take(momentum) for form, momentum in zip(forms, momenta(), strict=True))
+    count = len(forms[0].shapes)  # Each has as many (`MuonRule.together`), and shapes at one place are alike.
+    if count == 1:
+        directions = orthogonalize_stack((matrices for (matrices,) in taken), schedule, eps)
+        return buffers, [[direction] for direction in directions]
+    places = zip(*taken, strict=True)
+    done = [orthogonalize_stack(matrices, schedule, eps) for matrices in places]
+    return buffers, [list(directions) for directions in zip(*done, strict=True)]
 
 
 class Muon(HiddenMatrixOptimizer):
@@ -155,6 +164,15 @@ class Muon(HiddenMatrixOptimizer):
             channels × the rest; False for stacks of matrices, such as experts, each orthogonalised separately. None
             treats four and more dimensions as kernels and refuses three, which are ambiguous; `muon_param_groups`
             inspects the modules.
+        split: Pieces of a fused projection, each orthogonalised separately and scaled by its own shape: a number of
+            equal blocks, such as 3 for query, key and value; a list of sizes, such as (1024, 256, 256) with grouped
+            queries; None for whole matrices. With `auto`, projections that `muon_param_groups` has found, or the
+            constructor by their names, have a `split` of their own, and others are whole. A number or sizes must fit
+            every matrix, so they are usually given per group.
+        split_dim: Dimension that is split: -2 for the rows of each matrix (the outputs of `nn.Linear`), -1 for its
+            columns; or counted from 0 as the dimensions of the parameter.
+        split_repeats: How often the blocks are repeated, as in [heads, 3, head size]; blocks of the same place form one
+            matrix.
         adamw_lr: Learning rate of the groups for AdamW; None for AdamW's own default, 1e-3, or with `match_rms_adamw`,
             whose scale is AdamW's, for ``lr``.
         adamw_betas: Betas of the groups for AdamW; β₂ = 0.95 rather than 0.999, as with Muon in language models.
@@ -198,6 +216,9 @@ class Muon(HiddenMatrixOptimizer):
         adjust_lr_fn: str | None = None,
         *,
         flatten: bool | None = None,
+        split: int | Sequence[int] | str | None = AUTO,
+        split_dim: int = -2,
+        split_repeats: int = 1,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
@@ -216,6 +237,9 @@ class Muon(HiddenMatrixOptimizer):
                 "ns_steps": ns_steps,
                 "adjust_lr_fn": adjust_lr_fn,
                 "flatten": flatten,
+                "split": split,
+                "split_dim": split_dim,
+                "split_repeats": split_repeats,
             },
             {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay},
             **options,

@@ -14,8 +14,9 @@ from typing_extensions import Unpack
 from lightning_optim.core.ranges import FRACTION, Range
 from lightning_optim.kernels.rules import Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
+from lightning_optim.optim.matrix_form import AUTO, matrix_form
 from lightning_optim.optim.matrix_scale import step_ratio
-from lightning_optim.optim.muon import MuonRule, directions_of, matrix_shape
+from lightning_optim.optim.muon import MuonRule, directions_of
 from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients
 from lightning_optim.optim.shared_options import SharedOptions
 
@@ -29,8 +30,9 @@ class NorMuonRule(MuonRule):
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return a momentum of zeros, and a mean square of zero for each row."""
-        lead, rows, _ = matrix_shape(param, group)
-        return super().init_state(param, group) | {"second_momentum_buffer": param.new_zeros(*lead, rows, 1)}
+        of_rows = matrix_form(param, group).of_rows
+        rows = param.new_zeros(*of_rows.lead, of_rows.rows, of_rows.columns)
+        return super().init_state(param, group) | {"second_momentum_buffer": rows}
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
         """Scalars of Muon, and the weight of the newest squares in those of the rows."""
@@ -45,20 +47,26 @@ class NorMuonRule(MuonRule):
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Implement `TensorRule.update`."""
-        buffers, directions = directions_of(grads, states, scalars, groups, NEWTON_SCHULZ_EPS)
+        forms = list(map(matrix_form, grads, groups))
+        buffers, directions = directions_of(grads, states, scalars, groups, forms, NEWTON_SCHULZ_EPS)
         deltas, new_states = [], []
         for i, (grad, group, numbers) in enumerate(zip(grads, groups, scalars, strict=True)):
-            direction = directions[i].to(grad.dtype)
-            squares = direction.square().mean(-1, keepdim=True)
-            rows = states[i]["second_momentum_buffer"].lerp(squares, numbers["one_minus_beta2"])
-            normalized = direction / (rows.sqrt() + group["eps"])
-            if group["adjust_lr_fn"] == "match_rms_adamw":
-                size: Any = 0.2 * math.sqrt(direction.shape[-2:].numel())
-            else:
-                size = _norm(direction) * step_ratio(direction, group["adjust_lr_fn"])
-            scale = numbers["lr"] * size / (_norm(normalized) + group["eps"])
-            deltas.append(normalized.mul_(scale).reshape(grad.shape))
-            new_states.append({"momentum_buffer": buffers[i], "second_momentum_buffer": rows})
+            form = forms[i]
+            old = form.of_rows.take(states[i]["second_momentum_buffer"])
+            steps, new = [], []
+            for matrices, of_rows in zip(directions[i], old, strict=True):
+                direction = matrices.to(grad.dtype)
+                squares = direction.square().mean(-1, keepdim=True)
+                rows = of_rows.lerp(squares, numbers["one_minus_beta2"])
+                normalized = direction / (rows.sqrt() + group["eps"])
+                if group["adjust_lr_fn"] == "match_rms_adamw":
+                    size: Any = 0.2 * math.sqrt(direction.shape[-2:].numel())
+                else:
+                    size = _norm(direction) * step_ratio(direction, group["adjust_lr_fn"])
+                steps.append(normalized.mul_(numbers["lr"] * size / (_norm(normalized) + group["eps"])))
+                new.append(rows)
+            deltas.append(form.put(steps).reshape(grad.shape))
+            new_states.append({"momentum_buffer": buffers[i], "second_momentum_buffer": form.of_rows.put(new)})
         return deltas, new_states
 
 
@@ -103,6 +111,15 @@ class NorMuon(HiddenMatrixOptimizer):
             channels × the rest; False for stacks of matrices, such as experts, each orthogonalised separately. None
             treats four and more dimensions as kernels and refuses three, which are ambiguous; `muon_param_groups`
             inspects the modules.
+        split: Pieces of a fused projection, each orthogonalised separately and scaled by its own shape: a number of
+            equal blocks, such as 3 for query, key and value; a list of sizes, such as (1024, 256, 256) with grouped
+            queries; None for whole matrices. With `auto`, projections that `muon_param_groups` has found, or the
+            constructor by their names, have a `split` of their own, and others are whole. A number or sizes must fit
+            every matrix, so they are usually given per group.
+        split_dim: Dimension that is split: -2 for the rows of each matrix (the outputs of `nn.Linear`), -1 for its
+            columns; or counted from 0 as the dimensions of the parameter.
+        split_repeats: How often the blocks are repeated, as in [heads, 3, head size]; blocks of the same place form one
+            matrix.
         adamw_lr: Learning rate of the groups for AdamW; None for AdamW's own default, 1e-3, or with `match_rms_adamw`,
             whose scale is AdamW's, for ``lr``.
         adamw_betas: Betas of the groups for AdamW; β₂ = 0.95 rather than 0.999, as with Muon in language models.
@@ -147,6 +164,9 @@ class NorMuon(HiddenMatrixOptimizer):
         adjust_lr_fn: str | None = None,
         *,
         flatten: bool | None = None,
+        split: int | Sequence[int] | str | None = AUTO,
+        split_dim: int = -2,
+        split_repeats: int = 1,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
@@ -166,6 +186,9 @@ class NorMuon(HiddenMatrixOptimizer):
                 "ns_steps": ns_steps,
                 "adjust_lr_fn": adjust_lr_fn,
                 "flatten": flatten,
+                "split": split,
+                "split_dim": split_dim,
+                "split_repeats": split_repeats,
             },
             {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay},
             **options,

@@ -17,6 +17,8 @@ from lightning_optim.kernels.base import largest
 from lightning_optim.kernels.rules import Scalar, TensorRule, sqrt, where
 from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_coefficients, decay_form
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.matrix_form import MatrixForm, check_form, matrix_form
+from lightning_optim.optim.matrix_groups import stack_param_groups
 from lightning_optim.optim.shared_options import SharedOptions
 
 Bases = list[Tensor | None]  # One basis per dimension, [size, size]; None for a dimension that is not rotated.
@@ -29,13 +31,43 @@ class SOAPRule(TensorRule):
     counts_calls: ClassVar[bool] = True
     first_moment: ClassVar[str | None] = "exp_avg"
 
+    def why_not(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
+        """Implement `Rule.why_not`."""
+        if param.dim() > 2 and group.get("split") is not None and group["flatten"] is None:
+            return (
+                f"its shape {tuple(param.shape)} may be a stack of matrices or a kernel, and split={group['split']!r} "
+                "needs to know which. Set flatten=False or flatten=True in its group."
+            )
+        try:
+            _form(param, group)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def form(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
+        """Implement `Rule.form`."""
+        if param.dim() < 2:
+            return None
+        form = _form(param, group)
+        sizes = param.shape if form is None else (size for shape in form.shapes for size in shape)
+        large = sorted({size for size in sizes if size > group["max_precondition_dim"]})
+        text = f"{'matrix' if param.dim() == 2 else 'tensor'} {list(param.shape)}" if form is None else str(form)
+        return f"{text}, no basis for {', '.join(map(str, large))}" if large else text
+
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return zero moments, and `GG_<dim>` of zeros and `Q_<dim>` for each preconditioned dimension."""
+        """Return zero moments, and `GG_<dim>` of zeros and `Q_<dim>` for each preconditioned dimension.
+
+        For matrices in stacks they are [matrices, size, size]; the further sizes of unequal pieces have the names
+        `GG_<dim>_<run>` and `Q_<dim>_<run>`.
+        """
         state = {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in self.state}
-        for dim in _preconditioned(param, group):
-            size = param.shape[dim]
-            state[f"GG_{dim}"] = param.new_zeros(size, size)
-            state[f"Q_{dim}"] = torch.eye(size, dtype=param.dtype, device=param.device)
+        for run, part in enumerate(_taken(param, _form(param, group))):
+            lead = part.shape[:-2] if part is not param else ()
+            for dim in _preconditioned(part, group, len(lead)):
+                size = part.shape[dim + len(lead)]
+                eye = torch.eye(size, dtype=param.dtype, device=param.device)
+                state[_name("GG", dim, run)] = param.new_zeros(*lead, size, size)
+                state[_name("Q", dim, run)] = eye.repeat(*lead, 1, 1) if lead else eye
         return state
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
@@ -72,30 +104,85 @@ class SOAPRule(TensorRule):
         """Implement `TensorRule.update`."""
         deltas, new_states = [], []
         for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
-            bases: Bases = [state.get(f"Q_{dim}") for dim in range(grad.dim())]
+            form = _form(grad, group)
             exp_avg = state["exp_avg"].lerp(grad, numbers["one_minus_beta1"])
-            most = largest(grad.dtype)
-            exp_avg_sq = _average_square(grad, bases, state["exp_avg_sq"], numbers["one_minus_beta2"], most)
-            direction = _direction(exp_avg, exp_avg_sq, bases, group["eps"])
-            deltas.append(direction.mul_(numbers["step_size"] * numbers["kept"]))
-            new_state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-            count = _count(numbers, group)
-            for dim, basis in enumerate(bases):
-                if basis is None:
-                    continue
-                gram = _gram(grad, dim).clamp_(-most, most)
-                # In the memory of the products, because these matrices are the largest tensors here.
-                torch.lerp(state[f"GG_{dim}"], gram, numbers["one_minus_shampoo_beta"], out=gram)
-                new_state[f"GG_{dim}"] = gram
-                if count == 1:
-                    new_state[f"Q_{dim}"] = _eigenvectors(gram)
-                elif (count - 1) % group["precondition_frequency"] == 0:
-                    new_state[f"Q_{dim}"], order = _power_iteration(gram, basis)
-                    new_state["exp_avg_sq"] = new_state["exp_avg_sq"].index_select(dim, order)
-                else:
-                    new_state[f"Q_{dim}"] = basis
+            new_state = {"exp_avg": exp_avg}
+            of_parts = (_taken(x, form) for x in (grad, exp_avg, state["exp_avg_sq"]))
+            steps, squares = [], []
+            for run, (part, average, square) in enumerate(zip(*of_parts, strict=True)):
+                lead = 0 if form is None else part.dim() - 2
+                step, square = _update_part(part, average, square, run, lead, state, new_state, numbers, group)
+                steps.append(step)
+                squares.append(square)
+            new_state["exp_avg_sq"] = squares[0] if form is None else form.put(squares).reshape(grad.shape)
+            delta = steps[0] if form is None else form.put(steps).reshape(grad.shape)
+            deltas.append(delta.mul_(numbers["step_size"] * numbers["kept"]))
             new_states.append(new_state)
         return deltas, new_states
+
+
+def _update_part(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    run: int,
+    lead: int,
+    state: Mapping[str, Tensor],
+    new_state: dict[str, Tensor],
+    numbers: Mapping[str, Tensor],
+    group: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Update one tensor with a basis for each dimension, or a stack of matrices with bases of their own.
+
+    Args:
+        grad: Shape [..., one for each basis].
+        exp_avg: New first moment, shape of ``grad``.
+        exp_avg_sq: Second moment in the coordinates of the bases, shape of ``grad``.
+        run: Index of the part within its parameter.
+        lead: Number of dimensions in front that count matrices.
+        state: State of the parameter.
+        new_state: Its new state; `GG` and `Q` are added.
+        numbers: Scalars of the rule, shape [] each.
+        group: The parameter group.
+
+    Returns:
+        Adam's direction, and the new second moment, shape of ``grad``.
+    """
+    most = largest(grad.dtype)
+    bases: Bases = [state.get(_name("Q", dim, run)) for dim in range(grad.dim() - lead)]
+    exp_avg_sq = _average_square(grad, bases, exp_avg_sq, numbers["one_minus_beta2"], most)
+    direction = _direction(exp_avg, exp_avg_sq, bases, group["eps"])
+    count = _count(numbers, group)
+    for dim, basis in enumerate(bases):
+        if basis is None:
+            continue
+        name = _name("Q", dim, run)
+        gram = _gram(grad, dim, lead).clamp_(-most, most)
+        # In the memory of the products, because these matrices are the largest tensors here.
+        torch.lerp(state[_name("GG", dim, run)], gram, numbers["one_minus_shampoo_beta"], out=gram)
+        new_state[_name("GG", dim, run)] = gram
+        if count == 1:
+            new_state[name] = _eigenvectors(gram)
+        elif (count - 1) % group["precondition_frequency"] == 0:
+            new_state[name], order = _power_iteration(gram, basis)
+            exp_avg_sq = _reordered(exp_avg_sq, dim + lead, order)
+        else:
+            new_state[name] = basis
+    return direction, exp_avg_sq
+
+
+def _form(param: Tensor, group: Mapping[str, Any]) -> MatrixForm | None:
+    """Return how ``param`` is cut into matrices; None if it has a basis for each dimension as it is."""
+    cut = group.get("split") is not None or (param.dim() > 2 and group.get("flatten") is not None)
+    return matrix_form(param, group) if cut and param.dim() > 1 else None
+
+
+def _taken(tensor: Tensor, form: MatrixForm | None) -> list[Tensor]:
+    return [tensor] if form is None else form.take(tensor)
+
+
+def _name(kind: str, dim: int, run: int) -> str:
+    return f"{kind}_{dim}_{run}" if run else f"{kind}_{dim}"
 
 
 def _average_square(grad: Tensor, bases: Bases, old: Tensor, weight: Tensor, most: float) -> Tensor:
@@ -113,11 +200,11 @@ def _direction(exp_avg: Tensor, exp_avg_sq: Tensor, bases: Bases, eps: float) ->
     return _rotated(root, bases, back=True)
 
 
-def _preconditioned(param: Tensor, group: Mapping[str, Any]) -> list[int]:
-    """Return the dimensions that have a basis."""
-    if param.dim() == 1 and not group["precondition_1d"]:
+def _preconditioned(part: Tensor, group: Mapping[str, Any], lead: int) -> list[int]:
+    """Return the dimensions that have a basis, counted behind the first ``lead``, which count matrices."""
+    if part.dim() == 1 and not group["precondition_1d"]:
         return []
-    return [dim for dim, size in enumerate(param.shape) if size <= group["max_precondition_dim"]]
+    return [dim for dim, size in enumerate(part.shape[lead:]) if size <= group["max_precondition_dim"]]
 
 
 def _count(numbers: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:
@@ -127,41 +214,55 @@ def _count(numbers: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:
 
 def _rotated(x: Tensor, bases: Bases, back: bool = False) -> Tensor:
     """Rotate ``x`` into the coordinates of ``bases``, or back from them."""
+    if x.dim() > len(bases):  # a stack of matrices
+        left, right = bases
+        x = x if left is None else (left if back else left.mT) @ x
+        return x if right is None else x @ (right.mT if back else right)
     for basis in bases:  # Each iteration moves the first dimension to the end.
         x = x.movedim(0, -1) if basis is None else torch.tensordot(x, basis, dims=([0], [int(back)]))
     return x
 
 
-def _gram(grad: Tensor, dim: int) -> Tensor:
-    """Return the Gram matrix of the slices of ``grad`` along ``dim``, [size, size]."""
-    rows = grad.movedim(dim, 0).flatten(1) if grad.dim() > 1 else grad[:, None]
+def _gram(grad: Tensor, dim: int, lead: int) -> Tensor:
+    """Return the Gram matrix of the slices of ``grad`` along ``dim``, [size, size], or of each matrix of a stack."""
+    if lead:
+        rows = grad if dim == 0 else grad.mT
+    else:
+        rows = grad.movedim(dim, 0).flatten(1) if grad.dim() > 1 else grad[:, None]
     return rows @ rows.mT
 
 
+def _reordered(x: Tensor, dim: int, order: Tensor) -> Tensor:
+    """Return ``x`` in another order along ``dim``, which each matrix of a stack has for itself."""
+    if order.dim() == 1:
+        return x.index_select(dim, order)
+    return x.take_along_dim(order[:, :, None] if dim == 1 else order[:, None], dim)
+
+
 def _moderate(gram: Tensor) -> Tensor:
-    """Return ``gram``, [size, size], times a power of two against overflow, which does not change its eigenvectors."""
+    """Return ``gram``, [..., size, size], times powers of two against overflow, which keep its eigenvectors."""
     if not gram.numel():  # torch has no maximum of an empty tensor.
         return gram.clone()
-    least, most = torch.aminmax(gram)
-    return gram * torch.where(torch.maximum(-least, most) > 2.0**100, 2.0**-100, 1.0)
+    most = torch.maximum(-gram.amin((-2, -1), keepdim=True), gram.amax((-2, -1), keepdim=True))
+    return gram * torch.where(most > 2.0**100, 2.0**-100, 1.0)
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
-    """Return the eigenvectors of ``gram`` as columns, [size, size], in descending order of eigenvalues."""
+    """Return the eigenvectors of ``gram`` as columns, [..., size, size], in descending order of eigenvalues."""
     gram = _moderate(gram)
-    finite = gram.isfinite().all()
+    finite = gram.isfinite().flatten(-2).all(-1)[..., None, None]
     # LAPACK raises an error on NaN, which has to propagate to parameters and state as in any other optimizer.
-    gram.masked_fill_(~finite, 0.0).diagonal().add_(torch.where(finite, 1e-30, 1.0))
+    gram.masked_fill_(~finite, 0.0).diagonal(0, -2, -1).add_(torch.where(finite[..., 0], 1e-30, 1.0))
     vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
     del gram
-    return vectors.flip(1).masked_fill_(~finite, torch.nan)
+    return vectors.flip(-1).masked_fill_(~finite, torch.nan)
 
 
 def _power_iteration(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a basis closer to the eigenvectors, [size, size], and the order of the old vectors used for it, [size]."""
+    """Return a basis closer to the eigenvectors, [..., size, size], and the order of the old vectors, [..., size]."""
     product = _moderate(gram) @ basis
-    order = (basis * product).sum(0).argsort(descending=True)
-    product = product[:, order]
+    order = (basis * product).sum(-2).argsort(-1, descending=True)
+    product = product[:, order] if product.dim() == 2 else product.take_along_dim(order[:, None], -1)
     # QR runs in float32, as in the authors' code: it is accurate enough, and every device supports it.
     return torch.linalg.qr(product.float()).Q.to(gram.dtype), order
 
@@ -199,6 +300,13 @@ class SOAP(FusedOptimizer):
         precondition_frequency: Steps between refreshes of the bases; 10, as in the paper, costs little in quality.
         max_precondition_dim: Largest size of a dimension with a basis; larger ones, such as vocabularies, have none.
         precondition_1d: Whether vectors have a basis as well.
+        flatten: Meaning of parameters with more than two dimensions: None for tensors with a basis for each dimension;
+            True for convolution kernels, flattened to output channels × the rest, which merges the bases of the rest;
+            False for stacks of matrices, such as experts, each with bases of its own. The factory sets it for stacks.
+        split: Pieces of a fused projection, each with bases of its own: a number of equal blocks or a list of sizes, as
+            for `Muon`; None for whole matrices, as published.
+        split_dim: Dimension that is split, as for `Muon`.
+        split_repeats: How often the blocks are repeated, as for `Muon`.
         **options: Options that all optimizers share; see `SharedOptions`.
 
     Raises:
@@ -228,7 +336,13 @@ class SOAP(FusedOptimizer):
         "shampoo_beta": replace(FRACTION, optional=True),
         "precondition_frequency": Range(1, whole=True),
         "max_precondition_dim": Range(1, whole=True),
+        "split": Range(1, whole=True, optional=True, tensor=False),
+        "split_dim": Range(whole=True, tensor=False),
+        "split_repeats": Range(1, whole=True, tensor=False),
     }
+    structured = frozenset({"split"})
+    groups_of = staticmethod(stack_param_groups)
+    """Function by which `OptimizerFactory` builds the parameter groups of a model for this class."""
 
     def __init__(
         self,
@@ -241,6 +355,11 @@ class SOAP(FusedOptimizer):
         precondition_frequency: int = 10,
         max_precondition_dim: int = 10000,
         precondition_1d: bool = False,
+        *,
+        flatten: bool | None = None,
+        split: int | Sequence[int] | None = None,
+        split_dim: int = -2,
+        split_repeats: int = 1,
         **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
@@ -254,9 +373,18 @@ class SOAP(FusedOptimizer):
                 "precondition_frequency": precondition_frequency,
                 "max_precondition_dim": max_precondition_dim,
                 "precondition_1d": precondition_1d,
+                "flatten": flatten,
+                "split": split,
+                "split_dim": split_dim,
+                "split_repeats": split_repeats,
             },
             **options,
         )
+
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        """Implement `FusedOptimizer.check`."""
+        check_form(cls.__name__, group, auto=False)
 
     @classmethod
     def rule(cls, group: Mapping[str, Any]) -> TensorRule:

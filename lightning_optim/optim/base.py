@@ -197,8 +197,10 @@ class FusedOptimizer(Optimizer):
         refuse_typos(type(self).__name__, param_group, self.defaults.keys() | owner.hyperparameters().keys())
         own_names = owner.hyperparameters()
         check_lengths(owner.__name__, filled, {n: v for n, v in own_names.items() if n not in owner.structured})
+        # A name that two classes share, such as `split`, has the values of the class whose rule the group has.
+        others = {name: allowed for name, allowed in ranges_of(type(self)).items() if name not in own_names}
         own_ranges = {name: allowed for name, allowed in ranges_of(owner).items() if name in own_names}
-        check_values(owner.__name__, filled, ranges_of(type(self)) | own_ranges, self.defaults | own_names)
+        check_values(owner.__name__, filled, others | own_ranges, self.defaults | own_names)
         shared_options.check_offered(owner, filled)
         owner.check(filled)
         low_precision.check(owner.__name__, filled, self.rule_of(filled))

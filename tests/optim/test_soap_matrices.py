@@ -163,6 +163,16 @@ def test_what_cannot_be_cut_is_refused(settings: dict[str, Any], message: str) -
         optim.SOAP([("w", nn.Parameter(torch.randn(4, 6, 2)))], **settings)
 
 
+def test_groups_by_the_rules_of_each_other_have_the_values_of_the_rule() -> None:
+    weight = nn.Parameter(torch.randn(6, 2))
+    (group,) = optim.SOAP([{"params": [weight], "rule": "muon"}]).param_groups
+    assert group["split"] == "auto"
+    (group,) = optim.Muon([{"params": [weight], "rule": "soap"}]).param_groups
+    assert group["split"] is None
+    with pytest.raises(ValueError, match=r"SOAP: Invalid split='auto'"):
+        optim.Muon([{"params": [weight], "rule": "soap", "split": "auto"}])
+
+
 @pytest.mark.parametrize("optimizer_class", [optim.LAMB, optim.LARS, optim.Adafactor])
 def test_optimizers_of_whole_tensors_refuse_a_split(optimizer_class: Any) -> None:
     weight = nn.Parameter(torch.randn(6, 2))

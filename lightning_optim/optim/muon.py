@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from lightning_optim.kernels.rules import Scalar, TensorRule
+from lightning_optim.kernels.rules import Like, MatrixRule, Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
 from lightning_optim.optim.newton_schulz import COEFFICIENTS, orthogonalize_stack
 from lightning_optim.optim.shared_options import SharedOptions
 
 
-class MuonRule(TensorRule):
+class MuonRule(MatrixRule):
     """Muon's update: the orthogonal matrix nearest to the momentum."""
 
     state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    local_state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     counts_steps: ClassVar[bool] = False
     first_moment: ClassVar[str | None] = "momentum_buffer"
 
@@ -50,58 +51,77 @@ class MuonRule(TensorRule):
         """Learning rate and momentum."""
         return {"lr": group["lr"], "momentum": group["momentum"], "one_minus_momentum": 1 - group["momentum"]}
 
-    def update(
+    def cost(self, param: Tensor, group: Mapping[str, Any]) -> float:
+        """Return the multiplications and additions of the iterations."""
+        lead, rows, columns = matrix_shape(param, group)
+        small, large = sorted((rows, columns))
+        return math.prod(lead) * group["ns_steps"] * (4.0 * small * small * large + 2.0 * small**3)
+
+    def before(
         self,
-        params: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[dict[str, Tensor]],
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
-    ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
-        """Implement `TensorRule.update`."""
-        buffers, directions = directions_of(grads, states, scalars, groups, groups[0]["eps"])
-
-        def deltas() -> Iterator[Tensor]:
-            for grad, direction, numbers, group in zip(grads, directions, scalars, groups, strict=True):
-                step_size = numbers["lr"] * step_ratio(direction, group["adjust_lr_fn"])
-                rows_first = direction.to(grad.dtype, memory_format=torch.contiguous_format)
-                yield rows_first.mul_(step_size).view(grad.shape)
-
-        return deltas(), [{"momentum_buffer": buffer} for buffer in buffers]
-
-
-def directions_of(
-    grads: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
-    scalars: Sequence[dict[str, Tensor]],
-    groups: Sequence[Mapping[str, Any]],
-    eps: float,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the new momentum in the shapes of ``grads``, and the orthogonalised momentum in bfloat16, as published.
-
-    Args:
-        grads: Gradients of any shapes.
-        states: States with `momentum_buffer` in the shape of each gradient.
-        scalars: Scalars of the rule, shape [] each.
-        groups: Parameter group of each gradient.
-        eps: Smallest norm that the Newton-Schulz iteration divides by.
-
-    Returns:
-        New buffers, and orthogonalised matrices, [rows, columns] or [matrices, rows, columns] each.
-    """
-    buffers: list[Tensor] = []
-
-    def matrices() -> Iterator[Tensor]:
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Implement `MatrixRule.before`: yield N and the new momentum."""
         for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
             buffer = state["momentum_buffer"].lerp(grad, numbers["one_minus_momentum"])
-            buffers.append(buffer)
-            lead, rows, columns = matrix_shape(grad, group)
             matrix = grad.lerp(buffer, numbers["momentum"]) if group["nesterov"] else buffer
-            yield matrix.reshape(*lead, rows, columns)
+            yield matrix, {"momentum_buffer": buffer}
 
-    coefficients = tuple(groups[0]["ns_coefficients"])
-    directions = orthogonalize_stack(matrices(), coefficients, groups[0]["ns_steps"], eps)
-    return buffers, directions
+    def whole(
+        self,
+        tensors: Iterable[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Implement `MatrixRule.whole`: return O."""
+        directions = self.orthogonalized(tensors, groups, groups[0]["eps"])
+        return [({"direction": direction}, {}) for direction in directions]
+
+    def orthogonalized(
+        self, tensors: Iterable[Tensor], groups: Sequence[Mapping[str, Any]], eps: float
+    ) -> list[Tensor]:
+        """Return O of each N of any shape in `sent_dtype`, [rows, columns] or [matrices, rows, columns].
+
+        Args:
+            tensors: N in the shapes of the parameters.
+            groups: Parameter group of each.
+            eps: Smallest norm that the Newton-Schulz iteration divides by.
+        """
+
+        def matrices() -> Iterator[Tensor]:
+            for tensor, group in zip(tensors, groups, strict=True):
+                lead, rows, columns = matrix_shape(tensor, group)
+                yield tensor.reshape(*lead, rows, columns)
+
+        coefficients = tuple(groups[0]["ns_coefficients"])
+        return orthogonalize_stack(matrices(), coefficients, groups[0]["ns_steps"], eps, self.sent_dtype)
+
+    def returned(self, param: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Like]:
+        """Implement `MatrixRule.returned`."""
+        return {"direction": (tuple(param.shape), self.sent_dtype)}
+
+    def after(
+        self,
+        results: Sequence[dict[str, Tensor]],
+        params: Sequence[Tensor],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> Iterator[Tensor]:
+        """Implement `MatrixRule.after`: yield O times the learning rate for its shape."""
+        for result, param, numbers, group in zip(results, params, scalars, groups, strict=True):
+            step_size = numbers["lr"] * step_ratio(matrix_like(param, group), group["adjust_lr_fn"])
+            rows_first = result["direction"].to(step_size.dtype, memory_format=torch.contiguous_format)
+            yield rows_first.mul_(step_size)
+
+
+def matrix_like(param: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Return a tensor without memory in the shape as which a parameter is orthogonalised, [..., rows, columns]."""
+    lead, rows, columns = matrix_shape(param, group)
+    return torch.empty(*lead, rows, columns, device="meta")
 
 
 def matrix_shape(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ...], int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +12,9 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from lightning_optim.core.ranges import FRACTION, Range
-from lightning_optim.kernels.rules import Scalar, TensorRule
+from lightning_optim.kernels.rules import Like, Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
-from lightning_optim.optim.muon import MuonRule, directions_of, matrix_shape, step_ratio
+from lightning_optim.optim.muon import MuonRule, matrix_shape, step_ratio
 from lightning_optim.optim.newton_schulz import COEFFICIENTS
 from lightning_optim.optim.shared_options import SharedOptions
 
@@ -35,30 +35,49 @@ class NorMuonRule(MuonRule):
         """Scalars of Muon, and the weight of the newest squares in those of the rows."""
         return super().scalars(group, step) | {"one_minus_beta2": 1 - group["beta2"]}
 
-    def update(
+    def whole(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
+        tensors: Iterable[Tensor],
         states: Sequence[dict[str, Tensor]],
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
-    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """Implement `TensorRule.update`."""
-        buffers, directions = directions_of(grads, states, scalars, groups, NEWTON_SCHULZ_EPS)
-        deltas, new_states = [], []
-        for i, (grad, group, numbers) in enumerate(zip(grads, groups, scalars, strict=True)):
-            direction = directions[i].to(grad.dtype)
+    ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Implement `MatrixRule.whole`: return O, the divisors of its rows, and the factors of its matrices."""
+        results = []
+        directions = self.orthogonalized(tensors, groups, NEWTON_SCHULZ_EPS)
+        for result, state, group, numbers in zip(directions, states, groups, scalars, strict=True):
+            direction = result.to(numbers["lr"].dtype)
             squares = direction.square().mean(-1, keepdim=True)
-            rows = states[i]["second_momentum_buffer"].lerp(squares, numbers["one_minus_beta2"])
-            normalized = direction / (rows.sqrt() + group["eps"])
+            rows = state["second_momentum_buffer"].lerp(squares, numbers["one_minus_beta2"])
+            divisor = rows.sqrt() + group["eps"]
             if group["adjust_lr_fn"] == "match_rms_adamw":
                 size: Any = 0.2 * math.sqrt(direction.shape[-2:].numel())
             else:
                 size = _norm(direction) * step_ratio(direction, group["adjust_lr_fn"])
-            scale = numbers["lr"] * size / (_norm(normalized) + group["eps"])
-            deltas.append(normalized.mul_(scale).reshape(grad.shape))
-            new_states.append({"momentum_buffer": buffers[i], "second_momentum_buffer": rows})
-        return deltas, new_states
+            scale = numbers["lr"] * size / (_norm(direction / divisor) + group["eps"])
+            results.append(
+                ({"direction": result, "divisor": divisor, "scale": scale}, {"second_momentum_buffer": rows})
+            )
+        return results
+
+    def returned(self, param: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Like]:
+        """Implement `MatrixRule.returned`."""
+        lead, _, _ = matrix_shape(param, group)
+        rows = (*param.shape[:-1], 1) if lead else (param.shape[0], *(1,) * (param.dim() - 1))
+        matrices = (*param.shape[:-2], 1, 1) if lead else (1,) * param.dim()
+        return super().returned(param, group, dtype) | {"divisor": (rows, dtype), "scale": (matrices, dtype)}
+
+    def after(
+        self,
+        results: Sequence[dict[str, Tensor]],
+        params: Sequence[Tensor],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> Iterator[Tensor]:
+        """Implement `MatrixRule.after`: yield O with its rows divided, times the factor of its matrix."""
+        for result in results:
+            direction = result["direction"].to(result["scale"].dtype)
+            yield (direction / result["divisor"]).mul_(result["scale"]).contiguous()
 
 
 def _norm(matrix: Tensor) -> Tensor:

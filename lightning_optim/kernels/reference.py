@@ -13,6 +13,7 @@ from lightning_optim.core.host import is_set, widest_dtype
 from lightning_optim.core.sharding import sum_over_shards
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.core.transfer import upload
+from lightning_optim.kernels import shared_work
 from lightning_optim.kernels.base import Backend, Batch
 from lightning_optim.kernels.batch_values import grad_of, moment_of, pieces_of, rebound, rows_of, whole_numel, widened
 from lightning_optim.kernels.finish import StepResult, finish
@@ -49,9 +50,18 @@ class ReferenceBackend(Backend):
         assert isinstance(batch.rule, UpdateRule)
         return _rule_sums(batch, batch.rule, scalar_columns(batch, divisor))
 
+    def begin(
+        self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool
+    ) -> Callable[[], Tensor | None]:
+        """Implement `Backend`."""
+        assert isinstance(batch.rule, TensorRule)
+        return shared_work.begin(batch, batch.rule.update, divisor=divisor, skip=skip, collect=collect)
+
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """Implement `Backend`."""
         rule = batch.rule
+        if batch.route is not None:
+            return self.begin(batch, divisor=divisor, skip=skip, collect=collect)()
         if isinstance(rule, TensorRule):
             return apply_tensor_rule(batch, rule.update, divisor=divisor, skip=skip, collect=collect)
         if _skipped_on_host(batch, skip):

@@ -270,6 +270,10 @@ class TensorRule(Rule):
     large as a tensor. It is then called once for all tensors, with the gradients as they are in memory, where nothing
     else is to be done to these."""
 
+    reads_weights: ClassVar[bool] = True
+    """Whether `update` reads ``params``. If not, those of sharded tensors are not sent to the owner, and ``params`` may
+    be other tensors of their shapes."""
+
     def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
         """Return a key that is equal for tensors which one call of `update` may process; None for a call of its own.
 

@@ -55,7 +55,7 @@ class MuonRule(MatrixRule):
         """Return the multiplications and additions of the iterations."""
         lead, rows, columns = matrix_shape(param, group)
         small, large = sorted((rows, columns))
-        return math.prod(lead) * group["ns_steps"] * (4.0 * small * small * large + 2.0 * small**3)
+        return float(math.prod(lead) * group["ns_steps"] * (4 * small * small * large + 2 * small**3))
 
     def before(
         self,

@@ -28,6 +28,7 @@ class SOAPRule(TensorRule):
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     counts_calls: ClassVar[bool] = True
     first_moment: ClassVar[str | None] = "exp_avg"
+    reads_weights: ClassVar[bool] = False
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return zero moments, and `GG_<dim>` of zeros and `Q_<dim>` for each preconditioned dimension."""
@@ -60,6 +61,16 @@ class SOAPRule(TensorRule):
 
     def together(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Return None: each tensor has a call of its own, because nothing is batched and bases need much memory."""
+
+    def is_elementwise(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Return whether no dimension has a basis, so that the update is Adam's."""
+        return not _preconditioned(param, group)
+
+    def cost(self, param: Tensor, group: Mapping[str, Any]) -> float:
+        """Return the multiplications and additions of rotations and Gram matrices, and of a share of the refreshes."""
+        sizes = [param.shape[dim] for dim in _preconditioned(param, group)]
+        refreshes = sum(10.0 * size**3 for size in sizes) / group["precondition_frequency"]
+        return float(8 * param.numel() * sum(sizes) + refreshes)
 
     def update(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_optim.core.host import is_set, widest_dtype
 from lightning_optim.core.stats import STEP_SUMS, StepStats
 from lightning_optim.core.transfer import upload
+from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.rules import UpdateRule
 from lightning_optim.optim import admission
 from lightning_optim.optim.admission import Ruled
@@ -48,26 +49,54 @@ def update(optimizer: Updated, batches: Batches) -> StepStats | None:
             f"value for each parameter with a gradient, [{count}]."
         )
     new_shared = _share(optimizer, batches)
-    collected: list[Tensor] = []
-    for batch, backend, rows in zip(batches.batches, batches.backends, batches.rows, strict=True):
-        skip = _on(getattr(optimizer, "found_inf", None), batch.device)
+    everything = list(zip(batches.batches, batches.backends, batches.rows, strict=True))
+    collected: list[Tensor | None] = [None] * len(everything)
+    flag = _agreed(getattr(optimizer, "found_inf", None), batches)
+    completions: list[tuple[int, Tensor | None, Callable[[], Tensor | None]]] = []
+    # What ranks share is on its way while this rank updates the rest.
+    order = sorted(range(len(everything)), key=lambda number: everything[number][0].route is None)
+    for number in order:
+        batch, backend, rows = everything[number]
+        skip = _on(flag, batch.device)
         if skip is not None and batch.device.type == "cpu" and not backend.reads_skip:  # else the device knows
             if is_set(skip):
                 if optimizer.collect_step_stats:
-                    collected.append(torch.full((len(rows), len(STEP_SUMS)), math.nan, device="cpu"))
+                    collected[number] = torch.full((len(rows), len(STEP_SUMS)), math.nan, device="cpu")
                 continue
             skip = None
-        divisor = _divisor(optimizer, rows, batch.device)
+        how: Any = {
+            "divisor": _divisor(optimizer, rows, batch.device),
+            "skip": skip,
+            "collect": optimizer.collect_step_stats,
+        }
+        if batch.route is not None:
+            completions.append((number, skip, backend.begin(batch, **how)))
+            continue
         with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.full_params):
-            sums = backend.apply(batch, divisor=divisor, skip=skip, collect=optimizer.collect_step_stats)
-        # Triton's interpreter reads the flag itself, on the CPU; on other devices the host does not know it.
-        if skip is None or batch.device.type != "cpu" or not is_set(skip):
-            torch.autograd.graph.increment_version(batch.written)
-        if sums is not None:
-            collected.append(sums)
+            collected[number] = backend.apply(batch, **how)
+        _mark_written(batch, skip)
+    for number, skip, complete in completions:
+        collected[number] = complete()
+        _mark_written(everything[number][0], skip)
     for old, new in new_shared:
         old.copy_(new)
-    return _stats(batches, collected) if optimizer.collect_step_stats else None
+    return _stats(batches, [sums for sums in collected if sums is not None]) if optimizer.collect_step_stats else None
+
+
+def _mark_written(batch: Batch, skip: Tensor | None) -> None:
+    """Tell autograd that the tensors of ``batch`` have changed, unless the host knows that the step is skipped."""
+    # Triton's interpreter reads the flag itself, on the CPU; on other devices the host does not know it.
+    if skip is None or batch.device.type != "cpu" or not is_set(skip):
+        torch.autograd.graph.increment_version(batch.written)
+
+
+def _agreed(flag: Tensor | None, batches: Batches) -> Tensor | None:
+    """Return the largest ``flag`` of all ranks that share the work of a batch, which must skip together."""
+    if flag is None:
+        return None
+    for route in dict.fromkeys(batch.route for batch in batches.batches if batch.route is not None):
+        flag = route.agree(flag)
+    return flag
 
 
 def init_shared(optimizer: Ruled, group: dict[str, Any], rule: UpdateRule) -> None:

@@ -71,13 +71,17 @@ class Route(ABC):
         """Return the largest ``flag``, shape [], of all ranks, so that none enters a collective that another skips."""
 
     @abstractmethod
-    def gather(self, owners: Sequence[int], cuts: Cuts, given: Sequence[Named]) -> Callable[[], list[Named]]:
+    def gather(
+        self, owners: Sequence[int], cuts: Cuts, given: Iterable[Named], device: torch.device
+    ) -> Callable[[], list[Named]]:
         """Send what each rank holds to the owners.
 
         Args:
             owners: Owner of each updated tensor.
             cuts: What is sent of each.
-            given: This rank's parts, in any floating dtype.
+            given: This rank's parts, in any floating dtype. They are iterated once and copied, so that one tensor's are
+                in memory at a time.
+            device: Device of the tensors.
 
         Returns:
             Function that waits and returns for each tensor what its owner needs, whole; empty for those of others.
@@ -112,9 +116,10 @@ class Shards(Route):
         """Implement `Route`; replicas over other mesh dimensions agree as well."""
         return _agree(flag, [self._mesh.get_group(dim) for dim in range(self._mesh.ndim)])
 
-    def gather(self, owners: Sequence[int], cuts: Cuts, given: Sequence[Named]) -> Callable[[], list[Named]]:
+    def gather(
+        self, owners: Sequence[int], cuts: Cuts, given: Iterable[Named], device: torch.device
+    ) -> Callable[[], list[Named]]:
         """Implement `Route`."""
-        device = next(iter(given[0].values())).device
         order = [(i, name) for owner in range(self.ranks) for i in _of(owner, owners) for name in _cut(cuts[i])]
         mine = [(i, name) for i in _of(self.rank, owners) for name in _cut(cuts[i])]
         sent = _Message([(cuts[i][name].part(self.rank, self.ranks), cuts[i][name].dtype) for i, name in order], device)
@@ -122,18 +127,23 @@ class Shards(Route):
             [(cuts[i][n].part(rank, self.ranks), cuts[i][n].dtype) for rank in range(self.ranks) for i, n in mine],
             device,
         )
-        sent.write([given[i][name] for i, name in order])
+        places = dict(zip(order, sent.read(), strict=True))
+        kept: list[Named] = []
+        for i, tensors in enumerate(given):
+            for name in _cut(cuts[i]):
+                places[i, name].copy_(tensors[name])
+            kept.append({n: t for n, t in tensors.items() if owners[i] == self.rank and cuts[i][n].dim is None})
         counts = [sum(owners[i] == owner for i, _ in order) for owner in range(self.ranks)]
         work = _all_to_all(came, [len(mine)] * self.ranks, sent, counts, self._group)
 
         def arrived() -> list[Named]:
             work(sent)
-            parts, found = came.read(), [{} if owner != self.rank else dict(given[i]) for i, owner in enumerate(owners)]
+            parts = came.read()
             for place, (i, name) in enumerate(mine):
                 dim = cuts[i][name].dim
                 assert dim is not None
-                found[i][name] = torch.cat(parts[place :: len(mine)], dim)
-            return found
+                kept[i][name] = torch.cat(parts[place :: len(mine)], dim)
+            return kept
 
         return arrived
 
@@ -167,9 +177,12 @@ class Copies(Route):
         """Implement `Route`."""
         return _agree(flag, [self._group])
 
-    def gather(self, owners: Sequence[int], cuts: Cuts, given: Sequence[Named]) -> Callable[[], list[Named]]:
+    def gather(
+        self, owners: Sequence[int], cuts: Cuts, given: Iterable[Named], device: torch.device
+    ) -> Callable[[], list[Named]]:
         """Implement `Route`."""
-        return lambda: [tensors if owner == self.rank else {} for tensors, owner in zip(given, owners, strict=True)]
+        found = [tensors if owner == self.rank else {} for tensors, owner in zip(given, owners, strict=True)]
+        return lambda: found
 
     def scatter(
         self, owners: Sequence[int], cuts: Cuts, results: Sequence[Named], device: torch.device
@@ -208,7 +221,9 @@ class Meshes(Route):
         """Implement `Route`."""
         return _agree(flag, [self._mesh.get_group(dim) for dim in range(self._mesh.ndim)])
 
-    def gather(self, owners: Sequence[int], cuts: Cuts, given: Sequence[Named]) -> Callable[[], list[Named]]:
+    def gather(
+        self, owners: Sequence[int], cuts: Cuts, given: Iterable[Named], device: torch.device
+    ) -> Callable[[], list[Named]]:
         """Implement `Route`."""
         found = [
             {

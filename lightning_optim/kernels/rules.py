@@ -353,7 +353,7 @@ class MatrixRule(TensorRule):
 
     def before(
         self,
-        grads: Sequence[Tensor],
+        grads: Iterable[Tensor],
         states: Sequence[dict[str, Tensor]],
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
@@ -361,7 +361,7 @@ class MatrixRule(TensorRule):
         """Compute elementwise what `whole` needs.
 
         Args:
-            grads: As for `update`; whole, or one shard of each.
+            grads: As for `update`; whole, or one shard of each. They are iterated once.
             states: As for `update`.
             scalars: As for `update`.
             groups: As for `update`.

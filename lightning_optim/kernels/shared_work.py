@@ -143,7 +143,7 @@ class _OnTheWay:
 
     rows: list[int]
     grads: list[Tensor]
-    states: list[Named]
+    """As the rule sees them where they are needed again; otherwise as they are."""
     new_states: list[Named]
     arrived: Callable[[], list[Named]]
 
@@ -208,26 +208,31 @@ class _SharedWork:
             return
         batch, plan = self._batch.take(rows), self._plan
         scalars = [self._scalars[row] for row in rows]
-        grads = [grad_of(batch, i, numbers) for i, numbers in enumerate(scalars)]
+        grads: Any = (grad_of(batch, i, numbers) for i, numbers in enumerate(scalars))
+        if batch.cautious:
+            grads = list(grads)
         states = [
             {n: widened(tensor) for n, tensor in state.items() if n not in ("kahan_comp", INITIAL)}
             for state in batch.states
         ]
-        params = list(map(widened, batch.params))
-        sent, new_states = [], []
-        for tensors, new in self._process.before(params, grads, states, scalars, batch.groups):
-            sent.append(tensors)
-            new_states.append(new)
-        for i, row in enumerate(rows):
-            sent[i] |= _marked({name: states[i][name] for name in plan.own_states[row]})
+        new_states: list[Named] = []
+
+        def sent() -> Iterator[Named]:
+            before = self._process.before(map(widened, batch.params), grads, states, scalars, batch.groups)
+            for row, state, (tensors, new) in zip(rows, states, before, strict=True):
+                new_states.append(new)
+                yield tensors | _marked({name: state[name] for name in plan.own_states[row]})
+
         owners, cuts = [plan.owners[row] for row in rows], [plan.going[row] for row in rows]
-        self._next = _OnTheWay(rows, grads, states, new_states, self._route.gather(owners, cuts, sent))
+        arrived = self._route.gather(owners, cuts, sent(), batch.device)
+        self._next = _OnTheWay(rows, grads if batch.cautious else batch.grads, new_states, arrived)
 
     def complete(self) -> Tensor | None:
         """Process all buckets, and return the step sums if they are collected."""
         batch, order, sums = self._batch, [], []
         while (bucket := self._next) is not None:
             wholes = bucket.arrived()
+            bucket.arrived = list  # The messages have been read.
             self.send()
             collected = self._finish(bucket, wholes)
             if collected is not None:
@@ -240,10 +245,9 @@ class _SharedWork:
         in_order[torch.tensor(order, device="cpu").to(batch.device)] = torch.cat(sums)
         return in_order
 
-    def _finish(self, bucket: _OnTheWay, wholes: list[Named]) -> Tensor | None:
-        """Process what this rank owns of a bucket, send the results, and store this rank's parts of all results."""
-        rows, plan, process = bucket.rows, self._plan, self._process
-        batch = self._batch.take(rows)
+    def _results(self, rows: list[int], wholes: list[Named]) -> list[Named]:
+        """Process what this rank owns of a bucket, and return what is to be sent of each tensor; empties ``wholes``."""
+        plan, groups = self._plan, self._batch.groups
         results: list[Named] = [{} for _ in rows]
         alike: dict[Any, list[int]] = {}
         for i, row in enumerate(rows):
@@ -253,14 +257,18 @@ class _SharedWork:
             sent = [wholes[i] for i in members]
             states = [{n: wholes[i].pop(_mark(n)) for n in plan.own_states[rows[i]]} for i in members]
             numbers = [self._scalars[rows[i]] for i in members]
-            found = process.whole(sent, states, numbers, [batch.groups[i] for i in members])
+            found = self._process.whole(sent, states, numbers, [groups[rows[i]] for i in members])
             for i, old, (result, new) in zip(members, states, found, strict=True):
                 results[i] = result | _marked(old | new)
         wholes.clear()
+        return results
+
+    def _finish(self, bucket: _OnTheWay, wholes: list[Named]) -> Tensor | None:
+        """Process what this rank owns of a bucket, send the results, and store this rank's parts of all results."""
+        rows, plan, process = bucket.rows, self._plan, self._process
+        batch = self._batch.take(rows)
         owners, cuts = [plan.owners[row] for row in rows], [plan.coming[row] for row in rows]
-        came = self._route.scatter(owners, cuts, results, batch.device)
-        results.clear()
-        parts = came()
+        parts = self._route.scatter(owners, cuts, self._results(rows, wholes), batch.device)()
         scalars = [self._scalars[row] for row in rows]
         new_states = [
             new | {n: part[_mark(n)] for n in plan.own_states[row]}

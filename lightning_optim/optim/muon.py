@@ -59,7 +59,7 @@ class MuonRule(MatrixRule):
 
     def before(
         self,
-        grads: Sequence[Tensor],
+        grads: Iterable[Tensor],
         states: Sequence[dict[str, Tensor]],
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],

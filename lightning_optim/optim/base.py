@@ -66,7 +66,8 @@ class FusedOptimizer(Optimizer):
     - `divisor` (tensor [] or [tensors]): another divisor of the gradients. Tensors are the parameters that have a
       gradient, in the order of `param_groups`.
     - `divide_over` (`torch.distributed.ProcessGroup`): ranks that have the same parameters and gradients, among which
-      the matrices of `Muon` and `NorMuon` are divided where that is faster (`optim.division`); None for no division.
+      the matrices of `Muon` and `NorMuon` are divided where that is faster (`optim.division`). None for no division,
+      unless a Trainer with DDP sets it; False for none at all.
     - `collect_step_stats`: whether to fill `step_stats` in the same pass, with NaN if the step is skipped.
 
     `p.grad` is never written; a DTensor gradient whose placements differ from those of its parameter is replaced by the
@@ -321,7 +322,7 @@ class FusedOptimizer(Optimizer):
         # torch's optimizers keep only defaults, state and groups. An attribute that shadows a method (a wrapped `step`)
         # belongs to this object, and those of GradScaler to the present step: nothing would remove them from a copy.
         own = {name for name in vars(self) if callable(getattr(type(self), name, None))} | {"grad_scale", "found_inf"}
-        own |= {"divide_over"}  # A process group belongs to this process.
+        own |= {"divide_over"} if self.divide_over else set()  # A process group belongs to this process.
         public = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in own}
         return super().__getstate__() | public
 

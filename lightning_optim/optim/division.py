@@ -36,7 +36,7 @@ def way_of(param: Tensor, group: Mapping[str, Any], rule: Rule, divide_over: Any
         if split is None:
             return "meshes", param.device_mesh  # type: ignore[attr-defined]
         return "shards", split.mesh, split.mesh_dim
-    if divide_over is None or not isinstance(rule, MatrixRule) or hasattr(param, "device_mesh"):
+    if not divide_over or not isinstance(rule, MatrixRule) or hasattr(param, "device_mesh"):
         return None
     if torch.distributed.get_world_size(divide_over) < 2 or not pays(param, group, rule):
         return None

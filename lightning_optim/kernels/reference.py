@@ -15,7 +15,16 @@ from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels import shared_work
 from lightning_optim.kernels.base import Backend, Batch
-from lightning_optim.kernels.batch_values import grad_of, moment_of, pieces_of, rebound, rows_of, whole_numel, widened
+from lightning_optim.kernels.batch_values import (
+    grad_of,
+    moment_of,
+    needs_no_scaling,
+    pieces_of,
+    rebound,
+    rows_of,
+    whole_numel,
+    widened,
+)
 from lightning_optim.kernels.finish import StepResult, finish
 from lightning_optim.kernels.parts import parts
 from lightning_optim.kernels.pieces import Index, norm, take
@@ -109,7 +118,7 @@ def apply_tensor_rule(
         return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
     columns = scalar_columns(batch, divisor)
     scalars = rows_of(columns, batch.dtype)
-    as_given = _needs_no_scaling(columns) if batch.device.type == "cpu" else [False] * len(batch.params)
+    as_given = needs_no_scaling(columns) if batch.device.type == "cpu" else [False] * len(batch.params)
     at_once = divides and _are_only_divided(batch, columns)
     one = torch.ones((), dtype=batch.dtype, device=batch.device)
     plain = batch.decay_form == "shrink" and not (batch.cautious or batch.low_precision)
@@ -186,12 +195,6 @@ def _in_parts(
 
 def _skipped_on_host(batch: Batch, skip: Tensor | None) -> bool:
     return batch.device.type == "cpu" and is_set(skip)
-
-
-def _needs_no_scaling(columns: dict[str, Tensor]) -> list[bool]:
-    """Return for each gradient, on the CPU, whether it is used unscaled, which saves a pass over memory."""
-    factors, l2 = columns["inverse_divisor"].tolist(), columns["l2"].tolist()
-    return [factor == 1 and weight == 0 for factor, weight in zip(factors, l2, strict=True)]
 
 
 def _rule_sums(batch: Batch, rule: UpdateRule, columns: dict[str, Tensor]) -> dict[str, Tensor]:

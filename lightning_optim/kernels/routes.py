@@ -66,6 +66,10 @@ class Route(ABC):
         """Return whether this rank processes what belongs to ``owner``."""
         return owner == self.rank
 
+    def needs(self, owner: int) -> bool:
+        """Return whether this rank has to give what belongs to ``owner``: shards of it, say."""
+        return True
+
     @abstractmethod
     def agree(self, flag: Tensor) -> Tensor:
         """Return the largest ``flag``, shape [], of all ranks, so that none enters a collective that another skips."""
@@ -79,8 +83,8 @@ class Route(ABC):
         Args:
             owners: Owner of each updated tensor.
             cuts: What is sent of each.
-            given: This rank's parts, in any floating dtype. They are iterated once and copied, so that one tensor's are
-                in memory at a time.
+            given: This rank's parts, in any floating dtype, or nothing where it `needs` to give none. They are iterated
+                once and copied, so that one tensor's are in memory at a time.
             device: Device of the tensors.
 
         Returns:
@@ -173,6 +177,10 @@ class Copies(Route):
         self._group = group
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
+    def needs(self, owner: int) -> bool:
+        """Implement `Route`: the owner has a copy."""
+        return owner == self.rank
+
     def agree(self, flag: Tensor) -> Tensor:
         """Implement `Route`."""
         return _agree(flag, [self._group])
@@ -181,7 +189,7 @@ class Copies(Route):
         self, owners: Sequence[int], cuts: Cuts, given: Iterable[Named], device: torch.device
     ) -> Callable[[], list[Named]]:
         """Implement `Route`."""
-        found = [tensors if owner == self.rank else {} for tensors, owner in zip(given, owners, strict=True)]
+        found = list(given)
         return lambda: found
 
     def scatter(

@@ -340,34 +340,40 @@ Like = tuple[tuple[int, ...], torch.dtype]
 class MatrixRule(TensorRule):
     """Rule in three parts, of which only the middle one needs whole tensors, so that ranks can share its work.
 
-    `update` is the composition of the parts. Where a parameter is sharded over ranks, `before` and `after` run on each
-    rank's shard, and `whole` on one rank, its owner; where ranks have copies of a parameter, the owner's result is sent
-    to the others. What travels is what `before` gives, in `sent_dtype`, and what `returned` describes.
+    `update` is the composition of the parts. Where a parameter is sharded over ranks, `advance`, `prepare` and `after`
+    run on each rank's shard, and `whole` on one rank, its owner; where ranks have copies of a parameter, the owner's
+    result is sent to the others. What travels is what `prepare` gives, in `sent_dtype`, and what `returned` describes.
     """
 
     sent_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    """Dtype in which the results of `before` are sent to the owner."""
+    """Dtype in which the results of `prepare` are sent to the owner."""
 
     local_state: ClassVar[tuple[str, ...]] = ()
-    """Names of states in the shape of the parameter that `before` updates; the others belong to `whole`."""
+    """Names of states in the shape of the parameter that `advance` updates; the others belong to `whole`."""
 
-    def before(
-        self,
-        grads: Iterable[Tensor],
-        states: Sequence[dict[str, Tensor]],
-        scalars: Sequence[dict[str, Tensor]],
-        groups: Sequence[Mapping[str, Any]],
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Compute elementwise what `whole` needs.
+    def advance(
+        self, grad: Tensor, state: Mapping[str, Tensor], scalars: Mapping[str, Tensor], group: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return the new values of `local_state`, computed elementwise.
 
         Args:
-            grads: As for `update`; whole, or one shard of each. They are iterated once.
-            states: As for `update`.
-            scalars: As for `update`.
-            groups: As for `update`.
+            grad: A gradient as for `update`, whole or one shard of it.
+            state: The state as for `update`.
+            scalars: The scalars as for `update`.
+            group: The parameter group.
+        """
+        raise NotImplementedError
 
-        Yields:
-            For each tensor one in its shape and dtype, and the new values of `local_state`.
+    def prepare(
+        self, grad: Tensor, state: Mapping[str, Tensor], scalars: Mapping[str, Tensor], group: Mapping[str, Any]
+    ) -> Tensor:
+        """Return what `whole` needs of a tensor, in its shape, computed elementwise.
+
+        Args:
+            grad: As for `advance`.
+            state: The result of `advance`.
+            scalars: As for `advance`.
+            group: As for `advance`.
         """
         raise NotImplementedError
 
@@ -381,7 +387,7 @@ class MatrixRule(TensorRule):
         """Compute what needs whole tensors.
 
         Args:
-            tensors: The results of `before`, whole, in the dtype of the arithmetic or in `sent_dtype`. They are
+            tensors: The results of `prepare`, whole, in the dtype of the arithmetic or in `sent_dtype`. They are
                 iterated once, so that none needs to be kept.
             states: States without `local_state`, whole, as for `update`.
             scalars: As for `update`.
@@ -437,9 +443,9 @@ class MatrixRule(TensorRule):
         new_states: list[dict[str, Tensor]] = []
 
         def tensors() -> Iterator[Tensor]:
-            for tensor, new in self.before(grads, states, scalars, groups):
-                new_states.append(new)
-                yield tensor
+            for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
+                new_states.append(self.advance(grad, state, numbers, group))
+                yield self.prepare(grad, new_states[-1], numbers, group)
 
         results = self.whole(tensors(), states, scalars, groups)
         for new, (_, others) in zip(new_states, results, strict=True):

@@ -13,8 +13,9 @@ from torch import Tensor
 from lightning_optim.core.host import is_set
 from lightning_optim.core.shards import split_of
 from lightning_optim.core.stats import STEP_SUMS
+from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.base import Batch
-from lightning_optim.kernels.batch_values import grad_of, rows_of, widened
+from lightning_optim.kernels.batch_values import grad_of, needs_no_scaling, rows_of, widened
 from lightning_optim.kernels.finish import finish
 from lightning_optim.kernels.owners import buckets_of, owners_of
 from lightning_optim.kernels.parts import keys, largest_part
@@ -64,12 +65,14 @@ class _Process(Protocol):
     local_state: tuple[str, ...]
 
     def sent(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Return the dtypes of the results of `before` by name."""
+        """Return the dtypes of what `prepare` returns by name."""
 
     def returned(self, param: Tensor, group: Any, dtype: torch.dtype) -> dict[str, Like]: ...
 
-    def before(self, params: Any, grads: Any, states: Any, scalars: Any, groups: Any) -> Iterator[tuple[Named, Named]]:
-        """Yield what is sent of each tensor, in its shape, and its new local state."""
+    def advance(self, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named: ...
+
+    def prepare(self, param: Tensor, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
+        """Return by name what is sent of a tensor, in its shape."""
 
     def whole(self, sent: Any, states: Any, scalars: Any, groups: Any) -> list[tuple[Named, Named]]: ...
 
@@ -81,14 +84,13 @@ class _InParts:
 
     def __init__(self, rule: MatrixRule) -> None:
         self._rule, self.local_state = rule, rule.local_state
-        self.returned, self.after = rule.returned, rule.after
+        self.advance, self.returned, self.after = rule.advance, rule.returned, rule.after
 
     def sent(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         return {"tensor": self._rule.sent_dtype}
 
-    def before(self, params: Any, grads: Any, states: Any, scalars: Any, groups: Any) -> Iterator[tuple[Named, Named]]:
-        for tensor, new in self._rule.before(grads, states, scalars, groups):
-            yield {"tensor": tensor}, new
+    def prepare(self, param: Tensor, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
+        return {"tensor": self._rule.prepare(grad, state, scalars, group)}
 
     def whole(self, sent: Any, states: Any, scalars: Any, groups: Any) -> list[tuple[Named, Named]]:
         return self._rule.whole((one.pop("tensor") for one in sent), states, scalars, groups)
@@ -108,9 +110,11 @@ class _AtOnce:
     def returned(self, param: Tensor, group: Any, dtype: torch.dtype) -> dict[str, Like]:
         return {"delta": (tuple(param.shape), dtype)}
 
-    def before(self, params: Any, grads: Any, states: Any, scalars: Any, groups: Any) -> Iterator[tuple[Named, Named]]:
-        for param, grad in zip(params, grads, strict=True):
-            yield {"grad": grad} | ({"param": param} if self._reads_weights else {}), {}
+    def advance(self, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
+        return {}
+
+    def prepare(self, param: Tensor, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
+        return {"grad": grad} | ({"param": param} if self._reads_weights else {})
 
     def whole(self, sent: Any, states: Any, scalars: Any, groups: Any) -> list[tuple[Named, Named]]:
         if self._divides:  # The gradients are divided already.
@@ -171,6 +175,8 @@ class _SharedWork:
         self._subtract = subtract if simple else None
         self._columns = scalar_columns(batch, divisor)
         self._scalars = rows_of(self._columns, batch.dtype)
+        on_host = batch.device.type == "cpu"
+        self._as_given = needs_no_scaling(self._columns) if on_host else [False] * len(batch.params)
         if "plan" not in batch.kernels:
             batch.kernels["plan"] = self._make_plan()
         self._plan: _Plan = batch.kernels["plan"]
@@ -208,7 +214,10 @@ class _SharedWork:
             return
         batch, plan = self._batch.take(rows), self._plan
         scalars = [self._scalars[row] for row in rows]
-        grads: Any = (grad_of(batch, i, numbers) for i, numbers in enumerate(scalars))
+        grads: Any = (
+            batch.grads[i].to(batch.dtype) if self._as_given[row] else grad_of(batch, i, scalars[i])
+            for i, row in enumerate(rows)
+        )
         if batch.cautious:
             grads = list(grads)
         states = [
@@ -217,13 +226,18 @@ class _SharedWork:
         ]
         new_states: list[Named] = []
 
-        def sent() -> Iterator[Named]:
-            before = self._process.before(map(widened, batch.params), grads, states, scalars, batch.groups)
-            for row, state, (tensors, new) in zip(rows, states, before, strict=True):
-                new_states.append(new)
-                yield tensors | _marked({name: state[name] for name in plan.own_states[row]})
-
         owners, cuts = [plan.owners[row] for row in rows], [plan.going[row] for row in rows]
+
+        def sent() -> Iterator[Named]:
+            for i, (row, grad) in enumerate(zip(rows, grads, strict=True)):
+                state, numbers, group = states[i], scalars[i], batch.groups[i]
+                new_states.append(self._process.advance(grad, state, numbers, group))
+                if not self._route.needs(owners[i]):
+                    yield {}
+                    continue
+                own = _marked({name: state[name] for name in plan.own_states[row]})
+                yield self._process.prepare(widened(batch.params[i]), grad, new_states[i], numbers, group) | own
+
         arrived = self._route.gather(owners, cuts, sent(), batch.device)
         self._next = _OnTheWay(rows, grads if batch.cautious else batch.grads, new_states, arrived)
 
@@ -242,7 +256,7 @@ class _SharedWork:
         if not sums:
             return None
         in_order = torch.empty(len(order), len(STEP_SUMS), device=batch.device)
-        in_order[torch.tensor(order, device="cpu").to(batch.device)] = torch.cat(sums)
+        in_order[upload(order, batch.device)] = torch.cat(sums)
         return in_order
 
     def _results(self, rows: list[int], wholes: list[Named]) -> list[Named]:
@@ -279,7 +293,7 @@ class _SharedWork:
         deltas = (amount.reshape(shape) for amount, shape in zip(amounts, shapes, strict=True))
         decays = self._columns["decay"]
         if len(rows) < len(self._batch.params):
-            decays = decays[torch.tensor(rows, device="cpu").to(batch.device)]
+            decays = decays[upload(rows, batch.device)]
         if self._subtract is None:
             return finish(
                 batch,

@@ -29,7 +29,7 @@ from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import decay_form, decay_forms
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.admission import GRADIENT, Owned, Ruled, Subject
-from lightning_optim.optim.division import Way, route_of, way_of
+from lightning_optim.optim.division import Way, divided_params, route_of, way_of
 from lightning_optim.optim.occupied import Occupied
 from lightning_optim.optim.state import complete_state, tensor_names
 from lightning_optim.optim.tensor_form import Form
@@ -51,6 +51,9 @@ class Batches:
     Attributes:
         batches: The batches. They hold gradients from construction or `refill` until `release`.
         backends: For each batch, the backend that runs it: the one that `backend` of the optimizer asks for, if able.
+        routes: The ways in which ranks share the work of some batches.
+        order: Indices of the batches in the order of their update: shared ones first, whose tensors then travel while
+            this rank updates the rest.
         rows: For each batch, the index of each of its tensors among all parameters with a gradient.
         group_sizes: Number of parameters with a gradient in each group.
         numel: Number of elements of each parameter with a gradient, over all shards.
@@ -66,6 +69,7 @@ class Batches:
         self._read: list[Owned] = []
         self._fulls: list[Tensor] = []
         self._routes: dict[Way, Route] = {}
+        self._divided = divided_params(optimizer)
         self._with_grad: list[tuple[Tensor, Callable[[], str]]] = []
         sizes: list[int] = []
         numel: list[int] = []
@@ -95,6 +99,8 @@ class Batches:
             for batch, backend in zip(self.batches, self.backends, strict=True):
                 low_precision = batch.low_precision or bool(batch.quantized)
                 kernels.warn_if_slow(backend, batch.device, sum(batch.numel), low_precision)
+        self.routes = list(self._routes.values())
+        self.order = sorted(range(len(self.batches)), key=lambda number: self.batches[number].route is None)
         self.group_sizes = tuple(sizes)
         self.numel = tuple(numel)
         self._remember(optimizer, rules)
@@ -117,7 +123,8 @@ class Batches:
         plain = self._admit(subject, {"": param, **fulls, **scalars, **keys}, grad)
         admission.check_counts(subject, scalars)
         dtypes = [(name, tensor.dtype) for name, tensor in arrays.items()]
-        way = way_of(param, group, rule, subject.optimizer.divide_over)
+        over = subject.optimizer.divide_over if id(param) in self._divided else None
+        way = way_of(param, group, rule, over)
         key = (
             *(type(rule), group["cautious"], form, kahan, stochastic, way),
             *(plain, param.device, param.dtype, grad.dtype, *dtypes),

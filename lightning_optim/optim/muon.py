@@ -57,18 +57,18 @@ class MuonRule(MatrixRule):
         small, large = sorted((rows, columns))
         return float(math.prod(lead) * group["ns_steps"] * (4 * small * small * large + 2 * small**3))
 
-    def before(
-        self,
-        grads: Iterable[Tensor],
-        states: Sequence[dict[str, Tensor]],
-        scalars: Sequence[dict[str, Tensor]],
-        groups: Sequence[Mapping[str, Any]],
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Implement `MatrixRule.before`: yield N and the new momentum."""
-        for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
-            buffer = state["momentum_buffer"].lerp(grad, numbers["one_minus_momentum"])
-            matrix = grad.lerp(buffer, numbers["momentum"]) if group["nesterov"] else buffer
-            yield matrix, {"momentum_buffer": buffer}
+    def advance(
+        self, grad: Tensor, state: Mapping[str, Tensor], scalars: Mapping[str, Tensor], group: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Implement `MatrixRule.advance`: return M."""
+        return {"momentum_buffer": state["momentum_buffer"].lerp(grad, scalars["one_minus_momentum"])}
+
+    def prepare(
+        self, grad: Tensor, state: Mapping[str, Tensor], scalars: Mapping[str, Tensor], group: Mapping[str, Any]
+    ) -> Tensor:
+        """Implement `MatrixRule.prepare`: return N."""
+        buffer = state["momentum_buffer"]
+        return grad.lerp(buffer, scalars["momentum"]) if group["nesterov"] else buffer
 
     def whole(
         self,

@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_optim.core.host import is_set, widest_dtype
 from lightning_optim.core.stats import STEP_SUMS, StepStats
 from lightning_optim.core.transfer import upload
-from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.rules import UpdateRule
 from lightning_optim.optim import admission
 from lightning_optim.optim.admission import Ruled
@@ -51,11 +50,12 @@ def update(optimizer: Updated, batches: Batches) -> StepStats | None:
     new_shared = _share(optimizer, batches)
     everything = list(zip(batches.batches, batches.backends, batches.rows, strict=True))
     collected: list[Tensor | None] = [None] * len(everything)
-    flag = _agreed(getattr(optimizer, "found_inf", None), batches)
+    flag = getattr(optimizer, "found_inf", None)
+    if flag is not None:
+        for route in batches.routes:  # Ranks that share work skip together.
+            flag = route.agree(flag)
     completions: list[tuple[int, Tensor | None, Callable[[], Tensor | None]]] = []
-    # What ranks share is on its way while this rank updates the rest.
-    order = sorted(range(len(everything)), key=lambda number: everything[number][0].route is None)
-    for number in order:
+    for number in batches.order:
         batch, backend, rows = everything[number]
         skip = _on(flag, batch.device)
         if skip is not None and batch.device.type == "cpu" and not backend.reads_skip:  # else the device knows
@@ -74,29 +74,21 @@ def update(optimizer: Updated, batches: Batches) -> StepStats | None:
             continue
         with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.full_params):
             collected[number] = backend.apply(batch, **how)
-        _mark_written(batch, skip)
+        if not _is_skipped(skip):
+            torch.autograd.graph.increment_version(batch.written)
     for number, skip, complete in completions:
         collected[number] = complete()
-        _mark_written(everything[number][0], skip)
+        if not _is_skipped(skip):
+            torch.autograd.graph.increment_version(everything[number][0].written)
     for old, new in new_shared:
         old.copy_(new)
     return _stats(batches, [sums for sums in collected if sums is not None]) if optimizer.collect_step_stats else None
 
 
-def _mark_written(batch: Batch, skip: Tensor | None) -> None:
-    """Tell autograd that the tensors of ``batch`` have changed, unless the host knows that the step is skipped."""
+def _is_skipped(skip: Tensor | None) -> bool:
+    """Return whether the host knows that the step is skipped."""
     # Triton's interpreter reads the flag itself, on the CPU; on other devices the host does not know it.
-    if skip is None or batch.device.type != "cpu" or not is_set(skip):
-        torch.autograd.graph.increment_version(batch.written)
-
-
-def _agreed(flag: Tensor | None, batches: Batches) -> Tensor | None:
-    """Return the largest ``flag`` of all ranks that share the work of a batch, which must skip together."""
-    if flag is None:
-        return None
-    for route in dict.fromkeys(batch.route for batch in batches.batches if batch.route is not None):
-        flag = route.agree(flag)
-    return flag
+    return skip is not None and skip.device.type == "cpu" and is_set(skip)
 
 
 def init_shared(optimizer: Ruled, group: dict[str, Any], rule: UpdateRule) -> None:

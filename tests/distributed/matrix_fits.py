@@ -39,7 +39,7 @@ def fit(name: str, model, extra: tuple = (), ckpt_path: Path | None = None, **st
         "counts": deciding.counts,
         "weights": [weight.detach() for weight in whole_weights(model)],
         "sharded": any(isinstance(param, DTensor) for param in model.parameters()),
-        "divided": trainer.optimizers[0].divide_over,
+        "divided": getattr(trainer.optimizers[0], "divide_over", "no attribute"),
     }
 
 

@@ -208,7 +208,7 @@ def check_bf16(name: str, **arguments: Any) -> None:
 def check_fully_sharded(name: str) -> None:
     """Under `fully_shard` with the data of all ranks, clipping, and a NaN on one rank: as one process with all data."""
 
-    def model() -> nn.Module:
+    def model() -> nn.Sequential:
         torch.manual_seed(3)
         layers = nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 5)
         return nn.Sequential(*layers)
@@ -270,7 +270,7 @@ def save_distributed(name: str, folder: str) -> list[Tensor]:
             if step == 2:
                 model = Model(run)
                 weights, state = get_state_dict(model, run.optimizer)
-                dcp.save({"weights": weights, "state": state}, checkpoint_id=folder)
+                dcp.save({"weights": weights, "state": state}, checkpoint_id=folder)  # type: ignore[attr-defined]
             run.step()
         return run.weights()
 
@@ -281,7 +281,7 @@ def load_distributed(name: str, folder: str, expected: list[Tensor]) -> None:
         run = Run(name, torch.float32, init_device_mesh("cpu", (dist.get_world_size(),)), backend="reference")
         model = Model(run)
         weights, state = get_state_dict(model, run.optimizer)
-        dcp.load({"weights": weights, "state": state}, checkpoint_id=folder)
+        dcp.load({"weights": weights, "state": state}, checkpoint_id=folder)  # type: ignore[attr-defined]
         set_state_dict(model, run.optimizer, model_state_dict=weights, optim_state_dict=state)
         run.count = 2
         for _ in range(STEPS - 2):
@@ -416,29 +416,30 @@ def check_tensor_parallel(name: str) -> None:
 def counted() -> Iterator[list[torch.Size]]:
     """Shapes of all that this rank orthogonalises."""
     shapes: list[torch.Size] = []
-    usual = muon.orthogonalize_stack
+    patched: Any = muon
+    usual = patched.orthogonalize_stack
 
     def counting(matrices: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
         given = list(matrices)
         shapes.extend(matrix.shape for matrix in given)
         return usual(given, *args, **kwargs)
 
-    muon.orthogonalize_stack = counting
+    patched.orthogonalize_stack = counting
     try:
         yield shapes
     finally:
-        muon.orthogonalize_stack = usual
+        patched.orthogonalize_stack = usual
 
 
 @contextmanager
 def all_pay() -> Iterator[None]:
     """Matrices are divided over ranks however small they are."""
-    old = division.WORTH["cpu"]
-    division.WORTH["cpu"] = 0.0
+    old = division.WORTH["cpu"], division.AT_LEAST["cpu"]
+    division.WORTH["cpu"] = division.AT_LEAST["cpu"] = 0.0
     try:
         yield
     finally:
-        division.WORTH["cpu"] = old
+        division.WORTH["cpu"], division.AT_LEAST["cpu"] = old
 
 
 def check_copies(name: str, **arguments: Any) -> None:
@@ -459,6 +460,10 @@ def check_copies(name: str, **arguments: Any) -> None:
         dist.all_reduce(counts)
         assert counts.item() == STEPS * len(SHAPES | STACKS)
         assert len(shapes) < STEPS * len(SHAPES | STACKS) or dist.get_world_size() == 1
+        for refuses in (False, None):
+            other = Run(name, torch.float32, None, **arguments)
+            other.optimizer.divide_over = refuses
+            assert not division.divided_params(other.optimizer)
         many.optimizer.found_inf = torch.tensor(float(dist.get_rank() == 0))
         before = many.weights()
         many.step()

@@ -48,7 +48,7 @@ def buckets_of(
     Args:
         owners: Owner of each tensor.
         costs: Cost of each tensor.
-        sizes: Number of elements of each whole tensor.
+        sizes: Number of elements that an owner receives of each tensor.
         keys: Keys of `TensorRule.together`.
         largest: Largest number of elements of one owner in a bucket.
 

@@ -134,7 +134,6 @@ class _Plan:
 
     owners: list[int]
     buckets: list[list[int]]
-    keys: list[Any]
     going: list[dict[str, Cut]]
     coming: list[dict[str, Cut]]
     own_states: list[tuple[str, ...]]
@@ -177,6 +176,7 @@ class _SharedWork:
         self._scalars = rows_of(self._columns, batch.dtype)
         on_host = batch.device.type == "cpu"
         self._as_given = needs_no_scaling(self._columns) if on_host else [False] * len(batch.params)
+        self._keys = keys(batch, rule)  # They depend on settings, which may change from step to step.
         if "plan" not in batch.kernels:
             batch.kernels["plan"] = self._make_plan()
         self._plan: _Plan = batch.kernels["plan"]
@@ -187,9 +187,6 @@ class _SharedWork:
         batch, route = self._batch, self._route
         costs = [self._rule.cost(param, group) for param, group in zip(batch.full_params, batch.groups, strict=True)]
         owners = owners_of(costs, route.ranks)
-        sizes = list(map(Tensor.numel, batch.full_params))
-        together = keys(batch, self._rule)
-        buckets = buckets_of(owners, costs, sizes, together, largest_part(batch, sizes))
         going, coming, names = [], [], []
         for param, state, group in zip(batch.full_params, batch.full_states, batch.groups, strict=True):
             split = split_of(param)
@@ -204,7 +201,11 @@ class _SharedWork:
             going.append(here | _marked(own))
             coming.append(back | _marked(own))
             names.append(tuple(own))
-        return _Plan(owners, buckets, together, going, coming, names)
+        # What travels is what an owner has in memory: of SOAP, for one, its factors as well.
+        sizes = [sum(math.prod(cut.shape) for cut in cuts.values()) for cuts in going]
+        largest = largest_part(batch, list(map(Tensor.numel, batch.full_params)))
+        buckets = buckets_of(owners, costs, sizes, self._keys, largest)
+        return _Plan(owners, buckets, going, coming, names)
 
     def send(self) -> None:
         """Send the next bucket to the owners, if there is one."""
@@ -225,7 +226,6 @@ class _SharedWork:
             for state in batch.states
         ]
         new_states: list[Named] = []
-
         owners, cuts = [plan.owners[row] for row in rows], [plan.going[row] for row in rows]
 
         def sent() -> Iterator[Named]:
@@ -266,7 +266,7 @@ class _SharedWork:
         alike: dict[Any, list[int]] = {}
         for i, row in enumerate(rows):
             if self._route.owns(plan.owners[row]):
-                alike.setdefault(plan.keys[row], []).append(i)
+                alike.setdefault(self._keys[row], []).append(i)
         for members in alike.values():
             sent = [wholes[i] for i in members]
             states = [{n: wholes[i].pop(_mark(n)) for n in plan.own_states[rows[i]]} for i in members]

@@ -346,8 +346,9 @@ def check_resume(name: str) -> None:
             torch.testing.assert_close(run.weights(), one.weights(), rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(run.states(), one.states(), rtol=1e-6, atol=1e-6)
     for state in many.optimizer.state.values():  # No rank has all of a factor.
-        for name, value in state.items():
-            assert value.dim() == 0 or isinstance(value, DTensor), name
+        for key, value in state.items():
+            if value.dim() and value.shape[0] > 1 and mesh.size() > 1:
+                assert value.to_local().numel() < value.numel(), key
 
 
 def peak_of_step(count: int, mesh: DeviceMesh | None) -> int:

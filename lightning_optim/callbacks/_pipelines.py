@@ -25,6 +25,7 @@ from lightning_optim.core.flat_shards import FlatShards
 from lightning_optim.core.operands_flag import unscales_itself
 from lightning_optim.core.state_version import VERSION, check_version
 from lightning_optim.core.stats import StepCounts, StepRecord
+from lightning_optim.factory.division import divide_work, undivide_work
 from lightning_optim.factory.freezing import freezing_of
 from lightning_optim.factory.run_length import RunLength
 from lightning_optim.factory.trainer_clipping import let_others_clip
@@ -307,6 +308,8 @@ class Pipelines:
     def _make_pipeline(self, followed: Followed, counts: StepCounts | None, clip: Any) -> StepPipeline:
         trainer = self._trainer
         let_others_clip(followed.optimizer, trainer.lightning_module)
+        divide_work(followed.optimizer, trainer.lightning_module)
+        self._undo.callback(undivide_work, followed.optimizer)
         clipping = next((member for member in self._members if member.clip_rule() is not None), None)
         model = trainer.strategy.model
         module = trainer.lightning_module

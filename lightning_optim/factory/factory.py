@@ -17,6 +17,7 @@ from lightning_optim.core.user_frame import depth_outside
 from lightning_optim.core.wrappers import unwrap_module
 from lightning_optim.factory.about import about
 from lightning_optim.factory.added_groups import track_added_groups
+from lightning_optim.factory.division import divide_work
 from lightning_optim.factory.freezing import Freezing, freezing_of
 from lightning_optim.factory.optimizer_spec import OptimizerSpec
 from lightning_optim.factory.owner import owner_of
@@ -186,6 +187,7 @@ class OptimizerFactory:
         optimizer, scheduler = self.build(module) if owner is None else self.build(module, owner=owner)
         owner = owner_of(module) if owner is None else owner
         let_others_clip(optimizer, module if owner is None else owner)
+        divide_work(optimizer, module if owner is None else owner)
         config = {"scheduler": scheduler, "interval": "step"}
         freezing = freezing_of(optimizer)
         if not isinstance(scheduler, Scheduler):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_optim.kernels.routes import Route
 from lightning_optim.kernels.rules import Rule
 from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.weight_decay import INITIAL
@@ -41,6 +42,8 @@ class Batch:
         rounding_keys: Key of the random numbers of each tensor, 0-d int64; empty without stochastic rounding.
         shared: New values of the rule's `shared`, shape [] each, on the device; filled in before `apply`.
         kernels: What a backend keeps of its kernels from step to step, by a key of its own; it depends on no number.
+        route: How ranks share the work of a tensor rule, a `routes.Route`; None if this rank does all of it.
+        full_states: With a route, states of the rule as the optimizer holds them, DTensors where sharded.
 
     Attributes:
         grad_addresses: Addresses of the gradients, if the batch has been given these and no ``grads``.
@@ -61,6 +64,8 @@ class Batch:
     rounding_keys: list[Tensor] = field(default_factory=list)
     shared: dict[str, Tensor] = field(default_factory=dict)
     kernels: dict[Any, Any] = field(default_factory=dict)
+    route: Route | None = None
+    full_states: list[dict[str, Tensor]] = field(default_factory=list)
     grad_addresses: np.ndarray | None = field(default=None, init=False)
 
     def give(self, addresses: np.ndarray | None) -> None:
@@ -161,7 +166,16 @@ class Batch:
         cached = "state_arrays", "written", "sizes", "addresses", "counters", "members"
         for name in (*cached, "scalar_dtypes", "scalar_tables"):
             part.__dict__.pop(name, None)
-        for name in ("params", "grads", "states", "scalar_states", "groups", "full_params", "rounding_keys"):
+        for name in (
+            "params",
+            "grads",
+            "states",
+            "scalar_states",
+            "groups",
+            "full_params",
+            "rounding_keys",
+            "full_states",
+        ):
             full = getattr(self, name)
             object.__setattr__(part, name, [full[row] for row in rows] if full else [])
         return part
@@ -293,6 +307,25 @@ class Backend(ABC):
         Returns:
             The sums by name, shape [tensors] each, float64 where the device supports it.
         """
+
+    def begin(
+        self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool
+    ) -> Callable[[], Tensor | None]:
+        """Start `apply` of a batch with a `route`, so that its tensors travel while other batches are updated.
+
+        Args:
+            batch: As for `apply`, of a tensor rule.
+            divisor: As for `apply`.
+            skip: As for `apply`; equal on all ranks of the route.
+            collect: As for `apply`.
+
+        Returns:
+            Function that completes the update and returns the result of `apply`.
+
+        Raises:
+            NotImplementedError: The backend runs no tensor rules.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:

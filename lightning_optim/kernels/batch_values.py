@@ -64,6 +64,12 @@ def moment_of(batch: Batch, i: int, name: str) -> Tensor:
     return widened(state[name])
 
 
+def needs_no_scaling(columns: dict[str, Tensor]) -> list[bool]:
+    """Return for each gradient, on the CPU, whether it is used unscaled, which saves a pass over memory."""
+    factors, l2 = columns["inverse_divisor"].tolist(), columns["l2"].tolist()
+    return [factor == 1 and weight == 0 for factor, weight in zip(factors, l2, strict=True)]
+
+
 def grad_of(batch: Batch, i: int, scalars: dict[str, Tensor], index: Index = ()) -> Tensor:
     """Return a gradient, or a piece of it, as the rule sees it: divided, negated for `maximize`, with the L2 term."""
     grad, param = batch.grads[i], batch.params[i]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,29 +45,40 @@ def parts(batch: Batch) -> Iterator[list[int]]:
         Indices of the tensors of a part; every tensor is in exactly one part.
     """
     sizes = list(map(Tensor.numel, batch.full_params))
-    device, stored = batch.device.type, batch.params[0].element_size() / batch.dtype.itemsize
-    largest = max(int(sum(sizes) * stored) // SHARE, AT_LEAST.get(device, AT_LEAST_ELSEWHERE))
-    largest = min(largest, AT_MOST.get(device, AT_MOST_ELSEWHERE))
-    rule = batch.rule
-    if not isinstance(rule, TensorRule):
-        yield from _cut(range(len(sizes)), sizes, largest)
+    largest = largest_part(batch, sizes)
+    if not isinstance(batch.rule, TensorRule):
+        yield from cut(range(len(sizes)), sizes, largest)
         return
-    # `together` is called once per group and shape, because a model has hundreds of matrices but few shapes.
-    answers: dict[tuple[int, torch.Size], Hashable] = {}
     alike: dict[Hashable, list[int]] = {}
-    for i, kind in enumerate(zip(map(id, batch.groups), map(_SHAPE, batch.params), strict=True)):
-        if kind not in answers:
-            answers[kind] = rule.together(batch.params[i], batch.groups[i])
-        key = ("alone", i) if answers[kind] is None else ("with", answers[kind])
+    for i, key in enumerate(keys(batch, batch.rule)):
         if key in alike:
             alike[key].append(i)
         else:
             alike[key] = [i]
     for rows in alike.values():
-        yield from _cut(rows, sizes, largest)
+        yield from cut(rows, sizes, largest)
 
 
-def _cut(rows: range | list[int], sizes: list[int], largest: int) -> Iterator[list[int]]:
+def largest_part(batch: Batch, sizes: Sequence[int]) -> int:
+    """Return the largest number of elements of a part of ``batch``, whose tensors have ``sizes`` elements."""
+    device, stored = batch.device.type, batch.params[0].element_size() / batch.dtype.itemsize
+    largest = max(int(sum(sizes) * stored) // SHARE, AT_LEAST.get(device, AT_LEAST_ELSEWHERE))
+    return min(largest, AT_MOST.get(device, AT_MOST_ELSEWHERE))
+
+
+def keys(batch: Batch, rule: TensorRule) -> list[Hashable]:
+    """Return for each tensor a key that is equal for those which one call of the rule may process."""
+    # `together` is called once per group and shape, because a model has hundreds of matrices but few shapes.
+    answers: dict[tuple[int, torch.Size], Hashable] = {}
+    found: list[Hashable] = []
+    for i, kind in enumerate(zip(map(id, batch.groups), map(_SHAPE, batch.full_params), strict=True)):
+        if kind not in answers:
+            answers[kind] = rule.together(batch.full_params[i], batch.groups[i])
+        found.append(("alone", i) if answers[kind] is None else ("with", answers[kind]))
+    return found
+
+
+def cut(rows: range | list[int], sizes: Sequence[int], largest: int) -> Iterator[list[int]]:
     """Yield consecutive runs of ``rows`` with at most ``largest`` elements; a larger tensor is a run by itself."""
     part: list[int] = []
     elements = 0

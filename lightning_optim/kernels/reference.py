@@ -13,8 +13,18 @@ from lightning_optim.core.host import is_set, widest_dtype
 from lightning_optim.core.sharding import sum_over_shards
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.core.transfer import upload
+from lightning_optim.kernels import shared_work
 from lightning_optim.kernels.base import Backend, Batch
-from lightning_optim.kernels.batch_values import grad_of, moment_of, pieces_of, rebound, rows_of, whole_numel, widened
+from lightning_optim.kernels.batch_values import (
+    grad_of,
+    moment_of,
+    needs_no_scaling,
+    pieces_of,
+    rebound,
+    rows_of,
+    whole_numel,
+    widened,
+)
 from lightning_optim.kernels.finish import StepResult, finish
 from lightning_optim.kernels.parts import parts
 from lightning_optim.kernels.pieces import Index, norm, take
@@ -49,9 +59,18 @@ class ReferenceBackend(Backend):
         assert isinstance(batch.rule, UpdateRule)
         return _rule_sums(batch, batch.rule, scalar_columns(batch, divisor))
 
+    def begin(
+        self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool
+    ) -> Callable[[], Tensor | None]:
+        """Implement `Backend`."""
+        assert isinstance(batch.rule, TensorRule)
+        return shared_work.begin(batch, batch.rule.update, divisor=divisor, skip=skip, collect=collect)
+
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """Implement `Backend`."""
         rule = batch.rule
+        if batch.route is not None:
+            return self.begin(batch, divisor=divisor, skip=skip, collect=collect)()
         if isinstance(rule, TensorRule):
             return apply_tensor_rule(batch, rule.update, divisor=divisor, skip=skip, collect=collect)
         if _skipped_on_host(batch, skip):
@@ -99,7 +118,7 @@ def apply_tensor_rule(
         return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
     columns = scalar_columns(batch, divisor)
     scalars = rows_of(columns, batch.dtype)
-    as_given = _needs_no_scaling(columns) if batch.device.type == "cpu" else [False] * len(batch.params)
+    as_given = needs_no_scaling(columns) if batch.device.type == "cpu" else [False] * len(batch.params)
     at_once = divides and _are_only_divided(batch, columns)
     one = torch.ones((), dtype=batch.dtype, device=batch.device)
     plain = batch.decay_form == "shrink" and not (batch.cautious or batch.low_precision)
@@ -176,12 +195,6 @@ def _in_parts(
 
 def _skipped_on_host(batch: Batch, skip: Tensor | None) -> bool:
     return batch.device.type == "cpu" and is_set(skip)
-
-
-def _needs_no_scaling(columns: dict[str, Tensor]) -> list[bool]:
-    """Return for each gradient, on the CPU, whether it is used unscaled, which saves a pass over memory."""
-    factors, l2 = columns["inverse_divisor"].tolist(), columns["l2"].tolist()
-    return [factor == 1 and weight == 0 for factor, weight in zip(factors, l2, strict=True)]
 
 
 def _rule_sums(batch: Batch, rule: UpdateRule, columns: dict[str, Tensor]) -> dict[str, Tensor]:

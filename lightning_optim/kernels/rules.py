@@ -10,7 +10,7 @@ import builtins
 import inspect
 import math
 import types
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -280,8 +280,9 @@ class TensorRule(Rule):
     """Rule made of tensor operations, such as matrix factors, orthogonalisation or projections.
 
     It runs on any device as written. The caller applies divisor, `maximize`, L2, decay, `cautious`, skipping,
-    statistics, casts from and to the stored dtype, and 0-d state, as for elementwise rules. Parameters that are sharded
-    over ranks are refused, because the factors of a matrix need the whole matrix.
+    statistics, casts from and to the stored dtype, and 0-d state, as for elementwise rules. A parameter that is sharded
+    over ranks is updated whole by one of them: its weights, gradient and state are sent there and the results back. A
+    `MatrixRule` sends less.
     """
 
     divides_on_cpu: ClassVar[bool] = False
@@ -289,13 +290,28 @@ class TensorRule(Rule):
     large as a tensor. It is then called once for all tensors, with the gradients as they are in memory, where nothing
     else is to be done to these."""
 
+    reads_weights: ClassVar[bool] = True
+    """Whether `update` reads ``params``. If not, those of sharded tensors are not sent to the owner, and ``params`` may
+    be other tensors of their shapes."""
+
     def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
         """Return a key that is equal for tensors which one call of `update` may process; None for a call of its own.
 
         Tensors with equal keys are passed in parts, so that temporary memory is needed for one part at a time and not
-        for the whole model.
+        for the whole model. Only the shape of ``param`` may be read, which may be a DTensor.
         """
         return ()
+
+    def is_elementwise(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Return whether the update of ``param`` is elementwise, so that a shard of it can be updated by itself."""
+        return False
+
+    def cost(self, param: Tensor, group: Mapping[str, Any]) -> float:
+        """Return the number of operations of an update of ``param``, by which ranks share the work.
+
+        Only the shape of ``param`` may be read; by default this is its number of elements.
+        """
+        return param.numel()
 
     def update(
         self,
@@ -335,3 +351,125 @@ class TensorRule(Rule):
     ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
         """Compute `update` on the cpu backend; override it with kernels where torch's operations are slow."""
         return self.update(params, grads, states, scalars, groups)
+
+
+Like = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor that another rank sends."""
+
+
+class MatrixRule(TensorRule):
+    """Rule in three parts, of which only the middle one needs whole tensors, so that ranks can share its work.
+
+    `update` is the composition of the parts. Where a parameter is sharded over ranks, `advance`, `prepare` and `after`
+    run on each rank's shard, and `whole` on one rank, its owner; where ranks have copies of a parameter, the owner's
+    result is sent to the others. What travels is what `prepare` gives, in `sent_dtype`, and what `returned` describes.
+    """
+
+    sent_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    """Dtype in which the results of `prepare` are sent to the owner."""
+
+    local_state: ClassVar[tuple[str, ...]] = ()
+    """Names of states in the shape of the parameter that `advance` updates; the others belong to `whole`."""
+
+    def advance(
+        self, grad: Tensor, state: Mapping[str, Tensor], scalars: Mapping[str, Tensor], group: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return the new values of `local_state`, computed elementwise.
+
+        Args:
+            grad: A gradient as for `update`, whole or one shard of it.
+            state: The state as for `update`.
+            scalars: The scalars as for `update`.
+            group: The parameter group.
+        """
+        raise NotImplementedError
+
+    def prepare(
+        self, grad: Tensor, state: Mapping[str, Tensor], scalars: Mapping[str, Tensor], group: Mapping[str, Any]
+    ) -> Tensor:
+        """Return what `whole` needs of a tensor, in its shape, computed elementwise.
+
+        Args:
+            grad: As for `advance`.
+            state: The result of `advance`.
+            scalars: As for `advance`.
+            group: As for `advance`.
+        """
+        raise NotImplementedError
+
+    def whole(
+        self,
+        tensors: Iterable[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Compute what needs whole tensors.
+
+        Args:
+            tensors: The results of `prepare`, whole, in the dtype of the arithmetic or in `sent_dtype`. They are
+                iterated once, so that none needs to be kept.
+            states: States without `local_state`, whole, as for `update`.
+            scalars: As for `update`.
+            groups: As for `update`.
+
+        Returns:
+            For each tensor the arguments of `after` by name, as described by `returned`, and the new states.
+        """
+        raise NotImplementedError
+
+    def returned(self, param: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Like]:
+        """Return shapes and dtypes of the tensors by name that `whole` passes to `after`.
+
+        A shape is that of the parameter, or has as many dimensions, some of which are 1: a rank then receives the part
+        that belongs to its shard.
+
+        Args:
+            param: The parameter, whole or a DTensor, of which only the shape may be read.
+            group: Its parameter group.
+            dtype: The dtype of the arithmetic.
+        """
+        raise NotImplementedError
+
+    def after(
+        self,
+        results: Sequence[dict[str, Tensor]],
+        params: Sequence[Tensor],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> Iterator[Tensor]:
+        """Compute elementwise the amounts to subtract, in the dtype of the arithmetic.
+
+        Args:
+            results: The results of `whole`, or the parts of them that belong to one shard of each tensor.
+            params: The parameters, whole or DTensors, of which only the shapes may be read.
+            scalars: As for `update`.
+            groups: As for `update`.
+
+        Yields:
+            The amounts, with as many elements as the main result has, in any shape.
+        """
+        raise NotImplementedError
+
+    def update(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
+        """Implement `TensorRule.update`."""
+        new_states: list[dict[str, Tensor]] = []
+
+        def tensors() -> Iterator[Tensor]:
+            for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
+                new_states.append(self.advance(grad, state, numbers, group))
+                yield self.prepare(grad, new_states[-1], numbers, group)
+
+        results = self.whole(tensors(), states, scalars, groups)
+        for new, (_, others) in zip(new_states, results, strict=True):
+            new |= others
+        deltas = self.after([result for result, _ in results], params, scalars, groups)
+        shapes = [grad.shape for grad in grads]
+        return (delta.view(shape) for delta, shape in zip(deltas, shapes, strict=True)), new_states

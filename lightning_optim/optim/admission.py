@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.host import read
-from lightning_optim.core.placements import PLAIN
+from lightning_optim.core.placements import PLAIN, is_sharded
 from lightning_optim.core.sharding import local
 from lightning_optim.kernels import plain, quantization
 from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
@@ -35,6 +35,9 @@ class Ruled(Protocol):
 
     @property
     def backend(self) -> str: ...  # noqa: D102 - the name of what is to run its kernels
+
+    @property
+    def divide_over(self) -> Any: ...  # noqa: D102 - a process group, or None
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
         """Return the rule that updates the parameters of ``group``."""
@@ -162,6 +165,24 @@ def check_state(
         for name in rule.state:
             if name in state:
                 _check_form(subject, name, state[name], state.get(f"{name}_scale"))
+
+
+def check_present_state(subject: Subject, param: Tensor, rule: Rule, state: Mapping[str, Any]) -> None:
+    """Check the state of a parameter as `check_state` does: this rank's shards of it, and factors whole.
+
+    Args:
+        subject: The parameter in its group, for messages.
+        param: The parameter, which may be a DTensor.
+        rule: The rule that updates it.
+        state: The existing state, with DTensors where it is sharded.
+
+    Raises:
+        RefusedError: An entry does not match the parameter.
+    """
+    if isinstance(rule, TensorRule) and is_sharded(param):  # A factor of a shard says nothing about that of the whole.
+        check_state(subject, param, rule, state)
+    else:
+        check_state(subject, local(param), rule, {name: local(value) for name, value in state.items()})
 
 
 def _check_form(subject: Subject, name: str, value: Tensor, scale: Tensor | None) -> None:

@@ -16,7 +16,6 @@ from typing_extensions import Unpack
 from lightning_optim.core.group_keys import PARAMS
 from lightning_optim.core.ranges import FRACTION, NON_NEGATIVE, Range, ranges_of
 from lightning_optim.core.registry import Registry
-from lightning_optim.core.sharding import local
 from lightning_optim.core.stats import StepStats
 from lightning_optim.core.step_hooks import is_trial_step
 from lightning_optim.core.uncompiled import leave_step_uncompiled
@@ -66,6 +65,9 @@ class FusedOptimizer(Optimizer):
     - `found_inf` (tensor []): if non-zero, the step changes nothing, bit for bit, step counts included.
     - `divisor` (tensor [] or [tensors]): another divisor of the gradients. Tensors are the parameters that have a
       gradient, in the order of `param_groups`.
+    - `divide_over` (`torch.distributed.ProcessGroup`): ranks that have the same parameters and gradients, among which
+      the matrices of `Muon` and `NorMuon` are divided where that is faster (`optim.division`). None for no division,
+      unless a Trainer with DDP sets it; False for none at all.
     - `collect_step_stats`: whether to fill `step_stats` in the same pass, with NaN if the step is skipped.
 
     `p.grad` is never written; a DTensor gradient whose placements differ from those of its parameter is replaced by the
@@ -110,6 +112,7 @@ class FusedOptimizer(Optimizer):
     grad_scale: Tensor  # Without default values, as GradScaler multiplies into existing ones and deletes them.
     found_inf: Tensor
     divisor: Tensor | None = None
+    divide_over: Any = None
     collect_step_stats: bool = False
     step_stats: StepStats | None = None
 
@@ -291,8 +294,7 @@ class FusedOptimizer(Optimizer):
             param = group["params"][index]
             if id(param) in wanted:
                 rule, state = self.rule_of(group), self.state[param]
-                here = {name: local(value) for name, value in state.items()}
-                admission.check_state(admission.Subject(self, group, index), local(param), rule, here)
+                admission.check_present_state(admission.Subject(self, group, index), param, rule, state)
                 complete_state(state, param, group, rule, position)
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
@@ -327,6 +329,7 @@ class FusedOptimizer(Optimizer):
         # torch's optimizers keep only defaults, state and groups. An attribute that shadows a method (a wrapped `step`)
         # belongs to this object, and those of GradScaler to the present step: nothing would remove them from a copy.
         own = {name for name in vars(self) if callable(getattr(type(self), name, None))} | {"grad_scale", "found_inf"}
+        own |= {"divide_over"} if self.divide_over else set()  # A process group belongs to this process.
         public = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in own}
         return super().__getstate__() | public
 

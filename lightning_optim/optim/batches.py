@@ -24,10 +24,12 @@ from lightning_optim.core.sharding import local
 from lightning_optim.kernels import Backend, Batch
 from lightning_optim.kernels.base import MANY, Watch
 from lightning_optim.kernels.plain import resolved
+from lightning_optim.kernels.routes import Route
 from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import decay_form, decay_forms
 from lightning_optim.optim import admission, low_precision
 from lightning_optim.optim.admission import GRADIENT, Owned, Ruled, Subject
+from lightning_optim.optim.division import Way, divided_params, route_of, way_of
 from lightning_optim.optim.occupied import Occupied
 from lightning_optim.optim.state import complete_state, tensor_names
 from lightning_optim.optim.tensor_form import Form
@@ -49,6 +51,9 @@ class Batches:
     Attributes:
         batches: The batches. They hold gradients from construction or `refill` until `release`.
         backends: For each batch, the backend that runs it: the one that `backend` of the optimizer asks for, if able.
+        routes: The ways in which ranks share the work of some batches.
+        order: Indices of the batches in the order of their update: shared ones first, whose tensors then travel while
+            this rank updates the rest.
         rows: For each batch, the index of each of its tensors among all parameters with a gradient.
         group_sizes: Number of parameters with a gradient in each group.
         numel: Number of elements of each parameter with a gradient, over all shards.
@@ -63,6 +68,8 @@ class Batches:
         self._written: list[Owned] = []
         self._read: list[Owned] = []
         self._fulls: list[Tensor] = []
+        self._routes: dict[Way, Route] = {}
+        self._divided = divided_params(optimizer)
         self._with_grad: list[tuple[Tensor, Callable[[], str]]] = []
         sizes: list[int] = []
         numel: list[int] = []
@@ -79,7 +86,7 @@ class Batches:
                 self._with_grad.append((param, label))
                 subject = Subject(optimizer, group, index)
                 state = optimizer.state[param]
-                admission.check_state(subject, local(param), rule, {n: local(v) for n, v in state.items()})
+                admission.check_present_state(subject, param, rule, state)
                 with _AS_IT_IS if type(local(param)) in PLAIN else admission.by_name(optimizer, [param]):
                     complete_state(state, param, group, rule, position)
                 number = self._place(by_key, subject, param, state, rule)
@@ -92,6 +99,8 @@ class Batches:
             for batch, backend in zip(self.batches, self.backends, strict=True):
                 low_precision = batch.low_precision or bool(batch.quantized)
                 kernels.warn_if_slow(backend, batch.device, sum(batch.numel), low_precision)
+        self.routes = list(self._routes.values())
+        self.order = sorted(range(len(self.batches)), key=lambda number: self.batches[number].route is None)
         self.group_sizes = tuple(sizes)
         self.numel = tuple(numel)
         self._remember(optimizer, rules)
@@ -114,23 +123,34 @@ class Batches:
         plain = self._admit(subject, {"": param, **fulls, **scalars, **keys}, grad)
         admission.check_counts(subject, scalars)
         dtypes = [(name, tensor.dtype) for name, tensor in arrays.items()]
+        over = subject.optimizer.divide_over if id(param) in self._divided else None
+        way = way_of(param, group, rule, over)
         key = (
-            *(type(rule), group["cautious"], form, kahan, stochastic),
+            *(type(rule), group["cautious"], form, kahan, stochastic, way),
             *(plain, param.device, param.dtype, grad.dtype, *dtypes),
         )
         if key not in by_key:
             by_key[key] = len(self.batches)
-            self.batches.append(Batch(rule, [], [], [], [], [], [], group["cautious"], form, kahan, stochastic, plain))
+            flags = (group["cautious"], form, kahan, stochastic, plain)
+            self.batches.append(Batch(rule, [], [], [], [], [], [], *flags, route=self._route(way)))
             self.rows.append([])
         batch = self.batches[by_key[key]]
         batch.params.append(local(param))
         batch.grads.append(grad)
         batch.states.append(arrays)
+        if way is not None:
+            batch.full_states.append(own)
         batch.scalar_states.append(scalars)
         batch.groups.append(group)
         batch.full_params.append(param)
         batch.rounding_keys.extend(keys.values())
         return by_key[key]
+
+    def _route(self, way: Way | None) -> Route | None:
+        """Return the route of ``way``, one for all batches that have it."""
+        if way is not None and way not in self._routes:
+            self._routes[way] = route_of(way)
+        return None if way is None else self._routes[way]
 
     def _admit(self, subject: Subject, fulls: dict[str, Tensor], grad: Tensor) -> bool:
         """Validate the local tensors of one parameter, and return whether kernels may run on them."""
@@ -289,6 +309,7 @@ def _settings(optimizer: Ruled, rules: Sequence[Rule]) -> list[object]:
     """Return all settings on which batches depend."""
     return [
         optimizer.backend,
+        optimizer.divide_over,
         list(map(_kind, optimizer.param_groups, rules)),
         decay_forms(optimizer.param_groups),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Protocol
 
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.group_keys import PARAMS
-from lightning_optim.core.placements import placed_as
+from lightning_optim.core.placements import is_sharded, placed_as
 from lightning_optim.core.sharding import local
+from lightning_optim.core.shards import placed_state
 from lightning_optim.core.suggest import nearest
 from lightning_optim.kernels import plain
+from lightning_optim.kernels.rules import Rule, TensorRule
 from lightning_optim.optim.admission import Ruled, Subject, check_state
+from lightning_optim.optim.state import tensor_names
 
 ADVICE = (
     "Nothing has been loaded. Remove the state of parameters that are new or of another shape from the state dict, so "
@@ -73,10 +76,12 @@ def load_state_dict(optimizer: Loadable, state_dict: Mapping[str, Any]) -> None:
     for group, ids_of_group, source in zip(optimizer.param_groups, ids, sources, strict=True):
         for index, (param, saved) in enumerate(zip(group["params"], ids_of_group, strict=True)):
             if saved in state_dict["state"]:
-                entry = state_dict["state"][saved].items()
+                subject = Subject(optimizer, group | source, index)
                 # torch saves None for a momentum that does not exist yet.
-                state[param] = {key: _copied(param, key, value) for key, value in entry if value is not None}
-                _check(Subject(optimizer, group | source, index), param, state[param])
+                entry = {key: value for key, value in state_dict["state"][saved].items() if value is not None}
+                factors = _factors(subject, param, entry)
+                state[param] = {key: _copied(param, key, value, factors) for key, value in entry.items()}
+                _check(subject, param, state[param])
 
     for group, source in zip(optimizer.param_groups, sources, strict=True):  # The optimizer is unchanged up to here.
         group.update(source)
@@ -125,7 +130,7 @@ def _check(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> None:
     Raises:
         RefusedError: A state does not match the parameter.
     """
-    rule = subject.optimizer.rule_of({**subject.group, "train_mode": True})  # Averaged weights may be loaded.
+    rule = _rule_of(subject)
     whole = {key: value for key, value in state.items() if hasattr(value, "placements")}
     here = {key: value for key, value in state.items() if key not in whole}
     for part, tensor, others in ((whole, param, here), (here, local(param), whole)):
@@ -133,10 +138,21 @@ def _check(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> None:
             check_state(subject, tensor, rule, part, ADVICE, elsewhere=others)
 
 
-def _copied(param: Tensor, key: str, value: Any) -> Any:
+def _factors(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of loaded states that are placed over ranks although their shape may not be the parameter's."""
+    rule = _rule_of(subject)
+    return tuple(tensor_names(rule, state)) if isinstance(rule, TensorRule) and is_sharded(param) else ()
+
+
+def _rule_of(subject: Subject) -> Rule:
+    """Return the rule of a parameter whose averaged weights may be loaded."""
+    return subject.optimizer.rule_of({**subject.group, "train_mode": True})
+
+
+def _copied(param: Tensor, key: str, value: Any, factors: Collection[str] = ()) -> Any:
     """Copy ``value`` to the device of the parameter, in its saved dtype; return unchanged what `check_state` refuses.
 
-    `widening` converts the dtype later if necessary.
+    `widening` converts the dtype later if necessary. States named in ``factors`` are placed by `placed_state`.
     """
     if isinstance(value, Tensor) and (value.is_meta or plain.why_unsafe(local(value), written=False)):
         return value
@@ -149,5 +165,6 @@ def _copied(param: Tensor, key: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         value = value.detach().to(param.device, copy=True)
         # torch's SGD creates its momentum from the first gradient, whose placements may differ.
-        return placed_as(value, param)
+        placed = placed_as(value, param)
+        return placed_state(placed, param) if key in factors else placed
     return deepcopy(value)

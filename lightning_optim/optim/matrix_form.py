@@ -107,6 +107,19 @@ class MatrixForm:
         runs = tuple((count, 1) for count, _ in self.runs)
         return replace(self, columns=self.pieces, runs=runs, repeats=1)
 
+    @property
+    def of_line(self) -> MatrixForm:
+        """The form of one number for each row, if the rows are cut or nothing is, else for each column."""
+        return replace(self, columns=1) if self.dim == -2 else replace(self, rows=1)
+
+    @property
+    def products(self) -> int:
+        """Multiplications and additions of x·xᵀ, its square, and a square matrix times x, over all matrices."""
+        counts = [count for count, _ in self.runs] or [1]
+        sides = [sorted(shape) for shape in self.shapes]
+        each = [4 * small * small * large + 2 * small**3 for small, large in sides]
+        return math.prod(self.lead) * sum(count * products for count, products in zip(counts, each, strict=True))
+
     def __str__(self) -> str:
         """Describe the form for plans."""
         if self.runs:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 SCALES = ("original", "keller", "match_rms_adamw", "spectral", "spectral_unclamped")
 """Names of the factors, for a matrix of A rows (outputs) and B columns (inputs):
 
@@ -18,9 +16,8 @@ SCALES = ("original", "keller", "match_rms_adamw", "spectral", "spectral_unclamp
 """
 
 
-def step_ratio(matrix: Tensor, adjust_lr_fn: str | None) -> float:
-    """Return the factor of the learning rate for the shape of ``matrix``, [..., rows, columns]."""
-    rows, columns = matrix.shape[-2:]
+def step_ratio(rows: int, columns: int, adjust_lr_fn: str | None) -> float:
+    """Return the factor of the learning rate for a matrix, [rows, columns]."""
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     ratio = rows / max(columns, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from lightning_optim.kernels.rules import Scalar, TensorRule
+from lightning_optim.kernels.rules import Like, MatrixRule, Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
 from lightning_optim.optim.matrix_form import AUTO, MatrixForm, matrix_form
 from lightning_optim.optim.matrix_scale import step_ratio
@@ -19,10 +19,11 @@ from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients, it
 from lightning_optim.optim.shared_options import SharedOptions
 
 
-class MuonRule(TensorRule):
+class MuonRule(MatrixRule):
     """Muon's update: the orthogonal matrix nearest to the momentum."""
 
     state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    local_state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     counts_steps: ClassVar[bool] = False
     first_moment: ClassVar[str | None] = "momentum_buffer"
 
@@ -61,68 +62,109 @@ class MuonRule(TensorRule):
         """Learning rate and momentum."""
         return {"lr": group["lr"], "momentum": group["momentum"], "one_minus_momentum": 1 - group["momentum"]}
 
-    def update(
+    def cost(self, param: Tensor, group: Mapping[str, Any]) -> float:
+        """Return the multiplications and additions of the iterations."""
+        return float(group["ns_steps"] * matrix_form(param, group).products)
+
+    def advance(
+        self, grad: Tensor, state: Mapping[str, Tensor], scalars: Mapping[str, Tensor], group: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Implement `MatrixRule.advance`: return M."""
+        return {"momentum_buffer": state["momentum_buffer"].lerp(grad, scalars["one_minus_momentum"])}
+
+    def prepare(
+        self, grad: Tensor, state: Mapping[str, Tensor], scalars: Mapping[str, Tensor], group: Mapping[str, Any]
+    ) -> Tensor:
+        """Implement `MatrixRule.prepare`: return N."""
+        buffer = state["momentum_buffer"]
+        return grad.lerp(buffer, scalars["momentum"]) if group["nesterov"] else buffer
+
+    def whole(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
+        tensors: Iterable[Tensor],
         states: Sequence[dict[str, Tensor]],
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
-    ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
-        """Implement `TensorRule.update`."""
-        forms = list(map(matrix_form, grads, groups))
-        buffers, directions = directions_of(grads, states, scalars, groups, forms, groups[0]["eps"])
+    ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Implement `MatrixRule.whole`: return O, and the factors of its pieces if they differ."""
+        results: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        orthogonal = self.orthogonalized(tensors, groups, groups[0]["eps"])
+        for (form, pieces), numbers, group in zip(orthogonal, scalars, groups, strict=True):
+            result = {"direction": form.put(pieces)}
+            ratios = _ratios(form, group)
+            if len(set(ratios)) > 1:
+                line = form.of_line
+                factors = [
+                    numbers["lr"].new_full((*piece.shape[:-2], *shape), ratio)
+                    for piece, shape, ratio in zip(pieces, line.shapes, ratios, strict=True)
+                ]
+                result["ratio"] = line.put(factors)
+            results.append((result, {}))
+        return results
 
-        def deltas() -> Iterator[Tensor]:
-            for grad, form, taken, numbers, group in zip(grads, forms, directions, scalars, groups, strict=True):
-                scaled = []
-                for direction in taken:
-                    step_size = numbers["lr"] * step_ratio(direction, group["adjust_lr_fn"])
-                    rows_first = direction.to(grad.dtype, memory_format=torch.contiguous_format)
-                    scaled.append(rows_first.mul_(step_size))
-                yield form.put(scaled).view(grad.shape)
+    def orthogonalized(
+        self, tensors: Iterable[Tensor], groups: Sequence[Mapping[str, Any]], eps: float
+    ) -> list[tuple[MatrixForm, list[Tensor]]]:
+        """Return the form of each N, and O of each of its matrices, in `sent_dtype`, as `MatrixForm.take` cuts them.
 
-        return deltas(), [{"momentum_buffer": buffer} for buffer in buffers]
+        Args:
+            tensors: N in the shapes of the parameters.
+            groups: Parameter group of each; their matrices belong together.
+            eps: Smallest norm that the Newton-Schulz iteration divides by.
+        """
+        forms: list[MatrixForm] = []
+
+        def taken() -> Iterator[list[Tensor]]:
+            for tensor, group in zip(tensors, groups, strict=True):
+                forms.append(matrix_form(tensor, group))
+                yield forms[-1].take(tensor)
+
+        schedule = iterations(groups[0]["ns_coefficients"], groups[0]["ns_steps"])
+        # Each has as many pieces (`together`), and shapes at one place are alike. One piece needs no second list.
+        split = groups[0].get("split")
+        if split is None or isinstance(split, str):
+            single = (matrices for (matrices,) in taken())
+            directions = orthogonalize_stack(single, schedule, eps, self.sent_dtype)
+            return [(form, [direction]) for form, direction in zip(forms, directions, strict=True)]
+        places = list(zip(*taken(), strict=True))
+        done = [orthogonalize_stack(matrices, schedule, eps, self.sent_dtype) for matrices in places]
+        return [(form, list(pieces)) for form, pieces in zip(forms, zip(*done, strict=True), strict=True)]
+
+    def returned(self, param: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Like]:
+        """Implement `MatrixRule.returned`."""
+        result: dict[str, Like] = {"direction": (tuple(param.shape), self.sent_dtype)}
+        form = matrix_form(param, group)
+        if len(set(_ratios(form, group))) > 1:
+            result["ratio"] = (line_shape(param, form), dtype)
+        return result
+
+    def after(
+        self,
+        results: Sequence[dict[str, Tensor]],
+        params: Sequence[Tensor],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> Iterator[Tensor]:
+        """Implement `MatrixRule.after`: yield O times the learning rate for its shape."""
+        for result, param, numbers, group in zip(results, params, scalars, groups, strict=True):
+            ratio: Any = result.get("ratio")
+            if ratio is None:
+                ratio = _ratios(matrix_form(param, group), group)[0]
+            step_size = numbers["lr"] * ratio
+            rows_first = result["direction"].to(step_size.dtype, memory_format=torch.contiguous_format)
+            yield rows_first.mul_(step_size)
 
 
-def directions_of(
-    grads: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
-    scalars: Sequence[dict[str, Tensor]],
-    groups: Sequence[Mapping[str, Any]],
-    forms: Sequence[MatrixForm],
-    eps: float,
-) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Return the new momentum in the shapes of ``grads``, and the orthogonalised momentum in bfloat16, as published.
+def line_shape(param: Tensor, form: MatrixForm) -> tuple[int, ...]:
+    """Return the shape of one number for each line, row or column, along which ``param`` is cut; 1 elsewhere."""
+    rows = form.dim == -2
+    if form.lead:
+        return (*param.shape[:-1], 1) if rows else (*param.shape[:-2], 1, param.shape[-1])
+    return (param.shape[0], *(1,) * (param.dim() - 1)) if rows else (1, *param.shape[1:])
 
-    Args:
-        grads: Gradients of any shapes.
-        states: States with `momentum_buffer` in the shape of each gradient.
-        scalars: Scalars of the rule, shape [] each.
-        groups: Parameter group of each gradient.
-        forms: How each gradient is cut into matrices.
-        eps: Smallest norm that the Newton-Schulz iteration divides by.
 
-    Returns:
-        New buffers; and for each gradient its orthogonalised matrices, as `MatrixForm.take` cuts them.
-    """
-    buffers: list[Tensor] = []
-
-    def momenta() -> Iterator[Tensor]:
-        for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
-            buffer = state["momentum_buffer"].lerp(grad, numbers["one_minus_momentum"])
-            buffers.append(buffer)
-            yield grad.lerp(buffer, numbers["momentum"]) if group["nesterov"] else buffer
-
-    schedule = iterations(groups[0]["ns_coefficients"], groups[0]["ns_steps"])
-    taken = (form.take(momentum) for form, momentum in zip(forms, momenta(), strict=True))
-    count = len(forms[0].shapes)  # Each has as many (`MuonRule.together`), and shapes at one place are alike.
-    if count == 1:
-        directions = orthogonalize_stack((matrices for (matrices,) in taken), schedule, eps)
-        return buffers, [[direction] for direction in directions]
-    places = zip(*taken, strict=True)
-    done = [orthogonalize_stack(matrices, schedule, eps) for matrices in places]
-    return buffers, [list(directions) for directions in zip(*done, strict=True)]
+def _ratios(form: MatrixForm, group: Mapping[str, Any]) -> list[float]:
+    return [step_ratio(rows, columns, group["adjust_lr_fn"]) for rows, columns in form.shapes]
 
 
 class Muon(HiddenMatrixOptimizer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +12,11 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from lightning_optim.core.ranges import FRACTION, Range
-from lightning_optim.kernels.rules import Scalar, TensorRule
+from lightning_optim.kernels.rules import Like, Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
 from lightning_optim.optim.matrix_form import AUTO, matrix_form
 from lightning_optim.optim.matrix_scale import step_ratio
-from lightning_optim.optim.muon import MuonRule, directions_of
+from lightning_optim.optim.muon import MuonRule, line_shape
 from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients
 from lightning_optim.optim.shared_options import SharedOptions
 
@@ -29,7 +29,7 @@ class NorMuonRule(MuonRule):
     state = ("momentum_buffer", "second_momentum_buffer")
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return a momentum of zeros, and a mean square of zero for each row."""
+        """Return a momentum of zeros, and a mean square of zero for each row of each piece."""
         of_rows = matrix_form(param, group).of_rows
         rows = param.new_zeros(*of_rows.lead, of_rows.rows, of_rows.columns)
         return super().init_state(param, group) | {"second_momentum_buffer": rows}
@@ -38,36 +38,58 @@ class NorMuonRule(MuonRule):
         """Scalars of Muon, and the weight of the newest squares in those of the rows."""
         return super().scalars(group, step) | {"one_minus_beta2": 1 - group["beta2"]}
 
-    def update(
+    def whole(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
+        tensors: Iterable[Tensor],
         states: Sequence[dict[str, Tensor]],
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
-    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """Implement `TensorRule.update`."""
-        forms = list(map(matrix_form, grads, groups))
-        buffers, directions = directions_of(grads, states, scalars, groups, forms, NEWTON_SCHULZ_EPS)
-        deltas, new_states = [], []
-        for i, (grad, group, numbers) in enumerate(zip(grads, groups, scalars, strict=True)):
-            form = forms[i]
-            old = form.of_rows.take(states[i]["second_momentum_buffer"])
-            steps, new = [], []
-            for matrices, of_rows in zip(directions[i], old, strict=True):
-                direction = matrices.to(grad.dtype)
-                squares = direction.square().mean(-1, keepdim=True)
-                rows = of_rows.lerp(squares, numbers["one_minus_beta2"])
-                normalized = direction / (rows.sqrt() + group["eps"])
-                if group["adjust_lr_fn"] == "match_rms_adamw":
-                    size: Any = 0.2 * math.sqrt(direction.shape[-2:].numel())
-                else:
-                    size = _norm(direction) * step_ratio(direction, group["adjust_lr_fn"])
-                steps.append(normalized.mul_(numbers["lr"] * size / (_norm(normalized) + group["eps"])))
-                new.append(rows)
-            deltas.append(form.put(steps).reshape(grad.shape))
-            new_states.append({"momentum_buffer": buffers[i], "second_momentum_buffer": form.of_rows.put(new)})
-        return deltas, new_states
+    ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Implement `MatrixRule.whole`: return O, and the factors of its rows."""
+        results = []
+        orthogonal = self.orthogonalized(tensors, groups, NEWTON_SCHULZ_EPS)
+        for (form, pieces), state, group, numbers in zip(orthogonal, states, groups, scalars, strict=True):
+            means, factors = [], []
+            for piece, old in zip(pieces, form.of_rows.take(state["second_momentum_buffer"]), strict=True):
+                mean, factor = _row_factors(piece.to(numbers["lr"].dtype), old, numbers, group)
+                means.append(mean)
+                factors.append(factor if form.dim == -2 else factor.expand_as(piece))
+            line = form.of_line if form.dim == -2 else form
+            result = {"direction": form.put(pieces), "factor": line.put(factors)}
+            results.append((result, {"second_momentum_buffer": form.of_rows.put(means)}))
+        return results
+
+    def returned(self, param: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Like]:
+        """Implement `MatrixRule.returned`."""
+        form = matrix_form(param, group)
+        shape = line_shape(param, form) if form.dim == -2 else tuple(param.shape)
+        return {"direction": (tuple(param.shape), self.sent_dtype), "factor": (shape, dtype)}
+
+    def after(
+        self,
+        results: Sequence[dict[str, Tensor]],
+        params: Sequence[Tensor],
+        scalars: Sequence[dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> Iterator[Tensor]:
+        """Implement `MatrixRule.after`: yield O times the factors of its rows."""
+        for result in results:
+            yield (result["direction"].to(result["factor"].dtype) * result["factor"]).contiguous()
+
+
+def _row_factors(
+    direction: Tensor, old: Tensor, numbers: Mapping[str, Tensor], group: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return the new mean squares of the rows of O, and what each row is multiplied by, [..., rows, 1] each."""
+    rows, columns = direction.shape[-2:]
+    mean = old.lerp(direction.square().mean(-1, keepdim=True), numbers["one_minus_beta2"])
+    divisor = mean.sqrt() + group["eps"]
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        size: Any = 0.2 * math.sqrt(rows * columns)
+    else:
+        size = _norm(direction) * step_ratio(rows, columns, group["adjust_lr_fn"])
+    scale = numbers["lr"] * size / (_norm(direction / divisor) + group["eps"])
+    return mean, scale / divisor
 
 
 def _norm(matrix: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_optim import kernels
-from lightning_optim.core.placements import is_partial, is_sharded, partial_refused
+from lightning_optim.core.placements import is_partial, partial_refused
 from lightning_optim.kernels.rules import TensorRule
 from lightning_optim.optim import low_precision
 from lightning_optim.optim.admission import Ruled
@@ -50,12 +50,6 @@ def check_params(optimizer: Ruled, group: Mapping[str, Any]) -> None:
         low_precision.check_param(label, group, param)
         if is_partial(param):
             raise ValueError(partial_refused(label, param))
-        if isinstance(rule, TensorRule) and is_sharded(param):
-            raise ValueError(
-                f"{label} is a DTensor sharded over ranks, and {type(rule).__name__} needs whole tensors. Leave it "
-                "out of FSDP2 and tensor parallelism, or choose an elementwise optimizer for it (a group with "
-                "rule='adamw')."
-            )
         reason = rule.why_not(param, group)
         if reason is not None:
             raise ValueError(f"{label}: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -30,6 +31,7 @@ class SOAPRule(TensorRule):
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     counts_calls: ClassVar[bool] = True
     first_moment: ClassVar[str | None] = "exp_avg"
+    reads_weights: ClassVar[bool] = False
 
     def why_not(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
         """Implement `Rule.why_not`."""
@@ -61,10 +63,8 @@ class SOAPRule(TensorRule):
         `GG_<dim>_<run>` and `Q_<dim>_<run>`.
         """
         state = {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in self.state}
-        for run, part in enumerate(_taken(param, _form(param, group))):
-            lead = part.shape[:-2] if part is not param else ()
-            for dim in _preconditioned(part, group, len(lead)):
-                size = part.shape[dim + len(lead)]
+        for run, (lead, sizes) in enumerate(_parts(param, group)):
+            for dim, size in _preconditioned(sizes, group):
                 eye = torch.eye(size, dtype=param.dtype, device=param.device)
                 state[_name("GG", dim, run)] = param.new_zeros(*lead, size, size)
                 state[_name("Q", dim, run)] = eye.repeat(*lead, 1, 1) if lead else eye
@@ -92,6 +92,19 @@ class SOAPRule(TensorRule):
 
     def together(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Return None: each tensor has a call of its own, because nothing is batched and bases need much memory."""
+
+    def is_elementwise(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Return whether no dimension has a basis, so that the update is Adam's."""
+        return not any(_preconditioned(sizes, group) for _, sizes in _parts(param, group))
+
+    def cost(self, param: Tensor, group: Mapping[str, Any]) -> float:
+        """Return the multiplications and additions of rotations and Gram matrices, and of a share of the refreshes."""
+        total = 0.0
+        for lead, sizes in _parts(param, group):
+            rotated = [size for _, size in _preconditioned(sizes, group)]
+            refreshes = sum(10.0 * size**3 for size in rotated) / group["precondition_frequency"]
+            total += math.prod(lead) * (8.0 * math.prod(sizes) * sum(rotated) + refreshes)
+        return total
 
     def update(
         self,
@@ -200,11 +213,23 @@ def _direction(exp_avg: Tensor, exp_avg_sq: Tensor, bases: Bases, eps: float) ->
     return _rotated(root, bases, back=True)
 
 
-def _preconditioned(part: Tensor, group: Mapping[str, Any], lead: int) -> list[int]:
-    """Return the dimensions that have a basis, counted behind the first ``lead``, which count matrices."""
-    if part.dim() == 1 and not group["precondition_1d"]:
+def _parts(param: Tensor, group: Mapping[str, Any]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return for each part of ``param`` how many matrices it has, as (matrices,) or (), and the sizes of each.
+
+    Only the shape of ``param`` is read, which may be sharded.
+    """
+    form = _form(param, group)
+    if form is None:
+        return [((), tuple(param.shape))]
+    shapes = [part.shape for part in form.take(torch.empty(param.shape, device="meta"))]
+    return [(tuple(shape[:-2]), tuple(shape[-2:])) for shape in shapes]
+
+
+def _preconditioned(sizes: Sequence[int], group: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the dimensions that have a basis, with their sizes."""
+    if len(sizes) == 1 and not group["precondition_1d"]:
         return []
-    return [dim for dim, size in enumerate(part.shape[lead:]) if size <= group["max_precondition_dim"]]
+    return [(dim, size) for dim, size in enumerate(sizes) if size <= group["max_precondition_dim"]]
 
 
 def _count(numbers: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.host import widest_dtype
+from lightning_optim.core.placements import is_sharded
+from lightning_optim.core.shards import placed_state
 from lightning_optim.kernels.base import arithmetic_dtype
 from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.kernels.weight_decay import INITIAL, decay_form
@@ -47,6 +49,8 @@ def complete_state(
             for name, tensor in rule.init_state(param, group).items():
                 assert isinstance(tensor, Tensor)
                 state.setdefault(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        if is_sharded(param):
+            state |= {name: placed_state(state[name], param) for name in tensor_names(rule, state)}
     else:
         assert isinstance(rule, UpdateRule)
         _complete_elementwise(state, param, group, rule)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -48,26 +48,47 @@ def update(optimizer: Updated, batches: Batches) -> StepStats | None:
             f"value for each parameter with a gradient, [{count}]."
         )
     new_shared = _share(optimizer, batches)
-    collected: list[Tensor] = []
-    for batch, backend, rows in zip(batches.batches, batches.backends, batches.rows, strict=True):
-        skip = _on(getattr(optimizer, "found_inf", None), batch.device)
+    everything = list(zip(batches.batches, batches.backends, batches.rows, strict=True))
+    collected: list[Tensor | None] = [None] * len(everything)
+    flag = getattr(optimizer, "found_inf", None)
+    if flag is not None:
+        for route in batches.routes:  # Ranks that share work skip together.
+            flag = route.agree(flag)
+    completions: list[tuple[int, Tensor | None, Callable[[], Tensor | None]]] = []
+    for number in batches.order:
+        batch, backend, rows = everything[number]
+        skip = _on(flag, batch.device)
         if skip is not None and batch.device.type == "cpu" and not backend.reads_skip:  # else the device knows
             if is_set(skip):
                 if optimizer.collect_step_stats:
-                    collected.append(torch.full((len(rows), len(STEP_SUMS)), math.nan, device="cpu"))
+                    collected[number] = torch.full((len(rows), len(STEP_SUMS)), math.nan, device="cpu")
                 continue
             skip = None
-        divisor = _divisor(optimizer, rows, batch.device)
+        how: Any = {
+            "divisor": _divisor(optimizer, rows, batch.device),
+            "skip": skip,
+            "collect": optimizer.collect_step_stats,
+        }
+        if batch.route is not None:
+            completions.append((number, skip, backend.begin(batch, **how)))
+            continue
         with _AS_IT_IS if batch.plain else admission.by_name(optimizer, batch.full_params):
-            sums = backend.apply(batch, divisor=divisor, skip=skip, collect=optimizer.collect_step_stats)
-        # Triton's interpreter reads the flag itself, on the CPU; on other devices the host does not know it.
-        if skip is None or batch.device.type != "cpu" or not is_set(skip):
+            collected[number] = backend.apply(batch, **how)
+        if not _is_skipped(skip):
             torch.autograd.graph.increment_version(batch.written)
-        if sums is not None:
-            collected.append(sums)
+    for number, skip, complete in completions:
+        collected[number] = complete()
+        if not _is_skipped(skip):
+            torch.autograd.graph.increment_version(everything[number][0].written)
     for old, new in new_shared:
         old.copy_(new)
-    return _stats(batches, collected) if optimizer.collect_step_stats else None
+    return _stats(batches, [sums for sums in collected if sums is not None]) if optimizer.collect_step_stats else None
+
+
+def _is_skipped(skip: Tensor | None) -> bool:
+    """Return whether the host knows that the step is skipped."""
+    # Triton's interpreter reads the flag itself, on the CPU; on other devices the host does not know it.
+    return skip is not None and skip.device.type == "cpu" and is_set(skip)
 
 
 def init_shared(optimizer: Ruled, group: dict[str, Any], rule: UpdateRule) -> None:

@@ -389,10 +389,6 @@ def check_norm_of_terms(mesh: DeviceMesh) -> None:
 
 
 def check_refusals(mesh: DeviceMesh) -> None:
-    for name in WHOLE_TENSORS:
-        matrix = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)] * mesh.ndim).requires_grad_()
-        kind: Any = optim.get_optimizer_class(name)
-        refused(partial(kind, [("body", matrix)], lr=0.1), "'body'", "whole tensors", "rule='adamw'")
     term = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()] * mesh.ndim, run_check=False))
     refused(partial(optim.AdamW, [("body", term)], lr=0.1), "'body'", "Partial", "Redistribute")
     theirs = torch.optim.SGD([term], lr=0.1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_optim.core.host import is_set
 from lightning_optim.core.stats import STEP_SUMS
+from lightning_optim.kernels import shared_work
 from lightning_optim.kernels.base import Backend, Batch, arithmetic_dtype
 from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, kernel_args, measure_args, split
 from lightning_optim.kernels.cpu.codegen import build, build_measure, build_subtraction
@@ -71,16 +72,28 @@ class CpuBackend(Backend):
         """Implement `Backend`."""
         return self._elementwise.sums(batch, divisor)
 
+    def begin(
+        self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool
+    ) -> Callable[[], Tensor | None]:
+        """Implement `Backend`."""
+        return shared_work.begin(batch, **self._of_tensor_rule(batch), divisor=divisor, skip=skip, collect=collect)
+
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """Implement `Backend`; the host reads the flag ``skip``, which costs nothing here, so kernels need not."""
+        if batch.route is not None:
+            return self.begin(batch, divisor=divisor, skip=skip, collect=collect)()
         if isinstance(batch.rule, TensorRule):
-            subtract = self._subtract if batch.params[0].dtype in DTYPES else None
-            update = batch.rule.update_on_cpu
-            how: dict[str, Any] = {"divisor": divisor, "skip": skip, "collect": collect}
-            return apply_tensor_rule(batch, update, subtract, divides=batch.rule.divides_on_cpu, **how)
+            return apply_tensor_rule(batch, **self._of_tensor_rule(batch), divisor=divisor, skip=skip, collect=collect)
         if skip is not None and is_set(skip):
             return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
         return self._elementwise.apply(batch, divisor=divisor, skip=None, collect=collect)
+
+    def _of_tensor_rule(self, batch: Batch) -> dict[str, Any]:
+        """Return the arguments by which the update of a tensor rule uses this backend's kernels."""
+        rule = batch.rule
+        assert isinstance(rule, TensorRule)
+        subtract = self._subtract if batch.params[0].dtype in DTYPES else None
+        return {"update": rule.update_on_cpu, "subtract": subtract, "divides": rule.divides_on_cpu}
 
     def _subtract(self, batch: Batch, deltas: Iterable[Tensor], decay: Tensor) -> None:
         """Subtract ``deltas`` and the decay of form `shrink` from the parameters of ``batch`` in one pass.

@@ -1,0 +1,331 @@
+"""The update of a batch whose tensors ranks share: sharded ones, or copies of which each rank processes some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.host import is_set
+from lightning_optim.core.shards import split_of
+from lightning_optim.core.stats import STEP_SUMS
+from lightning_optim.core.transfer import upload
+from lightning_optim.kernels.base import Batch
+from lightning_optim.kernels.batch_values import grad_of, needs_no_scaling, rows_of, widened
+from lightning_optim.kernels.finish import finish
+from lightning_optim.kernels.owners import buckets_of, owners_of
+from lightning_optim.kernels.parts import keys, largest_part
+from lightning_optim.kernels.routes import Cut, Meshes, Named
+from lightning_optim.kernels.rules import Like, MatrixRule, TensorRule
+from lightning_optim.kernels.scalars import commit, scalar_columns
+from lightning_optim.kernels.weight_decay import INITIAL
+
+Subtract = Callable[[Batch, Iterable[Tensor], Tensor], None]
+
+
+def begin(
+    batch: Batch,
+    update: Callable[..., Any],
+    subtract: Subtract | None = None,
+    *,
+    divides: bool = False,
+    divisor: Tensor | None,
+    skip: Tensor | None,
+    collect: bool,
+) -> Callable[[], Tensor | None]:
+    """Start `Backend.apply` for a batch with a `route`: the first bucket is on its way when this returns.
+
+    Args:
+        batch: The tensors to update, of a tensor rule.
+        update: As for `apply_tensor_rule`.
+        subtract: As for `apply_tensor_rule`.
+        divides: As for `apply_tensor_rule`.
+        divisor: As for `Backend.apply`.
+        skip: As for `Backend.apply`; equal on all ranks of the route.
+        collect: As for `Backend.apply`.
+
+    Returns:
+        Function that completes the update and returns what `Backend.apply` does.
+    """
+    if batch.device.type == "cpu" and is_set(skip):
+        nothing = torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
+        return lambda: nothing
+    work = _SharedWork(batch, update, subtract, divides, divisor, skip, collect)
+    work.send()
+    return work.complete
+
+
+class _Process(Protocol):
+    """A rule, cut into what runs on shards and what runs on whole tensors; `MatrixRule` has the contract."""
+
+    local_state: tuple[str, ...]
+
+    def sent(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Return the dtypes of what `prepare` returns by name."""
+
+    def returned(self, param: Tensor, group: Any, dtype: torch.dtype) -> dict[str, Like]: ...
+
+    def advance(self, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named: ...
+
+    def prepare(self, param: Tensor, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
+        """Return by name what is sent of a tensor, in its shape."""
+
+    def whole(self, sent: Any, states: Any, scalars: Any, groups: Any) -> list[tuple[Named, Named]]: ...
+
+    def after(self, results: Any, params: Any, scalars: Any, groups: Any) -> Iterator[Tensor]: ...
+
+
+class _InParts:
+    """A `MatrixRule`."""
+
+    def __init__(self, rule: MatrixRule) -> None:
+        self._rule, self.local_state = rule, rule.local_state
+        self.advance, self.returned, self.after = rule.advance, rule.returned, rule.after
+
+    def sent(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {"tensor": self._rule.sent_dtype}
+
+    def prepare(self, param: Tensor, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
+        return {"tensor": self._rule.prepare(grad, state, scalars, group)}
+
+    def whole(self, sent: Any, states: Any, scalars: Any, groups: Any) -> list[tuple[Named, Named]]:
+        return self._rule.whole((one.pop("tensor") for one in sent), states, scalars, groups)
+
+
+class _AtOnce:
+    """Any other rule: weights, gradient and all state are sent, and all of the update is done by the owner."""
+
+    local_state: tuple[str, ...] = ()
+
+    def __init__(self, rule: TensorRule, update: Callable[..., Any], divides: bool) -> None:
+        self._update, self._divides, self._reads_weights = update, divides, rule.reads_weights
+
+    def sent(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {"grad": dtype} | ({"param": dtype} if self._reads_weights else {})
+
+    def returned(self, param: Tensor, group: Any, dtype: torch.dtype) -> dict[str, Like]:
+        return {"delta": (tuple(param.shape), dtype)}
+
+    def advance(self, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
+        return {}
+
+    def prepare(self, param: Tensor, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
+        return {"grad": grad} | ({"param": param} if self._reads_weights else {})
+
+    def whole(self, sent: Any, states: Any, scalars: Any, groups: Any) -> list[tuple[Named, Named]]:
+        if self._divides:  # The gradients are divided already.
+            scalars = [row | {"inverse_divisor": torch.ones_like(row["inverse_divisor"])} for row in scalars]
+        grads = [one["grad"] for one in sent]
+        params = [one["param"] for one in sent] if self._reads_weights else grads
+        deltas, new_states = self._update(params, grads, states, scalars, groups)
+        return [({"delta": delta}, new) for delta, new in zip(deltas, new_states, strict=True)]
+
+    def after(self, results: Any, params: Any, scalars: Any, groups: Any) -> Iterator[Tensor]:
+        return (result["delta"] for result in results)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What depends on shapes only: owners, buckets, and what travels of each tensor."""
+
+    owners: list[int]
+    buckets: list[list[int]]
+    going: list[dict[str, Cut]]
+    coming: list[dict[str, Cut]]
+    own_states: list[tuple[str, ...]]
+    """Names of the states of each tensor that the rule's middle part owns."""
+
+
+@dataclass
+class _OnTheWay:
+    """A bucket that has been sent to the owners."""
+
+    rows: list[int]
+    grads: list[Tensor]
+    """As the rule sees them where they are needed again; otherwise as they are."""
+    new_states: list[Named]
+    arrived: Callable[[], list[Named]]
+
+
+class _SharedWork:
+    """One update of a batch, bucket by bucket, the next one of which is on its way while one is processed."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        update: Callable[..., Any],
+        subtract: Subtract | None,
+        divides: bool,
+        divisor: Tensor | None,
+        skip: Tensor | None,
+        collect: bool,
+    ) -> None:
+        assert isinstance(batch.rule, TensorRule)
+        assert batch.route is not None
+        self._batch, self._rule, self._route = batch, batch.rule, batch.route
+        self._skip, self._collect = skip, collect
+        rule = batch.rule
+        self._process: _Process = _InParts(rule) if isinstance(rule, MatrixRule) else _AtOnce(rule, update, divides)
+        simple = batch.decay_form == "shrink" and not (batch.cautious or batch.low_precision or collect)
+        self._subtract = subtract if simple else None
+        self._columns = scalar_columns(batch, divisor)
+        self._scalars = rows_of(self._columns, batch.dtype)
+        on_host = batch.device.type == "cpu"
+        self._as_given = needs_no_scaling(self._columns) if on_host else [False] * len(batch.params)
+        self._keys = keys(batch, rule)  # They depend on settings, which may change from step to step.
+        if "plan" not in batch.kernels:
+            batch.kernels["plan"] = self._make_plan()
+        self._plan: _Plan = batch.kernels["plan"]
+        self._waiting = iter(self._plan.buckets)
+        self._next: _OnTheWay | None = None
+
+    def _make_plan(self) -> _Plan:
+        batch, route = self._batch, self._route
+        costs = [self._rule.cost(param, group) for param, group in zip(batch.full_params, batch.groups, strict=True)]
+        owners = owners_of(costs, route.ranks)
+        going, coming, names = [], [], []
+        for param, state, group in zip(batch.full_params, batch.full_states, batch.groups, strict=True):
+            split = split_of(param)
+            dim = None if split is None else split.dim
+            like = param if isinstance(route, Meshes) else None
+            here = {n: Cut(tuple(param.shape), t, dim, like) for n, t in self._process.sent(batch.dtype).items()}
+            back = {}
+            for name, (shape, dtype) in self._process.returned(param, group, batch.dtype).items():
+                is_cut = dim is not None and shape[dim] == param.shape[dim]
+                back[name] = Cut(shape, dtype, dim if is_cut else None, like)
+            own = {n: _state_cut(t, batch.dtype, route) for n, t in state.items() if n not in self._process.local_state}
+            going.append(here | _marked(own))
+            coming.append(back | _marked(own))
+            names.append(tuple(own))
+        # What travels is what an owner has in memory: of SOAP, for one, its factors as well.
+        sizes = [sum(math.prod(cut.shape) for cut in cuts.values()) for cuts in going]
+        largest = largest_part(batch, list(map(Tensor.numel, batch.full_params)))
+        buckets = buckets_of(owners, costs, sizes, self._keys, largest)
+        return _Plan(owners, buckets, going, coming, names)
+
+    def send(self) -> None:
+        """Send the next bucket to the owners, if there is one."""
+        rows = next(self._waiting, None)
+        if rows is None:
+            self._next = None
+            return
+        batch, plan = self._batch.take(rows), self._plan
+        scalars = [self._scalars[row] for row in rows]
+        grads: Any = (
+            batch.grads[i].to(batch.dtype) if self._as_given[row] else grad_of(batch, i, scalars[i])
+            for i, row in enumerate(rows)
+        )
+        if batch.cautious:
+            grads = list(grads)
+        states = [
+            {n: widened(tensor) for n, tensor in state.items() if n not in ("kahan_comp", INITIAL)}
+            for state in batch.states
+        ]
+        new_states: list[Named] = []
+        owners, cuts = [plan.owners[row] for row in rows], [plan.going[row] for row in rows]
+
+        def sent() -> Iterator[Named]:
+            for i, (row, grad) in enumerate(zip(rows, grads, strict=True)):
+                state, numbers, group = states[i], scalars[i], batch.groups[i]
+                new_states.append(self._process.advance(grad, state, numbers, group))
+                if not self._route.needs(owners[i]):
+                    yield {}
+                    continue
+                own = _marked({name: state[name] for name in plan.own_states[row]})
+                yield self._process.prepare(widened(batch.params[i]), grad, new_states[i], numbers, group) | own
+
+        arrived = self._route.gather(owners, cuts, sent(), batch.device)
+        self._next = _OnTheWay(rows, grads if batch.cautious else batch.grads, new_states, arrived)
+
+    def complete(self) -> Tensor | None:
+        """Process all buckets, and return the step sums if they are collected."""
+        batch, order, sums = self._batch, [], []
+        while (bucket := self._next) is not None:
+            wholes = bucket.arrived()
+            bucket.arrived = list  # The messages have been read.
+            self.send()
+            collected = self._finish(bucket, wholes)
+            if collected is not None:
+                order += bucket.rows
+                sums.append(collected)
+        commit(batch, self._columns, self._skip)
+        if not sums:
+            return None
+        in_order = torch.empty(len(order), len(STEP_SUMS), device=batch.device)
+        in_order[upload(order, batch.device)] = torch.cat(sums)
+        return in_order
+
+    def _results(self, rows: list[int], wholes: list[Named]) -> list[Named]:
+        """Process what this rank owns of a bucket, and return what is to be sent of each tensor; empties ``wholes``."""
+        plan, groups = self._plan, self._batch.groups
+        results: list[Named] = [{} for _ in rows]
+        alike: dict[Any, list[int]] = {}
+        for i, row in enumerate(rows):
+            if self._route.owns(plan.owners[row]):
+                alike.setdefault(self._keys[row], []).append(i)
+        for members in alike.values():
+            sent = [wholes[i] for i in members]
+            states = [{n: wholes[i].pop(_mark(n)) for n in plan.own_states[rows[i]]} for i in members]
+            numbers = [self._scalars[rows[i]] for i in members]
+            found = self._process.whole(sent, states, numbers, [groups[rows[i]] for i in members])
+            for i, old, (result, new) in zip(members, states, found, strict=True):
+                results[i] = result | _marked(old | new)
+        wholes.clear()
+        return results
+
+    def _finish(self, bucket: _OnTheWay, wholes: list[Named]) -> Tensor | None:
+        """Process what this rank owns of a bucket, send the results, and store this rank's parts of all results."""
+        rows, plan, process = bucket.rows, self._plan, self._process
+        batch = self._batch.take(rows)
+        owners, cuts = [plan.owners[row] for row in rows], [plan.coming[row] for row in rows]
+        parts = self._route.scatter(owners, cuts, self._results(rows, wholes), batch.device)()
+        scalars = [self._scalars[row] for row in rows]
+        new_states = [
+            new | {n: part[_mark(n)] for n in plan.own_states[row]}
+            for row, new, part in zip(rows, bucket.new_states, parts, strict=True)
+        ]
+        amounts = process.after(parts, batch.full_params, scalars, batch.groups)
+        shapes = [param.shape for param in batch.params]
+        deltas = (amount.reshape(shape) for amount, shape in zip(amounts, shapes, strict=True))
+        decays = self._columns["decay"]
+        if len(rows) < len(self._batch.params):
+            decays = decays[upload(rows, batch.device)]
+        if self._subtract is None:
+            return finish(
+                batch,
+                map(lambda *step: step, bucket.grads, deltas, new_states),
+                decays,
+                scalars,
+                self._skip,
+                self._collect,
+            )
+        self._subtract(batch, deltas, decays)
+        pairs = [(old[n], new[n]) for old, new in zip(batch.states, new_states, strict=True) for n in new]
+        if pairs:
+            torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+        return None
+
+
+def _state_cut(state: Tensor, dtype: torch.dtype, route: Any) -> Cut:
+    split = split_of(state)
+    kept = dtype if state.is_floating_point() else state.dtype
+    is_shard = hasattr(state, "placements")
+    return Cut(
+        tuple(state.shape),
+        kept,
+        None if split is None else split.dim,
+        state if is_shard and isinstance(route, Meshes) else None,
+    )
+
+
+def _mark(name: str) -> str:
+    """Return the name of a state among what travels, which differs from all others."""
+    return f"state {name}"
+
+
+def _marked(named: dict[str, Any]) -> dict[str, Any]:
+    return {_mark(name): value for name, value in named.items()}

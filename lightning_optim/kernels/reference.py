@@ -29,7 +29,7 @@ from lightning_optim.kernels.finish import StepResult, finish
 from lightning_optim.kernels.parts import parts
 from lightning_optim.kernels.pieces import Index, norm, take
 from lightning_optim.kernels.rules import TensorRule, UpdateRule
-from lightning_optim.kernels.scalars import commit, place_of, scalar_columns
+from lightning_optim.kernels.scalars import commit, places_of, scalar_columns
 from lightning_optim.kernels.weight_decay import INITIAL
 
 
@@ -221,8 +221,7 @@ def _rule_sums(batch: Batch, rule: UpdateRule, columns: dict[str, Tensor]) -> di
 
 def _steps(batch: Batch, rule: UpdateRule, scalars: list[dict[str, Tensor]]) -> Iterator[StepResult]:
     function, names = rebound(type(rule).update), rule.update_scalars()
-    for name in names:
-        place_of(name, list(scalars[0]))
+    places_of(names, list(scalars[0]))
 
     def step(i: int) -> StepResult:
         grad = grad_of(batch, i, scalars[i])

@@ -85,16 +85,19 @@ def numbers_of_group(batch: Batch, group: Mapping[str, Any], old: Mapping[str, A
     return shared | batch.rule.scalars(group, step, **others)
 
 
-def place_of(name: str, names: Sequence[str]) -> int:
-    """Return the place of a scalar among those that a rule gives.
+def places_of(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Return the places of scalars among those that a rule gives.
 
     Raises:
-        TypeError: The rule does not give it.
+        TypeError: The rule does not give one of them.
     """
-    if name not in names:
-        known = nearest(name, names)
-        raise TypeError(f"`update` of the rule takes {name!r}, which its `scalars` does not return. {known}")
-    return names.index(name)
+    try:
+        return list(map(names.index, wanted))
+    except ValueError:
+        name = next(name for name in wanted if name not in names)
+        raise TypeError(
+            f"`update` of the rule takes {name!r}, which its `scalars` does not return. {nearest(name, names)}"
+        ) from None
 
 
 class HostColumns(dict[str, Tensor]):
@@ -118,7 +121,8 @@ class HostColumns(dict[str, Tensor]):
         """Step counts from which the scalars are computed, [tensors], if there are any."""
 
     def __missing__(self, name: str) -> Tensor:
-        column = self[name] = torch.from_numpy(self.rows[self.kinds, place_of(name, self.names)])
+        place = self.names.index(name) if name in self.names else places_of([name], self.names)[0]
+        column = self[name] = torch.from_numpy(self.rows[self.kinds, place])
         return column
 
     def complete(self) -> HostColumns:
@@ -138,8 +142,7 @@ class HostColumns(dict[str, Tensor]):
     def table(self, names: Sequence[str], dtype: torch.dtype) -> npt.NDArray[np.floating]:
         """Return the columns called ``names`` side by side, [tensors, names], in ``dtype``."""
         table = np.empty((len(self.kinds), len(names)), np.float64 if dtype == torch.float64 else np.float32)
-        places = [0 if name in self else place_of(name, self.names) for name in names]
-        rows = self.rows[:, places]
+        rows = self.rows[:, places_of([name if name not in self else self.names[0] for name in names], self.names)]
         with np.errstate(all="ignore"):  # as torch rounds
             table[:] = rows if len(rows) == 1 else rows[self.kinds]
         for i, name in enumerate(names):

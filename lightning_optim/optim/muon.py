@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -91,8 +92,8 @@ class MuonRule(MatrixRule):
         orthogonal = self.orthogonalized(tensors, groups, groups[0]["eps"])
         for (form, pieces), numbers, group in zip(orthogonal, scalars, groups, strict=True):
             result = {"direction": form.put(pieces)}
-            ratios = _ratios(form, group)
-            if len(set(ratios)) > 1:
+            ratios = _ratios(form, group["adjust_lr_fn"])
+            if len(ratios) > 1:
                 line = form.of_line
                 factors = [
                     numbers["lr"].new_full((*piece.shape[:-2], *shape), ratio)
@@ -134,7 +135,7 @@ class MuonRule(MatrixRule):
         """Implement `MatrixRule.returned`."""
         result: dict[str, Like] = {"direction": (tuple(param.shape), self.sent_dtype)}
         form = matrix_form(param, group)
-        if len(set(_ratios(form, group))) > 1:
+        if len(_ratios(form, group["adjust_lr_fn"])) > 1:
             result["ratio"] = (line_shape(param, form), dtype)
         return result
 
@@ -149,7 +150,7 @@ class MuonRule(MatrixRule):
         for result, param, numbers, group in zip(results, params, scalars, groups, strict=True):
             ratio: Any = result.get("ratio")
             if ratio is None:
-                ratio = _ratios(matrix_form(param, group), group)[0]
+                ratio = _ratios(matrix_form(param, group), group["adjust_lr_fn"])[0]
             step_size = numbers["lr"] * ratio
             rows_first = result["direction"].to(step_size.dtype, memory_format=torch.contiguous_format)
             yield rows_first.mul_(step_size)
@@ -163,8 +164,11 @@ def line_shape(param: Tensor, form: MatrixForm) -> tuple[int, ...]:
     return (param.shape[0], *(1,) * (param.dim() - 1)) if rows else (1, *param.shape[1:])
 
 
-def _ratios(form: MatrixForm, group: Mapping[str, Any]) -> list[float]:
-    return [step_ratio(rows, columns, group["adjust_lr_fn"]) for rows, columns in form.shapes]
+@lru_cache(maxsize=4096)
+def _ratios(form: MatrixForm, adjust_lr_fn: str | None) -> tuple[float, ...]:
+    """Return the factors of the learning rate of each piece; a single one if they are equal."""
+    ratios = [step_ratio(rows, columns, adjust_lr_fn) for rows, columns in form.shapes]
+    return tuple(ratios) if len(set(ratios)) > 1 else (ratios[0],)
 
 
 class Muon(HiddenMatrixOptimizer):

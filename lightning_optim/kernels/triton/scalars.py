@@ -15,7 +15,7 @@ from lightning_optim.core.host import read
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.recorded import Recorded, constant
-from lightning_optim.kernels.scalars import numbers_of_group, place_of, scalar_columns
+from lightning_optim.kernels.scalars import numbers_of_group, places_of, scalar_columns
 from lightning_optim.kernels.triton.functions import NAMED, jit, jit_text
 from lightning_optim.kernels.triton.launch import address_table, flag, launch, stream_of
 
@@ -84,7 +84,7 @@ class DeviceColumns(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         names, table = self._table or self._compute(tuple(self._expressions), torch.float64)
-        column = self[name] = table[:, place_of(name, names)]
+        column = self[name] = table[:, places_of([name], names)[0]]
         return column
 
     def table(self, names: tuple[str, ...], dtype: torch.dtype) -> Tensor:

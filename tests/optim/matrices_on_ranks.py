@@ -140,8 +140,9 @@ class Run:
 
 
 def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of a tensor."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def meshes() -> list[DeviceMesh]:

@@ -131,9 +131,11 @@ def check_state(
         RefusedError: An entry does not match the parameter.
     """
     check_memory(subject, {"": param})  # New state is created from the weights.
-    own = {} if isinstance(rule, UpdateRule) or not state else _shapes_of_tensor_rule(param, subject.group, rule)
-    missing = sorted(own.keys() - state.keys() - set(elsewhere))
     there = [name for name in tensor_names(rule, state) if isinstance(rule, TensorRule)]
+    # A shard by itself may have a shape that the rule cannot update; its arrays are then elsewhere.
+    unneeded = isinstance(rule, UpdateRule) or not state or (bool(elsewhere) and not there)
+    own = {} if unneeded else _shapes_of_tensor_rule(param, subject.group, rule)
+    missing = sorted(own.keys() - state.keys() - set(elsewhere))
     if missing and there:  # It is incomplete, or was created for another shape.
         raise subject.refuse(missing[0], f"is missing, but the state has {', '.join(map(repr, there))}. {advice}")
     for name, value in state.items():

@@ -28,6 +28,7 @@ from lightning_optim.divergence import NonFiniteGradient
 from lightning_optim.kernels import parts
 from lightning_optim.kernels.rules import MatrixRule
 from lightning_optim.optim import division, muon
+from lightning_optim.optim.matrix_form import matrix_form
 from tests.live_bytes import peak_bytes
 from tests.optim.tensor_parallel_checks import same_on_all_ranks, train
 
@@ -48,6 +49,14 @@ STACKS: dict[str, tuple[tuple[int, ...], Any]] = {
     "experts by rows": ((3, 5, 4), COLUMNS),
     "stacked experts": ((3, 2, 5, 4), ROWS),
 }
+FUSED: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
+    "grouped queries": ((11, 4), ROWS, {"split": (6, 3, 2)}),
+    "query, key, value": ((9, 4), COLUMNS, {"split": 3}),
+    "gate and up": ((4, 10), ROWS, {"split": (7, 3), "split_dim": -1}),
+    "interleaved": ((12, 5), ROWS, {"split": 3, "split_repeats": 2}),
+    "experts": ((2, 8, 3), ROWS, {"split": (5, 3), "flatten": False}),
+}
+FUSED = {f"fused: {key}": value for key, value in FUSED.items()}
 VECTORS: dict[str, tuple[tuple[int, ...], Any]] = {"vector": ((7,), ROWS), "number": ((1,), ROWS)}
 MUONS = ("Muon", "NorMuon")
 
@@ -65,8 +74,9 @@ def precise(dtype: torch.dtype) -> Iterator[None]:
 
 def groups(name: str, given: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Parameter groups of parameters by name."""
+    fused = [{"params": [(key, given[key])], "rule": name.lower(), **FUSED[key][2]} for key in given if key in FUSED]
     if name not in MUONS:
-        return [{"params": list(given.items())}]
+        return [{"params": [(key, param) for key, param in given.items() if key not in FUSED]}, *fused]
     matrices = [(key, param) for key, param in given.items() if key in SHAPES]
     stacks = [(key, param) for key, param in given.items() if key in STACKS]
     vectors = [(key, param) for key, param in given.items() if key in VECTORS]
@@ -74,6 +84,7 @@ def groups(name: str, given: dict[str, Tensor]) -> list[dict[str, Any]]:
         {"params": matrices, "rule": name.lower()},  # else a matrix of one row would be AdamW's
         {"params": stacks, "rule": name.lower(), "flatten": False, "lr": 0.05},
         {"params": vectors, "rule": "adamw"},
+        *fused,
     ]
 
 
@@ -81,11 +92,12 @@ def values(name: str, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     """Values in all shapes by name."""
     generator = torch.Generator().manual_seed(seed)
     shapes = SHAPES | VECTORS | (STACKS if name in MUONS else {})
+    shapes |= {} if name == "Adafactor" else {key: (shape, where) for key, (shape, where, _) in FUSED.items()}
     return {key: torch.randn(shape, generator=generator).to(dtype) for key, (shape, _) in shapes.items()}
 
 
 def placement(key: str) -> Any:
-    return (SHAPES | STACKS | VECTORS)[key][1]
+    return (SHAPES | STACKS | VECTORS | FUSED)[key][1]
 
 
 def place(value: Tensor, key: str, mesh: DeviceMesh, placements: Sequence[Any] | None = None) -> DTensor:
@@ -460,8 +472,10 @@ def check_copies(name: str, **arguments: Any) -> None:
             same_on_all_ranks(tensor)
         counts = torch.tensor([len(shapes)])
         dist.all_reduce(counts)
-        assert counts.item() == STEPS * len(SHAPES | STACKS)
-        assert len(shapes) < STEPS * len(SHAPES | STACKS) or dist.get_world_size() == 1
+        of_matrices = [group for group in many.optimizer.param_groups if group["rule"] != "adamw"]
+        each = sum(len(matrix_form(param, group).shapes) for group in of_matrices for param in group["params"])
+        assert counts.item() == STEPS * each
+        assert len(shapes) < STEPS * each or dist.get_world_size() == 1
         for refuses in (False, None):
             other = Run(name, torch.float32, None, **arguments)
             other.optimizer.divide_over = refuses

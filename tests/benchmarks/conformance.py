@@ -72,6 +72,7 @@ TIMM = {
     "sgdp": "SGDP",
     "sgdw": "SGDW",
 }
+HEAVYBALL = "AdamW ADOPT AdEMAMix AdamC LaProp NAdam RMSprop SGD SFAdamW Muon SOAP PSGDKron"
 PACKAGES = {
     "torch": "torch",
     "pytorch_optimizer": "pytorch_optimizer",
@@ -81,6 +82,7 @@ PACKAGES = {
     "schedulefree": "schedulefree",
     "optimi": "torch-optimi",
     "transformers": "transformers",
+    "heavyball": "heavyball",
 }
 """Modules and the packages they come with."""
 
@@ -102,6 +104,10 @@ def cases() -> dict[str, Any]:
     for file, cls in TIMM.items():
         with contextlib.suppress(ModuleNotFoundError, AttributeError):
             found[f"timm.optim.{cls}"] = getattr(timm(file), cls)
+    with contextlib.suppress(ModuleNotFoundError):  # Not among our requirements: pip install --no-deps heavyball
+        heavyball = importlib.import_module("heavyball")
+        heavyball.utils.compile_mode = None  # or each class is compiled for each list of shapes, for minutes
+        found |= {f"heavyball.{name}": getattr(heavyball, name) for name in HEAVYBALL.split()}
     return found
 
 

@@ -15,6 +15,7 @@ from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.pieces import Index, pieces, take
 from lightning_optim.kernels.quantization import dequantize
 from lightning_optim.kernels.rules import rebind
+from lightning_optim.kernels.weight_decay import INITIAL
 
 SMALL = 2**16
 """Largest number of elements of a tensor whose temporaries are not worth a loop."""
@@ -62,6 +63,12 @@ def moment_of(batch: Batch, i: int, name: str) -> Tensor:
     if name in batch.quantized:
         return dequantize(state[name], state[f"{name}_scale"], batch.rule.compressible[name])
     return widened(state[name])
+
+
+def states_of_tensor_rule(batch: Batch, i: int) -> dict[str, Tensor]:
+    """Return the rule's own state of a tensor by name, in the dtype of the arithmetic where it is floating point."""
+    others = {"kahan_comp", INITIAL, *(f"{name}_scale" for name in batch.quantized)}
+    return {name: moment_of(batch, i, name) for name in batch.states[i] if name not in others}
 
 
 def grad_of(batch: Batch, i: int, scalars: dict[str, Tensor], index: Index = ()) -> Tensor:

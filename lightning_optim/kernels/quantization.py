@@ -81,8 +81,8 @@ def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     return (values * scales.repeat_interleave(BLOCK)[: values.numel()]).view(codes.shape)
 
 
-def zeros(param: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return codes (uint8, shape of ``param``) and scales (float32, [blocks]) of a state of zeros."""
-    zero = int((code_map(signed) == 0).nonzero())
-    codes = torch.full(param.shape, zero, dtype=torch.uint8, device=param.device)
-    return codes, torch.zeros(blocks(param.numel()), dtype=torch.float32, device=param.device)
+def filled(param: Tensor, value: float, signed: bool) -> tuple[Tensor, Tensor]:
+    """Return codes (uint8, shape of ``param``) and scales (float32, [blocks]) of a state of one value, at least 0."""
+    code = int((code_map(signed) == (1 if value else 0)).nonzero())
+    codes = torch.full(param.shape, code, dtype=torch.uint8, device=param.device)
+    return codes, torch.full((blocks(param.numel()),), value, dtype=torch.float32, device=param.device)

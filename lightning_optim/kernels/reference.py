@@ -14,13 +14,21 @@ from lightning_optim.core.sharding import sum_over_shards
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.base import Backend, Batch
-from lightning_optim.kernels.batch_values import grad_of, moment_of, pieces_of, rebound, rows_of, whole_numel, widened
+from lightning_optim.kernels.batch_values import (
+    grad_of,
+    moment_of,
+    pieces_of,
+    rebound,
+    rows_of,
+    states_of_tensor_rule,
+    whole_numel,
+    widened,
+)
 from lightning_optim.kernels.finish import StepResult, finish
 from lightning_optim.kernels.parts import parts
 from lightning_optim.kernels.pieces import Index, norm, take
 from lightning_optim.kernels.rules import TensorRule, UpdateRule
 from lightning_optim.kernels.scalars import commit, scalar_columns
-from lightning_optim.kernels.weight_decay import INITIAL
 
 
 class ReferenceBackend(Backend):
@@ -110,10 +118,7 @@ def apply_tensor_rule(
             part.grads[i].to(part.dtype) if at_once or as_given[row] else grad_of(part, i, scalars[row])
             for i, row in enumerate(rows)
         ]
-        states = [
-            {n: widened(tensor) for n, tensor in state.items() if n not in ("kahan_comp", INITIAL)}
-            for state in part.states
-        ]
+        states = [states_of_tensor_rule(part, i) for i in range(len(rows))]
         given = [row | {"inverse_divisor": one} for row in numbers] if divides and not at_once else numbers
         deltas, new_states = update([widened(p) for p in part.params], grads, states, given, part.groups)
         if subtract is None or not plain or collect:

@@ -151,7 +151,7 @@ def check_state(
         if reason is not None:
             raise subject.refuse(name, reason)
         if name in own or name in ("kahan_comp", INITIAL):
-            _check_form(subject, name, value, None)
+            _check_form(subject, name, value, state.get(f"{name}_scale") if name in rule.compressible else None)
         elif name in _SCALARS or name in rule.scalar_state:
             needed = _SCALARS.get(name, _SCALARS["step"][:2])
             if value.dtype not in needed:

@@ -46,7 +46,7 @@ def check(owner: str, group: Mapping[str, Any], rule: Rule) -> None:
     if isinstance(rule, UpdateRule) and not rule.state:
         reason = "it keeps no state with these settings"
     else:
-        reason = "its state has more than moments that average (sums, weights, matrix factors), and needs 32 bits"
+        reason = "its state is no moment of gradients (weights, matrix factors, parts of a difference)"
     raise ValueError(f"{owner}: Invalid state_bits={bits}: must be 32, because {reason}.")
 
 
@@ -88,11 +88,23 @@ def compressed(group: Mapping[str, Any], param: Tensor, rule: Rule) -> Mapping[s
     return {} if bits == 32 or (bits == 8 and param.numel() < SMALL) else rule.compressible
 
 
-def zeros(name: str, param: Tensor, group: Mapping[str, Any], signed: bool) -> dict[str, Tensor]:
-    """Create the state ``name`` of a parameter before its first step, in the format given by `state_bits`."""
+def initial(name: str, value: float, param: Tensor, group: Mapping[str, Any], signed: bool) -> dict[str, Tensor]:
+    """Create the state ``name`` of a parameter before its first step, in the format given by `state_bits`.
+
+    Args:
+        name: Name of the state.
+        value: Initial value of all elements, not negative.
+        param: The parameter.
+        group: Its parameter group.
+        signed: Whether the state is signed.
+
+    Returns:
+        The state by name, with its scales if it is stored in 8 bits.
+    """
     if group["state_bits"] == 16:
-        return {name: torch.zeros_like(param, dtype=torch.bfloat16, memory_format=torch.preserve_format)}
-    codes, scales = quantization.zeros(param, signed)
+        state = torch.zeros_like(param, dtype=torch.bfloat16, memory_format=torch.preserve_format)
+        return {name: state + value if value else state}
+    codes, scales = quantization.filled(param, value, signed)
     return {name: codes, f"{name}_scale": scales}
 
 

@@ -21,6 +21,7 @@ class MuonRule(TensorRule):
     """Muon's update: the orthogonal matrix nearest to the momentum."""
 
     state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    compressible: ClassVar[Mapping[str, bool]] = {"momentum_buffer": True}
     counts_steps: ClassVar[bool] = False
     first_moment: ClassVar[str | None] = "momentum_buffer"
 

@@ -85,6 +85,7 @@ class InnerMomentumRule(ScheduleFreeAdamWRule):
     """Schedule-Free update with Adam's first moment in the step of z."""
 
     state = ("z", "exp_avg", "exp_avg_sq")
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     first_moment = "exp_avg"
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
@@ -137,7 +138,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
     restores y bit for bit; in Lightning the callback `ScheduleFree` does both. Do not use a schedule in addition. The
     running statistics of batch normalisation are those of y, so recompute them at x before using them. `cautious` is
     not offered, because x would no longer be the average of z; ``weight_decay_kind`` must be `decoupled`,
-    `independent`, `corrected` or `l2`; ``state_bits`` applies to v only, because z has weights.
+    `independent`, `corrected` or `l2`; ``state_bits`` applies to moments only, because z has weights.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.

@@ -43,10 +43,7 @@ def complete_state(
         state |= {n: state[n].to(param.device) for n in ("step", *rule.scalar_state)}
     if isinstance(rule, TensorRule):
         if not begun:
-            dtype = arithmetic_dtype(param.dtype)
-            for name, tensor in rule.init_state(param, group).items():
-                assert isinstance(tensor, Tensor)
-                state.setdefault(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            _complete_tensor_rule(state, param, group, rule)
     else:
         assert isinstance(rule, UpdateRule)
         _complete_elementwise(state, param, group, rule)
@@ -86,6 +83,19 @@ def tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, value in state.items() if isinstance(value, Tensor) and name not in others)
 
 
+def _complete_tensor_rule(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rule: TensorRule) -> None:
+    dtype = arithmetic_dtype(param.dtype)
+    low = low_precision.compressed(group, param, rule)
+    for name, tensor in rule.init_state(param, group).items():
+        assert isinstance(tensor, Tensor)
+        if name in state:
+            continue
+        if name in low:
+            state |= low_precision.initial(name, 0.0, param, group, low[name])
+        else:
+            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def _complete_elementwise(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rule: UpdateRule) -> None:
     dtype = arithmetic_dtype(param.dtype)  # A bf16 second moment could not change by a thousandth.
     first = rule.init_state(param, group)
@@ -93,10 +103,10 @@ def _complete_elementwise(state: dict[str, Any], param: Tensor, group: Mapping[s
     for name in rule.state:
         if name in state:
             continue
-        if name in low:
-            state |= low_precision.zeros(name, param, group, low[name])
-            continue
         value = first.get(name, 0.0)
+        if name in low and not isinstance(value, Tensor):
+            state |= low_precision.initial(name, value, param, group, low[name])
+            continue
         if isinstance(value, Tensor):
             state[name] = value.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
         else:  # Tensor subclasses usually support zeros_like, but rarely full_like.

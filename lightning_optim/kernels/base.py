@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_optim.kernels.quantization import row_size
 from lightning_optim.kernels.rules import Rule
 from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.weight_decay import INITIAL
@@ -71,6 +72,15 @@ class Batch:
     def quantized(self) -> tuple[str, ...]:
         """States stored as 8-bit codes, in the order of `rule.state`; the scales of `exp_avg` are `exp_avg_scale`."""
         return tuple(name for name in self.rule.state if f"{name}_scale" in self.states[0]) if self.stochastic else ()
+
+    @cached_property
+    def row_sizes(self) -> tuple[int, ...] | None:
+        """Size of the rows of each tensor to which blocks of 8-bit codes are confined; None if its states differ."""
+        found = [
+            {row_size(state[name].numel(), state[f"{name}_scale"].shape) for name in self.quantized}
+            for state in self.states
+        ]
+        return tuple(sizes.pop() for sizes in found) if all(len(sizes) == 1 for sizes in found) else None
 
     @cached_property
     def state_arrays(self) -> list[list[Tensor]]:
@@ -159,7 +169,7 @@ class Batch:
         part = copy(self)
         # What is cached is of all tensors.
         cached = "state_arrays", "written", "sizes", "addresses", "counters", "members"
-        for name in (*cached, "scalar_dtypes", "scalar_tables"):
+        for name in (*cached, "row_sizes", "scalar_dtypes", "scalar_tables"):
             part.__dict__.pop(name, None)
         for name in ("params", "grads", "states", "scalar_states", "groups", "full_params", "rounding_keys"):
             full = getattr(self, name)

@@ -134,7 +134,13 @@ def _stored_state(batch: Batch, i: int, state: dict[str, Tensor]) -> dict[str, T
         if name in state:
             key, slot = batch.rounding_keys[i], 2 + batch.rule.state.index(name)
             if name in quantized:
-                codes, scales = quantize(state[name], batch.rule.compressible[name], key, slot)
+                codes, scales = quantize(
+                    state[name],
+                    batch.rule.compressible[name],
+                    key,
+                    slot,
+                    batch.states[i][f"{name}_scale"].shape,
+                )
                 state = state | {name: codes, f"{name}_scale": scales}
             else:
                 state = state | {name: round_stochastically(state[name], key, slot)}

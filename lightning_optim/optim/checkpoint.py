@@ -15,7 +15,10 @@ from lightning_optim.core.placements import placed_as
 from lightning_optim.core.sharding import local
 from lightning_optim.core.suggest import nearest
 from lightning_optim.kernels import plain
+from lightning_optim.kernels.quantization import BLOCK
+from lightning_optim.kernels.rules import Rule
 from lightning_optim.optim.admission import Ruled, Subject, check_state
+from lightning_optim.optim.sharded_codes import fitted
 
 ADVICE = (
     "Nothing has been loaded. Remove the state of parameters that are new or of another shape from the state dict, so "
@@ -73,10 +76,12 @@ def load_state_dict(optimizer: Loadable, state_dict: Mapping[str, Any]) -> None:
     for group, ids_of_group, source in zip(optimizer.param_groups, ids, sources, strict=True):
         for index, (param, saved) in enumerate(zip(group["params"], ids_of_group, strict=True)):
             if saved in state_dict["state"]:
-                entry = state_dict["state"][saved].items()
+                subject = Subject(optimizer, group | source, index)
+                entry = fitted(state_dict["state"][saved], param, _rule_of(subject).compressible).items()
                 # torch saves None for a momentum that does not exist yet.
                 state[param] = {key: _copied(param, key, value) for key, value in entry if value is not None}
-                _check(Subject(optimizer, group | source, index), param, state[param])
+                _check(subject, param, state[param])
+                _refuse_bare_codes(subject, state[param])
 
     for group, source in zip(optimizer.param_groups, sources, strict=True):  # The optimizer is unchanged up to here.
         group.update(source)
@@ -125,12 +130,41 @@ def _check(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> None:
     Raises:
         RefusedError: A state does not match the parameter.
     """
-    rule = subject.optimizer.rule_of({**subject.group, "train_mode": True})  # Averaged weights may be loaded.
+    rule = _rule_of(subject)
     whole = {key: value for key, value in state.items() if hasattr(value, "placements")}
     here = {key: value for key, value in state.items() if key not in whole}
     for part, tensor, others in ((whole, param, here), (here, local(param), whole)):
         if part:
             check_state(subject, tensor, rule, part, ADVICE, elsewhere=others)
+
+
+def _refuse_bare_codes(subject: Subject, state: Mapping[str, Any]) -> None:
+    """Refuse 8-bit codes that have been converted to floating point.
+
+    `torch.distributed.checkpoint` loads into state as the present optimizer makes it, whatever its dtype: codes would
+    become moments of up to 255, without a word.
+
+    Raises:
+        RefusedError: A state that may be stored as codes has only whole numbers from 0 to 255, and several of them.
+    """
+    if subject.group.get("state_bits") != 8:  # With the state, a checkpoint brings its settings.
+        return
+    for name in _rule_of(subject).compressible:
+        value = local(state[name]) if isinstance(state.get(name), Tensor) else None
+        if value is None or not value.is_floating_point() or value.numel() < BLOCK or value.is_meta:
+            continue
+        if bool(((value == value.round()) & (value >= 0) & (value < 256)).all()) and len(torch.unique(value)) > 2:
+            raise subject.refuse(
+                name,
+                f"has whole numbers up to 255: 8-bit codes without their scales in {name}_scale. A sharded checkpoint "
+                "is loaded into state of the form in which it was saved: here a vector of one process has codes, and "
+                "one that is sharded has none. Save the state whole (`torch.save`), or with state_bits=16. Nothing has "
+                "been loaded",
+            )
+
+
+def _rule_of(subject: Subject) -> Rule:
+    return subject.optimizer.rule_of({**subject.group, "train_mode": True})  # Averaged weights may be loaded.
 
 
 def _copied(param: Tensor, key: str, value: Any) -> Any:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.kernels import quantization
 from lightning_optim.kernels.rounding import first_key
 from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import INITIAL
+from lightning_optim.optim import sharded_codes
+from lightning_optim.optim.sharded_codes import has_rows
 
 FLAGS = ("kahan_sum", "stochastic_rounding", "state_bits")
 """The shared options that this module implements."""
@@ -70,10 +71,10 @@ def check_param(label: str, group: Mapping[str, Any], param: Tensor) -> None:
         raise ValueError(
             f"{label} is float64, whose precision state_bits={group['state_bits']} would lose; state_bits must be 32."
         )
-    if group["state_bits"] == 8 and hasattr(param, "device_mesh"):
+    if group["state_bits"] == 8 and (reason := sharded_codes.why_not(param)) is not None:
         raise ValueError(
-            f"{label} is a DTensor; state_bits=8 would store scales of each rank's own blocks, which no other sharding "
-            "could load. state_bits must be 32 or 16."
+            f"{label} cannot have 8-bit state: {reason}. Set state_bits to 16 or 32 in a group with this parameter, or "
+            "shard it along another dimension."
         )
 
 
@@ -85,7 +86,9 @@ def uses(group: Mapping[str, Any]) -> bool:
 def compressed(group: Mapping[str, Any], param: Tensor, rule: Rule) -> Mapping[str, bool]:
     """Return the states of ``param`` that are created in fewer than 32 bits, and whether each is signed."""
     bits = group["state_bits"]
-    return {} if bits == 32 or (bits == 8 and param.numel() < SMALL) else rule.compressible
+    if bits == 8 and (param.numel() < SMALL or (hasattr(param, "device_mesh") and not has_rows(param.shape))):
+        return {}
+    return {} if bits == 32 else rule.compressible
 
 
 def initial(name: str, value: float, param: Tensor, group: Mapping[str, Any], signed: bool) -> dict[str, Tensor]:
@@ -104,7 +107,7 @@ def initial(name: str, value: float, param: Tensor, group: Mapping[str, Any], si
     if group["state_bits"] == 16:
         state = torch.zeros_like(param, dtype=torch.bfloat16, memory_format=torch.preserve_format)
         return {name: state + value if value else state}
-    codes, scales = quantization.filled(param, value, signed)
+    codes, scales = sharded_codes.new_codes(param, value, signed)
     return {name: codes, f"{name}_scale": scales}
 
 

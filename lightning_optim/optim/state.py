@@ -13,6 +13,7 @@ from lightning_optim.kernels.base import arithmetic_dtype
 from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.kernels.weight_decay import INITIAL, decay_form
 from lightning_optim.optim import low_precision
+from lightning_optim.optim.sharded_codes import has_rows
 from lightning_optim.optim.widening import warn_of_conversions, widen
 
 
@@ -68,6 +69,8 @@ def state_bytes(param: Tensor, group: dict[str, Any], rule: Rule) -> int | None:
         The size, or None if it does not follow from the shape and dtype of the parameter.
     """
     shape_only = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    if group["state_bits"] == 8 and hasattr(param, "device_mesh") and not has_rows(param.shape):
+        group = group | {"state_bits": 32}
     try:
         state = complete_state({}, shape_only, group, rule, 0)
     except (KeyError, RuntimeError):  # The state depends on values, or on numbers of the first step.

@@ -24,7 +24,7 @@ from lightning_optim.kernels.scalars import commit
 from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.weight_decay import decay_factor, norm_factor
 
-DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16", "uint8")}
+DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16", "uint8", "int8")}
 """Dtypes that kernels can load and store, with the name by which kernels are generated."""
 
 

@@ -1,4 +1,4 @@
-"""The options `kahan_sum`, `stochastic_rounding` and `state_bits`: their checks and the state that they need."""
+"""Options of low precision (Kahan sums, stochastic rounding, bits of state): their checks and the state they need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_optim.kernels.weight_decay import INITIAL
 from lightning_optim.optim import sharded_codes
 from lightning_optim.optim.sharded_codes import has_rows
 
-FLAGS = ("kahan_sum", "stochastic_rounding", "state_bits")
+FLAGS = ("kahan_sum", "kahan_bits", "stochastic_rounding", "state_bits")
 """The shared options that this module implements."""
 
 HALF = (torch.bfloat16, torch.float16)
@@ -38,6 +38,14 @@ def check(owner: str, group: Mapping[str, Any], rule: Rule) -> None:
         raise ValueError(
             f"{owner}: kahan_sum=True and stochastic_rounding=True are alternatives; choose one. kahan_sum is more "
             "exact, stochastic_rounding needs no memory."
+        )
+    kept = group["kahan_bits"]
+    if not isinstance(kept, int) or isinstance(kept, bool) or kept not in (16, 8):
+        raise ValueError(f"{owner}: Invalid kahan_bits={kept!r}: must be 16 or 8.")
+    if kept != 16 and not group["kahan_sum"]:
+        raise ValueError(
+            f"{owner}: kahan_bits={kept} has no effect without kahan_sum=True; set that, or kahan_bits=16 in a group "
+            "without it."
         )
     bits = group["state_bits"]
     if not isinstance(bits, int) or isinstance(bits, bool) or bits not in (32, 16, 8):
@@ -66,6 +74,11 @@ def check_param(label: str, group: Mapping[str, Any], param: Tensor) -> None:
         raise ValueError(
             f"{label} is float16, whose subnormal numbers have fewer bits; stochastic_rounding=True supports bfloat16 "
             "only. Use kahan_sum=True, or bfloat16 parameters."
+        )
+    if group["kahan_bits"] == 8 and param.dtype == torch.float16:
+        raise ValueError(
+            f"{label} is float16, which has other bits than the upper half of a float32; kahan_bits=8 supports "
+            "bfloat16 only. Use kahan_bits=16, or bfloat16 parameters."
         )
     if group["state_bits"] != 32 and param.dtype == torch.float64:
         raise ValueError(
@@ -122,7 +135,9 @@ def storage(
     rounded = ["param"] if group["stochastic_rounding"] and param.dtype == torch.bfloat16 else []
     low = (torch.bfloat16, torch.uint8) if group["state_bits"] != 32 else (torch.uint8,)
     rounded += [name for name in rule.compressible if name in state and state[name].dtype in low]
-    return group["kahan_sum"] and param.dtype in HALF, tuple(rounded)
+    kahan = group["kahan_sum"] and param.dtype in HALF
+    rounded += ["kahan_comp"] if kahan and state["kahan_comp"].dtype == torch.int8 else []
+    return kahan, tuple(rounded)
 
 
 def has_codes(state: Mapping[str, Any], rule: Rule) -> bool:
@@ -146,7 +161,8 @@ def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rul
         position: Index of the parameter in the optimizer, from which its random numbers are derived.
     """
     if group["kahan_sum"] and param.dtype in HALF and "kahan_comp" not in state:
-        state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        dtype = torch.int8 if group["kahan_bits"] == 8 else param.dtype
+        state["kahan_comp"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     _, rounded = storage(group, param, rule, state)
     if (rounded or compressed(group, param, rule)) and "rounding_key" not in state:
         key = first_key(int(group.get("rounding_seed", 0)), position)

@@ -22,7 +22,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_optim import optim
 
-OPTIONS: dict[str, dict[str, Any]] = {"codes": {"state_bits": 8}, "kahan": {"kahan_sum": True, "state_bits": 16}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "codes": {"state_bits": 8},
+    "kahan": {"kahan_sum": True, "state_bits": 16},
+    "24bits": {"kahan_sum": True, "kahan_bits": 8},
+}
 STEPS = 3
 
 
@@ -43,7 +47,7 @@ class Parts(nn.Module):
 def make(kind: str, backend: str = "cpu") -> tuple[nn.Module, optim.FusedOptimizer]:
     """A model and its optimizer, sharded over the ranks, or whole without a group."""
     torch.manual_seed(0)
-    model = Parts().to(torch.bfloat16 if kind == "kahan" else torch.float32)
+    model = Parts().to(torch.float32 if kind == "codes" else torch.bfloat16)
     if dist.is_initialized():
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     return model, optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, backend=backend, **OPTIONS[kind])

@@ -88,7 +88,13 @@ def _stores(spec: KernelSpec) -> list[str]:
     if "decay_sq" in spec.sums:
         lines.append(f"decay_term = take_decay({spec.decay_arguments}{initial})")
     change = f"apply_decay({spec.decay_arguments}{initial})"
-    if spec.kahan:
+    if spec.corrected:
+        lines.append("code = load_kahan_comp(kahan_comp_address, i)")
+        lines.append(f"pending = kahan_pending(correction(param, code), {change})")
+        lines.append(f"after, code = cut(param + pending{random['kahan_comp']})")
+        lines.append("after = store_param(param_address, i, after)")
+        lines.append("store_kahan_comp(kahan_comp_address, i, code)")
+    elif spec.kahan:
         lines.append(f"pending = kahan_pending(load_kahan_comp(kahan_comp_address, i), {change})")
         lines.append("after = store_param(param_address, i, param + pending)")
         lines.append("store_kahan_comp(kahan_comp_address, i, kahan_rest(pending, after, param))")

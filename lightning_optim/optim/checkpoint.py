@@ -158,8 +158,8 @@ def _refuse_bare_codes(subject: Subject, state: Mapping[str, Any]) -> None:
                 name,
                 f"has whole numbers up to 255: 8-bit codes without their scales in {name}_scale. A sharded checkpoint "
                 "is loaded into state of the form in which it was saved: here a vector of one process has codes, and "
-                "one that is sharded has none. Save the state whole (`torch.save`), or with state_bits=16. Nothing has "
-                "been loaded",
+                "one that is sharded has none. Keep vectors in a group with state_bits=32 in both runs, or load whole "
+                "state (`torch.save`, `optimizer.load_state_dict`). Nothing has been loaded",
             )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -24,6 +25,7 @@ from lightning_optim import optim
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "codes": {"state_bits": 8},
+    "rows": {"state_bits": 8},  # of matrices only
     "kahan": {"kahan_sum": True, "state_bits": 16},
     "24bits": {"kahan_sum": True, "kahan_bits": 8},
 }
@@ -47,10 +49,15 @@ class Parts(nn.Module):
 def make(kind: str, backend: str = "cpu") -> tuple[nn.Module, optim.FusedOptimizer]:
     """A model and its optimizer, sharded over the ranks, or whole without a group."""
     torch.manual_seed(0)
-    model = Parts().to(torch.float32 if kind == "codes" else torch.bfloat16)
+    model = Parts().to(torch.float32 if kind in ("codes", "rows") else torch.bfloat16)
     if dist.is_initialized():
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    return model, optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, backend=backend, **OPTIONS[kind])
+    vectors = [param for param in model.parameters() if param.dim() == 1]
+    matrices = [param for param in model.parameters() if param.dim() > 1]
+    groups: Any = (
+        [{"params": matrices}, {"params": vectors, "state_bits": 32}] if kind == "rows" else model.parameters()
+    )
+    return model, optim.AdamW(groups, lr=1e-2, weight_decay=0.1, backend=backend, **OPTIONS[kind])
 
 
 def step(model: nn.Module, optimizer: optim.FusedOptimizer, seeds: range) -> None:
@@ -111,6 +118,14 @@ def load_plain(folder: Path) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def load_full(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Load into shards the full state dict of a whole optimizer through torch, as Lightning does."""
+    model, optimizer = make("rows")
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizer, torch.load(folder / "rows-full.pt"), options=options)
+    return contents(model, optimizer)
+
+
 def tensor_parallel() -> dict[str, Any]:
     """Shard the last dimension, in whole blocks and otherwise; load it into rows, and whole."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -153,7 +168,7 @@ def save_and_load(folder: Path) -> dict[str, Any]:
             found[f"of one {kind}"] = load(kind, folder / f"{kind}-one")
         except ValueError as error:
             found[f"of one {kind}"] = str(error)
-    return found | {"plain": load_plain(folder), "tensor parallel": tensor_parallel()}
+    return found | {"plain": load_plain(folder), "full": load_full(folder), "tensor parallel": tensor_parallel()}
 
 
 def load_all(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import griffe
 
+from lightning_optim.factory.state_sizes import bytes_per_parameter
 from lightning_optim.optim import FusedOptimizer
 from lightning_optim.optim.base import OPTIMIZERS
 
@@ -33,6 +34,16 @@ def rates(cls: type[FusedOptimizer]) -> tuple[str, str]:
     )
 
 
+def sizes(cls: type[FusedOptimizer]) -> str:
+    """Return the bytes of state per parameter with 32, 16 and 8 bits, as cells of a table.
+
+    Args:
+        cls: The optimizer.
+    """
+    found = (bytes_per_parameter(cls, bits) for bits in (32, 16, 8))
+    return " | ".join("-" if size is None else f"{size:.3g}" for size in found)
+
+
 def paper(cls: type[FusedOptimizer]) -> str:
     """Return a link to the publication of an optimizer.
 
@@ -52,18 +63,22 @@ def facts(cls: type[FusedOptimizer]) -> str:
     lr, usual = rates(cls)
     return (
         f"**When to use it.** {cls.when_to_use}\n\n"
-        "| default lr | usual lr | state per parameter | paper |\n|---|---|---|---|\n"
-        f"| {lr} | {usual} | {cls.memory} | {paper(cls)} |"
+        "| default lr | usual lr | state per parameter | bytes | in 16 bits | in 8 bits | paper |\n"
+        "|---|---|---|---|---|---|---|\n"
+        f"| {lr} | {usual} | {cls.memory} | {sizes(cls)} | {paper(cls)} |"
     )
 
 
 def table() -> str:
     """Return the table of all optimizers, as Markdown."""
-    rows = ["| name | when to use it | default lr | usual lr | state per parameter |", "|---|---|---|---|---|"]
+    rows = [
+        "| name | when to use it | default lr | usual lr | state per parameter | bytes | in 16 bits | in 8 bits |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, cls in classes().items():
         lr, usual = rates(cls)
         link = f"[`{name}`][lightning_optim.optim.{cls.__name__}]"
-        rows.append(f"| {link} | {cls.when_to_use} | {lr} | {usual} | {cls.memory} |")
+        rows.append(f"| {link} | {cls.when_to_use} | {lr} | {usual} | {cls.memory} | {sizes(cls)} |")
     return "\n".join(rows)
 
 

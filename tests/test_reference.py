@@ -34,9 +34,12 @@ def test_the_table_of_optimizers_says_what_list_says():
     listed = {entry.name: entry for entry in listing.optimizers()}
     rows = [row.strip("| ").split(" | ") for row in page.splitlines() if row.startswith("| [`")]
     assert [row[0].split("`")[1] for row in rows] == NAMES
-    for (_, use, default, usual, state), name in zip(rows, NAMES, strict=True):
+    for (_, use, default, usual, state, *sizes), name in zip(rows, NAMES, strict=True):
         assert listed[name].use == use
-        assert listed[name].facts == (f"lr {default}" + (f" (usual {usual})" if usual != "-" else ""), f"state {state}")
+        low = [f"{size} in {bits} bits" for bits, size in zip((16, 8), sizes[1:], strict=True) if size != "-"]
+        size = ", ".join([f"{sizes[0]} bytes per parameter", *low])
+        lr = f"lr {default}" + (f" (usual {usual})" if usual != "-" else "")
+        assert listed[name].facts == (lr, f"state {state}", size)
 
 
 def test_a_page_without_the_marker_is_left_alone():

@@ -11,9 +11,12 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_optim.core.suggest import nearest
+
+if TYPE_CHECKING:
+    from lightning_optim.optim import FusedOptimizer
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,20 @@ def optimizers() -> list[Entry]:
         facts = [f"lr {inspect.signature(cls).parameters['lr'].default:g}"]
         if (usual := cls.usual_lr_of(cls.hyperparameters())) is not None:
             facts[0] += f" (usual {usual[0]:g} to {usual[1]:g})"
-        entries.append(Entry(name, (*facts, f"state {cls.memory}"), cls.when_to_use, cls.paper))
+        facts.append(f"state {cls.memory}")
+        if cls.__module__.startswith("lightning_optim."):  # A user's own may do anything when it is made.
+            facts.append(_bytes_of_state(cls))
+        entries.append(Entry(name, tuple(facts), cls.when_to_use, cls.paper))
     return entries
+
+
+def _bytes_of_state(cls: type[FusedOptimizer]) -> str:
+    """Bytes per parameter in 32 bits and in fewer."""
+    from lightning_optim.factory.state_sizes import bytes_per_parameter
+
+    full, *fewer = (bytes_per_parameter(cls, bits) for bits in (32, 16, 8))
+    low = [f"{size:.3g} in {bits} bits" for bits, size in zip((16, 8), fewer, strict=True) if size is not None]
+    return ", ".join([f"{full:.3g} bytes per parameter", *low])
 
 
 _SCHEDULE_USES = {

@@ -95,10 +95,24 @@ def placed_as(tensor: Tensor, param: Tensor) -> Tensor:
     Returns:
         A tensor in the shape of ``tensor``.
     """
-    given: Any = tensor
-    if (type(given) in PLAIN and type(param) in PLAIN) or given.shape != param.shape:
+    if (type(tensor) in PLAIN and type(param) in PLAIN) or tensor.shape != param.shape:
         return tensor
-    mesh, placements = getattr(param, "device_mesh", None), getattr(param, "placements", ())
+    return distributed(tensor, getattr(param, "device_mesh", None), getattr(param, "placements", ()))
+
+
+@torch.no_grad()
+def distributed(tensor: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """Redistribute ``tensor`` to ``placements``. This is a collective, unless it has them already.
+
+    Args:
+        tensor: A tensor of any shape. A plain tensor is treated as whole and equal on all ranks.
+        mesh: The device mesh; None for the whole tensor on each rank.
+        placements: A placement for each dimension of the mesh.
+
+    Returns:
+        A tensor in the shape of ``tensor``.
+    """
+    given: Any = tensor
     given_mesh = getattr(given, "device_mesh", None)
     if given_mesh == mesh and getattr(given, "placements", ()) == placements:
         return tensor

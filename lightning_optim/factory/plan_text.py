@@ -48,13 +48,14 @@ def format_plan(plan: Plan, parameters: bool = False, width: int = 72) -> str:
 
 
 def _table(groups: Sequence[GroupPlan], parameters: bool) -> list[str]:
-    header = ["group", "tensors", "parameters", "peak lr", "weight decay", "rule", "state"]
+    header = ["group", "tensors", "parameters", "peak lr", "weight decay", "rule", "state", "B/param"]
     further = _further_columns(groups)
     rows: list[list[str]] = [[*header, *further]]
     details: dict[int, list[str]] = {}
     for group in groups:
         row = [group.name, f"{len(group.parameters):,}", f"{group.numel:,}", f"{group.lr:.4g}"]
-        row += ["-" if group.weight_decay is None else f"{group.weight_decay:g}", group.rule, _bytes(group.state_bytes)]
+        row += ["-" if group.weight_decay is None else f"{group.weight_decay:g}", group.rule]
+        row += [_bytes(group.state_bytes), _each(group.state_bytes, group.numel)]
         rows.append([*row, *(show(group) for show in further.values())])
         if parameters:
             plain = {name: f"matrix {list(shape)}" for name, shape in group.parameters}
@@ -66,7 +67,8 @@ def _table(groups: Sequence[GroupPlan], parameters: bool) -> list[str]:
     sizes = [group.state_bytes for group in groups]
     known = [size for size in sizes if size is not None]
     last = ["total", f"{sum(len(group.parameters) for group in groups):,}", f"{sum(group.numel for group in groups):,}"]
-    last += ["", "", "", _bytes(sum(known) if len(known) == len(sizes) else None)]
+    size = sum(known) if len(known) == len(sizes) else None
+    last += ["", "", "", _bytes(size), _each(size, sum(group.numel for group in groups))]
     rows.append([*last, *[""] * len(further)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
@@ -122,6 +124,11 @@ def _forms(forms: Mapping[str, str]) -> str:
 
 def _bytes(count: int | None) -> str:
     return "unknown" if count is None else format_bytes(count)
+
+
+def _each(count: int | None, numel: int) -> str:
+    """Bytes of state per parameter."""
+    return "-" if count is None or not numel else f"{count / numel:.3g}"
 
 
 _ROWS = 8

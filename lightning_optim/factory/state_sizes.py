@@ -48,6 +48,37 @@ def state_size(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) ->
     return numbers * param.element_size() + counts * of_count
 
 
+def bytes_per_parameter(cls: type[FusedOptimizer], state_bits: int = 32, **settings: Any) -> float | None:
+    """Return the bytes of state that an optimizer of this package makes for each value of a large float32 matrix.
+
+    The state is made, without memory. If there is none with the default settings, momentum is switched on.
+
+    Args:
+        cls: The optimizer.
+        state_bits: 32, 16 or 8.
+        **settings: Further arguments of its constructor.
+
+    Returns:
+        Bytes, without step counts; None if none of its state can have so few bits.
+
+    Example:
+        >>> from lightning_optim.optim import AdamW
+        >>> [bytes_per_parameter(AdamW, bits) for bits in (32, 16, 8)]
+        [8.0, 4.0, 2.03125]
+    """
+    if "momentum" in cls.hyperparameters() and cls.rule(cls.hyperparameters() | settings).state == ():
+        settings = {"momentum": 0.9} | settings
+    matrix = torch.nn.Parameter(torch.empty(1024, 1024, dtype=torch.float32, device="meta"))
+    make: Any = cls
+    try:
+        optimizer = make([matrix], state_bits=state_bits, **settings)
+    except ValueError:
+        return None
+    optimizer.make_state([matrix])
+    state = optimizer.state[matrix].values()
+    return float(sum(value.numel() * value.element_size() for value in state if value.dim()) / matrix.numel())
+
+
 def _times(arrays: int, counts: int = 1, **options: int) -> Callable[[Mapping[str, Any], torch.Size], _Counts]:
     """So many arrays of the parameter's shape, and more for each option that is switched on."""
 

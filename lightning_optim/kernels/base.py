@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_optim.kernels.quantization import row_size
 from lightning_optim.kernels.routes import Route
 from lightning_optim.kernels.rules import Rule
 from lightning_optim.kernels.sizes import Sizes
@@ -35,7 +36,8 @@ class Batch:
         full_params: Parameters as the optimizer holds them, DTensors where sharded; sums over shards need them.
         decay_form: Form of weight decay, one of `weight_decay.APPLY_DECAY`.
         cautious: Whether components of the update that point against the gradient are left out.
-        kahan: Whether `kahan_comp`, in the parameter's dtype, is among the states and accumulates rounding errors.
+        kahan: Whether `kahan_comp` is among the states and accumulates rounding errors, in the parameter's dtype or, if
+            it is among the stochastic ones, as 8-bit corrections.
         stochastic: Names of the arrays ("param", states) that are rounded stochastically, to bfloat16 or to codes.
         plain: Whether kernels may run on the batch. If not, some tensor is more than its memory (a tensor subclass with
             semantics of its own), and only torch's operations may.
@@ -76,6 +78,20 @@ class Batch:
     def quantized(self) -> tuple[str, ...]:
         """States stored as 8-bit codes, in the order of `rule.state`; the scales of `exp_avg` are `exp_avg_scale`."""
         return tuple(name for name in self.rule.state if f"{name}_scale" in self.states[0]) if self.stochastic else ()
+
+    @cached_property
+    def corrected(self) -> bool:
+        """Whether `kahan_comp` has 8-bit corrections."""
+        return self.kahan and "kahan_comp" in self.stochastic
+
+    @cached_property
+    def row_sizes(self) -> tuple[int, ...] | None:
+        """Size of the rows of each tensor to which blocks of 8-bit codes are confined; None if its states differ."""
+        found = [
+            {row_size(state[name].numel(), state[f"{name}_scale"].shape) for name in self.quantized}
+            for state in self.states
+        ]
+        return tuple(sizes.pop() for sizes in found) if all(len(sizes) == 1 for sizes in found) else None
 
     @cached_property
     def state_arrays(self) -> list[list[Tensor]]:
@@ -164,7 +180,7 @@ class Batch:
         part = copy(self)
         # What is cached is of all tensors.
         cached = "state_arrays", "written", "sizes", "addresses", "counters", "members"
-        for name in (*cached, "scalar_dtypes", "scalar_tables"):
+        for name in (*cached, "row_sizes", "scalar_dtypes", "scalar_tables"):
             part.__dict__.pop(name, None)
         for name in (
             "params",

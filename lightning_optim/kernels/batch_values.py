@@ -15,6 +15,7 @@ from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.pieces import Index, pieces, take
 from lightning_optim.kernels.quantization import dequantize
 from lightning_optim.kernels.rules import rebind
+from lightning_optim.kernels.weight_decay import INITIAL
 
 SMALL = 2**16
 """Largest number of elements of a tensor whose temporaries are not worth a loop."""
@@ -68,6 +69,12 @@ def needs_no_scaling(columns: dict[str, Tensor]) -> list[bool]:
     """Return for each gradient, on the CPU, whether it is used unscaled, which saves a pass over memory."""
     factors, l2 = columns["inverse_divisor"].tolist(), columns["l2"].tolist()
     return [factor == 1 and weight == 0 for factor, weight in zip(factors, l2, strict=True)]
+
+
+def states_of_tensor_rule(batch: Batch, i: int) -> dict[str, Tensor]:
+    """Return the rule's own state of a tensor by name, in the dtype of the arithmetic where it is floating point."""
+    others = {"kahan_comp", INITIAL, *(f"{name}_scale" for name in batch.quantized)}
+    return {name: moment_of(batch, i, name) for name in batch.states[i] if name not in others}
 
 
 def grad_of(batch: Batch, i: int, scalars: dict[str, Tensor], index: Index = ()) -> Tensor:

@@ -24,7 +24,7 @@ from lightning_optim.kernels.scalars import commit
 from lightning_optim.kernels.sizes import Sizes
 from lightning_optim.kernels.weight_decay import decay_factor, norm_factor
 
-DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16", "uint8")}
+DTYPES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16", "uint8", "int8")}
 """Dtypes that kernels can load and store, with the name by which kernels are generated."""
 
 
@@ -37,12 +37,14 @@ class KernelArgs:
         dtype: Dtype of the arithmetic.
         sizes: Number of elements of each tensor.
         addresses: Addresses of the first elements, int64, [tensors, slots].
+        row_sizes: Size of the rows of each tensor that blocks of 8-bit codes must not cross; None without such codes.
     """
 
     device: torch.device
     dtype: torch.dtype
     sizes: Sizes
     addresses: npt.NDArray[np.int64]
+    row_sizes: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> tuple[int, ...]:
@@ -76,7 +78,9 @@ class ElementwiseSteps:
 
     def supports(self, batch: Batch) -> bool:
         """Return whether the rule is elementwise and kernels can load and store all dtypes."""
-        return isinstance(batch.rule, UpdateRule) and all(map(DTYPES.__contains__, batch.slot_dtypes))
+        if not isinstance(batch.rule, UpdateRule) or (batch.quantized and batch.row_sizes is None):
+            return False
+        return all(map(DTYPES.__contains__, batch.slot_dtypes))
 
     def sums(self, batch: Batch, divisor: Tensor | None) -> dict[str, Tensor]:
         """Implement `Backend`."""
@@ -159,7 +163,8 @@ def measure_args(grads: Sequence[Tensor]) -> tuple[KernelArgs, list[Tensor]]:
 def kernel_args(batch: Batch) -> Iterator[KernelArgs]:
     """Yield the batch as arguments of a kernel; temporary copies are written back when the block ends."""
     addresses, write_back, keep = find(batch)
-    yield KernelArgs(batch.device, batch.dtype, batch.sizes, addresses)
+    row_sizes = batch.row_sizes if batch.quantized else None
+    yield KernelArgs(batch.device, batch.dtype, batch.sizes, addresses, row_sizes)
     for tensor, copy in write_back:
         tensor.copy_(copy)
     del keep
@@ -212,3 +217,27 @@ def split(numel: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:
     tensor = np.repeat(np.arange(len(sizes)), counts)
     first = (np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
     return np.ascontiguousarray(np.stack([tensor, first, np.minimum(first + size, sizes[tensor])], axis=1))
+
+
+def split_rows(numel: tuple[int, ...], row_sizes: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:
+    """Split tensors into blocks of whole rows, or rows into several blocks, of up to ``size`` elements.
+
+    Args:
+        numel: Number of elements of each tensor.
+        row_sizes: Number of elements of its rows.
+        size: Number of elements, a multiple of `quantization.BLOCK`.
+
+    Returns:
+        Blocks, int64, [blocks, 4] of (tensor, first element, end, size of its rows).
+    """
+    found = [np.zeros((0, 4), dtype=np.int64)]
+    for i, (total, row) in enumerate(zip(numel, row_sizes, strict=True)):
+        if not total:
+            continue
+        if row <= size:
+            first = np.arange(0, total, size // row * row, dtype=np.int64)
+        else:
+            first = (np.arange(0, total, row, dtype=np.int64)[:, None] + np.arange(0, row, size)).reshape(-1)
+        end = np.append(first[1:], total)
+        found.append(np.stack([np.full_like(first, i), first, end, np.full_like(first, row)], axis=1))
+    return np.ascontiguousarray(np.concatenate(found))

@@ -15,6 +15,7 @@ from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.kernels import step_sums
 from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.batch_values import moment_of, pieces_of, rebound, whole_numel, widened
+from lightning_optim.kernels.corrections import cut, weights_of
 from lightning_optim.kernels.pieces import Index, pieces, take
 from lightning_optim.kernels.quantization import quantize
 from lightning_optim.kernels.rounding import kahan_pending, kahan_rest, round_stochastically
@@ -118,6 +119,10 @@ def _stored(
         change: Amount to subtract from it.
     """
     dtype = batch.params[i].dtype
+    if batch.corrected:
+        weights = weights_of(take(batch.params[i], index), take(batch.states[i]["kahan_comp"], index))
+        pending = kahan_pending(weights - param, change)
+        return cut(param + pending, batch.rounding_keys[i], 2 + len(batch.rule.state), first)
     if batch.kahan:
         pending = kahan_pending(widened(take(batch.states[i]["kahan_comp"], index)), change)
         after = (param + pending).to(dtype)
@@ -134,7 +139,13 @@ def _stored_state(batch: Batch, i: int, state: dict[str, Tensor]) -> dict[str, T
         if name in state:
             key, slot = batch.rounding_keys[i], 2 + batch.rule.state.index(name)
             if name in quantized:
-                codes, scales = quantize(state[name], batch.rule.compressible[name], key, slot)
+                codes, scales = quantize(
+                    state[name],
+                    batch.rule.compressible[name],
+                    key,
+                    slot,
+                    batch.states[i][f"{name}_scale"].shape,
+                )
                 state = state | {name: codes, f"{name}_scale": scales}
             else:
                 state = state | {name: round_stochastically(state[name], key, slot)}

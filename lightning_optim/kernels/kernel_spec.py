@@ -17,6 +17,7 @@ from lightning_optim.kernels.weight_decay import INITIAL
 
 _WORDS = """
 kernel launch count run first blocks addresses scalars skip sums block tensor start end chunk tile i row lanes mask
+row_size column stop place correction cut code
 zero one tiny raw_grad delta moved pending after decay_term left right update sums_update apply_decay take_decay term
 add add_product sqrt maximum absolute noise slot_key kahan_pending kahan_rest
 tl np range min int float carray word add_to_word set_word pointer_blocks pointer_addresses pointer_scalars pointer_sums
@@ -53,6 +54,11 @@ class KernelSpec:
     def writes(self) -> bool:
         """Whether the kernel writes the result of the step."""
         return self.purpose.startswith("step")
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the compensation consists of 8-bit corrections."""
+        return self.kahan and "kahan_comp" in self.stochastic
 
     @property
     def wide(self) -> str:

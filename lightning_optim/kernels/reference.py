@@ -22,6 +22,7 @@ from lightning_optim.kernels.batch_values import (
     pieces_of,
     rebound,
     rows_of,
+    states_of_tensor_rule,
     whole_numel,
     widened,
 )
@@ -30,7 +31,6 @@ from lightning_optim.kernels.parts import parts
 from lightning_optim.kernels.pieces import Index, norm, take
 from lightning_optim.kernels.rules import TensorRule, UpdateRule
 from lightning_optim.kernels.scalars import commit, places_of, scalar_columns
-from lightning_optim.kernels.weight_decay import INITIAL
 
 
 class ReferenceBackend(Backend):
@@ -129,10 +129,7 @@ def apply_tensor_rule(
             part.grads[i].to(part.dtype) if at_once or as_given[row] else grad_of(part, i, scalars[row])
             for i, row in enumerate(rows)
         ]
-        states = [
-            {n: widened(tensor) for n, tensor in state.items() if n not in ("kahan_comp", INITIAL)}
-            for state in part.states
-        ]
+        states = [states_of_tensor_rule(part, i) for i in range(len(rows))]
         given = [row | {"inverse_divisor": one} for row in numbers] if divides and not at_once else numbers
         deltas, new_states = update([widened(p) for p in part.params], grads, states, given, part.groups)
         if subtract is None or not plain or collect:

@@ -134,8 +134,12 @@ class Rule:
     v / bias_correction2 if `scalars` returns `bias_correction2_sqrt`, otherwise v, and `eps` is that of the group."""
 
     compressible: ClassVar[Mapping[str, bool]] = types.MappingProxyType({})
-    """States that `state_bits` may store in 16 or 8 bits, and whether each is signed. They must be moments, which start
-    at 0 and are averages. Other states keep full precision, and a rule without such states refuses `state_bits`."""
+    """States that `state_bits` may store in 16 or 8 bits, and whether each is signed.
+
+    They have the shape of the parameter, begin at 0 (in an elementwise rule at any number that is not negative), and
+    may be averages, sums, or values of one step: a weight or a difference of nearly equal states needs more bits. Other
+    states keep full precision, and a rule without such states refuses `state_bits`.
+    """
 
     decays_beside: ClassVar[bool] = True
     """Whether weights decay outside of `update`, so that the step sums can separate the part of the decay."""

@@ -15,14 +15,13 @@ from lightning_optim.core.shards import split_of
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.base import Batch
-from lightning_optim.kernels.batch_values import grad_of, needs_no_scaling, rows_of, widened
+from lightning_optim.kernels.batch_values import grad_of, needs_no_scaling, rows_of, states_of_tensor_rule, widened
 from lightning_optim.kernels.finish import finish
 from lightning_optim.kernels.owners import buckets_of, owners_of
 from lightning_optim.kernels.parts import keys, largest_part
 from lightning_optim.kernels.routes import Cut, Meshes, Named
 from lightning_optim.kernels.rules import Like, MatrixRule, TensorRule
 from lightning_optim.kernels.scalars import commit, scalar_columns
-from lightning_optim.kernels.weight_decay import INITIAL
 
 Subtract = Callable[[Batch, Iterable[Tensor], Tensor], None]
 
@@ -197,7 +196,11 @@ class _SharedWork:
             for name, (shape, dtype) in self._process.returned(param, group, batch.dtype).items():
                 is_cut = dim is not None and shape[dim] == param.shape[dim]
                 back[name] = Cut(shape, dtype, dim if is_cut else None, like)
-            own = {n: _state_cut(t, batch.dtype, route) for n, t in state.items() if n not in self._process.local_state}
+            own = {
+                n: _state_cut(t, batch.dtype if n in batch.quantized or t.is_floating_point() else t.dtype, route)
+                for n, t in state.items()
+                if n not in self._process.local_state
+            }
             going.append(here | _marked(own))
             coming.append(back | _marked(own))
             names.append(tuple(own))
@@ -221,10 +224,7 @@ class _SharedWork:
         )
         if batch.cautious:
             grads = list(grads)
-        states = [
-            {n: widened(tensor) for n, tensor in state.items() if n not in ("kahan_comp", INITIAL)}
-            for state in batch.states
-        ]
+        states = [states_of_tensor_rule(batch, i) for i in range(len(rows))]
         new_states: list[Named] = []
         owners, cuts = [plan.owners[row] for row in rows], [plan.going[row] for row in rows]
 
@@ -312,11 +312,10 @@ class _SharedWork:
 
 def _state_cut(state: Tensor, dtype: torch.dtype, route: Any) -> Cut:
     split = split_of(state)
-    kept = dtype if state.is_floating_point() else state.dtype
     is_shard = hasattr(state, "placements")
     return Cut(
         tuple(state.shape),
-        kept,
+        dtype,
         None if split is None else split.dim,
         state if is_shard and isinstance(route, Meshes) else None,
     )

@@ -19,6 +19,7 @@ class AdagradRule(UpdateRule):
     """Adagrad's update: the gradient divided by the root of the sum of squared gradients."""
 
     state = ("sum",)
+    compressible: ClassVar[Mapping[str, bool]] = {"sum": False}
     second_moment = "sum"
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> Mapping[str, Tensor | float]:

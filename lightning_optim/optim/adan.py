@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -19,6 +19,12 @@ class AdanRule(UpdateRule):
     """Adan's update from averages of the gradient, of its change, and of the square of the extrapolated gradient."""
 
     state = ("exp_avg", "exp_avg_sq", "exp_avg_diff", "previous_grad")
+    compressible: ClassVar[Mapping[str, bool]] = {
+        "exp_avg": True,
+        "exp_avg_sq": False,
+        "exp_avg_diff": True,
+        "previous_grad": True,
+    }
     first_moment = "exp_avg"
     second_moment = "exp_avg_sq"
 

@@ -21,6 +21,7 @@ from lightning_optim.optim.shared_options import SharedOptions
 class AdEMAMixRule(AdamRule):
     """AdEMAMix's update: Adam's numerator plus a multiple of an average over about ten thousand steps."""
 
+    # The slow average is the small mean of thousands of large steps, whose rounding in 8 bits would exceed it.
     state = ("exp_avg", "exp_avg_sq", "exp_avg_slow")
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:

@@ -75,11 +75,12 @@ GRADIENT = "gradient"
 ADVICE = "Give it the state of this parameter, or remove it (optimizer.state.pop(parameter)) to start from new state"
 
 
-def _shape_of(name: str, param: Tensor, rule: Rule, own: Mapping[str, torch.Size]) -> torch.Size | None:
+def _shape_of(name: str, value: Any, param: Tensor, rule: Rule, own: Mapping[str, torch.Size]) -> torch.Size | None:
     """Return the shape that a state called ``name`` must have; None if it is unknown.
 
     Args:
         name: Name of the state.
+        value: The state; scales may have the shape of those of one row.
         param: The parameter, or its shard on this rank.
         rule: The rule that updates it.
         own: Shapes of the state of a tensor rule, by name.
@@ -91,7 +92,9 @@ def _shape_of(name: str, param: Tensor, rule: Rule, own: Mapping[str, torch.Size
     if name in ("step", "rounding_key") or name in rule.scalar_state:
         return torch.Size(())
     if name.endswith("_scale") and name.removesuffix("_scale") in rule.compressible:
-        return torch.Size((quantization.blocks(param.numel()),))
+        in_one_row = torch.Size((quantization.blocks(param.numel()),))
+        is_in_one_row = isinstance(value, Tensor) and value.shape == in_one_row
+        return in_one_row if is_in_one_row else quantization.scale_shape(param.shape)
     return None
 
 
@@ -139,7 +142,7 @@ def check_state(
     if missing and there:  # It is incomplete, or was created for another shape.
         raise subject.refuse(missing[0], f"is missing, but the state has {', '.join(map(repr, there))}. {advice}")
     for name, value in state.items():
-        shape = _shape_of(name, param, rule, own)
+        shape = _shape_of(name, value, param, rule, own)
         if shape is None:
             continue
         if not isinstance(value, Tensor):
@@ -155,8 +158,10 @@ def check_state(
         reason = plain.why_unsafe(value, written=True)
         if reason is not None:
             raise subject.refuse(name, reason)
+        if name == "kahan_comp" and value.dtype == torch.int8 and param.dtype != torch.float16:
+            continue
         if name in own or name in ("kahan_comp", INITIAL):
-            _check_form(subject, name, value, None)
+            _check_form(subject, name, value, state.get(f"{name}_scale") if name in rule.compressible else None)
         elif name in _SCALARS or name in rule.scalar_state:
             needed = _SCALARS.get(name, _SCALARS["step"][:2])
             if value.dtype not in needed:

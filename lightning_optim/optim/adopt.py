@@ -22,6 +22,7 @@ class ADOPTRule(UpdateRule):
     """ADOPT's update: each gradient is divided by the root of the previous second moment; the first only sets it."""
 
     state = ("exp_avg", "exp_avg_sq")
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     first_moment = "exp_avg"
     second_moment = "exp_avg_sq"
 

@@ -330,9 +330,9 @@ def _backend_for(batch: Batch, name: str) -> Backend:
 
 
 _GRAD = operator.attrgetter("grad")
+_FLAGS = operator.itemgetter(*low_precision.FLAGS)
 
 
 def _kind(group: Mapping[str, Any], rule: Rule) -> tuple[Any, ...]:
     """Return the settings of a group on which batches depend; numbers are read from the group at each step."""
-    flags = (group[flag] for flag in low_precision.FLAGS)
-    return (id(group), len(group["params"]), type(rule), group["cautious"], *flags)
+    return (id(group), len(group["params"]), type(rule), group["cautious"], *_FLAGS(group))

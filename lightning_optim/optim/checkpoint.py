@@ -16,8 +16,10 @@ from lightning_optim.core.sharding import local
 from lightning_optim.core.shards import placed_state
 from lightning_optim.core.suggest import nearest
 from lightning_optim.kernels import plain
+from lightning_optim.kernels.quantization import BLOCK
 from lightning_optim.kernels.rules import Rule, TensorRule
 from lightning_optim.optim.admission import Ruled, Subject, check_state
+from lightning_optim.optim.sharded_codes import fitted
 from lightning_optim.optim.state import tensor_names
 
 ADVICE = (
@@ -77,11 +79,13 @@ def load_state_dict(optimizer: Loadable, state_dict: Mapping[str, Any]) -> None:
         for index, (param, saved) in enumerate(zip(group["params"], ids_of_group, strict=True)):
             if saved in state_dict["state"]:
                 subject = Subject(optimizer, group | source, index)
+                fits = fitted(state_dict["state"][saved], param, _rule_of(subject).compressible)
                 # torch saves None for a momentum that does not exist yet.
-                entry = {key: value for key, value in state_dict["state"][saved].items() if value is not None}
+                entry = {key: value for key, value in fits.items() if value is not None}
                 factors = _factors(subject, param, entry)
                 state[param] = {key: _copied(param, key, value, factors) for key, value in entry.items()}
                 _check(subject, param, state[param])
+                _refuse_bare_codes(subject, state[param])
 
     for group, source in zip(optimizer.param_groups, sources, strict=True):  # The optimizer is unchanged up to here.
         group.update(source)
@@ -142,6 +146,31 @@ def _factors(subject: Subject, param: Tensor, state: Mapping[str, Any]) -> tuple
     """Return the names of loaded states that are placed over ranks although their shape may not be the parameter's."""
     rule = _rule_of(subject)
     return tuple(tensor_names(rule, state)) if isinstance(rule, TensorRule) and is_sharded(param) else ()
+
+
+def _refuse_bare_codes(subject: Subject, state: Mapping[str, Any]) -> None:
+    """Refuse 8-bit codes that have been converted to floating point.
+
+    `torch.distributed.checkpoint` loads into state as the present optimizer makes it, whatever its dtype: codes would
+    become moments of up to 255, without a word.
+
+    Raises:
+        RefusedError: A state that may be stored as codes has only whole numbers from 0 to 255, and several of them.
+    """
+    if subject.group.get("state_bits") != 8:  # With the state, a checkpoint brings its settings.
+        return
+    for name in _rule_of(subject).compressible:
+        value = local(state[name]) if isinstance(state.get(name), Tensor) else None
+        if value is None or not value.is_floating_point() or value.numel() < BLOCK or value.is_meta:
+            continue
+        if bool(((value == value.round()) & (value >= 0) & (value < 256)).all()) and len(torch.unique(value)) > 2:
+            raise subject.refuse(
+                name,
+                f"has whole numbers up to 255: 8-bit codes without their scales in {name}_scale. A sharded checkpoint "
+                "is loaded into state of the form in which it was saved: here a vector of one process has codes, and "
+                "one that is sharded has none. Keep vectors in a group with state_bits=32 in both runs, or load whole "
+                "state (`torch.save`, `optimizer.load_state_dict`). Nothing has been loaded",
+            )
 
 
 def _rule_of(subject: Subject) -> Rule:

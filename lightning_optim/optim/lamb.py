@@ -21,6 +21,7 @@ class LAMBRule(UpdateRule):
     """LAMB's update: Adam's direction plus decay, scaled per tensor to the norm of the weights."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     first_moment: ClassVar[str | None] = "exp_avg"
     second_moment: ClassVar[str | None] = "exp_avg_sq"
     sums: ClassVar[tuple[str, ...]] = ("param_sq", "step_sq")

@@ -64,6 +64,7 @@ class LARSMomentumRule(LARSRule):
     """LARS's update with momentum, a running sum of scaled gradients."""
 
     state = ("momentum_buffer",)
+    compressible: ClassVar[Mapping[str, bool]] = {"momentum_buffer": True}
     counts_steps = True  # The step count is needed because the first gradient is not dampened.
     first_moment = "momentum_buffer"
 

@@ -25,6 +25,7 @@ class MuonRule(MatrixRule):
 
     state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     local_state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    compressible: ClassVar[Mapping[str, bool]] = {"momentum_buffer": True}
     counts_steps: ClassVar[bool] = False
     first_moment: ClassVar[str | None] = "momentum_buffer"
 

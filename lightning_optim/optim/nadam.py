@@ -21,6 +21,7 @@ class NAdamRule(UpdateRule):
     """NAdam's update: Adam's denominator, and the momentum of the next step in the numerator."""
 
     state = ("exp_avg", "exp_avg_sq")
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     scalar_state: ClassVar[Mapping[str, float]] = MappingProxyType({"mu_product": 1.0})
     first_moment = "exp_avg"
     second_moment = "exp_avg_sq"

@@ -23,6 +23,8 @@ class ProdigyRule(UpdateRule):
     """Adam's update for d·g, with d the largest lower bound so far of the distance from start to solution."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "s", "p0")
+    # The sum of |s| estimates d, and the noise of fewer bits would raise it; p0 has weights.
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     counts_steps: ClassVar[bool] = False  # The shared value `k` counts steps for all parameters.
     first_moment: ClassVar[str | None] = "exp_avg"
     sums: ClassVar[tuple[str, ...]] = ("progress", "s_abs")

@@ -22,6 +22,7 @@ class RAdamRule(UpdateRule):
     """RAdam's update: momentum at first, then Adam with a rectification factor that rises to 1."""
 
     state = ("exp_avg", "exp_avg_sq")
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     first_moment = "exp_avg"
     second_moment = "exp_avg_sq"
 

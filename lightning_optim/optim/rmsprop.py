@@ -19,6 +19,7 @@ class RMSpropRule(UpdateRule):
     """RMSprop's update: the gradient divided by its running root mean square."""
 
     state: ClassVar[tuple[str, ...]] = ("square_avg",)
+    compressible: ClassVar[Mapping[str, bool]] = {"square_avg": False}
     second_moment = "square_avg"
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
@@ -43,6 +44,7 @@ class MomentumRule(RMSpropRule):
     """RMSprop with momentum, a running sum of normalised gradients."""
 
     state = ("square_avg", "momentum_buffer")
+    compressible: ClassVar[Mapping[str, bool]] = {"square_avg": False, "momentum_buffer": True}
     first_moment = "momentum_buffer"
 
     @staticmethod
@@ -67,6 +69,9 @@ class CenteredRule(RMSpropRule):
     """RMSprop that divides by the standard deviation of the gradient."""
 
     state = ("square_avg", "grad_avg")
+    compressible: ClassVar[
+        Mapping[str, bool]
+    ] = {}  # The variance is a difference of the two, and rounding may exceed it.
     first_moment = "grad_avg"
 
     @staticmethod
@@ -93,6 +98,7 @@ class CenteredMomentumRule(RMSpropRule):
     """RMSprop that divides by the standard deviation, with momentum."""
 
     state = ("square_avg", "momentum_buffer", "grad_avg")
+    compressible: ClassVar[Mapping[str, bool]] = {"momentum_buffer": True}
     first_moment = "grad_avg"
 
     @staticmethod

@@ -12,9 +12,12 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from lightning_optim.core.ranges import FRACTION, NON_NEGATIVE, Range
+from lightning_optim.core.sharding import local
+from lightning_optim.kernels.corrections import weights_of
 from lightning_optim.kernels.rules import Rule, Scalar, UpdateRule, maximum, minimum, sqrt, where
 from lightning_optim.kernels.weight_decay import decay_form, group_decay
 from lightning_optim.optim.base import FusedOptimizer
+from lightning_optim.optim.low_precision import HALF
 from lightning_optim.optim.moments import update_second_moment
 from lightning_optim.optim.shared_options import SharedOptions
 
@@ -85,6 +88,7 @@ class InnerMomentumRule(ScheduleFreeAdamWRule):
     """Schedule-Free update with Adam's first moment in the step of z."""
 
     state = ("z", "exp_avg", "exp_avg_sq")
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     first_moment = "exp_avg"
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
@@ -137,7 +141,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
     restores y bit for bit; in Lightning the callback `ScheduleFree` does both. Do not use a schedule in addition. The
     running statistics of batch normalisation are those of y, so recompute them at x before using them. `cautious` is
     not offered, because x would no longer be the average of z; ``weight_decay_kind`` must be `decoupled`,
-    `independent`, `corrected` or `l2`; ``state_bits`` applies to v only, because z has weights.
+    `independent`, `corrected` or `l2`; ``state_bits`` applies to moments only, because z has weights.
 
     Args:
         params: Parameters, groups, or (name, parameter) pairs.
@@ -260,10 +264,10 @@ class ScheduleFreeAdamW(FusedOptimizer):
                     state = self.state.get(param, {})
                     if "z" in state:
                         state["y"] = param.detach().clone(memory_format=torch.preserve_format)
-                        wide = param.to(state["z"].dtype)
-                        if "kahan_comp" in state:
-                            wide = wide + state["kahan_comp"]
-                        param.copy_(torch.lerp(wide, state["z"], 1 - 1 / group["betas"][0]))
+                        here, z = local(param), local(state["z"])
+                        compensated = "kahan_comp" in state and here.dtype in HALF
+                        wide = weights_of(here, local(state["kahan_comp"])) if compensated else here.to(z.dtype)
+                        here.copy_(torch.lerp(wide, z, 1 - 1 / group["betas"][0]))
 
     @torch.no_grad()
     def train(self) -> None:

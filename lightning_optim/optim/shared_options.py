@@ -32,6 +32,7 @@ class SharedOptions(TypedDict, total=False):
         cautious: Leave out update components that point against the gradient (https://arxiv.org/abs/2411.16085).
         kahan_sum: Store the rounding error of bf16 and fp16 parameters as one more state, so that small changes
             accumulate.
+        kahan_bits: Bits of that state: 16, or 8 for bf16 parameters, which are weights of 24 bits then.
         stochastic_rounding: Round bf16 parameters up or down at random, so that small changes are kept on average.
         state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
         backend: `auto` for the fastest backend that can run, or `reference`, `cpu` or `triton`, with an error if that
@@ -49,6 +50,7 @@ class SharedOptions(TypedDict, total=False):
     maximize: bool
     cautious: bool
     kahan_sum: bool
+    kahan_bits: int
     stochastic_rounding: bool
     state_bits: int
     backend: str
@@ -60,6 +62,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "maximize": False,
         "cautious": False,
         "kahan_sum": False,
+        "kahan_bits": 16,
         "stochastic_rounding": False,
         "state_bits": 32,
         "backend": "auto",

@@ -29,6 +29,7 @@ class SOAPRule(TensorRule):
     """SOAP's update: Adam in slowly rotating bases in which components of the gradient are nearly uncorrelated."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     counts_calls: ClassVar[bool] = True
     first_moment: ClassVar[str | None] = "exp_avg"
     reads_weights: ClassVar[bool] = False

@@ -24,6 +24,7 @@ class StableAdamWRule(UpdateRule):
     """Adam's update with debiased betas, divided per tensor by the RMS of g/√v where that is above 1."""
 
     state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    compressible: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
     first_moment: ClassVar[str | None] = "exp_avg"
     second_moment: ClassVar[str | None] = "exp_avg_sq"
     sums: ClassVar[tuple[str, ...]] = ("ratio_sq",)

@@ -15,6 +15,7 @@ from lightning_optim.kernels.base import arithmetic_dtype
 from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.kernels.weight_decay import INITIAL, decay_form
 from lightning_optim.optim import low_precision
+from lightning_optim.optim.sharded_codes import has_rows
 from lightning_optim.optim.widening import warn_of_conversions, widen
 
 
@@ -45,10 +46,7 @@ def complete_state(
         state |= {n: state[n].to(param.device) for n in ("step", *rule.scalar_state)}
     if isinstance(rule, TensorRule):
         if not begun:
-            dtype = arithmetic_dtype(param.dtype)
-            for name, tensor in rule.init_state(param, group).items():
-                assert isinstance(tensor, Tensor)
-                state.setdefault(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            _complete_tensor_rule(state, param, group, rule)
         if is_sharded(param):
             state |= {name: placed_state(state[name], param) for name in tensor_names(rule, state)}
     else:
@@ -75,6 +73,8 @@ def state_bytes(param: Tensor, group: dict[str, Any], rule: Rule) -> int | None:
         The size, or None if it does not follow from the shape and dtype of the parameter.
     """
     shape_only = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    if group["state_bits"] == 8 and hasattr(param, "device_mesh") and not has_rows(param.shape):
+        group = group | {"state_bits": 32}
     try:
         state = complete_state({}, shape_only, group, rule, 0)
     except (KeyError, RuntimeError):  # The state depends on values, or on numbers of the first step.
@@ -90,6 +90,19 @@ def tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, value in state.items() if isinstance(value, Tensor) and name not in others)
 
 
+def _complete_tensor_rule(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rule: TensorRule) -> None:
+    dtype = arithmetic_dtype(param.dtype)
+    low = low_precision.compressed(group, param, rule)
+    for name, tensor in rule.init_state(param, group).items():
+        assert isinstance(tensor, Tensor)
+        if name in state:
+            continue
+        if name in low:
+            state |= low_precision.initial(name, 0.0, param, group, low[name])
+        else:
+            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def _complete_elementwise(state: dict[str, Any], param: Tensor, group: Mapping[str, Any], rule: UpdateRule) -> None:
     dtype = arithmetic_dtype(param.dtype)  # A bf16 second moment could not change by a thousandth.
     first = rule.init_state(param, group)
@@ -97,10 +110,10 @@ def _complete_elementwise(state: dict[str, Any], param: Tensor, group: Mapping[s
     for name in rule.state:
         if name in state:
             continue
-        if name in low:
-            state |= low_precision.zeros(name, param, group, low[name])
-            continue
         value = first.get(name, 0.0)
+        if name in low and not isinstance(value, Tensor):
+            state |= low_precision.initial(name, value, param, group, low[name])
+            continue
         if isinstance(value, Tensor):
             state[name] = value.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
         else:  # Tensor subclasses usually support zeros_like, but rarely full_like.

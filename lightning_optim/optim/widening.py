@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_optim.kernels.base import arithmetic_dtype
-from lightning_optim.kernels.quantization import dequantize
 from lightning_optim.kernels.rules import Rule
 from lightning_optim.kernels.weight_decay import INITIAL
+from lightning_optim.optim.sharded_codes import values_of
 
 
 def widen(state: dict[str, Any], names: Iterable[str], param: Tensor, group: Mapping[str, Any], rule: Rule) -> set[str]:
@@ -39,7 +39,7 @@ def widen(state: dict[str, Any], names: Iterable[str], param: Tensor, group: Map
     for name in set(names) & state.keys():
         old = state[name]
         if old.dtype == torch.uint8 and wide == torch.float64 and f"{name}_scale" in state:
-            state[name] = dequantize(old, state.pop(f"{name}_scale"), rule.compressible[name]).to(wide)
+            state[name] = values_of(old, state.pop(f"{name}_scale"), rule.compressible[name]).to(wide)
         if not old.is_floating_point() or old.dtype == wide or (old.dtype == low and name in rule.compressible):
             continue
         state[name] = old.to(wide)

@@ -22,6 +22,8 @@ from lightning_optim.callbacks.planning import make_plan
 from lightning_optim.cli import main
 from lightning_optim.factory.plan import Curve, Plan, plan_groups
 from lightning_optim.factory.plan_text import format_plan, save_plot
+from lightning_optim.factory.state_sizes import bytes_per_parameter
+from lightning_optim.optim.base import OPTIMIZERS
 from tests.helpers import BareNet, Data, Net, NetWith, Recorder, make_trainer
 
 ROOT = Path(__file__).parents[2]
@@ -395,3 +397,25 @@ def test_the_examples_have_a_plan(example, monkeypatch, capsys):
     assert "No conflicts." in out
     if example == "char_lm":
         assert out[out.index("Optimizer steps") :].rstrip() in (ROOT / "docs/concepts/plan.md").read_text()
+
+
+@pytest.mark.parametrize(("bits", "shown"), [(32, "8"), (16, "4"), (8, "2.03")])
+def test_bytes_per_parameter_are_in_the_plan_and_those_that_steps_make(bits, shown):
+    weight = torch.nn.Parameter(torch.zeros(256, 512))
+    optimizer = lo.optim.AdamW([weight], state_bits=bits)
+    rows = format_plan(Plan(groups=plan_groups(optimizer))).splitlines()
+    (header,) = (row.split() for row in rows if row.startswith("group "))
+    (total,) = (row.split() for row in rows if row.startswith("total "))
+    assert header[-1] == "B/param"
+    assert total[-1] == shown
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = sum(value.numel() * value.element_size() for value in optimizer.state[weight].values() if value.dim())
+    assert kept / weight.numel() == bytes_per_parameter(lo.optim.AdamW, bits)
+
+
+def test_bytes_per_parameter_of_every_optimizer_are_known_in_32_bits():
+    sizes = {cls: bytes_per_parameter(cls) for _, cls in OPTIMIZERS.items() if issubclass(cls, lo.optim.FusedOptimizer)}
+    assert all(sizes.values())
+    assert bytes_per_parameter(lo.optim.SGD) == 4  # with momentum
+    assert bytes_per_parameter(lo.optim.Adafactor, 8) is None

@@ -185,6 +185,33 @@ def assert_as_one(
         )
 
 
+def check_eight_bits(name: str) -> None:
+    """Moments in 8 bits are sharded as codes, and give what 32 bits give but for their rounding."""
+    (mesh, *_) = meshes()
+    with precise(torch.float32):
+        params, optimizers = [], []
+        for bits, where in ((32, None), (8, None), (8, mesh)):
+            torch.manual_seed(0)
+            value = torch.randn(12, 512)
+            param = nn.Parameter(value if where is None else distribute_tensor(value, where, [ROWS]))
+            rule = {"rule": name.lower()}
+            optimizers.append(getattr(optim, name)([{"params": [param]} | rule], lr=0.01, state_bits=bits))
+            params.append(param)
+        start = whole(params[0])
+        for _ in range(STEPS):
+            value = torch.randn(12, 512)
+            for param, optimizer in zip(params, optimizers, strict=True):
+                param.grad = distribute_tensor(value, mesh, [ROWS]) if isinstance(param, DTensor) else value.clone()
+                optimizer.step()
+    (state,) = optimizers[-1].state.values()
+    codes = [value for value in state.values() if value.dtype == torch.uint8]
+    assert codes
+    assert all(isinstance(value, DTensor) and value.placements == (ROWS,) for value in codes)
+    exact, single, sharded = (whole(param) - start for param in params)
+    assert 0 < (sharded - exact).norm() < 2 * (single - exact).norm()
+    assert (sharded - exact).norm() < 0.1 * exact.norm()
+
+
 @contextmanager
 def small_buckets() -> Iterator[None]:
     """Buckets of a few elements, so that there are many."""

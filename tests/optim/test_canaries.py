@@ -16,7 +16,7 @@ from lightning_optim.kernels.cpu import factored
 from tests.canaries import Canaries
 from tests.optim.memory_cells import SIZES, Cell, quick, run
 
-_SPLIT = compiled.split
+_SPLIT, _SPLIT_ROWS = compiled.split, compiled.split_rows
 
 
 @pytest.mark.parametrize("cell", quick(), ids=str)
@@ -46,7 +46,14 @@ def test_one_element_too_many_is_found(cell: Cell, named: tuple[str, ...], monke
         blocks[blocks[:, 2] == np.array(numel)[blocks[:, 0]], 2] += 1
         return blocks
 
+    def too_long_rows(numel: tuple[int, ...], row_sizes: tuple[int, ...], size: int) -> Any:
+        blocks = _SPLIT_ROWS(numel, row_sizes, size).copy()
+        vectors = blocks[:, 3] == np.array(numel)[blocks[:, 0]]
+        blocks[vectors, 2:] += 1
+        return blocks
+
     monkeypatch.setattr(cpu, "split", too_long)
+    monkeypatch.setattr(cpu, "split_rows", too_long_rows)
     with pytest.raises(AssertionError, match="written outside of") as caught:
         run(cell, Canaries())
     for name in named:

@@ -16,8 +16,9 @@ from tests.helpers import through_a_file
 from tests.optim.cases import BACKENDS, assert_same, copies, give, gradients, run
 
 KAHAN, STOCHASTIC = {"kahan_sum": True}, {"stochastic_rounding": True}
+CORRECTED: dict[str, Any] = {"kahan_sum": True, "kahan_bits": 8}
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_flag = pytest.mark.parametrize("flag", [KAHAN, STOCHASTIC], ids=["kahan", "stochastic"])
+each_flag = pytest.mark.parametrize("flag", [KAHAN, STOCHASTIC, CORRECTED], ids=["kahan", "stochastic", "24bits"])
 each_optimizer = pytest.mark.parametrize(
     "make",
     [
@@ -49,11 +50,12 @@ def test_every_optimizer_takes_the_flags() -> None:
     [
         (torch.bfloat16, KAHAN, 0.9512),
         (torch.bfloat16, STOCHASTIC, 0.9512),
+        (torch.bfloat16, CORRECTED, 0.9512),
         (torch.float16, KAHAN, 0.9512),
         (torch.float32, {}, 0.9512),  # the control
         (torch.bfloat16, {}, 1.0),  # what the flags are for
     ],
-    ids=["bf16-kahan", "bf16-stochastic", "fp16-kahan", "fp32", "bf16"],
+    ids=["bf16-kahan", "bf16-stochastic", "bf16-24bits", "fp16-kahan", "fp32", "bf16"],
 )
 def test_weight_decay_survives(make: Any, backend: str, dtype: torch.dtype, flag: Any, expected: float) -> None:
     (param, _) = weights(dtype, 5_000)

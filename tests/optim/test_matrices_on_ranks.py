@@ -42,6 +42,7 @@ FAST = checks(
     ("not_a_number", {"name": "NorMuon"}),
     ("bf16", {"name": "SOAP", "kahan_sum": True}),
     ("tensor_parallel", {"name": "Muon"}),
+    *(("eight_bits", {"name": name}) for name in ("NorMuon", "SOAP")),
     ("copies", {"name": "NorMuon"}),
     ("memory", {}),
 )
@@ -57,6 +58,7 @@ ALL = checks(
         for check in ("many_buckets", "fully_sharded", "skip", "not_a_number", "resume", "bf16", "other_placements")
     ),
     *(("bf16", {"name": name, "kahan_sum": True}) for name in NAMES),
+    *(("eight_bits", {"name": name}) for name in ("Muon", "NorMuon", "SOAP")),
     *(("tensor_parallel", {"name": name}) for name in ("Muon", "NorMuon", "Adafactor")),
     *(("copies", {"name": name, "backend": backend}) for name in MUONS for backend in ("cpu", "reference")),
     ("memory", {}),

@@ -15,7 +15,15 @@ from lightning_optim.core.host import is_set
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.kernels import shared_work
 from lightning_optim.kernels.base import Backend, Batch, arithmetic_dtype
-from lightning_optim.kernels.compiled import DTYPES, ElementwiseSteps, KernelArgs, kernel_args, measure_args, split
+from lightning_optim.kernels.compiled import (
+    DTYPES,
+    ElementwiseSteps,
+    KernelArgs,
+    kernel_args,
+    measure_args,
+    split,
+    split_rows,
+)
 from lightning_optim.kernels.cpu.codegen import build, build_measure, build_subtraction
 from lightning_optim.kernels.cpu.counters import CompiledNumbers
 from lightning_optim.kernels.cpu.factored import Scaled
@@ -149,9 +157,9 @@ def _measure(args: KernelArgs, dtype: torch.dtype) -> Tensor:
     return launch(build_measure(DTYPES[dtype]), args, no_scalars)[:, 0]
 
 
-def _blocks(numel: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], int, bool]:
+def _blocks(numel: tuple[int, ...], row_sizes: tuple[int, ...] | None) -> tuple[npt.NDArray[np.int64], int, bool]:
     """Return the blocks of tensors, their number of elements, and whether each tensor is one block."""
-    blocks = split(numel, BLOCK)
+    blocks = split(numel, BLOCK) if row_sizes is None else split_rows(numel, row_sizes, BLOCK)
     one_each = len(blocks) == len(numel) and bool((blocks[:, 0] == np.arange(len(blocks))).all())
     return blocks, sum(numel), one_each
 
@@ -159,9 +167,10 @@ def _blocks(numel: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], int, bool]:
 def launch(kernel: Kernel, args: KernelArgs, scalars: npt.NDArray[np.floating]) -> Tensor:
     """Run ``kernel`` over all blocks, and add the block sums of each tensor in order: [tensors, sums], float64."""
     sizes = args.sizes
-    if BLOCK not in sizes.kept:
-        sizes.kept[BLOCK] = _blocks(sizes.numel)
-    blocks, elements, one_each = sizes.kept[BLOCK]
+    key = BLOCK if args.row_sizes is None else (BLOCK, args.row_sizes)
+    if key not in sizes.kept:
+        sizes.kept[key] = _blocks(sizes.numel, args.row_sizes)
+    blocks, elements, one_each = sizes.kept[key]
     # Without sums nothing is allocated: glibc tidies up at the first allocation after a backward pass.
     sums = np.zeros((len(blocks), len(kernel.sums))) if kernel.sums else _NOTHING
     run_blocks(kernel.function, len(blocks), elements, blocks, args.addresses, scalars, sums)

@@ -8,6 +8,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from lightning_optim.kernels.cpu import corrections as cpu_corrections
 from lightning_optim.kernels.cpu import disk_cache, launch
 from lightning_optim.kernels.cpu import quantized as cpu_quantized
 from lightning_optim.kernels.cpu.launch import BlockLoop, kernel_text
@@ -34,6 +35,7 @@ def build(spec: KernelSpec) -> Kernel:
     exact: dict[str, Any] = {f.__name__: f for f in (kahan_pending, kahan_rest, noise, slot_key)}
     names: dict[str, Any] = {
         **(cpu_quantized.names() if spec.quantized else {}),
+        **(cpu_corrections.names() if spec.corrected else {}),
         **sum_functions(),
         **{name: rebind(function, named, compiled) for name, function in rules.items()},
         **{name: rebind(function, {}, compiled) for name, function in exact.items()},
@@ -47,6 +49,7 @@ def build(spec: KernelSpec) -> Kernel:
         rounded = slot in spec.stochastic and dtype == "bfloat16"
         names[f"store_{slot}"] = store(dtype, number, len(spec.dtypes), rounded)
     sources = (*rules.values(), *exact.values(), *(cpu_quantized.SOURCES if spec.quantized else ()))
+    sources += cpu_corrections.SOURCES if spec.corrected else ()
     kept_as = f"{spec.rule.__name__}-{disk_cache.fingerprint(text + repr(spec.dtypes), sources)}"
     return Kernel(_compile(spec.rule.__name__, text, names, kept_as, spec.dtypes), spec.scalars, spec.sums)
 

@@ -26,7 +26,7 @@ FAST_SUMS = {"reassoc", "contract", "nsz"}
 WITHIN_KERNELS: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """Options of functions that only kernels call; wrappers for Python and C would take a quarter of all compilation."""
 
-STORAGE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "uint8": 1}
+STORAGE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "uint8": 1, "int8": 1}
 """Size in bytes of each element type that can be loaded and stored."""
 
 
@@ -86,7 +86,7 @@ def store(dtype: str, slot: int, slots: int, stochastic: bool = False) -> Any:
 
 def _type(dtype: str) -> Any:
     """Return the numba type of an element of ``dtype`` inside a kernel; an integer for 8-bit codes."""
-    return {"float64": types.float64, "uint8": types.int64}.get(dtype, types.float32)
+    return {"float64": types.float64, "uint8": types.int64, "int8": types.int64}.get(dtype, types.float32)
 
 
 def _element(builder: Any, dtype: str, args: Any) -> Any:
@@ -96,6 +96,7 @@ def _element(builder: Any, dtype: str, args: Any) -> Any:
         "bfloat16": ir.IntType(16),
         "float16": ir.HalfType(),
         "uint8": ir.IntType(8),
+        "int8": ir.IntType(8),
     }
     base = builder.inttoptr(args[0], ir.PointerType(kinds[dtype]))
     return builder.gep(base, [args[1]], inbounds=True)
@@ -117,13 +118,15 @@ def _widen(builder: Any, dtype: str, value: Any) -> Any:
         return builder.bitcast(bits, ir.FloatType())
     if dtype == "uint8":
         return builder.zext(value, ir.IntType(64))
+    if dtype == "int8":
+        return builder.sext(value, ir.IntType(64))
     return builder.fpext(value, ir.FloatType()) if dtype == "float16" else value
 
 
 def _narrow(builder: Any, dtype: str, value: Any) -> Any:
     if dtype == "float16":
         return builder.fptrunc(value, ir.HalfType())
-    if dtype == "uint8":
+    if dtype in ("uint8", "int8"):
         return builder.trunc(value, ir.IntType(8))
     if dtype != "bfloat16":
         return value

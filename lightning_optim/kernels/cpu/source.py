@@ -20,8 +20,9 @@ CHUNK = 4096
 rounding error at full speed."""
 
 ELEMENTWISE_TABLES = ("blocks", "addresses", "scalars", "sums")
-"""Tables of a kernel: blocks, int64, [blocks, 3] of (tensor, first element, end); addresses, int64, [tensors, slots];
-scalars, [tensors, columns], in the dtype of the arithmetic; and sums, float64, [blocks, sums]."""
+"""Tables of a kernel: blocks, int64, [blocks, 3] of (tensor, first element, end), with 8-bit codes [blocks, 4] of these
+and the size of rows; addresses, int64, [tensors, slots]; scalars, [tensors, columns], in the dtype of the arithmetic;
+and sums, float64, [blocks, sums]."""
 
 _CONSTANTS = {"zero": "zero", "one": "one", "tiny": "tiny"}
 
@@ -40,10 +41,7 @@ def source(spec: KernelSpec) -> str:
         key = f"slot_key(int({high}) * 65536 + int({low}), "
         lines += [f"{name}_key = {key}{names.index(name)})" for name in spec.rounded]
     lines += [f"total_{name} = 0.0" for name in spec.sums]
-    lines += [f"for chunk in range(start, end, {CHUNK}):"]
-    lines += [f"    sum_{name} = zero" for name in spec.sums]
-    lines += _indented(4, _in_tiles(spec, body) if spec.quantized else _elements("chunk", CHUNK, body))
-    lines += [f"    total_{name} += sum_{name}" for name in spec.sums]
+    lines += _in_tiles(spec, body) if spec.quantized else _in_chunks(spec, body)
     lines += [f"sums[block, {i}] = total_{name}" for i, name in enumerate(spec.sums)]
     return kernel_text(ELEMENTWISE_TABLES, before, lines)
 
@@ -90,7 +88,13 @@ def _stores(spec: KernelSpec) -> list[str]:
     if "decay_sq" in spec.sums:
         lines.append(f"decay_term = take_decay({spec.decay_arguments}{initial})")
     change = f"apply_decay({spec.decay_arguments}{initial})"
-    if spec.kahan:
+    if spec.corrected:
+        lines.append("code = load_kahan_comp(kahan_comp_address, i)")
+        lines.append(f"pending = kahan_pending(correction(param, code), {change})")
+        lines.append(f"after, code = cut(param + pending{random['kahan_comp']})")
+        lines.append("after = store_param(param_address, i, after)")
+        lines.append("store_kahan_comp(kahan_comp_address, i, code)")
+    elif spec.kahan:
         lines.append(f"pending = kahan_pending(load_kahan_comp(kahan_comp_address, i), {change})")
         lines.append("after = store_param(param_address, i, param + pending)")
         lines.append("store_kahan_comp(kahan_comp_address, i, kahan_rest(pending, after, param))")
@@ -114,23 +118,36 @@ def _sums(spec: KernelSpec) -> list[str]:
     return lines
 
 
+def _in_chunks(spec: KernelSpec, body: list[str]) -> list[str]:
+    """Return the loop of ``body`` over chunks whose sums are added up in the dtype of the arithmetic."""
+    inner = [f"sum_{name} = zero" for name in spec.sums]
+    inner += _elements("chunk", f"min(chunk + {CHUNK}, end)", body)
+    inner += [f"total_{name} += sum_{name}" for name in spec.sums]
+    return [f"for chunk in range(start, end, {CHUNK}):", *_indented(4, inner)]
+
+
 def _in_tiles(spec: KernelSpec, body: list[str]) -> list[str]:
     """Return the loop of ``body`` over tiles that share a scale; the codes of a tile are written after its values."""
-    inner = [f"{name}_scale = load_{name}_scale({name}_scale_address, tile // {BLOCK})" for name in spec.quantized]
+    inner = ["column = tile % row_size"]
+    inner += [f"stop = min(tile + {BLOCK}, tile - column + row_size)"]
+    inner += [f"place = tile // row_size * ((row_size + {BLOCK - 1}) // {BLOCK}) + column // {BLOCK}"]
+    inner += [f"{name}_scale = load_{name}_scale({name}_scale_address, place)" for name in spec.quantized]
     inner += [f"{name}_max = zero" for name in spec.quantized]
-    inner += _elements("tile", BLOCK, body)
+    inner += [f"sum_{name} = zero" for name in spec.sums]
+    inner += _elements("tile", "stop", body)
+    inner += [f"total_{name} += sum_{name}" for name in spec.sums]
     for name in spec.quantized if spec.writes else ():
         sign = spec.rule.compressible[name]
         value = f"{name}_buffer[i - tile], {name}_max, noise(i, {name}_key)"
         code = f"encode_{sign}({value}, codes_{sign}, guesses_{sign})"
         inner += [f"{name}_max += {name}_max * zero  # NaN if not finite"]
-        inner += [f"store_{name}_scale({name}_scale_address, tile // {BLOCK}, {name}_max)"]
-        inner += _elements("tile", BLOCK, [f"store_{name}({name}_address, i, {code})"])
-    return [f"for tile in range(chunk, min(chunk + {CHUNK}, end), {BLOCK}):", *_indented(4, inner)]
+        inner += [f"store_{name}_scale({name}_scale_address, place, {name}_max)"]
+        inner += _elements("tile", "stop", [f"store_{name}({name}_address, i, {code})"])
+    return ["row_size = blocks[block, 3]", "tile = start", "while tile < end:", *_indented(4, [*inner, "tile = stop"])]
 
 
-def _elements(first: str, count: int, body: list[str]) -> list[str]:
-    return [f"for i in range({first}, min({first} + {count}, end)):", *_indented(4, body)]
+def _elements(first: str, end: str, body: list[str]) -> list[str]:
+    return [f"for i in range({first}, {end}):", *_indented(4, body)]
 
 
 def _indented(by: int, lines: Iterable[str]) -> list[str]:

@@ -20,10 +20,11 @@ from lightning_optim.core.sharding import local
 from lightning_optim.core.stats import StepStats
 from lightning_optim.core.step_hooks import is_trial_step
 from lightning_optim.core.uncompiled import leave_step_uncompiled
+from lightning_optim.kernels import averages
 from lightning_optim.kernels.peak_lr import NEED_PEAK, follow_peak, say_peak, start_peak
 from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import WeightDecayKind
-from lightning_optim.optim import admission, low_precision, other_names, shared_options, update_pass
+from lightning_optim.optim import admission, low_precision, other_names, shared_options, update_pass, weight_averages
 from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.checkpoint import load_state_dict
 from lightning_optim.optim.hyperparameters import (
@@ -187,10 +188,14 @@ class FusedOptimizer(Optimizer):
         filled = self.defaults | group
         filled["weight_decay_kind"] = WeightDecayKind.parse(filled["weight_decay_kind"]).value
         group["weight_decay_kind"] = filled["weight_decay_kind"]
+        group["ema"] = filled["ema"] = averages.parse(filled["ema"])
+        if group["ema"]:
+            group.setdefault("averaged", None)
         start_peak(group, number(owner.__name__, filled, "lr"))
         filled["peak_lr"] = group["peak_lr"]
         refuse_typos(type(self).__name__, param_group, self.defaults.keys() | owner.hyperparameters().keys())
-        check_lengths(owner.__name__, filled, owner.hyperparameters())
+        single = {name: value for name, value in owner.hyperparameters().items() if name not in shared_options.LISTS}
+        check_lengths(owner.__name__, filled, single)
         own_names = owner.hyperparameters()
         own_ranges = {name: allowed for name, allowed in ranges_of(owner).items() if name in own_names}
         check_values(owner.__name__, filled, ranges_of(type(self)) | own_ranges, self.defaults | own_names)
@@ -249,7 +254,13 @@ class FusedOptimizer(Optimizer):
         return loss
 
     def _prepare(self, group: dict[str, Any], rule: Rule, *, count: bool) -> None:
-        """Count the call if ``count``, follow the peak of lr, and create the values that groups share for a rule."""
+        """Count the call if ``count``, follow the peak of lr, and create the values that groups share for a rule.
+
+        Raises:
+            RuntimeError: The parameters of the group are at an average.
+        """
+        if "averaged" in group and group["averaged"] is not None:
+            weight_averages.refuse_step(type(self).__name__)
         if count and rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
             group["calls"] = group.get("calls", 0) + 1
         if count and group["weight_decay_kind"] in NEED_PEAK and follow_peak(group) and not self._warned_of_peak:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypedDict
 
@@ -34,6 +34,8 @@ class SharedOptions(TypedDict, total=False):
             accumulate.
         stochastic_rounding: Round bf16 parameters up or down at random, so that small changes are kept on average.
         state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        ema: Averages of the weights to keep, each one more state: a decay such as 0.9999, `power 0.05` for a
+            power-function average of that relative width, or a list of several; see the page on averages.
         backend: `auto` for the fastest backend that can run, or `reference`, `cpu` or `triton`, with an error if that
             backend cannot run on the device of the parameters.
 
@@ -51,8 +53,12 @@ class SharedOptions(TypedDict, total=False):
     kahan_sum: bool
     stochastic_rounding: bool
     state_bits: int
+    ema: float | str | Sequence[float | str] | None
     backend: str
 
+
+LISTS = frozenset({"ema"})
+"""Options that may be lists, of any length."""
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -62,6 +68,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "kahan_sum": False,
         "stochastic_rounding": False,
         "state_bits": 32,
+        "ema": None,
         "backend": "auto",
     }
 )

@@ -53,7 +53,8 @@ class SwapsWeights(HubCallback):
 
     def _at_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Move to the weights for use, because Lightning does not call `on_train_end` after an exception."""
-        self._eval(trainer)
+        if self._training:
+            self._eval(trainer)
 
     def _at_close(self) -> None:
         """Unwrap ``trainer.save_checkpoint``."""

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -14,6 +14,8 @@ from lightning_optim.callbacks._running_statistics import RunningStatistics, des
 from lightning_optim.callbacks._swapping import SwapsWeights
 from lightning_optim.kernels.averages import STEP
 from lightning_optim.optim.averaged_weights import has_averages, swap_in_average, swap_out_average
+
+CHECKPOINT_KEY = "lightning_optim.weight_average"
 
 
 class WeightAverage(SwapsWeights):
@@ -50,7 +52,7 @@ class WeightAverage(SwapsWeights):
             raise ValueError(f"Invalid which={which!r}: must be the number of an average, from 0.")
         self._which = which
         self._statistics: RunningStatistics | None = None
-        self._saved: dict[str, Any] = {}
+        self._restored: Mapping[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"WeightAverage(which={self._which})"
@@ -59,20 +61,20 @@ class WeightAverage(SwapsWeights):
         """Implement `Contributor`: the averaged statistics."""
         return [] if self._statistics is None else [self._statistics]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the averaged running statistics, and those of training, for a checkpoint; empty if there are none."""
-        if self._statistics is None:
-            return self._saved
-        return {"statistics": dict(self._statistics.state_dict()), "swapped": self._statistics.swapped}
+    def _at_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the averaged running statistics, and those of training, if there are any."""
+        if self._statistics is not None:
+            state = {name: tensor.clone() for name, tensor in self._statistics.state_dict().items()}
+            checkpoint[CHECKPOINT_KEY] = {"statistics": state, "swapped": self._statistics.swapped}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state returned by `state_dict`."""
-        self._saved = state_dict
-        self._load()
+    def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Keep the state until the fit starts; after that, as when a tuner undoes a trial, restore it now."""
+        self._restored = checkpoint.get(CHECKPOINT_KEY, {})
+        self._restore()
 
     def _at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super()._at_setup(trainer, pl_module)
-        self._statistics, self._saved = None, {}
+        self._statistics, self._restored = None, {}
 
     def _at_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that there is such an average, and wrap ``trainer.save_checkpoint``."""
@@ -101,7 +103,7 @@ class WeightAverage(SwapsWeights):
             rank_zero_info(
                 f"Running statistics of batch norm ({layers}) are averaged like the weights, and used with them."
             )
-            self._load()
+            self._restore()
         self._wrap_save_checkpoint(trainer)
 
     def _at_batch_end(
@@ -117,7 +119,6 @@ class WeightAverage(SwapsWeights):
     def _at_close(self) -> None:
         """Unwrap ``trainer.save_checkpoint``, and let go of the model."""
         super()._at_close()
-        self._saved = self.state_dict()
         self._statistics = None
 
     @staticmethod
@@ -138,7 +139,7 @@ class WeightAverage(SwapsWeights):
         if self._statistics is not None:
             self._statistics.swap_out()
 
-    def _load(self) -> None:
-        if self._statistics is not None and self._saved:
-            self._statistics.load_state_dict(self._saved["statistics"])
-            self._statistics.swapped = bool(self._saved["swapped"])
+    def _restore(self) -> None:
+        if self._statistics is not None and self._restored:
+            self._statistics.load_state_dict(self._restored["statistics"])
+            self._statistics.swapped = bool(self._restored["swapped"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from lightning_optim.callbacks._gathered import free_gathered
 from lightning_optim.callbacks._hub import HubCallback
 
 
@@ -62,10 +63,12 @@ class SwapsWeights(HubCallback):
             self._undo.pop()()
 
     def _train(self, trainer: L.Trainer) -> None:
+        free_gathered(trainer.lightning_module)
         self._swap_out(trainer)
         self._training = True
 
     def _eval(self, trainer: L.Trainer) -> None:
+        free_gathered(trainer.lightning_module)
         self._swap_in(trainer)
         self._training = False
 

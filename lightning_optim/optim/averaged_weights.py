@@ -15,7 +15,8 @@ from lightning_optim.core.wrappers import unwrap_optimizer
 from lightning_optim.optim.exchange import exchange, is_exact, undo
 
 KEY = "averaged"
-"""Key of a group whose parameters are at an average: the number of the average, and the dtypes of the parameters."""
+"""Key of a group: the number of the average that the parameters are at, and their dtypes (`0 bfloat16`); empty while
+they are trained. It is one text, because distributed checkpoints cannot load a list where there was none."""
 
 
 def has_averages(optimizer: Optimizer) -> bool:
@@ -25,8 +26,7 @@ def has_averages(optimizer: Optimizer) -> bool:
 
 def average_of(optimizer: Optimizer) -> int | None:
     """Return the number of the average that the parameters of an optimizer are at; None while they are trained."""
-    found = (group.get(KEY) for group in unwrap_optimizer(optimizer).param_groups)
-    return next((int(at[0]) for at in found if at is not None), None)
+    return next((at for group in unwrap_optimizer(optimizer).param_groups if (at := _at(group)) is not None), None)
 
 
 @torch.no_grad()
@@ -80,7 +80,8 @@ def swap_in_average(optimizer: Optimizer, which: int = 0) -> None:
             for param, average in pairs:
                 exchange(local(param), local(average))
             _note_change(pairs)
-            group[KEY] = (which, *sorted({str(param.dtype).removeprefix("torch.") for param, _ in pairs}))
+            dtypes = sorted({str(param.dtype).removeprefix("torch.") for param, _ in pairs})
+            group[KEY] = " ".join([str(which), *dtypes])
 
 
 @torch.no_grad()
@@ -94,20 +95,21 @@ def swap_out_average(optimizer: Optimizer) -> None:
         ValueError: The parameters have another dtype than when the average was swapped in.
     """
     optimizer = unwrap_optimizer(optimizer)
-    swapped = [(group, group[KEY]) for group in optimizer.param_groups if group.get(KEY) is not None]
-    for group, (which, *dtypes) in swapped:
+    swapped = [(group, at) for group in optimizer.param_groups if (at := _at(group)) is not None]
+    for group, which in swapped:
+        dtypes = group[KEY].split()[1:]
         for param, _ in _pairs(optimizer, group, which):
             if (dtype := str(param.dtype).removeprefix("torch.")) not in dtypes:
                 raise ValueError(
                     f"The weights of training were set aside from {' and '.join(dtypes)} parameters, and cannot be "
                     f"restored to a {dtype} parameter. Load the checkpoint into a model of that dtype."
                 )
-    for group, (which, *_) in swapped:
+    for group, which in swapped:
         pairs = list(_pairs(optimizer, group, which))
         for param, average in pairs:
             undo(local(param), local(average))
         _note_change(pairs)
-        group[KEY] = None
+        group[KEY] = ""
 
 
 @contextmanager
@@ -162,10 +164,9 @@ def ema_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer],
     for one in map(unwrap_optimizer, _several(optimizer)):
         _check(one, which)
         for group in one.param_groups:
-            if group.get(KEY) is None or group[KEY][0] != which:
-                averages |= {id(param): average for param, average in _pairs(one, group, which)}
-            else:
-                averages |= {id(param): param for param, _ in _pairs(one, group, which)}
+            in_place = _at(group) == which
+            pairs = _pairs(one, group, which)
+            averages |= {id(param): param if in_place else average for param, average in pairs}
     found: dict[str, Any] = dict(model.state_dict(keep_vars=True))
     if averages and not averages.keys() & set(map(id, found.values())):
         raise ValueError("The optimizer has averages of other parameters than those of this model.")
@@ -174,6 +175,12 @@ def ema_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer],
             average = averages.get(id(value), value)
             found[name] = average.detach().to(value.dtype, copy=True)
     return found
+
+
+def _at(group: Mapping[str, Any]) -> int | None:
+    """Return the number of the average that the parameters of a group are at; None while they are trained."""
+    at = group.get(KEY)
+    return int(at.split()[0]) if at else None
 
 
 def _several(optimizer: Optimizer | Iterable[Optimizer]) -> Iterable[Optimizer]:

@@ -190,7 +190,7 @@ class FusedOptimizer(Optimizer):
         group["weight_decay_kind"] = filled["weight_decay_kind"]
         group["ema"] = filled["ema"] = averages.parse(filled["ema"])
         if group["ema"]:
-            group.setdefault("averaged", None)
+            group.setdefault("averaged", "")
         start_peak(group, number(owner.__name__, filled, "lr"))
         filled["peak_lr"] = group["peak_lr"]
         refuse_typos(type(self).__name__, param_group, self.defaults.keys() | owner.hyperparameters().keys())
@@ -259,7 +259,7 @@ class FusedOptimizer(Optimizer):
         Raises:
             RuntimeError: The parameters of the group are at an average.
         """
-        if "averaged" in group and group["averaged"] is not None:
+        if group.get("averaged"):
             weight_averages.refuse_step(type(self).__name__)
         if count and rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
             group["calls"] = group.get("calls", 0) + 1

@@ -57,6 +57,11 @@ class WeightAverage(SwapsWeights):
     def __repr__(self) -> str:
         return f"WeightAverage(which={self._which})"
 
+    @property
+    def which(self) -> int:
+        """Number of the average that is used."""
+        return self._which
+
     def averages(self) -> Sequence[nn.Module]:
         """Implement `Contributor`: the averaged statistics."""
         return [] if self._statistics is None else [self._statistics]
@@ -76,8 +81,15 @@ class WeightAverage(SwapsWeights):
         super()._at_setup(trainer, pl_module)
         self._statistics, self._restored = None, {}
 
-    def _at_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that there is such an average, and wrap ``trainer.save_checkpoint``."""
+    def check(self, trainer: L.Trainer) -> None:
+        """Check that the optimizers of a Trainer keep the average.
+
+        Args:
+            trainer: The Trainer, whose optimizers have been made.
+
+        Raises:
+            MisconfigurationException: None of them does, a group keeps fewer averages, or weights are float16.
+        """
         optimizers = self._optimizers(trainer)
         if not optimizers:
             given = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
@@ -98,8 +110,12 @@ class WeightAverage(SwapsWeights):
                 "WeightAverage cannot exchange float16 weights with their average bit for bit. Train float32 or "
                 "bfloat16 weights, or remove the callback and take lightning_optim.optim.ema_state_dict after the fit."
             )
+
+    def _at_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that there is such an average, and wrap ``trainer.save_checkpoint``."""
+        self.check(trainer)
         if layers := describe_layers(pl_module):
-            self._statistics = RunningStatistics(pl_module, groups[0]["ema"][self._which])
+            self._statistics = RunningStatistics(pl_module, self._entry(trainer))
             rank_zero_info(
                 f"Running statistics of batch norm ({layers}) are averaged like the weights, and used with them."
             )
@@ -124,6 +140,12 @@ class WeightAverage(SwapsWeights):
     @staticmethod
     def _optimizers(trainer: L.Trainer) -> list[Optimizer]:
         return [optimizer for optimizer in trainer.optimizers if has_averages(optimizer)]
+
+    def _entry(self, trainer: L.Trainer) -> float | str:
+        """Return the decay of the average, as the first group has it."""
+        groups = (group for optimizer in self._optimizers(trainer) for group in optimizer.param_groups)
+        entry: float | str = next(group["ema"] for group in groups if group.get("ema"))[self._which]
+        return entry
 
     def _swap_in(self, trainer: L.Trainer) -> None:
         """Move to the average."""

@@ -32,6 +32,11 @@ def weight_names(count: int) -> tuple[str, ...]:
     return tuple(f"{name}_weight" for name in state_names(count))
 
 
+def names_of(count: int) -> tuple[tuple[str, str], ...]:
+    """Return the names of each average and of its weight."""
+    return tuple(zip(state_names(count), weight_names(count), strict=True))
+
+
 def parse(ema: Any) -> tuple[float | str, ...] | None:
     """Return the averages of a group in the form that groups and checkpoints hold: numbers and texts.
 

@@ -119,7 +119,7 @@ class CpuBackend(Backend):
             tensors = batch.params[part], some, batch.states[part]
             only = Batch(Rule(), *tensors, nothing, [], batch.full_params[part], False, averages=batch.averages)
             columns = {"decay": decay[part]}
-            for name in weight_names(batch.averages):
+            for name in weight_names(batch.averages) if batch.averages else ():
                 columns[name] = torch.stack([numbers[name] for numbers in scalars[part]])
             with kernel_args(only) as args:
                 kernel = build_subtraction(tuple(DTYPES[dtype] for dtype in only.slot_dtypes))

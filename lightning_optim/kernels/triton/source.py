@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning_optim.kernels.averages import state_names, weight_names
+from lightning_optim.kernels.averages import names_of
 from lightning_optim.kernels.kernel_spec import KernelSpec
 from lightning_optim.kernels.step_sums import TINY
 from lightning_optim.kernels.weight_decay import INITIAL
@@ -134,7 +134,7 @@ def _stores(spec: KernelSpec) -> list[str]:
         lines.append(f"decay_term = take_decay({spec.decay_arguments}{initial})")
     new = f"param - apply_decay({spec.decay_arguments}{initial})"
     lines += _store("param", dtypes["param"], "after", new)
-    for name, weight in zip(state_names(spec.averages), weight_names(spec.averages), strict=True):
+    for name, weight in names_of(spec.averages):
         moved = f"average_moved({load(name, dtypes[name])}, after, {spec.variable[weight]})"
         lines += _store(name, dtypes[name], f"{name}_new", moved)
     return lines

@@ -81,7 +81,7 @@ class Batch:
         names = [*self.rule.state, *(["kahan_comp"] if self.kahan else [])]
         names += [INITIAL] if self.decay_form == "toward_initial" else []
         names += [f"{name}_scale" for name in self.quantized]
-        names += state_names(self.averages)
+        names += state_names(self.averages) if self.averages else ()
         return [[state[name] for state in self.states] for name in names]
 
     @cached_property

@@ -27,7 +27,7 @@ class Seen:
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.trainer.global_step == SAVED:  # type: ignore[attr-defined]
-            self.saved = [weight.clone() for weight in whole_weights(self)]  # type: ignore[arg-type]
+            self.saved = [weight.clone() for weight in whole_weights(self)]
 
     def on_validation_epoch_end(self) -> None:
         self.seen.append(float(self.trainer.callback_metrics["val_loss"]))  # type: ignore[attr-defined]

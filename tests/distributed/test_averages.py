@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
 
 import lightning_optim as lo
 from tests.distributed.average_fits import EMA, STEPS, SeenWhole, fit, fit_all, fit_schedule_free, flat

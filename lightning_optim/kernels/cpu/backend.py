@@ -118,11 +118,14 @@ class CpuBackend(Backend):
             nothing: list[dict[str, Tensor]] = [{} for _ in some]
             tensors = batch.params[part], some, batch.states[part]
             only = Batch(Rule(), *tensors, nothing, [], batch.full_params[part], False, averages=batch.averages)
+            dtypes = [DTYPES[only.params[0].dtype], DTYPES[delta.dtype]]
             columns = {"decay": decay[part]}
-            for name in weight_names(batch.averages) if batch.averages else ():
-                columns[name] = torch.stack([numbers[name] for numbers in scalars[part]])
+            if batch.averages:
+                dtypes += [DTYPES[average[0].dtype] for average in only.state_arrays]
+                for name in weight_names(batch.averages):
+                    columns[name] = torch.stack([numbers[name] for numbers in scalars[part]])
             with kernel_args(only) as args:
-                kernel = build_subtraction(tuple(DTYPES[dtype] for dtype in only.slot_dtypes))
+                kernel = build_subtraction(tuple(dtypes))
                 launch(kernel, args, kernel.table(columns, args.dtype).numpy())
             some, first = [], i + 1
 

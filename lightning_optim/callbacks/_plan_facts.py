@@ -127,14 +127,15 @@ def average_facts(trainer: L.Trainer, optimizers: Sequence[Optimizer]) -> tuple[
     users = [callback for callback in callbacks if isinstance(callback, WeightAverage)]
     for user in users:
         user.check(trainer)
-    kept = [tuple(group["ema"]) for optimizer in optimizers for group in optimizer.param_groups if group.get("ema")]
+    kept: list[tuple[float | str, ...]] = [
+        tuple(group["ema"]) for optimizer in optimizers for group in optimizer.param_groups if group.get("ema")
+    ]
     if not kept:
         return {}, []
     used = {user.which for user in users}
     purpose = " (for validation and checkpoints)"
-    texts = [
-        f"{entry}{purpose if k in used else ''}" for k, entry in enumerate(max(kept, key=lambda entries: len(entries)))
-    ]
+    most = sorted(kept, key=len)[-1]
+    texts = [f"{entry}{purpose if k in used else ''}" for k, entry in enumerate(most)]
     note = (
         "Averages of the weights are kept. Without the callback lightning_optim.WeightAverage, validation and "
         "checkpoints have the weights of the last step. Add it, or take lightning_optim.optim.ema_state_dict."

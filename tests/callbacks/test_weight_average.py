@@ -33,7 +33,7 @@ class Watched(Net):
         self.seen = []
         self.raise_in = raise_in
         if batch_norm:
-            self.norm: nn.Module = nn.BatchNorm1d(8)
+            setattr(self, "norm", nn.BatchNorm1d(8))  # noqa: B010 - of another type than in `Net`
 
     def training_step(self, batch, batch_idx):
         if self.raise_in == "training" and batch_idx == 2:

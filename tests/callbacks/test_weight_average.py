@@ -234,16 +234,17 @@ def test_a_rollback_restores_the_averages_of_weights_and_statistics():
     assert counts[-1] > counts[back]
 
 
-def test_running_statistics_are_averaged_by_the_same_decay():
-    model, seen = Watched(batch_norm=True), []
+@pytest.mark.filterwarnings("ignore:Step .* skipped")
+def test_running_statistics_are_averaged_by_the_same_decay_at_the_same_steps():
+    model, seen = Watched(batch_norm=True, nan_batches=(2,)), []
 
     class Note(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
             seen.append(pl_module.norm.running_mean.double().clone())
 
-    make_trainer([Note(), *parts()], max_epochs=1).fit(model, batches(5, batch_size=8))
+    make_trainer([Note(), *parts(), lo.DivergenceGuard()], max_epochs=1).fit(model, batches(5, batch_size=8))
     average = torch.zeros(8, dtype=torch.float64)
-    for t, now in enumerate(seen, 1):
+    for t, now in enumerate(seen[:2] + seen[3:], 1):
         beta = min(0.9, (1 + t) / (10 + t))
         average = beta * average + (1 - beta) * now
     torch.testing.assert_close(model.norm.running_mean.double(), average, rtol=1e-5, atol=1e-7)

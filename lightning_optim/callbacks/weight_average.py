@@ -122,6 +122,11 @@ class WeightAverage(SwapsWeights):
             self._restore()
         self._wrap_save_checkpoint(trainer)
 
+    def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check again, as a checkpoint may have brought other averages, and move to the weights of training."""
+        self.check(trainer)
+        super()._at_train_start(trainer, pl_module)
+
     def _at_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

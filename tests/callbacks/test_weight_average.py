@@ -284,6 +284,19 @@ def test_what_it_cannot_do_is_refused():
             lo.WeightAverage(which)
 
 
+def test_averages_of_a_checkpoint_are_checked_before_training(tmp_path):
+    configure = lo.ConfigureOptimizers("adamw", lr=0.01, schedule="constant", optimizer_kwargs={"ema": 0.9})
+    make_trainer([configure, lo.WeightAverage(), SaveAt(2, tmp_path / "a.ckpt")], max_steps=3).fit(
+        Watched(), batches(3)
+    )
+    trainer = make_trainer(parts(which=1), max_steps=4)
+    with (
+        pytest.warns(UserWarning, match="Resumed with the checkpoint's hyperparameters"),
+        pytest.raises(MisconfigurationException, match=r"Invalid which=1.*one has ema=\[0.9\]"),
+    ):
+        trainer.fit(Watched(), batches(4), ckpt_path=tmp_path / "a.ckpt")
+
+
 def test_a_checkpoint_of_an_average_is_not_trained_on_without_the_callback(tmp_path):
     make_trainer([*parts(), SaveAt(2, tmp_path / "a.ckpt")], max_steps=3).fit(Watched(), batches(3))
     trainer = make_trainer([parts()[0]], max_steps=4)

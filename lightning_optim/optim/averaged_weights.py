@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.core.sharding import local
 from lightning_optim.core.wrappers import unwrap_optimizer
+from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.exchange import exchange, is_exact, undo
 
 KEY = "averaged"
@@ -21,7 +22,8 @@ they are trained. It is one text, because distributed checkpoints cannot load a 
 
 def has_averages(optimizer: Optimizer) -> bool:
     """Return whether an optimizer keeps averages of the weights."""
-    return any(group.get("ema") for group in unwrap_optimizer(optimizer).param_groups)
+    optimizer = unwrap_optimizer(optimizer)  # Those of other packages may mean something else by the key.
+    return isinstance(optimizer, FusedOptimizer) and any(group.get("ema") for group in optimizer.param_groups)
 
 
 def average_of(optimizer: Optimizer) -> int | None:
@@ -188,8 +190,9 @@ def _several(optimizer: Optimizer | Iterable[Optimizer]) -> Iterable[Optimizer]:
 
 
 def _check(optimizer: Optimizer, which: int) -> None:
-    kept = max((len(group.get("ema") or ()) for group in optimizer.param_groups), default=0)
-    owner = type(optimizer).__name__
+    owner, kept = type(optimizer).__name__, 0
+    if has_averages(optimizer):
+        kept = max(len(group.get("ema") or ()) for group in optimizer.param_groups)
     if not kept:
         raise ValueError(
             f"{owner} keeps no averages of the weights. Give an optimizer of lightning_optim.optim the option ema, "

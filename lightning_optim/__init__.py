@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_optim.callbacks import OptimizerMonitor as OptimizerMonitor
     from lightning_optim.callbacks import RunSummary as RunSummary
     from lightning_optim.callbacks import ScheduleFree as ScheduleFree
+    from lightning_optim.callbacks import WeightAverage as WeightAverage
     from lightning_optim.callbacks import WeightDecay as WeightDecay
     from lightning_optim.callbacks import attach as attach
     from lightning_optim.cli import OptimCLI as OptimCLI
@@ -85,6 +86,7 @@ _NAMES = {
     "RunSummary": "callbacks",
     "ScheduleFree": "callbacks",
     "StepPipeline": "step",
+    "WeightAverage": "callbacks",
     "WeightDecay": "callbacks",
     "WidthScaling": "param_groups",
     "attach": "callbacks",

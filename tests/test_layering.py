@@ -39,6 +39,7 @@ ROOMS = {
         "divergence",
         "factory",
         "kernels",
+        "optim",
         "param_groups",
         "schedules",
         "step",

@@ -6,6 +6,7 @@ from lightning_optim.callbacks.gradient_clipping import GradientClipping
 from lightning_optim.callbacks.optimizer_monitor import OptimizerMonitor
 from lightning_optim.callbacks.run_summary import RunSummary
 from lightning_optim.callbacks.schedule_free import ScheduleFree
+from lightning_optim.callbacks.weight_average import WeightAverage
 from lightning_optim.callbacks.weight_decay import WeightDecay
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "OptimizerMonitor",
     "RunSummary",
     "ScheduleFree",
+    "WeightAverage",
     "WeightDecay",
     "attach",
 ]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as L
 from torch import Tensor
+from torch.nn import Module
 
 from lightning_optim.clipping import ClipRule
 from lightning_optim.core.stats import StepRecord
@@ -84,6 +85,10 @@ class Contributor(L.Callback):
 
     def used_lrs(self) -> Sequence[Sequence[float]]:
         """Return the rates of each optimizer's groups in its last step, if it changes them for a step; else nothing."""
+        return ()
+
+    def averages(self) -> Sequence[Module]:
+        """Return modules that hold averages of the model's tensors, which a rollback restores with the model."""
         return ()
 
     # The hooks of a fit, as the hub passes them on; they are Lightning's of these names unless documented otherwise.

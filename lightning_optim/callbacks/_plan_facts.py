@@ -14,6 +14,7 @@ from lightning_optim.callbacks._lightning import data_parallel_size
 from lightning_optim.callbacks.divergence_guard import DivergenceGuard
 from lightning_optim.callbacks.gradient_clipping import GradientClipping
 from lightning_optim.callbacks.schedule_free import ScheduleFree
+from lightning_optim.callbacks.weight_average import WeightAverage
 from lightning_optim.core.sizes import format_bytes
 from lightning_optim.factory.plan import GroupPlan
 from lightning_optim.factory.plan_advice import is_schedule_free
@@ -107,6 +108,39 @@ def _snapshots(trainer: L.Trainer, groups: Sequence[GroupPlan], memory: str) -> 
 
 def _is_lazy(tensor: Any) -> bool:
     return isinstance(tensor, UninitializedParameter)
+
+
+def average_facts(trainer: L.Trainer, optimizers: Sequence[Optimizer]) -> tuple[dict[str, str], list[str]]:
+    """Return the averages of weights that are kept, and what is missing for their use.
+
+    Args:
+        trainer: The Trainer, with its callbacks.
+        optimizers: The optimizers themselves, no wrappers.
+
+    Returns:
+        Facts by label, and notes.
+
+    Raises:
+        MisconfigurationException: The callback uses an average that no optimizer keeps.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    users = [callback for callback in callbacks if isinstance(callback, WeightAverage)]
+    for user in users:
+        user.check(trainer)
+    kept: list[tuple[float | str, ...]] = [
+        tuple(group["ema"]) for optimizer in optimizers for group in optimizer.param_groups if group.get("ema")
+    ]
+    if not kept:
+        return {}, []
+    used = {user.which for user in users}
+    purpose = " (for validation and checkpoints)"
+    most = sorted(kept, key=len)[-1]
+    texts = [f"{entry}{purpose if k in used else ''}" for k, entry in enumerate(most)]
+    note = (
+        "Averages of the weights are kept. Without the callback lightning_optim.WeightAverage, validation and "
+        "checkpoints have the weights of the last step. Add it, or take lightning_optim.optim.ema_state_dict."
+    )
+    return {"Averages": "; ".join(texts)}, [] if users else [note]
 
 
 def schedule_free_notes(trainer: L.Trainer, optimizers: Sequence[Optimizer]) -> list[str]:

@@ -17,7 +17,13 @@ from lightning_optim.callbacks._contributor import is_ours
 from lightning_optim.callbacks._followed import bare, prefixes_in
 from lightning_optim.callbacks._hub import Hub, HubCallback
 from lightning_optim.callbacks._packages import is_lightning
-from lightning_optim.callbacks._plan_facts import batch_fact, clipping_fact, guard_facts, schedule_free_notes
+from lightning_optim.callbacks._plan_facts import (
+    average_facts,
+    batch_fact,
+    clipping_fact,
+    guard_facts,
+    schedule_free_notes,
+)
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
 from lightning_optim.factory.about import about
 from lightning_optim.factory.freezing import check_frozen_until
@@ -136,6 +142,10 @@ def _describe(plan: Plan, trainer: L.Trainer, attempt: Callable[[], Any]) -> Non
         plan.notes += [_of(prefix, note) for note in (*about(optimizer).notes, *rate_notes(optimizer))]
         plan.facts[_label("Optimizer", prefix)] = describe_optimizer(optimizer)
     plan.notes += schedule_free_notes(trainer, optimizers)
+    with attempt():
+        facts, notes = average_facts(trainer, optimizers)
+        plan.facts |= facts
+        plan.notes += notes
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
         if isinstance(scheduler, Observer):

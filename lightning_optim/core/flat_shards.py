@@ -86,3 +86,13 @@ def _units(module: nn.Module) -> Iterator[tuple[Any, dict[Tensor, int]]]:
         else:
             sizes = {flat: math.prod(flat._unpadded_unsharded_size)}
         yield handle.process_group, sizes
+
+
+def free_gathered_flat(model: nn.Module) -> None:
+    """Free the whole weights of FSDP1's modules in ``model``, which a pass without gradients leaves in memory."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp._runtime_utils import _reshard
+
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
+            _reshard(module, module._handle, True)

@@ -48,6 +48,7 @@ GROUP_KEYS = MappingProxyType(
         "min_lr": GroupKey("Lowest learning rate of torch's cyclic schedulers.", scheduled=True),
         "peak_lr": GroupKey("Highest learning rate of the run, used by some kinds of weight decay.", NON_NEGATIVE),
         "peak_lr_from": GroupKey("Source of `peak_lr`."),
+        "averaged": GroupKey("Number of the average that the parameters are at, and their dtypes; or empty."),
         "calls": GroupKey("Number of calls of `step`, for rules that count them on the host."),
     }
 )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_optim.kernels.averages import state_names
 from lightning_optim.kernels.quantization import row_size
 from lightning_optim.kernels.routes import Route
 from lightning_optim.kernels.rules import Rule
@@ -43,6 +44,7 @@ class Batch:
             semantics of its own), and only torch's operations may.
         rounding_keys: Key of the random numbers of each tensor, 0-d int64; empty without stochastic rounding.
         shared: New values of the rule's `shared`, shape [] each, on the device; filled in before `apply`.
+        averages: Number of averages of the parameters, `ema_0` and so on, that the states have.
         kernels: What a backend keeps of its kernels from step to step, by a key of its own; it depends on no number.
         route: How ranks share the work of a tensor rule, a `routes.Route`; None if this rank does all of it.
         full_states: With a route, states of the rule as the optimizer holds them, DTensors where sharded.
@@ -65,6 +67,7 @@ class Batch:
     plain: bool = True
     rounding_keys: list[Tensor] = field(default_factory=list)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    averages: int = 0
     kernels: dict[Any, Any] = field(default_factory=dict)
     route: Route | None = None
     full_states: list[dict[str, Tensor]] = field(default_factory=list)
@@ -95,10 +98,11 @@ class Batch:
 
     @cached_property
     def state_arrays(self) -> list[list[Tensor]]:
-        """State arrays as lists over tensors: those of the rule, then compensation, initial weights and scales."""
+        """State arrays as lists over tensors: the rule's, then compensation, initial weights, scales and averages."""
         names = [*self.rule.state, *(["kahan_comp"] if self.kahan else [])]
         names += [INITIAL] if self.decay_form == "toward_initial" else []
         names += [f"{name}_scale" for name in self.quantized]
+        names += state_names(self.averages) if self.averages else ()
         return [[state[name] for state in self.states] for name in names]
 
     @cached_property
@@ -259,6 +263,7 @@ class Backend(ABC):
     6. p ← p − change(p, delta, decay), cast to the stored dtype at the very end; state likewise. `change` is the
        function of `decay_form` in `weight_decay.APPLY_DECAY`; for `rescale`, the `norm_factor` of p − delta takes the
        place of `decay`. `kahan` and `stochastic` act as described in `rounding`.
+       The averages `ema_0`, ... take their step towards p as it is stored.
     7. `step` += 1; other 0-d state takes the value that `scalars` returned; rounding keys advance.
     8. On request, the step sums of `stats.STEP_SUMS` with g without its L2 term, in float32, by sums in a fixed order
        over blocks and then over the blocks of a tensor, never by atomics.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.transfer import upload
+from lightning_optim.kernels.averages import state_names
 from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.pieces import Index, pieces, take
 from lightning_optim.kernels.quantization import dequantize
@@ -73,7 +74,7 @@ def needs_no_scaling(columns: dict[str, Tensor]) -> list[bool]:
 
 def states_of_tensor_rule(batch: Batch, i: int) -> dict[str, Tensor]:
     """Return the rule's own state of a tensor by name, in the dtype of the arithmetic where it is floating point."""
-    others = {"kahan_comp", INITIAL, *(f"{name}_scale" for name in batch.quantized)}
+    others = {"kahan_comp", INITIAL, *(f"{name}_scale" for name in batch.quantized), *state_names(batch.averages)}
     return {name: moment_of(batch, i, name) for name in batch.states[i] if name not in others}
 
 

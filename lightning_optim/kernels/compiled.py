@@ -142,7 +142,7 @@ class ElementwiseSteps:
         spec = batch.kernels.get((purpose, cautious))
         if spec is None:
             dtypes = tuple(map(DTYPES.__getitem__, batch.slot_dtypes))
-            storing = (batch.decay_form, batch.kahan, batch.stochastic, batch.quantized)
+            storing = (batch.decay_form, batch.kahan, batch.stochastic, batch.quantized, batch.averages)
             spec = KernelSpec(type(batch.rule), dtypes, purpose, cautious, *storing)  # type: ignore[arg-type] # asserted
             batch.kernels[purpose, cautious] = spec
         names, sums = self._run(spec, args, columns, skip)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_optim.core.host import widest_dtype
 from lightning_optim.core.sharding import sum_over_shards
 from lightning_optim.core.stats import STEP_SUMS
-from lightning_optim.kernels import step_sums
+from lightning_optim.kernels import averages, step_sums
 from lightning_optim.kernels.base import Batch
 from lightning_optim.kernels.batch_values import moment_of, pieces_of, rebound, whole_numel, widened
 from lightning_optim.kernels.corrections import cut, weights_of
@@ -33,7 +33,7 @@ def finish(
     skip: Tensor | None,
     collect: bool,
 ) -> Tensor | None:
-    """Mask, decay, store and sum, as in (5) to (8) of `Backend`."""
+    """Mask, decay, store, average and sum, as in (5) to (8) of `Backend`."""
     on_host = batch.device.type == "cpu"
     if batch.cautious:
         steps = _cautious(batch, list(steps))
@@ -43,6 +43,8 @@ def finish(
         decays = norm_factor(decays, sum_over_shards(torch.stack(moved), batch.full_params), whole_numel(batch))
     decay = decays.to(batch.dtype)
     apply_decay = rebound(APPLY_DECAY[batch.decay_form])
+    kept = averages.names_of(batch.averages) if batch.averages else ()
+    move_average = rebound(averages.moved) if kept else averages.moved
     decay_term = rebound(DECAY_TERM.get(batch.decay_form, _param))
 
     def put(old: Tensor, new: Tensor) -> None:
@@ -62,6 +64,9 @@ def finish(
         if rest is not None:
             put(take(state["kahan_comp"], index), rest)
         put(param, after)
+        for name, weight in kept:
+            average = take(state[name], index)
+            put(average, move_average(average, after.to(batch.dtype), scalars[i][weight]))
         return row
 
     def write(i: int, step: StepResult) -> Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.kernels import step_sums
+from lightning_optim.kernels.averages import state_names, weight_names
 from lightning_optim.kernels.rounding import KEY_COLUMNS
 from lightning_optim.kernels.rules import UpdateRule
 from lightning_optim.kernels.weight_decay import INITIAL
@@ -19,7 +20,7 @@ _WORDS = """
 kernel launch count run first blocks addresses scalars skip sums block tensor start end chunk tile i row lanes mask
 row_size column stop place correction cut code
 zero one tiny raw_grad delta moved pending after decay_term left right update sums_update apply_decay take_decay term
-add add_product sqrt maximum absolute noise slot_key kahan_pending kahan_rest
+add add_product average_moved sqrt maximum absolute noise slot_key kahan_pending kahan_rest
 tl np range min int float carray word add_to_word set_word pointer_blocks pointer_addresses pointer_scalars pointer_sums
 """
 
@@ -39,6 +40,7 @@ class KernelSpec:
         kahan: Whether the parameter has a Kahan compensation.
         stochastic: Names of the slots that are rounded stochastically; the scalars then include `rounding.KEY_COLUMNS`.
         quantized: Names of the states stored as 8-bit codes.
+        averages: Number of averages of the parameter, which `step` and `step+sums` move.
     """
 
     rule: type[UpdateRule]
@@ -49,6 +51,7 @@ class KernelSpec:
     kahan: bool = False
     stochastic: tuple[str, ...] = ()
     quantized: tuple[str, ...] = ()
+    averages: int = 0
 
     @property
     def writes(self) -> bool:
@@ -71,7 +74,7 @@ class KernelSpec:
         compensation = ("kahan_comp",) if self.kahan else ()
         initial = (INITIAL,) if self.decay_form == "toward_initial" else ()
         scales = tuple(f"{name}_scale" for name in self.quantized)
-        return ("param", "grad", *self.rule.state, *compensation, *initial, *scales)
+        return ("param", "grad", *self.rule.state, *compensation, *initial, *scales, *state_names(self.averages))
 
     @cached_property
     def scalars(self) -> tuple[str, ...]:
@@ -81,6 +84,7 @@ class KernelSpec:
         columns += ["eps", "bias_correction2_sqrt"] if self.purpose == "step+sums" else []
         columns += ["mask_scale"] if self.cautious else []
         columns += KEY_COLUMNS if self.rounded else ()
+        columns += weight_names(self.averages) if self.writes else ()
         return tuple(dict.fromkeys(columns))
 
     @cached_property

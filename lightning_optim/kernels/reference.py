@@ -91,7 +91,7 @@ class ReferenceBackend(Backend):
 def apply_tensor_rule(
     batch: Batch,
     update: Callable[..., Any],
-    subtract: Callable[[Batch, Iterable[Tensor], Tensor], None] | None = None,
+    subtract: Callable[[Batch, Iterable[Tensor], Tensor, list[dict[str, Tensor]]], None] | None = None,
     *,
     divides: bool = False,
     divisor: Tensor | None,
@@ -104,7 +104,8 @@ def apply_tensor_rule(
         batch: The tensors to update.
         update: The rule's `update`, or a replacement of the backend's.
         subtract: Faster function of a backend that subtracts deltas and the decay of form `shrink`, coefficients
-            [tensors], from the parameters; used in steps that need nothing else. None if the backend has none.
+            [tensors], from the parameters, and moves their averages by the scalars of each tensor; used in steps that
+            need nothing else. None if the backend has none.
         divides: Whether ``update`` multiplies the gradients by the scalar `inverse_divisor`; see
             `TensorRule.divides_on_cpu`.
         divisor: As for `Backend.apply`.
@@ -136,7 +137,7 @@ def apply_tensor_rule(
             # Not `zip`, which keeps its last tuple while it makes the next one.
             steps = map(lambda *step: step, grads, deltas, new_states)
             return finish(part, steps, decays, numbers, skip, collect)
-        subtract(part, deltas, decays)
+        subtract(part, deltas, decays, numbers)
         pairs = [(state[n], new[n]) for state, new in zip(part.states, new_states, strict=True) for n in new]
         if pairs:
             torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_optim.core.host import is_set, read, widest_dtype
 from lightning_optim.core.suggest import nearest
 from lightning_optim.core.transfer import upload
+from lightning_optim.kernels import averages
 from lightning_optim.kernels.base import Batch, Numbers
 from lightning_optim.kernels.rounding import advance, key_columns
 from lightning_optim.kernels.rules import Scalar
@@ -76,12 +77,14 @@ def commit(batch: Batch, columns: Mapping[str, Tensor], skip: Tensor | None) -> 
 def numbers_of_group(batch: Batch, group: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the scalars of tensors that share ``group`` and 0-d state ``old``; numbers of any kind of `Scalar`."""
     step = old["step"] + 1 if "step" in old else 1.0
-    others = {name: value for name, value in old.items() if name != "step"}
+    others = {name: value for name, value in old.items() if name not in ("step", averages.STEP)}
     decay, l2 = batch.rule.decay(group, group_decay(group))
     shared = {"inverse_divisor": -1.0 if group["maximize"] else 1.0, "decay": decay, "l2": l2}
     # A rule without a second moment may run in a group of another optimizer, whose `eps` is not meant for it.
     eps = group.get("eps", 0.0) if batch.rule.second_moment else 0.0
     shared |= {"eps": eps, "bias_correction2_sqrt": 1.0, "largest": batch.largest}
+    if batch.averages:
+        shared |= averages.scalars(group["ema"], old[averages.STEP] + 1)
     return shared | batch.rule.scalars(group, step, **others)
 
 

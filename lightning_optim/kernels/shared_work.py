@@ -23,7 +23,7 @@ from lightning_optim.kernels.routes import Cut, Meshes, Named
 from lightning_optim.kernels.rules import Like, MatrixRule, TensorRule
 from lightning_optim.kernels.scalars import commit, scalar_columns
 
-Subtract = Callable[[Batch, Iterable[Tensor], Tensor], None]
+Subtract = Callable[[Batch, Iterable[Tensor], Tensor, list[Named]], None]
 
 
 def begin(
@@ -303,7 +303,7 @@ class _SharedWork:
                 self._skip,
                 self._collect,
             )
-        self._subtract(batch, deltas, decays)
+        self._subtract(batch, deltas, decays, scalars)
         pairs = [(old[n], new[n]) for old, new in zip(batch.states, new_states, strict=True) for n in new]
         if pairs:
             torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])

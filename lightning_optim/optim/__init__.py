@@ -17,6 +17,12 @@ from lightning_optim.optim.adamw import AdamW
 from lightning_optim.optim.adan import Adan
 from lightning_optim.optim.ademamix import AdEMAMix
 from lightning_optim.optim.adopt import ADOPT
+from lightning_optim.optim.averaged_weights import (
+    averaged_weights,
+    ema_state_dict,
+    swap_in_average,
+    swap_out_average,
+)
 from lightning_optim.optim.base import OPTIMIZERS, FusedOptimizer
 from lightning_optim.optim.hidden_matrices import muon_param_groups
 from lightning_optim.optim.lamb import LAMB
@@ -66,10 +72,14 @@ __all__ = [
     "ScheduleFreeAdamW",
     "SharedOptions",
     "StableAdamW",
+    "averaged_weights",
+    "ema_state_dict",
     "get_optimizer_class",
     "list_optimizers",
     "muon_param_groups",
     "register",
+    "swap_in_average",
+    "swap_out_average",
 ]
 
 

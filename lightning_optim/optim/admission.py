@@ -18,9 +18,10 @@ from torch import Tensor
 from lightning_optim.core.host import read
 from lightning_optim.core.placements import PLAIN, is_sharded
 from lightning_optim.core.sharding import local
-from lightning_optim.kernels import plain, quantization
+from lightning_optim.kernels import averages, plain, quantization
 from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.kernels.weight_decay import INITIAL
+from lightning_optim.optim import weight_averages
 from lightning_optim.optim.state import tensor_names
 
 
@@ -87,9 +88,11 @@ def _shape_of(name: str, value: Any, param: Tensor, rule: Rule, own: Mapping[str
     """
     if name in own:
         return own[name]
+    if weight_averages.is_average(name):
+        return param.shape
     if name in ("kahan_comp", INITIAL, *rule.set_aside) or (name in rule.state and isinstance(rule, UpdateRule)):
         return param.shape
-    if name in ("step", "rounding_key") or name in rule.scalar_state:
+    if name in ("step", "rounding_key", averages.STEP) or name in rule.scalar_state:
         return torch.Size(())
     if name.endswith("_scale") and name.removesuffix("_scale") in rule.compressible:
         in_one_row = torch.Size((quantization.blocks(param.numel()),))
@@ -108,7 +111,8 @@ def _shapes_of_tensor_rule(param: Tensor, group: Mapping[str, Any], rule: Rule) 
     return {name: value.shape for name, value in first.items() if isinstance(value, Tensor)}
 
 
-_SCALARS = {"step": (torch.float32, torch.float64, torch.int64), "rounding_key": (torch.int64,)}
+_COUNTS = (torch.float32, torch.float64, torch.int64)
+_SCALARS = {"step": _COUNTS, averages.STEP: _COUNTS, "rounding_key": (torch.int64,)}
 """Valid dtypes of 0-d state; a half-precision step count would stagnate at 256 or 2048."""
 
 
@@ -160,7 +164,7 @@ def check_state(
             raise subject.refuse(name, reason)
         if name == "kahan_comp" and value.dtype == torch.int8 and param.dtype != torch.float16:
             continue
-        if name in own or name in ("kahan_comp", INITIAL):
+        if name in own or name in ("kahan_comp", INITIAL) or weight_averages.is_average(name):
             _check_form(subject, name, value, state.get(f"{name}_scale") if name in rule.compressible else None)
         elif name in _SCALARS or name in rule.scalar_state:
             needed = _SCALARS.get(name, _SCALARS["step"][:2])

@@ -19,10 +19,11 @@ from lightning_optim.core.registry import Registry
 from lightning_optim.core.stats import StepStats
 from lightning_optim.core.step_hooks import is_trial_step
 from lightning_optim.core.uncompiled import leave_step_uncompiled
+from lightning_optim.kernels import averages
 from lightning_optim.kernels.peak_lr import NEED_PEAK, follow_peak, say_peak, start_peak
 from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import WeightDecayKind
-from lightning_optim.optim import admission, low_precision, other_names, shared_options, update_pass
+from lightning_optim.optim import admission, low_precision, other_names, shared_options, update_pass, weight_averages
 from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.checkpoint import load_state_dict
 from lightning_optim.optim.hyperparameters import (
@@ -195,11 +196,15 @@ class FusedOptimizer(Optimizer):
         filled = self.defaults | group
         filled["weight_decay_kind"] = WeightDecayKind.parse(filled["weight_decay_kind"]).value
         group["weight_decay_kind"] = filled["weight_decay_kind"]
+        group["ema"] = filled["ema"] = averages.parse(filled["ema"])
+        if group["ema"]:
+            group.setdefault("averaged", "")
         start_peak(group, number(owner.__name__, filled, "lr"))
         filled["peak_lr"] = group["peak_lr"]
         refuse_typos(type(self).__name__, param_group, self.defaults.keys() | owner.hyperparameters().keys())
         own_names = owner.hyperparameters()
-        check_lengths(owner.__name__, filled, {n: v for n, v in own_names.items() if n not in owner.structured})
+        of_any_length = owner.structured | shared_options.LISTS
+        check_lengths(owner.__name__, filled, {n: v for n, v in own_names.items() if n not in of_any_length})
         # A name that two classes share, such as `split`, has the values of the class whose rule the group has.
         others = {name: allowed for name, allowed in ranges_of(type(self)).items() if name not in own_names}
         own_ranges = {name: allowed for name, allowed in ranges_of(owner).items() if name in own_names}
@@ -259,7 +264,13 @@ class FusedOptimizer(Optimizer):
         return loss
 
     def _prepare(self, group: dict[str, Any], rule: Rule, *, count: bool) -> None:
-        """Count the call if ``count``, follow the peak of lr, and create the values that groups share for a rule."""
+        """Count the call if ``count``, follow the peak of lr, and create the values that groups share for a rule.
+
+        Raises:
+            RuntimeError: The parameters of the group are at an average.
+        """
+        if group.get("averaged"):
+            weight_averages.refuse_step(type(self).__name__)
         if count and rule.counts_calls and any(param.device.type != "cpu" for param in group["params"]):
             group["calls"] = group.get("calls", 0) + 1
         if count and group["weight_decay_kind"] in NEED_PEAK and follow_peak(group) and not self._warned_of_peak:

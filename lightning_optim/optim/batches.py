@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_optim import kernels
 from lightning_optim.core.placements import PLAIN, gradient_of
 from lightning_optim.core.sharding import local
-from lightning_optim.kernels import Backend, Batch
+from lightning_optim.kernels import Backend, Batch, averages
 from lightning_optim.kernels.base import MANY, Watch
 from lightning_optim.kernels.plain import resolved
 from lightning_optim.kernels.routes import Route
@@ -109,9 +109,11 @@ class Batches:
         """Add one parameter to its batch, and return the index of the batch."""
         group = subject.group
         own = {name: state[name] for name in tensor_names(rule, state)}
-        fulls = own | {name: state[name] for name in low_precision.companions(state)}
+        count = len(group["ema"]) if group.get("ema") else 0
+        fulls = own | {name: state[name] for name in (*low_precision.companions(state), *averages.state_names(count))}
         arrays = {name: local(full) for name, full in fulls.items()}
         scalar_names = ("step", *rule.scalar_state) if rule.counts_steps else tuple(rule.scalar_state)
+        scalar_names += (averages.STEP,) if count else ()
         scalars = {name: state[name] for name in scalar_names}
         form = decay_form(group)
         kahan = False
@@ -126,13 +128,13 @@ class Batches:
         over = subject.optimizer.divide_over if id(param) in self._divided else None
         way = way_of(param, group, rule, over)
         key = (
-            *(type(rule), group["cautious"], form, kahan, stochastic, way),
+            *(type(rule), group["cautious"], form, kahan, stochastic, way, count),
             *(plain, param.device, param.dtype, grad.dtype, *dtypes),
         )
         if key not in by_key:
             by_key[key] = len(self.batches)
             flags = (group["cautious"], form, kahan, stochastic, plain)
-            self.batches.append(Batch(rule, [], [], [], [], [], [], *flags, route=self._route(way)))
+            self.batches.append(Batch(rule, [], [], [], [], [], [], *flags, route=self._route(way), averages=count))
             self.rows.append([])
         batch = self.batches[by_key[key]]
         batch.params.append(local(param))
@@ -335,4 +337,4 @@ _FLAGS = operator.itemgetter(*low_precision.FLAGS)
 
 def _kind(group: Mapping[str, Any], rule: Rule) -> tuple[Any, ...]:
     """Return the settings of a group on which batches depend; numbers are read from the group at each step."""
-    return (id(group), len(group["params"]), type(rule), group["cautious"], *_FLAGS(group))
+    return (id(group), len(group["params"]), type(rule), group["cautious"], group.get("ema"), *_FLAGS(group))

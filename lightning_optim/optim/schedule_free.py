@@ -184,7 +184,10 @@ class ScheduleFreeAdamW(FusedOptimizer):
     memory = "2 values (3 in evaluation mode; 1 more with inner_momentum)"
     paper = "https://arxiv.org/abs/2405.15682"
     usual_lr = (1e-4, 1e-2)
-    refused_options: ClassVar[Mapping[str, str]] = {"cautious": "x would no longer be the average of z"}
+    refused_options: ClassVar[Mapping[str, str]] = {
+        "cautious": "x would no longer be the average of z",
+        "ema": "it is evaluated at an average of its own, x",
+    }
     ranges: ClassVar[Mapping[str, Range]] = {
         "warmup_steps": NON_NEGATIVE,
         "r": NON_NEGATIVE,

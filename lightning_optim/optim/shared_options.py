@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypedDict
 
@@ -35,6 +35,8 @@ class SharedOptions(TypedDict, total=False):
         kahan_bits: Bits of that state: 16, or 8 for bf16 parameters, which are weights of 24 bits then.
         stochastic_rounding: Round bf16 parameters up or down at random, so that small changes are kept on average.
         state_bits: 32, 16 or 8 bits per value of state; see the page on low precision.
+        ema: Averages of the weights to keep, each one more state: a decay such as 0.9999, `power 0.05` for a
+            power-function average of that relative width, or a list of several; see the page on averages.
         backend: `auto` for the fastest backend that can run, or `reference`, `cpu` or `triton`, with an error if that
             backend cannot run on the device of the parameters.
 
@@ -53,8 +55,12 @@ class SharedOptions(TypedDict, total=False):
     kahan_bits: int
     stochastic_rounding: bool
     state_bits: int
+    ema: float | str | Sequence[float | str] | None
     backend: str
 
+
+LISTS = frozenset({"ema"})
+"""Options that may be lists, of any length."""
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -65,6 +71,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "kahan_bits": 16,
         "stochastic_rounding": False,
         "state_bits": 32,
+        "ema": None,
         "backend": "auto",
     }
 )

@@ -14,7 +14,7 @@ from lightning_optim.core.shards import placed_state
 from lightning_optim.kernels.base import arithmetic_dtype
 from lightning_optim.kernels.rules import Rule, TensorRule, UpdateRule
 from lightning_optim.kernels.weight_decay import INITIAL, decay_form
-from lightning_optim.optim import low_precision
+from lightning_optim.optim import low_precision, weight_averages
 from lightning_optim.optim.sharded_codes import has_rows
 from lightning_optim.optim.widening import warn_of_conversions, widen
 
@@ -39,6 +39,8 @@ def complete_state(
         warn_of_conversions(widen(state, tensor_names(rule, state), param, group, rule))
     if low_precision.uses(group) or low_precision.has_codes(state, rule):
         low_precision.complete(state, param, group, rule, position)
+    if group.get("ema"):
+        weight_averages.complete(state, param, group)
     if decay_form(group) == "toward_initial" and INITIAL not in state:
         state[INITIAL] = param.detach().clone(memory_format=torch.preserve_format)
     if rule.counts_steps and "step" in state and state["step"].device != param.device:
@@ -87,6 +89,7 @@ def tensor_names(rule: Rule, state: Mapping[str, Any]) -> tuple[str, ...]:
     if isinstance(rule, UpdateRule):
         return rule.state
     others = {"step", "rounding_key", *low_precision.companions(state), *rule.scalar_state}
+    others |= set(weight_averages.names_in(state))
     return tuple(name for name, value in state.items() if isinstance(value, Tensor) and name not in others)
 
 

@@ -31,9 +31,15 @@ class Modes(torch.optim.SGD):
 
 
 class Own(Net):
-    """With an optimizer that suits all of our callbacks."""
+    """With an optimizer that suits a callback of ours."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self.averages = cls is lo.WeightAverage
 
     def configure_optimizers(self):
+        if self.averages:
+            return lo.optim.SGD(self.parameters(), lr=0.1, ema=0.9)
         return Modes(self.parameters(), lr=0.1)
 
 
@@ -49,10 +55,10 @@ def test_every_callback_can_be_copied_and_pickled_and_then_fits(cls, copied, use
     """And does what the original does."""
     callback = cls(**REQUIRED.get(cls, {}))
     if used:
-        make_trainer([callback]).fit(Own(), batches(2))
+        make_trainer([callback]).fit(Own(cls), batches(2))
     twin, finals = copied(callback), []
     for each in (twin, callback):
-        model = Own()
+        model = Own(cls)
         make_trainer([each]).fit(model, batches(2))
         finals.append(dict(model.state_dict()))
     assert type(twin) is cls
@@ -61,7 +67,7 @@ def test_every_callback_can_be_copied_and_pickled_and_then_fits(cls, copied, use
 
 @pytest.mark.parametrize("cls", EVERY)
 def test_every_callback_alone_keeps_its_hands_off_the_rest(cls):
-    model, recorder = Own(), Recorder()
+    model, recorder = Own(cls), Recorder()
     make_trainer([cls(**REQUIRED.get(cls, {})), recorder]).fit(model, batches(3))
     if cls is not lo.ConfigureOptimizers:
         assert recorder.rates == [[0.1]] * 3

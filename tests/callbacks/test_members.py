@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import Mock
 
 import lightning.pytorch as L
@@ -27,16 +27,19 @@ HOOKS = [
     if inspect.isfunction(method) and name not in ("state_dict", "load_state_dict")
 ]
 LIMIT = 0.1
+ELSEWHERE = {False: callbacks.WeightAverage, True: callbacks.WeightDecay}
+"""The callback that does not go with the others, by whether the optimizer is ours: one needs ours, one another."""
 
 
 class Keeps(Net):
-    """With an optimizer that serves all of our callbacks: schedule-free, and without a decay of its own."""
+    """With an optimizer that serves our callbacks: schedule-free, and without a decay of its own, or ours."""
 
-    def __init__(self):
+    def __init__(self, ours=False):
         super().__init__(nan_batches=[1])
+        self.ours = ours
 
     def configure_optimizers(self):
-        return _Foreign(self.parameters(), lr=0.1)
+        return _Ours(self.parameters(), lr=0.1) if self.ours else _Foreign(self.parameters(), lr=0.1)
 
 
 class _Foreign(torch.optim.SGD):
@@ -46,9 +49,14 @@ class _Foreign(torch.optim.SGD):
     eval = train
 
 
-def _arguments(cls, report_dir):
+class _Ours(lo.optim.SGD):
+    option_defaults: ClassVar = {"ema": 0.5}
+    train = eval = _Foreign.train
+
+
+def _arguments(cls, report_dir, ours=False):
     return {
-        callbacks.ConfigureOptimizers: {"optimizer": _Foreign, "lr": 0.1},
+        callbacks.ConfigureOptimizers: {"optimizer": _Ours if ours else _Foreign, "lr": 0.1},
         callbacks.GradientClipping: {"max_norm": LIMIT},
         callbacks.DivergenceGuard: {"report_dir": str(report_dir), "rollback": None},
         callbacks.WeightDecay: {"weight_decay": 0.1},
@@ -64,10 +72,11 @@ def _silenced(cls, hooks):
     return type(f"My{cls.__name__}", (cls,), dict.fromkeys(hooks, hook))
 
 
-def _parts(report_dir, silenced, hooks):
+def _parts(report_dir, silenced, hooks, ours=False):
     made = {}
     for cls in CLASSES:
-        made[cls] = (_silenced(cls, hooks) if cls in silenced else cls)(**_arguments(cls, report_dir))
+        if cls is not ELSEWHERE[ours]:
+            made[cls] = (_silenced(cls, hooks) if cls in silenced else cls)(**_arguments(cls, report_dir, ours))
     return made
 
 
@@ -80,8 +89,8 @@ class Saves(L.Callback):
             self.checkpoint = trainer._checkpoint_connector.dump_checkpoint()
 
 
-def _fit(parts):
-    model, saves = Keeps(), Saves()
+def _fit(parts, ours=False):
+    model, saves = Keeps(ours), Saves()
     trainer = make_trainer([*parts, saves], limit_val_batches=0)
     trainer.fit(model, batches(3))
     return trainer, model, saves
@@ -89,18 +98,21 @@ def _fit(parts):
 
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory):
-    """The weights after a fit with all of our callbacks as they come."""
-    with pytest.warns(UserWarning, match="Step 1 skipped"):
-        _, model, _ = _fit(_parts(tmp_path_factory.mktemp("report"), (), ()).values())
-    return dict(model.state_dict())
+    """The weights after a fit with all of our callbacks as they come, by whether the optimizer is ours."""
+    found = {}
+    for ours in (False, True):
+        with pytest.warns(UserWarning, match="Step 1 skipped"):
+            _, model, _ = _fit(_parts(tmp_path_factory.mktemp("report"), (), (), ours).values(), ours)
+        found[ours] = dict(model.state_dict())
+    return found
 
 
-def _assert_all_works(silenced, hooks, unchanged, tmp_path):
-    parts = _parts(tmp_path, silenced, hooks)
+def _assert_all_works(silenced, hooks, unchanged, tmp_path, ours=False):
+    parts = _parts(tmp_path, silenced, hooks, ours)
     with pytest.warns(UserWarning, match="Step 1 skipped"):
-        trainer, model, saves = _fit(parts.values())
-    assert bit_equal(dict(model.state_dict()), unchanged)
-    assert saves.norm <= LIMIT * 1.001
+        trainer, model, saves = _fit(parts.values(), ours)
+    assert bit_equal(dict(model.state_dict()), unchanged[ours])
+    assert ours or saves.norm <= LIMIT * 1.001  # Ours leave the gradients as they are, and divide in the update.
     assert parts[callbacks.DivergenceGuard].skipped_steps == 1
     assert saves.checkpoint[CHECKPOINT_KEY]["counts"] == [[3, 2, 1]]
     assert saves.checkpoint["lightning_optim.divergence_guard"]["optimizers"]
@@ -112,18 +124,19 @@ def _assert_all_works(silenced, hooks, unchanged, tmp_path):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_subclass_that_overrides_every_hook_without_super_leaves_all_working(cls, unchanged, tmp_path):
-    _assert_all_works({cls}, HOOKS, unchanged, tmp_path)
+    _assert_all_works({cls}, HOOKS, unchanged, tmp_path, cls is ELSEWHERE[False])
 
 
-def test_subclasses_of_all_that_override_every_hook_without_super_work(unchanged, tmp_path):
-    _assert_all_works(set(CLASSES), HOOKS, unchanged, tmp_path)
+@pytest.mark.parametrize("ours", [False, True])
+def test_subclasses_of_all_that_override_every_hook_without_super_work(ours, unchanged, tmp_path):
+    _assert_all_works(set(CLASSES), HOOKS, unchanged, tmp_path, ours)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_subclass_that_overrides_one_hook_without_super_leaves_all_working(cls, hook, unchanged, tmp_path):
-    _assert_all_works({cls}, [hook], unchanged, tmp_path)
+    _assert_all_works({cls}, [hook], unchanged, tmp_path, cls is ELSEWHERE[False])
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
@@ -412,7 +425,7 @@ def test_callbacks_that_live_on_keep_nothing_of_a_fit_alive(make, fails, tmp_pat
     part = make() if make is _frozen else make(**_arguments(make, tmp_path))
 
     def fit():
-        model, trainer = Fails(), make_trainer([part])
+        model, trainer = Fails(make is ELSEWHERE[False]), make_trainer([part])
         try:
             trainer.fit(model, batches(3))
         except RuntimeError:

@@ -30,6 +30,7 @@ CALLBACKS = {
     "RunSummary": lambda: [lo.RunSummary()],
     "WeightDecay": lambda: [lo.WeightDecay(0.1)],
     "ScheduleFree": lambda: [_configure("schedulefreeadamw"), lo.ScheduleFree()],
+    "WeightAverage": lambda: [_configure(optimizer_kwargs={"ema": 0.9}), lo.WeightAverage()],
     "all": lambda: [
         _configure(param_groups=FROZEN),
         lo.GradientClipping(),

@@ -41,6 +41,10 @@ def free(params: Any) -> torch.optim.Optimizer:
     return lo.optim.ScheduleFreeAdamW(params, lr=LR)
 
 
+def averaged(params: Any) -> Any:
+    return lo.optim.AdamW(params, lr=LR, ema=0.9)
+
+
 class Trained(Net):
     """Trains in one of the ways, and records the weights of each optimizer around each batch.
 
@@ -203,6 +207,22 @@ def schedule_free_acts(way: str, folder: Path, capsys: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.weights(), model.validated[-1], strict=True))
 
 
+def average_acts(way: str, folder: Path, capsys: Any) -> None:
+    model = Trained(way)
+    with refused(Exception, r"with the option ema, such as ema=0.9999.*this run has SGD", model):
+        fit(way, [lo.WeightAverage()], model)
+    model = Trained(way, averaged)
+    fit(way, [lo.WeightAverage()], model)
+    ends = model.after[BATCHES - 1 :: BATCHES]
+    for validated, end in zip(model.validated, ends, strict=True):
+        for index in range(len(model.parts)):
+            assert not torch.equal(validated[index], end[index]), "validated with the weights of training"
+    begins = model.before[BATCHES::BATCHES]
+    for begin, end in zip(begins, ends[:-1], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(begin, end, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.weights(), model.validated[-1], strict=True))
+
+
 def decay_acts(way: str, folder: Path, capsys: Any) -> None:
     model = Trained(way, factor=lambda batch_idx: 0.0)
     fit(way, [lo.WeightDecay(DECAY)], model)
@@ -294,6 +314,18 @@ def schedule_free_in_fabric(capsys: Any) -> None:
     assert torch.equal(run.module.weight, point)
 
 
+def average_in_fabric(capsys: Any) -> None:
+    run = InFabric(lambda module: averaged(module.parameters()))
+    for _ in range(3):
+        run.step()
+    point = run.module.weight.detach().clone()
+    with lo.optim.averaged_weights(run.optimizer):
+        average = run.module.weight.detach().clone()
+        assert not torch.equal(average, point)
+    assert torch.equal(run.module.weight, point)
+    assert torch.equal(lo.optim.ema_state_dict(run.module, run.optimizer)["weight"], average)
+
+
 def decay_in_fabric(capsys: Any) -> None:
     run = InFabric()
     ForeignDecay(run.optimizer, DECAY)
@@ -309,6 +341,7 @@ TABLE: dict[type, tuple[Callable[[str, Path, Any], None], Callable[[Any], None]]
     lo.OptimizerMonitor: (monitor_acts, monitor_in_fabric),
     lo.RunSummary: (summary_acts, summary_in_fabric),
     lo.ScheduleFree: (schedule_free_acts, schedule_free_in_fabric),
+    lo.WeightAverage: (average_acts, average_in_fabric),
     lo.WeightDecay: (decay_acts, decay_in_fabric),
 }
 """Each callback, and what shows that it acts in a Trainer, and its building block in Fabric."""

@@ -191,9 +191,13 @@ def test_callbacks_of_a_fit_that_is_over_can_be_copied_and_pickled():
         assert _same(_result(copies, _fit(copies, model), model), _result(new, _fit(new, alone), alone))
 
 
-def test_the_average_of_a_schedule_free_optimizer_is_anew_too():
+@pytest.mark.parametrize(
+    ("name", "options", "callback"),
+    [("schedulefreeadamw", {}, lo.ScheduleFree), ("adamw", {"ema": 0.9}, lo.WeightAverage)],
+)
+def test_the_average_of_the_weights_is_anew_too(name, options, callback):
     def parts():
-        return [lo.ConfigureOptimizers("schedulefreeadamw", lr=0.05), lo.ScheduleFree(), lo.WeightDecay(0.1)][:2]
+        return [lo.ConfigureOptimizers(name, lr=0.05, optimizer_kwargs=options), callback()]
 
     same, ends = parts(), []
     for callbacks in (same, same, parts()):

@@ -166,6 +166,25 @@ def test_what_a_schedule_free_optimizer_lacks_is_noted():
     assert notes(lo.ScheduleFree()) == []
 
 
+def test_averages_are_shown_with_their_use_and_their_memory():
+    def plan(*callbacks, **options):
+        return _plan(_configure("adamw", 1e-3, optimizer_kwargs=options), *callbacks)
+
+    averages = {"ema": [0.999, "power 0.05"]}
+    used = plan(lo.WeightAverage(1), **averages)
+    assert used.facts["Averages"] == "0.999; power 0.05 (for validation and checkpoints)"
+    assert not used.notes
+    assert not used.conflicts
+    (note,) = plan(**averages).notes
+    assert "lightning_optim.WeightAverage, validation and checkpoints have the weights of the last step" in note
+    (conflict,) = plan(lo.WeightAverage(2), **averages).conflicts
+    assert "Invalid which=2" in conflict
+    without = plan()
+    assert "Averages" not in without.facts
+    more = [a.state_bytes - b.state_bytes for a, b in zip(used.groups, without.groups, strict=True)]
+    assert more == [2 * 4 * group.numel + 4 * len(group.parameters) for group in used.groups]
+
+
 def test_an_optimizer_of_torch_is_described_by_its_public_path():
     described = describe_optimizer(torch.optim.Adam([torch.zeros(1)], lr=0.1, amsgrad=True))
     assert described == "torch.optim.Adam(lr=0.1, betas=(0.9, 0.999), eps=1e-08, weight_decay=0, amsgrad=True)"

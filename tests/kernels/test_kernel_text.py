@@ -23,6 +23,7 @@ MEASURED_ADAMW = KernelSpec(AdamRule, (FLOAT,) * 4, "step+sums", cautious=True)
 
 TEXTS = {
     "cpu_sgd_momentum": lambda: cpu_source(KernelSpec(MomentumRule, (FLOAT,) * 3)),
+    "cpu_sgd_momentum_average": lambda: cpu_source(KernelSpec(MomentumRule, (FLOAT,) * 4, averages=1)),
     "cpu_adamw_measured_cautious": lambda: cpu_source(MEASURED_ADAMW),
     "cpu_adamw_8bit_kahan": lambda: cpu_source(
         KernelSpec(

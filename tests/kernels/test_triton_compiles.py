@@ -132,6 +132,13 @@ def test_dtypes_may_differ(dtypes: tuple[str, ...], loads: int, purpose: str) ->
     assert_plain(kernel)
 
 
+@pytest.mark.parametrize("purpose", ["step", "step+sums"])
+def test_averages_of_the_weights_are_moved_in_the_same_pass(purpose: str) -> None:
+    kernel = compiled(build(KernelSpec(AdamRule, (FLOAT,) * 6, purpose, averages=2), True).function)
+    assert_streams(kernel, loads=6, stores=5)
+    assert_plain(kernel)
+
+
 def test_addresses_that_are_not_aligned_are_read_narrowly() -> None:
     """The control: without the promise of alignment a wide access would be a fault."""
     ptx = compiled(rule_kernel(AdamRule, aligned=False)).asm["ptx"]

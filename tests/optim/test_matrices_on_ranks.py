@@ -22,6 +22,7 @@ FLAGS: tuple[dict[str, Any], ...] = (
     {"weight_decay": 0.1, "weight_decay_kind": "norm", "maximize": True},
     {"weight_decay": 0.1, "weight_decay_kind": "l2"},
     {"weight_decay": 0.1, "weight_decay_kind": "l2_sp"},
+    {"ema": (0.9, "power 0.1")},
 )
 
 
@@ -35,6 +36,7 @@ def checks(*wanted: tuple[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str
 
 FAST = checks(
     *(("equality", {"name": name}) for name in NAMES),
+    *(("equality", {"name": name, "ema": 0.9}) for name in ("Muon", "SOAP")),
     ("many_buckets", {"name": "NorMuon"}),
     *(("fully_sharded", {"name": name}) for name in ("Muon", "Adafactor")),
     *(("skip", {"name": name}) for name in ("NorMuon", "SOAP")),

@@ -168,6 +168,7 @@ OURS = {
         lo.OptimizerMonitor(),
     ],
     "schedule_free": lambda: [lo.ConfigureOptimizers("schedule_free_adamw", 0.01), lo.ScheduleFree()],
+    "average": lambda: [lo.ConfigureOptimizers("adamw", 0.01, optimizer_kwargs={"ema": 0.9}), lo.WeightAverage()],
     "torch": lambda: [
         lo.ConfigureOptimizers(torch.optim.Adam, 0.01, optimizer_kwargs={"fused": True}, schedule="cosine"),
         lo.GradientClipping(method="adagc"),

@@ -216,7 +216,7 @@ def parts_of(
         own = g.watch.spikes, g.judge.trend, g.watch.early, g.watch.moments, *g.watch.detectors
         baselines += [baseline for baseline in own if baseline is not None]
     return [
-        Tensors(lambda: [pl_module, *averaged_models(trainer)]),
+        Tensors(lambda: [pl_module, *averaged_models(trainer), *(a for m in hub.members for a in m.averages())]),
         *(OptimizerState(pipeline.optimizer, names) for pipeline in hub.pipelines),
         *(_part_of(c.scheduler, c.scheduler.load_state_dict, "schedules") for c in trainer.lr_scheduler_configs),
         _part_of(precision, precision.load_state_dict),

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_optim.core.host import is_set
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.kernels import shared_work
+from lightning_optim.kernels.averages import weight_names
 from lightning_optim.kernels.base import Backend, Batch, arithmetic_dtype
 from lightning_optim.kernels.compiled import (
     DTYPES,
@@ -103,20 +104,24 @@ class CpuBackend(Backend):
         subtract = self._subtract if batch.params[0].dtype in DTYPES else None
         return {"update": rule.update_on_cpu, "subtract": subtract, "divides": rule.divides_on_cpu}
 
-    def _subtract(self, batch: Batch, deltas: Iterable[Tensor], decay: Tensor) -> None:
-        """Subtract ``deltas`` and the decay of form `shrink` from the parameters of ``batch`` in one pass.
+    def _subtract(
+        self, batch: Batch, deltas: Iterable[Tensor], decay: Tensor, scalars: list[dict[str, Tensor]]
+    ) -> None:
+        """Subtract ``deltas`` and the decay of form `shrink` from the parameters of ``batch``, and move averages.
 
-        A few tensors are processed at a time, so that deltas which are computed lazily stay in the cache.
+        This is one pass, over a few tensors at a time, so that deltas which are computed lazily stay in the cache.
 
         Args:
             batch: The batch.
             deltas: Amounts to subtract, in the shapes of the parameters.
             decay: Coefficients of the decay, [tensors].
+            scalars: Scalars of each tensor, of which those of the averages are used.
 
         Raises:
             ValueError: The shape of a delta is not that of its parameter.
         """
-        if isinstance(deltas, Scaled) and all(p.is_contiguous() and p.dtype == batch.dtype for p in batch.params):
+        usual = not batch.averages and all(p.is_contiguous() and p.dtype == batch.dtype for p in batch.params)
+        if isinstance(deltas, Scaled) and usual:
             deltas.subtract_from(batch.params, decay)
             return
         some: list[Tensor] = []
@@ -132,10 +137,17 @@ class CpuBackend(Backend):
                 continue
             part = slice(first, i + 1)
             nothing: list[dict[str, Tensor]] = [{} for _ in some]
-            only = Batch(Rule(), batch.params[part], some, nothing, nothing, [], batch.full_params[part], False)
+            tensors = batch.params[part], some, batch.states[part]
+            only = Batch(Rule(), *tensors, nothing, [], batch.full_params[part], False, averages=batch.averages)
+            dtypes = [DTYPES[only.params[0].dtype], DTYPES[delta.dtype]]
+            columns = {"decay": decay[part]}
+            if batch.averages:
+                dtypes += [DTYPES[average[0].dtype] for average in only.state_arrays]
+                for name in weight_names(batch.averages):
+                    columns[name] = torch.stack([numbers[name] for numbers in scalars[part]])
             with kernel_args(only) as args:
-                kernel = build_subtraction((DTYPES[only.params[0].dtype], DTYPES[delta.dtype]))
-                launch(kernel, args, kernel.table({"decay": decay[part]}, args.dtype).numpy())
+                kernel = build_subtraction(tuple(dtypes))
+                launch(kernel, args, kernel.table(columns, args.dtype).numpy())
             some, first = [], i + 1
 
 

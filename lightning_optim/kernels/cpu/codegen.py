@@ -8,6 +8,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from lightning_optim.kernels import averages
+from lightning_optim.kernels.averages import weight_names
 from lightning_optim.kernels.cpu import corrections as cpu_corrections
 from lightning_optim.kernels.cpu import disk_cache, launch
 from lightning_optim.kernels.cpu import quantized as cpu_quantized
@@ -29,6 +31,7 @@ def build(spec: KernelSpec) -> Kernel:
     rules = {"sums_update" if spec.purpose == "sums" else "update": spec.function}
     if spec.writes:
         rules["apply_decay"] = APPLY_DECAY[spec.decay_form]
+        rules |= {"average_moved": averages.moved} if spec.averages else {}
     if spec.purpose == "step+sums":
         rules |= {f"{name}_factors": FACTORS[name] for name in spec.sums}
         rules |= {"take_decay": DECAY_TERM[spec.decay_form]} if "decay_sq" in spec.sums else {}
@@ -65,7 +68,7 @@ tensor, start, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
 address_0, address_1, decay = addresses[tensor, 0], addresses[tensor, 1], scalars[tensor, 0]
 for i in range(start, end):
     param = load_0(address_0, i)
-    store_0(address_0, i, param - change(param, load_1(address_1, i), decay))
+    after = store_0(address_0, i, param - change(param, load_1(address_1, i), decay))
 """.splitlines()
 
 _MEASURE = f"""\
@@ -89,18 +92,29 @@ sums[block, 0] = total
 
 @cache
 def build_subtraction(dtypes: tuple[str, ...]) -> Kernel:
-    """Compile the kernel that subtracts deltas and the decay of form `shrink`; ``dtypes`` of parameter and delta."""
+    """Compile the kernel that subtracts deltas and the decay of form `shrink`, and then moves averages.
+
+    Args:
+        dtypes: Names of the dtypes of parameter, delta and averages.
+    """
     wide = "float64" if dtypes[0] == "float64" else "float32"
-    text = kernel_text(ELEMENTWISE_TABLES, (), _SUBTRACTION)
+    count = len(dtypes) - 2
+    lines = list(_SUBTRACTION)
+    for k in range(2, len(dtypes)):
+        address = f"addresses[tensor, {k}]"
+        lines.append(f"    average = average_moved(load_{k}({address}, i), after, scalars[tensor, {k - 1}])")
+        lines.append(f"    store_{k}({address}, i, average)")
+    text = kernel_text(ELEMENTWISE_TABLES, (), lines)
     names: dict[str, Any] = {
         "__name__": __name__,
         "change": rebind(APPLY_DECAY["shrink"], named_functions(wide), compiled),
-        "load_0": load(dtypes[0], 0, 2),
-        "load_1": load(dtypes[1], 1, 2),
-        "store_0": store(dtypes[0], 0, 2),
+        "average_moved": rebind(averages.moved, {}, compiled),
     }
-    name = f"subtraction-{disk_cache.fingerprint(text + repr(dtypes), (APPLY_DECAY['shrink'],))}"
-    return Kernel(_compile("subtraction", text, names, name, dtypes), ("decay",), ())
+    for k, dtype in enumerate(dtypes):
+        names |= {f"load_{k}": load(dtype, k, len(dtypes)), f"store_{k}": store(dtype, k, len(dtypes))}
+    sources = (APPLY_DECAY["shrink"], *([averages.moved] if count else []))
+    name = f"subtraction-{disk_cache.fingerprint(text + repr(dtypes), sources)}"
+    return Kernel(_compile("subtraction", text, names, name, dtypes), ("decay", *weight_names(count)), ())
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lightning_optim.kernels.averages import names_of
 from lightning_optim.kernels.cpu.launch import kernel_text
 from lightning_optim.kernels.kernel_spec import KernelSpec
 from lightning_optim.kernels.quantization import BLOCK
@@ -100,6 +101,9 @@ def _stores(spec: KernelSpec) -> list[str]:
         lines.append("store_kahan_comp(kahan_comp_address, i, kahan_rest(pending, after, param))")
     else:
         lines.append(f"after = store_param(param_address, i, param - {change}{random.get('param', '')})")
+    for name, weight in names_of(spec.averages):
+        new = f"average_moved(load_{name}({name}_address, i), after, {spec.variable[weight]})"
+        lines.append(f"store_{name}({name}_address, i, {new})")
     return lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from lightning_optim.kernels import averages
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
 from lightning_optim.kernels.rules import rebind
 from lightning_optim.kernels.step_sums import FACTORS
@@ -35,6 +36,7 @@ def build(spec: KernelSpec, aligned: bool) -> Kernel:
     functions = {"sums_update" if spec.purpose == "sums" else "update": spec.function}
     if spec.writes:
         functions["apply_decay"] = APPLY_DECAY[spec.decay_form]
+        functions |= {"average_moved": averages.moved} if spec.averages else {}
     if spec.purpose == "step+sums":
         functions |= {f"{name}_factors": FACTORS[name] for name in spec.sums}
         functions |= {"take_decay": DECAY_TERM[spec.decay_form]} if "decay_sq" in spec.sums else {}

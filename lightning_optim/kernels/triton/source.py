@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lightning_optim.kernels.averages import names_of
 from lightning_optim.kernels.kernel_spec import KernelSpec
 from lightning_optim.kernels.step_sums import TINY
 from lightning_optim.kernels.weight_decay import INITIAL
@@ -132,7 +133,11 @@ def _stores(spec: KernelSpec) -> list[str]:
     if "decay_sq" in spec.sums:
         lines.append(f"decay_term = take_decay({spec.decay_arguments}{initial})")
     new = f"param - apply_decay({spec.decay_arguments}{initial})"
-    return lines + _store("param", dtypes["param"], "after", new)
+    lines += _store("param", dtypes["param"], "after", new)
+    for name, weight in names_of(spec.averages):
+        moved = f"average_moved({load(name, dtypes[name])}, after, {spec.variable[weight]})"
+        lines += _store(name, dtypes[name], f"{name}_new", moved)
+    return lines
 
 
 def _terms(spec: KernelSpec) -> tuple[list[str], dict[str, str]]:

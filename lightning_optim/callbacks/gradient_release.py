@@ -44,7 +44,8 @@ class GradientRelease(HubCallback):
         TypeError: At the start of the fit: the optimizer is not of `lightning_optim.optim`.
 
     Example:
-        >>> callbacks = [ConfigureOptimizers("adamw"), GradientRelease(), GradientClipping(method="agc")]
+        >>> import lightning_optim as lo
+        >>> callbacks = [lo.ConfigureOptimizers("adamw"), GradientRelease(), lo.GradientClipping(method="agc")]
         >>> trainer = L.Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False)
     """
 

@@ -55,9 +55,11 @@ def release_gradients(
             ``step``, a gradient that something else has set, or a GradScaler.
 
     Example:
+        >>> import torch
+        >>> import lightning_optim as lo
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
-        >>> optimizer = lightning_optim.optim.AdamW(model.parameters(), lr=1e-3)
-        >>> handle = lightning_optim.release_gradients(optimizer, lightning_optim.clipping.BlockRMS(0.1))
+        >>> optimizer = lo.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> handle = lo.release_gradients(optimizer, lo.clipping.BlockRMS(0.1))
         >>> model(torch.ones(2, 4)).sum().backward()
         >>> [parameter.grad for parameter in model.parameters()]
         [None, None, None, None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -12,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 import lightning_optim as lo
 from lightning_optim.clipping import BlockRMS, ClipRule
 from lightning_optim.step import StepPipeline
+from tests.distributed.fsdp2_fits import Factory, fit_bare
+from tests.helpers import SaveAt
 
 STEPS, BAD = 4, 2
 
@@ -48,12 +53,25 @@ def train(kind: type, clip: ClipRule | None, released: bool, bad: bool = False):
     return [_whole(parameter) for parameter in model.parameters()], pipeline.counts(), all(seen)
 
 
-def train_all():
-    runs = {
+def fit_all(folder: Path):
+    """Weights after fits in Lightning: usual, released, and both parts of a released one that is resumed."""
+    path = folder / "half.ckpt"
+    runs = {"usual": fit_bare(Factory), "released": fit_bare(Factory, (lo.GradientRelease(), SaveAt(3, path)))}
+    torch.distributed.barrier()
+    runs["resumed"] = fit_bare(Factory, (lo.GradientRelease(),), path)
+    return {name: run["weights"] for name, run in runs.items()}
+
+
+def train_all(folder: Path):
+    fits = fit_all(folder)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    runs: dict[Any, Any] = {
         (kind.__name__, clip is not None, released): train(kind, clip, released)
         for kind, clip in ((lo.optim.AdamW, None), (lo.optim.LAMB, BlockRMS(0.01)))
         for released in (False, True)
     }
+    runs["fits"] = fits
     runs["ddp"] = refused()
     runs["bad"] = train(lo.optim.AdamW, None, True, bad=True)
     return runs

@@ -67,6 +67,7 @@ def _train(optimizer, model, steps, released, factors=None):
 def _run(make, clip, backend, released, steps=range(5), **options):
     model = _model()
     optimizer = make(model.named_parameters(), backend=backend)
+    pipeline: StepPipeline
     if released:
         pipeline = lo.release_gradients(optimizer, clip, **options)
     else:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.clipping import Clipper, ClipRule
+from lightning_optim.clipping import Clipper, ClipRule, Divisor
 from lightning_optim.core.stats import StepCounts
 from lightning_optim.divergence import Detector
 from lightning_optim.optim import FusedOptimizer
@@ -102,6 +102,10 @@ class ReleasedParam:
         if reported:
             step.measure_update(self._optimizer, ())
             _ = step.stats.norm_sq  # It must be read before clipping rewrites the gradient.
+        if step.clip is not None and not isinstance(step.clip, Divisor):
+            # It is about to be rewritten, and its memory may be that of a gradient that others are computed from.
+            self.param.grad = gradients.grads[0].clone()
+            gradients.grads = [self.param.grad]
         try:
             step.hand_over(self._operands, None)
             self._view.update()

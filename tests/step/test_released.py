@@ -100,6 +100,31 @@ def test_rules_with_state_decide_as_for_all_tensors_together(rule):
     assert handle.counts().clipped > 0
 
 
+class Position(nn.Module):
+    """Whose second gradient is a view of the memory of one that goes on to the first layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.position = nn.Linear(6, 8), nn.Parameter(torch.ones(4, 8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[None] + self.position[None])
+
+
+@pytest.mark.parametrize("rule", [AGC(0.001), Value(0.001)], ids=["agc", "value"])
+def test_a_rule_that_rewrites_a_gradient_leaves_those_alone_that_are_still_computed(rule):
+    runs = []
+    for released in (True, False):
+        torch.manual_seed(0)
+        model = Position()
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        (lo.release_gradients if released else StepPipeline)(optimizer, clip=rule)
+        _train(optimizer, model, range(3), released)
+        runs.append(list(model.parameters()))
+    assert bit_equal(*runs)
+
+
 def test_gradients_never_exist_together():
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(12)))
     optimizer = optim.AdamW(model.parameters())
@@ -160,6 +185,19 @@ def test_the_rate_is_that_of_the_group_when_the_gradient_comes():
         schedule.step()
         assert weight.item() == pytest.approx(expected)
     assert handle.counts().steps == 3
+
+
+def test_a_step_is_prepared_once_and_in_the_backward_pass():
+    """A rate above the peak of its schedule, which raises the peak that the decay depends on."""
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = optim.AdamW([weight], lr=0.1, weight_decay=0.5, weight_decay_kind="independent")
+    lo.release_gradients(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.2
+    with pytest.warns(UserWarning, match="peak"):
+        weight.sum().backward()
+    assert optimizer.param_groups[0]["peak_lr"] == 0.2
+    optimizer.step()
+    assert optimizer._batches is None  # nothing was sorted for an update that has been made
 
 
 def test_the_last_norm_limits_the_next_step():

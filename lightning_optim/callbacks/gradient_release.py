@@ -56,21 +56,13 @@ class GradientRelease(HubCallback):
         self.use_last_norm = use_last_norm
 
     def pipeline(self) -> Callable[..., StepPipeline]:
-        """Return what makes pipelines that update in the backward pass."""
+        """Return what makes pipelines that update in the backward pass; refuse, as a plan asks only for these."""
+        self._check(self.hub.trainer)
         return partial(ReleasedPipeline, skip_nonfinite=self.skip_nonfinite, use_last_norm=self.use_last_norm)
 
     def _at_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what needs the gradients of a step together, and warn of hooks that will see none."""
-        for reason in (
-            _of_strategy(trainer),
-            _of_precision(trainer),
-            _of_accumulation(trainer),
-            _of_clipping(trainer, pl_module),
-            _of_optimizers(trainer),
-            self._of_members(),
-        ):
-            if reason:
-                raise MisconfigurationException(reason)
+        self._check(trainer)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         others = [callback for callback in callbacks if not isinstance(callback, Hears)]
         for hook in _SEES_NONE:
@@ -82,6 +74,18 @@ class GradientRelease(HubCallback):
                     f"`{hook}` of {names} is called when all gradients have been used and dropped (GradientRelease): "
                     "it finds `grad` None everywhere."
                 )
+
+    def _check(self, trainer: L.Trainer) -> None:
+        reasons = (
+            _of_strategy(trainer),
+            _of_precision(trainer),
+            _of_accumulation(trainer),
+            _of_clipping(trainer, trainer.lightning_module),
+            _of_optimizers(trainer),
+            self._of_members(),
+        )
+        if refused := next(filter(None, reasons), None):
+            raise MisconfigurationException(refused)
 
     def _at_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Refuse that accumulation begins in mid-run."""

@@ -17,7 +17,13 @@ from lightning_optim.callbacks._contributor import is_ours
 from lightning_optim.callbacks._followed import bare, prefixes_in
 from lightning_optim.callbacks._hub import Hub, HubCallback
 from lightning_optim.callbacks._packages import is_lightning
-from lightning_optim.callbacks._plan_facts import batch_fact, clipping_fact, guard_facts, schedule_free_notes
+from lightning_optim.callbacks._plan_facts import (
+    batch_fact,
+    clipping_fact,
+    guard_facts,
+    release_facts,
+    schedule_free_notes,
+)
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
 from lightning_optim.factory.about import about
 from lightning_optim.factory.freezing import check_frozen_until
@@ -156,7 +162,7 @@ def _describe(plan: Plan, trainer: L.Trainer, attempt: Callable[[], Any]) -> Non
             for curve in curves:
                 curve.values(last)  # refuses a run that it does not fit
             plan.curves += [replace(curve, label=_of(prefix, curve.label)) for curve in curves]
-    plan.facts["Clipping"] = clipping_fact(trainer)
+    plan.facts |= {"Clipping": clipping_fact(trainer), **release_facts(trainer)}
     plan.facts |= guard_facts(trainer, plan.groups)
     for group in plan.groups:
         if group.frozen_until is not None:

@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_optim as lo
+from lightning_optim.callbacks.planning import make_plan
 from lightning_optim.core.stats import StepCounts
 from lightning_optim.diagnostics import Histograms
 from tests.callbacks.test_members import HOOKS
-from tests.helpers import RULES, Net, StatefulLoader, TwoOptimizers, bit_equal, make_trainer
+from tests.helpers import RULES, Net, StatefulLoader, TwoOptimizers, batches, bit_equal, make_trainer
 
 CLIP = {"method": "block_rms", "method_kwargs": {"max_rms": 0.01}}
 
@@ -204,3 +205,16 @@ def test_a_grad_scaler_is_refused(monkeypatch):
 def test_torchs_optimizers_are_refused():
     with pytest.raises(TypeError, match=r"needed is an optimizer of lightning_optim\.optim"):
         _fit([lo.GradientRelease()])
+
+
+def test_the_plan_shows_it_and_what_it_refuses():
+    def plan(*members, **options):
+        trainer = make_trainer([*_callbacks(), lo.GradientRelease(), *members], max_steps=8, **options)
+        return make_plan(trainer, Net(), batches(8))
+
+    alone = plan()
+    assert alone.facts["Gradients"].startswith("used and dropped in the backward pass")
+    assert not alone.conflicts
+    assert any("DivergenceGuard decides" in conflict for conflict in plan(lo.DivergenceGuard()).conflicts)
+    assert any("use_last_norm=True" in conflict for conflict in plan(lo.GradientClipping()).conflicts)
+    assert any("adds up" in conflict for conflict in plan(accumulate_grad_batches=2).conflicts)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_optim.callbacks import ConfigureOptimizers as ConfigureOptimizers
     from lightning_optim.callbacks import DivergenceGuard as DivergenceGuard
     from lightning_optim.callbacks import GradientClipping as GradientClipping
+    from lightning_optim.callbacks import GradientRelease as GradientRelease
     from lightning_optim.callbacks import OptimizerMonitor as OptimizerMonitor
     from lightning_optim.callbacks import RunSummary as RunSummary
     from lightning_optim.callbacks import ScheduleFree as ScheduleFree
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_optim.param_groups import WidthScaling as WidthScaling
     from lightning_optim.param_groups import build_param_groups as build_param_groups
     from lightning_optim.step import StepPipeline as StepPipeline
+    from lightning_optim.step import release_gradients as release_gradients
     from lightning_optim.step.debug_step import debug_step as debug_step
     from lightning_optim.tuning.compare import compare as compare
     from lightning_optim.tuning.inspection import coordinate_check as coordinate_check
@@ -74,6 +76,7 @@ _NAMES = {
     "DivergenceGuard": "callbacks",
     "Duration": "core.durations",
     "GradientClipping": "callbacks",
+    "GradientRelease": "callbacks",
     "Horizon": "core.durations",
     "LRRangeTest": "tuning.rates.range_test",
     "LayerDecay": "param_groups",
@@ -99,6 +102,7 @@ _NAMES = {
     "recipe": "tuning.recipes",
     "recommend": "tuning.recipes",
     "register": "core.registry",
+    "release_gradients": "step",
     "search": "tuning.search.python_search",
 }
 

@@ -3,6 +3,7 @@
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers, attach
 from lightning_optim.callbacks.divergence_guard import DivergenceGuard
 from lightning_optim.callbacks.gradient_clipping import GradientClipping
+from lightning_optim.callbacks.gradient_release import GradientRelease
 from lightning_optim.callbacks.optimizer_monitor import OptimizerMonitor
 from lightning_optim.callbacks.run_summary import RunSummary
 from lightning_optim.callbacks.schedule_free import ScheduleFree
@@ -13,6 +14,7 @@ __all__ = [
     "ConfigureOptimizers",
     "DivergenceGuard",
     "GradientClipping",
+    "GradientRelease",
     "OptimizerMonitor",
     "RunSummary",
     "ScheduleFree",

@@ -13,6 +13,7 @@ from lightning_optim.clipping import ClipRule
 from lightning_optim.core.stats import StepRecord
 from lightning_optim.divergence import Detector
 from lightning_optim.schedules.run import Run
+from lightning_optim.step import StepPipeline
 
 
 class Hears(L.Callback):
@@ -47,6 +48,10 @@ class Contributor(L.Callback):
             names: The names of all.
         """
         return self.clip_rule()
+
+    def pipeline(self) -> Callable[..., StepPipeline] | None:
+        """Return what makes the pipeline of each optimizer in place of `StepPipeline`, with its arguments; or None."""
+        return None
 
     def clip_limit(self, run: Run) -> Callable[[int], float] | None:
         """Return the factor on the clip limit as a function of the step, or None for 1; called once per optimizer."""

@@ -322,7 +322,8 @@ class Pipelines:
             for member in followed.reporting:
                 member.on_report(trainer, followed.place, record)
 
-        return StepPipeline(
+        make = next((own for member in self._members if (own := member.pipeline()) is not None), StepPipeline)
+        return make(
             followed.optimizer,
             clip=rule,
             clip_limit=None

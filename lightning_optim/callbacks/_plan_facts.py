@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_optim.callbacks._lightning import data_parallel_size
 from lightning_optim.callbacks.divergence_guard import DivergenceGuard
 from lightning_optim.callbacks.gradient_clipping import GradientClipping
+from lightning_optim.callbacks.gradient_release import GradientRelease
 from lightning_optim.callbacks.schedule_free import ScheduleFree
 from lightning_optim.callbacks.weight_average import WeightAverage
 from lightning_optim.core.sizes import format_bytes
@@ -67,6 +68,17 @@ def clipping_fact(trainer: L.Trainer) -> str:
     if trainer.gradient_clip_val:
         ours.append(f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r})")
     return "; ".join(ours) or "none"
+
+
+def release_facts(trainer: L.Trainer) -> dict[str, str]:
+    """Return what becomes of gradients; empty if they are kept until the step.
+
+    Args:
+        trainer: The Trainer, with its callbacks.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    released = any(isinstance(callback, GradientRelease) for callback in callbacks)
+    return {"Gradients": "used and dropped in the backward pass, one tensor at a time"} if released else {}
 
 
 def guard_facts(trainer: L.Trainer, groups: Sequence[GroupPlan]) -> dict[str, str]:

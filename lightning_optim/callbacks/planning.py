@@ -22,6 +22,7 @@ from lightning_optim.callbacks._plan_facts import (
     batch_fact,
     clipping_fact,
     guard_facts,
+    release_facts,
     schedule_free_notes,
 )
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
@@ -166,7 +167,7 @@ def _describe(plan: Plan, trainer: L.Trainer, attempt: Callable[[], Any]) -> Non
             for curve in curves:
                 curve.values(last)  # refuses a run that it does not fit
             plan.curves += [replace(curve, label=_of(prefix, curve.label)) for curve in curves]
-    plan.facts["Clipping"] = clipping_fact(trainer)
+    plan.facts |= {"Clipping": clipping_fact(trainer), **release_facts(trainer)}
     plan.facts |= guard_facts(trainer, plan.groups)
     for group in plan.groups:
         if group.frozen_until is not None:

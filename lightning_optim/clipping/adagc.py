@@ -43,6 +43,7 @@ class AdaGC(ClipRule):
     """
 
     per_parameter = ("gamma", "flags")
+    spans = "norm"
 
     def __init__(
         self,

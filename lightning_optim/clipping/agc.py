@@ -35,6 +35,7 @@ class AGC(ClipRule):
     """
 
     reads_units = True
+    spans = "tensor"
 
     def __init__(self, clip_factor: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = ()) -> None:
         self.clip_factor = above_zero("clip_factor", clip_factor, 0.01)

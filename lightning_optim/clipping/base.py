@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class ClipRule(ABC):
 
     reads_units: ClassVar[bool] = False
     """Whether the rule needs the norm of each row, which is not available for the flat shards of FSDP1."""
+
+    spans: ClassVar[Literal["tensor", "norm", "step"]] = "step"
+    """What the divisor and the next state of a tensor depend on: on that tensor alone, on its own and the norm of all
+    gradients, or on all tensors of the step. `lightning_optim.release_gradients` decides tensor by tensor."""
 
     @abstractmethod
     def __call__(self, stats: GradStats, state: State = STATELESS, limit: float = 1.0) -> Tensor | Clip:

@@ -39,6 +39,8 @@ class GlobalNorm(ClipRule):
         tensor(2.5000)
     """
 
+    spans = "norm"
+
     def __init__(self, max_norm: float = 1.0) -> None:
         self.max_norm = above_zero("max_norm", max_norm, 1.0)
 
@@ -157,6 +159,8 @@ class BlockRMS(ClipRule):
         tensor([2., 1.])
     """
 
+    spans = "tensor"
+
     def __init__(self, max_rms: float = 1.0) -> None:
         self.max_rms = above_zero("max_rms", max_rms, 1.0)
 
@@ -195,6 +199,8 @@ class Value(ClipRule):
     Raises:
         ValueError: ``max_value`` is not a finite number above 0.
     """
+
+    spans = "tensor"
 
     def __init__(self, max_value: float = 1.0) -> None:
         self.max_value = above_zero("max_value", max_value, 1.0)

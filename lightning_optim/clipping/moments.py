@@ -17,6 +17,7 @@ class _Released(ClipRule):
     """Base class of limits per tensor that are suspended for a tensor which exceeds its limit too often in a row."""
 
     per_parameter = ("flags",)
+    spans = "tensor"
 
     def __init__(self, patience: int) -> None:
         self.patience = whole("patience", patience, 1, 16)

@@ -124,7 +124,7 @@ class Clipper:
         Raises:
             ValueError: It is of a later version.
         """
-        check_version(saved, "the state of a clip rule", ("rule", "state", "names"))
+        check_version(saved, "the state of a clip rule", ("rule", "state", "names", "released"))
         self._state, self._next, self._saved, self._prepared_for, self._names = {}, {}, None, None, None
         if saved and saved["rule"] == type(self.rule).__name__:
             self._saved, self._names = saved["state"], saved.get("names")

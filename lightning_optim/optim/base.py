@@ -119,6 +119,8 @@ class FusedOptimizer(Optimizer):
 
     _warned_of_peak: bool = False
     _batches: Batches | None = None  # The batches of the last step are not part of the state.
+    _updates_in_backward: bool = False
+    """Whether hooks of the backward pass update the parameters (`step/released.py`), so that `step` has no update."""
 
     _step_supports_amp_scaling: bool  # of the object, as torch's: Lightning's wrapper would not find a change to it
 
@@ -251,6 +253,8 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._updates_in_backward and not trial:
+            return loss
         rules = list(map(self.rule_of, self.param_groups))
         for group, rule in zip(self.param_groups, rules, strict=True):
             self._prepare(group, rule, count=not trial)
@@ -262,6 +266,11 @@ class FusedOptimizer(Optimizer):
         finally:
             self._batches.release()
         return loss
+
+    def begin_in_backward(self) -> None:
+        """Prepare all groups for a step whose updates are made one by one (`OneParam`), and count it."""
+        for group in self.param_groups:
+            self._prepare(group, self.rule_of(group), count=True)
 
     def _prepare(self, group: dict[str, Any], rule: Rule, *, count: bool) -> None:
         """Count the call if ``count``, follow the peak of lr, and create the values that groups share for a rule.

@@ -27,18 +27,27 @@ class Decision:
         detectors: The detectors, each of which may request a skip.
         counts: Counts to start from.
         device: The device of the decision.
+        fused: Whether to try one program; not for statistics that are more than those of the gradients at hand.
+        mirrored: Whether `numbers` is asked for, for which the counts are copied to the host.
 
     Attributes:
         counts: Clipped and skipped steps so far, int64, shape [2], on the device.
     """
 
     def __init__(
-        self, clipper: Clipper | None, detectors: Sequence[Detector], counts: StepCounts, device: torch.device
+        self,
+        clipper: Clipper | None,
+        detectors: Sequence[Detector],
+        counts: StepCounts,
+        device: torch.device,
+        *,
+        fused: bool = True,
+        mirrored: bool = True,
     ) -> None:
         self._clipper, self._detectors = clipper, tuple(detectors)
         self.counts = torch.tensor([counts.clipped, counts.skipped], dtype=torch.int64, device=device)
-        self._on_host = HostMirror(self.counts)
-        self._fused = FusedDecision(clipper, detectors)
+        self._on_host = HostMirror(self.counts) if mirrored else None
+        self._fused = FusedDecision(clipper if fused else None, detectors if fused else ())
         self._decided: Decided | None = None
 
     def numbers(self, exact: bool = False) -> list[int]:
@@ -47,7 +56,7 @@ class Decision:
         Args:
             exact: Whether to wait for the device; else they may lag a few steps on an accelerator.
         """
-        return list(map(int, self.counts.tolist() if exact else self._on_host.read()))
+        return list(map(int, self.counts.tolist() if exact or self._on_host is None else self._on_host.read()))
 
     def load(self, counts: StepCounts) -> None:
         """Restore other counts."""
@@ -58,6 +67,10 @@ class Decision:
     def count_left_out(self) -> None:
         """Count a step that was skipped, and whose gradients are gone."""
         self._set(self.counts + self.counts.new_tensor([0, 1]))
+
+    def add(self, flags: Tensor) -> None:
+        """Count a step that was decided elsewhere: whether it was clipped, and skipped, int64, shape [2]."""
+        self._set(self.counts + flags)
 
     def open(self, step: OneStep, incoming: Tensor | None, steps: int) -> None:
         """Decide a step: set its ``clip`` and ``skip``.
@@ -110,4 +123,5 @@ class Decision:
 
     def _set(self, counts: Tensor) -> None:
         self.counts = counts
-        self._on_host.push(counts)
+        if self._on_host is not None:
+            self._on_host.push(counts)

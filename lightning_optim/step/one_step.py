@@ -27,22 +27,24 @@ class OneStep:
     Args:
         gradients: The gradients that the update is about to use.
         reported: Whether a `StepRecord` of this step is wanted.
+        stats: Statistics of the gradients; None for those that `ReadGradStats` reads.
 
     Attributes:
         stats: Statistics of the gradients, each measured on first use.
         clip: The decision of the clip rule; None for no clipping.
         skip: Non-zero if the step must not happen, shape [], on the device; None if nothing can skip it.
+        clipped_norm_sq: Square sum of each gradient that the update uses, shape [tensors], in a reported step.
     """
 
-    def __init__(self, gradients: Gradients, reported: bool) -> None:
+    def __init__(self, gradients: Gradients, reported: bool, stats: ReadGradStats | None = None) -> None:
         self.gradients = gradients
-        self.stats = ReadGradStats(gradients)
+        self.stats = ReadGradStats(gradients) if stats is None else stats
         self.reported = reported
         self.clip: Clip | None = None
         self.skip: Tensor | None = None
         self._foreign: ForeignUpdate | None = None
         self._histograms: StepHistograms | None = None
-        self._clipped_norm_sq: Tensor | None = None
+        self.clipped_norm_sq: Tensor | None = None
 
     def hand_over(self, operands: StepOperands, loss: Any) -> None:
         """Hand divisor and skip flag to the update, which comes next, and measure what it will use, for a report.
@@ -57,7 +59,7 @@ class OneStep:
         operands.apply(*self._held_here(), self.skip, loss)
         if self.reported:
             after = self.stats.norm_sq if self.clip is None else self.clip.norm_sq_after(self.stats)
-            self._clipped_norm_sq = self.gradients.norm_sq_now() if after is None else after
+            self.clipped_norm_sq = self.gradients.norm_sq_now() if after is None else after
         if self._foreign is not None:
             self._foreign.before()
 
@@ -98,10 +100,10 @@ class OneStep:
             counts: Clipped and skipped steps so far, int64, shape [2].
             norms: Count, mean and maximum of the gradient norm since the last record, shape [3].
         """
-        if self._clipped_norm_sq is None:  # The step was skipped before anything was measured.
-            self._clipped_norm_sq = torch.full_like(self.stats.norm_sq, torch.nan)
+        if self.clipped_norm_sq is None:  # The step was skipped before anything was measured.
+            self.clipped_norm_sq = torch.full_like(self.stats.norm_sq, torch.nan)
         if self._foreign is not None:
-            sums = self._foreign.sums(self._clipped_norm_sq)
+            sums = self._foreign.sums(self.clipped_norm_sq)
             if self.skip is not None:  # Fused optimizers also return NaN where there was no update.
                 sums = sums.masked_fill(self.skip > 0, torch.nan)
             update = StepStats(sums, self.gradients.group_sizes, self.stats.numel)
@@ -118,7 +120,7 @@ class OneStep:
                 for group in optimizer.param_groups
             ),
             grad=GradStats(self.stats.norm_sq, self.gradients.group_sizes),  # This must not keep the gradients alive.
-            clipped_norm_sq=self._clipped_norm_sq,
+            clipped_norm_sq=self.clipped_norm_sq,
             skip=zero if self.skip is None else self.skip,
             update=update,
             steps=steps,

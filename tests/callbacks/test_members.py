@@ -20,7 +20,8 @@ from lightning_optim.callbacks._hub import CHECKPOINT_KEY, Hub, HubCallback, sta
 from tests.helpers import Net, batches, bit_equal, make_trainer
 
 PUBLIC = [getattr(callbacks, name) for name in callbacks.__all__]
-CLASSES = [cls for cls in PUBLIC if inspect.isclass(cls)]
+# GradientRelease goes neither with a guard nor with this optimizer: test_gradient_release.py.
+CLASSES = [cls for cls in PUBLIC if inspect.isclass(cls) and cls is not callbacks.GradientRelease]
 HOOKS = [
     name
     for name, method in vars(L.Callback).items()

@@ -43,6 +43,7 @@ FAST = checks(
     ("bf16", {"name": "SOAP", "kahan_sum": True}),
     ("tensor_parallel", {"name": "Muon"}),
     ("copies", {"name": "NorMuon"}),
+    ("copies", {"name": "SOAP", "precondition_frequency": 2}),
     ("memory", {}),
 )
 ALL = checks(
@@ -59,6 +60,10 @@ ALL = checks(
     *(("bf16", {"name": name, "kahan_sum": True}) for name in NAMES),
     *(("tensor_parallel", {"name": name}) for name in ("Muon", "NorMuon", "Adafactor")),
     *(("copies", {"name": name, "backend": backend}) for name in MUONS for backend in ("cpu", "reference")),
+    *(
+        ("copies", {"name": "SOAP", "precondition_frequency": 2, "backend": backend})
+        for backend in ("cpu", "reference")
+    ),
     ("memory", {}),
 )
 KINDS = {"fast": FAST, "all": ALL}

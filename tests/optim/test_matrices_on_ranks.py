@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_optim.core.shards import lengths
+from lightning_optim.core.shards import rows_of_rank
 from lightning_optim.kernels.owners import buckets_of, owners_of
 from tests.distributed.ranks import Ranks, run_ranks
 from tests.optim import matrices_on_ranks
@@ -116,8 +116,10 @@ def test_the_loss_of_a_rank_ends_the_others(name, tmp_path: Path):
 def test_shards_are_cut_as_torch_cuts_chunks():
     for size in range(12):
         for ranks in range(1, 7):
-            wanted = [len(chunk) for chunk in torch.arange(size).chunk(ranks)] if size else []
-            assert lengths(size, ranks) == wanted + [0] * (ranks - len(wanted))
+            chunks = torch.arange(size).chunk(ranks) if size else ()
+            wanted = [chunk.tolist() for chunk in chunks] + [[]] * (ranks - len(chunks))
+            found = [rows_of_rank(size, rank, ranks) for rank in range(ranks)]
+            assert [list(range(first, first + count)) for first, count in found] == wanted
 
 
 def test_work_is_divided_evenly_and_alike():

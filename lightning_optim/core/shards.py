@@ -33,17 +33,18 @@ def split_of(tensor: Tensor) -> Split | None:
     return Split(tensor.device_mesh, mesh_dim, placement.dim)  # type: ignore[attr-defined]
 
 
-def lengths(size: int, ranks: int) -> list[int]:
-    """Return how many of ``size`` rows each of ``ranks`` ranks holds: those of `torch.chunk`, then none.
+def rows_of_rank(size: int, rank: int, ranks: int) -> tuple[int, int]:
+    """Return the first of the rows that ``rank`` holds of ``size``, and their number: as `torch.chunk`, then none.
 
     Example:
-        >>> lengths(7, 4)
-        [2, 2, 2, 1]
-        >>> lengths(1, 4)
-        [1, 0, 0, 0]
+        >>> [rows_of_rank(7, rank, 4) for rank in range(4)]
+        [(0, 2), (2, 2), (4, 2), (6, 1)]
+        >>> [rows_of_rank(1, rank, 3) for rank in range(3)]
+        [(0, 1), (1, 0), (1, 0)]
     """
     step = -(-size // ranks)
-    return [min(step, max(size - step * rank, 0)) for rank in range(ranks)]
+    first = min(step * rank, size)
+    return first, min(step, size - first)
 
 
 @torch.no_grad()

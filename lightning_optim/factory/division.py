@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 def divide_work(optimizer: Optimizer, module: Any) -> None:
     """Let ``optimizer`` divide its work over the ranks of DDP, unless its `divide_over` has been set.
 
-    It is left alone where gradients may differ between ranks, which communication hooks and model averaging allow.
+    It is left alone where gradients may differ between ranks, which communication hooks, model averaging and parameters
+    that DDP is told to ignore allow.
 
     Args:
         optimizer: The optimizer; one of another package is left alone.
@@ -24,6 +25,8 @@ def divide_work(optimizer: Optimizer, module: Any) -> None:
     except (AttributeError, RuntimeError):  # Lightning's property raises the latter
         return
     if not any(cls.__name__ == "DDPStrategy" for cls in type(strategy).__mro__):
+        return
+    if getattr(module, "_ddp_params_and_buffers_to_ignore", None):  # experts of one rank, say
         return
     changes = ("_ddp_comm_state", "_ddp_comm_hook", "_model_averaging_period")
     if any(getattr(strategy, name, None) is not None for name in changes):

@@ -22,7 +22,7 @@ def owners_of(costs: Sequence[float], ranks: int) -> list[int]:
 
     Example:
         >>> owners_of([1.0, 5.0, 2.0, 3.0], 2)
-        [1, 0, 1, 1]
+        [0, 0, 1, 1]
     """
     loads = [0.0] * ranks
     owners = [0] * len(costs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ class ReferenceBackend(Backend):
     ) -> Callable[[], Tensor | None]:
         """Implement `Backend`."""
         assert isinstance(batch.rule, TensorRule)
-        return shared_work.begin(batch, batch.rule.update, divisor=divisor, skip=skip, collect=collect)
+        start = shared_work.begin if shared_work.shares_now(batch) else begin_alone
+        return start(batch, batch.rule.update, divisor=divisor, skip=skip, collect=collect)
 
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """Implement `Backend`."""
@@ -144,6 +146,11 @@ def apply_tensor_rule(
         return None
 
     return _in_parts(batch, columns, run, skip, at_once=at_once)
+
+
+def begin_alone(batch: Batch, update: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Tensor | None]:
+    """Return `apply_tensor_rule` with its arguments, in the form of `shared_work.begin`."""
+    return partial(apply_tensor_rule, batch, update, *args, **kwargs)
 
 
 def _are_only_divided(batch: Batch, columns: dict[str, Tensor]) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_optim.core.shards import lengths, part_of, whole_of
+from lightning_optim.core.shards import part_of, rows_of_rank, whole_of
 
 ALIGNED = 16
 """Number of bytes of which the place of a tensor in a message is a multiple, so that any dtype can be read there."""
@@ -41,14 +41,14 @@ class Cut(NamedTuple):
         """Return the shape of the part of ``rank``."""
         if self.dim is None:
             return self.shape
-        return (*self.shape[: self.dim], lengths(self.shape[self.dim], ranks)[rank], *self.shape[self.dim + 1 :])
+        _, count = rows_of_rank(self.shape[self.dim], rank, ranks)
+        return (*self.shape[: self.dim], count, *self.shape[self.dim + 1 :])
 
     def take(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
         """Return the part of ``rank`` as a view of ``whole``."""
         if self.dim is None:
             return whole
-        rows = lengths(self.shape[self.dim], ranks)
-        return whole.narrow(self.dim, sum(rows[:rank]), rows[rank])
+        return whole.narrow(self.dim, *rows_of_rank(self.shape[self.dim], rank, ranks))
 
 
 Named = dict[str, Tensor]
@@ -124,8 +124,9 @@ class Shards(Route):
         self, owners: Sequence[int], cuts: Cuts, given: Iterable[Named], device: torch.device
     ) -> Callable[[], list[Named]]:
         """Implement `Route`."""
-        order = [(i, name) for owner in range(self.ranks) for i in _of(owner, owners) for name in _cut(cuts[i])]
-        mine = [(i, name) for i in _of(self.rank, owners) for name in _cut(cuts[i])]
+        owned = _owned(owners, self.ranks)
+        order = [(i, name) for own in owned for i in own for name in _cut(cuts[i])]
+        mine = [(i, name) for i in owned[self.rank] for name in _cut(cuts[i])]
         sent = _Message([(cuts[i][name].part(self.rank, self.ranks), cuts[i][name].dtype) for i, name in order], device)
         came = _Message(
             [(cuts[i][n].part(rank, self.ranks), cuts[i][n].dtype) for rank in range(self.ranks) for i, n in mine],
@@ -137,7 +138,7 @@ class Shards(Route):
             for name in _cut(cuts[i]):
                 places[i, name].copy_(tensors[name])
             kept.append({n: t for n, t in tensors.items() if owners[i] == self.rank and cuts[i][n].dim is None})
-        counts = [sum(owners[i] == owner for i, _ in order) for owner in range(self.ranks)]
+        counts = [sum(len(_cut(cuts[i])) for i in own) for own in owned]
         work = _all_to_all(came, [len(mine)] * self.ranks, sent, counts, self._group)
 
         def arrived() -> list[Named]:
@@ -155,12 +156,13 @@ class Shards(Route):
         self, owners: Sequence[int], cuts: Cuts, results: Sequence[Named], device: torch.device
     ) -> Callable[[], list[Named]]:
         """Implement `Route`."""
-        order = [(i, name) for owner in range(self.ranks) for i in _of(owner, owners) for name in cuts[i]]
-        mine = [(rank, i, name) for rank in range(self.ranks) for i in _of(self.rank, owners) for name in cuts[i]]
+        owned = _owned(owners, self.ranks)
+        order = [(i, name) for own in owned for i in own for name in cuts[i]]
+        mine = [(rank, i, name) for rank in range(self.ranks) for i in owned[self.rank] for name in cuts[i]]
         sent = _Message([(cuts[i][name].part(rank, self.ranks), cuts[i][name].dtype) for rank, i, name in mine], device)
         came = _Message([(cuts[i][name].part(self.rank, self.ranks), cuts[i][name].dtype) for i, name in order], device)
         sent.write([cuts[i][n].take(results[i][n].reshape(cuts[i][n].shape), r, self.ranks) for r, i, n in mine])
-        counts = [sum(owners[i] == owner for i, _ in order) for owner in range(self.ranks)]
+        counts = [sum(len(cuts[i]) for i in own) for own in owned]
         work = _all_to_all(came, counts, sent, [len(mine) // self.ranks] * self.ranks, self._group)
 
         def arrived() -> list[Named]:
@@ -196,7 +198,7 @@ class Copies(Route):
         self, owners: Sequence[int], cuts: Cuts, results: Sequence[Named], device: torch.device
     ) -> Callable[[], list[Named]]:
         """Implement `Route`."""
-        orders = [[(i, name) for i in _of(owner, owners) for name in cuts[i]] for owner in range(self.ranks)]
+        orders = [[(i, name) for i in own for name in cuts[i]] for own in _owned(owners, self.ranks)]
         forms = [[(cuts[i][name].shape, cuts[i][name].dtype) for i, name in order] for order in orders]
         longest = max(_Message.length(form) for form in forms)
         sent = _Message(forms[self.rank], device, longest)
@@ -332,8 +334,12 @@ def _all_to_all(
     return wait
 
 
-def _of(owner: int, owners: Sequence[int]) -> list[int]:
-    return [i for i, other in enumerate(owners) if other == owner]
+def _owned(owners: Sequence[int], ranks: int) -> list[list[int]]:
+    """Return the indices of the tensors of each rank."""
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    for i, owner in enumerate(owners):
+        found[owner].append(i)
+    return found
 
 
 def _cut(cuts: dict[str, Cut]) -> list[str]:

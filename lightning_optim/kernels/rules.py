@@ -317,6 +317,26 @@ class TensorRule(Rule):
         """
         return param.numel()
 
+    def divisible(self, param: Tensor, group: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Return whether ranks that have copies of ``param`` should divide its update, as in data parallelism.
+
+        Only the shape of ``param`` may be read.
+
+        Returns:
+            The operations that a rank is spared, counted as those of products in bfloat16, and the bytes that it
+            receives instead; None if each rank should do all. This is the default.
+        """
+        return None
+
+    def divides_now(self, group: Mapping[str, Any], step: float | None) -> bool:
+        """Return whether an update that is `divisible` is divided at this step.
+
+        Args:
+            group: The parameter group.
+            step: Number of this update; None on devices whose memory the host must not read (`counts_calls`).
+        """
+        return True
+
     def update(
         self,
         params: Sequence[Tensor],
@@ -374,6 +394,10 @@ class MatrixRule(TensorRule):
 
     local_state: ClassVar[tuple[str, ...]] = ()
     """Names of states in the shape of the parameter that `advance` updates; the others belong to `whole`."""
+
+    def divisible(self, param: Tensor, group: Mapping[str, Any]) -> tuple[float, float]:
+        """Implement `TensorRule.divisible`: the cost, and a result in `sent_dtype`."""
+        return self.cost(param, group), param.numel() * self.sent_dtype.itemsize
 
     def advance(
         self, grad: Tensor, state: Mapping[str, Tensor], scalars: Mapping[str, Tensor], group: Mapping[str, Any]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_optim.core.host import is_set
+from lightning_optim.core.host import is_set, read
 from lightning_optim.core.shards import split_of
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.core.transfer import upload
@@ -19,7 +19,7 @@ from lightning_optim.kernels.batch_values import grad_of, needs_no_scaling, rows
 from lightning_optim.kernels.finish import finish
 from lightning_optim.kernels.owners import buckets_of, owners_of
 from lightning_optim.kernels.parts import keys, largest_part
-from lightning_optim.kernels.routes import Cut, Meshes, Named
+from lightning_optim.kernels.routes import Copies, Cut, Meshes, Named
 from lightning_optim.kernels.rules import Like, MatrixRule, TensorRule
 from lightning_optim.kernels.scalars import commit, scalar_columns
 
@@ -56,6 +56,18 @@ def begin(
     work = _SharedWork(batch, update, subtract, divides, divisor, skip, collect)
     work.send()
     return work.complete
+
+
+def shares_now(batch: Batch) -> bool:
+    """Return whether ranks share the update of a batch with a `route` at this step; else each can do all of it."""
+    rule = batch.rule
+    if not isinstance(batch.route, Copies) or not isinstance(rule, TensorRule):
+        return True
+    counts = batch.device.type == "cpu" and rule.counts_steps
+    return any(
+        rule.divides_now(group, read(state["step"]) + 1 if counts else None)
+        for group, state in zip(batch.groups, batch.scalar_states, strict=True)
+    )
 
 
 class _Process(Protocol):

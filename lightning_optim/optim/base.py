@@ -67,8 +67,8 @@ class FusedOptimizer(Optimizer):
     - `divisor` (tensor [] or [tensors]): another divisor of the gradients. Tensors are the parameters that have a
       gradient, in the order of `param_groups`.
     - `divide_over` (`torch.distributed.ProcessGroup`): ranks that have the same parameters and gradients, among which
-      the matrices of `Muon` and `NorMuon` are divided where that is faster (`optim.division`). None for no division,
-      unless a Trainer with DDP sets it; False for none at all.
+      the matrices of `Muon` and `NorMuon`, and the bases of `SOAP`, are divided where that is faster
+      (`optim.division`). None for no division, unless a Trainer with DDP sets it; False for none at all.
     - `collect_step_stats`: whether to fill `step_stats` in the same pass, with NaN if the step is skipped.
 
     `p.grad` is never written; a DTensor gradient whose placements differ from those of its parameter is replaced by the

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_optim.core.placements import PLAIN, is_sharded
 from lightning_optim.core.shards import split_of
 from lightning_optim.kernels.routes import Copies, Meshes, Route, Shards
-from lightning_optim.kernels.rules import MatrixRule, Rule, TensorRule
+from lightning_optim.kernels.rules import Rule, TensorRule
 from lightning_optim.optim.admission import Ruled
 
 Way = tuple[Any, ...]
@@ -39,18 +39,21 @@ def divided_params(optimizer: Ruled) -> frozenset[int]:
     found: dict[str, dict[int, float]] = {}
     for settings in optimizer.param_groups:
         rule = optimizer.rule_of(settings)
-        if not isinstance(rule, MatrixRule):
+        if not isinstance(rule, TensorRule):
             continue
         for param in settings["params"]:
-            if type(param) in PLAIN and pays(param, settings, rule):
-                found.setdefault(param.device.type, {})[id(param)] = rule.cost(param, settings)
+            if type(param) in PLAIN and (operations := pays(param, settings, rule)):
+                found.setdefault(param.device.type, {})[id(param)] = operations
     return frozenset(key for device, costs in found.items() if sum(costs.values()) >= AT_LEAST[device] for key in costs)
 
 
-def pays(param: Tensor, group: Mapping[str, Any], rule: MatrixRule) -> bool:
-    """Return whether receiving the result for ``param`` takes less time than computing it."""
-    worth = WORTH.get(param.device.type)
-    return worth is not None and rule.cost(param, group) >= worth * param.numel() * rule.sent_dtype.itemsize
+def pays(param: Tensor, group: Mapping[str, Any], rule: TensorRule) -> float | None:
+    """Return the operations that are spared if receiving the result takes less time than computing it, else None."""
+    worth, divisible = WORTH.get(param.device.type), rule.divisible(param, group)
+    if worth is None or divisible is None:
+        return None
+    operations, received = divisible
+    return operations if operations >= worth * received else None
 
 
 def way_of(param: Tensor, group: Mapping[str, Any], rule: Rule, divide_over: Any) -> Way | None:

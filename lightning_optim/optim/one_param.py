@@ -38,6 +38,7 @@ class OneParam:
     found_inf: Tensor
     divisor: Tensor | None = None
     collect_step_stats: bool = False
+    divide_over: Any = None  # A parameter by itself is divided over no ranks.
     step_stats: StepStats | None = None
 
     def __init__(self, optimizer: FusedOptimizer, param: Tensor) -> None:

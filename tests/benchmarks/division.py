@@ -1,6 +1,7 @@
 """A step of Muon on two ranks that have copies of a model: all of it on each, or the matrices divided.
 
-Run ``python -m tests.benchmarks.division [--widths 128,256,384] [--ranks 2] [--repeats 7]``.
+Run ``python -m tests.benchmarks.division [--name SOAP] [--widths 128,256,384] [--ranks 2] [--repeats 7]``.
+Of SOAP it is a step in which all bases are refreshed.
 
 Each rank has one thread. Printed are the median time of a step and the processor time that a rank spends in it, with
 all of the work on each rank and with the work divided, and how many matrices `optim.division.pays` would divide.
@@ -19,7 +20,6 @@ from torch import nn
 
 from lightning_optim import optim
 from lightning_optim.optim import division
-from lightning_optim.optim.muon import MuonRule
 from tests.distributed.ranks import Ranks
 
 LAYERS = 4
@@ -33,13 +33,18 @@ def shapes_of(width: int) -> list[tuple[int, int]]:
 def measure(width: int, name: str, repeats: int) -> dict[str, tuple[float, float]]:
     """Seconds of a step, and of processor time of this rank in it, by way."""
     torch.set_num_threads(1)
-    found = {}
+    found: dict[str, tuple[float, float]] = {}
     usual = dict(division.WORTH), dict(division.AT_LEAST)
     division.WORTH["cpu"] = division.AT_LEAST["cpu"] = 0.0
     for way, group in (("alone", None), ("divided", dist.group.WORLD)):
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes_of(width)]
-        optimizer: Any = getattr(optim, name)([{"params": params, "rule": name.lower()}], lr=0.02)
+        more = {"precondition_frequency": 1} if name == "SOAP" else {}
+        optimizer: Any = getattr(optim, name)([{"params": params, "rule": name.lower(), **more}], lr=0.02)
+        rule, settings = optimizer.rule_of(optimizer.param_groups[0]), optimizer.param_groups[0]
+        division.WORTH["cpu"] = usual[0]["cpu"]
+        pays = sum(division.pays(param, settings, rule) is not None for param in params)
+        division.WORTH["cpu"] = 0.0
         optimizer.divide_over = group
         for param in params:
             param.grad = torch.randn_like(param)
@@ -53,7 +58,7 @@ def measure(width: int, name: str, repeats: int) -> dict[str, tuple[float, float
         found[way] = statistics.median(times[2:]), statistics.median(works[2:])
     division.WORTH.update(usual[0])
     division.AT_LEAST.update(usual[1])
-    return found
+    return found | {"pays": (pays, len(params))}
 
 
 def main() -> None:
@@ -72,11 +77,9 @@ def main() -> None:
             (alone, work_alone), (divided, work) = (
                 [max(row[way][i] for row in rows) for i in (0, 1)] for way in ("alone", "divided")
             )
-            group = {"ns_steps": 5, "flatten": None}
-            pays = [division.pays(torch.empty(shape), group, MuonRule()) for shape in shapes_of(width)]
             times = (alone, divided, work_alone, work)
             a, d, wa, w = (f"{1000 * seconds:.1f} ms" for seconds in times)
-            chosen = f"{sum(pays)} of {len(pays)}"
+            chosen = "{} of {}".format(*rows[0]["pays"])
             print(f"| {width} | {a} | {d} | {divided / alone:.2f} | {wa} | {w} | {work / work_alone:.2f} | {chosen} |")
 
 

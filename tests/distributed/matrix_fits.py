@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 import lightning_optim as lo
 from lightning_optim.divergence import Rollback
+from lightning_optim.optim import muon
 from tests.distributed.fsdp2_fits import STEPS, Bad, Deciding, RunsBad, Sharded, Shards, sharding, whole_weights
 from tests.helpers import SaveAt, StatefulLoader, batches, make_trainer
 from tests.optim.matrices_on_ranks import all_pay, counted, precise
@@ -63,7 +64,7 @@ def fit_sharded(name: str) -> dict:
 
 def fit_copies(name: str) -> dict:
     """Under DDP, with what this rank has orthogonalised."""
-    with counted() as shapes, all_pay():
+    with counted(muon, "orthogonalize_stack") as shapes, all_pay():
         strategy = DDPStrategy(process_group_backend="gloo")
         found = fit(name, Bad(seed=7), devices=2, strategy=strategy, use_distributed_sampler=False)
     return found | {"shapes": shapes}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_optim.core.shards import lengths
+from lightning_optim.core.shards import rows_of_rank
 from lightning_optim.kernels.owners import buckets_of, owners_of
 from tests.distributed.ranks import Ranks, run_ranks
 from tests.optim import matrices_on_ranks
@@ -46,6 +46,7 @@ FAST = checks(
     ("tensor_parallel", {"name": "Muon"}),
     *(("eight_bits", {"name": name}) for name in ("NorMuon", "SOAP")),
     ("copies", {"name": "NorMuon"}),
+    ("copies", {"name": "SOAP", "precondition_frequency": 2}),
     ("memory", {}),
 )
 ALL = checks(
@@ -63,6 +64,10 @@ ALL = checks(
     *(("eight_bits", {"name": name}) for name in ("Muon", "NorMuon", "SOAP")),
     *(("tensor_parallel", {"name": name}) for name in ("Muon", "NorMuon", "Adafactor")),
     *(("copies", {"name": name, "backend": backend}) for name in MUONS for backend in ("cpu", "reference")),
+    *(
+        ("copies", {"name": "SOAP", "precondition_frequency": 2, "backend": backend})
+        for backend in ("cpu", "reference")
+    ),
     ("memory", {}),
 )
 KINDS = {"fast": FAST, "all": ALL}
@@ -115,8 +120,10 @@ def test_the_loss_of_a_rank_ends_the_others(name, tmp_path: Path):
 def test_shards_are_cut_as_torch_cuts_chunks():
     for size in range(12):
         for ranks in range(1, 7):
-            wanted = [len(chunk) for chunk in torch.arange(size).chunk(ranks)] if size else []
-            assert lengths(size, ranks) == wanted + [0] * (ranks - len(wanted))
+            chunks = torch.arange(size).chunk(ranks) if size else ()
+            wanted = [chunk.tolist() for chunk in chunks] + [[]] * (ranks - len(chunks))
+            found = [rows_of_rank(size, rank, ranks) for rank in range(ranks)]
+            assert [list(range(first, first + count)) for first, count in found] == wanted
 
 
 def test_work_is_divided_evenly_and_alike():

@@ -31,7 +31,7 @@ from lightning_optim.kernels.cpu.factored import Scaled
 from lightning_optim.kernels.cpu.objects import Watch
 from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
-from lightning_optim.kernels.reference import apply_tensor_rule
+from lightning_optim.kernels.reference import apply_tensor_rule, begin_alone
 from lightning_optim.kernels.rules import Rule, TensorRule
 from lightning_optim.kernels.scalars import HostColumns, host_scalars
 from lightning_optim.kernels.sizes import Sizes
@@ -85,7 +85,8 @@ class CpuBackend(Backend):
         self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool
     ) -> Callable[[], Tensor | None]:
         """Implement `Backend`."""
-        return shared_work.begin(batch, **self._of_tensor_rule(batch), divisor=divisor, skip=skip, collect=collect)
+        start = shared_work.begin if shared_work.shares_now(batch) else begin_alone
+        return start(batch, **self._of_tensor_rule(batch), divisor=divisor, skip=skip, collect=collect)
 
     def apply(self, batch: Batch, *, divisor: Tensor | None, skip: Tensor | None, collect: bool) -> Tensor | None:
         """Implement `Backend`; the host reads the flag ``skip``, which costs nothing here, so kernels need not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -274,7 +275,12 @@ class ScheduleFreeAdamW(FusedOptimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Restore the parameters to y, bit for bit; in training mode this does nothing."""
+        """Restore the parameters to y, bit for bit; in training mode this does nothing.
+
+        A distributed checkpoint that was loaded may lack y, because such checkpoints load the state that a new
+        optimizer has. It is then computed from x and z, with a warning, and has a rounding error.
+        """
+        computed = False
         for group in self.param_groups:
             if not group["train_mode"]:
                 group["train_mode"] = True
@@ -282,3 +288,14 @@ class ScheduleFreeAdamW(FusedOptimizer):
                     state = self.state.get(param, {})
                     if "y" in state:
                         param.copy_(state.pop("y"))
+                    elif "z" in state:
+                        computed = True
+                        y = torch.lerp(state["z"], param.to(state["z"].dtype), group["betas"][0])
+                        param.copy_(y - state["kahan_comp"] if "kahan_comp" in state else y)
+        if computed:
+            warnings.warn(
+                "ScheduleFreeAdamW: the state that was loaded has averaged weights without the weights of training, as "
+                "in a distributed checkpoint. They have been computed from it, with rounding errors. A checkpoint in "
+                "one file (save_distributed_checkpoint=False) continues bit for bit.",
+                stacklevel=2,
+            )

@@ -70,23 +70,29 @@ def fit(
     return {"average": average, "other": other, "training": training, **kept}
 
 
-def fit_schedule_free(sharded: bool) -> list[torch.Tensor]:
+def fit_schedule_free(
+    sharded: bool, save: Path | None = None, resume: Path | None = None, distributed_checkpoint: bool = False
+) -> list[torch.Tensor]:
     """The final average of Schedule-Free, which validates at another point than it trains, too."""
     optimizer = lo.ConfigureOptimizers("schedulefreeadamw", lr=0.01, schedule="constant")
     trainer = make_trainer(
-        [optimizer, lo.ScheduleFree()],
+        [optimizer, lo.ScheduleFree(), *([SaveAt(3, save)] if save else [])],
         max_steps=4,
         val_check_interval=2,
-        **(sharding() if sharded else {}),
+        **(sharding(distributed_checkpoint) if sharded else {}),
     )
     model = (Sharded if sharded else Bad)(seed=7)
-    trainer.fit(model, StatefulLoader(4, [], batch_size=4), batches(1))
+    trainer.fit(model, StatefulLoader(4, [], batch_size=4), batches(1), ckpt_path=resume)
     return [weight.detach().clone() for weight in whole_weights(model)]
 
 
 def fit_all(folder: Path) -> dict[str, Any]:
     """Every fit, by name."""
-    found: dict[str, Any] = {"schedule-free": fit_schedule_free(sharded=True)}
+    path = folder / "schedule-free"
+    found: dict[str, Any] = {
+        "schedule-free": fit_schedule_free(True, save=path, distributed_checkpoint=True),
+        "schedule-free-resumed": fit_schedule_free(True, resume=path, distributed_checkpoint=True),
+    }
     for distributed in (False, True):
         for precision in ("32-true", "bf16-true"):
             name = f"{precision}-{distributed}"

@@ -40,6 +40,11 @@ def test_schedule_free_trains_on_the_right_weights_after_a_validation(runs):
         torch.testing.assert_close(rank["schedule-free"], fit_schedule_free(sharded=False), rtol=1e-5, atol=1e-6)
 
 
+def test_schedule_free_continues_from_a_distributed_checkpoint(runs):
+    for rank in runs[1]:
+        torch.testing.assert_close(rank["schedule-free-resumed"], rank["schedule-free"], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_resumed_run_ends_bit_equal(runs, precision, distributed):

@@ -158,3 +158,20 @@ def test_a_rate_of_zero_changes_nothing() -> None:
     assert_same(before, values(params))
     optimizer.eval()
     assert_same(before, values(params))
+
+
+@pytest.mark.parametrize("options", [{}, {"kahan_sum": True}])
+def test_weights_of_training_that_were_not_saved_are_computed_from_the_average(options):
+    weight = torch.nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)))
+    if options:
+        weight = torch.nn.Parameter(weight.detach().bfloat16())
+    optimizer = optim.ScheduleFreeAdamW([weight], lr=0.1, **options)
+    for step in range(4):
+        weight.grad = torch.linspace(-1, 1, 50).to(weight.dtype) * (step - 2)
+        optimizer.step()
+    before = weight.detach().clone()
+    optimizer.eval()
+    del optimizer.state[weight]["y"]
+    with pytest.warns(UserWarning, match="averaged weights without the weights of training"):
+        optimizer.train()
+    torch.testing.assert_close(weight.detach(), before, rtol=2**-7 if options else 1e-5, atol=1e-6)

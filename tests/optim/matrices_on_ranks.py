@@ -74,7 +74,8 @@ def precise(dtype: torch.dtype) -> Iterator[None]:
 
 def groups(name: str, given: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Parameter groups of parameters by name."""
-    fused = [{"params": [(key, given[key])], "rule": name.lower(), **FUSED[key][2]} for key in given if key in FUSED]
+    rule = {"rule": name.lower()} if name in MUONS else {}
+    fused = [{"params": [(key, given[key])], **rule, **FUSED[key][2]} for key in given if key in FUSED]
     if name not in MUONS:
         return [{"params": [(key, param) for key, param in given.items() if key not in FUSED]}, *fused]
     matrices = [(key, param) for key, param in given.items() if key in SHAPES]

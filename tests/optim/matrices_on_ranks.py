@@ -339,13 +339,13 @@ class Model(nn.Module):
             self.register_parameter(key, param)
 
 
-def lose_one(name: str, answer: Path) -> None:
-    """One rank ends in the middle of training; the other writes down how long it waits for it."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+def lose_one(name: str, answer: Path, is_stuck: bool) -> None:
+    """One rank ends, or is stuck, in the middle of training; the other writes down how long it waits for it."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3 if is_stuck else 20))
     run = Run(name, torch.float32, meshes()[0])
     run.step()
     if dist.get_rank() == 1:
-        time.sleep(0.5)  # The other one waits already.
+        time.sleep(10 if is_stuck else 0.5)  # The other one waits already.
         os._exit(1)
     started = time.monotonic()
     with pytest.raises(RuntimeError):

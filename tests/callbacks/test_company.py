@@ -37,6 +37,17 @@ class Own(Net):
         return Modes(self.parameters(), lr=0.1)
 
 
+class Ours(Net):
+    """With an optimizer of this package, without which gradients cannot be released."""
+
+    def configure_optimizers(self):
+        return lo.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _module(cls):
+    return Ours() if cls is lo.GradientRelease else Own()
+
+
 def _all():
     configure = lo.ConfigureOptimizers("adamw", lr=0.01, schedule="cosine", warmup=2)
     return [configure, lo.GradientClipping(0.5), lo.DivergenceGuard(), lo.OptimizerMonitor()]
@@ -49,10 +60,10 @@ def test_every_callback_can_be_copied_and_pickled_and_then_fits(cls, copied, use
     """And does what the original does."""
     callback = cls(**REQUIRED.get(cls, {}))
     if used:
-        make_trainer([callback]).fit(Own(), batches(2))
+        make_trainer([callback]).fit(_module(cls), batches(2))
     twin, finals = copied(callback), []
     for each in (twin, callback):
-        model = Own()
+        model = _module(cls)
         make_trainer([each]).fit(model, batches(2))
         finals.append(dict(model.state_dict()))
     assert type(twin) is cls
@@ -61,7 +72,7 @@ def test_every_callback_can_be_copied_and_pickled_and_then_fits(cls, copied, use
 
 @pytest.mark.parametrize("cls", EVERY)
 def test_every_callback_alone_keeps_its_hands_off_the_rest(cls):
-    model, recorder = Own(), Recorder()
+    model, recorder = _module(cls), Recorder()
     make_trainer([cls(**REQUIRED.get(cls, {})), recorder]).fit(model, batches(3))
     if cls is not lo.ConfigureOptimizers:
         assert recorder.rates == [[0.1]] * 3

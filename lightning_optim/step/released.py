@@ -252,7 +252,7 @@ class ReleasedPipeline(StepPipeline):
             norms=self._norms.take(),
         )
 
-    # For whoever follows the pipeline.
+    # What others ask of a pipeline.
 
     def has_gradients(self) -> bool:
         """Return whether any parameter has had a gradient since the last step."""

@@ -183,6 +183,15 @@ def test_what_needs_gradients_is_refused_before_the_first_step(members, options,
     assert bit_equal([parameter.detach() for parameter in model.parameters()], before)
 
 
+def test_accumulation_that_begins_in_mid_run_is_refused():
+    class Begins(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.accumulate_grad_batches = 2 if batch_idx == 3 else 1
+
+    with pytest.raises(MisconfigurationException, match="accumulate_grad_batches=2 adds up"):
+        _fit([*_callbacks(), lo.GradientRelease(), Begins()])
+
+
 def test_several_optimizers_are_refused():
     with pytest.raises(MisconfigurationException, match="There are 2 optimizers"):
         _fit([lo.GradientRelease()], Sgds())

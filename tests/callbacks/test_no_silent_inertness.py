@@ -231,6 +231,32 @@ def decay_acts(way: str, folder: Path, capsys: Any) -> None:
             torch.testing.assert_close(b, a * (1 - LR * DECAY))
 
 
+def ours(params: Any) -> torch.optim.Optimizer:
+    return lo.optim.SGD(params, lr=LR)
+
+
+def release_acts(way: str, folder: Path, capsys: Any) -> None:
+    class Kept(L.Callback):
+        """Notes after each batch whether any gradient is left."""
+
+        def __init__(self) -> None:
+            self.any: list[bool] = []
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+            self.any.append(any(param.grad is not None for param in pl_module.parameters()))
+
+    model, kept = Trained(way, ours), Kept()
+    if way == "two":
+        with refused(Exception, "There are 2 optimizers", model):
+            fit(way, [lo.GradientRelease()], model)
+        return
+    fit(way, [lo.GradientRelease(), kept], model)
+    usual, without = Trained(way, ours), Kept()
+    fit(way, [without], usual)
+    assert (any(kept.any), all(without.any)) == (False, True)
+    assert all(torch.equal(a, b) for a, b in zip(model.weights(), usual.weights(), strict=True))
+
+
 # In Fabric, the building blocks that do the same.
 
 
@@ -334,9 +360,20 @@ def decay_in_fabric(capsys: Any) -> None:
     torch.testing.assert_close(run.module.weight.detach(), before * (1 - LR * DECAY))
 
 
+def release_in_fabric(capsys: Any) -> None:
+    run = InFabric(lambda module: ours(module.parameters()))
+    usual = InFabric(lambda module: ours(module.parameters()))
+    usual.module.load_state_dict(run.module.state_dict())
+    handle = lo.release_gradients(run.optimizer)
+    assert [run.step(0.1) for _ in range(3)] == [usual.step(0.1) for _ in range(3)]
+    assert run.module.weight.grad is None
+    assert handle.counts().steps == 3
+
+
 TABLE: dict[type, tuple[Callable[[str, Path, Any], None], Callable[[Any], None]]] = {
     lo.ConfigureOptimizers: (configure_acts, configure_in_fabric),
     lo.GradientClipping: (clipping_acts, clipping_in_fabric),
+    lo.GradientRelease: (release_acts, release_in_fabric),
     lo.DivergenceGuard: (guard_acts, guard_in_fabric),
     lo.OptimizerMonitor: (monitor_acts, monitor_in_fabric),
     lo.RunSummary: (summary_acts, summary_in_fabric),

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lightning_optim as lo
 from lightning_optim import optim
@@ -98,6 +99,33 @@ def test_rules_with_state_decide_as_for_all_tensors_together(rule):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
     assert handle.counts() == pipeline.counts()
     assert handle.counts().clipped > 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_are_computed_again_in_the_backward_pass(reentrant, shared):
+    def loss(model, step):
+        x = checkpoint(model.a, _batch(step).requires_grad_(), use_reentrant=reentrant)
+        for _ in range(1 + shared):
+            x = checkpoint(model.b, torch.tanh(x), use_reentrant=reentrant)
+        return model.head(x).square().sum()
+
+    def train(released):
+        model = _model()
+        optimizer = optim.AdamW(model.named_parameters(), lr=0.01)
+        if released:
+            lo.release_gradients(optimizer)
+        for step in range(3):
+            loss(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(model.parameters())
+
+    if reentrant and shared:  # Each use has a backward pass of its own.
+        with pytest.raises(RuntimeError, match=r"parameter 'b\..* has a second gradient"):
+            train(released=True)
+    else:
+        assert bit_equal(train(released=True), train(released=False))
 
 
 class Position(nn.Module):

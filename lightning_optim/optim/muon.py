@@ -112,8 +112,12 @@ class MuonRule(MatrixRule):
         groups: Sequence[Mapping[str, Any]],
     ) -> Iterator[Tensor]:
         """Implement `MatrixRule.after`: yield O times the learning rate for its shape."""
+        ratios: dict[tuple[int, torch.Size], float] = {}
         for result, param, numbers, group in zip(results, params, scalars, groups, strict=True):
-            step_size = numbers["lr"] * step_ratio(matrix_like(param, group), group["adjust_lr_fn"])
+            kind = id(group), param.shape
+            if kind not in ratios:
+                ratios[kind] = step_ratio(matrix_like(param, group), group["adjust_lr_fn"])
+            step_size = numbers["lr"] * ratios[kind]
             rows_first = result["direction"].to(step_size.dtype, memory_format=torch.contiguous_format)
             yield rows_first.mul_(step_size)
 

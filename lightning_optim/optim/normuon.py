@@ -54,10 +54,10 @@ class NorMuonRule(MuonRule):
                 size: Any = 0.2 * math.sqrt(direction.shape[-2:].numel())
             else:
                 size = _norm(direction) * step_ratio(direction, group["adjust_lr_fn"])
-            scale = numbers["lr"] * size / (_norm(direction / divisor) + group["eps"])
-            results.append(
-                ({"direction": result, "divisor": divisor, "scale": scale}, {"second_momentum_buffer": rows})
-            )
+            normalized = direction / divisor
+            scale = numbers["lr"] * size / (_norm(normalized) + group["eps"])
+            found = {"direction": result, "divisor": divisor, "scale": scale, "normalized": normalized}
+            results.append((found, {"second_momentum_buffer": rows}))
         return results
 
     def returned(self, param: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Like]:
@@ -76,8 +76,10 @@ class NorMuonRule(MuonRule):
     ) -> Iterator[Tensor]:
         """Implement `MatrixRule.after`: yield O with its rows divided, times the factor of its matrix."""
         for result in results:
-            direction = result["direction"].to(result["scale"].dtype)
-            yield (direction / result["divisor"]).mul_(result["scale"]).contiguous()
+            normalized = result.pop("normalized", None)  # It is not sent, because the rest is smaller.
+            if normalized is None:
+                normalized = result["direction"].to(result["scale"].dtype) / result["divisor"]
+            yield normalized.mul_(result["scale"]).contiguous()
 
 
 def _norm(matrix: Tensor) -> Tensor:

@@ -442,7 +442,8 @@ class MatrixRule(TensorRule):
             groups: As for `update`.
 
         Returns:
-            For each tensor the arguments of `after` by name, as described by `returned`, and the new states.
+            For each tensor the arguments of `after` by name, as described by `returned`, and the new states. Further
+            arguments that save `after` work are passed on one device only.
         """
         raise NotImplementedError
 

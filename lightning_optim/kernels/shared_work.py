@@ -285,7 +285,8 @@ class _SharedWork:
             numbers = [self._scalars[rows[i]] for i in members]
             found = self._process.whole(sent, states, numbers, [groups[rows[i]] for i in members])
             for i, old, (result, new) in zip(members, states, found, strict=True):
-                results[i] = result | _marked(old | new)
+                sent_back = {name: result[name] for name in plan.coming[rows[i]] if name in result}
+                results[i] = sent_back | _marked(old | new)
         wholes.clear()
         return results
 

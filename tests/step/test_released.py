@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from lightning_optim import optim
 from lightning_optim.clipping import AGC, AdaGC, AutoClip, BlockRMS, ClipRule, GlobalNorm, GroupNorm, UpdateRMS, Value
 from lightning_optim.core.stats import StepCounts
 from lightning_optim.divergence import NonFiniteGradient
+from lightning_optim.optim import FusedOptimizer
+from lightning_optim.optim.base import OPTIMIZERS
 from lightning_optim.step import StepPipeline
 from lightning_optim.step.released import ReleasedPipeline
 from tests.helpers import bit_equal
 
-OPTIMIZERS = {
+MADE = {
     "adamw": optim.AdamW,
     "sgd": lambda params, **options: optim.SGD(params, lr=0.01, momentum=0.9, **options),
     "lion": optim.Lion,
@@ -78,15 +81,49 @@ def _run(make, clip, backend, released, steps=range(5), **options):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", MADE)
 def test_weights_and_state_are_those_of_usual_steps(name, backend):
     for clip in RULES if name in ("adamw", "muon") else RULES[:2]:
-        model, optimizer, pipeline = _run(OPTIMIZERS[name], clip, backend, released=False)
-        ours, released, handle = _run(OPTIMIZERS[name], clip, backend, released=True)
+        model, optimizer, pipeline = _run(MADE[name], clip, backend, released=False)
+        ours, released, handle = _run(MADE[name], clip, backend, released=True)
         assert bit_equal(list(ours.parameters()), list(model.parameters())), clip
         assert bit_equal(released.state_dict(), optimizer.state_dict())
         assert handle.counts() == pipeline.counts()
         assert (handle.counts().clipped > 0) == (clip is not None)
+
+
+EVERY = [
+    name
+    for name in OPTIMIZERS.names()
+    if issubclass(OPTIMIZERS.get(name), FusedOptimizer) and not issubclass(OPTIMIZERS.get(name), optim.Prodigy)
+]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_optimizer_but_prodigy(name):
+    kind: Any = OPTIMIZERS.get(name)
+
+    def make(params, **options):
+        return kind(params, lr=0.01, **options)
+
+    runs = [_run(make, None, "reference", released, range(2))[0] for released in (True, False)]
+    assert bit_equal(*(list(model.parameters()) for model in runs))
+
+
+@pytest.mark.parametrize("flags", [{"kahan_sum": True}, {"stochastic_rounding": True, "state_bits": 16}], ids=str)
+def test_weights_in_bf16(flags):
+    runs = []
+    for released in (True, False):
+        model = _model().to(torch.bfloat16)
+        optimizer = optim.AdamW(model.parameters(), lr=0.01, **flags)
+        if released:
+            lo.release_gradients(optimizer)
+        for step in range(3):
+            model(_batch(step).to(torch.bfloat16)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((list(model.parameters()), optimizer.state_dict()))
+    assert bit_equal(*runs)
 
 
 @pytest.mark.parametrize("rule", [UpdateRMS(0.5), AdaGC(max_norm=1e6, warmup=1)], ids=["update_rms", "adagc"])
@@ -245,8 +282,8 @@ def test_the_last_norm_limits_the_next_step():
     assert moved[2] == pytest.approx([0.5, 0.5])
 
 
-@pytest.mark.parametrize("released", [True, False])
-def test_resuming_goes_on_bit_for_bit(released):
+@pytest.mark.parametrize(("released", "later"), [(True, False), (False, False), (True, True)])
+def test_resuming_goes_on_bit_for_bit(released, later):
     """Also from the checkpoint of a run with usual steps, whose clip rule has one state for all parameters."""
     rule = UpdateRMS(0.5, patience=2)
     whole, _, _ = _run(optim.AdamW, rule, "cpu", released=True, steps=range(8))
@@ -256,7 +293,12 @@ def test_resuming_goes_on_bit_for_bit(released):
     again.norm.bias.requires_grad_(False)
     again.load_state_dict(saved[0])
     resumed = optim.AdamW(again.named_parameters(), backend="cpu")
-    handle = ReleasedPipeline(resumed, clip=rule, clip_state=saved[2], counts=saved[3])
+    if later:
+        handle = lo.release_gradients(resumed, rule)
+        handle.load_clip_state(saved[2])
+        handle.load_counts(saved[3])
+    else:
+        handle = ReleasedPipeline(resumed, clip=rule, clip_state=saved[2], counts=saved[3])
     resumed.load_state_dict(saved[1])
     _train(resumed, again, range(4, 8), released=True)
     assert bit_equal(list(again.parameters()), list(whole.parameters()))

@@ -279,6 +279,8 @@ def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
 def _check_length(cls: type[Optimizer], key: str, value: Any) -> None:
     """Refuse a value that is not as long as the default; torch's own look at the first elements, and fail in a step."""
     default = inspect.signature(cls).parameters[key].default
+    if issubclass(cls, optim.FusedOptimizer) and key in cls.structured:
+        return  # It has a check of its own.
     if isinstance(default, tuple) and not (isinstance(value, list | tuple) and len(value) == len(default)):
         raise ValueError(f"Invalid {key}={value!r} of {cls.__name__}: must be {len(default)} values, as {default}.")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lightning_optim as lo
 from lightning_optim import optim
 from lightning_optim.optim import newton_schulz
 from lightning_optim.optim.gram_form import gram_iterate, is_faster
@@ -184,6 +185,15 @@ def test_an_optimizer_takes_presets_and_lists_also_in_groups_and_checkpoints(cls
     loaded = cls([{"params": weights[:1]}, {"params": weights[1:]}], lr=0.1)
     loaded.load_state_dict(optimizer.state_dict())
     assert loaded.param_groups[0]["ns_coefficients"] == given
+
+
+def test_a_configuration_takes_presets_and_lists() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    for given in ("you", [[3.0, -3.2, 1.2], [1.875, -1.25, 0.375]]):
+        optimizer, _ = lo.OptimizerFactory("muon", lr=0.02, optimizer_kwargs={"ns_coefficients": given}).build(model)
+        assert optimizer.param_groups[0]["ns_coefficients"] == given
+    with pytest.raises(ValueError, match=r"Invalid ns_coefficients='yuo': must be .*Did you mean 'you'"):
+        lo.OptimizerFactory("muon", lr=0.02, optimizer_kwargs={"ns_coefficients": "yuo"}).build(model)
 
 
 def test_torch_takes_the_state_of_the_default() -> None:

@@ -129,7 +129,7 @@ def test_polar_express_converges_and_the_others_do_not() -> None:
 
 @pytest.mark.parametrize("name", ["keller", "polar_express", "you"])
 @pytest.mark.parametrize("condition", [1.0, 10.0, 300.0])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.04), (torch.float16, 0.005), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.06), (torch.float16, 0.008), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("steps", [5, 8])
 def test_the_gram_form_is_accurate_in_each_dtype(
     name: str, condition: float, dtype: torch.dtype, bound: float, steps: int
@@ -140,6 +140,23 @@ def test_the_gram_form_is_accurate_in_each_dtype(
     exact = plain(matrix, list(iterations(name, steps)))
     (result,) = orthogonalize([matrix], name, steps=steps, dtype=dtype, gram=True)
     assert float((result.double() - exact).norm() / exact.norm()) < bound
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 1.5, 2.0, 4.0, None])
+@pytest.mark.parametrize("name", ["keller", "polar_express", "you"])
+@pytest.mark.parametrize("steps", [5, 8])
+def test_the_gram_form_is_as_accurate_on_every_spectrum(decay: float | None, name: str, steps: int) -> None:
+    """Gradients are far from full rank, and rounding makes eigenvalues of a Gram matrix negative."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, 64, dtype=torch.float64, generator=generator) for size in (64, 256))
+    index = torch.arange(1, 65, dtype=torch.float64)
+    values = (index <= 2).double() if decay is None else index**-decay
+    matrix = (torch.linalg.qr(left)[0] * values) @ torch.linalg.qr(right)[0].mT
+    exact = plain(matrix, list(iterations(name, steps)))
+    usual, gram = (orthogonalize([matrix], name, steps=steps, gram=gram)[0].double() for gram in (False, True))
+    error, reached = ((result - exact).norm() / exact.norm() for result in (usual, gram))
+    assert reached < 2.5 * max(error, 0.01)
+    assert torch.linalg.matrix_norm(gram, 2) < 1.1 * torch.linalg.matrix_norm(usual, 2)
 
 
 def test_the_gram_form_is_taken_for_wide_and_tall_matrices_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +174,7 @@ def test_the_gram_form_is_taken_for_wide_and_tall_matrices_only(monkeypatch: pyt
     assert not is_faster(256, 1024, "cuda")
 
 
-def test_the_gram_form_multiplies_the_wide_matrix_four_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gram_form_multiplies_the_wide_matrix_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     wide = torch.randn(64, 512)
@@ -167,7 +184,7 @@ def test_the_gram_form_multiplies_the_wide_matrix_four_times_only(monkeypatch: p
             orthogonalize([wide], gram=gram)
         flops[gram] = counter.get_total_flops()
     small, large = 2 * 64**3, 2 * 64 * 64 * 512
-    assert flops == {False: 10 * large + 5 * small, True: 4 * large + 14 * small}
+    assert flops == {False: 10 * large + 5 * small, True: 6 * large + 11 * small}
 
 
 @pytest.mark.parametrize("cls", [optim.Muon, optim.NorMuon])

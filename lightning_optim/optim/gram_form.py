@@ -7,8 +7,8 @@ multiplied once, by Q (Zhang, Amsel, Chen & Dao, 2026, https://dao-lab.ai/blog/2
 In 16 bits the Gram matrix that is computed by the recurrence drifts away from that of Q·x, and may get negative
 eigenvalues, which each iteration makes larger. It is therefore restarted from x ← Q·x after every second iteration.
 (The authors iterate in float16 and restart once, after the second of five. In bfloat16 that gave singular values of up
-to 1.5 times those of the usual form, for `polar_express` and singular values that decay as k^-0.5; a restart after the third
-gave 99 000 for k^-1. After every second it was 1.05 at most over ten spectra, three presets, and two sizes.)
+to 1.5 times those of the usual form, for `polar_express` and singular values that decay as k^-0.5; one restart after
+the third gave 99 000 for k^-1. After every second it was 1.05 at most over ten spectra, three presets, and two sizes.)
 """
 
 from __future__ import annotations

@@ -193,6 +193,8 @@ class FusedOptimizer(Optimizer):
         if group.get("rule") is not None:
             owner = class_of_rule(group["rule"])
             shared = {"lr", "weight_decay", *shared_options.DEFAULTS}  # These default to the optimizer's.
+            # So do all others of its own rule, which a group names to decide which parameters it updates.
+            shared |= self.defaults.keys() if owner is type(self) else set()
             own = {name: value for name, value in owner.hyperparameters().items() if name not in shared}
             group = own | group
         filled = self.defaults | group

@@ -80,6 +80,8 @@ def orthogonalize_stack(
     Returns:
         As for `orthogonalize`.
     """
+    if dtype is torch.float16:  # Its largest number is 65504, which the norm of a moderate matrix exceeds.
+        matrices = (_normalized(matrix.float(), eps) for matrix in matrices)
     wide = [matrix.to(dtype) for matrix in matrices]
     tall = [matrix.shape[-2] > matrix.shape[-1] for matrix in wide]
     wide = [matrix.mT if is_tall else matrix for matrix, is_tall in zip(wide, tall, strict=True)]

@@ -141,6 +141,16 @@ def test_the_gram_form_is_accurate_in_each_dtype(
     assert float((result.double() - exact).norm() / exact.norm()) < bound
 
 
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("scale", [1e4, 1e15])
+def test_a_norm_beyond_float16_is_no_infinity(gram: bool, scale: float) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(16, 64, dtype=torch.float64)
+    (exact,) = orthogonalize([matrix], gram=gram, dtype=torch.float64)
+    (result,) = orthogonalize([matrix * scale], gram=gram, dtype=torch.float16)
+    assert float((result.double() - exact).norm() / exact.norm()) < 0.005
+
+
 def test_the_gram_form_is_taken_for_wide_and_tall_matrices_only(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
     real = gram_iterate

@@ -141,6 +141,39 @@ def test_the_gram_form_is_accurate_in_each_dtype(
     assert float((result.double() - exact).norm() / exact.norm()) < bound
 
 
+def test_an_empty_stack_joins_other_matrices() -> None:
+    empty, full = torch.zeros(0, 4, 4), torch.eye(4)
+    found = orthogonalize([empty, full, empty.mT], dtype=torch.float64)
+    assert [tuple(x.shape) for x in found] == [(0, 4, 4), (4, 4), (0, 4, 4)]
+    torch.testing.assert_close(found[1], orthogonalize([full], dtype=torch.float64)[0])
+
+
+@pytest.mark.parametrize("cls", [optim.Muon, optim.NorMuon])
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_matrices_and_rows_without_gradient_stay_without_eps(cls: Any, adjust: str) -> None:
+    weights = [torch.ones(4, 8, requires_grad=True) for _ in range(2)]
+    optimizer = cls(weights, lr=0.01, weight_decay=0, eps=0.0, adjust_lr_fn=adjust)
+    for weight in weights:
+        weight.grad = torch.zeros(4, 8)
+    torch.manual_seed(0)
+    weights[1].grad[1:] = torch.randn(3, 8)
+    optimizer.step()
+    assert (weights[0] == 1).all()
+    assert (weights[1][0] == 1).all()
+    assert weights[1].isfinite().all()
+    assert (weights[1][1:] != 1).all()
+
+
+def test_coefficients_that_change_to_wrong_ones_are_named() -> None:
+    weight = torch.ones(4, 8, requires_grad=True)
+    optimizer = optim.Muon([weight], ns_coefficients=(1.0, 1.0, 1.0))
+    for wrong in ("polar_exprss", (True, 1.0, 1.0), {"a": 1}, [({}, 1, 1)]):
+        optimizer.param_groups[0]["ns_coefficients"] = wrong
+        weight.grad = torch.ones(4, 8)
+        with pytest.raises(ValueError, match="Invalid ns_coefficients=.*: must be 'keller'"):
+            optimizer.step()
+
+
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("scale", [1e4, 1e15])
 def test_a_norm_beyond_float16_is_no_infinity(gram: bool, scale: float) -> None:
@@ -211,11 +244,11 @@ def test_torch_takes_the_state_of_the_default() -> None:
         ("polar_exprss", r"ns_coefficients='polar_exprss': must be .*Did you mean 'polar_express'\?"),
         (
             [(1.0, 2.0, 3.0)] * 6,
-            r"ns_coefficients=\(.*\): must be at most ns_steps=5 triples, .*, not 6",
+            r"ns_coefficients=\[.*\]: must be at most ns_steps=5 triples, .*, not 6",
         ),
         ([(1.0, 2.0, 3.0), (1.0, 2.0)], r"ns_coefficients=.*: must be 'keller', "),
         ([(1.0, 2.0, 3.0), 1.0, 2.0], r"ns_coefficients=.*: must be 'keller', "),
-        ([], r"ns_coefficients=\(\): must be 'keller', "),
+        ([], r"ns_coefficients=\[\]: must be 'keller', "),
         (3.0, r"ns_coefficients=3.0: must be 'keller', "),
         (None, r"ns_coefficients=None: must be 'keller', "),
     ],

@@ -170,7 +170,7 @@ def test_coefficients_that_change_to_wrong_ones_are_named() -> None:
     for wrong in ("polar_exprss", (True, 1.0, 1.0), {"a": 1}, [({}, 1, 1)]):
         optimizer.param_groups[0]["ns_coefficients"] = wrong
         weight.grad = torch.ones(4, 8)
-        with pytest.raises(ValueError, match="Invalid ns_coefficients=.*: must be 'keller'"):
+        with pytest.raises(ValueError, match=r"Invalid ns_coefficients=.*: must be 'keller'"):
             optimizer.step()
 
 

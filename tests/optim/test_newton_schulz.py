@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import lightning_optim as lo
 from lightning_optim import optim
 from lightning_optim.optim import newton_schulz
 from lightning_optim.optim.gram_form import gram_iterate, is_faster
@@ -227,6 +229,23 @@ def test_an_optimizer_takes_presets_and_lists_also_in_groups_and_checkpoints(cls
     loaded = cls([{"params": weights[:1]}, {"params": weights[1:]}], lr=0.1)
     loaded.load_state_dict(optimizer.state_dict())
     assert loaded.param_groups[0]["ns_coefficients"] == given
+
+
+@pytest.mark.parametrize("given", ["polar_express", [[3.0, -3.2, 1.2], [1.875, -1.25, 0.375]], [3.0, -3.2, 1.2]])
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_the_factory_takes_them_by_every_way_of_naming_the_optimizer(name: str, given: Any) -> None:
+    options = {"ns_coefficients": given, "ema": [0.9, "power 0.1"]}
+    cls = optim.get_optimizer_class(name)
+    path = f"lightning_optim.optim.{cls.__name__}"
+    for factory in (
+        lo.OptimizerFactory(name, optimizer_kwargs=options),
+        lo.OptimizerFactory({"class_path": path, "init_args": options}),
+        lo.OptimizerFactory(partial(cls, **options)),
+    ):
+        optimizer, _ = factory.build(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)))
+        assert optimizer.param_groups[0]["ns_coefficients"] == given
+    with pytest.raises(ValueError, match=r"ns_coefficients='polar_exprss': .*Did you mean 'polar_express'"):
+        lo.OptimizerFactory(name, optimizer_kwargs={"ns_coefficients": "polar_exprss"})
 
 
 def test_torch_takes_the_state_of_the_default() -> None:

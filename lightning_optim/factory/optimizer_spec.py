@@ -59,8 +59,8 @@ class OptimizerSpec:
         self._betas = next((group["betas"] for group in trial.param_groups if "betas" in group), ())
 
     def trial(self) -> Optimizer:
-        """Make the optimizer for two small parameters, shapes [2, 2] and [1]."""
-        return self.make([{"params": _trial_params()}])
+        """Make the optimizer for two small parameters, a matrix and a vector."""
+        return self.make([{"params": _trial_params(self.defaults)}])
 
     def make_for(self, model: nn.Module, groups: Iterable[Any]) -> Optimizer:
         """The optimizer of ``model``, with groups of its parameters."""
@@ -79,7 +79,7 @@ class OptimizerSpec:
         if issubclass(self.cls, optim.FusedOptimizer):
             return None
         try:
-            self.make([{"params": [param]} for param in _trial_params()])
+            self.make([{"params": [param]} for param in _trial_params(self.defaults)])
         except ValueError as error:
             return str(error)
         return None
@@ -144,12 +144,13 @@ class OptimizerSpec:
             raise ValueError(f"betas={list(rule.betas)} are {len(rule.betas)}; needed are {len(betas)}, as {betas}.")
         if issubclass(self.cls, optim.FusedOptimizer):  # torch's own check the values of defaults only
             problems: list[Exception] = []
-            for param in _trial_params():
+            params = _trial_params({**self.defaults, **settings})
+            for param in params:
                 try:
                     self.make([{"params": [param], **settings}])
                 except ValueError as error:
                     problems.append(error)
-            if len(problems) == len(_trial_params()):  # a rule for matrices does not take the vector
+            if len(problems) == len(params):  # a rule for matrices does not take the vector
                 raise problems[0]
 
     def __repr__(self) -> str:
@@ -157,9 +158,15 @@ class OptimizerSpec:
         return f"{self.cls.__name__}({options})"
 
 
-def _trial_params() -> list[nn.Parameter]:
-    """A matrix and a vector: some optimizers treat them differently."""
-    return [nn.Parameter(torch.zeros(2, 2, device="cpu")), nn.Parameter(torch.zeros(1, device="cpu"))]
+def _trial_params(settings: Mapping[str, Any]) -> list[nn.Parameter]:
+    """A matrix, which the `split` of ``settings`` fits, and a vector: some optimizers treat them differently."""
+    split, repeats, dim = (settings.get(key) for key in ("split", "split_repeats", "split_dim"))
+    sizes = split if isinstance(split, list | tuple) else [split]
+    size = 2
+    if all(type(number) is int and number > 0 for number in [*sizes, repeats or 1]):
+        size = max(2, sum(sizes) * (repeats or 1))
+    shape = (2, size) if dim in (-1, 1) else (1, 2, size) if dim == 2 else (size, 2)
+    return [nn.Parameter(torch.zeros(shape, device="cpu")), nn.Parameter(torch.zeros(1, device="cpu"))]
 
 
 _Make = Callable[[Iterable[Any]], Optimizer]
@@ -200,8 +207,9 @@ def _resolve_optimizer(given: Any, kwargs: dict[str, Any]) -> tuple[_Make, Optim
             "path, or a callable from parameter groups to an optimizer."
         )
     if isinstance(given, partial) and isinstance(given.func, type) and issubclass(given.func, Optimizer):
-        _check_kwargs(given.func, given.keywords)
-    trial = make([{"params": _trial_params()}])  # refuses bad values now, not in the middle of fit
+        kwargs = given.keywords
+        _check_kwargs(given.func, kwargs)
+    trial = make([{"params": _trial_params(kwargs)}])  # refuses bad values now, not in the middle of fit
     if not isinstance(trial, Optimizer):
         raise TypeError(f"The optimizer callable {label} returned {trial!r}, which is no torch.optim.Optimizer.")
     if not isinstance(trial, optim.FusedOptimizer):  # ours have checked themselves, each group
@@ -221,10 +229,12 @@ def _odd_rate(cls: type[optim.FusedOptimizer], rate: float, group: Mapping[str, 
     usual = cls.usual_lr_of(group)
     if usual is None or usual[0] / _FAR <= rate <= usual[1] * _FAR:
         return None
+    default = cls.hyperparameters().get("lr", usual[0])
+    is_usual = usual[0] <= default <= usual[1]  # Settings such as `adjust_lr_fn` change the scale, not the default.
     return (
         f"lr={rate:g} of {cls.__name__} is far {'below' if rate < usual[0] else 'above'} what is usual for it, "
-        f"{usual[0]:g} to {usual[1]:g}; its default is {cls.hyperparameters().get('lr', usual[0]):g}. Each optimizer "
-        "has a scale of its own: with another one, choose lr anew, or leave it out."
+        f"{usual[0]:g} to {usual[1]:g}{f'; its default is {default:g}' if is_usual else ' with these settings'}. Each "
+        f"optimizer has a scale of its own: with another one, choose lr anew{', or leave it out' if is_usual else ''}."
     )
 
 
@@ -279,8 +289,8 @@ def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
 def _check_length(cls: type[Optimizer], key: str, value: Any) -> None:
     """Refuse a value that is not as long as the default; torch's own look at the first elements, and fail in a step."""
     default = inspect.signature(cls).parameters[key].default
-    if issubclass(cls, optim.FusedOptimizer) and key in cls.structured:
-        return  # It has a check of its own.
+    if issubclass(cls, optim.FusedOptimizer) and key in cls.of_any_length():
+        return
     if isinstance(default, tuple) and not (isinstance(value, list | tuple) and len(value) == len(default)):
         raise ValueError(f"Invalid {key}={value!r} of {cls.__name__}: must be {len(default)} values, as {default}.")
 

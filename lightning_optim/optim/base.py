@@ -193,6 +193,8 @@ class FusedOptimizer(Optimizer):
         if group.get("rule") is not None:
             owner = class_of_rule(group["rule"])
             shared = {"lr", "weight_decay", *shared_options.DEFAULTS}  # These default to the optimizer's.
+            # So do all others of its own rule, which a group names to decide which parameters it updates.
+            shared |= self.defaults.keys() if owner is type(self) else set()
             own = {name: value for name, value in owner.hyperparameters().items() if name not in shared}
             group = own | group
         filled = self.defaults | group
@@ -205,8 +207,8 @@ class FusedOptimizer(Optimizer):
         filled["peak_lr"] = group["peak_lr"]
         refuse_typos(type(self).__name__, param_group, self.defaults.keys() | owner.hyperparameters().keys())
         own_names = owner.hyperparameters()
-        of_any_length = owner.structured | shared_options.LISTS
-        check_lengths(owner.__name__, filled, {n: v for n, v in own_names.items() if n not in of_any_length})
+        free = owner.of_any_length()
+        check_lengths(owner.__name__, filled, {n: v for n, v in own_names.items() if n not in free})
         # A name that two classes share, such as `split`, has the values of the class whose rule the group has.
         others = {name: allowed for name, allowed in ranges_of(type(self)).items() if name not in own_names}
         own_ranges = {name: allowed for name, allowed in ranges_of(owner).items() if name in own_names}
@@ -233,6 +235,11 @@ class FusedOptimizer(Optimizer):
             for name, parameter in inspect.signature(cls).parameters.items()
             if name not in ("params", "backend") and parameter.kind is not parameter.VAR_KEYWORD
         }
+
+    @classmethod
+    def of_any_length(cls) -> frozenset[str]:
+        """Return the names of hyperparameters that may be lists of any length: `structured`, and shared options."""
+        return shared_options.LISTS.union(*(vars(base).get("structured", ()) for base in cls.__mro__))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

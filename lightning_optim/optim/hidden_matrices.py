@@ -195,7 +195,7 @@ class HiddenMatrixOptimizer(FusedOptimizer):
         try:
             iterations(group["ns_coefficients"], group["ns_steps"])
         except ValueError as error:
-            raise ValueError(f"{cls.__name__}: Invalid ns_coefficients={error}") from None
+            raise ValueError(f"{cls.__name__}: {error}") from None
 
 
 def _looks_like(entry: Any) -> str | None:

@@ -80,7 +80,8 @@ def orthogonalize_stack(
     Returns:
         As for `orthogonalize`.
     """
-    wide = [matrix.to(dtype) for matrix in matrices]
+    # The largest number of float16 is 65504, which the norm of a moderate matrix exceeds.
+    wide = [matrix.to(torch.float32 if dtype is torch.float16 else dtype) for matrix in matrices]
     tall = [matrix.shape[-2] > matrix.shape[-1] for matrix in wide]
     wide = [matrix.mT if is_tall else matrix for matrix, is_tall in zip(wide, tall, strict=True)]
     *_, rows, columns = wide[0].shape
@@ -88,43 +89,53 @@ def orthogonalize_stack(
     in_gram_form = is_faster(rows, columns, device) if gram is None else gram
     iterate = gram_iterate if in_gram_form else _iterate
     if rows >= STACKED_BELOW.get(device, STACKED_BELOW_ELSEWHERE):
-        done = _one_by_one(wide, iterate, schedule, eps)
+        done = _one_by_one(wide, iterate, schedule, eps, dtype)
     else:
-        done = _stacked(wide, iterate, schedule, eps)
+        done = _stacked(wide, iterate, schedule, eps, dtype)
     return [x.mT if was_tall else x for x, was_tall in zip(done, tall, strict=True)]
 
 
 _Iterate = Callable[[Tensor, Sequence[Triple]], Tensor]
 
 
-def _one_by_one(wide: list[Tensor], iterate: _Iterate, schedule: Sequence[Triple], eps: float) -> list[Tensor]:
+def _one_by_one(
+    wide: list[Tensor], iterate: _Iterate, schedule: Sequence[Triple], eps: float, dtype: torch.dtype
+) -> list[Tensor]:
     """Iterate each matrix by itself; ``wide`` is emptied, so that only one input and its temporaries are alive."""
     done: list[Tensor] = []
     wide.reverse()
     while wide:
         x = wide.pop()
         if x.dim() == 2:
-            done.append(iterate(_normalized(x, eps), schedule))
+            done.append(iterate(_normalized(x, eps, dtype), schedule))
+        elif len(x):
+            done.append(torch.stack([iterate(_normalized(part, eps, dtype), schedule) for part in x]))
         else:
-            done.append(torch.stack([iterate(_normalized(part, eps), schedule) for part in x]) if len(x) else x)
+            done.append(x.to(dtype))
     return done
 
 
-def _stacked(wide: list[Tensor], iterate: _Iterate, schedule: Sequence[Triple], eps: float) -> list[Tensor]:
+def _stacked(
+    wide: list[Tensor], iterate: _Iterate, schedule: Sequence[Triple], eps: float, dtype: torch.dtype
+) -> list[Tensor]:
     """Iterate all matrices in one stack; ``wide`` is emptied."""
     if len(wide) == 1:
-        return [iterate(_normalized(wide.pop(), eps), schedule)]
-    counts = [x.shape[0] if x.dim() == 3 else 0 for x in wide]
-    whole = [torch.cat([x if count else x[None] for x, count in zip(wide, counts, strict=True)])]
+        return [iterate(_normalized(wide.pop(), eps, dtype), schedule)]
+    single = [x.dim() == 2 for x in wide]
+    stacks = [x[None] if alone else x for x, alone in zip(wide, single, strict=True)]
+    counts = [len(stack) for stack in stacks]
+    whole = [torch.cat(stacks)]
     wide.clear()
-    parts = iterate(_normalized(whole.pop(), eps), schedule).split_with_sizes([count or 1 for count in counts])
-    return [part if count else part[0] for part, count in zip(parts, counts, strict=True)]
+    stacks.clear()
+    parts = iterate(_normalized(whole.pop(), eps, dtype), schedule).split_with_sizes(counts)
+    return [part[0] if alone else part for part, alone in zip(parts, single, strict=True)]
 
 
-def _normalized(x: Tensor, eps: float) -> Tensor:
+def _normalized(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Divide by the Frobenius norm, an upper bound of the largest singular value, which must be at most 1."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return x / norm.clamp(min=eps)
+    # With eps=0 a matrix of zeros is divided by the smallest number instead, and stays zero.
+    return (x / norm.clamp(min=max(eps, torch.finfo(x.dtype).tiny))).to(dtype)
 
 
 def _iterate(x: Tensor, schedule: Sequence[Triple]) -> Tensor:

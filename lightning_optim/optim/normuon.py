@@ -21,6 +21,8 @@ from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients
 from lightning_optim.optim.shared_options import SharedOptions
 
 NEWTON_SCHULZ_EPS = 1e-7  # The argument `eps` is that of the rows.
+SMALLEST_EPS = 1e-16
+"""Smallest ε: with zero, rows without a gradient would be 0/0. Its square is a number of float32."""
 
 
 class NorMuonRule(MuonRule):
@@ -83,12 +85,13 @@ def _row_factors(
     """Return the new mean squares of the rows of O, and what each row is multiplied by, [..., rows, 1] each."""
     rows, columns = direction.shape[-2:]
     mean = old.lerp(direction.square().mean(-1, keepdim=True), numbers["one_minus_beta2"])
-    divisor = mean.sqrt() + group["eps"]
+    eps = max(group["eps"], SMALLEST_EPS)
+    divisor = mean.sqrt() + eps
     if group["adjust_lr_fn"] == "match_rms_adamw":
         size: Any = 0.2 * math.sqrt(rows * columns)
     else:
         size = _norm(direction) * step_ratio(rows, columns, group["adjust_lr_fn"])
-    scale = numbers["lr"] * size / (_norm(direction / divisor) + group["eps"])
+    scale = numbers["lr"] * size / (_norm(direction / divisor) + eps)
     return mean, scale / divisor
 
 

@@ -69,46 +69,40 @@ def iterations(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
         [4.08, 3.95, 3.74, 2.88, 2.84, 2.84]
     """
     try:
-        return _iterations(coefficients, steps)
-    except TypeError:  # A list cannot be a key of the cache.
         return _iterations(_frozen(coefficients), steps)
+    except ValueError as error:
+        text = repr(coefficients)
+        shown = text if len(text) < 120 else f"{text[:117]}..."
+        raise ValueError(f"Invalid ns_coefficients={shown}: must be {error}") from None
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+    """Return ``value`` as a key of the cache, in which True is not 1; None stands for what is never valid."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    return value if isinstance(value, str | int | float) and not isinstance(value, bool) else None
 
 
 @lru_cache
 def _iterations(coefficients: Any, steps: int) -> tuple[Triple, ...]:
+    names = ", ".join(map(repr, PRESETS))
+    needed = f"{names}, three finite numbers (a, b, c), or a list of such triples, one per iteration."
     if isinstance(coefficients, str):
         if coefficients not in PRESETS:
-            raise ValueError(f"{coefficients!r}: must be {_needed()}. {nearest(coefficients, PRESETS)}")
+            raise ValueError(f"{needed} {nearest(coefficients, PRESETS)}")
         triples = PRESETS[coefficients][:steps]
     elif isinstance(coefficients, tuple) and coefficients and all(isinstance(entry, tuple) for entry in coefficients):
         triples = coefficients
         if len(triples) > steps:
-            raise ValueError(
-                f"{_shown(coefficients)}: must be at most ns_steps={steps} triples, one per iteration, "
-                f"not {len(triples)}."
-            )
+            raise ValueError(f"at most ns_steps={steps} triples, one per iteration, not {len(triples)}.")
     else:
         triples = (coefficients,)
     for triple in triples:
-        if not isinstance(triple, tuple) or len(triple) != 3 or not all(_is_finite(number) for number in triple):
-            raise ValueError(f"{_shown(coefficients)}: must be {_needed()}.")
+        if not isinstance(triple, tuple) or len(triple) != 3 or not all(map(_is_finite, triple)):
+            raise ValueError(needed)
     triples = tuple((float(a), float(b), float(c)) for a, b, c in triples)
     return triples + triples[-1:] * (steps - len(triples))
 
 
 def _is_finite(number: Any) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-
-
-def _shown(coefficients: Any) -> str:
-    text = repr(coefficients)
-    return text if len(text) < 120 else f"{text[:117]}..."
-
-
-def _needed() -> str:
-    names = ", ".join(map(repr, PRESETS))
-    return f"{names}, three finite numbers (a, b, c), or a list of such triples, one per iteration"
+    return isinstance(number, int | float) and math.isfinite(number)

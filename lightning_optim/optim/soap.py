@@ -18,11 +18,23 @@ from lightning_optim.kernels.base import largest
 from lightning_optim.kernels.rules import Scalar, TensorRule, sqrt, where
 from lightning_optim.kernels.weight_decay import WeightDecayKind, decay_coefficients, decay_form
 from lightning_optim.optim.base import FusedOptimizer
-from lightning_optim.optim.matrix_form import MatrixForm, check_form, matrix_form
+from lightning_optim.optim.matrix_form import check_form
 from lightning_optim.optim.matrix_groups import stack_param_groups
 from lightning_optim.optim.shared_options import SharedOptions
-
-Bases = list[Tensor | None]  # One basis per dimension, [size, size]; None for a dimension that is not rotated.
+from lightning_optim.optim.soap_bases import (
+    Bases,
+    average_square,
+    direction_in,
+    eigenvectors,
+    form_of,
+    gram_matrix,
+    name_of,
+    parts_of,
+    power_iteration,
+    preconditioned,
+    reordered,
+    taken,
+)
 
 
 class SOAPRule(TensorRule):
@@ -42,7 +54,7 @@ class SOAPRule(TensorRule):
                 "needs to know which. Set flatten=False or flatten=True in its group."
             )
         try:
-            _form(param, group)
+            form_of(param, group)
         except ValueError as error:
             return str(error)
         return None
@@ -51,7 +63,7 @@ class SOAPRule(TensorRule):
         """Implement `Rule.form`."""
         if param.dim() < 2:
             return None
-        form = _form(param, group)
+        form = form_of(param, group)
         sizes = param.shape if form is None else (size for shape in form.shapes for size in shape)
         large = sorted({size for size in sizes if size > group["max_precondition_dim"]})
         text = f"{'matrix' if param.dim() == 2 else 'tensor'} {list(param.shape)}" if form is None else str(form)
@@ -64,11 +76,11 @@ class SOAPRule(TensorRule):
         `GG_<dim>_<run>` and `Q_<dim>_<run>`.
         """
         state = {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in self.state}
-        for run, (lead, sizes) in enumerate(_parts(param, group)):
-            for dim, size in _preconditioned(sizes, group):
+        for run, (lead, sizes) in enumerate(parts_of(param, group)):
+            for dim, size in preconditioned(sizes, group):
                 eye = torch.eye(size, dtype=param.dtype, device=param.device)
-                state[_name("GG", dim, run)] = param.new_zeros(*lead, size, size)
-                state[_name("Q", dim, run)] = eye.repeat(*lead, 1, 1) if lead else eye
+                state[name_of("GG", dim, run)] = param.new_zeros(*lead, size, size)
+                state[name_of("Q", dim, run)] = eye.repeat(*lead, 1, 1) if lead else eye
         return state
 
     def scalars(self, group: Mapping[str, Any], step: Scalar, **scalar_state: Scalar) -> dict[str, Scalar]:
@@ -96,20 +108,20 @@ class SOAPRule(TensorRule):
 
     def is_elementwise(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Return whether no dimension has a basis, so that the update is Adam's."""
-        return not any(_preconditioned(sizes, group) for _, sizes in _parts(param, group))
+        return not any(preconditioned(sizes, group) for _, sizes in parts_of(param, group))
 
     def cost(self, param: Tensor, group: Mapping[str, Any]) -> float:
         """Return the multiplications and additions of rotations and Gram matrices, and of a share of the refreshes."""
         total = 0.0
-        for lead, sizes in _parts(param, group):
-            rotated = [size for _, size in _preconditioned(sizes, group)]
+        for lead, sizes in parts_of(param, group):
+            rotated = [size for _, size in preconditioned(sizes, group)]
             refreshes = sum(10.0 * size**3 for size in rotated) / group["precondition_frequency"]
             total += math.prod(lead) * (8.0 * math.prod(sizes) * sum(rotated) + refreshes)
         return total
 
     def divisible(self, param: Tensor, group: Mapping[str, Any]) -> tuple[float, float] | None:
         """Return the operations of a refresh of the bases, and the bytes of the amount, the moments and the factors."""
-        parts = [(lead, _preconditioned(sizes, group)) for lead, sizes in _parts(param, group)]
+        parts = [(lead, preconditioned(sizes, group)) for lead, sizes in parts_of(param, group)]
         sizes = [size for lead, rotated in parts for _, size in rotated for _ in range(math.prod(lead))]
         if not sizes:
             return None
@@ -133,10 +145,10 @@ class SOAPRule(TensorRule):
         """Implement `TensorRule.update`."""
         deltas, new_states = [], []
         for grad, state, numbers, group in zip(grads, states, scalars, groups, strict=True):
-            form = _form(grad, group)
+            form = form_of(grad, group)
             exp_avg = state["exp_avg"].lerp(grad, numbers["one_minus_beta1"])
             new_state = {"exp_avg": exp_avg}
-            of_parts = (_taken(x, form) for x in (grad, exp_avg, state["exp_avg_sq"]))
+            of_parts = (taken(x, form) for x in (grad, exp_avg, state["exp_avg_sq"]))
             steps, squares = [], []
             for run, (part, average, square) in enumerate(zip(*of_parts, strict=True)):
                 lead = 0 if form is None else part.dim() - 2
@@ -178,74 +190,26 @@ def _update_part(
         Adam's direction, and the new second moment, shape of ``grad``.
     """
     most = largest(grad.dtype)
-    bases: Bases = [state.get(_name("Q", dim, run)) for dim in range(grad.dim() - lead)]
-    exp_avg_sq = _average_square(grad, bases, exp_avg_sq, numbers["one_minus_beta2"], most)
-    direction = _direction(exp_avg, exp_avg_sq, bases, group["eps"])
+    bases: Bases = [state.get(name_of("Q", dim, run)) for dim in range(grad.dim() - lead)]
+    exp_avg_sq = average_square(grad, bases, exp_avg_sq, numbers["one_minus_beta2"], most)
+    direction = direction_in(exp_avg, exp_avg_sq, bases, group["eps"])
     count = _count(numbers, group)
     for dim, basis in enumerate(bases):
         if basis is None:
             continue
-        name = _name("Q", dim, run)
-        gram = _gram(grad, dim, lead).clamp_(-most, most)
+        name = name_of("Q", dim, run)
+        gram = gram_matrix(grad, dim, lead)
         # In the memory of the products, because these matrices are the largest tensors here.
-        torch.lerp(state[_name("GG", dim, run)], gram, numbers["one_minus_shampoo_beta"], out=gram)
-        new_state[_name("GG", dim, run)] = gram
+        torch.lerp(state[name_of("GG", dim, run)], gram, numbers["one_minus_shampoo_beta"], out=gram)
+        new_state[name_of("GG", dim, run)] = gram
         if count == 1:
-            new_state[name] = _eigenvectors(gram)
+            new_state[name] = eigenvectors(gram)
         elif _is_refresh(count, group):
-            new_state[name], order = _power_iteration(gram, basis)
-            exp_avg_sq = _reordered(exp_avg_sq, dim + lead, order)
+            new_state[name], order = power_iteration(gram, basis)
+            exp_avg_sq = reordered(exp_avg_sq, dim + lead, order)
         else:
             new_state[name] = basis
     return direction, exp_avg_sq
-
-
-def _form(param: Tensor, group: Mapping[str, Any]) -> MatrixForm | None:
-    """Return how ``param`` is cut into matrices; None if it has a basis for each dimension as it is."""
-    cut = group.get("split") is not None or (param.dim() > 2 and group.get("flatten") is not None)
-    return matrix_form(param, group) if cut and param.dim() > 1 else None
-
-
-def _taken(tensor: Tensor, form: MatrixForm | None) -> list[Tensor]:
-    return [tensor] if form is None else form.take(tensor)
-
-
-def _name(kind: str, dim: int, run: int) -> str:
-    return f"{kind}_{dim}_{run}" if run else f"{kind}_{dim}"
-
-
-def _average_square(grad: Tensor, bases: Bases, old: Tensor, weight: Tensor, most: float) -> Tensor:
-    """Return the new average of squares in the coordinates of ``bases``, shape of ``grad``."""
-    rotated = _rotated(grad, bases)  # This is the gradient itself, or a view of it, if there is no basis at all.
-    squares = rotated.square() if all(basis is None for basis in bases) else rotated.square_()
-    # An infinite square would never leave the average.
-    return torch.lerp(old, squares.clamp_(max=most), weight)
-
-
-def _direction(exp_avg: Tensor, exp_avg_sq: Tensor, bases: Bases, eps: float) -> Tensor:
-    """Return Adam's direction in the coordinates of ``bases``, rotated back, as a new tensor, shape of ``exp_avg``."""
-    root = exp_avg_sq.sqrt().add_(eps)
-    torch.div(_rotated(exp_avg, bases), root, out=root)
-    return _rotated(root, bases, back=True)
-
-
-def _parts(param: Tensor, group: Mapping[str, Any]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return for each part of ``param`` how many matrices it has, as (matrices,) or (), and the sizes of each.
-
-    Only the shape of ``param`` is read, which may be sharded.
-    """
-    form = _form(param, group)
-    if form is None:
-        return [((), tuple(param.shape))]
-    shapes = [part.shape for part in form.take(torch.empty(param.shape, device="meta"))]
-    return [(tuple(shape[:-2]), tuple(shape[-2:])) for shape in shapes]
-
-
-def _preconditioned(sizes: Sequence[int], group: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return the dimensions that have a basis, with their sizes."""
-    if len(sizes) == 1 and not group["precondition_1d"]:
-        return []
-    return [(dim, size) for dim, size in enumerate(sizes) if size <= group["max_precondition_dim"]]
 
 
 def _count(numbers: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:
@@ -256,61 +220,6 @@ def _count(numbers: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:
 def _is_refresh(count: int, group: Mapping[str, Any]) -> bool:
     """Return whether the step with this number computes new bases; the first one does."""
     return bool((count - 1) % group["precondition_frequency"] == 0)
-
-
-def _rotated(x: Tensor, bases: Bases, back: bool = False) -> Tensor:
-    """Rotate ``x`` into the coordinates of ``bases``, or back from them."""
-    if x.dim() > len(bases):  # a stack of matrices
-        left, right = bases
-        x = x if left is None else (left if back else left.mT) @ x
-        return x if right is None else x @ (right.mT if back else right)
-    for basis in bases:  # Each iteration moves the first dimension to the end.
-        x = x.movedim(0, -1) if basis is None else torch.tensordot(x, basis, dims=([0], [int(back)]))
-    return x
-
-
-def _gram(grad: Tensor, dim: int, lead: int) -> Tensor:
-    """Return the Gram matrix of the slices of ``grad`` along ``dim``, [size, size], or of each matrix of a stack."""
-    if lead:
-        rows = grad if dim == 0 else grad.mT
-    else:
-        rows = grad.movedim(dim, 0).flatten(1) if grad.dim() > 1 else grad[:, None]
-    return rows @ rows.mT
-
-
-def _reordered(x: Tensor, dim: int, order: Tensor) -> Tensor:
-    """Return ``x`` in another order along ``dim``, which each matrix of a stack has for itself."""
-    if order.dim() == 1:
-        return x.index_select(dim, order)
-    return x.take_along_dim(order[:, :, None] if dim == 1 else order[:, None], dim)
-
-
-def _moderate(gram: Tensor) -> Tensor:
-    """Return ``gram``, [..., size, size], times powers of two against overflow, which keep its eigenvectors."""
-    if not gram.numel():  # torch has no maximum of an empty tensor.
-        return gram.clone()
-    most = torch.maximum(-gram.amin((-2, -1), keepdim=True), gram.amax((-2, -1), keepdim=True))
-    return gram * torch.where(most > 2.0**100, 2.0**-100, 1.0)
-
-
-def _eigenvectors(gram: Tensor) -> Tensor:
-    """Return the eigenvectors of ``gram`` as columns, [..., size, size], in descending order of eigenvalues."""
-    gram = _moderate(gram)
-    finite = gram.isfinite().flatten(-2).all(-1)[..., None, None]
-    # LAPACK raises an error on NaN, which has to propagate to parameters and state as in any other optimizer.
-    gram.masked_fill_(~finite, 0.0).diagonal(0, -2, -1).add_(torch.where(finite[..., 0], 1e-30, 1.0))
-    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
-    del gram
-    return vectors.flip(-1).masked_fill_(~finite, torch.nan)
-
-
-def _power_iteration(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a basis closer to the eigenvectors, [..., size, size], and the order of the old vectors, [..., size]."""
-    product = _moderate(gram) @ basis
-    order = (basis * product).sum(-2).argsort(-1, descending=True)
-    product = product[:, order] if product.dim() == 2 else product.take_along_dim(order[:, None], -1)
-    # QR runs in float32, as in the authors' code: it is accurate enough, and every device supports it.
-    return torch.linalg.qr(product.float()).Q.to(gram.dtype), order
 
 
 class SOAP(FusedOptimizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -442,3 +443,31 @@ def test_the_plan_shows_what_each_parameter_is_and_the_factory_says_it_once(caps
     assert "default_stacks_gate_up: stack of 3, each split into 2 x [8, 8]" in text
     assert "attn.in_proj_weight  [24, 8]  (split into 3 x [8, 8])" in text
     assert "(matrix [8, 8])" not in text
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon", "soap"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split": 4},
+        {"split": [4, 2, 2], "split_dim": 1},
+        {"split": 2, "split_repeats": 2},
+        {"split": 2, "split_dim": 2, "flatten": False},
+    ],
+    ids=str,
+)
+def test_the_factory_takes_a_split_of_all_matrices_before_it_knows_the_model(
+    name: str, options: dict[str, Any]
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    if options.get("split_dim") == 2:
+        model = nn.Sequential()
+        model.experts = nn.Parameter(torch.ones(3, 4, 8))
+    path = f"lightning_optim.optim.{optim.get_optimizer_class(name).__name__}"
+    for given in (name, {"class_path": path}, partial(optim.get_optimizer_class(name), **options)):
+        arguments = {} if isinstance(given, partial) else options
+        factory = lo.OptimizerFactory(given, param_groups=[], optimizer_kwargs=arguments)
+        optimizer, _ = factory.build(model)
+        assert optimizer.param_groups[0]["split"] == options["split"]
+    with pytest.raises(ValueError, match=r"its shape is \(5, 8\), and 5 rows cannot be cut by split=4"):
+        lo.OptimizerFactory(name, optimizer_kwargs={"split": 4}).build(nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 2)))

@@ -56,6 +56,25 @@ def test_the_other_weights_go_on(name: str, huge: float, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["muon", "normuon", "soap", "adafactor"])
+def test_a_matrix_of_huge_gradients_leaves_weights_and_state_finite(
+    name: str, dtype: torch.dtype, backend: str
+) -> None:
+    """Sums of their products have infinities of both signs."""
+    params = start(dtype)[:1]
+    optimizer: Any = optim.get_optimizer_class(name)(params, lr=0.01, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for param in params:
+            param.grad = (torch.randn(param.shape, generator=generator) * 1e30).to(dtype)
+        optimizer.step()
+    for param in params:
+        assert param.isfinite().all()
+        assert all(value.isfinite().all() for value in optimizer.state[param].values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_variance_of_squares_beyond_float32(momentum: float, backend: str) -> None:
     """The weight stands still, as with squares alone; infinity less infinity would make it NaN."""

@@ -151,6 +151,15 @@ def test_adamw_groups_are_adamw(optimizer_class: Any) -> None:
     assert not torch.equal(mine["body.weight"], names["body.weight"])
 
 
+def test_a_group_that_names_the_optimizers_own_rule_has_the_optimizers_settings() -> None:
+    settings = {"ns_steps": 7, "nesterov": False, "flatten": False, "adjust_lr_fn": "spectral"}
+    params: list[Any] = [torch.ones(2, 3, 4, requires_grad=True)]
+    (group,) = optim.Muon([{"params": params, "rule": "muon", "momentum": 0.8}], eps=1e-5, **settings).param_groups
+    assert {name: group[name] for name in (*settings, "momentum", "eps")} == {**settings, "momentum": 0.8, "eps": 1e-5}
+    (group,) = optim.AdamW([{"params": params, "rule": "adamw"}], betas=(0.5, 0.6)).param_groups
+    assert group["betas"] == (0.5, 0.6)
+
+
 def test_what_a_group_says_itself_wins_over_the_settings_for_adamw() -> None:
     model = nn.Linear(3, 3)
     optimizer = optim.Muon([{"params": model.parameters(), "weight_decay": 0.0}], adamw_weight_decay=0.5, adamw_lr=0.1)

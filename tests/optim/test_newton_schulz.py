@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -159,6 +160,49 @@ def test_the_gram_form_is_as_accurate_on_every_spectrum(decay: float | None, nam
     assert torch.linalg.matrix_norm(gram, 2) < 1.1 * torch.linalg.matrix_norm(usual, 2)
 
 
+def test_an_empty_stack_joins_other_matrices() -> None:
+    empty, full = torch.zeros(0, 4, 4), torch.eye(4)
+    found = orthogonalize([empty, full, empty.mT], dtype=torch.float64)
+    assert [tuple(x.shape) for x in found] == [(0, 4, 4), (4, 4), (0, 4, 4)]
+    torch.testing.assert_close(found[1], orthogonalize([full], dtype=torch.float64)[0])
+
+
+@pytest.mark.parametrize("cls", [optim.Muon, optim.NorMuon])
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_matrices_and_rows_without_gradient_stay_without_eps(cls: Any, adjust: str) -> None:
+    weights = [torch.ones(4, 8, requires_grad=True) for _ in range(2)]
+    optimizer = cls(weights, lr=0.01, weight_decay=0, eps=0.0, adjust_lr_fn=adjust)
+    for weight in weights:
+        weight.grad = torch.zeros(4, 8)
+    torch.manual_seed(0)
+    weights[1].grad[1:] = torch.randn(3, 8)
+    optimizer.step()
+    assert (weights[0] == 1).all()
+    assert (weights[1][0] == 1).all()
+    assert weights[1].isfinite().all()
+    assert (weights[1][1:] != 1).all()
+
+
+def test_coefficients_that_change_to_wrong_ones_are_named() -> None:
+    weight = torch.ones(4, 8, requires_grad=True)
+    optimizer = optim.Muon([weight], ns_coefficients=(1.0, 1.0, 1.0))
+    for wrong in ("polar_exprss", (True, 1.0, 1.0), {"a": 1}, [({}, 1, 1)]):
+        optimizer.param_groups[0]["ns_coefficients"] = wrong
+        weight.grad = torch.ones(4, 8)
+        with pytest.raises(ValueError, match=r"Invalid ns_coefficients=.*: must be 'keller'"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("scale", [1e4, 1e15])
+def test_a_norm_beyond_float16_is_no_infinity(gram: bool, scale: float) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(16, 64, dtype=torch.float64)
+    (exact,) = orthogonalize([matrix], gram=gram, dtype=torch.float64)
+    (result,) = orthogonalize([matrix * scale], gram=gram, dtype=torch.float16)
+    assert float((result.double() - exact).norm() / exact.norm()) < 0.005
+
+
 def test_the_gram_form_is_taken_for_wide_and_tall_matrices_only(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
     real = gram_iterate
@@ -204,13 +248,21 @@ def test_an_optimizer_takes_presets_and_lists_also_in_groups_and_checkpoints(cls
     assert loaded.param_groups[0]["ns_coefficients"] == given
 
 
-def test_a_configuration_takes_presets_and_lists() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
-    for given in ("you", [[3.0, -3.2, 1.2], [1.875, -1.25, 0.375]]):
-        optimizer, _ = lo.OptimizerFactory("muon", lr=0.02, optimizer_kwargs={"ns_coefficients": given}).build(model)
+@pytest.mark.parametrize("given", ["polar_express", [[3.0, -3.2, 1.2], [1.875, -1.25, 0.375]], [3.0, -3.2, 1.2]])
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_the_factory_takes_them_by_every_way_of_naming_the_optimizer(name: str, given: Any) -> None:
+    options = {"ns_coefficients": given, "ema": [0.9, "power 0.1"]}
+    cls = optim.get_optimizer_class(name)
+    path = f"lightning_optim.optim.{cls.__name__}"
+    for factory in (
+        lo.OptimizerFactory(name, optimizer_kwargs=options),
+        lo.OptimizerFactory({"class_path": path, "init_args": options}),
+        lo.OptimizerFactory(partial(cls, **options)),
+    ):
+        optimizer, _ = factory.build(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)))
         assert optimizer.param_groups[0]["ns_coefficients"] == given
-    with pytest.raises(ValueError, match=r"Invalid ns_coefficients='yuo': must be .*Did you mean 'you'"):
-        lo.OptimizerFactory("muon", lr=0.02, optimizer_kwargs={"ns_coefficients": "yuo"}).build(model)
+    with pytest.raises(ValueError, match=r"ns_coefficients='polar_exprss': .*Did you mean 'polar_express'"):
+        lo.OptimizerFactory(name, optimizer_kwargs={"ns_coefficients": "polar_exprss"})
 
 
 def test_torch_takes_the_state_of_the_default() -> None:
@@ -228,11 +280,11 @@ def test_torch_takes_the_state_of_the_default() -> None:
         ("polar_exprss", r"ns_coefficients='polar_exprss': must be .*Did you mean 'polar_express'\?"),
         (
             [(1.0, 2.0, 3.0)] * 6,
-            r"ns_coefficients=\(.*\): must be at most ns_steps=5 triples, .*, not 6",
+            r"ns_coefficients=\[.*\]: must be at most ns_steps=5 triples, .*, not 6",
         ),
         ([(1.0, 2.0, 3.0), (1.0, 2.0)], r"ns_coefficients=.*: must be 'keller', "),
         ([(1.0, 2.0, 3.0), 1.0, 2.0], r"ns_coefficients=.*: must be 'keller', "),
-        ([], r"ns_coefficients=\(\): must be 'keller', "),
+        ([], r"ns_coefficients=\[\]: must be 'keller', "),
         (3.0, r"ns_coefficients=3.0: must be 'keller', "),
         (None, r"ns_coefficients=None: must be 'keller', "),
     ],

@@ -314,3 +314,18 @@ def test_every_annotation_of_a_public_constructor_can_be_checked():
 
 def test_a_duration_is_checked_as_itself():
     assert Duration(amount=5, unit="percent") == Duration.parse("5%")
+
+
+_EACH = [[3.4445, -4.775, 2.0315], [2.0, -1.5, 0.5]]
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+@pytest.mark.parametrize("given", ["polar_express", (3.0, -3.2, 1.2), _EACH])
+def test_coefficients_may_be_a_preset_or_a_list_in_configurations_too(name, given):
+    rule = lo.ParamGroupRule(name="body", pattern="^body", options={"ns_coefficients": given})
+    for arguments in ({"optimizer_kwargs": {"ns_coefficients": given}}, {"param_groups": [rule]}):
+        optimizer, _ = lo.ConfigureOptimizers(name, lr=0.01, **arguments).build(Net())
+        group = next(g for g in optimizer.param_groups if "body.weight" in g["param_names"])
+        assert group["ns_coefficients"] == given
+    with pytest.raises(ValueError, match="Invalid ns_coefficients='polar_expres'"):
+        lo.ConfigureOptimizers(name, optimizer_kwargs={"ns_coefficients": "polar_expres"}).build(Net())

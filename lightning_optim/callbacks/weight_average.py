@@ -10,12 +10,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_optim.callbacks._packages import is_lightning
 from lightning_optim.callbacks._running_statistics import RunningStatistics, describe_layers
 from lightning_optim.callbacks._swapping import SwapsWeights
 from lightning_optim.kernels.averages import STEP
 from lightning_optim.optim.averaged_weights import has_averages, swap_in_average, swap_out_average
 
 CHECKPOINT_KEY = "lightning_optim.weight_average"
+_OTHER_AVERAGES = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class WeightAverage(SwapsWeights):
@@ -36,7 +38,8 @@ class WeightAverage(SwapsWeights):
             ``lightning_optim.optim.ema_state_dict`` returns them.
 
     Raises:
-        MisconfigurationException: At the start of the fit, if no optimizer keeps such an average.
+        MisconfigurationException: At the start of the fit, if no optimizer keeps such an average, or Lightning's
+            `EMAWeightAveraging` or `StochasticWeightAveraging` takes part in it.
 
     Example:
         >>> from lightning_optim import ConfigureOptimizers
@@ -88,15 +91,30 @@ class WeightAverage(SwapsWeights):
             trainer: The Trainer, whose optimizers have been made.
 
         Raises:
-            MisconfigurationException: None of them does, a group keeps fewer averages, or weights are float16.
+            MisconfigurationException: None of them does, a group keeps fewer averages, weights are float16, or another
+                callback exchanges the weights with an average of its own.
         """
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if any(is_lightning(c, name) for name in _OTHER_AVERAGES)]
+        if others:
+            name = type(others[0]).__name__
+            raise MisconfigurationException(
+                f"{name} puts another average in the place of the same weights as WeightAverage: which of the two is "
+                f"validated, saved and left at the end would depend on their order. Remove {name}, or WeightAverage; "
+                "the option ema takes several averages, and lightning_optim.optim.ema_state_dict returns each."
+            )
         optimizers = self._optimizers(trainer)
         if not optimizers:
             given = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
+            resumed = (
+                "If you have set it, the checkpoint was saved without averages and has replaced the option; "
+                'ConfigureOptimizers(on_resume="config") keeps that of the configuration. '
+            )
             raise MisconfigurationException(
                 "WeightAverage needs an optimizer of lightning_optim.optim with the option ema, such as ema=0.9999 "
-                f'(ConfigureOptimizers: optimizer_kwargs={{"ema": 0.9999}}); this run has {given}. Set it, take the '
-                "optimizer of that name of this package, or use Lightning's EMAWeightAveraging, which has no shards."
+                f'(ConfigureOptimizers: optimizer_kwargs={{"ema": 0.9999}}); this run has {given}. '
+                f"{resumed if trainer.ckpt_path else ''}Set it, take the optimizer of that name of this package, or "
+                "use Lightning's EMAWeightAveraging, which has no shards."
             )
         groups = [group for o in optimizers for group in o.param_groups if group.get("ema")]
         for group in groups:

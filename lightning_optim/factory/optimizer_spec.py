@@ -288,6 +288,8 @@ def _check_kwargs(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> None:
 
 def _check_length(cls: type[Optimizer], key: str, value: Any) -> None:
     """Refuse a value that is not as long as the default; torch's own look at the first elements, and fail in a step."""
+    if key in getattr(cls, "structured", ()):  # It may have other forms, which the class itself checks.
+        return
     default = inspect.signature(cls).parameters[key].default
     if issubclass(cls, optim.FusedOptimizer) and key in cls.of_any_length():
         return

@@ -39,8 +39,7 @@ def complete_state(
         warn_of_conversions(widen(state, tensor_names(rule, state), param, group, rule))
     if low_precision.uses(group) or low_precision.has_codes(state, rule):
         low_precision.complete(state, param, group, rule, position)
-    if group.get("ema"):
-        weight_averages.complete(state, param, group)
+    weight_averages.complete(state, param, group)
     if decay_form(group) == "toward_initial" and INITIAL not in state:
         state[INITIAL] = param.detach().clone(memory_format=torch.preserve_format)
     if rule.counts_steps and "step" in state and state["step"].device != param.device:

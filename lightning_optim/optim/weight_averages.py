@@ -28,15 +28,24 @@ def names_in(state: Iterable[str]) -> list[str]:
 def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
     """Add to ``state`` the averages that are missing, which begin at the present weights, and their step count.
 
-    Averages are stored in float32, or float64 for float64 parameters: in 16 bits they would not move by a thousandth.
+    Averages that the group no longer has are dropped, because they would continue from old weights if it had them
+    again. Averages are stored in float32, or float64 for float64 parameters: in 16 bits they would not move by a
+    thousandth.
 
     Args:
         state: State of ``param``, modified in place.
         param: The parameter.
         group: Its parameter group.
     """
+    wanted = state_names(len(group["ema"] or ()))
+    if not group.get("averaged"):  # Otherwise the weights of training are in one of them.
+        for name in names_in(state):
+            if name not in wanted and not (wanted and name == STEP):
+                del state[name]
+    if not wanted:
+        return
     dtype = arithmetic_dtype(param.dtype)
-    for name in state_names(len(group["ema"])):
+    for name in wanted:
         if name not in state:
             state[name] = param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
         elif state[name].dtype != dtype:

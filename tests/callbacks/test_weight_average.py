@@ -6,7 +6,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 
 import lightning_optim as lo
@@ -282,6 +282,10 @@ def test_what_it_cannot_do_is_refused():
     for which in (-1, 0.5, True):
         with pytest.raises(ValueError, match="must be the number of an average"):
             lo.WeightAverage(which)
+    for other in (EMAWeightAveraging(decay=0.5), StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)):
+        for callbacks in ([*parts(), other], [other, *parts()]):
+            with pytest.raises(MisconfigurationException, match=f"{type(other).__name__} puts another average"):
+                fit(callbacks)
 
 
 def test_averages_of_a_checkpoint_are_checked_before_training(tmp_path):
@@ -295,6 +299,16 @@ def test_averages_of_a_checkpoint_are_checked_before_training(tmp_path):
         pytest.raises(MisconfigurationException, match=r"Invalid which=1.*one has ema=\[0.9\]"),
     ):
         trainer.fit(Watched(), batches(4), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_that_a_checkpoint_took_the_averages_away_is_told(tmp_path):
+    configure = lo.ConfigureOptimizers("adamw", lr=0.1, schedule="constant")
+    make_trainer([configure, SaveAt(2, tmp_path / "a.ckpt")], max_steps=3).fit(Watched(), batches(3))
+    with (
+        pytest.warns(UserWarning, match="Resumed with the checkpoint's hyperparameters"),
+        pytest.raises(MisconfigurationException, match=r'checkpoint was saved without averages.*on_resume="config"'),
+    ):
+        make_trainer(parts(), max_steps=4).fit(Watched(), batches(4), ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_a_checkpoint_of_an_average_is_not_trained_on_without_the_callback(tmp_path):

@@ -263,6 +263,44 @@ def test_state_from_before_the_option_goes_on() -> None:
     torch.testing.assert_close([later.state[param]["ema_0"].double() for param in others], wanted)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_average_that_is_given_up_is_dropped_and_begins_anew_later(backend: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.SGD([weight], lr=1.0, ema=[0.9, 0.5], backend=backend)
+
+    def step() -> set[str]:
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        return set(optimizer.state[weight])
+
+    (group,) = optimizer.param_groups
+    assert {"ema_0", "ema_1", "ema_step"} <= step()
+    group["ema"] = (0.9,)
+    assert {"ema_0", "ema_step"} <= step()
+    assert "ema_1" not in optimizer.state[weight]
+    group["ema"] = None
+    assert not {"ema_0", "ema_1", "ema_step"} & step()
+    group["ema"] = (0.9,)
+    before = weight.detach().clone()
+    step()
+    assert optimizer.state[weight]["ema_step"] == 1
+    torch.testing.assert_close(optimizer.state[weight]["ema_0"], before - 9 / 11)
+
+
+def test_weights_of_training_that_are_set_aside_are_never_dropped() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.SGD([weight], lr=1.0, ema=0.9)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    optim.swap_in_average(optimizer)
+    optimizer.param_groups[0]["ema"] = None
+    optimizer.make_state([weight])
+    optim.swap_out_average(optimizer)
+    assert weight.tolist() == [0.0] * 3
+    optimizer.step()
+    assert weight.tolist() == [-1.0] * 3
+
+
 def test_a_checkpoint_of_bf16_weights_is_not_unpacked_into_others() -> None:
     params = parameters(torch.bfloat16)
     optimizer = make("adamw", params, ema=0.9)

@@ -36,7 +36,7 @@ def is_faster(rows: int, columns: int, device: str) -> bool:
         device: Type of the device.
     """
     if device == "cpu":
-        return 2 * columns >= 5 * rows
+        return rows >= 128 and 2 * columns >= 5 * rows
     return columns >= 2 * rows and rows >= 512
 
 

@@ -61,7 +61,7 @@ def find_fused(one: NamedParameter, modules: Mapping[str, nn.Module]) -> Fused |
         >>> fused.kind, fused.split, fused.split_dim
         ('qkv', 3, -2)
     """
-    if one.dim < 2 or isinstance(one.parameter, UninitializedParameter):
+    if isinstance(one.parameter, UninitializedParameter) or one.dim < 2:
         return None
     for name, owner in zip(one.names, one.modules, strict=True):
         found = _found(name, one.parameter, owner, modules)
@@ -83,7 +83,7 @@ def fused_by_name(name: str, param: Tensor) -> Fused | None:
         3
     """
     layer = _layer(name)
-    if param.dim() != 2 or isinstance(param, UninitializedParameter):
+    if isinstance(param, UninitializedParameter) or param.dim() != 2:
         return None
     rows, columns = param.shape
     why = "needs the modules to tell how; use the groups of muon_param_groups(model), which inspects them"
@@ -210,7 +210,7 @@ def _takes(around: Sequence[nn.Module], names: Sequence[str], dim: int, out: int
     for name in names:
         found = getattr(around[0], name, None) if around else None
         weight = found if isinstance(found, Tensor) else getattr(found, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() < 2 or isinstance(weight, UninitializedParameter):
+        if not isinstance(weight, Tensor) or isinstance(weight, UninitializedParameter) or weight.dim() < 2:
             continue
         wanted = (into, out // 2) if dim == -2 else (out // 2, into)
         sizes = tuple(weight.shape[-2:]) if not isinstance(found, nn.modules.conv._ConvNd) else tuple(weight.shape[:2])

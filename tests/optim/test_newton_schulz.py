@@ -212,8 +212,9 @@ def test_the_gram_form_is_taken_for_wide_and_tall_matrices_only(monkeypatch: pyt
         return real(x, schedule)
 
     monkeypatch.setattr(newton_schulz, "gram_iterate", counted)
-    orthogonalize([torch.randn(shape) for shape in ((8, 8), (8, 16), (8, 32), (32, 8), (2, 8, 32))])
-    assert calls == [(4, 8, 32)]
+    shapes = (128, 128), (128, 256), (128, 512), (512, 128), (2, 128, 512), (64, 512)
+    orthogonalize([torch.randn(shape) for shape in shapes], steps=1)
+    assert calls == [(4, 128, 512)]
     assert is_faster(512, 1024, "cuda")
     assert not is_faster(256, 1024, "cuda")
 

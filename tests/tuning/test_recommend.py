@@ -244,6 +244,7 @@ def test_the_model_within_a_module_counts():
     ],
 )
 def test_models_of_timm(name, expected):
+    pytest.importorskip("torchvision")  # which its models want; without it another test may have made a stub of timm
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         assert names(timm.create_model(name))[0] == expected

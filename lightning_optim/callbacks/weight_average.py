@@ -106,15 +106,10 @@ class WeightAverage(SwapsWeights):
         optimizers = self._optimizers(trainer)
         if not optimizers:
             given = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
-            resumed = (
-                "If you have set it, the checkpoint was saved without averages and has replaced the option; "
-                'ConfigureOptimizers(on_resume="config") keeps that of the configuration. '
-            )
             raise MisconfigurationException(
                 "WeightAverage needs an optimizer of lightning_optim.optim with the option ema, such as ema=0.9999 "
-                f'(ConfigureOptimizers: optimizer_kwargs={{"ema": 0.9999}}); this run has {given}. '
-                f"{resumed if trainer.ckpt_path else ''}Set it, take the optimizer of that name of this package, or "
-                "use Lightning's EMAWeightAveraging, which has no shards."
+                f'(ConfigureOptimizers: optimizer_kwargs={{"ema": 0.9999}}); this run has {given}. Set it, take the '
+                "optimizer of that name of this package, or use Lightning's EMAWeightAveraging, which has no shards."
             )
         groups = [group for o in optimizers for group in o.param_groups if group.get("ema")]
         for group in groups:

@@ -25,7 +25,7 @@ from lightning_optim.kernels.rules import Rule, UpdateRule
 from lightning_optim.kernels.weight_decay import WeightDecayKind
 from lightning_optim.optim import admission, low_precision, other_names, shared_options, update_pass, weight_averages
 from lightning_optim.optim.batches import Batches
-from lightning_optim.optim.checkpoint import load_state_dict
+from lightning_optim.optim.checkpoint import load_state_dict, without_defaults
 from lightning_optim.optim.hyperparameters import (
     check_lengths,
     check_values,
@@ -328,6 +328,10 @@ class FusedOptimizer(Optimizer):
         """Return the rule that updates ``group``: the one named by its key `rule`, or that of this optimizer."""
         name = group.get("rule")
         return self.rule(group) if name is None else class_of_rule(name).rule(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch's method does, without the settings of `checkpoint.UNSAVED_DEFAULTS`."""
+        return without_defaults(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict` of this class, or of torch's optimizer of the same name.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +42,19 @@ class Loadable(Ruled, Protocol):
 OF_PARAMETERS = ("flatten", "split", "split_dim", "split_repeats")
 """Group keys that describe the parameters rather than how they are updated."""
 
+UNSAVED_DEFAULTS: Mapping[str, Any] = MappingProxyType({"ema": None, "kahan_bits": 16})
+"""Group keys that a state dict lacks where they have this value. Distributed checkpoints from before these options lack
+them, and `torch.distributed.checkpoint` loads a checkpoint only if it has every key of the present state dict."""
+
+
+def without_defaults(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict whose groups lack the keys of `UNSAVED_DEFAULTS` that have the values there."""
+    groups = [
+        {k: v for k, v in group.items() if k not in UNSAVED_DEFAULTS or v != UNSAVED_DEFAULTS[k]}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
+
 
 def load_state_dict(optimizer: Loadable, state_dict: Mapping[str, Any]) -> None:
     """Load ``state_dict`` into ``optimizer``; see `FusedOptimizer.load_state_dict`.
@@ -70,6 +84,8 @@ def load_state_dict(optimizer: Loadable, state_dict: Mapping[str, Any]) -> None:
         own = {"params"} if by_position else set(PARAMS)
         own |= {key for key in OF_PARAMETERS if len({str(owners[saved].get(key)) for saved in ids_of_group}) > 1}
         sources.append({k: v for k, v in source.items() if k not in own})
+        if source.get("kahan_sum"):  # Its state has 16 bits. Averages, in contrast, may begin at any step.
+            sources[-1].setdefault("kahan_bits", UNSAVED_DEFAULTS["kahan_bits"])
     known = {saved for ids_of_group in ids for saved in ids_of_group}
     state: defaultdict[Any, Any] = defaultdict(dict)
     for saved, entry in state_dict["state"].items():

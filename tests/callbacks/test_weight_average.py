@@ -301,14 +301,13 @@ def test_averages_of_a_checkpoint_are_checked_before_training(tmp_path):
         trainer.fit(Watched(), batches(4), ckpt_path=tmp_path / "a.ckpt")
 
 
-def test_that_a_checkpoint_took_the_averages_away_is_told(tmp_path):
+def test_averages_begin_where_a_run_without_them_is_resumed(tmp_path, recwarn):
     configure = lo.ConfigureOptimizers("adamw", lr=0.1, schedule="constant")
-    make_trainer([configure, SaveAt(2, tmp_path / "a.ckpt")], max_steps=3).fit(Watched(), batches(3))
-    with (
-        pytest.warns(UserWarning, match="Resumed with the checkpoint's hyperparameters"),
-        pytest.raises(MisconfigurationException, match=r'checkpoint was saved without averages.*on_resume="config"'),
-    ):
-        make_trainer(parts(), max_steps=4).fit(Watched(), batches(4), ckpt_path=tmp_path / "a.ckpt")
+    make_trainer([configure, SaveAt(2, tmp_path / "a.ckpt")], max_steps=3).fit(Watched(), StatefulLoader(4, []))
+    trainer = make_trainer(parts(), max_steps=4)
+    trainer.fit(Watched(), StatefulLoader(4, []), ckpt_path=tmp_path / "a.ckpt")
+    assert [state["ema_step"].item() for state in trainer.optimizers[0].state.values()] == [2.0] * 6
+    assert not any("Resumed with the checkpoint's" in str(warning.message) for warning in recwarn)
 
 
 def test_a_checkpoint_of_an_average_is_not_trained_on_without_the_callback(tmp_path):

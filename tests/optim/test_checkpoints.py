@@ -319,3 +319,26 @@ def test_load_hooks_run() -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert seen == ["post"]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Lion", "Muon", "ScheduleFreeAdamW"])
+def test_a_state_dict_asks_for_no_options_that_older_distributed_checkpoints_lack(name: str) -> None:
+    # torch.distributed.checkpoint loads into the present state dict, of which the checkpoint must have every key.
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    (group,) = getattr(optim, name)([weight], lr=0.1).state_dict()["param_groups"]
+    assert not {"ema", "kahan_bits", "averaged"} & group.keys()
+
+
+def test_a_checkpoint_says_what_its_kahan_state_is() -> None:
+    def made(bits: int) -> optim.AdamW:
+        weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+        weight.grad = torch.ones_like(weight)
+        return optim.AdamW([weight], lr=0.1, kahan_sum=True, kahan_bits=bits)
+
+    for saved, other in ((16, 8), (8, 16)):
+        source, target = made(saved), made(other)
+        source.step()
+        target.load_state_dict(source.state_dict())
+        assert target.param_groups[0]["kahan_bits"] == saved
+        target.step()
+        source.step()

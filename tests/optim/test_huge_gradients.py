@@ -63,7 +63,8 @@ def test_a_matrix_of_huge_gradients_leaves_weights_and_state_finite(
 ) -> None:
     """Sums of their products have infinities of both signs."""
     params = start(dtype)[:1]
-    optimizer: Any = optim.get_optimizer_class(name)(params, lr=0.01, backend=backend)
+    cls: Any = optim.get_optimizer_class(name)
+    optimizer = cls(params, lr=0.01, backend=backend)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         for param in params:

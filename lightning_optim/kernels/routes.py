@@ -6,7 +6,6 @@ shapes only.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -16,9 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_optim.core.shards import part_of, rows_of_rank, whole_of
-
-ALIGNED = 16
-"""Number of bytes of which the place of a tensor in a message is a multiple, so that any dtype can be read there."""
+from lightning_optim.kernels.message import Message, all_to_all
 
 
 class Cut(NamedTuple):
@@ -127,8 +124,8 @@ class Shards(Route):
         owned = _owned(owners, self.ranks)
         order = [(i, name) for own in owned for i in own for name in _cut(cuts[i])]
         mine = [(i, name) for i in owned[self.rank] for name in _cut(cuts[i])]
-        sent = _Message([(cuts[i][name].part(self.rank, self.ranks), cuts[i][name].dtype) for i, name in order], device)
-        came = _Message(
+        sent = Message([(cuts[i][name].part(self.rank, self.ranks), cuts[i][name].dtype) for i, name in order], device)
+        came = Message(
             [(cuts[i][n].part(rank, self.ranks), cuts[i][n].dtype) for rank in range(self.ranks) for i, n in mine],
             device,
         )
@@ -139,7 +136,7 @@ class Shards(Route):
                 places[i, name].copy_(tensors[name])
             kept.append({n: t for n, t in tensors.items() if owners[i] == self.rank and cuts[i][n].dim is None})
         counts = [sum(len(_cut(cuts[i])) for i in own) for own in owned]
-        work = _all_to_all(came, [len(mine)] * self.ranks, sent, counts, self._group)
+        work = all_to_all(came, [len(mine)] * self.ranks, sent, counts, self._group)
 
         def arrived() -> list[Named]:
             work(sent)
@@ -159,11 +156,11 @@ class Shards(Route):
         owned = _owned(owners, self.ranks)
         order = [(i, name) for own in owned for i in own for name in cuts[i]]
         mine = [(rank, i, name) for rank in range(self.ranks) for i in owned[self.rank] for name in cuts[i]]
-        sent = _Message([(cuts[i][name].part(rank, self.ranks), cuts[i][name].dtype) for rank, i, name in mine], device)
-        came = _Message([(cuts[i][name].part(self.rank, self.ranks), cuts[i][name].dtype) for i, name in order], device)
+        sent = Message([(cuts[i][name].part(rank, self.ranks), cuts[i][name].dtype) for rank, i, name in mine], device)
+        came = Message([(cuts[i][name].part(self.rank, self.ranks), cuts[i][name].dtype) for i, name in order], device)
         sent.write([cuts[i][n].take(results[i][n].reshape(cuts[i][n].shape), r, self.ranks) for r, i, n in mine])
         counts = [sum(len(cuts[i]) for i in own) for own in owned]
-        work = _all_to_all(came, counts, sent, [len(mine) // self.ranks] * self.ranks, self._group)
+        work = all_to_all(came, counts, sent, [len(mine) // self.ranks] * self.ranks, self._group)
 
         def arrived() -> list[Named]:
             work(sent)
@@ -200,8 +197,8 @@ class Copies(Route):
         """Implement `Route`."""
         orders = [[(i, name) for i in own for name in cuts[i]] for own in _owned(owners, self.ranks)]
         forms = [[(cuts[i][name].shape, cuts[i][name].dtype) for i, name in order] for order in orders]
-        longest = max(_Message.length(form) for form in forms)
-        sent = _Message(forms[self.rank], device, longest)
+        longest = max(Message.length(form) for form in forms)
+        sent = Message(forms[self.rank], device, longest)
         sent.write([results[i][name].reshape(cuts[i][name].shape) for i, name in orders[self.rank]])
         everything = torch.empty(self.ranks * longest, dtype=torch.uint8, device=device)
         work = dist.all_gather_into_tensor(everything, sent.buffer, self._group, async_op=True)
@@ -212,7 +209,7 @@ class Copies(Route):
             parts = [
                 part
                 for rank, form in enumerate(forms)
-                for part in _Message(form, device, buffer=everything[rank * longest : (rank + 1) * longest]).read()
+                for part in Message(form, device, buffer=everything[rank * longest : (rank + 1) * longest]).read()
             ]
             return _named([one for order in orders for one in order], parts, len(owners))
 
@@ -263,75 +260,6 @@ def _agree(flag: Tensor, groups: Sequence[Any]) -> Tensor:
     for group in groups:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group)
     return flag
-
-
-class _Message:
-    """Tensors of several dtypes in one buffer of bytes.
-
-    Args:
-        forms: Shape and dtype of each tensor.
-        device: Where the buffer is.
-        length: Number of bytes, if more than the tensors need.
-        buffer: Memory to use, uint8, [bytes]; None for new memory.
-    """
-
-    def __init__(
-        self,
-        forms: Sequence[tuple[tuple[int, ...], torch.dtype]],
-        device: torch.device,
-        length: int = 0,
-        buffer: Tensor | None = None,
-    ) -> None:
-        self.forms = forms
-        self.sizes = [_bytes(shape, dtype) for shape, dtype in forms]
-        length = max(length, sum(self.sizes))
-        self.buffer = torch.empty(length, dtype=torch.uint8, device=device) if buffer is None else buffer
-
-    @staticmethod
-    def length(forms: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> int:
-        """Return the number of bytes of the tensors."""
-        return sum(_bytes(shape, dtype) for shape, dtype in forms)
-
-    def read(self) -> list[Tensor]:
-        """Return the tensors as views of the buffer."""
-        views, first = [], 0
-        for (shape, dtype), size in zip(self.forms, self.sizes, strict=True):
-            count = math.prod(shape) * dtype.itemsize
-            views.append(self.buffer[first : first + count].view(dtype).view(shape))
-            first += size
-        return views
-
-    def write(self, tensors: Sequence[Tensor]) -> None:
-        """Copy ``tensors`` into the buffer, cast to its dtypes."""
-        if tensors:
-            torch._foreach_copy_(self.read(), list(tensors))
-
-    def split(self, counts: Sequence[int]) -> list[int]:
-        """Return the number of bytes of each run of ``counts`` tensors."""
-        found, first = [], 0
-        for count in counts:
-            found.append(sum(self.sizes[first : first + count]))
-            first += count
-        return found
-
-
-def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return -(-math.prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
-
-
-def _all_to_all(
-    came: _Message, came_counts: Sequence[int], sent: _Message, sent_counts: Sequence[int], group: Any
-) -> Callable[[_Message], None]:
-    """Start an exchange; return a function that waits for it, given the sent message, which must live until then."""
-    work = dist.all_to_all_single(
-        came.buffer, sent.buffer, came.split(came_counts), sent.split(sent_counts), group, async_op=True
-    )
-
-    def wait(sent: _Message) -> None:
-        if work is not None:
-            work.wait()
-
-    return wait
 
 
 def _owned(owners: Sequence[int], ranks: int) -> list[list[int]]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.core.suggest import nearest
+
 AUTO = "auto"
 """Value of `split` by which fused projections are found from modules and names."""
 
@@ -181,9 +183,11 @@ def check_form(owner: str, group: Mapping[str, Any], auto: bool) -> None:
     if split == AUTO and auto:
         sizes = ()
     if not all(type(size) is int and size >= 1 for size in sizes) or split in ((), []):
+        near = nearest(split, [AUTO]) if auto and isinstance(split, str) else ""
+        hint = f" {near}" if near.startswith("Did") else ""
         raise ValueError(
             f"{owner}: Invalid split={split!r}: must be {repr(AUTO) + ', ' if auto else ''}None, a number of equal "
-            "blocks of at least 1, or a list of their sizes, for instance 3 or (1024, 256, 256)."
+            f"blocks of at least 1, or a list of their sizes, for instance 3 or (1024, 256, 256).{hint}"
         )
     if group["split_repeats"] > 1 and not sizes:
         raise ValueError(
@@ -256,7 +260,8 @@ def _does_not_fit(shape: tuple[int, ...], dim: int, size: int, split: Split, rep
     if isinstance(split, int):
         parts = split * repeats
         near = sorted((n for n in range(2, size + 1) if size % n == 0), key=lambda n: abs(n - parts))[:2]
-        text += f"they are no multiple of {parts}. Nearest numbers of blocks: {' and '.join(map(str, sorted(near)))}."
+        text += f"they are no multiple of {parts}."
+        text += f" Nearest numbers of blocks: {' and '.join(map(str, sorted(near)))}." if near else ""
     else:
         assert split is not None
         total = sum(split) * repeats

@@ -69,7 +69,10 @@ def iterations(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
         [4.08, 3.95, 3.74, 2.88, 2.84, 2.84]
     """
     try:
-        return _iterations(_frozen(coefficients), steps)
+        try:
+            return _iterations(coefficients, steps)
+        except TypeError:  # A list cannot be a key of the cache.
+            return _iterations(_frozen(coefficients), steps)
     except ValueError as error:
         text = repr(coefficients)
         shown = text if len(text) < 120 else f"{text[:117]}..."
@@ -77,7 +80,7 @@ def iterations(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
 
 
 def _frozen(value: Any) -> Any:
-    """Return ``value`` as a key of the cache, in which True is not 1; None stands for what is never valid."""
+    """Return ``value`` as a key of the cache; None stands for what is never valid."""
     if isinstance(value, list | tuple):
         return tuple(map(_frozen, value))
     return value if isinstance(value, str | int | float) and not isinstance(value, bool) else None
@@ -105,4 +108,4 @@ def _iterations(coefficients: Any, steps: int) -> tuple[Triple, ...]:
 
 
 def _is_finite(number: Any) -> bool:
-    return isinstance(number, int | float) and math.isfinite(number)
+    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)

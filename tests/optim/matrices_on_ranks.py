@@ -27,7 +27,7 @@ from lightning_optim import StepPipeline, clipping, optim
 from lightning_optim.divergence import NonFiniteGradient
 from lightning_optim.kernels import parts
 from lightning_optim.kernels.rules import MatrixRule
-from lightning_optim.optim import division, muon, soap
+from lightning_optim.optim import division, muon, soap_bases
 from lightning_optim.optim.matrix_form import matrix_form
 from tests.live_bytes import peak_bytes
 from tests.optim.tensor_parallel_checks import same_on_all_ranks, train
@@ -490,7 +490,7 @@ def check_copies(name: str, **arguments: Any) -> None:
         many.optimizer.divide_over = dist.group.WORLD
         for _ in range(STEPS):
             one.step()
-        with counted(soap, "_moderate") if name == "SOAP" else counted(muon, "orthogonalize_stack") as done:
+        with counted(soap_bases, "_moderate") if name == "SOAP" else counted(muon, "orthogonalize_stack") as done:
             for _ in range(STEPS):
                 many.step()
         torch.testing.assert_close(many.weights(), one.weights(), rtol=1e-6, atol=1e-6)

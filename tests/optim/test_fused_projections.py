@@ -198,14 +198,22 @@ def test_a_piece_without_gradient_stays_where_it_is_and_the_others_are_not_touch
         ((18, 6), {"split": (12, 6.0)}, r"Invalid split=\(12, 6.0\)"),
         ((18, 6), {"split": True}, r"Invalid split=True"),
         ((18, 6), {"split": "qkv"}, r"Invalid split='qkv': must be 'auto', None, a number"),
+        ((18, 6), {"split": "atuo"}, r"Invalid split='atuo': must be .* Did you mean 'auto'\?$"),
+        (
+            (1, 6),
+            {"rule": "muon", "split": 3},
+            r"1 rows cannot be cut by split=3: they are no multiple of 3. The other",
+        ),
         ((18, 6), {"split_repeats": 2, "split": None}, r"split_repeats=2: must be 1 without a split, which is None"),
         ((18, 6), {"split": 3, "split_repeats": 0}, r"split_repeats=0: must be a whole number of at least 1"),
         ((18, 6), {"split": 3, "split_dim": 0.5}, r"split_dim=0.5: must be a whole number"),
     ],
 )
 def test_what_cannot_be_split_is_refused(shape: tuple[int, ...], settings: dict[str, Any], message: str) -> None:
+    settings = {"rule": None, **settings}
+    group = {"params": [("w", nn.Parameter(torch.randn(shape)))], "rule": settings.pop("rule")}
     with pytest.raises(ValueError, match=message):
-        optim.Muon([("w", nn.Parameter(torch.randn(shape)))], **settings)
+        optim.Muon([group], **settings)
 
 
 def test_misspelt_keys_of_groups_are_refused() -> None:

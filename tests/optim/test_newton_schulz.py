@@ -186,7 +186,7 @@ def test_matrices_and_rows_without_gradient_stay_without_eps(cls: Any, adjust: s
 def test_coefficients_that_change_to_wrong_ones_are_named() -> None:
     weight = torch.ones(4, 8, requires_grad=True)
     optimizer = optim.Muon([weight], ns_coefficients=(1.0, 1.0, 1.0))
-    for wrong in ("polar_exprss", (True, 1.0, 1.0), {"a": 1}, [({}, 1, 1)]):
+    for wrong in ("polar_exprss", (True, 2.0, 1.0), {"a": 1}, [({}, 1, 1)]):
         optimizer.param_groups[0]["ns_coefficients"] = wrong
         weight.grad = torch.ones(4, 8)
         with pytest.raises(ValueError, match=r"Invalid ns_coefficients=.*: must be 'keller'"):

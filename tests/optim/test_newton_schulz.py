@@ -160,6 +160,18 @@ def test_the_gram_form_is_as_accurate_on_every_spectrum(decay: float | None, nam
     assert torch.linalg.matrix_norm(gram, 2) < 1.1 * torch.linalg.matrix_norm(usual, 2)
 
 
+@pytest.mark.parametrize("name", ["keller", "polar_express", "you"])
+@pytest.mark.parametrize("shape", [(1, 8), (2, 64), (8, 64), (32, 128), (64, 256), (2, 4096)])
+@pytest.mark.parametrize("steps", [3, 5, 6, 7, 9, 12])
+def test_the_gram_form_of_few_rows_and_of_rank_one_stays_bounded(name: str, shape: tuple[int, int], steps: int) -> None:
+    torch.manual_seed(0)
+    for matrix in (torch.randn(shape), torch.outer(torch.randn(shape[0]), torch.randn(shape[1]))):
+        (usual,) = orthogonalize([matrix], name, steps, gram=False)
+        (result,) = orthogonalize([matrix], name, steps, gram=True)
+        norms = [float(torch.linalg.matrix_norm(x.float(), 2)) for x in (result, usual)]
+        assert norms[0] < 1.25 * max(1.0, norms[1])
+
+
 def test_an_empty_stack_joins_other_matrices() -> None:
     empty, full = torch.zeros(0, 4, 4), torch.eye(4)
     found = orthogonalize([empty, full, empty.mT], dtype=torch.float64)

@@ -166,7 +166,7 @@ def test_state_dict_is_torchs_own_and_loads_without_us(case):
     set_gradients(list(plain.param_groups[0]["params"]), 1)
     plain.step()
     assert optimizer.state_dict().keys() == plain.state_dict().keys()
-    assert [g.keys() for g in optimizer.state_dict()["param_groups"]] == [g.keys() for g in plain.param_groups]
+    assert [g.keys() for g in optimizer.state_dict()["param_groups"]] == [g.keys() for g in plain.state_dict()["param_groups"]]
     plain.load_state_dict(optimizer.state_dict())
     assert bit_equal(plain.state_dict(), optimizer.state_dict())
 

@@ -204,6 +204,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Running statistics of batch norm")
 @pytest.mark.parametrize(("callbacks", "loader", "trainer"), CASES, ids=lambda each: str(each))
 def test_the_fit_that_follows_is_bit_equal_to_one_without_trials(callbacks, loader, trainer, tmp_path):
     fits = []

@@ -166,7 +166,8 @@ def test_state_dict_is_torchs_own_and_loads_without_us(case):
     set_gradients(list(plain.param_groups[0]["params"]), 1)
     plain.step()
     assert optimizer.state_dict().keys() == plain.state_dict().keys()
-    assert [g.keys() for g in optimizer.state_dict()["param_groups"]] == [g.keys() for g in plain.state_dict()["param_groups"]]
+    saved, of_plain = (each.state_dict()["param_groups"] for each in (optimizer, plain))
+    assert [group.keys() for group in saved] == [group.keys() for group in of_plain]
     plain.load_state_dict(optimizer.state_dict())
     assert bit_equal(plain.state_dict(), optimizer.state_dict())
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from lightning_optim.kernels.symmetric import symmetric_products
 from lightning_optim.optim.ns_coefficients import Triple
 
 RESTART_EVERY = 2
@@ -55,14 +55,15 @@ def gram_iterate(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
     Returns:
         Shape and dtype of ``x``.
     """
-    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
-    gram = x @ x.mT
+    symmetric = symmetric_products(x.device, x.dtype, x.shape[-2], x.dim() == 3)
+    add_product = symmetric.add_product  # Polynomials of one matrix commute, so their products are symmetric.
+    gram = symmetric.product(x, x.mT)
     product: Tensor | None = None  # None stands for the identity matrix.
     done = 0  # iterations since the restart
     for i, (a, b, c) in enumerate(schedule):
         if product is not None and _restarts(schedule[i - 1], done):
             x = product @ x
-            gram, product, done = x @ x.mT, None, 0
+            gram, product, done = symmetric.product(x, x.mT), None, 0
         done += 1
         rest = add_product(gram, gram, gram, beta=b, alpha=c)  # Z without a·I, which the sums below add
         if i + 1 < len(schedule) and not _restarts((a, b, c), done):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_optim.kernels.symmetric import symmetric_products
 from lightning_optim.optim.gram_form import gram_iterate, is_faster
 from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients, Triple, iterations
 
@@ -81,9 +82,12 @@ def orthogonalize_stack(
         As for `orthogonalize`.
     """
     # The largest number of float16 is 65504, which the norm of a moderate matrix exceeds.
-    wide = [matrix.to(torch.float32 if dtype is torch.float16 else dtype) for matrix in matrices]
-    tall = [matrix.shape[-2] > matrix.shape[-1] for matrix in wide]
-    wide = [matrix.mT if is_tall else matrix for matrix, is_tall in zip(wide, tall, strict=True)]
+    first = torch.float32 if dtype is torch.float16 else dtype
+    wide, tall = [], []
+    for matrix in matrices:
+        *_, rows, columns = matrix.shape
+        tall.append(rows > columns)
+        wide.append(matrix.to(first).mT if rows > columns else matrix.to(first))
     *_, rows, columns = wide[0].shape
     device = wide[0].device.type
     in_gram_form = is_faster(rows, columns, device) if gram is None else gram
@@ -140,9 +144,10 @@ def _normalized(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 
 def _iterate(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
     """Run the iteration on a wide matrix, [rows, columns], or a stack, [matrices, rows, columns]."""
+    symmetric = symmetric_products(x.device, x.dtype, x.shape[-2], x.dim() == 3)
     add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
     for a, b, c in schedule:
-        gram = x @ x.mT
-        gram = add_product(gram, gram, gram, beta=b, alpha=c)
+        gram = symmetric.product(x, x.mT)
+        gram = symmetric.add_product(gram, gram, gram, beta=b, alpha=c)
         x = add_product(x, gram, x, beta=a)
     return x

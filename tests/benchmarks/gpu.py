@@ -28,6 +28,9 @@ from lightning_optim import kernels, optim
 from lightning_optim.clipping import GlobalNorm
 from lightning_optim.divergence import NonFiniteGradient, SpikeWindow, StepGuard
 from lightning_optim.divergence.early_warning import EarlyWarning
+from lightning_optim.kernels import symmetric
+from lightning_optim.optim.newton_schulz import orthogonalize_stack
+from lightning_optim.optim.ns_coefficients import iterations
 from lightning_optim.step import StepPipeline
 
 LR, MAX_NORM = 1e-4, 1.0
@@ -257,6 +260,24 @@ def others(sizes: list[int], tensors: list[int], rounds: int, bandwidth: float) 
         rows(MATRICES, partial(matrices, 12, width), f"12 layers of {width}", rounds, bandwidth, torch_muon)
 
 
+def newton_schulz(sizes: list[int], tensors: list[int], rounds: int, bandwidth: float) -> None:
+    """Print milliseconds of five iterations on one bf16 matrix: usual and Gram form, with whole and halved products."""
+    print("\n| rows x columns | usual | usual, halved | Gram | Gram, halved |\n| --- | --: | --: | --: | --: |")
+    schedule = iterations("keller", 5)
+    for rows in (512, 1024, 2048, 4096, 8192):
+        for columns in (rows, 4 * rows):
+            x = torch.randn(rows, columns, device="cuda")
+            found = []
+            for gram in (False, True):
+                for least in (2**31, 0):
+                    symmetric.HALVED_FROM = least
+                    symmetric.symmetric_products.cache_clear()
+                    step = partial(orthogonalize_stack, [x], schedule, 1e-7, torch.bfloat16, gram)
+                    step()
+                    found.append(statistics.median(milliseconds(step)[0] for _ in range(rounds)))
+            print(f"| {rows} x {columns} | {' | '.join(f'{time:.3f}' for time in found)} |", flush=True)
+
+
 def trainer(sizes: list[int], tensors: list[int], rounds: int, bandwidth: float) -> None:
     """Print a Trainer with everything beside a bare one, by precision."""
     from tests.benchmarks.monitor import trainer_with_everything
@@ -268,7 +289,7 @@ def trainer(sizes: list[int], tensors: list[int], rounds: int, bandwidth: float)
 
 
 SECTIONS: dict[str, Callable[[list[int], list[int], int, float], None]] = {
-    function.__name__: function for function in (adamw, others, trainer)
+    function.__name__: function for function in (adamw, others, newton_schulz, trainer)
 }
 
 

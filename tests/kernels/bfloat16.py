@@ -9,7 +9,9 @@ import torch
 
 
 def round_as_hardware_does(setattr_: Any = setattr) -> None:
-    """Have the interpreter round to nearest, ties to even, as every GPU does; it cuts the low bits off.
+    """Have the interpreter round to nearest, ties to even, and multiply matrices of bfloat16, as every GPU does.
+
+    It cuts the low bits off, and multiplies the bits of bfloat16 as if they were integers.
 
     Args:
         setattr_: What replaces the interpreter's function: `setattr`, or that of a `MonkeyPatch`.
@@ -25,3 +27,16 @@ def round_as_hardware_does(setattr_: Any = setattr) -> None:
         return original(values, source, target, mode)
 
     setattr_(interpreter, "_convert_float", convert)
+
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.name != "bf16":
+            return handle
+        wide = original(handle.data, handle.dtype, interpreter.tl.float32, None).view(np.float32)
+        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return product(self, widened(a), widened(b), *others)
+
+    setattr_(interpreter.InterpreterBuilder, "create_dot", dot)

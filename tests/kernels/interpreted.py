@@ -14,8 +14,12 @@ from torch import Tensor
 
 from lightning_optim import kernels, optim
 from lightning_optim.kernels import measure
+from lightning_optim.kernels.symmetric import Products
 from lightning_optim.kernels.triton import launch as launching
+from lightning_optim.kernels.triton import symmetric
 from lightning_optim.kernels.triton.functions import add_blocks, add_squares
+from lightning_optim.optim import gram_form, newton_schulz
+from lightning_optim.optim.newton_schulz import orthogonalize
 from tests.kernels.bfloat16 import round_as_hardware_does
 from tests.optim.cases import (
     CASES,
@@ -287,3 +291,48 @@ def test_a_divisor_of_any_strides() -> None:
         optimizer.step()
         weights.append([param.detach() for param in params])
     torch.testing.assert_close(*weights, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "tile"), [((1, 1), 16), ((16, 16), 16), ((37, 50), 16), ((3, 40, 21), 32)])
+def test_half_of_the_tiles_make_the_whole_of_a_symmetric_product(shape, tile, dtype, monkeypatch):
+    monkeypatch.setattr(symmetric, "TILE", tile)
+    monkeypatch.setattr(symmetric, "STEP", 16)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tall = x.mT.contiguous().mT
+    add = torch.eye(shape[-2], dtype=dtype).expand(*shape[:-1], shape[-2])
+    exact = x.double() @ x.double().mT
+    ulp = torch.finfo(dtype).eps
+    largest = exact.abs().max().item()
+    for given in (x, tall):
+        got = symmetric.product(given, given.mT)
+        torch.testing.assert_close(got.double(), exact, rtol=ulp, atol=ulp * largest / 10)
+        got = symmetric.add_product(add, given, given.mT, beta=-2.0, alpha=0.5)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), 0.5 * exact - 2 * add.double(), rtol=ulp, atol=ulp * largest / 10)
+        assert torch.equal(got.tril(-1), got.mT.tril(-1))
+    gram = got
+    square = gram.double() @ gram.double()
+    got = symmetric.add_product(gram, gram, gram)
+    torch.testing.assert_close(
+        got.double(), gram.double() + square, rtol=ulp, atol=ulp * square.abs().max().item() / 10
+    )
+
+
+def test_every_tile_below_the_diagonal_is_written_once_with_its_mirror_image(monkeypatch):
+    monkeypatch.setattr(symmetric, "TILE", 16)
+    for rows in (160, 16 * 11 + 1):
+        x = torch.ones(rows, 16, dtype=torch.bfloat16)
+        assert (symmetric.product(x, x.mT) == 16).all()
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_newton_schulz_does_the_same_with_half_of_the_tiles(gram, monkeypatch):
+    monkeypatch.setattr(symmetric, "TILE", 16)
+    x = torch.randn(2, 24, 80, generator=torch.Generator().manual_seed(0))
+    (whole,) = orthogonalize([x], gram=gram)
+    halved = Products(symmetric.product, symmetric.add_product)
+    for module in (newton_schulz, gram_form):
+        monkeypatch.setattr(module, "symmetric_products", lambda *_: halved)
+    (half,) = orthogonalize([x], gram=gram)
+    torch.testing.assert_close(half.float(), whole.float(), rtol=0, atol=0.02)

@@ -25,6 +25,7 @@ from lightning_optim.divergence.early_warning import EarlyWarning  # noqa: E402
 from lightning_optim.kernels.decision import Program  # noqa: E402
 from lightning_optim.kernels.kernel_spec import KernelSpec  # noqa: E402
 from lightning_optim.kernels.rules import UpdateRule  # noqa: E402
+from lightning_optim.kernels.triton import symmetric  # noqa: E402
 from lightning_optim.kernels.triton.codegen import OPTIONS, THREADS, build, build_measure  # noqa: E402
 from lightning_optim.kernels.triton.decision import decision_kernel  # noqa: E402
 from lightning_optim.kernels.triton.functions import add_blocks, add_squares  # noqa: E402
@@ -166,6 +167,38 @@ def test_block_sums_are_added_without_atomics(target: Any) -> None:
     for function, signature in ((add_blocks, pointers | {"columns": "i32"}), (add_squares, pointers)):
         ptx = triton.compile(ASTSource(function, signature=signature), target=target).asm["ptx"]
         assert not re.search(r"\b(atom|red)\.", ptx)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("adds", [False, True])
+def test_symmetric_products_run_on_tensor_cores(target: Any, dtype: str, adds: bool) -> None:
+    """As launched on aligned matrices: the next tiles are fetched meanwhile, and all GPUs have the memory for it."""
+    names = ["x", "y", "add", "result"]
+    signature = dict.fromkeys(names, f"*{dtype}") | {"beta": "fp32", "alpha": "fp32"}
+    strides = ["x_matrix", "x_row", "x_inner", "y_matrix", "y_inner", "y_column"]
+    signature |= dict.fromkeys(["rows", *strides], "i32")
+    constants = {
+        "x_inner": 1,
+        "y_inner": 1,
+        "inner": 4096,
+        "adds": adds,
+        "tile": symmetric.TILE,
+        "step": symmetric.STEP,
+    }
+    signature |= dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in symmetric.halved.arg_names}
+    multiples = [*names, *(name for name in ["rows", *strides] if name not in constants)]
+    divisible = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in multiples}
+    source = ASTSource(symmetric.halved, signature=signature, constexprs=constants, attrs=divisible)
+    made = triton.compile(source, target=target, options=symmetric.OPTIONS)
+    ptx = made.asm["ptx"]
+    assert ("wgmma" if target is HOPPER else "mma.sync") in ptx
+    assert "cp.async" in ptx
+    assert ".f64" not in ptx
+    assert not re.search(r"\b(atom|red)\.", ptx)
+    assert WIDE_STORE in ptx
+    assert made.metadata.shared <= 99 * 1024
 
 
 @each_target

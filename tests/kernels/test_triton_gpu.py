@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim import kernels, optim
+from lightning_optim.kernels.triton import symmetric
 from tests.optim.cases import Case, Setting, assert_same, each_setting, give, gradients
 from tests.optim.test_backends_agree import laid_out
 from tests.optim.test_rules import Custom, TrustRatioRule
@@ -248,3 +249,19 @@ def test_a_graph_capture_is_refused() -> None:
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="AMD's GPUs use torch's products")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(129, 70), (3, 520, 200), (4096, 4096), (4100, 8192)])
+def test_symmetric_products(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape, device=DEVICE, dtype=dtype) / math.sqrt(shape[-1])
+    add = torch.eye(shape[-2], device=DEVICE, dtype=dtype).expand(*shape[:-1], shape[-2])
+    exact = x.float() @ x.float().mT  # in TF32 at most for float32; the products of 16-bit numbers are exact in it
+    for given in (x, x.mT.contiguous().mT):
+        symmetric.product(given, given.mT)  # compiled
+        with no_waiting():
+            plain = symmetric.product(given, given.mT)
+            added = symmetric.add_product(add, given, given.mT, beta=-2.0, alpha=0.5)
+        torch.testing.assert_close(plain.float(), exact, rtol=torch.finfo(dtype).eps, atol=1e-3)
+        torch.testing.assert_close(added.float(), exact / 2 - 2 * add, rtol=torch.finfo(dtype).eps, atol=1e-3)

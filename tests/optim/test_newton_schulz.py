@@ -11,6 +11,7 @@ from torch import Tensor
 
 import lightning_optim as lo
 from lightning_optim import optim
+from lightning_optim.kernels import symmetric
 from lightning_optim.optim import newton_schulz
 from lightning_optim.optim.gram_form import gram_iterate, is_faster
 from lightning_optim.optim.newton_schulz import orthogonalize
@@ -229,6 +230,23 @@ def test_the_gram_form_is_taken_for_wide_and_tall_matrices_only(monkeypatch: pyt
     assert calls == [(4, 128, 512)]
     assert is_faster(512, 1024, "cuda")
     assert not is_faster(256, 1024, "cuda")
+
+
+def test_half_of_the_tiles_are_computed_of_large_16_bit_matrices_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(symmetric, "_compiles", lambda device: True)
+
+    def chosen(device: str, rows: int, dtype: torch.dtype) -> str:
+        made = symmetric.symmetric_products.__wrapped__(torch.device(device), dtype, rows, False)
+        return made.product.__module__ or "torch"
+
+    triton = "lightning_optim.kernels.triton.symmetric"
+    assert chosen("cuda", 4096, torch.bfloat16) == chosen("cuda", 5000, torch.float16) == triton
+    others = ("cuda", 4095, torch.bfloat16), ("cuda", 4096, torch.float32), ("cpu", 4096, torch.bfloat16)
+    assert [chosen(*other) for other in others] == ["torch"] * 3
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        assert chosen("cuda", 4096, torch.bfloat16) == "torch"
 
 
 def test_the_gram_form_multiplies_the_wide_matrix_less_often(monkeypatch: pytest.MonkeyPatch) -> None:

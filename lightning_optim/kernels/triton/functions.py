@@ -31,14 +31,16 @@ def jit_text(text: str, name: str, names: dict[str, Any], **options: Any) -> Any
 def jit(function: Callable[..., Any]) -> Any:
     """Return ``function`` with its own globals, compiled by Triton on first use.
 
-    Annotations, which Triton would evaluate although it does not know `Any`, and the docstring are removed.
+    Annotations but `tl.constexpr`, which Triton would evaluate although it does not know `Any`, and the docstring are
+    removed.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
     definition.decorator_list, definition.returns = [], None
     for argument in definition.args.args:
-        argument.annotation = None
+        if argument.annotation is not None and ast.unparse(argument.annotation) != "tl.constexpr":
+            argument.annotation = None
     if ast.get_docstring(definition) is not None:
         del definition.body[0]
     return jit_text(ast.unparse(tree) + "\n", definition.name, function.__globals__.copy())

@@ -5,6 +5,7 @@ They start within milliseconds (`tests.forked`), run a function of an importable
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import socket
@@ -42,6 +43,7 @@ class Ranks:
 
         Raises:
             AssertionError: A rank failed, or there was no answer in time. The next call gets new processes.
+            EOFError: The process of a rank ended; the message has its exit code.
         """
         if not self._members:
             self._start()
@@ -49,9 +51,13 @@ class Ranks:
         try:
             for _, connection in self._members:
                 connection.send((function, args))
-            for rank, (_, connection) in enumerate(self._members):
+            for rank, (process, connection) in enumerate(self._members):
                 assert connection.poll(timeout), f"rank {rank} gave no answer within {timeout} s"
-                answer, error = pickle.loads(connection.recv_bytes())
+                try:
+                    answer, error = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    process.join(10)
+                    raise EOFError(f"rank {rank} ended with exit code {process.exitcode}") from None
                 assert error is None, f"rank {rank}: {error}"
                 answers.append(answer)
         except BaseException:
@@ -86,6 +92,7 @@ def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, tim
 
     Raises:
         AssertionError: A rank failed, or there was no answer in time.
+        EOFError: The process of a rank ended.
     """
     with Ranks(world_size, join=True) as ranks:
         return ranks.run(function, *args, timeout=timeout)
@@ -105,6 +112,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def _serve(connection: Connection, environment: dict[str, str], join: bool) -> None:
     forked.quiet()
+    faulthandler.enable()
     for name in list(os.environ):
         if name.startswith(("SLURM", "PL_")):  # of a cluster's job in which the tests run
             del os.environ[name]

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_optim.callbacks._gathered import free_gathered
 from lightning_optim.callbacks._hub import HubCallback
+from lightning_optim.callbacks._packages import is_lightning
+
+_OTHER_AVERAGES = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class SwapsWeights(HubCallback):
@@ -21,6 +25,26 @@ class SwapsWeights(HubCallback):
     def __init__(self) -> None:
         self._training = False
         self._undo: list[Callable[[], None]] = []
+
+    def _refuse_other_averages(self, trainer: L.Trainer, instead: str) -> None:
+        """Refuse callbacks of Lightning that exchange the same weights with an average of their own.
+
+        Args:
+            trainer: The Trainer, with its callbacks.
+            instead: What to do for what they are used for, as a clause.
+
+        Raises:
+            MisconfigurationException: There is one.
+        """
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks:
+            if any(is_lightning(other, name) for name in _OTHER_AVERAGES):
+                name = type(other).__name__
+                raise MisconfigurationException(
+                    f"{name} puts another average in the place of the same weights as {self.role}: which of the two is "
+                    f"validated, saved and left at the end would depend on their order. Remove {name}, or {self.role}; "
+                    f"{instead}."
+                )
 
     @abstractmethod
     def _swap_in(self, trainer: L.Trainer) -> None:

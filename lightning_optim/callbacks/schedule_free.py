@@ -23,7 +23,8 @@ class ScheduleFree(SwapsWeights):
     ``torch.optim.swa_utils.update_bn(loader, model)`` computes those of the average.
 
     Raises:
-        MisconfigurationException: At the start of the fit, if no optimizer has `train` and `eval`.
+        MisconfigurationException: At the start of the fit, if no optimizer has `train` and `eval`, or Lightning's
+            `EMAWeightAveraging` or `StochasticWeightAveraging` takes part in it.
 
     Example:
         >>> callbacks = [ScheduleFree()]
@@ -34,6 +35,7 @@ class ScheduleFree(SwapsWeights):
 
     def _at_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that there is such an optimizer, and wrap ``trainer.save_checkpoint``."""
+        self._refuse_other_averages(trainer, "a schedule-free optimizer is evaluated at an average already")
         if not self._optimizers(trainer):
             given = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
             raise MisconfigurationException(

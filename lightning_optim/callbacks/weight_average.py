@@ -10,14 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks._packages import is_lightning
 from lightning_optim.callbacks._running_statistics import RunningStatistics, describe_layers
 from lightning_optim.callbacks._swapping import SwapsWeights
 from lightning_optim.kernels.averages import STEP
 from lightning_optim.optim.averaged_weights import has_averages, swap_in_average, swap_out_average
 
 CHECKPOINT_KEY = "lightning_optim.weight_average"
-_OTHER_AVERAGES = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class WeightAverage(SwapsWeights):
@@ -94,15 +92,9 @@ class WeightAverage(SwapsWeights):
             MisconfigurationException: None of them does, a group keeps fewer averages, weights are float16, or another
                 callback exchanges the weights with an average of its own.
         """
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [c for c in callbacks if any(is_lightning(c, name) for name in _OTHER_AVERAGES)]
-        if others:
-            name = type(others[0]).__name__
-            raise MisconfigurationException(
-                f"{name} puts another average in the place of the same weights as WeightAverage: which of the two is "
-                f"validated, saved and left at the end would depend on their order. Remove {name}, or WeightAverage; "
-                "the option ema takes several averages, and lightning_optim.optim.ema_state_dict returns each."
-            )
+        self._refuse_other_averages(
+            trainer, "the option ema takes several averages, and lightning_optim.optim.ema_state_dict returns each"
+        )
         optimizers = self._optimizers(trainer)
         if not optimizers:
             given = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"

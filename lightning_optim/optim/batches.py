@@ -78,6 +78,8 @@ class Batches:
         rules = list(map(optimizer.rule_of, optimizer.param_groups))
         for group, rule in zip(optimizer.param_groups, rules, strict=True):
             first = len(numel)
+            if group.get("ema") is not None:
+                group["ema"] = averages.parse(group["ema"])
             for index, param in enumerate(group["params"]):
                 position += 1
                 label = functools.partial(optimizer.label, group, index)

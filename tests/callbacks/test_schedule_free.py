@@ -7,7 +7,7 @@ import pytest
 import schedulefree
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 
 import lightning_optim as lo
 from tests.helpers import (
@@ -221,6 +221,15 @@ def test_a_resumed_step_without_the_callback_is_refused_naming_it(tmp_path):
 def test_an_optimizer_without_modes_is_refused():
     with pytest.raises(MisconfigurationException, match=r"needs an optimizer with train\(\) and eval\(\).* has SGD"):
         make_trainer([lo.ScheduleFree()]).fit(Net(), batches(1))
+
+
+@pytest.mark.parametrize(
+    "other", [EMAWeightAveraging(decay=0.5), StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)]
+)
+def test_another_average_of_the_same_weights_is_refused(other):
+    for callbacks in ([lo.ScheduleFree(), other], [other, lo.ScheduleFree()]):
+        with pytest.raises(MisconfigurationException, match=f"{type(other).__name__} puts another average"):
+            make_trainer(callbacks).fit(Watched(), batches(1))
 
 
 def test_it_goes_with_clipping_guard_and_monitor():

@@ -278,9 +278,12 @@ def test_an_average_that_is_given_up_is_dropped_and_begins_anew_later(backend: s
     group["ema"] = (0.9,)
     assert {"ema_0", "ema_step"} <= step()
     assert "ema_1" not in optimizer.state[weight]
+    group["ema"] = "often"
+    with pytest.raises(ValueError, match="Invalid ema='often': must be a decay between 0 and 1"):
+        step()
     group["ema"] = None
     assert not {"ema_0", "ema_1", "ema_step"} & step()
-    group["ema"] = (0.9,)
+    group["ema"] = 0.9
     before = weight.detach().clone()
     step()
     assert optimizer.state[weight]["ema_step"] == 1

@@ -16,6 +16,9 @@ SHARE = 32
 arithmetic widens, may be half as large. The seven copies of a part that the costliest step holds then stay below 0.3 of
 the parameters."""
 
+IN_PLACE = 3
+"""How many times as large a part may be whose step is taken in place, with at most five bfloat16 copies of it."""
+
 AT_LEAST = {"cpu": 2**18}
 """Smallest limit on the elements of a part, by device: saving less than a megabyte is not worth a loop."""
 
@@ -31,7 +34,7 @@ AT_MOST_ELSEWHERE = 2**25
 _SHAPE = operator.attrgetter("shape")
 
 
-def parts(batch: Batch) -> Iterator[list[int]]:
+def parts(batch: Batch, times: int = 1) -> Iterator[list[int]]:
     """Partition ``batch`` into parts that are updated in one call each.
 
     Tensors that a tensor rule can process together (`TensorRule.together`) share a part as far as the limits above
@@ -40,12 +43,13 @@ def parts(batch: Batch) -> Iterator[list[int]]:
 
     Args:
         batch: The batch to partition.
+        times: Factor of the limits that bound temporary memory.
 
     Yields:
         Indices of the tensors of a part; every tensor is in exactly one part.
     """
     sizes = list(map(Tensor.numel, batch.full_params))
-    largest = largest_part(batch, sizes)
+    largest = largest_part(batch, sizes, times)
     if not isinstance(batch.rule, TensorRule):
         yield from cut(range(len(sizes)), sizes, largest)
         return
@@ -59,10 +63,10 @@ def parts(batch: Batch) -> Iterator[list[int]]:
         yield from cut(rows, sizes, largest)
 
 
-def largest_part(batch: Batch, sizes: Sequence[int]) -> int:
+def largest_part(batch: Batch, sizes: Sequence[int], times: int = 1) -> int:
     """Return the largest number of elements of a part of ``batch``, whose tensors have ``sizes`` elements."""
     device, stored = batch.device.type, batch.params[0].element_size() / batch.dtype.itemsize
-    largest = max(int(sum(sizes) * stored) // SHARE, AT_LEAST.get(device, AT_LEAST_ELSEWHERE))
+    largest = times * max(int(sum(sizes) * stored) // SHARE, AT_LEAST.get(device, AT_LEAST_ELSEWHERE))
     return min(largest, AT_MOST.get(device, AT_MOST_ELSEWHERE))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from lightning_optim.kernels.batch_values import (
     widened,
 )
 from lightning_optim.kernels.finish import StepResult, finish
-from lightning_optim.kernels.parts import parts
+from lightning_optim.kernels.parts import IN_PLACE, parts
 from lightning_optim.kernels.pieces import Index, norm, take
 from lightning_optim.kernels.rules import TensorRule, UpdateRule
 from lightning_optim.kernels.scalars import commit, places_of, scalar_columns
@@ -87,7 +87,7 @@ class ReferenceBackend(Backend):
             numbers = [scalars[row] for row in rows]
             return finish(part, _steps(part, rule, numbers), decays, numbers, skip, collect)
 
-        return _in_parts(batch, columns, run, skip)
+        return _in_parts(batch, columns, run, skip, parts(batch))
 
 
 def apply_tensor_rule(
@@ -96,6 +96,7 @@ def apply_tensor_rule(
     subtract: Callable[[Batch, Iterable[Tensor], Tensor, list[dict[str, Tensor]]], None] | None = None,
     *,
     divides: bool = False,
+    in_place: Callable[[Batch, Mapping[str, Tensor], Sequence[int]], bool] | None = None,
     divisor: Tensor | None,
     skip: Tensor | None,
     collect: bool,
@@ -110,6 +111,7 @@ def apply_tensor_rule(
             need nothing else. None if the backend has none.
         divides: Whether ``update`` multiplies the gradients by the scalar `inverse_divisor`; see
             `TensorRule.divides_on_cpu`.
+        in_place: The rule's `step_on_cpu`, which is asked first; None to do without.
         divisor: As for `Backend.apply`.
         skip: As for `Backend.apply`.
         collect: As for `Backend.apply`.
@@ -120,16 +122,19 @@ def apply_tensor_rule(
     if _skipped_on_host(batch, skip):
         return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
     columns = scalar_columns(batch, divisor)
-    scalars = rows_of(columns, batch.dtype)
     as_given = needs_no_scaling(columns) if batch.device.type == "cpu" else [False] * len(batch.params)
     at_once = divides and _are_only_divided(batch, columns)
     one = torch.ones((), dtype=batch.dtype, device=batch.device)
     plain = batch.decay_form == "shrink" and not (batch.cautious or batch.low_precision)
 
+    @cache
+    def scalars() -> list[dict[str, Tensor]]:
+        return rows_of(columns, batch.dtype)
+
     def run(rows: list[int], part: Batch, decays: Tensor) -> Tensor | None:
-        numbers = [scalars[row] for row in rows]
+        numbers = [scalars()[row] for row in rows]
         grads = [
-            part.grads[i].to(part.dtype) if at_once or as_given[row] else grad_of(part, i, scalars[row])
+            part.grads[i].to(part.dtype) if at_once or as_given[row] else grad_of(part, i, numbers[i])
             for i, row in enumerate(rows)
         ]
         states = [states_of_tensor_rule(part, i) for i in range(len(rows))]
@@ -145,7 +150,16 @@ def apply_tensor_rule(
             torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
         return None
 
-    return _in_parts(batch, columns, run, skip, at_once=at_once)
+    def run_in_place(rows: list[int], part: Batch, decays: Tensor) -> None:
+        assert in_place is not None
+        if not in_place(part, columns, rows):
+            for some in parts(part):
+                run([rows[i] for i in some], part.take(some), decays[some])
+
+    usual = plain and batch.plain and not (collect or batch.averages or any(columns["l2"].tolist()))
+    if in_place is not None and usual:
+        return _in_parts(batch, columns, run_in_place, skip, parts(batch, IN_PLACE))
+    return _in_parts(batch, columns, run, skip, [list(range(len(batch.params)))] if at_once else parts(batch))
 
 
 def begin_alone(batch: Batch, update: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Tensor | None]:
@@ -167,7 +181,7 @@ def _in_parts(
     columns: dict[str, Tensor],
     run: Callable[[list[int], Batch, Tensor], Tensor | None],
     skip: Tensor | None,
-    at_once: bool = False,
+    cut: Iterable[list[int]],
 ) -> Tensor | None:
     """Update the batch part by part, storing each part before the next one begins.
 
@@ -176,14 +190,14 @@ def _in_parts(
         columns: Scalars of all tensors, [tensors] each.
         run: Function that updates a part, given the indices of its tensors, the part, and its rows of `decay`.
         skip: As for `Backend.apply`.
-        at_once: Whether all tensors are one part, because ``run`` needs little memory for many.
+        cut: Indices of the tensors of each part.
 
     Returns:
         The step sums, [tensors, columns of `STEP_SUMS`]; None if ``run`` returns none.
     """
     order: list[int] = []
     sums: list[Tensor] = []
-    for rows in [list(range(len(batch.params)))] if at_once else parts(batch):
+    for rows in cut:
         whole = len(rows) == len(batch.params)
         decays = columns["decay"] if whole else columns["decay"][upload(rows, batch.device)]
         collected = run(rows, batch.take(rows), decays)

@@ -376,6 +376,25 @@ class TensorRule(Rule):
         """Compute `update` on the cpu backend; override it with kernels where torch's operations are slow."""
         return self.update(params, grads, states, scalars, groups)
 
+    steps_on_cpu: ClassVar[bool] = False
+    """Whether `step_on_cpu` may be asked."""
+
+    def step_on_cpu(self, batch: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> bool:
+        """Take the whole step of a part of a batch in place, on the cpu backend.
+
+        It is asked in steps of which nothing is measured, that are not skipped, and that need no more than divided
+        gradients and decay of form `shrink`.
+
+        Args:
+            batch: The part, a `Batch`, with gradients as they are in memory; 0-d state is not to be written.
+            columns: Scalars by name, [all tensors] each, float64, `inverse_divisor` and `decay` among them.
+            rows: Places of the tensors of the part among all.
+
+        Returns:
+            Whether it did; if not, it has changed nothing, and `update_on_cpu` is called.
+        """
+        return False
+
 
 Like = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor that another rank sends."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 SCALES = ("original", "keller", "match_rms_adamw", "spectral", "spectral_unclamped")
 """Names of the factors, for a matrix of A rows (outputs) and B columns (inputs):
@@ -16,6 +17,7 @@ SCALES = ("original", "keller", "match_rms_adamw", "spectral", "spectral_unclamp
 """
 
 
+@lru_cache(maxsize=4096)
 def step_ratio(rows: int, columns: int, adjust_lr_fn: str | None) -> float:
     """Return the factor of the learning rate for a matrix, [rows, columns]."""
     if adjust_lr_fn == "match_rms_adamw":

@@ -15,6 +15,7 @@ from lightning_optim.kernels.rules import Like, MatrixRule, Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
 from lightning_optim.optim.matrix_form import AUTO, MatrixForm, matrix_form
 from lightning_optim.optim.matrix_scale import step_ratio
+from lightning_optim.optim.muon_in_place import step_in_place
 from lightning_optim.optim.newton_schulz import orthogonalize_stack
 from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients, iterations
 from lightning_optim.optim.shared_options import SharedOptions
@@ -28,6 +29,7 @@ class MuonRule(MatrixRule):
     compressible: ClassVar[Mapping[str, bool]] = {"momentum_buffer": True}
     counts_steps: ClassVar[bool] = False
     first_moment: ClassVar[str | None] = "momentum_buffer"
+    steps_on_cpu: ClassVar[bool] = True
 
     def why_not(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
         """Implement `Rule.why_not`."""
@@ -51,10 +53,9 @@ class MuonRule(MatrixRule):
         return f"{kernel}{matrix_form(param, group)}"
 
     def together(self, param: Tensor, group: Mapping[str, Any]) -> Hashable:
-        """Return a key that is equal for matrices of one shape or its transpose with equal settings."""
-        shapes = tuple((min(shape), max(shape)) for shape in matrix_form(param, group).shapes)
+        """Return a key that is equal for matrices of one shape with equal settings."""
         settings = (iterations(group["ns_coefficients"], group["ns_steps"]), group["eps"])
-        return shapes, settings
+        return matrix_form(param, group).shapes, settings
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return a momentum of zeros."""
@@ -103,6 +104,10 @@ class MuonRule(MatrixRule):
                 result["ratio"] = line.put(factors)
             results.append((result, {}))
         return results
+
+    def step_on_cpu(self, batch: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> bool:
+        """Implement `TensorRule.step_on_cpu`, with what `sent_dtype` is unless a test changes it."""
+        return self.sent_dtype is torch.bfloat16 and step_in_place(batch, columns, rows)
 
     def orthogonalized(
         self, tensors: Iterable[Tensor], groups: Sequence[Mapping[str, Any]], eps: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,14 +11,16 @@ from lightning_optim.kernels.symmetric import symmetric_products
 from lightning_optim.optim.gram_form import gram_iterate, is_faster
 from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients, Triple, iterations
 
-STACKED_BELOW = {"cpu": 192}
-"""Smallest side from which matrices are iterated one after the other, by device. Below it, one batched product is
-faster than many small ones: 0.24x of the time at 64 x 64, 0.5x at 128 x 128, and 1.1x to 1.2x at 192 and more, on one
-core of an AMD EPYC with bfloat16 instructions."""
+AT_ONCE = 2**20
+"""Number of elements that are iterated in one stack at most. A product costs some 15 us before it begins, so that more
+matrices at once are faster, as long as they stay in the cache: on two cores of an AMD EPYC with bfloat16 instructions,
+stacks of 2 MB took 0.1x of the time of single matrices at 64 x 64, 0.15x at 64 x 256, 0.4x at 128 x 512, 0.85x at
+256 x 1024; and stacks of 14 MB 1.3x of that of single ones at 384 x 1536."""
 
-STACKED_BELOW_ELSEWHERE = 1024
-"""The same on other devices, where launches dominate: stacks took 0.60x of the time at width 512 on an H100, and 1.15x
-at 1024, where their copies cost more than the launches."""
+ONE_BY_ONE_FROM = 1024
+"""Smallest side from which matrices are iterated one after the other on other devices than the CPU, where launches
+dominate: stacks took 0.60x of the time at width 512 on an H100, and 1.15x at 1024, where their copies cost more than
+the launches."""
 
 
 def orthogonalize(
@@ -31,8 +33,7 @@ def orthogonalize(
 ) -> list[Tensor]:
     """Approximate U·Vᵀ of each matrix U·S·Vᵀ by moving all singular values close to 1.
 
-    Small matrices of one shape, or of its transpose, are stacked, because one batched product is faster than many. Tall
-    matrices are transposed, because the wide form has the smaller Gram matrix.
+    Matrices of one shape are stacked, because one batched product is faster than many.
 
     Args:
         matrices: Shape [rows, columns] or [matrices, rows, columns] each, on one device, of any floating dtype.
@@ -50,10 +51,9 @@ def orthogonalize(
         >>> bool((x.diagonal() > 0.6).all())
         True
     """
-    stacks: dict[tuple[int, int], list[int]] = {}
+    stacks: dict[tuple[int, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):
-        *_, rows, columns = matrix.shape
-        stacks.setdefault((min(rows, columns), max(rows, columns)), []).append(i)
+        stacks.setdefault(tuple(matrix.shape[-2:]), []).append(i)
     results: dict[int, Tensor] = {}
     schedule = iterations(coefficients, steps)
     for indices in stacks.values():
@@ -69,7 +69,7 @@ def orthogonalize_stack(
     dtype: torch.dtype = torch.bfloat16,
     gram: bool | None = None,
 ) -> list[Tensor]:
-    """Orthogonalize matrices of one shape or its transpose, in one stack if they are small.
+    """Orthogonalize matrices of one shape, in stacks where these are faster.
 
     Args:
         matrices: Shape [rows, columns] or [matrices, rows, columns] each; no reference is kept after conversion.
@@ -83,71 +83,89 @@ def orthogonalize_stack(
     """
     # The largest number of float16 is 65504, which the norm of a moderate matrix exceeds.
     first = torch.float32 if dtype is torch.float16 else dtype
-    wide, tall = [], []
-    for matrix in matrices:
-        *_, rows, columns = matrix.shape
-        tall.append(rows > columns)
-        wide.append(matrix.to(first).mT if rows > columns else matrix.to(first))
-    *_, rows, columns = wide[0].shape
-    device = wide[0].device.type
-    in_gram_form = is_faster(rows, columns, device) if gram is None else gram
-    iterate = gram_iterate if in_gram_form else _iterate
-    if rows >= STACKED_BELOW.get(device, STACKED_BELOW_ELSEWHERE):
-        done = _one_by_one(wide, iterate, schedule, eps, dtype)
-    else:
-        done = _stacked(wide, iterate, schedule, eps, dtype)
-    return [x.mT if was_tall else x for x, was_tall in zip(done, tall, strict=True)]
+    given = [matrix.to(first) for matrix in matrices]
+    if given[0].device.type != "cpu" and min(given[0].shape[-2:]) >= ONE_BY_ONE_FROM:
+        return _one_by_one(given, schedule, eps, dtype, gram)
+    single = [x.dim() == 2 for x in given]
+    stacks = [x[None] if alone else x for x, alone in zip(given, single, strict=True)]
+    given.clear()
+    counts = [len(stack) for stack in stacks]
+    whole = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+    stacks.clear()
+    done = orthogonalize_in_parts(whole, schedule, eps, dtype, gram)
+    parts = (done[0] if len(done) == 1 else torch.cat(done)).split_with_sizes(counts)
+    return [part[0] if alone else part for part, alone in zip(parts, single, strict=True)]
 
 
-_Iterate = Callable[[Tensor, Sequence[Triple]], Tensor]
+def orthogonalize_in_parts(
+    stack: Tensor, schedule: Sequence[Triple], eps: float, dtype: torch.dtype, gram: bool | None = None
+) -> list[Tensor]:
+    """Orthogonalize a stack, as many of its matrices at once as suits the device.
+
+    Args:
+        stack: Shape [matrices, rows, columns].
+        schedule: As for `orthogonalize_stack`.
+        eps: As for `orthogonalize`.
+        dtype: As for `orthogonalize`.
+        gram: As for `orthogonalize`.
+
+    Returns:
+        Consecutive parts of the result, [some, rows, columns] each, contiguous.
+    """
+    if stack.device.type != "cpu":
+        return [_iterated(stack, schedule, eps, dtype, gram)]
+    count = max(1, AT_ONCE // max(stack.shape[1:].numel(), 1))
+    # Products of a stack of one take up to 1.5 times as long as those of a matrix.
+    return [
+        _iterated(part[0], schedule, eps, dtype, gram)[None]
+        if len(part) == 1
+        else _iterated(part, schedule, eps, dtype, gram)
+        for part in torch.split(stack, count)
+    ]
 
 
 def _one_by_one(
-    wide: list[Tensor], iterate: _Iterate, schedule: Sequence[Triple], eps: float, dtype: torch.dtype
+    given: list[Tensor], schedule: Sequence[Triple], eps: float, dtype: torch.dtype, gram: bool | None
 ) -> list[Tensor]:
-    """Iterate each matrix by itself; ``wide`` is emptied, so that only one input and its temporaries are alive."""
+    """Iterate each matrix by itself; ``given`` is emptied, so that only one input and its temporaries are alive."""
     done: list[Tensor] = []
-    wide.reverse()
-    while wide:
-        x = wide.pop()
+    given.reverse()
+    while given:
+        x = given.pop()
         if x.dim() == 2:
-            done.append(iterate(_normalized(x, eps, dtype), schedule))
+            done.append(_iterated(x, schedule, eps, dtype, gram))
         elif len(x):
-            done.append(torch.stack([iterate(_normalized(part, eps, dtype), schedule) for part in x]))
+            done.append(torch.stack([_iterated(part, schedule, eps, dtype, gram) for part in x]))
         else:
             done.append(x.to(dtype))
     return done
 
 
-def _stacked(
-    wide: list[Tensor], iterate: _Iterate, schedule: Sequence[Triple], eps: float, dtype: torch.dtype
-) -> list[Tensor]:
-    """Iterate all matrices in one stack; ``wide`` is emptied."""
-    if len(wide) == 1:
-        return [iterate(_normalized(wide.pop(), eps, dtype), schedule)]
-    single = [x.dim() == 2 for x in wide]
-    stacks = [x[None] if alone else x for x, alone in zip(wide, single, strict=True)]
-    counts = [len(stack) for stack in stacks]
-    whole = [torch.cat(stacks)]
-    wide.clear()
-    stacks.clear()
-    parts = iterate(_normalized(whole.pop(), eps, dtype), schedule).split_with_sizes(counts)
-    return [part[0] if alone else part for part, alone in zip(parts, single, strict=True)]
-
-
-def _normalized(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Divide by the Frobenius norm, an upper bound of the largest singular value, which must be at most 1."""
+def _iterated(x: Tensor, schedule: Sequence[Triple], eps: float, dtype: torch.dtype, gram: bool | None) -> Tensor:
+    """Divide by the Frobenius norm, an upper bound of the largest singular value, which must be at most 1; iterate."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     # With eps=0 a matrix of zeros is divided by the smallest number instead, and stays zero.
-    return (x / norm.clamp(min=max(eps, torch.finfo(x.dtype).tiny))).to(dtype)
+    x = (x / norm.clamp(min=max(eps, torch.finfo(x.dtype).tiny))).to(dtype)
+    if gram is None:
+        gram = is_faster(x.shape[-2], x.shape[-1], x.device.type)
+    return gram_iterate(x, schedule) if gram else iterate(x, schedule)
 
 
-def _iterate(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
-    """Run the iteration on a wide matrix, [rows, columns], or a stack, [matrices, rows, columns]."""
-    symmetric = symmetric_products(x.device, x.dtype, x.shape[-2], x.dim() == 3)
+def iterate(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
+    """Run the iteration as published, with the smaller of the two Gram matrices.
+
+    Args:
+        x: Shape [rows, columns] or [matrices, rows, columns], with singular values of at most 1.
+        schedule: Coefficients (a, b, c) of each iteration.
+
+    Returns:
+        Shape and dtype of ``x``.
+    """
+    is_tall = x.shape[-2] > x.shape[-1]
+    symmetric = symmetric_products(x.device, x.dtype, min(x.shape[-2:]), x.dim() == 3)
     add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
     for a, b, c in schedule:
-        gram = symmetric.product(x, x.mT)
+        gram = symmetric.product(x.mT, x) if is_tall else symmetric.product(x, x.mT)
         gram = symmetric.add_product(gram, gram, gram, beta=b, alpha=c)
-        x = add_product(x, gram, x, beta=a)
+        x = add_product(x, x, gram, beta=a) if is_tall else add_product(x, gram, x, beta=a)
     return x

@@ -101,7 +101,7 @@ SHAPES = [(24, 24), (40, 16), (16, 40), (12, 96), (3, 8, 24), (2, 24, 8)]
 def test_presets_are_the_published_iterations(
     name: str, gram: bool | None, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(newton_schulz, "STACKED_BELOW", {"cpu": 0 if one_by_one else 10**9})
+    monkeypatch.setattr(newton_schulz, "AT_ONCE", 1 if one_by_one else 10**9)
     torch.manual_seed(0)
     matrices = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES * 2]
     found = orthogonalize(matrices, name, dtype=torch.float64, gram=gram)
@@ -225,11 +225,31 @@ def test_the_gram_form_is_taken_for_wide_and_tall_matrices_only(monkeypatch: pyt
         return real(x, schedule)
 
     monkeypatch.setattr(newton_schulz, "gram_iterate", counted)
-    shapes = (128, 128), (128, 256), (128, 512), (512, 128), (2, 128, 512), (64, 512)
+    shapes = (128, 128), (128, 256), (128, 512), (512, 128), (2, 128, 512), (64, 192)
     orthogonalize([torch.randn(shape) for shape in shapes], steps=1)
-    assert calls == [(4, 128, 512)]
+    assert calls == [(3, 128, 512), (512, 128)]
     assert is_faster(512, 1024, "cuda")
+    assert is_faster(1024, 512, "cuda")
     assert not is_faster(256, 1024, "cuda")
+
+
+def test_stacks_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few matrices at once, and a single one without the dimension that would slow its products down."""
+    calls: list[tuple[int, ...]] = []
+    real = newton_schulz.iterate
+
+    def counted(x: Tensor, schedule: Any) -> Tensor:
+        calls.append(tuple(x.shape))
+        return real(x, schedule)
+
+    monkeypatch.setattr(newton_schulz, "iterate", counted)
+    monkeypatch.setattr(newton_schulz, "AT_ONCE", 3 * 8 * 6)
+    given = [torch.randn(shape, dtype=torch.float64) for shape in ((8, 6), (4, 8, 6), (8, 6), (8, 6))]
+    found = orthogonalize(given, dtype=torch.float64)
+    assert calls == [(3, 8, 6), (3, 8, 6), (8, 6)]
+    for matrix, result in zip(given, found, strict=True):
+        assert result.shape == matrix.shape
+        torch.testing.assert_close(result, plain(matrix, published("keller")), rtol=0, atol=1e-11)
 
 
 def test_half_of_the_tiles_are_computed_of_large_16_bit_matrices_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:

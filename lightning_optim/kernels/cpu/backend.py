@@ -93,7 +93,9 @@ class CpuBackend(Backend):
         if batch.route is not None:
             return self.begin(batch, divisor=divisor, skip=skip, collect=collect)()
         if isinstance(batch.rule, TensorRule):
-            return apply_tensor_rule(batch, **self._of_tensor_rule(batch), divisor=divisor, skip=skip, collect=collect)
+            in_place = batch.rule.step_on_cpu if batch.rule.steps_on_cpu else None
+            given = self._of_tensor_rule(batch) | {"in_place": in_place}
+            return apply_tensor_rule(batch, **given, divisor=divisor, skip=skip, collect=collect)
         if skip is not None and is_set(skip):
             return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
         return self._elementwise.apply(batch, divisor=divisor, skip=None, collect=collect)

@@ -11,11 +11,11 @@ from lightning_optim.kernels.symmetric import symmetric_products
 from lightning_optim.optim.gram_form import gram_iterate, is_faster
 from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients, Triple, iterations
 
-AT_ONCE = 2**20
-"""Number of elements that are iterated in one stack at most. A product costs some 15 us before it begins, so that more
-matrices at once are faster, as long as they stay in the cache: on two cores of an AMD EPYC with bfloat16 instructions,
-stacks of 2 MB took 0.1x of the time of single matrices at 64 x 64, 0.15x at 64 x 256, 0.4x at 128 x 512, 0.85x at
-256 x 1024; and stacks of 14 MB 1.3x of that of single ones at 384 x 1536."""
+AT_ONCE = 2**19
+"""Number of elements that are iterated in one stack on CPUs at most. A product costs some 15 us before it begins, so
+that more matrices at once are faster while they stay in the cache: on two cores of an AMD EPYC with bfloat16
+instructions, stacks took 0.1x of the time of single matrices at 64 x 64, 0.15x at 64 x 256, and 0.5x at 128 x 512; in
+a step, stacks of 0.5 to 4 MB differed by less than the noise, and one of 14 MB took 1.3x at 384 x 1536."""
 
 ONE_BY_ONE_FROM = 1024
 """Smallest side from which matrices are iterated one after the other on other devices than the CPU, where launches

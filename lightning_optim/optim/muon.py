@@ -107,7 +107,8 @@ class MuonRule(MatrixRule):
 
     def step_on_cpu(self, batch: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> bool:
         """Implement `TensorRule.step_on_cpu`, with what `sent_dtype` is unless a test changes it."""
-        return self.sent_dtype is torch.bfloat16 and step_in_place(batch, columns, rows)
+        eps = batch.groups[0]["eps"]
+        return self.sent_dtype is torch.bfloat16 and step_in_place(batch, columns, rows, eps)
 
     def orthogonalized(
         self, tensors: Iterable[Tensor], groups: Sequence[Mapping[str, Any]], eps: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,22 @@ if TYPE_CHECKING:
     from lightning_optim.kernels.cpu.momentum import Place
 
 
-def step_in_place(batch: Batch, columns: Mapping[str, Tensor], rows: Sequence[int]) -> bool:
+def step_in_place(
+    batch: Batch,
+    columns: Mapping[str, Tensor],
+    rows: Sequence[int],
+    eps: float,
+    row_steps: Callable[[int, list[Tensor]], Tensor] | None = None,
+) -> bool:
     """Take the step of matrices that belong together, as `TensorRule.step_on_cpu` does.
 
     Args:
         batch: Matrices of one shape, or tensors with pieces of the same shapes.
         columns: Scalars by name, [all tensors] each.
         rows: Places of these tensors among all.
+        eps: Smallest norm that the Newton-Schulz iteration divides by.
+        row_steps: Function that returns the factor of each row, [matrices, rows], given the number of the piece and
+            consecutive parts of the stack of its orthogonal matrices; None for the learning rate for their shape.
 
     Returns:
         Whether it could: all tensors are contiguous and their pieces lie in memory as matrices.
@@ -44,13 +53,16 @@ def step_in_place(batch: Batch, columns: Mapping[str, Tensor], rows: Sequence[in
     schedule = iterations(groups[0]["ns_coefficients"], groups[0]["ns_steps"])
     names = ("inverse_divisor", "one_minus_momentum", "momentum", "lr", "decay")
     numbers = np.stack([columns[name].numpy() for name in names], 1)[rows].astype(np.float32)
-    for piece in zip(*places, strict=True):
+    for number, piece in enumerate(zip(*places, strict=True)):
         given = [momentum.stack(grads, momenta, piece, numbers[:, :3], nesterov=nesterov)]
-        directions = orthogonalize_in_parts(given.pop(), schedule, groups[0]["eps"], torch.bfloat16)
-        ratios = [step_ratio(piece[0].rows, piece[0].columns, group["adjust_lr_fn"]) for group in groups]
-        after = numbers[:, [0, 1, 3, 4]]
-        after[:, 2] *= np.array(ratios, np.float32)
-        momentum.update(params, grads, momenta, list(map(Tensor.contiguous, directions)), piece, after)
+        directions = orthogonalize_in_parts(given.pop(), schedule, eps, torch.bfloat16)
+        after, steps = numbers[:, [0, 1, 3, 4]], None
+        if row_steps is None:
+            ratios = [step_ratio(piece[0].rows, piece[0].columns, group["adjust_lr_fn"]) for group in groups]
+            after[:, 2] *= np.array(ratios, np.float32)
+        else:
+            steps = row_steps(number, directions)
+        momentum.update(params, grads, momenta, list(map(Tensor.contiguous, directions)), piece, after, steps)
     return True
 
 

@@ -1,4 +1,4 @@
-"""Muon's step in two compiled passes: bit for bit what torch's operations give, and only where it is the whole step."""
+"""Muon's and NorMuon's step in two compiled passes: what torch's operations give, and only where it is all of it."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def trained(
     kind: list[tuple[tuple[int, ...], Group]],
     dtype: torch.dtype = torch.float32,
     divisor: Any = None,
+    cls: Any = optim.Muon,
     **settings: Any,
 ) -> list[torch.Tensor]:
     """Weights and state after three steps, and what lies around the weights in memory."""
@@ -67,8 +68,9 @@ def trained(
         around = torch.randn(40 + torch.Size(shape).numel()).to(dtype)
         kept.append(around)
         params.append(around[20:-20].view(shape).requires_grad_())
-    groups = [{"params": [param], "rule": "muon"} | group for param, (_, group) in zip(params, kind, strict=True)]
-    optimizer = optim.Muon(groups, lr=0.1, backend="cpu", **settings)
+    rule = cls.__name__.lower()
+    groups = [{"params": [param], "rule": rule} | group for param, (_, group) in zip(params, kind, strict=True)]
+    optimizer = cls(groups, lr=0.1, backend="cpu", **settings)
     optimizer.divisor = divisor
     for _ in range(3):
         for param in params:
@@ -94,6 +96,24 @@ def test_weights_and_momentum_are_those_of_torch_operations(
     assert sum(passes) >= 3 * len(kind)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("settings", [{}, {"adjust_lr_fn": "match_rms_adamw", "nesterov": False}], ids=str)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_normuon_has_the_factors_of_its_rows(
+    kind: Any, settings: Group, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = in_torch(monkeypatch, kind, cls=optim.NorMuon, **settings)
+    assert not passes
+    found = trained(kind, cls=optim.NorMuon, **settings)
+    assert sum(passes) >= 3 * len(kind)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_settings_of_rows_that_differ_are_left_to_torch(passes: list[int]) -> None:
+    trained([((6, 8), {}), ((6, 8), {"adjust_lr_fn": "spectral"})], cls=optim.NorMuon)
+    assert not passes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -55,9 +55,13 @@ for row in range(top, bottom):
         store_3(param, row * stride + i, x - change(x, load_2(direction, row * columns + i) * step, decay))
 """
 
+_SCALAR_STEP = "step, decay = scalars[matrix, 2], scalars[matrix, 3]\nfor row in range(top, bottom):\n"
+_ROW_STEPS = "steps, decay = addresses[matrix, 4], scalars[matrix, 3]\nfor row in range(top, bottom):\n"
+_UPDATE_ROWS = _UPDATE.replace(_SCALAR_STEP, f"{_ROW_STEPS}    step = load_4(steps, row)\n")
+
 _TABLES = ("blocks", "sizes", "addresses", "scalars")
 _KERNELS = {"stack": _STACK.replace("NESTEROV", "False"), "nesterov_stack": _STACK.replace("NESTEROV", "True")}
-_KERNELS |= {"update": _UPDATE}
+_KERNELS |= {"update": _UPDATE, "update_rows": _UPDATE_ROWS}
 
 
 class Place(NamedTuple):
@@ -113,6 +117,7 @@ def update(
     directions: Sequence[Tensor],
     places: Sequence[Place],
     scalars: npt.NDArray[np.float32],
+    steps: Tensor | None = None,
 ) -> None:
     """Store the new momenta, and subtract the orthogonal matrices and the weight decay from the parameters.
 
@@ -125,8 +130,11 @@ def update(
         places: As for `stack`.
         scalars: Factor of the gradient, its weight in the momentum, the factor of the orthogonal matrix, and the
             fraction of the parameter that is subtracted, [tensors, 4].
+        steps: Factor of each row of the orthogonal matrices, [matrices, rows], float32, contiguous, in the place of the
+            one of ``scalars``.
     """
-    _run("update", (grads, momenta), directions, places, scalars, params)
+    name = "update" if steps is None else "update_rows"
+    _run(name, (grads, momenta), directions, places, scalars, params, steps)
 
 
 def _run(
@@ -136,8 +144,9 @@ def _run(
     places: Sequence[Place],
     scalars: npt.NDArray[np.float32],
     params: Sequence[Tensor] = (),
+    steps: Tensor | None = None,
 ) -> None:
-    """Run kernel ``name``; its slots are ``inputs``, the matrices of ``stacks``, and ``params`` if there are any."""
+    """Run kernel ``name``; its slots are ``inputs``, the matrices of ``stacks``, ``params``, and rows of ``steps``."""
     blocks, sizes, tensors, offsets = _tables(tuple(places))
     slots = [*inputs, params] if params else list(inputs)
     columns = []
@@ -146,10 +155,13 @@ def _run(
         columns.append(starts[tensors] + offsets * slot[0].element_size())
     each = places[0].rows * places[0].columns * stacks[0].element_size()
     columns.insert(2, np.concatenate([part.data_ptr() + each * np.arange(len(part)) for part in stacks]))
-    kernel = _build(name, tuple(DTYPES[slot[0].dtype] for slot in (*inputs, stacks, *([params] if params else []))))
-    run_blocks(
-        kernel, len(blocks), sum(map(Tensor.numel, stacks)), blocks, sizes, np.stack(columns, 1), scalars[tensors]
-    )
+    dtypes = [slot[0].dtype for slot in (*inputs, stacks, *([params] if params else []))]
+    if steps is not None:
+        columns.append(steps.data_ptr() + steps.element_size() * steps.shape[1] * np.arange(len(steps)))
+        dtypes.append(steps.dtype)
+    kernel = _build(name, tuple(map(DTYPES.__getitem__, dtypes)))
+    elements = sum(map(Tensor.numel, stacks))
+    run_blocks(kernel, len(blocks), elements, blocks, sizes, np.stack(columns, 1), scalars[tensors])
 
 
 @lru_cache(maxsize=256)

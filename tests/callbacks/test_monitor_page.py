@@ -327,6 +327,13 @@ def test_settings_of_an_optimizer_without_a_rate_are_those_it_has():
     assert main_settings(optimizer) == {"lr": None, "optimizer": "SGD", "weight_decay": None}
 
 
+def test_the_rate_of_muon_is_not_that_of_what_it_leaves_to_adamw():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    optimizer, _ = lo.OptimizerFactory("muon", lr=0.03).build(net)
+    assert len(optimizer.param_groups[0]["params"]) > 1
+    assert main_settings(optimizer)["lr"] == 0.03
+
+
 def test_a_logger_that_takes_no_hyperparameters_costs_a_warning(tmp_path):
     class Refuses(CSVLogger):
         def log_hyperparams(self, params=None):

@@ -69,16 +69,23 @@ def settings(trainer: L.Trainer, batch_size: int | None = None) -> dict[str, Any
 
 
 def main_settings(optimizer: Optimizer) -> dict[str, Any]:
-    """Return the class, the peak learning rate and the weight decay of an optimizer, as its largest group has them.
+    """Return the class, the peak learning rate and the weight decay of an optimizer.
+
+    The rate is that of the largest of the groups that the optimizer updates by its own rule.
 
     None stands for what it does not have.
     """
-    groups = optimizer.param_groups
-    lrs = [_peak(group) for group in sorted(groups, key=lambda group: len(group["params"]), reverse=True)]
+    groups, name = optimizer.param_groups, type(optimizer).__name__
+
+    def size(group: Mapping[str, Any]) -> tuple[bool, int]:
+        # Muon leaves most tensors to AdamW, whose rate is not the one that was chosen for it.
+        return group.get("rule") in (None, name.lower()), len(group["params"])
+
+    lrs = [_peak(group) for group in sorted(groups, key=size, reverse=True)]
     decays = [decay for group in groups if (decay := _number(group.get("weight_decay"))) is not None]
     return {
         "lr": lrs[0] if lrs else None,
-        "optimizer": type(optimizer).__name__,
+        "optimizer": name,
         "weight_decay": max(decays) if decays else None,
     }
 

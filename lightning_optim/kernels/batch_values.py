@@ -72,6 +72,12 @@ def needs_no_scaling(columns: dict[str, Tensor]) -> list[bool]:
     return [factor == 1 and weight == 0 for factor, weight in zip(factors, l2, strict=True)]
 
 
+def is_usual(batch: Batch, columns: dict[str, Tensor], collect: bool) -> bool:
+    """Return whether a step of a tensor rule, on the CPU, is an update, decay of form `shrink`, and nothing else."""
+    more = collect or batch.cautious or batch.low_precision or batch.averages or not batch.plain
+    return not more and batch.decay_form == "shrink" and not any(columns["l2"].tolist())
+
+
 def states_of_tensor_rule(batch: Batch, i: int) -> dict[str, Tensor]:
     """Return the rule's own state of a tensor by name, in the dtype of the arithmetic where it is floating point."""
     others = {"kahan_comp", INITIAL, *(f"{name}_scale" for name in batch.quantized), *state_names(batch.averages)}

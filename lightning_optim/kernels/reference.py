@@ -18,6 +18,7 @@ from lightning_optim.kernels import shared_work
 from lightning_optim.kernels.base import Backend, Batch
 from lightning_optim.kernels.batch_values import (
     grad_of,
+    is_usual,
     moment_of,
     needs_no_scaling,
     pieces_of,
@@ -30,7 +31,7 @@ from lightning_optim.kernels.batch_values import (
 from lightning_optim.kernels.finish import StepResult, finish
 from lightning_optim.kernels.parts import IN_PLACE, parts
 from lightning_optim.kernels.pieces import Index, norm, take
-from lightning_optim.kernels.rules import TensorRule, UpdateRule
+from lightning_optim.kernels.rules import StepOnCpu, TensorRule, UpdateRule
 from lightning_optim.kernels.scalars import commit, places_of, scalar_columns
 
 
@@ -96,7 +97,7 @@ def apply_tensor_rule(
     subtract: Callable[[Batch, Iterable[Tensor], Tensor, list[dict[str, Tensor]]], None] | None = None,
     *,
     divides: bool = False,
-    in_place: Callable[[Batch, Mapping[str, Tensor], Sequence[int]], bool] | None = None,
+    in_place: Callable[[Batch, Mapping[str, Tensor], Sequence[int]], StepOnCpu | None] | None = None,
     divisor: Tensor | None,
     skip: Tensor | None,
     collect: bool,
@@ -111,7 +112,7 @@ def apply_tensor_rule(
             need nothing else. None if the backend has none.
         divides: Whether ``update`` multiplies the gradients by the scalar `inverse_divisor`; see
             `TensorRule.divides_on_cpu`.
-        in_place: The rule's `step_on_cpu`, which is asked first; None to do without.
+        in_place: The rule's `MatrixRule.on_cpu`, which is asked first; None to do without.
         divisor: As for `Backend.apply`.
         skip: As for `Backend.apply`.
         collect: As for `Backend.apply`.
@@ -152,12 +153,14 @@ def apply_tensor_rule(
 
     def run_in_place(rows: list[int], part: Batch, decays: Tensor) -> None:
         assert in_place is not None
-        if not in_place(part, columns, rows):
-            for some in parts(part):
-                run([rows[i] for i in some], part.take(some), decays[some])
+        step = in_place(part, columns, rows)
+        if step is not None:
+            step.step()
+            return
+        for some in parts(part):
+            run([rows[i] for i in some], part.take(some), decays[some])
 
-    usual = plain and batch.plain and not (collect or batch.averages or any(columns["l2"].tolist()))
-    if in_place is not None and usual:
+    if in_place is not None and is_usual(batch, columns, collect):
         return _in_parts(batch, columns, run_in_place, skip, parts(batch, IN_PLACE))
     return _in_parts(batch, columns, run, skip, [list(range(len(batch.params)))] if at_once else parts(batch))
 

@@ -11,7 +11,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -380,21 +380,25 @@ class TensorRule(Rule):
         """
         return self.update(params, grads, states, scalars, groups)
 
-    def step_on_cpu(self, batch: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> bool:
-        """Take the whole step of a part of a batch in place, on the cpu backend.
 
-        It is asked in steps of which nothing is measured, that are not skipped, and that need no more than divided
-        gradients and decay of form `shrink`; as `update_on_cpu` of the class that defines it only.
+class StepOnCpu(Protocol):
+    """A step of tensors that belong together, taken in place by kernels of the cpu backend.
 
-        Args:
-            batch: The part, a `Batch`, with gradients as they are in memory; 0-d state is not to be written.
-            columns: Scalars by name, [all tensors] each, float64, `inverse_divisor` and `decay` among them.
-            rows: Places of the tensors of the part among all.
+    It serves where nothing is measured or skipped and the decay has the form `shrink`, with gradients as they are in
+    memory; 0-d state is the caller's.
+    """
 
-        Returns:
-            Whether it did; if not, it has changed nothing, and `update_on_cpu` is called.
-        """
-        return False
+    is_shared: bool
+    """Whether it can be divided over ranks, of which each then has the results of `directions` of all."""
+
+    def step(self) -> None:
+        """Take all of it."""
+
+    def directions(self) -> list[Tensor]:
+        """Return what `MatrixRule.whole` calls `direction` of each tensor, in its shape, contiguous."""
+
+    def finish(self, directions: Sequence[Tensor]) -> None:
+        """Take the rest, given the results of `directions` of all tensors."""
 
 
 Like = tuple[tuple[int, ...], torch.dtype]
@@ -414,6 +418,18 @@ class MatrixRule(TensorRule):
 
     local_state: ClassVar[tuple[str, ...]] = ()
     """Names of states in the shape of the parameter that `advance` updates; the others belong to `whole`."""
+
+    def on_cpu(self, batch: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> StepOnCpu | None:
+        """Return the step of tensors that belong together in compiled passes; None if there are none for them.
+
+        As of `update_on_cpu`, a subclass that does not define this method itself has none.
+
+        Args:
+            batch: The tensors, a `Batch`.
+            columns: Scalars by name, [all tensors] each, float64, `inverse_divisor` and `decay` among them.
+            rows: Places of these tensors among all.
+        """
+        return None
 
     def divisible(self, param: Tensor, group: Mapping[str, Any]) -> tuple[float, float]:
         """Implement `TensorRule.divisible`: the cost, and a result in `sent_dtype`."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -15,15 +16,23 @@ from lightning_optim.core.shards import split_of
 from lightning_optim.core.stats import STEP_SUMS
 from lightning_optim.core.transfer import upload
 from lightning_optim.kernels.base import Batch
-from lightning_optim.kernels.batch_values import grad_of, needs_no_scaling, rows_of, states_of_tensor_rule, widened
+from lightning_optim.kernels.batch_values import (
+    grad_of,
+    is_usual,
+    needs_no_scaling,
+    rows_of,
+    states_of_tensor_rule,
+    widened,
+)
 from lightning_optim.kernels.finish import finish
 from lightning_optim.kernels.owners import buckets_of, owners_of
-from lightning_optim.kernels.parts import keys, largest_part
+from lightning_optim.kernels.parts import AT_LEAST, IN_PLACE, keys, largest_part
 from lightning_optim.kernels.routes import Copies, Cut, Meshes, Named
-from lightning_optim.kernels.rules import Like, MatrixRule, TensorRule
+from lightning_optim.kernels.rules import Like, MatrixRule, StepOnCpu, TensorRule
 from lightning_optim.kernels.scalars import commit, scalar_columns
 
 Subtract = Callable[[Batch, Iterable[Tensor], Tensor, list[Named]], None]
+InPlace = Callable[[Batch, Mapping[str, Tensor], Sequence[int]], StepOnCpu | None]
 
 
 def begin(
@@ -32,6 +41,7 @@ def begin(
     subtract: Subtract | None = None,
     *,
     divides: bool = False,
+    in_place: InPlace | None = None,
     divisor: Tensor | None,
     skip: Tensor | None,
     collect: bool,
@@ -43,6 +53,7 @@ def begin(
         update: As for `apply_tensor_rule`.
         subtract: As for `apply_tensor_rule`.
         divides: As for `apply_tensor_rule`.
+        in_place: As for `apply_tensor_rule`; used where ranks have copies.
         divisor: As for `Backend.apply`.
         skip: As for `Backend.apply`; equal on all ranks of the route.
         collect: As for `Backend.apply`.
@@ -53,7 +64,7 @@ def begin(
     if batch.device.type == "cpu" and is_set(skip):
         nothing = torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
         return lambda: nothing
-    work = _SharedWork(batch, update, subtract, divides, divisor, skip, collect)
+    work = _SharedWork(batch, update, subtract, divides, in_place, divisor, skip, collect)
     work.send()
     return work.complete
 
@@ -160,6 +171,11 @@ class _OnTheWay:
     """As the rule sees them where they are needed again; otherwise as they are."""
     new_states: list[Named]
     arrived: Callable[[], list[Named]]
+    steps: Steps = field(default_factory=list)
+    """If the bucket is updated in place, its steps with the rows of each."""
+
+
+Steps = list[tuple[list[int], StepOnCpu]]
 
 
 class _SharedWork:
@@ -171,6 +187,7 @@ class _SharedWork:
         update: Callable[..., Any],
         subtract: Subtract | None,
         divides: bool,
+        in_place: InPlace | None,
         divisor: Tensor | None,
         skip: Tensor | None,
         collect: bool,
@@ -184,17 +201,23 @@ class _SharedWork:
         simple = batch.decay_form == "shrink" and not (batch.cautious or batch.low_precision or collect)
         self._subtract = subtract if simple else None
         self._columns = scalar_columns(batch, divisor)
-        self._scalars = rows_of(self._columns, batch.dtype)
+        copies = isinstance(batch.route, Copies)
+        self._in_place = in_place if copies and is_usual(batch, self._columns, collect) else None
         on_host = batch.device.type == "cpu"
         self._as_given = needs_no_scaling(self._columns) if on_host else [False] * len(batch.params)
         self._keys = keys(batch, rule)  # They depend on settings, which may change from step to step.
         if "plan" not in batch.kernels:
-            batch.kernels["plan"] = self._make_plan()
+            # It must be the same on all ranks, and therefore whether or not steps are taken in place.
+            batch.kernels["plan"] = self._make_plan(IN_PLACE * AT_LEAST["cpu"] if in_place and copies else 0)
         self._plan: _Plan = batch.kernels["plan"]
         self._waiting = iter(self._plan.buckets)
         self._next: _OnTheWay | None = None
 
-    def _make_plan(self) -> _Plan:
+    @cached_property
+    def _scalars(self) -> list[Named]:
+        return rows_of(self._columns, self._batch.dtype)
+
+    def _make_plan(self, at_least: int) -> _Plan:
         batch, route = self._batch, self._route
         costs = [self._rule.cost(param, group) for param, group in zip(batch.full_params, batch.groups, strict=True)]
         owners = owners_of(costs, route.ranks)
@@ -218,7 +241,7 @@ class _SharedWork:
             names.append(tuple(own))
         # What travels is what an owner has in memory: of SOAP, for one, its factors as well.
         sizes = [sum(math.prod(cut.shape) for cut in cuts.values()) for cuts in going]
-        largest = largest_part(batch, list(map(Tensor.numel, batch.full_params)))
+        largest = max(largest_part(batch, list(map(Tensor.numel, batch.full_params))), at_least)
         buckets = buckets_of(owners, costs, sizes, self._keys, largest)
         return _Plan(owners, buckets, going, coming, names)
 
@@ -227,6 +250,9 @@ class _SharedWork:
         rows = next(self._waiting, None)
         if rows is None:
             self._next = None
+            return
+        if steps := self._steps(rows):
+            self._next = _OnTheWay(rows, [], [], list, steps)
             return
         batch, plan = self._batch.take(rows), self._plan
         scalars = [self._scalars[row] for row in rows]
@@ -260,6 +286,9 @@ class _SharedWork:
             wholes = bucket.arrived()
             bucket.arrived = list  # The messages have been read.
             self.send()
+            if bucket.steps:
+                self._finish_in_place(bucket)
+                continue
             collected = self._finish(bucket, wholes)
             if collected is not None:
                 order += bucket.rows
@@ -270,6 +299,38 @@ class _SharedWork:
         in_order = torch.empty(len(order), len(STEP_SUMS), device=batch.device)
         in_order[upload(order, batch.device)] = torch.cat(sums)
         return in_order
+
+    def _steps(self, rows: list[int]) -> Steps:
+        """Return the steps in place by which ``rows`` can be updated; none if they cannot."""
+        if self._in_place is None or any(self._plan.coming[row].keys() != {"direction"} for row in rows):
+            return []
+        found = []
+        for members in self._alike(rows):
+            step = self._in_place(self._batch.take(members), self._columns, members)
+            if step is None or not step.is_shared:
+                return []
+            found.append((members, step))
+        return found
+
+    def _alike(self, rows: Iterable[int]) -> Iterable[list[int]]:
+        alike: dict[Any, list[int]] = {}
+        for row in rows:
+            alike.setdefault(self._keys[row], []).append(row)
+        return alike.values()
+
+    def _finish_in_place(self, bucket: _OnTheWay) -> None:
+        """As `_finish`; what is sent is the same, so that other ranks need not do the same."""
+        plan, found = self._plan, dict[int, Named]()
+        assert self._in_place is not None
+        for own in self._alike(row for row in bucket.rows if self._route.owns(plan.owners[row])):
+            step = self._in_place(self._batch.take(own), self._columns, own)
+            assert step is not None
+            found |= {row: {"direction": result} for row, result in zip(own, step.directions(), strict=True)}
+        owners, cuts = [plan.owners[row] for row in bucket.rows], [plan.coming[row] for row in bucket.rows]
+        results = [found.get(row, {}) for row in bucket.rows]
+        parts = dict(zip(bucket.rows, self._route.scatter(owners, cuts, results, self._batch.device)(), strict=True))
+        for members, step in bucket.steps:
+            step.finish([parts[row]["direction"] for row in members])
 
     def _results(self, rows: list[int], wholes: list[Named]) -> list[Named]:
         """Process what this rank owns of a bucket, and return what is to be sent of each tensor; empties ``wholes``."""

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from lightning_optim.kernels.rules import Like, MatrixRule, Scalar, TensorRule
+from lightning_optim.kernels.rules import Like, MatrixRule, Scalar, StepOnCpu, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
 from lightning_optim.optim.matrix_form import AUTO, MatrixForm, matrix_form
 from lightning_optim.optim.matrix_scale import step_ratio
-from lightning_optim.optim.muon_in_place import step_in_place
+from lightning_optim.optim.muon_in_place import StepInPlace
 from lightning_optim.optim.newton_schulz import orthogonalize_stack
 from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients, iterations
 from lightning_optim.optim.shared_options import SharedOptions
@@ -104,10 +104,10 @@ class MuonRule(MatrixRule):
             results.append((result, {}))
         return results
 
-    def step_on_cpu(self, batch: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> bool:
-        """Implement `TensorRule.step_on_cpu`, with what `sent_dtype` is unless a test changes it."""
-        eps = batch.groups[0]["eps"]
-        return self.sent_dtype is torch.bfloat16 and step_in_place(batch, columns, rows, eps)
+    def on_cpu(self, batch: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> StepOnCpu | None:
+        """Implement `MatrixRule.on_cpu`, with what `sent_dtype` is unless a test changes it."""
+        step = StepInPlace(batch, columns, rows, batch.groups[0]["eps"])
+        return step if self.sent_dtype is torch.bfloat16 and step.fits() else None
 
     def orthogonalized(
         self, tensors: Iterable[Tensor], groups: Sequence[Mapping[str, Any]], eps: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -20,50 +20,96 @@ if TYPE_CHECKING:
     from lightning_optim.kernels.cpu.momentum import Place
 
 
-def step_in_place(
-    batch: Batch,
-    columns: Mapping[str, Tensor],
-    rows: Sequence[int],
-    eps: float,
-    row_steps: Callable[[int, list[Tensor]], Tensor] | None = None,
-) -> bool:
-    """Take the step of matrices that belong together, as `TensorRule.step_on_cpu` does.
+class StepInPlace:
+    """A step of matrices that belong together; implements `kernels.in_place.StepOnCpu`.
 
     Args:
         batch: Matrices of one shape, or tensors with pieces of the same shapes.
         columns: Scalars by name, [all tensors] each.
         rows: Places of these tensors among all.
         eps: Smallest norm that the Newton-Schulz iteration divides by.
-        row_steps: Function that returns the factor of each row, [matrices, rows], given the number of the piece and
-            consecutive parts of the stack of its orthogonal matrices; None for the learning rate for their shape.
-
-    Returns:
-        Whether it could: all tensors are contiguous and their pieces lie in memory as matrices.
     """
-    from lightning_optim.kernels.cpu import momentum
 
-    params, grads, groups = batch.params, batch.grads, batch.groups
-    momenta = [state["momentum_buffer"] for state in batch.states]
-    places = [_places(matrix_form(param, group), param.shape) for param, group in zip(params, groups, strict=True)]
-    nesterov, *others = {group["nesterov"] for group in groups}
-    uniform = all(len({tensor.dtype for tensor in slot}) == 1 for slot in (params, grads, momenta))
-    contiguous = all(map(Tensor.is_contiguous, [*params, *grads, *momenta]))
-    if others or not uniform or not contiguous or batch.dtype != torch.float32 or not all(places):
-        return False
-    schedule = iterations(groups[0]["ns_coefficients"], groups[0]["ns_steps"])
-    names = ("inverse_divisor", "one_minus_momentum", "momentum", "lr", "decay")
-    numbers = np.stack([columns[name].numpy() for name in names], 1)[rows].astype(np.float32)
-    for number, piece in enumerate(zip(*places, strict=True)):
-        given = [momentum.stack(grads, momenta, piece, numbers[:, :3], nesterov=nesterov)]
-        directions = orthogonalize_in_parts(given.pop(), schedule, eps, torch.bfloat16)
-        after, steps = numbers[:, [0, 1, 3, 4]], None
-        if row_steps is None:
-            ratios = [step_ratio(piece[0].rows, piece[0].columns, group["adjust_lr_fn"]) for group in groups]
-            after[:, 2] *= np.array(ratios, np.float32)
-        else:
-            steps = row_steps(number, directions)
-        momentum.update(params, grads, momenta, list(map(Tensor.contiguous, directions)), piece, after, steps)
-    return True
+    is_shared = True
+
+    def __init__(self, batch: Batch, columns: Mapping[str, Tensor], rows: Sequence[int], eps: float) -> None:
+        self._params, self._grads, self._groups = batch.params, batch.grads, batch.groups
+        self._momenta = [state["momentum_buffer"] for state in batch.states]
+        self._forms = [matrix_form(param, group) for param, group in zip(batch.params, batch.groups, strict=True)]
+        self._places = [_places(form, param.shape) for form, param in zip(self._forms, batch.params, strict=True)]
+        self._arithmetic, self._eps = batch.dtype, eps
+        names = ("inverse_divisor", "one_minus_momentum", "momentum", "lr", "decay")
+        self._numbers = np.stack([columns[name].numpy() for name in names], 1)[rows].astype(np.float32)
+
+    def fits(self) -> bool:
+        """Return whether all tensors are contiguous and their pieces lie in memory as matrices."""
+        slots = (self._params, self._grads, self._momenta)
+        uniform = all(len({tensor.dtype for tensor in slot}) == 1 for slot in slots)
+        contiguous = all(all(map(Tensor.is_contiguous, slot)) for slot in slots)
+        alike = len({group["nesterov"] for group in self._groups}) == 1
+        return alike and uniform and contiguous and self._arithmetic == torch.float32 and all(self._places)
+
+    def step(self) -> None:
+        """Implement `StepOnCpu`."""
+        for number, piece in enumerate(self._pieces()):
+            directions = self._orthogonal(piece)
+            self._update(piece, directions, self._row_steps(number, directions))
+
+    def directions(self) -> list[Tensor]:
+        """Implement `StepOnCpu`."""
+        taken: list[list[Tensor]] = [[] for _ in self._params]
+        for piece in self._pieces():
+            stacks = self._orthogonal(piece)
+            whole = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+            for found, stack in zip(taken, whole.split_with_sizes([place.matrices for place in piece]), strict=True):
+                found.append(stack)
+        return [
+            (pieces[0] if len(pieces) == 1 else form.put(pieces)).reshape(param.shape)
+            for form, pieces, param in zip(self._forms, taken, self._params, strict=True)
+        ]
+
+    def finish(self, directions: Sequence[Tensor]) -> None:
+        """Implement `StepOnCpu`."""
+        for piece in self._pieces():
+            self._update(piece, directions, None, like_params=True)
+
+    def _pieces(self) -> Iterator[tuple[Place, ...]]:
+        return zip(*(places for places in self._places if places is not None), strict=True)
+
+    def _orthogonal(self, piece: Sequence[Place]) -> list[Tensor]:
+        """Return consecutive parts of the stack of orthogonal matrices of a piece of all tensors."""
+        from lightning_optim.kernels.cpu import momentum
+
+        group = self._groups[0]
+        schedule = iterations(group["ns_coefficients"], group["ns_steps"])
+        numbers = self._numbers[:, :3]
+        given = momentum.stack(self._grads, self._momenta, piece, numbers, nesterov=group["nesterov"])
+        done = orthogonalize_in_parts(given, schedule, self._eps, torch.bfloat16)
+        return list(map(Tensor.contiguous, done))
+
+    def _row_steps(self, number: int, directions: list[Tensor]) -> Tensor | None:
+        """Return the factor of each row, [matrices, rows]; None for the learning rate for the shape.
+
+        Args:
+            number: Number of the piece.
+            directions: The result of `_orthogonal`.
+        """
+        return None
+
+    def _update(
+        self,
+        piece: Sequence[Place],
+        directions: Sequence[Tensor],
+        steps: Tensor | None,
+        like_params: bool = False,
+    ) -> None:
+        from lightning_optim.kernels.cpu import momentum
+
+        numbers = self._numbers[:, [0, 1, 3, 4]]
+        ratios = [step_ratio(piece[0].rows, piece[0].columns, group["adjust_lr_fn"]) for group in self._groups]
+        numbers[:, 2] *= np.array(ratios, np.float32)
+        slots = (self._params, self._grads, self._momenta, directions)
+        momentum.update(*slots, piece, numbers, steps, like_params=like_params)
 
 
 @lru_cache(maxsize=4096)

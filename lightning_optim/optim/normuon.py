@@ -13,12 +13,12 @@ from typing_extensions import Unpack
 
 from lightning_optim.core.ranges import FRACTION, Range
 from lightning_optim.kernels.base import Batch
-from lightning_optim.kernels.rules import Like, Scalar, TensorRule
+from lightning_optim.kernels.rules import Like, Scalar, StepOnCpu, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
 from lightning_optim.optim.matrix_form import AUTO, matrix_form
 from lightning_optim.optim.matrix_scale import step_ratio
 from lightning_optim.optim.muon import MuonRule, line_shape
-from lightning_optim.optim.muon_in_place import step_in_place
+from lightning_optim.optim.muon_in_place import StepInPlace
 from lightning_optim.optim.ns_coefficients import COEFFICIENTS, Coefficients
 from lightning_optim.optim.shared_options import SharedOptions
 
@@ -63,15 +63,11 @@ class NorMuonRule(MuonRule):
             results.append((result, {"second_momentum_buffer": form.of_rows.put(means)}))
         return results
 
-    def step_on_cpu(self, batch: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> bool:
-        """Implement `TensorRule.step_on_cpu`, for groups that agree on the scale of steps."""
-        if self.sent_dtype is not torch.bfloat16 or len({group["adjust_lr_fn"] for group in batch.groups}) > 1:
-            return False
-        means = _RowMeans(batch, columns, rows)
-        if not step_in_place(batch, columns, rows, NEWTON_SCHULZ_EPS, means.advance):
-            return False
-        means.store()
-        return True
+    def on_cpu(self, batch: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> StepOnCpu | None:
+        """Implement `MatrixRule.on_cpu`, for groups that agree on the scale of steps."""
+        alike = len({group["adjust_lr_fn"] for group in batch.groups}) == 1
+        step = _StepInPlace(batch, columns, rows)
+        return step if alike and self.sent_dtype is torch.bfloat16 and step.fits() else None
 
     def returned(self, param: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Like]:
         """Implement `MatrixRule.returned`."""
@@ -91,55 +87,45 @@ class NorMuonRule(MuonRule):
             yield (result["direction"].to(result["factor"].dtype) * result["factor"]).contiguous()
 
 
-class _RowMeans:
-    """The mean squares of the rows of a part of a batch, of all tensors at once.
+class _StepInPlace(StepInPlace):
+    """A step of matrices that belong together, with the mean squares of the rows of all of them at once."""
 
-    Args:
-        batch: The part.
-        columns: Scalars by name, [all tensors] each.
-        rows: Places of its tensors among all.
-    """
+    is_shared = False  # An owner sends factors and means of the rows as well.
 
     def __init__(self, batch: Batch, columns: Mapping[str, Tensor], rows: Sequence[int]) -> None:
-        self._group = batch.groups[0]
+        super().__init__(batch, columns, rows, NEWTON_SCHULZ_EPS)
         self._states = [state["second_momentum_buffer"] for state in batch.states]
-        self._forms = [matrix_form(p, group).of_rows for p, group in zip(batch.params, batch.groups, strict=True)]
-        self._old = [form.take(state.float()) for form, state in zip(self._forms, self._states, strict=True)]
-        self._new: list[list[Tensor]] = [[] for _ in self._old]
-        self._numbers = {name: columns[name][rows].float() for name in ("lr", "one_minus_beta2")}
+        self._row_numbers = {name: columns[name][rows].float() for name in ("lr", "one_minus_beta2")}
+        self._old: list[list[Tensor]] = []
+        self._new: list[list[Tensor]] = []
 
-    def advance(self, number: int, directions: list[Tensor]) -> Tensor:
-        """Compute the new means of a piece of all tensors, and return what each row is multiplied by.
+    def step(self) -> None:
+        """Implement `StepOnCpu`."""
+        of_rows = [form.of_rows for form in self._forms]
+        self._old = [form.take(state.float()) for form, state in zip(of_rows, self._states, strict=True)]
+        self._new = [[] for _ in of_rows]
+        super().step()
+        for form, state, means in zip(of_rows, self._states, self._new, strict=True):
+            state.copy_(form.put(means).view(state.shape))
 
-        Args:
-            number: Number of the piece.
-            directions: Consecutive parts of the stack of its orthogonal matrices, [some, rows, columns] each.
-
-        Returns:
-            Shape [matrices, rows].
-        """
+    def _row_steps(self, number: int, directions: list[Tensor]) -> Tensor:
         old = [pieces[number] for pieces in self._old]
         counts = [len(piece) if piece.dim() == 3 else 1 for piece in old]
         sizes = list(map(len, directions))
         many = torch.tensor(counts, device="cpu")
-        numbers = {name: value.repeat_interleave(many)[:, None, None] for name, value in self._numbers.items()}
+        numbers = {name: value.repeat_interleave(many)[:, None, None] for name, value in self._row_numbers.items()}
         parts = {name: value.split_with_sizes(sizes) for name, value in numbers.items()}
         before = torch.cat([piece.reshape(-1, *piece.shape[-2:]) for piece in old]).split_with_sizes(sizes)
         means, factors = [], []
         for i, stack in enumerate(directions):
             own = {name: values[i] for name, values in parts.items()}
-            mean, factor = _row_factors(stack.float(), before[i], own, self._group)
+            mean, factor = _row_factors(stack.float(), before[i], own, self._groups[0])
             means.append(mean)
             factors.append(factor)
         after = torch.cat(means).split_with_sizes(counts)
         for kept, piece, mean in zip(self._new, old, after, strict=True):
             kept.append(mean.view(piece.shape))
         return torch.cat(factors).flatten(1)
-
-    def store(self) -> None:
-        """Write the new means into the state."""
-        for form, state, means in zip(self._forms, self._states, self._new, strict=True):
-            state.copy_(form.put(means).view(state.shape))
 
 
 def _row_factors(

@@ -26,9 +26,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from lightning_optim import StepPipeline, clipping, optim
 from lightning_optim.divergence import NonFiniteGradient
 from lightning_optim.kernels import parts
+from lightning_optim.kernels.cpu import momentum
 from lightning_optim.kernels.rules import MatrixRule
-from lightning_optim.optim import division, muon, soap_bases
+from lightning_optim.optim import division, muon, muon_in_place, soap_bases
 from lightning_optim.optim.matrix_form import matrix_form
+from lightning_optim.optim.muon import MuonRule
 from tests.live_bytes import peak_bytes
 from tests.optim.tensor_parallel_checks import same_on_all_ranks, train
 
@@ -517,6 +519,30 @@ def check_copies(name: str, **arguments: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, many.weights(), strict=True))
         clone = deepcopy(many.optimizer)
         assert clone.divide_over is None
+
+
+def check_copies_in_place(mixed: bool) -> None:
+    """So are copies of which each rank's kernels update all in place, or those of some ranks, if it is ``mixed``."""
+    with all_pay(), pytest.MonkeyPatch.context() as patch:
+        if mixed and dist.get_rank() == 0:
+            patch.delattr(MuonRule, "on_cpu")
+        one, many = (Run("Muon", torch.float32, None) for _ in range(2))
+        many.optimizer.divide_over = dist.group.WORLD
+        for _ in range(STEPS):
+            one.step()
+        with counted(muon_in_place, "orthogonalize_in_parts") as done, counted(momentum, "update") as updated:
+            for _ in range(STEPS):
+                many.step()
+        assert bool(updated) == (not mixed or dist.get_rank() > 0)
+        assert bool(done) == bool(updated)
+        torch.testing.assert_close(many.weights(), one.weights(), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(many.states(), one.states(), rtol=1e-6, atol=1e-6)
+        for tensor in [*many.weights(), *many.states().values()]:
+            same_on_all_ranks(tensor)
+        many.optimizer.collect_step_stats = True
+        many.step()
+        for tensor in many.weights():
+            same_on_all_ranks(tensor)
 
 
 def run_checks(wanted: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:

@@ -47,6 +47,7 @@ FAST = checks(
     *(("eight_bits", {"name": name}) for name in ("NorMuon", "SOAP")),
     ("copies", {"name": "NorMuon"}),
     ("copies", {"name": "SOAP", "precondition_frequency": 2}),
+    *(("copies_in_place", {"mixed": mixed}) for mixed in (False, True)),
     ("memory", {}),
 )
 ALL = checks(
@@ -63,6 +64,7 @@ ALL = checks(
     *(("bf16", {"name": name, "kahan_sum": True}) for name in NAMES),
     *(("eight_bits", {"name": name}) for name in ("Muon", "NorMuon", "SOAP")),
     *(("tensor_parallel", {"name": name}) for name in ("Muon", "NorMuon", "Adafactor")),
+    *(("copies_in_place", {"mixed": mixed}) for mixed in (False, True)),
     *(("copies", {"name": name, "backend": backend}) for name in MUONS for backend in ("cpu", "reference")),
     *(
         ("copies", {"name": "SOAP", "precondition_frequency": 2, "backend": backend})

@@ -12,6 +12,7 @@ from lightning_optim.kernels.cpu import momentum
 from lightning_optim.optim import muon_in_place
 from lightning_optim.optim.matrix_form import matrix_form
 from lightning_optim.optim.muon import MuonRule
+from lightning_optim.optim.normuon import NorMuonRule
 
 Group = dict[str, Any]
 
@@ -46,9 +47,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     update = momentum.update
 
-    def counted(params: Any, *args: Any) -> None:
+    def counted(params: Any, *args: Any, **kwargs: Any) -> None:
         counts.append(len(params))
-        update(params, *args)
+        update(params, *args, **kwargs)
 
     monkeypatch.setattr(momentum, "update", counted)
     return counts
@@ -81,7 +82,8 @@ def trained(
 
 def in_torch(monkeypatch: pytest.MonkeyPatch, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
     with monkeypatch.context() as patch:
-        patch.delattr(MuonRule, "step_on_cpu")
+        for rule in (MuonRule, NorMuonRule):
+            patch.delattr(rule, "on_cpu")
         return trained(*args, **kwargs)
 
 
@@ -151,7 +153,7 @@ def test_tensors_that_are_not_contiguous_are_left_to_torch(passes: list[int], mo
     results = []
     for in_place in (True, False):
         if not in_place:
-            monkeypatch.delattr(MuonRule, "step_on_cpu")
+            monkeypatch.delattr(MuonRule, "on_cpu")
         torch.manual_seed(0)
         params = [torch.randn(8, 6).mT.requires_grad_(), torch.randn(6, 8).requires_grad_()]
         optimizer = optim.Muon([{"params": params, "rule": "muon"}], lr=0.1, backend="cpu")

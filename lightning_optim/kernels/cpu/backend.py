@@ -32,7 +32,7 @@ from lightning_optim.kernels.cpu.objects import Watch
 from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
 from lightning_optim.kernels.reference import apply_tensor_rule, begin_alone
-from lightning_optim.kernels.rules import Rule, TensorRule
+from lightning_optim.kernels.rules import MatrixRule, Rule, TensorRule
 from lightning_optim.kernels.scalars import HostColumns, host_scalars
 from lightning_optim.kernels.sizes import Sizes
 
@@ -93,9 +93,7 @@ class CpuBackend(Backend):
         if batch.route is not None:
             return self.begin(batch, divisor=divisor, skip=skip, collect=collect)()
         if isinstance(batch.rule, TensorRule):
-            in_place = batch.rule.step_on_cpu if "step_on_cpu" in vars(type(batch.rule)) else None
-            given = self._of_tensor_rule(batch) | {"in_place": in_place}
-            return apply_tensor_rule(batch, **given, divisor=divisor, skip=skip, collect=collect)
+            return apply_tensor_rule(batch, **self._of_tensor_rule(batch), divisor=divisor, skip=skip, collect=collect)
         if skip is not None and is_set(skip):
             return torch.full((len(batch.params), len(STEP_SUMS)), math.nan, device="cpu") if collect else None
         return self._elementwise.apply(batch, divisor=divisor, skip=None, collect=collect)
@@ -106,9 +104,12 @@ class CpuBackend(Backend):
         assert isinstance(rule, TensorRule)
         subtract = self._subtract if batch.params[0].dtype in DTYPES else None
         # Kernels compute the rule of the class that has them, of which a subclass may change any part.
-        if "update_on_cpu" not in vars(type(rule)):
-            return {"update": rule.update, "subtract": subtract}
-        return {"update": rule.update_on_cpu, "subtract": subtract, "divides": rule.divides_on_cpu}
+        own = vars(type(rule))
+        if isinstance(rule, MatrixRule) and "on_cpu" in own:
+            return {"update": rule.update, "subtract": subtract, "in_place": rule.on_cpu}
+        if "update_on_cpu" in own:
+            return {"update": rule.update_on_cpu, "subtract": subtract, "divides": rule.divides_on_cpu}
+        return {"update": rule.update, "subtract": subtract}
 
     def _subtract(
         self, batch: Batch, deltas: Iterable[Tensor], decay: Tensor, scalars: list[dict[str, Tensor]]

@@ -30,19 +30,19 @@ BLOCK = 16384
 
 _STACK = """\
 matrix, top, bottom = blocks[block, 0], blocks[block, 1], blocks[block, 2]
-columns, stride = sizes[matrix, 0], sizes[matrix, 1]
+columns, stride, apart = sizes[matrix, 0], sizes[matrix, 1], sizes[matrix, 2]
 grad, momentum, result = addresses[matrix, 0], addresses[matrix, 1], addresses[matrix, 2]
 inverse_divisor, weight, momentum_weight = scalars[matrix, 0], scalars[matrix, 1], scalars[matrix, 2]
 for row in range(top, bottom):
     for i in range(columns):
         g = load_0(grad, row * stride + i) * inverse_divisor
         m = lerp(load_1(momentum, row * stride + i), g, weight)
-        store_2(result, row * columns + i, lerp(g, m, momentum_weight) if NESTEROV else m)
+        store_2(result, row * apart + i, lerp(g, m, momentum_weight) if NESTEROV else m)
 """
 
 _UPDATE = """\
 matrix, top, bottom = blocks[block, 0], blocks[block, 1], blocks[block, 2]
-columns, stride = sizes[matrix, 0], sizes[matrix, 1]
+columns, stride, apart = sizes[matrix, 0], sizes[matrix, 1], sizes[matrix, 2]
 grad, momentum, direction = addresses[matrix, 0], addresses[matrix, 1], addresses[matrix, 2]
 param = addresses[matrix, 3]
 inverse_divisor, weight = scalars[matrix, 0], scalars[matrix, 1]
@@ -52,7 +52,7 @@ for row in range(top, bottom):
         g = load_0(grad, row * stride + i) * inverse_divisor
         store_1(momentum, row * stride + i, lerp(load_1(momentum, row * stride + i), g, weight))
         x = load_3(param, row * stride + i)
-        store_3(param, row * stride + i, x - change(x, load_2(direction, row * columns + i) * step, decay))
+        store_3(param, row * stride + i, x - change(x, load_2(direction, row * apart + i) * step, decay))
 """
 
 _SCALAR_STEP = "step, decay = scalars[matrix, 2], scalars[matrix, 3]\nfor row in range(top, bottom):\n"
@@ -118,6 +118,8 @@ def update(
     places: Sequence[Place],
     scalars: npt.NDArray[np.float32],
     steps: Tensor | None = None,
+    *,
+    like_params: bool = False,
 ) -> None:
     """Store the new momenta, and subtract the orthogonal matrices and the weight decay from the parameters.
 
@@ -126,15 +128,16 @@ def update(
         grads: As for `stack`.
         momenta: As for `stack`, written in place.
         directions: Consecutive parts of a stack of orthogonal matrices, [some, rows, columns] each, bfloat16,
-            contiguous.
+            contiguous; with ``like_params`` tensors in the shapes of ``params``, in which these lie at the same places.
         places: As for `stack`.
         scalars: Factor of the gradient, its weight in the momentum, the factor of the orthogonal matrix, and the
             fraction of the parameter that is subtracted, [tensors, 4].
         steps: Factor of each row of the orthogonal matrices, [matrices, rows], float32, contiguous, in the place of the
             one of ``scalars``.
+        like_params: How ``directions`` are given.
     """
     name = "update" if steps is None else "update_rows"
-    _run(name, (grads, momenta), directions, places, scalars, params, steps)
+    _run(name, (grads, momenta), directions, places, scalars, params, steps, like_params)
 
 
 def _run(
@@ -145,39 +148,46 @@ def _run(
     scalars: npt.NDArray[np.float32],
     params: Sequence[Tensor] = (),
     steps: Tensor | None = None,
+    like_params: bool = False,
 ) -> None:
     """Run kernel ``name``; its slots are ``inputs``, the matrices of ``stacks``, ``params``, and rows of ``steps``."""
-    blocks, sizes, tensors, offsets = _tables(tuple(places))
+    blocks, sizes, tensors, offsets = _tables(tuple(places), like_params)
     slots = [*inputs, params] if params else list(inputs)
     columns = []
     for slot in slots:
         starts = np.array([tensor.data_ptr() for tensor in slot], dtype=np.int64)
         columns.append(starts[tensors] + offsets * slot[0].element_size())
-    each = places[0].rows * places[0].columns * stacks[0].element_size()
-    columns.insert(2, np.concatenate([part.data_ptr() + each * np.arange(len(part)) for part in stacks]))
+    size = stacks[0].element_size()
+    if like_params:
+        starts = np.array([tensor.data_ptr() for tensor in stacks], dtype=np.int64)[tensors] + offsets * size
+    else:
+        each = places[0].rows * places[0].columns * size
+        starts = np.concatenate([part.data_ptr() + each * np.arange(len(part)) for part in stacks])
+    columns.insert(2, starts)
     dtypes = [slot[0].dtype for slot in (*inputs, stacks, *([params] if params else []))]
     if steps is not None:
         columns.append(steps.data_ptr() + steps.element_size() * steps.shape[1] * np.arange(len(steps)))
         dtypes.append(steps.dtype)
     kernel = _build(name, tuple(map(DTYPES.__getitem__, dtypes)))
-    elements = sum(map(Tensor.numel, stacks))
+    elements = len(tensors) * places[0].rows * places[0].columns
     run_blocks(kernel, len(blocks), elements, blocks, sizes, np.stack(columns, 1), scalars[tensors])
 
 
 @lru_cache(maxsize=256)
-def _tables(places: tuple[Place, ...]) -> tuple[npt.NDArray[np.int64], ...]:
+def _tables(places: tuple[Place, ...], like_params: bool) -> tuple[npt.NDArray[np.int64], ...]:
     """Cut matrices into blocks of rows.
 
     Returns:
-        Blocks, int64, [blocks, 3] of (matrix, first row, end); sizes, [matrices, 2] of (columns, stride); and of each
-        matrix the index of its tensor and its first element, [matrices].
+        Blocks, int64, [blocks, 3] of (matrix, first row, end); sizes, [matrices, 3] of columns, of the elements from
+        one row to the next, and of these in the stack; and of each matrix the index of its tensor and its first
+        element, [matrices].
     """
     rows, columns = places[0].rows, places[0].columns
     height = max(1, BLOCK // max(columns, 1))
     matrices = [(i, place.first + k * place.apart) for i, place in enumerate(places) for k in range(place.matrices)]
     tops = range(0, rows if columns else 0, height)
     blocks = [(matrix, top, min(top + height, rows)) for matrix in range(len(matrices)) for top in tops]
-    sizes = [(columns, places[i].stride) for i, _ in matrices]
+    sizes = [(columns, places[i].stride, places[i].stride if like_params else columns) for i, _ in matrices]
     return tuple(np.array(table, dtype=np.int64) for table in (blocks, sizes, *zip(*matrices, strict=True)))
 
 

@@ -19,6 +19,7 @@ from lightning_optim.callbacks.weight_average import WeightAverage
 from lightning_optim.core.sizes import format_bytes
 from lightning_optim.factory.plan import GroupPlan
 from lightning_optim.factory.plan_advice import is_schedule_free
+from lightning_optim.kernels.averages import kept_by
 from lightning_optim.schedules import Constant, Scheduler
 
 PLACES = {"device": "on the device", "disk": "on disk"}
@@ -140,7 +141,7 @@ def average_facts(trainer: L.Trainer, optimizers: Sequence[Optimizer]) -> tuple[
     for user in users:
         user.check(trainer)
     kept: list[tuple[float | str, ...]] = [
-        tuple(group["ema"]) for optimizer in optimizers for group in optimizer.param_groups if group.get("ema")
+        kept_by(group) for optimizer in optimizers for group in optimizer.param_groups if group.get("ema")
     ]
     if not kept:
         return {}, []

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks._running_statistics import RunningStatistics, describe_layers
 from lightning_optim.callbacks._swapping import SwapsWeights
-from lightning_optim.kernels.averages import STEP
+from lightning_optim.kernels.averages import STEP, kept_by
 from lightning_optim.optim.averaged_weights import has_averages, swap_in_average, swap_out_average
 
 CHECKPOINT_KEY = "lightning_optim.weight_average"
@@ -105,10 +105,10 @@ class WeightAverage(SwapsWeights):
             )
         groups = [group for o in optimizers for group in o.param_groups if group.get("ema")]
         for group in groups:
-            if self._which >= len(group["ema"]):
+            if self._which >= len(kept_by(group)):
                 raise MisconfigurationException(
                     f"Invalid which={self._which} of WeightAverage: must be the number of one of the averages that "
-                    f"each group keeps, and one has ema={list(group['ema'])}."
+                    f"each group keeps, and one has ema={list(kept_by(group))}."
                 )
         if any(param.dtype == torch.float16 for group in groups for param in group["params"]):
             raise MisconfigurationException(
@@ -154,7 +154,7 @@ class WeightAverage(SwapsWeights):
     def _entry(self, trainer: L.Trainer) -> float | str:
         """Return the decay of the average, as the first group has it."""
         groups = (group for optimizer in self._optimizers(trainer) for group in optimizer.param_groups)
-        entry: float | str = next(group["ema"] for group in groups if group.get("ema"))[self._which]
+        entry: float | str = next(kept_by(group) for group in groups if group.get("ema"))[self._which]
         return entry
 
     def _swap_in(self, trainer: L.Trainer) -> None:

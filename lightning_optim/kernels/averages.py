@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -56,6 +56,14 @@ def parse(ema: Any) -> tuple[float | str, ...] | None:
     if ema is None or (isinstance(ema, list | tuple) and not ema):
         return None
     return tuple(_entry(entry, ema) for entry in (ema if isinstance(ema, list | tuple) else (ema,)))
+
+
+def kept_by(group: Mapping[str, Any]) -> tuple[float | str, ...]:
+    """Return the averages that a group keeps, of which there may be none; see `parse`.
+
+    The value may have been set by hand since the last step, so it is not read from the group directly.
+    """
+    return parse(group.get("ema")) or ()
 
 
 def _entry(entry: Any, ema: Any) -> float | str:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.core.sharding import local
 from lightning_optim.core.wrappers import unwrap_optimizer
+from lightning_optim.kernels.averages import kept_by
 from lightning_optim.optim.base import FusedOptimizer
 from lightning_optim.optim.exchange import exchange, is_exact, undo
 
@@ -192,7 +193,7 @@ def _several(optimizer: Optimizer | Iterable[Optimizer]) -> Iterable[Optimizer]:
 def _check(optimizer: Optimizer, which: int) -> None:
     owner, kept = type(optimizer).__name__, 0
     if has_averages(optimizer):
-        kept = max(len(group.get("ema") or ()) for group in optimizer.param_groups)
+        kept = max(len(kept_by(group)) for group in optimizer.param_groups)
     if not kept:
         raise ValueError(
             f"{owner} keeps no averages of the weights. Give an optimizer of lightning_optim.optim the option ema, "

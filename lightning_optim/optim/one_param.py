@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.stats import StepStats
+from lightning_optim.kernels import averages
 from lightning_optim.kernels.rules import Rule
 from lightning_optim.optim import update_pass
 from lightning_optim.optim.batches import Batches
@@ -75,6 +76,8 @@ class OneParam:
         self._group.clear()
         self._group.update(group)
         self._group["params"] = [self.param]
+        if group.get("ema") is not None:  # As batches have it, which are sorted anew where it differs.
+            self._group["ema"] = averages.parse(group["ema"])
         if names := group.get("param_names"):
             self._group["param_names"] = [names[index]]
         state = self._optimizer.state.get(self.param)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.kernels.averages import STEP, state_names
+from lightning_optim.kernels.averages import STEP, kept_by, state_names
 from lightning_optim.kernels.base import arithmetic_dtype
 
 _NAME = re.compile(r"ema_\d+")
@@ -37,7 +37,7 @@ def complete(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> 
         param: The parameter.
         group: Its parameter group.
     """
-    wanted = state_names(len(group["ema"] or ()))
+    wanted = state_names(len(kept_by(group)))
     if not group.get("averaged"):  # Otherwise the weights of training are in one of them.
         for name in names_in(state):
             if name not in wanted and not (wanted and name == STEP):

@@ -315,3 +315,14 @@ def test_a_checkpoint_of_an_average_is_not_trained_on_without_the_callback(tmp_p
     trainer = make_trainer([parts()[0]], max_steps=4)
     with pytest.raises(RuntimeError, match=r"swap_out_average\(optimizer\).*the callback WeightAverage"):
         trainer.fit(Watched(), batches(4), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_an_average_set_by_hand_before_the_first_step_is_read():
+    model = Net()
+    optimizer = lo.optim.SGD(model.parameters(), lr=0.1, ema=0.9)
+    model.configure_optimizers = lambda: optimizer
+    optimizer.param_groups[0]["ema"] = "power 0.05"
+    with pytest.raises(MisconfigurationException, match=r"Invalid which=1 of WeightAverage.*ema=\['power 0.05'\]"):
+        make_trainer([lo.WeightAverage(1)], max_epochs=1).fit(model, batches(1))
+    make_trainer([lo.WeightAverage()], max_epochs=1).fit(model, batches(1))
+    assert "ema_1" not in optimizer.state[next(model.parameters())]

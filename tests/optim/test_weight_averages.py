@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lightning_optim as lo
 from lightning_optim import optim
 from lightning_optim.kernels.averages import exponent
-from lightning_optim.optim import averaged_weights, ema_state_dict, swap_in_average, swap_out_average
+from lightning_optim.optim import averaged_weights, ema_state_dict, one_param, swap_in_average, swap_out_average
+from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.exchange import exchange, undo
 from lightning_optim.optim.state import state_bytes
 from tests.helpers import bit_equal, through_a_file
@@ -288,6 +290,38 @@ def test_an_average_that_is_given_up_is_dropped_and_begins_anew_later(backend: s
     step()
     assert optimizer.state[weight]["ema_step"] == 1
     torch.testing.assert_close(optimizer.state[weight]["ema_0"], before - 9 / 11)
+
+
+@pytest.mark.parametrize("given", [0.5, "power 0.05", [0.5]])
+def test_a_value_set_by_hand_is_one_average_before_the_next_step_too(given: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.SGD([weight], lr=1.0, ema=0.9)
+    (group,) = optimizer.param_groups
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    group["ema"] = given
+    optimizer.make_state([weight])
+    assert set(optimizer.state[weight]) == {"ema_0", "ema_step"}
+    with pytest.raises(ValueError, match="a whole number from 0 to 0; SGD keeps 1"):
+        swap_in_average(optimizer, 1)
+    swap_in_average(optimizer)
+    optim.swap_out_average(optimizer)
+    assert weight.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("given", [0.5, "power 0.05"])
+def test_a_value_set_by_hand_is_read_where_gradients_are_released(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, ema=0.9)
+    lo.release_gradients(optimizer)
+    optimizer.param_groups[0]["ema"] = given
+    sorted_anew: list[Any] = []
+    monkeypatch.setattr(one_param, "Batches", lambda view: sorted_anew.append(view) or Batches(view))
+    for _ in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert len(sorted_anew) == 2
+    assert all(set(state) == {"ema_0", "ema_step"} for state in optimizer.state.values())
 
 
 def test_weights_of_training_that_are_set_aside_are_never_dropped() -> None:

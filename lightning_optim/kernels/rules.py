@@ -373,17 +373,18 @@ class TensorRule(Rule):
         scalars: Sequence[dict[str, Tensor]],
         groups: Sequence[Mapping[str, Any]],
     ) -> tuple[Iterable[Tensor], list[dict[str, Tensor]]]:
-        """Compute `update` on the cpu backend; override it with kernels where torch's operations are slow."""
-        return self.update(params, grads, states, scalars, groups)
+        """Compute `update` on the cpu backend; override it with kernels where torch's operations are slow.
 
-    steps_on_cpu: ClassVar[bool] = False
-    """Whether `step_on_cpu` may be asked."""
+        Kernels compute the rule of one class, of which a subclass may change any part: a subclass that does not define
+        this method itself is run by its `update`.
+        """
+        return self.update(params, grads, states, scalars, groups)
 
     def step_on_cpu(self, batch: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> bool:
         """Take the whole step of a part of a batch in place, on the cpu backend.
 
         It is asked in steps of which nothing is measured, that are not skipped, and that need no more than divided
-        gradients and decay of form `shrink`.
+        gradients and decay of form `shrink`; as `update_on_cpu` of the class that defines it only.
 
         Args:
             batch: The part, a `Batch`, with gradients as they are in memory; 0-d state is not to be written.

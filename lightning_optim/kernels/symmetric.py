@@ -49,5 +49,5 @@ def symmetric_products(device: torch.device, dtype: torch.dtype, rows: int, batc
 
 
 def _compiles(device: torch.device) -> bool:
-    # On AMD's GPUs nobody has reported what pays.
+    # What pays on AMD's GPUs has not been reported.
     return torch.version.hip is None and kernels.why_not("triton", device) is None

@@ -29,7 +29,6 @@ class MuonRule(MatrixRule):
     compressible: ClassVar[Mapping[str, bool]] = {"momentum_buffer": True}
     counts_steps: ClassVar[bool] = False
     first_moment: ClassVar[str | None] = "momentum_buffer"
-    steps_on_cpu: ClassVar[bool] = True
 
     def why_not(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
         """Implement `Rule.why_not`."""

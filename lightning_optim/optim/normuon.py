@@ -29,7 +29,6 @@ class NorMuonRule(MuonRule):
     """NorMuon's update: Muon's orthogonal matrix with each row divided by its running root mean square."""
 
     state = ("momentum_buffer", "second_momentum_buffer")
-    steps_on_cpu = False
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return a momentum of zeros, and a mean square of zero for each row of each piece."""

@@ -79,7 +79,7 @@ def trained(
 
 def in_torch(monkeypatch: pytest.MonkeyPatch, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
     with monkeypatch.context() as patch:
-        patch.setattr(MuonRule, "steps_on_cpu", False)
+        patch.delattr(MuonRule, "step_on_cpu")
         return trained(*args, **kwargs)
 
 
@@ -129,8 +129,9 @@ def test_what_does_not_lie_in_memory_as_matrices_is_left_to_torch(
 
 def test_tensors_that_are_not_contiguous_are_left_to_torch(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for in_place in (False, True):
-        monkeypatch.setattr(MuonRule, "steps_on_cpu", in_place)
+    for in_place in (True, False):
+        if not in_place:
+            monkeypatch.delattr(MuonRule, "step_on_cpu")
         torch.manual_seed(0)
         params = [torch.randn(8, 6).mT.requires_grad_(), torch.randn(6, 8).requires_grad_()]
         optimizer = optim.Muon([{"params": params, "rule": "muon"}], lr=0.1, backend="cpu")
@@ -176,6 +177,24 @@ def test_a_step_that_is_measured_is_left_to_torch_and_one_that_is_skipped_change
     optimizer.step()
     assert passes == [1]
     assert optimizer.step_stats is not None
+
+
+def test_a_subclass_of_the_rule_is_run_as_it_is_written(passes: list[int]) -> None:
+    class Aligned(MuonRule):
+        def prepare(self, grad: torch.Tensor, *args: Any) -> torch.Tensor:
+            return torch.eye(*grad.shape)
+
+    class AlignedMuon(optim.Muon):
+        def rule_of(self, group: Any) -> Any:
+            return Aligned()
+
+    weight = torch.zeros(8, 8, requires_grad=True)
+    weight.grad = torch.randn(8, 8)
+    AlignedMuon([{"params": [weight], "rule": "muon"}], lr=1.0, backend="cpu").step()
+    assert not passes
+    off_diagonal = weight.detach().masked_select(~torch.eye(8, dtype=torch.bool))
+    assert (off_diagonal == 0).all()
+    assert (weight.diagonal() < -0.5).all()
 
 
 def test_autograd_notices_that_weights_were_written() -> None:

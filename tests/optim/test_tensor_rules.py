@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from lightning_optim import optim
 from lightning_optim.kernels import rounding
 from lightning_optim.optim import soap
+from lightning_optim.optim.adafactor import AdafactorRule
 from tests.distributed.ranks import run_ranks
 from tests.optim.cases import BACKENDS, assert_same, copies, give, gradients, run
 
@@ -141,6 +142,26 @@ def test_every_kind_of_decay_shrinks_weights(optimizer_class: Any, kind: str) ->
 
 
 # Adafactor's compiled passes
+
+
+def test_a_subclass_of_a_rule_with_kernels_is_run_as_it_is_written() -> None:
+    class Halved(AdafactorRule):
+        def update(self, *args: Any) -> Any:
+            deltas, states = super().update(*args)
+            return [delta / 2 for delta in deltas], states
+
+    class Other(optim.Adafactor):
+        def rule_of(self, group: Any) -> Any:
+            return Halved()
+
+    params = [torch.ones(6, 8, requires_grad=True) for _ in range(4)]
+    kinds = (optim.Adafactor, "cpu"), (Other, "cpu"), (Other, "reference")
+    for param, (kind, backend) in zip(params, kinds, strict=False):
+        give([param], [torch.randn(6, 8, generator=torch.Generator().manual_seed(0))])
+        kind([param], lr=0.1, backend=backend).step()
+    usual, ours, reference, start = (param.detach() for param in params)
+    torch.testing.assert_close(ours - start, (usual - start) / 2)
+    torch.testing.assert_close(ours, reference)
 
 
 @pytest.mark.parametrize(

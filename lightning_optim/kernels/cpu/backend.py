@@ -93,7 +93,7 @@ class CpuBackend(Backend):
         if batch.route is not None:
             return self.begin(batch, divisor=divisor, skip=skip, collect=collect)()
         if isinstance(batch.rule, TensorRule):
-            in_place = batch.rule.step_on_cpu if batch.rule.steps_on_cpu else None
+            in_place = batch.rule.step_on_cpu if "step_on_cpu" in vars(type(batch.rule)) else None
             given = self._of_tensor_rule(batch) | {"in_place": in_place}
             return apply_tensor_rule(batch, **given, divisor=divisor, skip=skip, collect=collect)
         if skip is not None and is_set(skip):
@@ -105,6 +105,9 @@ class CpuBackend(Backend):
         rule = batch.rule
         assert isinstance(rule, TensorRule)
         subtract = self._subtract if batch.params[0].dtype in DTYPES else None
+        # Kernels compute the rule of the class that has them, of which a subclass may change any part.
+        if "update_on_cpu" not in vars(type(rule)):
+            return {"update": rule.update, "subtract": subtract}
         return {"update": rule.update_on_cpu, "subtract": subtract, "divides": rule.divides_on_cpu}
 
     def _subtract(

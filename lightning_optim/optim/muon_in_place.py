@@ -37,9 +37,8 @@ def step_in_place(batch: Batch, columns: Mapping[str, Tensor], rows: Sequence[in
     momenta = [state["momentum_buffer"] for state in batch.states]
     places = [_places(matrix_form(param, group), param.shape) for param, group in zip(params, groups, strict=True)]
     nesterov, *others = {group["nesterov"] for group in groups}
-    uniform = all(len({tensor.dtype for tensor in slot}) == 1 for slot in (params, grads, momenta))
     contiguous = all(map(Tensor.is_contiguous, [*params, *grads, *momenta]))
-    if others or not uniform or not contiguous or batch.dtype != torch.float32 or not all(places):
+    if others or not contiguous or batch.dtype != torch.float32 or not all(places):
         return False
     schedule = iterations(groups[0]["ns_coefficients"], groups[0]["ns_steps"])
     names = ("inverse_divisor", "one_minus_momentum", "momentum", "lr", "decay")

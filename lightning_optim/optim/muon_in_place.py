@@ -44,8 +44,12 @@ def step_in_place(batch: Batch, columns: Mapping[str, Tensor], rows: Sequence[in
     names = ("inverse_divisor", "one_minus_momentum", "momentum", "lr", "decay")
     numbers = np.stack([columns[name].numpy() for name in names], 1)[rows].astype(np.float32)
     for piece in zip(*places, strict=True):
-        given = [momentum.stack(grads, momenta, piece, numbers[:, :3], nesterov=nesterov)]
-        directions = orthogonalize_in_parts(given.pop(), schedule, groups[0]["eps"], torch.bfloat16)
+        directions = orthogonalize_in_parts(
+            momentum.stack(grads, momenta, piece, numbers[:, :3], nesterov=nesterov),
+            schedule,
+            groups[0]["eps"],
+            torch.bfloat16,
+        )
         ratios = [step_ratio(piece[0].rows, piece[0].columns, group["adjust_lr_fn"]) for group in groups]
         after = numbers[:, [0, 1, 3, 4]]
         after[:, 2] *= np.array(ratios, np.float32)

@@ -1,8 +1,9 @@
 """Newton-Schulz iteration on the Gram matrix, which is faster for matrices much wider than high, or higher than wide.
 
-Each iteration multiplies x from the left by the polynomial Z = a·I + b·R + c·R² of its Gram matrix R = x·xᵀ, and all
-of these polynomials commute. So the small matrix Q, the product of all Z, can be computed from R alone, and x is
-multiplied once, by Q (Zhang, Amsel, Chen & Dao, 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz).
+Each iteration multiplies x from the left by the polynomial Z = a·I + b·R + c·R² of its Gram matrix R = x·xᵀ, and all of
+these polynomials commute (of a matrix higher than wide, from the right, with R = xᵀ·x). So the small matrix Q, the
+product of all Z, can be computed from R alone, and x is multiplied once, by Q (Zhang, Amsel, Chen & Dao, 2026,
+https://dao-lab.ai/blog/2026/gram-newton-schulz).
 
 In 16 bits the Gram matrix that is computed by the recurrence drifts away from that of Q·x, and may get negative
 eigenvalues, which each iteration makes larger. It is therefore restarted from x ← Q·x after every second iteration.

@@ -43,11 +43,9 @@ class StepInPlace:
 
     def fits(self) -> bool:
         """Return whether all tensors are contiguous and their pieces lie in memory as matrices."""
-        slots = (self._params, self._grads, self._momenta)
-        uniform = all(len({tensor.dtype for tensor in slot}) == 1 for slot in slots)
-        contiguous = all(all(map(Tensor.is_contiguous, slot)) for slot in slots)
+        contiguous = all(map(Tensor.is_contiguous, [*self._params, *self._grads, *self._momenta]))
         alike = len({group["nesterov"] for group in self._groups}) == 1
-        return alike and uniform and contiguous and self._arithmetic == torch.float32 and all(self._places)
+        return alike and contiguous and self._arithmetic == torch.float32 and all(self._places)
 
     def step(self) -> None:
         """Implement `StepOnCpu`."""

@@ -523,26 +523,43 @@ def check_copies(name: str, **arguments: Any) -> None:
 
 def check_copies_in_place(mixed: bool) -> None:
     """So are copies of which each rank's kernels update all in place, or those of some ranks, if it is ``mixed``."""
+    shapes = [(9, 4), (7, 16), (16, 7), (6, 6), (6, 6), (5, 3, 3, 2)]
+    odd: list[tuple[tuple[int, ...], dict[str, Any]]] = [((12, 5), {"split": 3}), ((3, 5, 4), {"flatten": False})]
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        groups = [{"params": [nn.Parameter(torch.randn(shape)) for shape in shapes], "rule": "muon"}]
+        groups += [{"params": [nn.Parameter(torch.randn(shape))], "rule": "muon"} | group for shape, group in odd]
+        return optim.Muon(groups, lr=0.1, backend="cpu")
+
+    def step(optimizer: Any, number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+
     with all_pay(), pytest.MonkeyPatch.context() as patch:
+        one, many = made(), made()
+        for number in range(STEPS):
+            step(one, number)
         if mixed and dist.get_rank() == 0:
             patch.delattr(MuonRule, "on_cpu")
-        one, many = (Run("Muon", torch.float32, None) for _ in range(2))
-        many.optimizer.divide_over = dist.group.WORLD
-        for _ in range(STEPS):
-            one.step()
+        many.divide_over = dist.group.WORLD
         with counted(muon_in_place, "orthogonalize_in_parts") as done, counted(momentum, "update") as updated:
-            for _ in range(STEPS):
-                many.step()
-        assert bool(updated) == (not mixed or dist.get_rank() > 0)
-        assert bool(done) == bool(updated)
-        torch.testing.assert_close(many.weights(), one.weights(), rtol=1e-2, atol=1e-2)
-        torch.testing.assert_close(many.states(), one.states(), rtol=1e-6, atol=1e-6)
-        for tensor in [*many.weights(), *many.states().values()]:
-            same_on_all_ranks(tensor)
-        many.optimizer.collect_step_stats = True
-        many.step()
-        for tensor in many.weights():
-            same_on_all_ranks(tensor)
+            for number in range(STEPS):
+                step(many, number)
+            many.collect_step_stats = one.collect_step_stats = True
+            for optimizer in (one, many):
+                step(optimizer, STEPS)
+    for a, b in zip(one.state.items(), many.state.items(), strict=True):
+        torch.testing.assert_close(b[0], a[0], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(b[1]["momentum_buffer"], a[1]["momentum_buffer"], rtol=1e-6, atol=1e-6)
+        same_on_all_ranks(b[0].detach())
+        same_on_all_ranks(b[1]["momentum_buffer"])
+    in_place = not mixed or dist.get_rank() > 0
+    assert len(updated) == (STEPS * (len(shapes) + len(odd)) if in_place else 0)
+    assert (0 < len(done) < len(updated)) if in_place else not done
 
 
 def run_checks(wanted: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:

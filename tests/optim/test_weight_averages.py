@@ -15,6 +15,7 @@ import lightning_optim as lo
 from lightning_optim import optim
 from lightning_optim.kernels.averages import exponent
 from lightning_optim.optim import averaged_weights, ema_state_dict, one_param, swap_in_average, swap_out_average
+from lightning_optim.optim.batches import Batches
 from lightning_optim.optim.exchange import exchange, undo
 from lightning_optim.optim.state import state_bytes
 from tests.helpers import bit_equal, through_a_file
@@ -315,8 +316,7 @@ def test_a_value_set_by_hand_is_read_where_gradients_are_released(given: Any, mo
     lo.release_gradients(optimizer)
     optimizer.param_groups[0]["ema"] = given
     sorted_anew: list[Any] = []
-    real = one_param.Batches
-    monkeypatch.setattr(one_param, "Batches", lambda view: sorted_anew.append(view) or real(view))
+    monkeypatch.setattr(one_param, "Batches", lambda view: sorted_anew.append(view) or Batches(view))
     for _ in range(3):
         model(torch.ones(1, 3)).sum().backward()
         optimizer.step()

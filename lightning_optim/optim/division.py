@@ -16,7 +16,7 @@ from lightning_optim.optim.admission import Ruled
 
 Way = tuple[Any, ...]
 
-WORTH = {"cpu": 1000.0, "cuda": 8000.0}
+WORTH = {"cpu": 2000.0, "cuda": 8000.0}
 """Operations for each byte of a result from which it takes less time to receive it than to compute it, by device type.
 
 It is the quotient of the speeds of products and of a network. That of the CPU is measured (docs/benchmarks.md); that of

@@ -17,6 +17,7 @@ DIST ?= loadfile
 # The tests that run unmeasured: to measure takes two thirds of the time again, and what these run is kernels and other
 # processes, of which coverage sees little, or the same lines many times.
 UNMEASURED := tests/browser tests/distributed tests/divergence tests/kernels tests/optim tests/test_memory.py \
+	tests/test_followed_pages.py tests/test_readme.py tests/test_examples.py tests/test_layering.py \
 	tests/callbacks/test_clipping_methods.py tests/callbacks/test_trainer_matrix.py tests/callbacks/test_who_steps.py \
 	tests/callbacks/test_members.py tests/callbacks/test_monitor_quantities.py
 # Branch coverage of the package by the other tests, in percent, below which `make test` fails; measured was 90.8.

@@ -29,9 +29,10 @@ from lightning_optim.kernels.batch_values import (
     widened,
 )
 from lightning_optim.kernels.finish import StepResult, finish
+from lightning_optim.kernels.matrix_rule import StepOnCpu
 from lightning_optim.kernels.parts import IN_PLACE, parts
 from lightning_optim.kernels.pieces import Index, norm, take
-from lightning_optim.kernels.rules import StepOnCpu, TensorRule, UpdateRule
+from lightning_optim.kernels.rules import TensorRule, UpdateRule
 from lightning_optim.kernels.scalars import commit, places_of, scalar_columns
 
 

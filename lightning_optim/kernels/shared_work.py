@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,13 @@ from lightning_optim.kernels.batch_values import (
     widened,
 )
 from lightning_optim.kernels.finish import finish
+from lightning_optim.kernels.matrix_rule import MatrixRule, StepOnCpu
 from lightning_optim.kernels.owners import buckets_of, owners_of
 from lightning_optim.kernels.parts import AT_LEAST, IN_PLACE, keys, largest_part
 from lightning_optim.kernels.routes import Copies, Cut, Meshes, Named
-from lightning_optim.kernels.rules import Like, MatrixRule, StepOnCpu, TensorRule
+from lightning_optim.kernels.rules import TensorRule
 from lightning_optim.kernels.scalars import commit, scalar_columns
+from lightning_optim.kernels.shared_process import AtOnce, InParts, Process
 
 Subtract = Callable[[Batch, Iterable[Tensor], Tensor, list[Named]], None]
 InPlace = Callable[[Batch, Mapping[str, Tensor], Sequence[int]], StepOnCpu | None]
@@ -81,75 +83,6 @@ def shares_now(batch: Batch) -> bool:
     )
 
 
-class _Process(Protocol):
-    """A rule, cut into what runs on shards and what runs on whole tensors; `MatrixRule` has the contract."""
-
-    local_state: tuple[str, ...]
-
-    def sent(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Return the dtypes of what `prepare` returns by name."""
-
-    def returned(self, param: Tensor, group: Any, dtype: torch.dtype) -> dict[str, Like]: ...
-
-    def advance(self, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named: ...
-
-    def prepare(self, param: Tensor, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
-        """Return by name what is sent of a tensor, in its shape."""
-
-    def whole(self, sent: Any, states: Any, scalars: Any, groups: Any) -> list[tuple[Named, Named]]: ...
-
-    def after(self, results: Any, params: Any, scalars: Any, groups: Any) -> Iterator[Tensor]: ...
-
-
-class _InParts:
-    """A `MatrixRule`."""
-
-    def __init__(self, rule: MatrixRule) -> None:
-        self._rule, self.local_state = rule, rule.local_state
-        self.advance, self.returned, self.after = rule.advance, rule.returned, rule.after
-
-    def sent(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        return {"tensor": self._rule.sent_dtype}
-
-    def prepare(self, param: Tensor, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
-        return {"tensor": self._rule.prepare(grad, state, scalars, group)}
-
-    def whole(self, sent: Any, states: Any, scalars: Any, groups: Any) -> list[tuple[Named, Named]]:
-        return self._rule.whole((one.pop("tensor") for one in sent), states, scalars, groups)
-
-
-class _AtOnce:
-    """Any other rule: weights, gradient and all state are sent, and all of the update is done by the owner."""
-
-    local_state: tuple[str, ...] = ()
-
-    def __init__(self, rule: TensorRule, update: Callable[..., Any], divides: bool) -> None:
-        self._update, self._divides, self._reads_weights = update, divides, rule.reads_weights
-
-    def sent(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        return {"grad": dtype} | ({"param": dtype} if self._reads_weights else {})
-
-    def returned(self, param: Tensor, group: Any, dtype: torch.dtype) -> dict[str, Like]:
-        return {"delta": (tuple(param.shape), dtype)}
-
-    def advance(self, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
-        return {}
-
-    def prepare(self, param: Tensor, grad: Tensor, state: Named, scalars: Named, group: Any) -> Named:
-        return {"grad": grad} | ({"param": param} if self._reads_weights else {})
-
-    def whole(self, sent: Any, states: Any, scalars: Any, groups: Any) -> list[tuple[Named, Named]]:
-        if self._divides:  # The gradients are divided already.
-            scalars = [row | {"inverse_divisor": torch.ones_like(row["inverse_divisor"])} for row in scalars]
-        grads = [one["grad"] for one in sent]
-        params = [one["param"] for one in sent] if self._reads_weights else grads
-        deltas, new_states = self._update(params, grads, states, scalars, groups)
-        return [({"delta": delta}, new) for delta, new in zip(deltas, new_states, strict=True)]
-
-    def after(self, results: Any, params: Any, scalars: Any, groups: Any) -> Iterator[Tensor]:
-        return (result["delta"] for result in results)
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What depends on shapes only: owners, buckets, and what travels of each tensor."""
@@ -197,7 +130,7 @@ class _SharedWork:
         self._batch, self._rule, self._route = batch, batch.rule, batch.route
         self._skip, self._collect = skip, collect
         rule = batch.rule
-        self._process: _Process = _InParts(rule) if isinstance(rule, MatrixRule) else _AtOnce(rule, update, divides)
+        self._process: Process = InParts(rule) if isinstance(rule, MatrixRule) else AtOnce(rule, update, divides)
         simple = batch.decay_form == "shrink" and not (batch.cautious or batch.low_precision or collect)
         self._subtract = subtract if simple else None
         self._columns = scalar_columns(batch, divisor)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from lightning_optim.kernels.rules import Like, MatrixRule, Scalar, StepOnCpu, TensorRule
+from lightning_optim.kernels.matrix_rule import Like, MatrixRule, StepOnCpu
+from lightning_optim.kernels.rules import Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
 from lightning_optim.optim.matrix_form import AUTO, MatrixForm, matrix_form
 from lightning_optim.optim.matrix_scale import step_ratio

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class StepInPlace:
-    """A step of matrices that belong together; implements `kernels.in_place.StepOnCpu`.
+    """A step of matrices that belong together; implements `matrix_rule.StepOnCpu`.
 
     Args:
         batch: Matrices of one shape, or tensors with pieces of the same shapes.

@@ -13,7 +13,8 @@ from typing_extensions import Unpack
 
 from lightning_optim.core.ranges import FRACTION, Range
 from lightning_optim.kernels.base import Batch
-from lightning_optim.kernels.rules import Like, Scalar, StepOnCpu, TensorRule
+from lightning_optim.kernels.matrix_rule import Like, StepOnCpu
+from lightning_optim.kernels.rules import Scalar, TensorRule
 from lightning_optim.optim.hidden_matrices import HiddenMatrixOptimizer
 from lightning_optim.optim.matrix_form import AUTO, matrix_form
 from lightning_optim.optim.matrix_scale import step_ratio

@@ -27,7 +27,7 @@ from lightning_optim import StepPipeline, clipping, optim
 from lightning_optim.divergence import NonFiniteGradient
 from lightning_optim.kernels import parts
 from lightning_optim.kernels.cpu import momentum
-from lightning_optim.kernels.rules import MatrixRule
+from lightning_optim.kernels.matrix_rule import MatrixRule
 from lightning_optim.optim import division, muon, muon_in_place, soap_bases
 from lightning_optim.optim.matrix_form import matrix_form
 from lightning_optim.optim.muon import MuonRule

@@ -31,8 +31,9 @@ from lightning_optim.kernels.cpu.factored import Scaled
 from lightning_optim.kernels.cpu.objects import Watch
 from lightning_optim.kernels.cpu.threads import run_blocks
 from lightning_optim.kernels.kernel_spec import Kernel, KernelSpec
+from lightning_optim.kernels.matrix_rule import MatrixRule
 from lightning_optim.kernels.reference import apply_tensor_rule, begin_alone
-from lightning_optim.kernels.rules import MatrixRule, Rule, TensorRule
+from lightning_optim.kernels.rules import Rule, TensorRule
 from lightning_optim.kernels.scalars import HostColumns, host_scalars
 from lightning_optim.kernels.sizes import Sizes
 

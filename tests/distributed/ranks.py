@@ -10,6 +10,7 @@ import os
 import pickle
 import socket
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -18,6 +19,14 @@ from typing import Any
 import torch.distributed as dist
 
 from tests import forked
+
+
+class RankEnded(EOFError):
+    """The process of a rank ended while an answer was waited for."""
+
+    def __init__(self, rank: int, exit_code: int | None) -> None:
+        super().__init__(f"rank {rank} ended with exit code {exit_code}")
+        self.by_signal = exit_code is not None and exit_code < 0
 
 
 class Ranks:
@@ -43,7 +52,7 @@ class Ranks:
 
         Raises:
             AssertionError: A rank failed, or there was no answer in time. The next call gets new processes.
-            EOFError: The process of a rank ended; the message has its exit code.
+            RankEnded: The process of a rank ended.
         """
         if not self._members:
             self._start()
@@ -57,7 +66,7 @@ class Ranks:
                     answer, error = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     process.join(10)
-                    raise EOFError(f"rank {rank} ended with exit code {process.exitcode}") from None
+                    raise RankEnded(rank, process.exitcode) from None
                 assert error is None, f"rank {rank}: {error}"
                 answers.append(answer)
         except BaseException:
@@ -90,10 +99,22 @@ class Ranks:
 def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = 200) -> list[Any]:
     """Call ``function`` on ranks that have joined a group, and end them; return what each returned.
 
+    A rank that ends by a signal is told of in a warning, and all begin once more. With torch 2.13 and gloo one such end
+    was seen in some thousand starts ("double free or corruption" in a process of two; never again in 500 runs of the
+    same checks under glibc's checks of its heap, in 280 000 exchanges, or in 1000 starts); another is known of torch
+    alone (`tests.forked.end`).
+
     Raises:
         AssertionError: A rank failed, or there was no answer in time.
-        EOFError: The process of a rank ended.
+        RankEnded: The process of a rank ended, by a signal twice.
     """
+    try:
+        with Ranks(world_size, join=True) as ranks:
+            return ranks.run(function, *args, timeout=timeout)
+    except RankEnded as ended:
+        if not ended.by_signal:
+            raise
+        warnings.warn(f"{ended}: what all threads did is on standard error; the ranks start once more", stacklevel=2)
     with Ranks(world_size, join=True) as ranks:
         return ranks.run(function, *args, timeout=timeout)
 

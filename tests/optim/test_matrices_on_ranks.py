@@ -11,7 +11,7 @@ import torch
 
 from lightning_optim.core.shards import rows_of_rank
 from lightning_optim.kernels.owners import buckets_of, owners_of
-from tests.distributed.ranks import Ranks, run_ranks
+from tests.distributed.ranks import RankEnded, Ranks, run_ranks
 from tests.optim import matrices_on_ranks
 from tests.optim.matrices_on_ranks import MUONS, run_checks
 from tests.optim.tensor_parallel_checks import WHOLE_TENSORS
@@ -116,7 +116,7 @@ def test_a_distributed_checkpoint_of_two_ranks_is_loaded_by_four_and_by_one(name
     ("name", "is_stuck", "most"), [("NorMuon", False, 20), pytest.param("SOAP", True, 9, marks=pytest.mark.slow)]
 )
 def test_the_loss_of_a_rank_ends_the_others(name, is_stuck, most, tmp_path: Path):
-    with Ranks(2) as ranks, pytest.raises(EOFError, match="rank 1 ended with exit code 1"):
+    with Ranks(2) as ranks, pytest.raises(RankEnded, match="rank 1 ended with exit code 1"):
         ranks.run(matrices_on_ranks.lose_one, name, tmp_path / "waited", is_stuck, timeout=60)
     assert float((tmp_path / "waited").read_text()) < most
 

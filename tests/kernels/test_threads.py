@@ -131,7 +131,7 @@ def test_inside_a_parallel_region_there_is_no_other(monkeypatch: pytest.MonkeyPa
 
 
 OF_TORCH = """
-import os
+import os, threading, time
 {imports}
 import torch
 from lightning_optim import optim
@@ -144,7 +144,10 @@ torch.set_num_threads(1)
 weight = torch.ones(1_000_000, requires_grad=True)
 weight.grad = torch.ones(1_000_000)
 optimizer = optim.SGD([weight], lr=1.0)
-optimizer.step()  # loads the kernel, with a timer
+optimizer.step()  # loads the kernel, with a timer, whose thread ends a moment later
+for thread in threading.enumerate()[1:]:
+    thread.join()
+time.sleep(0.1)
 first = count()
 torch.set_num_threads(4)
 weight.detach().exp()

@@ -14,13 +14,10 @@ from lightning_optim.callbacks._lightning import data_parallel_size
 from lightning_optim.callbacks.divergence_guard import DivergenceGuard
 from lightning_optim.callbacks.gradient_clipping import GradientClipping
 from lightning_optim.callbacks.gradient_release import GradientRelease
-from lightning_optim.callbacks.schedule_free import ScheduleFree
 from lightning_optim.callbacks.weight_average import WeightAverage
 from lightning_optim.core.sizes import format_bytes
 from lightning_optim.factory.plan import GroupPlan
-from lightning_optim.factory.plan_advice import is_schedule_free
 from lightning_optim.kernels.averages import kept_by
-from lightning_optim.schedules import Constant, Scheduler
 
 PLACES = {"device": "on the device", "disk": "on disk"}
 """Where snapshots are, by `Rollback.memory`; otherwise in the memory of the host."""
@@ -154,32 +151,3 @@ def average_facts(trainer: L.Trainer, optimizers: Sequence[Optimizer]) -> tuple[
         "checkpoints have the weights of the last step. Add it, or take lightning_optim.optim.ema_state_dict."
     )
     return {"Averages": "; ".join(texts)}, [] if users else [note]
-
-
-def schedule_free_notes(trainer: L.Trainer, optimizers: Sequence[Optimizer]) -> list[str]:
-    """Return what a Schedule-Free optimizer lacks: the callback that goes with it, and no decay of the rate.
-
-    Args:
-        trainer: The Trainer, with its callbacks and schedulers.
-        optimizers: The optimizers themselves, no wrappers.
-    """
-    free = [optimizer for optimizer in optimizers if is_schedule_free(optimizer)]
-    if not free:
-        return []
-    name, notes = type(free[0]).__name__, []
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if not any(isinstance(callback, ScheduleFree) for callback in callbacks):
-        notes.append(
-            f"{name} is evaluated at an average of its weights. Without the callback lightning_optim.ScheduleFree, "
-            "validation and checkpoints have the weights of the last step. Add it."
-        )
-    for config in trainer.lr_scheduler_configs:
-        scheduler = config.scheduler
-        if not isinstance(scheduler, Scheduler) or scheduler.optimizer not in free:
-            continue
-        if not isinstance(scheduler.schedule, Constant):
-            notes.append(
-                f"{name} does without a decay of the learning rate, and {type(scheduler.schedule).__name__} lowers it "
-                "as well. schedule=constant, with a warmup, is usual."
-            )
-    return notes

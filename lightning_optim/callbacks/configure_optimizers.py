@@ -18,6 +18,7 @@ from lightning_optim.callbacks._followed import bare
 from lightning_optim.callbacks._hub import CHECKPOINT_KEY, HubCallback
 from lightning_optim.callbacks._lightning import found_lr
 from lightning_optim.callbacks._packages import is_lightning, module_overrides
+from lightning_optim.callbacks.schedule_free import schedule_free_notes
 from lightning_optim.core.durations import Horizon
 from lightning_optim.core.typed import checked, typed
 from lightning_optim.core.user_frame import depth_outside
@@ -200,6 +201,11 @@ class ConfigureOptimizers(HubCallback, _Factory):
         rank_zero_info(f"{self!r} replaces {type(pl_module).__name__}.configure_optimizers.{self._advice(pl_module)}")
         attach(pl_module, self)
         self.hub.on_close(lambda: vars(pl_module).pop(_METHOD, None))
+
+    def _at_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell what a Schedule-Free optimizer lacks, whose validation would be of other weights without a word."""
+        for note in schedule_free_notes(trainer, [bare(optimizer) for optimizer in trainer.optimizers]):
+            rank_zero_warn(note)
 
     def _at_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Note the order of the module's parameters, for the state of an optimizer that saved no names.

@@ -23,9 +23,9 @@ from lightning_optim.callbacks._plan_facts import (
     clipping_fact,
     guard_facts,
     release_facts,
-    schedule_free_notes,
 )
 from lightning_optim.callbacks.configure_optimizers import ConfigureOptimizers
+from lightning_optim.callbacks.schedule_free import schedule_free_notes
 from lightning_optim.factory.about import about
 from lightning_optim.factory.freezing import check_frozen_until
 from lightning_optim.factory.plan import Plan, plan_curves, plan_groups, replay

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
 from lightning_optim.callbacks._running_statistics import describe_layers
 from lightning_optim.callbacks._swapping import SwapsWeights
+from lightning_optim.factory.plan_advice import is_schedule_free
+from lightning_optim.schedules import Constant, Scheduler
 
 
 class ScheduleFree(SwapsWeights):
@@ -64,3 +68,32 @@ class ScheduleFree(SwapsWeights):
         """Move to the training point."""
         for optimizer in self._optimizers(trainer):
             optimizer.train()
+
+
+def schedule_free_notes(trainer: L.Trainer, optimizers: Sequence[Optimizer]) -> list[str]:
+    """Return what a Schedule-Free optimizer lacks: the callback that goes with it, and no decay of the rate.
+
+    Args:
+        trainer: The Trainer, with its callbacks and schedulers.
+        optimizers: The optimizers themselves, no wrappers.
+    """
+    free = [optimizer for optimizer in optimizers if is_schedule_free(optimizer)]
+    if not free:
+        return []
+    name, notes = type(free[0]).__name__, []
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, ScheduleFree) for callback in callbacks):
+        notes.append(
+            f"{name} is evaluated at an average of its weights. Without the callback lightning_optim.ScheduleFree, "
+            "validation and checkpoints have the weights of the last step. Add it."
+        )
+    for config in trainer.lr_scheduler_configs:
+        scheduler = config.scheduler
+        if not isinstance(scheduler, Scheduler) or scheduler.optimizer not in free:
+            continue
+        if not isinstance(scheduler.schedule, Constant):
+            notes.append(
+                f"{name} does without a decay of the learning rate, and {type(scheduler.schedule).__name__} lowers it "
+                "as well. schedule=constant, with a warmup, is usual."
+            )
+    return notes

@@ -13,6 +13,7 @@ import lightning_optim as lo
 from lightning_optim import optim
 from tests.helpers import Net, batches, make_trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:ScheduleFreeAdamW")  # which is tried without what goes with it
 FROZEN = [lo.ParamGroupRule(name="head", part="head", frozen_until="2 steps")]
 
 

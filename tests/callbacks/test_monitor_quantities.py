@@ -8,6 +8,7 @@ from tests.helpers import precision
 from tests.quantities import FAMILIES, MAX_NORM, compare, fit
 
 # One of each kind in the default run.
+pytestmark = pytest.mark.filterwarnings("ignore:ScheduleFreeAdamW")  # whose averages are looked at elsewhere
 MORE = ["adamw-large-eps", "nesterov", "adagrad", "nadam", "ademamix", "stableadamw", "normuon", "torch-adafactor"]
 MORE += ["adamw-independent", "adamw-corrected", "adamw-l2_sp", "torch-rmsprop", "torch-adagrad", "torch-nadam", "lars"]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import lightning.pytorch as L
 import pytest
@@ -216,6 +217,21 @@ def test_a_resumed_step_without_the_callback_is_refused_naming_it(tmp_path):
     make_trainer([lo.ScheduleFree(), SaveAt(4, tmp_path / "4.ckpt")]).fit(Watched(), batches(4))
     with pytest.raises(RuntimeError, match="the callback ScheduleFree"):
         make_trainer(max_epochs=2).fit(Watched(), batches(4), ckpt_path=tmp_path / "4.ckpt")
+
+
+def test_a_run_is_told_once_what_goes_with_a_schedule_free_optimizer():
+    def told(*callbacks, schedule="constant"):
+        configure = lo.ConfigureOptimizers("schedulefreeadamw", lr=0.01, schedule=schedule)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_trainer([configure, *callbacks]).fit(Net(), batches(2))
+        return [str(one.message) for one in caught if "ScheduleFree" in str(one.message)]
+
+    (told_once,) = told()
+    assert "Without the callback lightning_optim.ScheduleFree, validation and checkpoints have the weights" in told_once
+    assert not told(lo.ScheduleFree())
+    (told_once,) = told(lo.ScheduleFree(), schedule="cosine")
+    assert "does without a decay of the learning rate, and Cosine lowers it" in told_once
 
 
 def test_an_optimizer_without_modes_is_refused():

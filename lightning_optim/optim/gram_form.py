@@ -47,7 +47,8 @@ def is_faster(rows: int, columns: int, device: str) -> bool:
     """
     small, large = sorted((rows, columns))
     if device == "cpu":
-        return 2 * large >= (4 if small >= 256 else 5) * small and small * large >= SMALLEST
+        # Of matrices of a few rows, the small products have few terms to average their rounding over.
+        return 2 * large >= (4 if small >= 256 else 5) * small and small * large >= SMALLEST and small >= 32
     return large >= 2 * small and small >= 512
 
 

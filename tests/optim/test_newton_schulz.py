@@ -228,6 +228,8 @@ def test_the_gram_form_is_taken_for_wide_and_tall_matrices_only(monkeypatch: pyt
     shapes = (128, 128), (128, 256), (128, 512), (512, 128), (2, 128, 512), (64, 192)
     orthogonalize([torch.randn(shape) for shape in shapes], steps=1)
     assert calls == [(3, 128, 512), (512, 128)]
+    assert is_faster(32, 512, "cpu")
+    assert not is_faster(4, 4096, "cpu")
     assert is_faster(512, 1024, "cuda")
     assert is_faster(1024, 512, "cuda")
     assert not is_faster(256, 1024, "cuda")

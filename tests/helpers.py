@@ -72,6 +72,41 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=123.0)
 
 
+class SeesWeights(Net):
+    """Keeps the weights that each evaluation sees, and raises where told to.
+
+    Args:
+        raise_in: "training", at the third batch, or "validation".
+        nan_batches: As for `Net`.
+    """
+
+    def __init__(self, raise_in: str = "", nan_batches: Iterable[int] = ()) -> None:
+        super().__init__(nan_batches)
+        self.seen: list[list[Tensor]] = []
+        self.raise_in = raise_in
+
+    def training_step(self, batch, batch_idx):
+        if self.raise_in == "training" and batch_idx == 2:
+            raise ArithmeticError
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(weights(self))
+        if self.raise_in == "validation":
+            raise ArithmeticError
+        super().validation_step(batch, batch_idx)
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        self.seen.append(weights(self))
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    """Copies of the weights of a module, and of its buffers."""
+    return [tensor.detach().clone() for tensor in module.state_dict().values()]
+
+
 class BareNet(Net):
     """The same without ``configure_optimizers``, which Lightning finds out from the class."""
 

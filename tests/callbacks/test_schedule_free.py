@@ -15,41 +15,20 @@ from tests.helpers import (
     Net,
     Recorder,
     SaveAt,
+    SeesWeights,
     StatefulLoader,
     batches,
     bit_equal,
     make_trainer,
+    weights,
 )
 
 
-class Watched(Net):
-    """Keeps the weights that validation sees, and raises where told to."""
-
-    def __init__(self, raise_in: str = "") -> None:
-        super().__init__()
-        self.seen: list[list[torch.Tensor]] = []
-        self.raise_in = raise_in
-
-    def training_step(self, batch, batch_idx):
-        if self.raise_in == "training" and batch_idx == 2:
-            raise ArithmeticError
-        return super().training_step(batch, batch_idx)
-
-    def validation_step(self, batch, batch_idx):
-        self.seen.append(weights(self))
-        if self.raise_in == "validation":
-            raise ArithmeticError
-        super().validation_step(batch, batch_idx)
-
-    def test_step(self, batch, batch_idx):
-        self.seen.append(weights(self))
+class Watched(SeesWeights):
+    """Trains with the optimizer that is tried."""
 
     def configure_optimizers(self):
         return lo.optim.ScheduleFreeAdamW(self.parameters(), lr=0.1, weight_decay=0.1, warmup_steps=3)
-
-
-def weights(module):
-    return [parameter.detach().clone() for parameter in module.parameters()]
 
 
 def expected(steps):

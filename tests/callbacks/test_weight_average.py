@@ -15,45 +15,25 @@ from tests.helpers import (
     Net,
     Recorder,
     SaveAt,
+    SeesWeights,
     StatefulLoader,
     batches,
     bit_equal,
     make_trainer,
+    weights,
 )
 
 EMA = [0.9, "power 0.1"]
 pytestmark = pytest.mark.filterwarnings("ignore:lr=0.1 of")
 
 
-class Watched(Net):
-    """Keeps the weights that validation sees, raises where told to, and may have batch norm."""
+class Watched(SeesWeights):
+    """May have batch norm."""
 
     def __init__(self, raise_in="", batch_norm=False, nan_batches=()):
-        super().__init__(nan_batches)
-        self.seen = []
-        self.raise_in = raise_in
+        super().__init__(raise_in, nan_batches)
         if batch_norm:
             setattr(self, "norm", nn.BatchNorm1d(8))  # noqa: B010 - of another type than in `Net`
-
-    def training_step(self, batch, batch_idx):
-        if self.raise_in == "training" and batch_idx == 2:
-            raise ArithmeticError
-        return super().training_step(batch, batch_idx)
-
-    def validation_step(self, batch, batch_idx):
-        self.seen.append(weights(self))
-        if self.raise_in == "validation":
-            raise ArithmeticError
-        super().validation_step(batch, batch_idx)
-
-    test_step = validation_step
-
-    def predict_step(self, batch, batch_idx):
-        self.seen.append(weights(self))
-
-
-def weights(module):
-    return [tensor.detach().clone() for tensor in module.state_dict().values()]
 
 
 def parts(optimizer="adamw", which=0, **kwargs):

@@ -62,7 +62,7 @@ class StepInPlace:
             for found, stack in zip(taken, whole.split_with_sizes([place.matrices for place in piece]), strict=True):
                 found.append(stack)
         return [
-            (pieces[0] if len(pieces) == 1 else form.put(pieces)).reshape(param.shape)
+            form.put(pieces).reshape(param.shape)
             for form, pieces, param in zip(self._forms, taken, self._params, strict=True)
         ]
 

@@ -524,7 +524,12 @@ def check_copies(name: str, **arguments: Any) -> None:
 def check_copies_in_place(mixed: bool) -> None:
     """So are copies of which each rank's kernels update all in place, or those of some ranks, if it is ``mixed``."""
     shapes = [(9, 4), (7, 16), (16, 7), (6, 6), (6, 6), (5, 3, 3, 2)]
-    odd: list[tuple[tuple[int, ...], dict[str, Any]]] = [((12, 5), {"split": 3}), ((3, 5, 4), {"flatten": False})]
+    odd: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+        ((12, 5), {"split": 3}),
+        ((5, 12), {"split": 3, "split_dim": -1}),
+        ((4, 14), {"split": (6, 4, 4), "split_dim": -1}),
+        ((3, 5, 4), {"flatten": False}),
+    ]
 
     def made() -> Any:
         torch.manual_seed(0)
@@ -558,7 +563,8 @@ def check_copies_in_place(mixed: bool) -> None:
         same_on_all_ranks(b[0].detach())
         same_on_all_ranks(b[1]["momentum_buffer"])
     in_place = not mixed or dist.get_rank() > 0
-    assert len(updated) == (STEPS * (len(shapes) + len(odd)) if in_place else 0)
+    pieces = len(shapes) + len(odd) + 1  # of one tensor in two sizes
+    assert len(updated) == (STEPS * pieces if in_place else 0)
     assert (0 < len(done) < len(updated)) if in_place else not done
 
 

@@ -251,45 +251,48 @@ class _SharedWork:
             alike.setdefault(self._keys[row], []).append(row)
         return alike.values()
 
+    def _owned(self, rows: Iterable[int]) -> Iterable[list[int]]:
+        return self._alike(row for row in rows if self._route.owns(self._plan.owners[row]))
+
     def _finish_in_place(self, bucket: _OnTheWay) -> None:
         """As `_finish`; what is sent is the same, so that other ranks need not do the same."""
-        plan, found = self._plan, dict[int, Named]()
+        found: dict[int, Named] = {}
         assert self._in_place is not None
-        for own in self._alike(row for row in bucket.rows if self._route.owns(plan.owners[row])):
+        for own in self._owned(bucket.rows):
             step = self._in_place(self._batch.take(own), self._columns, own)
             assert step is not None
             found |= {row: {"direction": result} for row, result in zip(own, step.directions(), strict=True)}
-        owners, cuts = [plan.owners[row] for row in bucket.rows], [plan.coming[row] for row in bucket.rows]
-        results = [found.get(row, {}) for row in bucket.rows]
-        parts = dict(zip(bucket.rows, self._route.scatter(owners, cuts, results, self._batch.device)(), strict=True))
+        received = self._scatter(bucket.rows, [found.get(row, {}) for row in bucket.rows])
+        parts = dict(zip(bucket.rows, received, strict=True))
         for members, step in bucket.steps:
             step.finish([parts[row]["direction"] for row in members])
 
     def _results(self, rows: list[int], wholes: list[Named]) -> list[Named]:
         """Process what this rank owns of a bucket, and return what is to be sent of each tensor; empties ``wholes``."""
         plan, groups = self._plan, self._batch.groups
-        results: list[Named] = [{} for _ in rows]
-        alike: dict[Any, list[int]] = {}
-        for i, row in enumerate(rows):
-            if self._route.owns(plan.owners[row]):
-                alike.setdefault(self._keys[row], []).append(i)
-        for members in alike.values():
-            sent = [wholes[i] for i in members]
-            states = [{n: wholes[i].pop(_mark(n)) for n in plan.own_states[rows[i]]} for i in members]
-            numbers = [self._scalars[rows[i]] for i in members]
-            found = self._process.whole(sent, states, numbers, [groups[rows[i]] for i in members])
-            for i, old, (result, new) in zip(members, states, found, strict=True):
-                sent_back = {name: result[name] for name in plan.coming[rows[i]] if name in result}
-                results[i] = sent_back | _marked(old | new)
+        given, results = dict(zip(rows, wholes, strict=True)), dict[int, Named]()
+        for members in self._owned(rows):
+            sent = [given[row] for row in members]
+            states = [{n: given[row].pop(_mark(n)) for n in plan.own_states[row]} for row in members]
+            numbers = [self._scalars[row] for row in members]
+            found = self._process.whole(sent, states, numbers, [groups[row] for row in members])
+            for row, old, (result, new) in zip(members, states, found, strict=True):
+                sent_back = {name: result[name] for name in plan.coming[row] if name in result}
+                results[row] = sent_back | _marked(old | new)
         wholes.clear()
-        return results
+        return [results.get(row, {}) for row in rows]
+
+    def _scatter(self, rows: list[int], results: list[Named]) -> list[Named]:
+        """Send the results of what this rank owns of a bucket, and return this rank's parts of all of them."""
+        plan = self._plan
+        owners, cuts = [plan.owners[row] for row in rows], [plan.coming[row] for row in rows]
+        return self._route.scatter(owners, cuts, results, self._batch.device)()
 
     def _finish(self, bucket: _OnTheWay, wholes: list[Named]) -> Tensor | None:
         """Process what this rank owns of a bucket, send the results, and store this rank's parts of all results."""
         rows, plan, process = bucket.rows, self._plan, self._process
         batch = self._batch.take(rows)
-        owners, cuts = [plan.owners[row] for row in rows], [plan.coming[row] for row in rows]
-        parts = self._route.scatter(owners, cuts, self._results(rows, wholes), batch.device)()
+        parts = self._scatter(rows, self._results(rows, wholes))
         scalars = [self._scalars[row] for row in rows]
         new_states = [
             new | {n: part[_mark(n)] for n in plan.own_states[row]}
